@@ -1,0 +1,260 @@
+//! The traits: [`Attention`], what a model holds, and [`Stream`], what a decoder keeps.
+
+pub(crate) mod heads;
+pub(crate) mod linear;
+pub(crate) mod softmax;
+
+use crate::{Error, Scalar};
+use core::fmt::Debug;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+
+/// Which keys a query sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum Mask {
+    /// Every query sees every key (encoders, cross attention).
+    Full,
+    /// Query `t` sees keys `0..=t` (decoders); needs as many queries as keys.
+    Causal,
+}
+
+/// An attention kernel: every kernel of the crate implements it, and a model holds it as `Box<dyn Attention<T>>`.
+///
+/// The output is a weighted mean of the values,
+///
+/// ```text
+/// o_t = Σ_j w(q_t, k_j) v_j / Σ_j w(q_t, k_j),
+/// ```
+///
+/// and the kernels differ in the weight `w`. Softmax attention has `w(q, k) = exp(scale·q·k)`.
+///
+/// # Shapes
+///
+/// Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, `out [n_q, d_v]`. Views may have any strides.
+///
+/// # Example
+///
+/// ```
+/// use dijiang::{Attention, LinearAttention, Mask, Performer, SoftmaxAttention};
+/// use ndarray::Array2;
+///
+/// let kernels: Vec<Box<dyn Attention<f32>>> = vec![
+///     Box::new(SoftmaxAttention::new(8)?),
+///     Box::new(LinearAttention::new(Performer::new(8, 32, 0)?)),
+/// ];
+/// let x = Array2::from_shape_fn((5, 8), |(i, j)| ((i * 8 + j) as f32).sin());
+/// for kernel in &kernels {
+///     let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
+///     assert_eq!(out.dim(), (5, 8));
+///     assert_eq!(out.row(0), x.row(0)); // the first token sees only itself
+/// }
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+pub trait Attention<T: Scalar>: Debug + Send + Sync {
+    /// Attends to `k` and `v` with every row of `q`, and allocates the output `[n_q, d_v]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`forward_into`](Self::forward_into).
+    fn forward(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+    ) -> Result<Array2<T>, Error> {
+        let mut out = Array2::zeros((q.nrows(), v.ncols()));
+        self.forward_into(q, k, v, mask, out.view_mut())?;
+        Ok(out)
+    }
+
+    /// Attends to `k` and `v` with every row of `q`, and writes the output over whatever `out` held.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::Shape`]: the shapes do not fit together, or `mask` is [`Mask::Causal`] and `n_q ≠ n_k`;
+    /// - [`Error::ZeroSize`]: there are queries but no keys, or `v` has no columns;
+    /// - [`Error::NotFinite`]: NaN or infinity in `q`, `k` or `v`;
+    /// - [`Error::Overflow`], [`Error::Normalizer`]: finite input led out of the range of `T`;
+    /// - [`Error::InvalidOption`]: an option of the kernel cannot be used, such as a scale that is not positive.
+    ///
+    /// After an error the content of `out` is unspecified.
+    fn forward_into(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error>;
+
+    /// Starts an empty causal stream for values of `value_dim` columns: the state a decoder keeps.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `value_dim` is 0, [`Error::InvalidOption`] if an option of the kernel cannot be used.
+    fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error>;
+
+    /// The natural logarithm of the unnormalised weight `w(q_i, k_j)` of every pair, `[n_q, n_k]`, for kernels whose
+    /// weight depends on the pair alone; weights that are not positive give −∞.
+    ///
+    /// This shows how well a kernel estimates `exp(scale·q·k)` before the normaliser hides a common factor. The default
+    /// is `None`. It is a tool for measuring: it takes O(n_q·n_k) memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_into`](Self::forward_into).
+    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+        let _ = (q, k);
+        Ok(None)
+    }
+}
+
+/// The state of causal attention over the tokens seen so far.
+///
+/// Feeding a sequence in any pieces gives what [`Attention::forward`] gives for the whole with [`Mask::Causal`], up to
+/// rounding.
+///
+/// ```
+/// use dijiang::{Attention, LinearAttention, Mask, Performer};
+/// use ndarray::{Array2, s};
+///
+/// let kernel = LinearAttention::new(Performer::<f64>::new(8, 32, 0)?);
+/// let x = Array2::from_shape_fn((6, 8), |(i, j)| ((i * 8 + j) as f64).sin());
+/// let whole = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
+///
+/// let mut stream = kernel.stream(8)?;
+/// let mut out = Array2::zeros((6, 8));
+/// for piece in [0..4, 4..5, 5..6] {
+///     let x = x.slice(s![piece.clone(), ..]);
+///     stream.extend(x, x, x, out.slice_mut(s![piece, ..]))?;
+/// }
+/// assert_eq!(stream.len(), 6);
+/// assert!((out - whole).iter().all(|e| e.abs() < 1e-12));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+pub trait Stream<T: Scalar>: Debug + Send {
+    /// Absorbs `n` tokens and writes their outputs: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`, `out [n, value_dim]`.
+    ///
+    /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward_into`]. On an error the state is what it was before the call; the content of
+    /// `out` is unspecified.
+    fn extend(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error>;
+
+    /// Tokens absorbed so far.
+    fn len(&self) -> usize;
+
+    /// Whether no token has been absorbed.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The size of the state now, in numbers of type `T`. Constants of the kernel and working memory do not count.
+    fn state_floats(&self) -> usize;
+
+    /// A copy of this stream with a state of its own. `Box<dyn Stream<T>>` is [`Clone`] through it.
+    fn clone_box(&self) -> Box<dyn Stream<T>>;
+
+    /// Forgets every token.
+    fn reset(&mut self);
+
+    /// Copies the state out, to store it or to send it elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] for a stream that has not implemented it; every stream of this crate has.
+    fn save(&self) -> Result<StreamState<T>, Error> {
+        Err(Error::Unsupported { what: "saving this stream", why: "its type does not implement `Stream::save`" })
+    }
+
+    /// Replaces the state by a saved one; the stream then continues bit for bit as the saved one would have.
+    ///
+    /// ```
+    /// use dijiang::{Attention, SoftmaxAttention};
+    /// use ndarray::Array2;
+    ///
+    /// let kernel = SoftmaxAttention::<f32>::new(4)?;
+    /// let x = Array2::from_elem((3, 4), 0.5);
+    /// let mut out = Array2::zeros((3, 4));
+    /// let mut first = kernel.stream(4)?;
+    /// first.extend(x.view(), x.view(), x.view(), out.view_mut())?;
+    ///
+    /// let mut second = kernel.stream(4)?;
+    /// second.restore(&first.save()?)?;
+    /// assert_eq!(second.len(), 3);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if the state was saved by another kind of stream or another shape, [`Error::NotFinite`] if it
+    /// holds NaN or infinity, [`Error::Unsupported`] as for [`save`](Self::save). The stream is then unchanged.
+    fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
+        let _ = state;
+        Err(Error::Unsupported { what: "restoring this stream", why: "its type does not implement `Stream::restore`" })
+    }
+}
+
+impl<T: Scalar> Clone for Box<dyn Stream<T>> {
+    fn clone(&self) -> Self {
+        self.clone_box()
+    }
+}
+
+/// The saved state of a [`Stream`]: plain numbers and what they belong to. With feature `serde` it serialises.
+///
+/// It does not hold the kernel: save that beside it, and restore the state into a stream of the same kernel. Formats
+/// must keep floats exactly (with `serde_json`, its feature `float_roundtrip`).
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct StreamState<T> {
+    kernel: String,
+    tokens: usize,
+    shape: Vec<usize>,
+    numbers: Vec<T>,
+}
+
+impl<T: Scalar> StreamState<T> {
+    /// A state of `tokens` absorbed tokens; `kernel` and `shape` are compared when it is restored.
+    pub fn new(kernel: impl Into<String>, tokens: usize, shape: Vec<usize>, numbers: Vec<T>) -> Self {
+        Self { kernel: kernel.into(), tokens, shape, numbers }
+    }
+
+    /// Tokens absorbed when it was saved.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The numbers of the state, once `kernel`, `shape` and their count have been compared.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if one differs, [`Error::NotFinite`] if a number is NaN or infinite.
+    pub fn numbers(&self, kernel: &str, shape: &[usize], count: usize) -> Result<&[T], Error> {
+        let differs = |which, expected: String, found: String| Err(Error::State { which, expected, found });
+        if self.kernel != kernel {
+            return differs("kernel", kernel.to_owned(), self.kernel.clone());
+        }
+        if self.shape != shape {
+            return differs("shape", format!("{shape:?}"), format!("{:?}", self.shape));
+        }
+        if self.numbers.len() != count {
+            return differs("size", count.to_string(), self.numbers.len().to_string());
+        }
+        match self.numbers.iter().position(|x| !x.is_finite()) {
+            Some(column) => Err(Error::NotFinite { which: "state", row: 0, column }),
+            None => Ok(&self.numbers),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Linear attention over any feature map: a fixed-size state instead of a growing cache.
+
+use super::{Attention, Mask, Stream, StreamState};
+use crate::memory::{LinearMemory, Memory, Readout, Workspace};
+use crate::views::rows_mut;
+use crate::{Error, FeatureMap, Scalar, check};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use std::sync::Arc;
+
+/// Attention whose weight is a product of features (Katharopoulos et al., arXiv 2006.16236):
+///
+/// ```text
+/// o_t = φ(q̂_t)ᵀ Σ_j φ(k̂_j) v_jᵀ / φ(q̂_t)ᵀ Σ_j φ(k̂_j),   x̂ = √scale·x,   scale = 1/√head_dim unless set.
+/// ```
+///
+/// The sums over `j` are the state: `num_features·(value_dim + 1) + 1` numbers, however long the context. A causal
+/// forward runs in chunks, in O(n·num_features·(d + value_dim)) time and with scratch for one chunk only.
+///
+/// Sums are kept in units of a running maximum of the keys' log scales, which only looks back; nothing is added to the
+/// denominator.
+///
+/// ```
+/// use dijiang::{Attention, DctFeatures, LinearAttention, Mask};
+/// use ndarray::Array2;
+///
+/// let kernel = LinearAttention::new(DctFeatures::<f32>::new(64, 128, 7)?);
+/// let x = Array2::from_shape_fn((100, 64), |(i, j)| ((i * 64 + j) as f32).sin());
+/// let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
+/// assert_eq!(out.dim(), (100, 64));
+/// assert_eq!(kernel.stream(64)?.state_floats(), 128 * 65 + 1);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct LinearAttention<F> {
+    map: Arc<F>,
+    scale: Option<f64>,
+    readout: Readout,
+}
+
+impl<F> Clone for LinearAttention<F> {
+    fn clone(&self) -> Self {
+        Self { map: Arc::clone(&self.map), scale: self.scale, readout: self.readout }
+    }
+}
+
+impl<F> LinearAttention<F> {
+    /// Linear attention with the features of `map`.
+    pub fn new(map: F) -> Self {
+        Self { map: Arc::new(map), scale: None, readout: Readout::Normalized }
+    }
+
+    /// Sets the scale of `q·k`, `1/√head_dim` unless set; the map is given `√scale·x`. One that is not positive and
+    /// finite is reported by the first call that would use it.
+    #[must_use]
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+
+    /// Leaves the denominator out: `o_t = Σ_j φ(q̂_t)·φ(k̂_j) v_j` in absolute terms.
+    #[must_use]
+    pub fn unnormalized(mut self) -> Self {
+        self.readout = Readout::Unnormalized;
+        self
+    }
+
+    /// The feature map.
+    pub fn map(&self) -> &F {
+        &self.map
+    }
+
+    fn memory<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
+    where
+        F: FeatureMap<T>,
+    {
+        let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
+        LinearMemory::new(Arc::clone(&self.map), value_dim, scale)
+    }
+}
+
+impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> {
+    fn forward_into(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        mut out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        check::forward(self.map.head_dim(), q, k, v, mask, &out)?;
+        let mut memory = self.memory(v.ncols())?;
+        let mut work = Workspace::new();
+        match mask {
+            Mask::Causal => memory.extend(q, k, v, out, self.readout, &mut work),
+            Mask::Full => {
+                memory.absorb_with(k, v, &mut work)?;
+                memory.read_with(q, &mut work, |start, count, answer| {
+                    let mut out = rows_mut(out.view_mut(), start..start + count);
+                    answer.write(start, self.readout == Readout::Normalized, &mut out)
+                })
+            }
+        }
+    }
+
+    fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
+        Ok(Box::new(LinearStream { memory: self.memory(value_dim)?, readout: self.readout, work: Workspace::new() }))
+    }
+
+    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+        let memory = self.memory(1)?;
+        check::queries(self.map.head_dim(), q)?;
+        check::size("k", "columns", self.map.head_dim(), k.ncols())?;
+        check::finite("k", k)?;
+        memory.log_weights(q, k).map(Some)
+    }
+}
+
+/// A fixed-size state and the scratch of one chunk.
+#[derive(Debug)]
+struct LinearStream<T, F> {
+    memory: LinearMemory<T, F>,
+    readout: Readout,
+    work: Workspace<T>,
+}
+
+const KERNEL: &str = "linear";
+
+impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
+    fn shape(&self) -> [usize; 3] {
+        [self.memory.head_dim(), self.memory.num_features(), self.memory.value_dim()]
+    }
+}
+
+impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
+    fn extend(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        check::extend(self.memory.head_dim(), self.memory.value_dim(), q, k, v, &out)?;
+        self.memory.extend(q, k, v, out, self.readout, &mut self.work)
+    }
+
+    fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    fn state_floats(&self) -> usize {
+        self.memory.state_floats()
+    }
+
+    fn clone_box(&self) -> Box<dyn Stream<T>> {
+        Box::new(Self { memory: self.memory.clone(), readout: self.readout, work: Workspace::new() })
+    }
+
+    fn reset(&mut self) {
+        self.memory.reset();
+    }
+
+    fn save(&self) -> Result<StreamState<T>, Error> {
+        Ok(StreamState::new(KERNEL, self.len(), self.shape().to_vec(), self.memory.numbers()))
+    }
+
+    fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
+        let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
+        let numbers = state.numbers(KERNEL, &self.shape(), count)?;
+        self.memory.set_numbers(state.tokens(), numbers);
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! Softmax attention: exact, tiled, the reference for everything else.
+
+use super::{Attention, Mask, Stream, StreamState};
+use crate::memory::{ExactMemory, Memory, Partial, QUERY_BLOCK, Tile, attend};
+use crate::views::{rows, rows_mut};
+use crate::{Error, Scalar, check};
+use core::marker::PhantomData;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2};
+
+/// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
+///
+/// ```text
+/// o_t = Σ_j e^{scale·q_t·k_j} v_j / Σ_j e^{scale·q_t·k_j},   scale = 1/√head_dim unless set.
+/// ```
+///
+/// Scores are computed tile by tile with a running maximum: there is never an n × n array, and scores of any finite
+/// size give finite output. Time is O(n_q·n_k·(d + d_v)); the stream is a growing key/value cache.
+///
+/// ```
+/// use dijiang::{Attention, Mask, SoftmaxAttention};
+/// use ndarray::array;
+///
+/// let kernel = SoftmaxAttention::<f64>::new(2)?.with_scale(1.0);
+/// let q = array![[1000.0, 0.0]];
+/// let k = array![[1.0, 0.0], [0.0, 1.0]];
+/// let v = array![[1.0], [2.0]];
+/// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
+/// assert_eq!(out, array![[1.0]]); // e^1000 does not overflow
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(bound = ""))]
+pub struct SoftmaxAttention<T> {
+    head_dim: usize,
+    scale: Option<f64>,
+    #[cfg_attr(feature = "serde", serde(skip))]
+    number: PhantomData<T>,
+}
+
+impl<T: Scalar> SoftmaxAttention<T> {
+    /// Softmax attention over queries and keys of `head_dim` columns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        Ok(Self { head_dim, scale: None, number: PhantomData })
+    }
+
+    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite is reported by the
+    /// first call that would use it.
+    #[must_use]
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+}
+
+/// The same rows, each contiguous: borrowed if they are, else copied.
+fn contiguous_rows<T: Scalar>(x: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
+    if x.ncols() <= 1 || x.strides()[1] == 1 {
+        CowArray::from(x)
+    } else {
+        CowArray::from(x.as_standard_layout().into_owned())
+    }
+}
+
+/// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
+fn answer<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    scale: T,
+    first: Option<usize>,
+    mut out: ArrayViewMut2<'_, T>,
+) -> Result<(), Error> {
+    let n = q.nrows();
+    if n == 0 {
+        return Ok(());
+    }
+    let mut tile = Tile::new(n, k.nrows());
+    let mut partial = Partial::new(n.min(QUERY_BLOCK), v.ncols())?;
+    for start in (0..n).step_by(QUERY_BLOCK) {
+        let end = n.min(start + QUERY_BLOCK);
+        let q = contiguous_rows(rows(q, start..end));
+        partial.reset();
+        attend(q.view(), k, v, scale, first.map(|first| first + start), &mut tile, &mut partial);
+        partial.write(start, true, &mut rows_mut(out.view_mut(), start..end))?;
+    }
+    Ok(())
+}
+
+impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
+    fn forward_into(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let scale = T::from_f64(check::scale::<T>(self.scale, self.head_dim)?);
+        check::forward(self.head_dim, q, k, v, mask, &out)?;
+        let (k, v) = (contiguous_rows(k), contiguous_rows(v));
+        let first = match mask {
+            Mask::Causal => Some(0),
+            Mask::Full => None,
+        };
+        answer(q, k.view(), v.view(), scale, first, out)
+    }
+
+    fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
+        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        Ok(Box::new(SoftmaxStream { cache: ExactMemory::new(self.head_dim, value_dim, scale)? }))
+    }
+
+    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        check::queries(self.head_dim, q)?;
+        check::size("k", "columns", self.head_dim, k.ncols())?;
+        check::finite("k", k)?;
+        let (q, k) = (q.mapv(|x| x.as_f64() * scale), k.mapv(|x| x.as_f64()));
+        Ok(Some(q.dot(&k.t())))
+    }
+}
+
+/// A growing key/value cache.
+#[derive(Clone, Debug)]
+struct SoftmaxStream<T> {
+    cache: ExactMemory<T>,
+}
+
+const KERNEL: &str = "softmax";
+
+impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
+    fn extend(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let (head_dim, value_dim) = self.cache.dims();
+        check::extend(head_dim, value_dim, q, k, v, &out)?;
+        let before = self.cache.len();
+        self.cache.push(k, v);
+        let result = answer(q, self.cache.keys(), self.cache.values(), self.cache.scale(), Some(before), out);
+        if result.is_err() {
+            self.cache.truncate(before);
+        }
+        result
+    }
+
+    fn len(&self) -> usize {
+        self.cache.len()
+    }
+
+    fn state_floats(&self) -> usize {
+        self.cache.state_floats()
+    }
+
+    fn clone_box(&self) -> Box<dyn Stream<T>> {
+        Box::new(self.clone())
+    }
+
+    fn reset(&mut self) {
+        self.cache.reset();
+    }
+
+    fn save(&self) -> Result<StreamState<T>, Error> {
+        let (head_dim, value_dim) = self.cache.dims();
+        let numbers = self.cache.keys().iter().chain(self.cache.values().iter()).copied().collect();
+        Ok(StreamState::new(KERNEL, self.len(), vec![head_dim, value_dim], numbers))
+    }
+
+    fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
+        let (head_dim, value_dim) = self.cache.dims();
+        let tokens = state.tokens();
+        let count = tokens.checked_mul(head_dim + value_dim).unwrap_or(usize::MAX);
+        let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
+        let (k, v) = numbers.split_at(tokens * head_dim);
+        self.cache.reset();
+        self.cache.push(
+            ArrayView2::from_shape((tokens, head_dim), k).expect("counted"),
+            ArrayView2::from_shape((tokens, value_dim), v).expect("counted"),
+        );
+        Ok(())
+    }
+}

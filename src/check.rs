@@ -1,0 +1,132 @@
+//! Checks of arguments, shared by every public function.
+
+use crate::{Error, Mask, Scalar, kernel};
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+/// `found` must equal `expected`.
+pub(crate) fn size(which: &'static str, axis: &'static str, expected: usize, found: usize) -> Result<(), Error> {
+    if expected == found { Ok(()) } else { Err(Error::Shape { which, axis, expected, found }) }
+}
+
+/// A size must be at least one.
+pub(crate) fn at_least_one(which: &'static str, found: usize) -> Result<(), Error> {
+    if found == 0 { Err(Error::ZeroSize { which }) } else { Ok(()) }
+}
+
+/// Every element must be finite.
+pub(crate) fn finite<T: Scalar>(which: &'static str, x: ArrayView2<'_, T>) -> Result<(), Error> {
+    for (row, values) in x.outer_iter().enumerate() {
+        let good = match values.as_slice() {
+            Some(slice) => kernel::all_finite(slice),
+            None => values.iter().all(|a| a.is_finite()),
+        };
+        if !good {
+            let column = values.iter().position(|a| !a.is_finite()).unwrap_or(0);
+            return Err(Error::NotFinite { which, row, column });
+        }
+    }
+    Ok(())
+}
+
+/// A scale must be positive and finite in `T`; returns the scale a kernel uses.
+pub(crate) fn scale<T: Scalar>(chosen: Option<f64>, head_dim: usize) -> Result<f64, Error> {
+    let scale = chosen.unwrap_or_else(|| default_scale(head_dim));
+    // its root must not vanish either, nor either of them overflow
+    let usable = |x: T| x.is_finite() && x > T::zero();
+    if usable(T::from_f64(scale)) && usable(T::from_f64(scale.sqrt())) {
+        Ok(scale)
+    } else {
+        Err(Error::InvalidOption { which: "scale", found: scale.to_string(), needed: "a positive finite number" })
+    }
+}
+
+/// 1/√d.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn default_scale(head_dim: usize) -> f64 {
+    1.0 / (head_dim as f64).sqrt()
+}
+
+/// Keys and values: `k [n, d]`, `v [n, d_v]`, finite.
+pub(crate) fn keys_values<T: Scalar>(head_dim: usize, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
+    size("k", "columns", head_dim, k.ncols())?;
+    size("v", "rows", k.nrows(), v.nrows())?;
+    finite("k", k)?;
+    finite("v", v)
+}
+
+/// Queries: `q [n, d]`, finite.
+pub(crate) fn queries<T: Scalar>(head_dim: usize, q: ArrayView2<'_, T>) -> Result<(), Error> {
+    size("q", "columns", head_dim, q.ncols())?;
+    finite("q", q)
+}
+
+/// All arguments of a forward pass.
+pub(crate) fn forward<T: Scalar>(
+    head_dim: usize,
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    mask: Mask,
+    out: &ArrayViewMut2<'_, T>,
+) -> Result<(), Error> {
+    size("q", "columns", head_dim, q.ncols())?;
+    size("k", "columns", head_dim, k.ncols())?;
+    size("v", "rows", k.nrows(), v.nrows())?;
+    at_least_one("v columns", v.ncols())?;
+    size("out", "rows", q.nrows(), out.nrows())?;
+    size("out", "columns", v.ncols(), out.ncols())?;
+    if mask == Mask::Causal {
+        size("k", "rows", q.nrows(), k.nrows())?;
+    }
+    if q.nrows() > 0 {
+        at_least_one("k rows", k.nrows())?;
+    }
+    finite("q", q)?;
+    finite("k", k)?;
+    finite("v", v)
+}
+
+/// All arguments of [`crate::Stream::extend`].
+pub(crate) fn extend<T: Scalar>(
+    head_dim: usize,
+    value_dim: usize,
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    out: &ArrayViewMut2<'_, T>,
+) -> Result<(), Error> {
+    size("v", "columns", value_dim, v.ncols())?;
+    forward(head_dim, q, k, v, Mask::Causal, out)
+}
+
+/// Features that come in pairs.
+pub(crate) fn even(num_features: usize) -> Result<(), Error> {
+    if num_features.is_multiple_of(2) {
+        Ok(())
+    } else {
+        Err(Error::InvalidOption {
+            which: "num_features",
+            found: num_features.to_string(),
+            needed: "even, since the features come in pairs of ω and −ω",
+        })
+    }
+}
+
+/// Sizes of a feature map.
+pub(crate) fn features(head_dim: usize, num_features: usize) -> Result<(), Error> {
+    at_least_one("head_dim", head_dim)?;
+    at_least_one("num_features", num_features)?;
+    array("num_features", num_features, head_dim)
+}
+
+/// An array that can be allocated: at most 2³² numbers.
+pub(crate) fn array(which: &'static str, rows: usize, columns: usize) -> Result<(), Error> {
+    match rows.checked_mul(columns) {
+        Some(size) if size as u128 <= 1 << 32 => Ok(()),
+        _ => Err(Error::InvalidOption {
+            which,
+            found: rows.to_string(),
+            needed: "small enough for an array of at most 2^32 numbers",
+        }),
+    }
+}

@@ -1,0 +1,122 @@
+//! Every way a call can fail, each with the numbers a person needs to mend it.
+
+use core::fmt;
+
+/// What was wrong with a call. The message says which argument and what to do.
+///
+/// No function of this crate panics on bad input, and a stream that returned an error is as it was before the call.
+///
+/// ```
+/// use dijiang::{Attention, Error, Mask, SoftmaxAttention};
+/// use ndarray::Array2;
+///
+/// let kernel = SoftmaxAttention::<f32>::new(4)?;
+/// let q = Array2::zeros((3, 4));
+/// let k = Array2::zeros((3, 5));
+/// let v = Array2::zeros((3, 2));
+/// let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err();
+/// assert_eq!(error, Error::Shape { which: "k", axis: "columns", expected: 4, found: 5 });
+/// assert_eq!(error.to_string(), "`k` has 5 columns where 4 are needed: check its shape against the other arguments");
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// An array has the wrong size along one axis.
+    Shape {
+        /// The argument.
+        which: &'static str,
+        /// The axis, in words (`"rows"`, `"columns"`, `"heads"`, ..).
+        axis: &'static str,
+        /// The size that was needed.
+        expected: usize,
+        /// The size that was found.
+        found: usize,
+    },
+    /// A size that must be at least one is zero.
+    ZeroSize {
+        /// The argument.
+        which: &'static str,
+    },
+    /// A number is NaN or infinite.
+    NotFinite {
+        /// The argument.
+        which: &'static str,
+        /// Its row (token).
+        row: usize,
+        /// Its column.
+        column: usize,
+    },
+    /// An option cannot be used.
+    InvalidOption {
+        /// The option.
+        which: &'static str,
+        /// Its value.
+        found: String,
+        /// The values that can be used.
+        needed: &'static str,
+    },
+    /// A finite input led to a number beyond the range of the type.
+    Overflow {
+        /// What overflowed.
+        which: &'static str,
+        /// Its row (token).
+        row: usize,
+    },
+    /// The normaliser of a query is zero, or so small that its digits are lost: the features of the query and of
+    /// every key it may see do not overlap within the range of the type.
+    Normalizer {
+        /// The row (token) of the query.
+        row: usize,
+    },
+    /// The kernel has no such operation.
+    Unsupported {
+        /// The operation.
+        what: &'static str,
+        /// Why, and what to do instead.
+        why: &'static str,
+    },
+    /// A saved state does not belong to this stream.
+    State {
+        /// What differs.
+        which: &'static str,
+        /// The value this stream has.
+        expected: String,
+        /// The value of the saved state.
+        found: String,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shape { which, axis, expected, found } => write!(
+                f,
+                "`{which}` has {found} {axis} where {expected} are needed: check its shape against the other arguments"
+            ),
+            Self::ZeroSize { which } => write!(f, "`{which}` is 0: pass at least 1"),
+            Self::NotFinite { which, row, column } => {
+                write!(f, "`{which}` is NaN or infinite at row {row}, column {column}: pass finite numbers only")
+            }
+            Self::InvalidOption { which, found, needed } => {
+                write!(f, "`{which}` is {found}, which cannot be used: it must be {needed}")
+            }
+            Self::Overflow { which, row } => {
+                write!(f, "{which} of row {row} left the range of the number type: scale the input down, or use f64")
+            }
+            Self::Normalizer { row } => write!(
+                f,
+                "the normaliser of query row {row} is zero within the range of the number type: \
+                 use f64, smaller norms, or a map whose features are never zero"
+            ),
+            Self::Unsupported { what, why } => write!(f, "{what} is not supported: {why}"),
+            Self::State { which, expected, found } => write!(
+                f,
+                "the saved state has {which} {found} where this stream has {expected}: \
+                 restore it into a stream of the kernel that saved it"
+            ),
+        }
+    }
+}
+
+impl core::error::Error for Error {}

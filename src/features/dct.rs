@@ -1,0 +1,388 @@
+//! Frequency-domain maps: DiJiang's DCT features, through a fast transform.
+
+use super::{FeatureMap, Weights, check_map, exponentiate, map_rows};
+use crate::projection::{self, Generator};
+use crate::scalar::sealed::Dct;
+use crate::{Error, Scalar, check, kernel};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+
+/// The radii of [`DctFeatures`]: how far out along the DCT directions the features lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum Radii {
+    /// Stratified quantiles of the chi distribution, `chi_d^{-1}((i − ½)/m)` in random order: `E ωωᵀ = I`, the softmax
+    /// kernel.
+    Chi,
+    /// `±√d` on each direction, with an even number of features. At m = 2d the features integrate every polynomial of
+    /// degree three exactly (a cubature); it is the best positive map without data that we measured.
+    Antithetic,
+    /// Stratified quantiles of the standard normal distribution, as in the released DiJiang code. Then `E ωωᵀ = I/d`: the
+    /// target is `exp(x·y/d)` and the error against `exp(x·y)` does not fall with m.
+    Normal,
+}
+
+/// Positive features on DCT directions, DiJiang's WDCF (Chen et al., arXiv 2403.19928, section 3.3) for the softmax
+/// kernel:
+///
+/// ```text
+/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m,    ω_i = r_i·(row of C S_b)·(C S_0)
+/// ```
+///
+/// `C` is the orthonormal DCT-II matrix, the `S` are diagonals of random signs: `S_0` once, a fresh `S_b` for each block
+/// of `head_dim` features (without fresh signs, blocks beyond the first repeat the same directions). The first transform
+/// `y = C S_0 x` keeps lengths and spreads single large coordinates, which real keys have, over all frequencies. A
+/// vector costs `1 + ⌈m/d⌉` fast transforms, for any `head_dim` and `num_features`.
+///
+/// [`official`](Self::official) is the map of the released code, another function.
+///
+/// ```
+/// use dijiang::{DctFeatures, FeatureMap, Radii};
+/// use ndarray::{Array1, Array2, array};
+///
+/// let map = DctFeatures::<f64>::new(2, 4, 0)?.with_radii(Radii::Antithetic)?;
+/// let x = array![[0.3, -0.5], [0.1, 0.7]];
+/// let (mut values, mut log_scale) = (Array2::zeros((2, 4)), Array1::zeros(2));
+/// map.map_queries(x.view(), values.view_mut(), log_scale.view_mut())?;
+/// let estimate = values.row(0).dot(&values.row(1)) * (log_scale[0] + log_scale[1]).exp();
+/// let exact = x.row(0).dot(&x.row(1)).exp();
+/// assert!((estimate / exact - 1.0).abs() < 0.01); // four features
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+)]
+pub struct DctFeatures<T> {
+    head_dim: usize,
+    radii: Array1<T>,
+    transform: Dct<T>,
+    kind: Kind<T>,
+}
+
+#[derive(Clone, Debug)]
+enum Kind<T> {
+    Softmax {
+        seed: u64,
+        /// Directions; feature i lies on direction i mod `directions`.
+        directions: usize,
+        /// The diagonal of S_0.
+        mixing: Vec<T>,
+        /// The diagonals of S_b, block after block.
+        signs: Vec<T>,
+        /// The diagonal of each S_b times the norms of the first transform.
+        inner: Vec<T>,
+        /// Radii times the norms of the second transform.
+        outer: Vec<T>,
+        weights: Weights<T>,
+    },
+    Official {
+        /// Norms of the transform's input.
+        norms: Vec<T>,
+    },
+}
+
+/// The factor that makes frequency `j` of rustdct's DCT-II orthonormal.
+#[allow(clippy::cast_precision_loss)]
+fn norm(j: usize, head_dim: usize) -> f64 {
+    let numerator = if j == 0 { 1.0 } else { 2.0 };
+    (numerator / head_dim as f64).sqrt()
+}
+
+impl<T: Scalar> DctFeatures<T> {
+    /// `num_features` features of vectors of `head_dim` columns, with [`Radii::Chi`] and D = 1.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` or `num_features` is 0.
+    pub fn new(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
+        Self::seeded(head_dim, num_features, seed, Radii::Chi)
+    }
+
+    fn seeded(head_dim: usize, num_features: usize, seed: u64, radii: Radii) -> Result<Self, Error> {
+        check::features(head_dim, num_features)?;
+        let directions = if radii == Radii::Antithetic {
+            check::even(num_features)?;
+            num_features / 2
+        } else {
+            num_features
+        };
+        let mut generator = Generator::new(seed);
+        let mixing = (0..head_dim).map(|_| generator.sign()).collect();
+        let signs = (0..directions.div_ceil(head_dim) * head_dim).map(|_| generator.sign()).collect();
+        #[allow(clippy::cast_precision_loss)]
+        let radii = match radii {
+            Radii::Chi => projection::stratified_chi(head_dim, num_features, &mut generator)?,
+            Radii::Normal => projection::stratified_normal(num_features, &mut generator)?,
+            Radii::Antithetic => {
+                let length = (head_dim as f64).sqrt();
+                (0..num_features).map(|i| if i < directions { length } else { -length }).collect()
+            }
+        };
+        let radii = radii.into_iter().map(T::from_f64).collect();
+        Self::assemble(head_dim, seed, directions, mixing, signs, radii)
+    }
+
+    fn assemble(
+        head_dim: usize,
+        seed: u64,
+        directions: usize,
+        mixing: Vec<f64>,
+        signs: Vec<f64>,
+        radii: Array1<T>,
+    ) -> Result<Self, Error> {
+        let inner = (0..signs.len()).map(|i| T::from_f64(signs[i] * norm(i % head_dim, head_dim))).collect();
+        let outer = radii
+            .iter()
+            .enumerate()
+            .map(|(i, r)| *r * T::from_f64(norm(i % directions % head_dim, head_dim)))
+            .collect();
+        let weights = Weights::ones(radii.len());
+        let cast = |x: Vec<f64>| x.into_iter().map(T::from_f64).collect();
+        let kind = Kind::Softmax { seed, directions, mixing: cast(mixing), signs: cast(signs), inner, outer, weights };
+        Ok(Self { head_dim, radii, transform: T::plan_dct(head_dim), kind })
+    }
+
+    /// The map of the released DiJiang code:
+    ///
+    /// ```text
+    /// φ(x) = softmax(x C diag(t)),    φ(x)_i = exp(t_i (Cᵀx)_i) / Σ_l exp(t_l (Cᵀx)_l)
+    /// ```
+    ///
+    /// with one radius `t_i` for each of the `head_dim` features. The released code takes normal quantiles of uniform
+    /// numbers and *raw* queries and keys: use it with [`with_scale(1.0)`](crate::LinearAttention::with_scale). It does
+    /// not estimate `exp(x·y)`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if there are no radii, [`Error::NotFinite`] if one is NaN or infinite.
+    pub fn official(radii: Array1<T>) -> Result<Self, Error> {
+        let head_dim = radii.len();
+        check::features(head_dim, head_dim)?;
+        check::finite("radii", radii.view().insert_axis(ndarray::Axis(0)))?;
+        // rustdct's DCT-III halves its first input.
+        let first = |j| if j == 0 { 2.0 } else { 1.0 };
+        let norms = (0..head_dim).map(|j| T::from_f64(first(j) * norm(j, head_dim))).collect();
+        Ok(Self { head_dim, radii, transform: T::plan_dct(head_dim), kind: Kind::Official { norms } })
+    }
+
+    /// The same directions with other radii, and D = 1 again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if the radii are antithetic and the number of features is odd, [`Error::Unsupported`] for
+    /// the official map, whose radii are given.
+    pub fn with_radii(self, radii: Radii) -> Result<Self, Error> {
+        match self.kind {
+            Kind::Softmax { seed, .. } => Self::seeded(self.head_dim, self.radii.len(), seed, radii),
+            Kind::Official { .. } => Err(Error::Unsupported {
+                what: "choosing radii of the official map",
+                why: "pass them to `DctFeatures::official`",
+            }),
+        }
+    }
+
+    /// Sets the weights D of the features, see [`fit_weights`](crate::fit_weights).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is negative or not finite, or all
+    /// are zero, [`Error::Unsupported`] for the official map, which has none.
+    pub fn with_weights(mut self, new: Array1<T>) -> Result<Self, Error> {
+        match &mut self.kind {
+            Kind::Softmax { weights, .. } => *weights = Weights::new(self.radii.len(), new)?,
+            Kind::Official { .. } => {
+                return Err(Error::Unsupported {
+                    what: "weighting the official map",
+                    why: "it has no weights; use `DctFeatures::new`",
+                });
+            }
+        }
+        Ok(self)
+    }
+
+    /// The radii `[num_features]`, in the order of the features.
+    #[must_use]
+    pub fn radii(&self) -> &Array1<T> {
+        &self.radii
+    }
+
+    /// The weights D `[num_features]`; all one for the official map.
+    #[must_use]
+    pub fn weights(&self) -> Array1<T> {
+        match &self.kind {
+            Kind::Softmax { weights, .. } => weights.weights.clone(),
+            Kind::Official { .. } => Array1::ones(self.head_dim),
+        }
+    }
+
+    /// The matrix `[num_features, head_dim]` whose rows are the ω of the features, `ω_i·x` being the exponent; for the
+    /// official map, `t_i` times column `i` of C.
+    #[must_use]
+    pub fn projection(&self) -> Array2<T> {
+        let mut projection = Array2::zeros((self.radii.len(), self.head_dim));
+        let mut scratch = Scratch::new(self);
+        let mut logits = vec![T::zero(); self.radii.len()];
+        let mut unit = Array1::zeros(self.head_dim);
+        for j in 0..self.head_dim {
+            unit.fill(T::zero());
+            unit[j] = T::one();
+            self.logits(unit.view(), &mut logits, &mut scratch);
+            projection.column_mut(j).iter_mut().zip(&logits).for_each(|(w, &logit)| *w = logit);
+        }
+        projection
+    }
+
+    /// ω_i·x of every feature.
+    fn logits(&self, x: ndarray::ArrayView1<'_, T>, logits: &mut [T], scratch: &mut Scratch<T>) {
+        let Scratch { mixed, block, transform } = scratch;
+        match &self.kind {
+            Kind::Softmax { directions, mixing, inner, outer, .. } => {
+                for ((y, &x), &sign) in mixed.iter_mut().zip(x).zip(mixing) {
+                    *y = x * sign;
+                }
+                T::dct2(&self.transform, mixed, transform);
+                for (b, inner) in inner.chunks_exact(self.head_dim).enumerate() {
+                    for ((z, &y), &factor) in block.iter_mut().zip(&*mixed).zip(inner) {
+                        *z = y * factor;
+                    }
+                    T::dct2(&self.transform, block, transform);
+                    for (logits, outer) in logits.chunks_exact_mut(*directions).zip(outer.chunks_exact(*directions)) {
+                        let first = b * self.head_dim;
+                        let last = (*directions).min(first + self.head_dim);
+                        for ((logit, &z), &factor) in
+                            logits[first..last].iter_mut().zip(&*block).zip(&outer[first..last])
+                        {
+                            *logit = z * factor;
+                        }
+                    }
+                }
+            }
+            Kind::Official { norms } => {
+                for ((y, &x), &norm) in block.iter_mut().zip(x).zip(norms) {
+                    *y = x * norm;
+                }
+                T::dct3(&self.transform, block, transform);
+                for ((logit, &y), &radius) in logits.iter_mut().zip(&*block).zip(&self.radii) {
+                    *logit = y * radius;
+                }
+            }
+        }
+    }
+}
+
+/// Working memory of the transforms.
+struct Scratch<T> {
+    mixed: Vec<T>,
+    block: Vec<T>,
+    transform: Vec<T>,
+}
+
+impl<T: Scalar> Scratch<T> {
+    fn new(map: &DctFeatures<T>) -> Self {
+        let zeros = |n| vec![T::zero(); n];
+        Self { mixed: zeros(map.head_dim), block: zeros(map.head_dim), transform: zeros(map.transform.scratch_len) }
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for DctFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.radii.len()
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        check_map(self.head_dim, self.radii.len(), x, &values, &log_scale)?;
+        let mut scratch = Scratch::new(self);
+        map_rows(x, values, log_scale, |x, values| {
+            self.logits(x, values, &mut scratch);
+            match &self.kind {
+                Kind::Softmax { weights, .. } => exponentiate(x, &weights.bias, values),
+                Kind::Official { .. } => {
+                    let largest = kernel::max(values);
+                    values.iter_mut().for_each(|value| *value -= largest);
+                    T::exp_slice(values);
+                    let total = kernel::sum(values);
+                    kernel::scale(values, total.recip());
+                    // NaN if a logit overflowed
+                    total.ln() * T::zero()
+                }
+            }
+        })
+    }
+}
+
+impl<T: PartialEq> PartialEq for DctFeatures<T> {
+    fn eq(&self, other: &Self) -> bool {
+        let kinds = match (&self.kind, &other.kind) {
+            (
+                Kind::Softmax { directions: d1, mixing: m1, signs: s1, weights: w1, .. },
+                Kind::Softmax { directions: d2, mixing: m2, signs: s2, weights: w2, .. },
+            ) => d1 == d2 && m1 == m2 && s1 == s2 && w1 == w2,
+            (Kind::Official { .. }, Kind::Official { .. }) => true,
+            _ => false,
+        };
+        kinds && self.head_dim == other.head_dim && self.radii == other.radii
+    }
+}
+
+/// What is saved: everything random, so that a later release restores the same map.
+#[cfg(feature = "serde")]
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
+enum Parts<T> {
+    Softmax { seed: u64, directions: usize, mixing: Vec<i8>, signs: Vec<i8>, radii: Vec<T>, weights: Vec<T> },
+    Official { radii: Vec<T> },
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> From<DctFeatures<T>> for Parts<T> {
+    fn from(map: DctFeatures<T>) -> Self {
+        let radii = map.radii.to_vec();
+        let sign = |s: T| if s > T::zero() { 1 } else { -1 };
+        match map.kind {
+            Kind::Softmax { seed, directions, mixing, signs, weights, .. } => Self::Softmax {
+                seed,
+                directions,
+                mixing: mixing.into_iter().map(sign).collect(),
+                signs: signs.into_iter().map(sign).collect(),
+                radii,
+                weights: weights.weights.to_vec(),
+            },
+            Kind::Official { .. } => Self::Official { radii },
+        }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<Parts<T>> for DctFeatures<T> {
+    type Error = Error;
+
+    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+        match parts {
+            Parts::Official { radii } => Self::official(Array1::from(radii)),
+            Parts::Softmax { seed, directions, mixing, signs, radii, weights } => {
+                let head_dim = mixing.len();
+                check::features(head_dim, radii.len())?;
+                check::at_least_one("directions", directions)?;
+                check::size("signs", "elements", directions.div_ceil(head_dim) * head_dim, signs.len())?;
+                check::size("radii", "elements", radii.len().div_ceil(directions) * directions, radii.len())?;
+                let radii = Array1::from(radii);
+                check::finite("radii", radii.view().insert_axis(ndarray::Axis(0)))?;
+                let cast = |x: Vec<i8>| x.into_iter().map(|s| f64::from(s.signum() | 1)).collect();
+                Self::assemble(head_dim, seed, directions, cast(mixing), cast(signs), radii)?
+                    .with_weights(Array1::from(weights))
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! Element-wise maps: elu + 1 and ReLU. They do not estimate `exp(x·y)`; they are here for comparison.
+
+use super::{FeatureMap, check_map, map_rows};
+use crate::{Error, Scalar, check, kernel};
+use core::marker::PhantomData;
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+
+/// Brings a row to a maximum of one at most and returns the logarithm of what was taken out.
+fn take_maximum<T: Scalar>(values: &mut [T]) -> T {
+    let largest = kernel::max(values).max(T::one());
+    kernel::scale(values, largest.recip());
+    largest.ln()
+}
+
+/// `φ(x)_i = elu(x_i) + 1`: `x + 1` for x > 0, `e^x` otherwise (Katharopoulos et al., arXiv 2006.16236, equation 7).
+///
+/// The paper's code takes raw vectors: use [`with_scale(1.0)`](crate::LinearAttention::with_scale) for that. It is a
+/// trained model's own kernel and does not aim at softmax attention.
+///
+/// ```
+/// use dijiang::{EluFeatures, FeatureMap};
+/// use ndarray::{Array1, Array2, array};
+///
+/// let map = EluFeatures::<f64>::new(2)?;
+/// let (mut values, mut log_scale) = (Array2::zeros((1, 2)), Array1::zeros(1));
+/// map.map_queries(array![[3.0, -1.0]].view(), values.view_mut(), log_scale.view_mut())?;
+/// let features = values.row(0).mapv(|value| value * log_scale[0].exp());
+/// assert!((features[0] - 4.0).abs() < 1e-14 && (features[1] - (-1f64).exp()).abs() < 1e-14);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "usize", into = "usize", bound = "T: Scalar"))]
+pub struct EluFeatures<T> {
+    head_dim: usize,
+    number: PhantomData<T>,
+}
+
+impl<T: Scalar> EluFeatures<T> {
+    /// The map of vectors of `head_dim` columns, to as many features.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        Ok(Self { head_dim, number: PhantomData })
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for EluFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.head_dim
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        check_map(self.head_dim, self.head_dim, x, &values, &log_scale)?;
+        map_rows(x, values, log_scale, |x, values| {
+            values.iter_mut().zip(x).for_each(|(value, &a)| *value = a.min(T::zero()));
+            T::exp_slice(values);
+            values.iter_mut().zip(x).for_each(|(value, &a)| *value += a.max(T::zero()));
+            take_maximum(values)
+        })
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T> From<EluFeatures<T>> for usize {
+    fn from(map: EluFeatures<T>) -> Self {
+        map.head_dim
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<usize> for EluFeatures<T> {
+    type Error = Error;
+
+    fn try_from(head_dim: usize) -> Result<Self, Error> {
+        Self::new(head_dim)
+    }
+}
+
+/// `φ(x)_i = max(0, ω_i·x) + ε`, or `max(0, x_i) + ε` without a projection (the generalised kernel of Choromanski et al.,
+/// arXiv 2009.14794, section 2.2; ε = 0.001 as in performer-pytorch).
+///
+/// ε belongs to the features: it keeps every one of them positive, so that the normaliser is never zero. It does not aim
+/// at softmax attention.
+///
+/// ```
+/// use dijiang::{FeatureMap, ReluFeatures};
+/// use ndarray::{Array1, Array2, array};
+///
+/// let map = ReluFeatures::<f64>::new(2)?.with_epsilon(0.25)?;
+/// let (mut values, mut log_scale) = (Array2::zeros((1, 2)), Array1::zeros(1));
+/// map.map_queries(array![[0.5, -1.0]].view(), values.view_mut(), log_scale.view_mut())?;
+/// assert_eq!((values.row(0).to_vec(), log_scale[0]), (vec![0.75, 0.25], 0.0));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "ReluParts<T>", into = "ReluParts<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+)]
+pub struct ReluFeatures<T> {
+    head_dim: usize,
+    projection: Option<Array2<T>>,
+    epsilon: T,
+}
+
+impl<T: Scalar> ReluFeatures<T> {
+    /// The map without a projection: `head_dim` features.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        Ok(Self { head_dim, projection: None, epsilon: T::from_f64(0.001) })
+    }
+
+    /// The map with a projection `[num_features, head_dim]`, whose rows are ω.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
+    pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
+        check::at_least_one("projection rows", projection.nrows())?;
+        check::at_least_one("projection columns", projection.ncols())?;
+        check::finite("projection", projection.view())?;
+        Ok(Self { projection: Some(projection.as_standard_layout().into_owned()), ..Self::new(projection.ncols())? })
+    }
+
+    /// Sets ε. Zero is allowed: then a query whose features meet no key's gives [`Error::Normalizer`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if it is negative or not finite.
+    pub fn with_epsilon(mut self, epsilon: f64) -> Result<Self, Error> {
+        if !(epsilon >= 0.0 && T::from_f64(epsilon).is_finite()) {
+            return Err(Error::InvalidOption {
+                which: "epsilon",
+                found: epsilon.to_string(),
+                needed: "a finite number that is not negative",
+            });
+        }
+        self.epsilon = T::from_f64(epsilon);
+        Ok(self)
+    }
+
+    fn finish(&self, values: &mut [T]) -> T {
+        for value in values.iter_mut() {
+            *value = value.max(T::zero()) + self.epsilon;
+        }
+        take_maximum(values)
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for ReluFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.projection.as_ref().map_or(self.head_dim, Array2::nrows)
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        mut values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        check_map(self.head_dim, self.num_features(), x, &values, &log_scale)?;
+        match &self.projection {
+            Some(projection) => kernel::matmul(T::one(), x, projection.t(), T::zero(), &mut values),
+            None => values.assign(&x),
+        }
+        map_rows(x, values, log_scale, |_: ArrayView1<'_, T>, values| self.finish(values))
+    }
+}
+
+/// What is saved.
+#[cfg(feature = "serde")]
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
+struct ReluParts<T> {
+    head_dim: usize,
+    projection: Option<Array2<T>>,
+    epsilon: T,
+}
+
+#[cfg(feature = "serde")]
+impl<T> From<ReluFeatures<T>> for ReluParts<T> {
+    fn from(map: ReluFeatures<T>) -> Self {
+        Self { head_dim: map.head_dim, projection: map.projection, epsilon: map.epsilon }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<ReluParts<T>> for ReluFeatures<T> {
+    type Error = Error;
+
+    fn try_from(parts: ReluParts<T>) -> Result<Self, Error> {
+        let map = match parts.projection {
+            Some(projection) => Self::from_projection(projection)?,
+            None => Self::new(parts.head_dim)?,
+        };
+        check::size("projection", "columns", parts.head_dim, map.head_dim)?;
+        // checked through f64, kept as it is
+        Ok(Self { epsilon: parts.epsilon, ..map.with_epsilon(parts.epsilon.as_f64())? })
+    }
+}

@@ -1,0 +1,158 @@
+//! FAVOR+: positive random features.
+
+use super::{FeatureMap, Weights, check_map, exponentiate, map_rows};
+use crate::{Error, Scalar, check, kernel, projection};
+use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
+
+/// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794, lemma 1):
+///
+/// ```text
+/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m,    ω_i ~ N(0, I),    D_i = 1 unless set
+/// ```
+///
+/// so that `E φ(x)·φ(y) = exp(x·y)`, exactly. The variance of the estimate is of order `e^{|x + y|²}/m`: on the heads of
+/// trained language models, where `|x + y|²` is 25 to 100, it is useless without a part that is exact.
+///
+/// ```
+/// use dijiang::{FeatureMap, Performer};
+/// use ndarray::{Array1, Array2, array};
+///
+/// let map = Performer::<f64>::new(2, 4096, 0)?;
+/// let x = array![[0.3, -0.5], [0.1, 0.7]];
+/// let (mut values, mut log_scale) = (Array2::zeros((2, 4096)), Array1::zeros(2));
+/// map.map_queries(x.view(), values.view_mut(), log_scale.view_mut())?;
+/// let estimate = values.row(0).dot(&values.row(1)) * (log_scale[0] + log_scale[1]).exp();
+/// let exact = x.row(0).dot(&x.row(1)).exp();
+/// assert!((estimate / exact - 1.0).abs() < 0.05);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+)]
+pub struct Performer<T> {
+    projection: Array2<T>,
+    weights: Weights<T>,
+}
+
+impl<T: Scalar> Performer<T> {
+    /// FAVOR+ with orthogonal projections: blocks of `head_dim` directions that are orthogonal to each other (Haar), each
+    /// with an independent length of the chi distribution.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` or `num_features` is 0.
+    pub fn new(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
+        Self::from_f64(projection::orthogonal_gaussian(head_dim, num_features, seed)?)
+    }
+
+    /// Independent `ω_i ~ N(0, I)`.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn iid(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
+        Self::from_f64(projection::gaussian(head_dim, num_features, seed)?)
+    }
+
+    /// Orthogonal projections in pairs: the second half of the features has −ω where the first has ω (the hyperbolic
+    /// features of the same paper, whose variance is never larger).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and [`Error::InvalidOption`] if `num_features` is odd.
+    pub fn hyperbolic(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
+        check::even(num_features)?;
+        let half = projection::orthogonal_gaussian(head_dim, num_features / 2, seed)?;
+        let negated = half.mapv(|w| -w);
+        Self::from_f64(concatenate![Axis(0), half, negated])
+    }
+
+    fn from_f64(projection: Array2<f64>) -> Result<Self, Error> {
+        Self::from_projection(projection.mapv(T::from_f64))
+    }
+
+    /// The map of a given projection `[num_features, head_dim]`, whose rows are ω.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
+    pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
+        check::at_least_one("projection rows", projection.nrows())?;
+        check::at_least_one("projection columns", projection.ncols())?;
+        check::finite("projection", projection.view())?;
+        let weights = Weights::ones(projection.nrows());
+        Ok(Self { projection: projection.as_standard_layout().into_owned(), weights })
+    }
+
+    /// Sets the weights D of the features, see [`fit_weights`](crate::fit_weights).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is negative or not finite, or
+    /// all are zero.
+    pub fn with_weights(mut self, weights: Array1<T>) -> Result<Self, Error> {
+        self.weights = Weights::new(self.projection.nrows(), weights)?;
+        Ok(self)
+    }
+
+    /// The projection `[num_features, head_dim]`.
+    #[must_use]
+    pub fn projection(&self) -> ArrayView2<'_, T> {
+        self.projection.view()
+    }
+
+    /// The weights D.
+    #[must_use]
+    pub fn weights(&self) -> &Array1<T> {
+        &self.weights.weights
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for Performer<T> {
+    fn head_dim(&self) -> usize {
+        self.projection.ncols()
+    }
+
+    fn num_features(&self) -> usize {
+        self.projection.nrows()
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        mut values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        check_map(self.head_dim(), self.num_features(), x, &values, &log_scale)?;
+        kernel::matmul(T::one(), x, self.projection.t(), T::zero(), &mut values);
+        map_rows(x, values, log_scale, |x, values| exponentiate(x, &self.weights.bias, values))
+    }
+}
+
+/// What is saved.
+#[cfg(feature = "serde")]
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
+struct Parts<T> {
+    projection: Array2<T>,
+    weights: Array1<T>,
+}
+
+#[cfg(feature = "serde")]
+impl<T> From<Performer<T>> for Parts<T> {
+    fn from(map: Performer<T>) -> Self {
+        Self { projection: map.projection, weights: map.weights.weights }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<Parts<T>> for Performer<T> {
+    type Error = Error;
+
+    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+        Self::from_projection(parts.projection)?.with_weights(parts.weights)
+    }
+}

@@ -1,0 +1,109 @@
+//! The second-order Taylor map: exp(s) ≈ 1 + s + s²/2.
+
+use super::{FeatureMap, check_map, map_rows};
+use crate::{Error, Scalar, check, kernel};
+use core::marker::PhantomData;
+use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
+
+/// The Taylor expansion of the exponential to second order, on all coordinates:
+///
+/// ```text
+/// φ(x) = (1, x_1, .., x_d, x_1²/√2, x_1x_2, .., x_d²/√2),    φ(x)·φ(y) = 1 + s + s²/2 = ((1 + s)² + 1)/2 ≥ ½,   s = x·y
+/// ```
+///
+/// with `(d + 1)(d + 2)/2` features (2 145 at d = 64). Single features are signed, but every weight is positive. It is
+/// exact to third order at `s = 0` and grows as s²/2 on both sides, so strongly *negative* scores get large weights: good
+/// for |s| < 1, poor for the scores of trained heads (Arora et al., Based, arXiv 2402.18668, use it on few coordinates).
+///
+/// ```
+/// use dijiang::{FeatureMap, TaylorFeatures};
+/// use ndarray::{Array1, Array2, array};
+///
+/// let map = TaylorFeatures::<f64>::new(2)?;
+/// assert_eq!(map.num_features(), 6);
+/// let x = array![[0.3, -0.5], [0.1, 0.7]];
+/// let (mut values, mut log_scale) = (Array2::zeros((2, 6)), Array1::zeros(2));
+/// map.map_queries(x.view(), values.view_mut(), log_scale.view_mut())?;
+/// let s: f64 = x.row(0).dot(&x.row(1));
+/// let estimate = values.row(0).dot(&values.row(1)) * (log_scale[0] + log_scale[1]).exp();
+/// assert!((estimate - (1.0 + s + s * s / 2.0)).abs() < 1e-15);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "usize", into = "usize", bound = "T: Scalar"))]
+pub struct TaylorFeatures<T> {
+    head_dim: usize,
+    number: PhantomData<T>,
+}
+
+impl<T: Scalar> TaylorFeatures<T> {
+    /// The map of vectors of `head_dim` columns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is so large that the features cannot be
+    /// counted.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        check::array("head_dim", head_dim.saturating_add(1), head_dim.saturating_add(2))?;
+        Ok(Self { head_dim, number: PhantomData })
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for TaylorFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        (self.head_dim + 1) * (self.head_dim + 2) / 2
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        check_map(self.head_dim, self.num_features(), x, &values, &log_scale)?;
+        let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
+        let mut unit = vec![T::zero(); self.head_dim];
+        map_rows(x, values, log_scale, |x, values| {
+            // In units of max(1, |x|_∞)² nothing overflows.
+            let size = x.iter().fold(T::one(), |m, a| m.max(a.abs()));
+            unit.iter_mut().zip(x).for_each(|(u, &a)| *u = a / size);
+            let inverse = size.recip();
+            let (constant, rest) = values.split_at_mut(1);
+            let (linear, mut rest) = rest.split_at_mut(unit.len());
+            constant[0] = inverse * inverse;
+            for (value, &u) in linear.iter_mut().zip(&unit) {
+                *value = u * inverse;
+            }
+            for (l, &u) in unit.iter().enumerate() {
+                let (row, next) = rest.split_at_mut(unit.len() - l);
+                row.fill(T::zero());
+                kernel::add_scaled(row, u, &unit[l..]);
+                row[0] *= half_root;
+                rest = next;
+            }
+            size.ln() * T::from_f64(2.0)
+        })
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T> From<TaylorFeatures<T>> for usize {
+    fn from(map: TaylorFeatures<T>) -> Self {
+        map.head_dim
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<usize> for TaylorFeatures<T> {
+    type Error = Error;
+
+    fn try_from(head_dim: usize) -> Result<Self, Error> {
+        Self::new(head_dim)
+    }
+}

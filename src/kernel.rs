@@ -1,0 +1,143 @@
+//! The inner loops: exponentials, dot products, rank-one updates, matrix products. Speed lives here and nowhere else.
+//!
+//! Loops run over slices in blocks of [`LANES`] independent accumulators, so that the compiler can vectorise them.
+//! Matrix products go through `ndarray`.
+
+pub(crate) mod exp;
+
+use crate::Scalar;
+use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+
+/// Tokens that are handled at once: the chunk of a causal sum, the tile of a softmax.
+pub(crate) const CHUNK: usize = 64;
+
+/// Accumulators of a reduction: enough for the widest vector unit at two vectors of `f32`.
+const LANES: usize = 32;
+
+/// `c = alpha·a·b + beta·c`.
+#[inline]
+pub(crate) fn matmul<T: Scalar>(
+    alpha: T,
+    a: ArrayView2<'_, T>,
+    b: ArrayView2<'_, T>,
+    beta: T,
+    c: &mut ArrayViewMut2<'_, T>,
+) {
+    general_mat_mul(alpha, &a, &b, beta, c);
+}
+
+/// Σ f(xᵢ) over independent accumulators.
+#[inline(always)]
+fn reduce<T: Scalar>(x: &[T], start: T, lane: impl Fn(T, T) -> T) -> T {
+    let mut sums = [start; LANES];
+    let mut blocks = x.chunks_exact(LANES);
+    for block in &mut blocks {
+        for (s, &a) in sums.iter_mut().zip(block) {
+            *s = lane(*s, a);
+        }
+    }
+    let mut total = start;
+    for &a in blocks.remainder() {
+        total = lane(total, a);
+    }
+    for s in sums {
+        total = lane(total, s);
+    }
+    total
+}
+
+/// Σ xᵢ.
+#[inline]
+pub(crate) fn sum<T: Scalar>(x: &[T]) -> T {
+    reduce(x, T::zero(), |s, a| s + a)
+}
+
+/// max xᵢ, or −∞ of nothing.
+#[inline]
+pub(crate) fn max<T: Scalar>(x: &[T]) -> T {
+    reduce(x, T::neg_infinity(), |s, a| if a > s { a } else { s })
+}
+
+/// max |xᵢ|, or 0 of nothing; NaN is passed over.
+#[inline]
+pub(crate) fn max_abs<T: Scalar>(x: &[T]) -> T {
+    reduce(x, T::zero(), |s, a| if a.abs() > s { a.abs() } else { s })
+}
+
+/// Whether every element is finite.
+#[inline]
+pub(crate) fn all_finite<T: Scalar>(x: &[T]) -> bool {
+    // x·0 is 0 for finite x and NaN otherwise
+    reduce(x, T::zero(), |s, a| s + a * T::zero()) == T::zero()
+}
+
+/// Σ xᵢyᵢ.
+#[inline]
+pub(crate) fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
+    let mut sums = [T::zero(); LANES];
+    let mut xs = x.chunks_exact(LANES);
+    let mut ys = y.chunks_exact(LANES);
+    for (a, b) in (&mut xs).zip(&mut ys) {
+        for ((s, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *s += a * b;
+        }
+    }
+    let mut total = T::zero();
+    for (&a, &b) in xs.remainder().iter().zip(ys.remainder()) {
+        total += a * b;
+    }
+    for s in sums {
+        total += s;
+    }
+    total
+}
+
+/// `x *= factor`.
+#[inline]
+pub(crate) fn scale<T: Scalar>(x: &mut [T], factor: T) {
+    for a in x {
+        *a *= factor;
+    }
+}
+
+/// `y += factor·x`.
+#[inline]
+pub(crate) fn add_scaled<T: Scalar>(y: &mut [T], factor: T, x: &[T]) {
+    for (b, &a) in y.iter_mut().zip(x) {
+        *b += factor * a;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reductions_agree_with_plain_loops_at_every_size() {
+        for n in 0..130_u32 {
+            let x: Vec<f64> = (0..n).map(|i| (f64::from(i) * 0.7).sin()).collect();
+            let y: Vec<f64> = (0..n).map(|i| (f64::from(i) * 1.3).cos()).collect();
+            let plain: f64 = x.iter().sum();
+            assert!((sum(&x) - plain).abs() < 1e-12);
+            let plain: f64 = x.iter().zip(&y).map(|(a, b)| a * b).sum();
+            assert!((dot(&x, &y) - plain).abs() < 1e-12);
+            assert_eq!(max(&x), x.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+            assert_eq!(max_abs(&x), x.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
+            assert!(all_finite(&x));
+        }
+    }
+
+    #[test]
+    fn all_finite_sees_every_position() {
+        for n in 1..70 {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                for at in 0..n {
+                    let mut x = vec![1.0_f32; n];
+                    x[at] = bad;
+                    assert!(!all_finite(&x), "{bad} at {at} of {n}");
+                }
+            }
+        }
+        assert!(all_finite(&[f32::MAX, f32::MIN_POSITIVE / 4.0, -0.0]));
+    }
+}

@@ -1,0 +1,207 @@
+//! Memories answer queries with partial sums, and partial sums merge exactly.
+
+mod exact;
+mod linear;
+
+pub use exact::ExactMemory;
+pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
+pub use linear::LinearMemory;
+pub(crate) use linear::{Readout, Workspace};
+
+use crate::{Error, Scalar, check, kernel};
+use core::fmt::Debug;
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
+
+/// What a set of tokens answers to `n` queries: for each a numerator (`value_dim` numbers), a denominator and one log
+/// scale.
+///
+/// ```text
+/// e^{log_scale}·(numerator, denominator) = Σ_j w(q, k_j)·(v_j, 1)
+/// ```
+///
+/// Partial sums of disjoint sets of tokens merge exactly, in any order: both are brought to the larger log scale and
+/// added. Nothing overflows, whatever the weights.
+///
+/// ```
+/// use dijiang::{Attention, ExactMemory, Mask, Memory, Partial, SoftmaxAttention};
+/// use ndarray::{Array2, s};
+///
+/// let x = Array2::from_shape_fn((6, 4), |(i, j)| ((i * 4 + j) as f64).sin());
+/// let scale = 0.5;
+/// let mut answer = Partial::new(6, 4)?;
+/// for half in [0..2, 2..6] {
+///     let mut memory = ExactMemory::new(4, 4, scale)?;
+///     memory.absorb(x.slice(s![half.clone(), ..]), x.slice(s![half, ..]))?;
+///     memory.read(x.view(), &mut answer)?; // merges
+/// }
+/// let mut out = Array2::zeros((6, 4));
+/// answer.normalize_into(out.view_mut())?;
+/// let whole = SoftmaxAttention::new(4)?.with_scale(scale).forward(x.view(), x.view(), x.view(), Mask::Full)?;
+/// assert!((out - whole).iter().all(|e| e.abs() < 1e-14));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct Partial<T> {
+    pub(crate) numerator: Array2<T>,
+    pub(crate) denominator: Array1<T>,
+    pub(crate) log_scale: Array1<T>,
+}
+
+impl<T: Scalar> Partial<T> {
+    /// The answer of no tokens at all to `queries` queries: zero sums at log scale −∞.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `value_dim` is 0.
+    pub fn new(queries: usize, value_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("value_dim", value_dim)?;
+        Ok(Self {
+            numerator: Array2::zeros((queries, value_dim)),
+            denominator: Array1::zeros(queries),
+            log_scale: Array1::from_elem(queries, T::neg_infinity()),
+        })
+    }
+
+    /// Back to the answer of no tokens.
+    pub fn reset(&mut self) {
+        self.numerator.fill(T::zero());
+        self.denominator.fill(T::zero());
+        self.log_scale.fill(T::neg_infinity());
+    }
+
+    /// The numerators `[n, value_dim]`, in units of `e^{log_scale}`.
+    #[must_use]
+    pub fn numerator(&self) -> ArrayView2<'_, T> {
+        self.numerator.view()
+    }
+
+    /// The denominators `[n]`, in units of `e^{log_scale}`.
+    #[must_use]
+    pub fn denominator(&self) -> ArrayView1<'_, T> {
+        self.denominator.view()
+    }
+
+    /// The log scales `[n]`; −∞ where no token has been seen.
+    #[must_use]
+    pub fn log_scale(&self) -> ArrayView1<'_, T> {
+        self.log_scale.view()
+    }
+
+    /// `ln Σ_j w(q, k_j)` of each query: `ln denominator + log_scale`.
+    #[must_use]
+    pub fn log_normalizer(&self) -> Array1<T> {
+        ndarray::Zip::from(&self.denominator).and(&self.log_scale).map_collect(|d, l| d.ln() + *l)
+    }
+
+    /// Adds the sums of other tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `other` has another number of queries or values.
+    pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
+        check::size("other", "rows", self.numerator.nrows(), other.numerator.nrows())?;
+        check::size("other", "columns", self.numerator.ncols(), other.numerator.ncols())?;
+        for i in 0..self.denominator.len() {
+            let numerator = other.numerator.row(i);
+            self.add(i, numerator.as_slice().unwrap_or_default(), other.denominator[i], other.log_scale[i]);
+        }
+        Ok(())
+    }
+
+    /// Adds one row of sums.
+    pub(crate) fn add(&mut self, row: usize, numerator: &[T], denominator: T, log_scale: T) {
+        if log_scale == T::neg_infinity() {
+            return;
+        }
+        let common = self.log_scale[row].max(log_scale);
+        let (old, new) = ((self.log_scale[row] - common).exp(), (log_scale - common).exp());
+        let mut sums = self.numerator.row_mut(row);
+        if let Some(sums) = sums.as_slice_mut() {
+            if old != T::one() {
+                kernel::scale(sums, old);
+            }
+            kernel::add_scaled(sums, new, numerator);
+        }
+        self.denominator[row] = self.denominator[row] * old + denominator * new;
+        self.log_scale[row] = common;
+    }
+
+    /// Writes numerator / denominator of each query to `out [n, value_dim]`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `out` has another shape, [`Error::Normalizer`] if a denominator is zero or too small to
+    /// divide by, [`Error::Overflow`] if a sum is not finite. The content of `out` is then unspecified.
+    pub fn normalize_into(&self, mut out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        check::size("out", "rows", self.numerator.nrows(), out.nrows())?;
+        check::size("out", "columns", self.numerator.ncols(), out.ncols())?;
+        self.write(0, true, &mut out)
+    }
+
+    /// Writes the first rows of the sums to `out`, normalised or in absolute terms; errors count rows from `first_row`.
+    pub(crate) fn write(
+        &self,
+        first_row: usize,
+        normalized: bool,
+        out: &mut ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        for (i, mut target) in out.outer_iter_mut().enumerate() {
+            let denominator = self.denominator[i];
+            let factor =
+                if normalized { divisor(denominator, first_row + i)?.recip() } else { self.log_scale[i].exp() };
+            let mut good = true;
+            for (o, &sum) in target.iter_mut().zip(self.numerator.row(i)) {
+                *o = sum * factor;
+                good &= o.is_finite();
+            }
+            if !good {
+                return Err(Error::Overflow { which: "the weighted sum of values", row: first_row + i });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A denominator that can be divided by: finite, and large enough for its terms to have kept their digits.
+pub(crate) fn divisor<T: Scalar>(denominator: T, row: usize) -> Result<T, Error> {
+    if !denominator.is_finite() {
+        return Err(Error::Overflow { which: "the normaliser", row });
+    }
+    // Terms below the smallest normal number are lost; a thousand of them stay below one unit of this.
+    let smallest = T::min_positive_value() / T::epsilon() * T::from_f64(1024.0);
+    if denominator.abs() < smallest { Err(Error::Normalizer { row }) } else { Ok(denominator) }
+}
+
+/// A set of tokens that absorbs (key, value) pairs and answers queries with partial sums.
+///
+/// An exact memory keeps the pairs, a linear memory a sum of features; several memories under one normaliser make a
+/// hybrid. Implement it to bring a memory of your own.
+pub trait Memory<T: Scalar>: Debug + Send {
+    /// Takes `k [n, d]` and `v [n, value_dim]` in.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Overflow`]. The memory is then unchanged.
+    fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error>;
+
+    /// Merges this memory's sums for the queries `q [n, d]` into `answer`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Overflow`]. The content of `answer` is then unspecified.
+    fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error>;
+
+    /// Tokens absorbed so far.
+    fn len(&self) -> usize;
+
+    /// Whether no token has been absorbed.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The size of the memory now, in numbers of type `T`.
+    fn state_floats(&self) -> usize;
+
+    /// Forgets every token.
+    fn reset(&mut self);
+}
