@@ -1,0 +1,273 @@
+//! What the tests share: random input, naive oracles written for reading, tolerances in units of epsilon, golden files,
+//! and the list of every kernel and every map.
+#![allow(dead_code)]
+
+pub mod checker;
+
+use dijiang::{
+    Attention, DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii, RadiusPoints,
+    ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
+};
+use ndarray::{Array1, Array2, ArrayView2};
+use std::sync::Arc;
+
+/// Standard normal numbers times `size`, `[n, d]`.
+pub fn normal<T: Scalar>(n: usize, d: usize, size: f64, seed: u64) -> Array2<T> {
+    if n == 0 {
+        return Array2::zeros((0, d));
+    }
+    let x = Performer::<f64>::iid(d, n, seed).unwrap();
+    x.projection().mapv(|x| T::from_f64(x * size))
+}
+
+/// Queries, keys and values of `n` tokens, with `|x|` of about `size·√d`.
+pub fn tokens<T: Scalar>(n: usize, d: usize, dv: usize, size: f64, seed: u64) -> [Array2<T>; 3] {
+    [normal(n, d, size, 3 * seed), normal(n, d, size, 3 * seed + 1), normal(n, dv, 1.0, 3 * seed + 2)]
+}
+
+pub fn wide<T: Scalar>(x: &Array2<T>) -> Array2<f64> {
+    x.mapv(|x| x.as_f64())
+}
+
+/// Keys that query `t` sees.
+pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
+    if mask == Mask::Causal { t + 1 } else { keys }
+}
+
+/// Softmax attention as the formula stands, in f64.
+pub fn naive_softmax(q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, scale: f64, mask: Mask) -> Array2<f64> {
+    let mut out = Array2::zeros((q.nrows(), v.ncols()));
+    for t in 0..q.nrows() {
+        let seen = visible(mask, t, k.nrows());
+        let scores: Vec<f64> = (0..seen).map(|j| scale * q.row(t).dot(&k.row(j))).collect();
+        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for (j, w) in weights.iter().enumerate() {
+            out.row_mut(t).scaled_add(w / total, &v.row(j));
+        }
+    }
+    out
+}
+
+/// The logarithms and signs of `φ(√scale·x)`, row by row, in f64.
+pub fn features(map: &dyn FeatureMap<f64>, x: &Array2<f64>, scale: f64, keys: bool) -> (Array2<f64>, Array1<f64>) {
+    let mut values = Array2::from_elem((x.nrows(), map.num_features()), f64::NAN);
+    let mut log_scale = Array1::from_elem(x.nrows(), f64::NAN);
+    let x = x * scale.sqrt();
+    if keys {
+        map.map_keys(x.view(), values.view_mut(), log_scale.view_mut()).unwrap();
+    } else {
+        map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).unwrap();
+    }
+    (values, log_scale)
+}
+
+/// Linear attention as the formula stands, pair by pair, in f64.
+pub fn naive_linear(
+    map: &dyn FeatureMap<f64>,
+    [q, k, v]: [&Array2<f64>; 3],
+    scale: f64,
+    mask: Mask,
+    normalized: bool,
+) -> Array2<f64> {
+    let (fq, lq) = features(map, q, scale, false);
+    let (fk, lk) = features(map, k, scale, true);
+    let mut out = Array2::zeros((q.nrows(), v.ncols()));
+    for t in 0..q.nrows() {
+        let seen = visible(mask, t, k.nrows());
+        let largest = (0..seen).map(|j| lk[j]).fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = (0..seen).map(|j| fq.row(t).dot(&fk.row(j)) * (lk[j] - largest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let factor = if normalized { 1.0 / total } else { (lq[t] + largest).exp() };
+        for (j, w) in weights.iter().enumerate() {
+            out.row_mut(t).scaled_add(w * factor, &v.row(j));
+        }
+    }
+    out
+}
+
+/// Fails unless `|a − b| ≤ units·ε·max|b|` everywhere; says where it is worst.
+#[track_caller]
+pub fn assert_close<T: Scalar>(what: &str, a: &Array2<T>, b: &Array2<f64>, units: f64) {
+    assert_eq!(a.dim(), b.dim(), "{what}: shapes");
+    let size = b.iter().fold(0.0_f64, |m, x| m.max(x.abs())).max(f64::MIN_POSITIVE);
+    let mut worst = (0.0, (0, 0));
+    for (at, (x, y)) in a.indexed_iter().map(|(at, x)| (at, (x.as_f64(), b[at]))) {
+        let error = (x - y).abs() / size / T::epsilon().as_f64();
+        if error > worst.0 || error.is_nan() {
+            worst = (if error.is_nan() { f64::INFINITY } else { error }, at);
+        }
+    }
+    let (units_found, at) = worst;
+    assert!(
+        units_found <= units,
+        "{what}: {units_found:.1} units of epsilon ({}) at {at:?}, allowed {units}: {} instead of {}",
+        T::NAME,
+        a[at],
+        b[at]
+    );
+}
+
+/// One kernel of the crate, in both number types, with what it promises.
+pub struct Subject {
+    pub name: String,
+    pub head_dim: usize,
+    pub f64: Arc<dyn Attention<f64>>,
+    pub f32: Arc<dyn Attention<f32>>,
+    /// The map in f64 and whether its outputs are normalised; `None` for softmax.
+    pub map: Option<(Arc<dyn FeatureMap<f64>>, bool)>,
+    /// Weights are positive: outputs stay in the hull of the values.
+    pub positive: bool,
+    pub scale: f64,
+}
+
+/// A map in one number type by its name.
+pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn FeatureMap<T>> {
+    let even = m.div_ceil(2) * 2;
+    match name {
+        "performer" => Arc::new(Performer::new(d, m, seed).unwrap()),
+        "performer-iid" => Arc::new(Performer::iid(d, m, seed).unwrap()),
+        "performer-hyperbolic" => Arc::new(Performer::hyperbolic(d, even, seed).unwrap()),
+        "dct" => Arc::new(DctFeatures::new(d, m, seed).unwrap()),
+        "dct-antithetic" => Arc::new(DctFeatures::new(d, even, seed).unwrap().with_radii(Radii::Antithetic).unwrap()),
+        "dct-normal" => Arc::new(DctFeatures::new(d, m, seed).unwrap().with_radii(Radii::Normal).unwrap()),
+        "official" => Arc::new(official(d, seed)),
+        "wpff" => Arc::new(Wpff::new(d, m, seed).unwrap()),
+        "wpff-sobol" => {
+            Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap())
+        }
+        "wpff-weighted" => {
+            let weights = Array1::from_shape_fn(m, |i| T::from_f64([0.0, 0.5, 1.0, 2.0][i % 4]));
+            let weights = if m == 1 { Array1::ones(1) } else { weights };
+            Arc::new(Wpff::new(d, m, seed).unwrap().with_weights(weights).unwrap())
+        }
+        "taylor" => Arc::new(TaylorFeatures::new(d).unwrap()),
+        "elu" => Arc::new(EluFeatures::new(d).unwrap()),
+        "relu" => Arc::new(ReluFeatures::new(d).unwrap()),
+        "relu-projected" => Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap()),
+        _ => panic!("no map {name}"),
+    }
+}
+
+pub const MAPS: [&str; 14] = [
+    "performer",
+    "performer-iid",
+    "performer-hyperbolic",
+    "dct",
+    "dct-antithetic",
+    "dct-normal",
+    "official",
+    "wpff",
+    "wpff-sobol",
+    "wpff-weighted",
+    "taylor",
+    "elu",
+    "relu",
+    "relu-projected",
+];
+
+/// The released code's map, with radii drawn as it draws them.
+pub fn official<T: Scalar>(d: usize, seed: u64) -> DctFeatures<T> {
+    let radii = normal::<f64>(1, d, 1.0, seed).row(0).mapv(T::from_f64);
+    DctFeatures::official(radii).unwrap()
+}
+
+/// Every kernel of the crate.
+pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
+    let default = 1.0 / (d as f64).sqrt();
+    let mut all = vec![Subject {
+        name: format!("softmax d={d}"),
+        head_dim: d,
+        f64: Arc::new(SoftmaxAttention::new(d).unwrap()),
+        f32: Arc::new(SoftmaxAttention::new(d).unwrap()),
+        map: None,
+        positive: true,
+        scale: default,
+    }];
+    for name in MAPS {
+        for normalized in [true, false] {
+            let (wide, narrow) = (map::<f64>(name, d, m, 5), map::<f32>(name, d, m, 5));
+            let scale = if name == "official" { 1.0 } else { default };
+            let build = |unnormalized| if unnormalized { " unnormalized" } else { "" };
+            let (a, b) = (LinearAttention::new(wide.clone()), LinearAttention::new(narrow));
+            let (a, b) = if normalized { (a, b) } else { (a.unnormalized(), b.unnormalized()) };
+            all.push(Subject {
+                name: format!("{name}{} d={d} m={}", build(!normalized), wide.num_features()),
+                head_dim: d,
+                f64: Arc::new(a.with_scale(scale)),
+                f32: Arc::new(b.with_scale(scale)),
+                map: Some((wide, normalized)),
+                positive: true,
+                scale,
+            });
+        }
+    }
+    all
+}
+
+impl Subject {
+    pub fn normalized(&self) -> bool {
+        self.map.as_ref().is_none_or(|(_, normalized)| *normalized)
+    }
+
+    /// The kernel's formula, naively, in f64.
+    pub fn oracle(&self, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, mask: Mask) -> Array2<f64> {
+        match &self.map {
+            None => naive_softmax(q, k, v, self.scale, mask),
+            Some((map, normalized)) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
+        }
+    }
+}
+
+/// A golden file.
+pub fn golden(name: &str) -> serde_json::Value {
+    let path = format!("{}/tests/data/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+pub fn vector(value: &serde_json::Value) -> Array1<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+pub fn matrix(value: &serde_json::Value) -> Array2<f64> {
+    let rows: Vec<Array1<f64>> = value.as_array().unwrap().iter().map(vector).collect();
+    Array2::from_shape_fn((rows.len(), rows[0].len()), |(i, j)| rows[i][j])
+}
+
+/// One head of the embedded file.
+pub struct Head {
+    pub name: &'static str,
+    pub mask: Mask,
+    pub test: [Array2<f64>; 3],
+    pub calibration: [Array2<f64>; 3],
+}
+
+/// The heads of `data/heads.safetensors`.
+pub fn heads() -> Vec<Head> {
+    let bytes = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/data/heads.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let read = |name: String| -> Array2<f64> {
+        let tensor = file.tensor(&name).unwrap();
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F32);
+        let numbers: Vec<f64> =
+            tensor.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect();
+        Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), numbers).unwrap()
+    };
+    ["L00H4", "L11H5", "L17H4", "L29H2", "M02H3"]
+        .into_iter()
+        .map(|name| Head {
+            name,
+            mask: if name.starts_with('L') { Mask::Causal } else { Mask::Full },
+            test: ["q", "k", "v"].map(|x| read(format!("{name}/test/{x}"))),
+            calibration: ["q", "k", "v"].map(|x| read(format!("{name}/calibration/{x}"))),
+        })
+        .collect()
+}
+
+/// A view as a user of another layout has it: every second row and column of a larger array, reversed twice.
+pub fn strided<T: Scalar>(x: ArrayView2<'_, T>) -> Array2<T> {
+    let mut large = Array2::from_elem((2 * x.nrows(), 3 * x.ncols()), T::nan());
+    large.slice_mut(ndarray::s![..;2, ..;3]).assign(&x);
+    large
+}
