@@ -1,0 +1,77 @@
+//! On the heads of trained models: the errors that independent programs found for the same methods.
+
+mod common;
+
+use common::{Head, golden, heads, map};
+use dijiang::fidelity::Reference;
+use dijiang::{FeatureMap, LinearAttention};
+use std::sync::Arc;
+
+fn reference(head: &Head) -> Reference<f64> {
+    let [q, k, v] = &head.test;
+    Reference::new(q.view(), k.view(), v.view(), head.mask).unwrap()
+}
+
+#[test]
+fn uniform_attention_has_the_known_error() {
+    let known = golden("reference_errors");
+    for head in heads() {
+        let found = reference(&head).compare(&dijiang::SoftmaxAttention::new(head.test[0].ncols()).unwrap()).unwrap();
+        let expected = known["heads"][head.name]["errors"]["uniform"].as_f64().unwrap();
+        assert!((found.uniform_error / expected - 1.0).abs() < 1e-8, "{}: {found:?} {expected}", head.name);
+        assert!(found.output_error < 1e-12, "{}: {found:?}", head.name);
+    }
+}
+
+/// Rows of random maps can be compared in law only: the median over our seeds lies within the spread of the five known
+/// seeds, widened by half of it on each side.
+#[test]
+fn random_maps_have_the_known_errors() {
+    let known = golden("reference_errors");
+    for head in heads() {
+        let d = head.test[0].ncols();
+        let reference = reference(&head);
+        for (row, name, m) in [
+            ("favor_m64", "performer", 64),
+            ("favor_m256", "performer", 256),
+            ("dct_chi_m64", "dct", 64),
+            ("dct_pm_sqrtd_m128", "dct-antithetic", 128),
+            ("official_dijiang", "official", d),
+        ] {
+            let mut errors: Vec<f64> = (0..7)
+                .map(|seed| {
+                    let map: Arc<dyn FeatureMap<f64>> = map(name, d, m, seed);
+                    let kernel = LinearAttention::new(map);
+                    let kernel = if name == "official" { kernel.with_scale(1.0) } else { kernel };
+                    reference.output_error(&kernel).unwrap()
+                })
+                .collect();
+            errors.sort_by(f64::total_cmp);
+            let seeds = common::vector(&known["heads"][head.name]["errors"][row]["seeds"]);
+            let low = seeds.fold(f64::INFINITY, |m, &x| m.min(x));
+            let high = seeds.fold(f64::NEG_INFINITY, |m, &x| m.max(x));
+            let slack = 0.5 * (high - low) + 0.01 * low;
+            assert!(
+                errors[3] > low - slack && errors[3] < high + slack,
+                "{} {row}: {errors:?}, known {low} to {high}",
+                head.name
+            );
+        }
+    }
+}
+
+/// The honest result: no map without training beats uniform attention by much on any of these heads.
+#[test]
+fn feature_maps_alone_do_not_imitate_trained_heads() {
+    for head in heads() {
+        let d = head.test[0].ncols();
+        let reference = reference(&head);
+        for name in ["performer", "dct", "dct-antithetic", "wpff", "wpff-sobol"] {
+            let mut errors: Vec<f64> = (0..3)
+                .map(|seed| reference.output_error(&LinearAttention::new(map::<f64>(name, d, 256, seed))).unwrap())
+                .collect();
+            errors.sort_by(f64::total_cmp);
+            assert!(errors[1] > 0.7, "{} {name}: {errors:?}: rewrite the docs", head.name);
+        }
+    }
+}
