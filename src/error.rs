@@ -87,6 +87,16 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// The same error of a chunk that began at `first_row`: rows count from the beginning of the call.
+    pub(crate) fn in_chunk(mut self, first_row: usize) -> Self {
+        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } = &mut self {
+            *row += first_row;
+        }
+        self
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

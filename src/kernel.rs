@@ -108,6 +108,18 @@ pub(crate) fn add_scaled<T: Scalar>(y: &mut [T], factor: T, x: &[T]) {
     }
 }
 
+/// `sum += factor·x` with the rounding error of every addition carried in `low` (Kahan, 1965), so that the error does
+/// not grow with the number of additions.
+#[inline]
+pub(crate) fn add_compensated<T: Scalar>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
+    for ((s, c), &a) in sum.iter_mut().zip(low).zip(x) {
+        let addend = factor * a + *c;
+        let total = *s + addend;
+        *c = addend - (total - *s);
+        *s = total;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,6 +137,15 @@ mod tests {
             assert_eq!(max_abs(&x), x.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
             assert!(all_finite(&x));
         }
+    }
+
+    #[test]
+    fn compensated_sums_do_not_stall() {
+        let (mut sum, mut low) = ([16_777_216.0_f32], [0.0]); // 2^24: adding 1 changes nothing in f32
+        for _ in 0..1000 {
+            add_compensated(&mut sum, &mut low, 0.5, &[2.0]);
+        }
+        assert_eq!(sum[0], 16_778_216.0);
     }
 
     #[test]

@@ -70,7 +70,9 @@ fn biased_maps_are_biased_as_the_docs_say() {
 #[test]
 fn error_falls_with_the_number_of_features() {
     for d in [8, 64] {
-        for name in ["performer", "performer-iid", "performer-hyperbolic", "dct", "dct-antithetic", "wpff", "wpff-sobol"] {
+        for name in
+            ["performer", "performer-iid", "performer-hyperbolic", "dct", "dct-antithetic", "wpff", "wpff-sobol"]
+        {
             let errors = [d / 2, 2 * d, 16 * d].map(|m| mean_error(name, d, m, 1.0));
             assert!(errors[0] > errors[1] && errors[1] > errors[2], "{name} d={d}: {errors:?}");
         }
@@ -89,7 +91,8 @@ fn slopes_are_those_of_monte_carlo() {
         ("wpff", -0.65, -0.35),
         ("wpff-sobol", -0.85, -0.4),
     ] {
-        let rate = dijiang::fidelity::rate(&[32, 128, 512], 0..12, |m, seed| Ok(kernel_error(name, 64, m, 0.5, seed))).unwrap();
+        let rate = dijiang::fidelity::rate(&[32, 128, 512], 0..12, |m, seed| Ok(kernel_error(name, 64, m, 0.5, seed)))
+            .unwrap();
         assert!(low < rate.slope && rate.slope < high, "{name}: {rate:?}");
         assert!(rate.confidence[0] > -1.0, "{name}: {rate:?}");
     }
@@ -115,7 +118,8 @@ fn small_norms_are_estimated_well() {
 fn antithetic_radii_beat_favor_at_two_features_per_dimension() {
     for d in [8, 64] {
         for square in [0.5, 1.0, 2.0] {
-            let (antithetic, favor) = (mean_error("dct-antithetic", d, 2 * d, square), mean_error("performer", d, 2 * d, square));
+            let (antithetic, favor) =
+                (mean_error("dct-antithetic", d, 2 * d, square), mean_error("performer", d, 2 * d, square));
             assert!(antithetic < 0.7 * favor, "d={d} |x̂|²={square}: {antithetic} against {favor}");
         }
     }

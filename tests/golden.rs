@@ -115,7 +115,12 @@ fn dct() {
         if let Some(exact) = case.get("matrix_C").filter(|x| x.is_array()) {
             assert_close("C", &c, &matrix(exact), TOLERANCE);
         }
-        assert_close("DCT-II", &c.dot(&vector(&case["x"])).insert_axis(Axis(1)), &vector(&case["dct2"]).insert_axis(Axis(1)), TOLERANCE);
+        assert_close(
+            "DCT-II",
+            &c.dot(&vector(&case["x"])).insert_axis(Axis(1)),
+            &vector(&case["dct2"]).insert_axis(Axis(1)),
+            TOLERANCE,
+        );
         let (x, dct3) = (vector(&case["x"]), vector(&case["dct3"]));
         // the official map transforms by the DCT-III: ω_i is column i of C
         let map = DctFeatures::<f64>::official(Array1::ones(d)).unwrap();
@@ -127,7 +132,8 @@ fn dct() {
         let projection = map.projection();
         for b in 0..3 {
             let rows = ndarray::s![b * d..(b + 1) * d, ..];
-            let directions = &projection.slice(rows) / &map.radii().slice(ndarray::s![b * d..(b + 1) * d]).insert_axis(Axis(1));
+            let directions =
+                &projection.slice(rows) / &map.radii().slice(ndarray::s![b * d..(b + 1) * d]).insert_axis(Axis(1));
             assert_close("orthonormal", &directions.dot(&directions.t()), &Array2::eye(d), TOLERANCE);
             assert_close("C up to signs", &c.t().dot(&directions).mapv(f64::abs), &c.mapv(f64::abs), TOLERANCE);
         }
@@ -201,17 +207,22 @@ fn performer() {
         let name = case["name"].as_str().unwrap();
         seen += 1;
         if name.starts_with("favor+") {
-            let maps = (Performer::from_projection(w.clone()).unwrap(), Performer::from_projection(narrow(&w)).unwrap());
+            let maps =
+                (Performer::from_projection(w.clone()).unwrap(), Performer::from_projection(narrow(&w)).unwrap());
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("hyperbolic") {
             let pairs = concatenate![Axis(0), w, -&w];
-            let maps = (Performer::from_projection(pairs.clone()).unwrap(), Performer::from_projection(narrow(&pairs)).unwrap());
+            let maps = (
+                Performer::from_projection(pairs.clone()).unwrap(),
+                Performer::from_projection(narrow(&pairs)).unwrap(),
+            );
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("elu") {
             let scale = if name.contains("RAW") { 1.0 } else { scale };
             check_performer_case(first, case, EluFeatures::new(8).unwrap(), EluFeatures::new(8).unwrap(), scale);
         } else if name.starts_with("relu with projection") {
-            let maps = (ReluFeatures::from_projection(w.clone()).unwrap(), ReluFeatures::from_projection(narrow(&w)).unwrap());
+            let maps =
+                (ReluFeatures::from_projection(w.clone()).unwrap(), ReluFeatures::from_projection(narrow(&w)).unwrap());
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("relu without") {
             check_performer_case(first, case, ReluFeatures::new(8).unwrap(), ReluFeatures::new(8).unwrap(), scale);

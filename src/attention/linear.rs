@@ -13,7 +13,8 @@ use std::sync::Arc;
 /// o_t = φ(q̂_t)ᵀ Σ_j φ(k̂_j) v_jᵀ / φ(q̂_t)ᵀ Σ_j φ(k̂_j),   x̂ = √scale·x,   scale = 1/√head_dim unless set.
 /// ```
 ///
-/// The sums over `j` are the state: `num_features·(value_dim + 1) + 1` numbers, however long the context. A causal
+/// The sums over `j` are the state: `2·num_features·(value_dim + 1) + 1` numbers (sums and their rounding errors),
+/// however long the context. A causal
 /// forward runs in chunks, in O(n·num_features·(d + value_dim)) time and with scratch for one chunk only.
 ///
 /// Sums are kept in units of a running maximum of the keys' log scales, which only looks back; nothing is added to the
@@ -27,7 +28,7 @@ use std::sync::Arc;
 /// let x = Array2::from_shape_fn((100, 64), |(i, j)| ((i * 64 + j) as f32).sin());
 /// let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
 /// assert_eq!(out.dim(), (100, 64));
-/// assert_eq!(kernel.stream(64)?.state_floats(), 128 * 65 + 1);
+/// assert_eq!(kernel.stream(64)?.state_floats(), 2 * 128 * 65 + 1);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug)]

@@ -17,7 +17,8 @@ const FEW_TOKENS: usize = 6;
 /// units. Larger jumps begin a new group, so that a huge later key cannot push the sums of earlier queries out of range.
 const GROUP_RISE: f64 = 16.0;
 
-/// Features above this are rescaled by their row's maximum, so that no product of theirs can overflow.
+/// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of one, so that their
+/// products stay in range.
 const LARGEST_FEATURE: f64 = 1024.0;
 
 /// Whether sums are divided by the sum of the weights.
@@ -35,8 +36,11 @@ pub(crate) enum Readout {
 /// ```
 ///
 /// kept in units of `e^{log_scale}`, the running maximum of the keys' log scales. It answers a query with
-/// `φ(q̂)ᵀS / φ(q̂)ᵀz` (Katharopoulos et al., arXiv 2006.16236, equation 5). The size is
-/// `num_features·(value_dim + 1) + 1` numbers, whatever the number of tokens.
+/// `φ(q̂)ᵀS / φ(q̂)ᵀz` (Katharopoulos et al., arXiv 2006.16236, equation 5).
+///
+/// Sums are compensated (Kahan): each carries its rounding error beside it, so that the error does not grow with the
+/// number of tokens. Plain sums in `f32` would lose four digits in a million tokens and stand still after some hundred
+/// million. The size is `2·num_features·(value_dim + 1) + 1` numbers, whatever the number of tokens.
 ///
 /// ```
 /// use dijiang::{LinearMemory, Memory, Performer};
@@ -55,7 +59,7 @@ pub(crate) enum Readout {
 /// right.absorb(second, second)?;
 /// left.merge(&right)?; // what two machines found, in one
 /// assert_eq!(left.len(), whole.len());
-/// assert_eq!(left.state_floats(), 16 * 9 + 1);
+/// assert_eq!(left.state_floats(), 2 * 16 * 9 + 1);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug)]
@@ -71,23 +75,58 @@ impl<T: Clone, F> Clone for LinearMemory<T, F> {
     }
 }
 
-/// The sums, in units of `e^{log_scale}`; −∞ while empty.
+/// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty.
 #[derive(Clone, Debug)]
 struct State<T> {
     sums: Array2<T>,
+    sums_low: Array2<T>,
     normalizer: Array1<T>,
+    normalizer_low: Array1<T>,
     log_scale: T,
     tokens: usize,
 }
 
 impl<T: Scalar> State<T> {
+    fn new(features: usize, value_dim: usize) -> Self {
+        Self {
+            sums: Array2::zeros((features, value_dim)),
+            sums_low: Array2::zeros((features, value_dim)),
+            normalizer: Array1::zeros(features),
+            normalizer_low: Array1::zeros(features),
+            log_scale: T::neg_infinity(),
+            tokens: 0,
+        }
+    }
+
+    /// Every number of the sums, in a fixed order.
+    fn parts(&self) -> [&[T]; 4] {
+        [self.sums.as_slice(), self.sums_low.as_slice(), self.normalizer.as_slice(), self.normalizer_low.as_slice()]
+            .map(Option::unwrap_or_default)
+    }
+
+    /// As [`parts`](Self::parts).
+    fn parts_mut(&mut self) -> [&mut [T]; 4] {
+        [
+            slice_mut(&mut self.sums),
+            slice_mut(&mut self.sums_low),
+            slice_mut(&mut self.normalizer),
+            slice_mut(&mut self.normalizer_low),
+        ]
+    }
+
+    /// Adds `factor·delta` to the sums and `factor·features` to the normaliser.
+    fn add(&mut self, factor: T, delta: &[T], features: &[T]) {
+        let [sums, sums_low, normalizer, normalizer_low] = self.parts_mut();
+        kernel::add_compensated(sums, sums_low, factor, delta);
+        kernel::add_compensated(normalizer, normalizer_low, factor, features);
+    }
+
     /// Brings the sums to a unit that is at least as large.
     fn raise(&mut self, log_scale: T) {
         if log_scale > self.log_scale {
             if self.tokens > 0 {
                 let factor = (self.log_scale - log_scale).exp();
-                kernel::scale(slice_mut(&mut self.sums), factor);
-                self.normalizer.mapv_inplace(|z| z * factor);
+                self.parts_mut().into_iter().for_each(|part| kernel::scale(part, factor));
             }
             self.log_scale = log_scale;
         }
@@ -104,6 +143,9 @@ pub(crate) struct Workspace<T> {
     query_scale: Array1<T>,
     key_scale: Array1<T>,
     scores: Array2<T>,
+    /// What a group adds to the state.
+    delta: Array2<T>,
+    key_sum: Array1<T>,
     answer: Partial<T>,
 }
 
@@ -118,6 +160,8 @@ impl<T: Scalar> Workspace<T> {
             query_scale: Array1::zeros(0),
             key_scale: Array1::zeros(0),
             scores: nothing(),
+            delta: nothing(),
+            key_sum: Array1::zeros(0),
             answer: Partial { numerator: nothing(), denominator: Array1::zeros(0), log_scale: Array1::zeros(0) },
         }
     }
@@ -180,11 +224,6 @@ fn rows<T>(x: &Array2<T>) -> core::slice::ChunksExact<'_, T> {
     x.as_slice().unwrap_or_default().chunks_exact(x.ncols())
 }
 
-fn rows_mut<T>(x: &mut Array2<T>) -> core::slice::ChunksExactMut<'_, T> {
-    let columns = x.ncols();
-    slice_mut(x).chunks_exact_mut(columns)
-}
-
 fn row<T>(x: &Array2<T>, i: usize) -> &[T] {
     let columns = x.ncols();
     x.as_slice().map_or(&[], |all| &all[i * columns..(i + 1) * columns])
@@ -207,17 +246,14 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `value_dim` is 0, [`Error::InvalidOption`] if `scale` is not positive and finite.
+    /// [`Error::ZeroSize`] if `value_dim` is 0 or the map has no features, [`Error::InvalidOption`] if `scale` is not
+    /// positive and finite.
     pub fn new(map: Arc<F>, value_dim: usize, scale: f64) -> Result<Self, Error> {
         check::at_least_one("value_dim", value_dim)?;
+        check::features(map.head_dim(), map.num_features())?;
         check::array("value_dim", value_dim, map.num_features())?;
         let scale = check::scale::<T>(Some(scale), map.head_dim())?;
-        let state = State {
-            sums: Array2::zeros((map.num_features(), value_dim)),
-            normalizer: Array1::zeros(map.num_features()),
-            log_scale: T::neg_infinity(),
-            tokens: 0,
-        };
+        let state = State::new(map.num_features(), value_dim);
         Ok(Self { map, scale_root: T::from_f64(scale.sqrt()), state })
     }
 
@@ -234,8 +270,9 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         }
         self.state.raise(other.state.log_scale);
         let factor = (other.state.log_scale - self.state.log_scale).exp();
-        self.state.sums.scaled_add(factor, &other.state.sums);
-        self.state.normalizer.scaled_add(factor, &other.state.normalizer);
+        let [sums, sums_low, normalizer, normalizer_low] = other.state.parts();
+        self.state.add(factor, sums, normalizer);
+        self.state.add(factor, sums_low, normalizer_low);
         self.state.tokens += other.state.tokens;
         Ok(())
     }
@@ -252,22 +289,24 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         self.map.num_features()
     }
 
-    /// Everything but the map: the log scale, the sums, the normaliser. Empty while no token has been absorbed.
+    /// Everything but the map: the log scale and the sums. Empty while no token has been absorbed.
     pub(crate) fn numbers(&self) -> Vec<T> {
         let state = &self.state;
         if state.tokens == 0 {
             return Vec::new();
         }
-        core::iter::once(&state.log_scale).chain(&state.sums).chain(&state.normalizer).copied().collect()
+        core::iter::once(&state.log_scale).chain(state.parts().into_iter().flatten()).copied().collect()
     }
 
     /// The inverse of [`numbers`](Self::numbers); the length has been checked.
     pub(crate) fn set_numbers(&mut self, tokens: usize, numbers: &[T]) {
         self.reset();
-        if let Some((&log_scale, sums)) = numbers.split_first() {
-            let (sums, normalizer) = sums.split_at(self.state.sums.len());
-            slice_mut(&mut self.state.sums).copy_from_slice(sums);
-            slice_mut(&mut self.state.normalizer).copy_from_slice(normalizer);
+        if let Some((&log_scale, mut sums)) = numbers.split_first() {
+            for part in self.state.parts_mut() {
+                let (values, rest) = sums.split_at(part.len());
+                part.copy_from_slice(values);
+                sums = rest;
+            }
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
         }
@@ -311,7 +350,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         })
     }
 
-    /// Maps the rows of `√scale·x` to features, each finite and at most [`LARGEST_FEATURE`].
+    /// Maps the rows of `√scale·x` to features, each finite and of a size near one.
     fn map(&self, side: Side, x: ArrayView2<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
         let n = x.nrows();
         let mut scaled = first_rows(&mut work.x, n);
@@ -323,9 +362,10 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         {
             let (values, log_scale) = (first_rows(values, n), first(log_scale, n));
             match side {
-                Side::Query => self.map.map_queries(scaled.view(), values, log_scale)?,
-                Side::Key => self.map.map_keys(scaled.view(), values, log_scale)?,
+                Side::Query => self.map.map_queries(scaled.view(), values, log_scale),
+                Side::Key => self.map.map_keys(scaled.view(), values, log_scale),
             }
+            .map_err(|error| error.in_chunk(first_row))?;
         }
         for i in 0..n {
             let features = row_mut(values, i);
@@ -333,7 +373,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
                 return Err(Error::Overflow { which: "a feature", row: first_row + i });
             }
             let largest = kernel::max_abs(features);
-            if largest > T::from_f64(LARGEST_FEATURE) {
+            let limit = T::from_f64(LARGEST_FEATURE);
+            if largest > limit || (largest > T::zero() && largest < limit.recip()) {
                 kernel::scale(features, largest.recip());
                 log_scale[i] += largest.ln();
             }
@@ -393,10 +434,13 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         self.state.raise(work.key_scale[i]);
         let factor = (work.key_scale[i] - self.state.log_scale).exp();
         let (key, value) = (row(&work.keys, i), row(&work.values, i));
-        for (&feature, sums) in key.iter().zip(rows_mut(&mut self.state.sums)) {
-            kernel::add_scaled(sums, factor * feature, value);
+        let rows = value.len();
+        let [sums, sums_low, normalizer, normalizer_low] = self.state.parts_mut();
+        for ((&feature, sums), low) in key.iter().zip(sums.chunks_exact_mut(rows)).zip(sums_low.chunks_exact_mut(rows))
+        {
+            kernel::add_compensated(sums, low, factor * feature, value);
         }
-        kernel::add_scaled(slice_mut(&mut self.state.normalizer), factor, key);
+        kernel::add_compensated(normalizer, normalizer_low, factor, key);
         self.state.tokens += 1;
     }
 
@@ -430,12 +474,19 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     }
 
     /// Adds the tokens `start..end`, whose keys are in units of the state.
-    fn absorb_group(&mut self, start: usize, end: usize, work: &Workspace<T>) {
+    fn absorb_group(&mut self, start: usize, end: usize, work: &mut Workspace<T>) {
         let (keys, values) = (views::rows(work.keys.view(), start..end), views::rows(work.values.view(), start..end));
-        kernel::matmul(T::one(), keys.t(), values, T::one(), &mut self.state.sums.view_mut());
-        for j in start..end {
-            kernel::add_scaled(slice_mut(&mut self.state.normalizer), T::one(), row(&work.keys, j));
+        if work.delta.dim() != self.state.sums.dim() {
+            // not needed by a stream that only decodes
+            work.delta = Array2::zeros(self.state.sums.dim());
+            work.key_sum = Array1::zeros(self.state.normalizer.len());
         }
+        kernel::matmul(T::one(), keys.t(), values, T::zero(), &mut work.delta.view_mut());
+        work.key_sum.fill(T::zero());
+        for j in start..end {
+            kernel::add_scaled(slice_mut(&mut work.key_sum), T::one(), row(&work.keys, j));
+        }
+        self.state.add(T::one(), work.delta.as_slice().unwrap_or_default(), slice(&work.key_sum));
         self.state.tokens += end - start;
     }
 
@@ -541,12 +592,11 @@ impl<T: Scalar, F: FeatureMap<T>> Memory<T> for LinearMemory<T, F> {
     }
 
     fn state_floats(&self) -> usize {
-        self.state.sums.len() + self.state.normalizer.len() + 1
+        self.state.parts().map(<[T]>::len).iter().sum::<usize>() + 1
     }
 
     fn reset(&mut self) {
-        self.state.sums.fill(T::zero());
-        self.state.normalizer.fill(T::zero());
+        self.state.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
         self.state.log_scale = T::neg_infinity();
         self.state.tokens = 0;
     }

@@ -107,7 +107,9 @@ fn check_no_future<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
             // the changed token itself may leave the range of f32; those before it must not notice
             match kernel.forward_into(q.view(), k.view(), v.view(), Mask::Causal, out.view_mut()) {
                 Ok(()) => {}
-                Err(Error::Normalizer { row } | Error::Overflow { row, .. }) => assert_eq!(row, n - 1, "{}", subject.name),
+                Err(Error::Normalizer { row } | Error::Overflow { row, .. }) => {
+                    assert_eq!(row, n - 1, "{}", subject.name)
+                }
                 Err(error) => panic!("{}: {error}", subject.name),
             }
             let (out, before) = (out.slice(s![..n - 1, ..]), before.slice(s![..n - 1, ..]));
@@ -139,7 +141,11 @@ fn check_ones_and_hull<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) 
                 for (x, column) in row.iter().zip(seen.columns()).filter(|_| subject.positive) {
                     let (low, high) =
                         column.fold((T::infinity(), T::neg_infinity()), |(l, h), &v| (l.min(v), h.max(v)));
-                    assert!(*x >= low - slack * T::from_f64(4.0) && *x <= high + slack * T::from_f64(4.0), "{}: {x} outside [{low}, {high}]", subject.name);
+                    assert!(
+                        *x >= low - slack * T::from_f64(4.0) && *x <= high + slack * T::from_f64(4.0),
+                        "{}: {x} outside [{low}, {high}]",
+                        subject.name
+                    );
                 }
             }
         }
@@ -151,25 +157,26 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let n = 70;
     let input = tokens::<T>(n, subject.head_dim, 3, 0.7, 5);
     let [q, k, v] = &input;
-    let compare = |what: &str, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>, input: &[Array2<T>; 3]| {
-        for mask in [Mask::Causal, Mask::Full] {
-            let exact = wide(&run(kernel, input, mask));
-            let mut buffer = Array2::from_elem((2 * n, 9), T::nan());
-            kernel.forward_into(q, k, v, mask, buffer.slice_mut(s![..;2, ..;3])).unwrap();
-            let out = buffer.slice(s![..;2, ..;3]).to_owned();
-            assert_close(&format!("{} {what} {mask:?}", subject.name), &out, &exact, 64.0);
-        }
-        let exact = wide(&run(kernel, input, Mask::Causal));
-        let mut stream = kernel.stream(3).unwrap();
-        let mut out = Array2::from_elem((n, 3), T::nan());
-        for (t, out) in out.axis_chunks_iter_mut(Axis(0), 1).enumerate().take(5) {
-            let rows = s![t..=t, ..];
-            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out).unwrap();
-        }
-        let rows = s![5.., ..];
-        stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
-        assert_close(&format!("{} {what} stream", subject.name), &out, &exact, units::<T>(60.0));
-    };
+    let compare =
+        |what: &str, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>, input: &[Array2<T>; 3]| {
+            for mask in [Mask::Causal, Mask::Full] {
+                let exact = wide(&run(kernel, input, mask));
+                let mut buffer = Array2::from_elem((2 * n, 9), T::nan());
+                kernel.forward_into(q, k, v, mask, buffer.slice_mut(s![..;2, ..;3])).unwrap();
+                let out = buffer.slice(s![..;2, ..;3]).to_owned();
+                assert_close(&format!("{} {what} {mask:?}", subject.name), &out, &exact, 64.0);
+            }
+            let exact = wide(&run(kernel, input, Mask::Causal));
+            let mut stream = kernel.stream(3).unwrap();
+            let mut out = Array2::from_elem((n, 3), T::nan());
+            for (t, out) in out.axis_chunks_iter_mut(Axis(0), 1).enumerate().take(5) {
+                let rows = s![t..=t, ..];
+                stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out).unwrap();
+            }
+            let rows = s![5.., ..];
+            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+            assert_close(&format!("{} {what} stream", subject.name), &out, &exact, units::<T>(60.0));
+        };
     let wide_views = [q, k, v].map(|x| strided(x.view()));
     let [a, b, c] = wide_views.each_ref().map(|x| x.slice(s![..;2, ..;3]));
     compare("strided", a, b, c, &input);
@@ -188,8 +195,10 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
 /// Clone, reset, save and restore; state sizes that do not depend on the length unless the kernel is exact.
 fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let input = tokens::<T>(90, subject.head_dim, 2, 0.7, 6);
-    let (first, rest): ([Array2<T>; 3], [Array2<T>; 3]) =
-        (input.clone().map(|x| x.slice(s![..50, ..]).to_owned()), input.clone().map(|x| x.slice(s![50.., ..]).to_owned()));
+    let (first, rest): ([Array2<T>; 3], [Array2<T>; 3]) = (
+        input.clone().map(|x| x.slice(s![..50, ..]).to_owned()),
+        input.clone().map(|x| x.slice(s![50.., ..]).to_owned()),
+    );
     let sizes = [1, 30, 9];
     let mut stream = kernel.stream(2).unwrap();
     let empty = (stream.state_floats(), stream.save().unwrap());
@@ -218,7 +227,7 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
         None => assert_eq!(fresh.state_floats(), 90 * (subject.head_dim + 2)),
         Some((map, _)) => {
             assert_eq!(fresh.state_floats(), floats);
-            assert_eq!(floats, map.num_features() * 3 + 1);
+            assert_eq!(floats, 2 * map.num_features() * 3 + 1);
         }
     }
 
@@ -349,7 +358,10 @@ pub fn check_feature_map<T: Scalar>(name: &str, map: &dyn FeatureMap<T>) {
                     let slack = size * T::epsilon() * T::from_f64(256.0);
                     assert!((*a - *b).abs() <= slack, "{name}: row {i} alone gives {a}, not {b}");
                 }
-                assert!((alone_scale[0] - log_scale[i]).abs() <= T::epsilon() * T::from_f64(256.0) * (T::one() + log_scale[i].abs()));
+                assert!(
+                    (alone_scale[0] - log_scale[i]).abs()
+                        <= T::epsilon() * T::from_f64(256.0) * (T::one() + log_scale[i].abs())
+                );
             }
             // strided input and output
             let large = strided(x.view());

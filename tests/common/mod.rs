@@ -134,9 +134,7 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
         "dct-normal" => Arc::new(DctFeatures::new(d, m, seed).unwrap().with_radii(Radii::Normal).unwrap()),
         "official" => Arc::new(official(d, seed)),
         "wpff" => Arc::new(Wpff::new(d, m, seed).unwrap()),
-        "wpff-sobol" => {
-            Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap())
-        }
+        "wpff-sobol" => Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap()),
         "wpff-weighted" => {
             let weights = Array1::from_shape_fn(m, |i| T::from_f64([0.0, 0.5, 1.0, 2.0][i % 4]));
             let weights = if m == 1 { Array1::ones(1) } else { weights };

@@ -1,0 +1,126 @@
+//! A million tokens: accuracy holds and memory does not grow.
+
+mod common;
+
+use common::{features, normal};
+use dijiang::{Attention, DctFeatures, LinearAttention, Mask, Performer};
+use ndarray::{Array1, Array2, s};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Counts the bytes that are allocated now, and the most there have been.
+struct Counter;
+
+static NOW: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+// SAFETY: hands every call on to the system allocator.
+unsafe impl GlobalAlloc for Counter {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        MOST.fetch_max(NOW.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: as called.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        NOW.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: as called.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTER: Counter = Counter;
+
+const MILLION: usize = 1_000_000;
+
+#[test]
+fn a_million_decode_steps_stay_accurate_and_do_not_grow() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let (d, m, dv) = (8, 16, 4);
+    let period = 4096; // tokens repeat after a while, the state does not know
+    let [q, k, v] = [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed));
+    // values with a mean, so that the output is not a small difference of large sums
+    let v = v + 1.0_f32;
+    let wide_map = Performer::<f64>::new(d, m, 7).unwrap();
+    let kernel = LinearAttention::new(Performer::<f32>::new(d, m, 7).unwrap());
+
+    // the oracle: the recurrence in f64, as the formula stands
+    let scale = 1.0 / (d as f64).sqrt();
+    let absolute = |x: &Array2<f32>, keys| {
+        let (values, log_scale) = features(&wide_map, &common::wide(x), scale, keys);
+        values * log_scale.mapv(f64::exp).insert_axis(ndarray::Axis(1))
+    };
+    let (fq, fk) = (absolute(&q, false), absolute(&k, true));
+    let (mut sums, mut normalizer) = (Array2::<f64>::zeros((m, dv)), Array1::<f64>::zeros(m));
+    let wide_v = common::wide(&v);
+
+    let mut stream = Attention::<f32>::stream(&kernel, dv).unwrap();
+    let mut out = Array2::<f32>::zeros((1, dv));
+    let mut worst = 0.0_f64;
+    let floats = stream.state_floats();
+    let mut after_warm_up = (0, 0);
+    for t in 0..MILLION {
+        let row = s![t % period..=t % period, ..];
+        stream.extend(q.slice(row), k.slice(row), v.slice(row), out.view_mut()).unwrap();
+        let feature = fk.row(t % period);
+        for (i, &f) in feature.iter().enumerate() {
+            sums.row_mut(i).scaled_add(f, &wide_v.row(t % period));
+        }
+        normalizer += &feature;
+        if t % 997 == 0 || t == MILLION - 1 {
+            let query = fq.row(t % period);
+            let exact = query.dot(&sums) / query.dot(&normalizer);
+            let size = exact.dot(&exact).sqrt();
+            let error = (out.row(0).mapv(f64::from) - &exact).mapv(|x| x * x).sum().sqrt();
+            worst = worst.max(error / size);
+        }
+        if t == 1000 {
+            MOST.store(NOW.load(Relaxed), Relaxed);
+            after_warm_up = (NOW.load(Relaxed), MOST.load(Relaxed));
+        }
+    }
+    println!("largest relative error over a million decode steps: {worst:.2e}");
+    assert!(worst < 1e-4, "{worst:e}");
+    assert_eq!(stream.len(), MILLION);
+    assert_eq!(stream.state_floats(), floats);
+    assert!(NOW.load(Relaxed) <= after_warm_up.0 + 4096, "memory grew");
+    assert!(MOST.load(Relaxed) <= after_warm_up.1 + (1 << 20), "a step allocated more than scratch");
+}
+
+#[test]
+fn a_million_token_forward_allocates_scratch_only() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let (d, dv) = (4, 2);
+    let input = [0, 1, 2].map(|seed| normal::<f32>(1000, if seed == 2 { dv } else { d }, 1.0, seed));
+    let [q, k, v] = input.each_ref().map(|x| {
+        let columns = x.ncols();
+        x.broadcast((MILLION / 1000, 1000, columns))
+            .unwrap()
+            .to_owned()
+            .into_shape_with_order((MILLION, columns))
+            .unwrap()
+    });
+    let mut out = Array2::<f32>::zeros((MILLION, dv));
+    let kernels: [Box<dyn Attention<f32>>; 2] = [
+        Box::new(LinearAttention::new(Performer::<f32>::new(d, 8, 0).unwrap())),
+        Box::new(LinearAttention::new(DctFeatures::<f32>::new(d, 8, 0).unwrap())),
+    ];
+    for kernel in kernels {
+        for mask in [Mask::Causal, Mask::Full] {
+            let before = NOW.load(Relaxed);
+            MOST.store(before, Relaxed);
+            kernel.forward_into(q.view(), k.view(), v.view(), mask, out.view_mut()).unwrap();
+            let scratch = MOST.load(Relaxed) - before;
+            assert!(scratch < 1 << 20, "{mask:?}: {scratch} bytes of scratch");
+            assert_eq!(NOW.load(Relaxed), before);
+        }
+        // the last row of a full forward is that of a causal one
+        let rows = s![MILLION - 1.., ..];
+        let full = out.slice(rows).to_owned();
+        kernel.forward_into(q.view(), k.view(), v.view(), Mask::Causal, out.view_mut()).unwrap();
+        common::assert_close("last row", &out.slice(rows).to_owned(), &common::wide(&full), 1000.0);
+    }
+}
