@@ -67,7 +67,8 @@ const SWEEPS: usize = 5000;
 /// ```
 ///
 /// and returns `D = √w [num_features]`, factors of the map's features on both sides: pass them to `with_weights` of a map
-/// whose weights are one. The descent begins at `w = 1`, so the fit is never worse on the samples than the map as it is.
+/// whose weights are one. The descent begins at `w = 1`, so the fit is never worse on the samples than the map
+/// as it is, in this unnormalised objective.
 ///
 /// ```
 /// use dijiang::{WeightFit, Wpff, fit_weights};
@@ -113,7 +114,7 @@ pub fn fit_weights<T: Scalar>(
 
     let root = T::from_f64(scale.sqrt());
     let (log_q, log_k) = (log_features(map, q, root, false)?, log_features(map, k, root, true)?);
-    let scores = q.mapv(|x| x.as_f64()).dot(&k.mapv(|x| x.as_f64()).t()) * scale;
+    let scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t()) * scale;
     let mut gram = Array2::<f64>::zeros((m, m));
     let mut target = Array1::<f64>::zeros(m);
     let mut size = 0.0;
@@ -160,7 +161,7 @@ fn log_features<T: Scalar>(
             why: "non-negative weights keep a kernel positive only if its features are",
         });
     }
-    Ok(values.mapv(|x| x.as_f64().ln()) + log_scale.mapv(|x| x.as_f64()).insert_axis(Axis(1)))
+    Ok(values.mapv(|x| x.as_f64().ln()) + log_scale.mapv(T::as_f64).insert_axis(Axis(1)))
 }
 
 /// `argmin ½ wᵀGw − tᵀw` over `w ≥ 0` by cyclic coordinate descent from `start`. Each step lowers the objective; it stops

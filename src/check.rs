@@ -1,7 +1,7 @@
 //! Checks of arguments, shared by every public function.
 
 use crate::{Error, Mask, Scalar, kernel};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
 /// `found` must equal `expected`.
 pub(crate) fn size(which: &'static str, axis: &'static str, expected: usize, found: usize) -> Result<(), Error> {
@@ -16,16 +16,20 @@ pub(crate) fn at_least_one(which: &'static str, found: usize) -> Result<(), Erro
 /// Every element must be finite.
 pub(crate) fn finite<T: Scalar>(which: &'static str, x: ArrayView2<'_, T>) -> Result<(), Error> {
     for (row, values) in x.outer_iter().enumerate() {
-        let good = match values.as_slice() {
-            Some(slice) => kernel::all_finite(slice),
-            None => values.iter().all(|a| a.is_finite()),
-        };
-        if !good {
+        if !row_is_finite(values) {
             let column = values.iter().position(|a| !a.is_finite()).unwrap_or(0);
             return Err(Error::NotFinite { which, row, column });
         }
     }
     Ok(())
+}
+
+/// Whether every element of a row is finite.
+pub(crate) fn row_is_finite<T: Scalar>(row: ArrayView1<'_, T>) -> bool {
+    match row.to_slice() {
+        Some(slice) => kernel::all_finite(slice),
+        None => row.iter().all(|a| a.is_finite()),
+    }
 }
 
 /// A scale must be positive and finite in `T`; returns the scale a kernel uses.
@@ -128,5 +132,18 @@ pub(crate) fn array(which: &'static str, rows: usize, columns: usize) -> Result<
             found: rows.to_string(),
             needed: "small enough for an array of at most 2^32 numbers",
         }),
+    }
+}
+
+/// Memories that are merged must weigh alike.
+pub(crate) fn same_scale<T: Scalar>(expected: T, found: T) -> Result<(), Error> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(Error::InvalidOption {
+            which: "other",
+            found: format!("a memory of scale {found}"),
+            needed: "a memory of the same scale",
+        })
     }
 }

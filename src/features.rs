@@ -157,7 +157,7 @@ fn map_rows<T: Scalar>(
             values.iter_mut().zip(&copy).for_each(|(value, &new)| *value = new);
         }
         if !log_scale.is_finite() {
-            return Err(Error::Overflow { which: "the squared norm", row });
+            return Err(Error::Overflow { which: "the size of the vector", row });
         }
     }
     Ok(())

@@ -84,7 +84,7 @@ impl<T: Scalar> Reference<T> {
         check::at_least_one("q rows", q.nrows())?;
         let scale = check::scale::<f64>(Some(scale), q.ncols())?;
         check::forward(q.ncols(), q, k, v, mask, &Array2::zeros((q.nrows(), v.ncols())).view_mut())?;
-        let wide = |x: ArrayView2<'_, T>| x.mapv(|a| a.as_f64());
+        let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
         let scores = wide(q).dot(&wide(k).t()) * scale;
         let mut attention = Array2::zeros(scores.dim());
         for (t, (scores, mut row)) in scores.outer_iter().zip(attention.outer_iter_mut()).enumerate() {
@@ -123,11 +123,11 @@ impl<T: Scalar> Reference<T> {
     /// Those of the kernel's [`forward`](Attention::forward).
     pub fn compare(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<Report, Error> {
         let (q, k) = (self.q.view(), self.k.view());
-        let both = kernel.forward(q, k, self.values.view(), self.mask)?.mapv(|x| x.as_f64());
+        let both = kernel.forward(q, k, self.values.view(), self.mask)?.mapv(T::as_f64);
         let (output, attention) = both.view().split_at(Axis(1), self.value_dim);
         let kernel_error = kernel.log_weights(q, k)?.map(|log_weights| self.kernel_error(&log_weights));
         let uniform = self.uniform();
-        let uniform_output = uniform.dot(&columns(self.values.view(), 0..self.value_dim).mapv(|x| x.as_f64()));
+        let uniform_output = uniform.dot(&columns(self.values.view(), 0..self.value_dim).mapv(T::as_f64));
         Ok(Report {
             output_error: distance(output, self.output.view()),
             attention_error: distance(attention, self.attention.view()),
@@ -146,7 +146,7 @@ impl<T: Scalar> Reference<T> {
     /// As [`compare`](Self::compare).
     pub fn output_error(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<f64, Error> {
         let values = columns(self.values.view(), 0..self.value_dim);
-        let output = kernel.forward(self.q.view(), self.k.view(), values, self.mask)?.mapv(|x| x.as_f64());
+        let output = kernel.forward(self.q.view(), self.k.view(), values, self.mask)?.mapv(T::as_f64);
         Ok(distance(output.view(), self.output.view()))
     }
 

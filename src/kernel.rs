@@ -100,6 +100,14 @@ pub(crate) fn scale<T: Scalar>(x: &mut [T], factor: T) {
     }
 }
 
+/// `x *= factors`, element by element.
+#[inline]
+pub(crate) fn multiply<T: Scalar>(x: &mut [T], factors: &[T]) {
+    for (a, &factor) in x.iter_mut().zip(factors) {
+        *a *= factor;
+    }
+}
+
 /// `y += factor·x`.
 #[inline]
 pub(crate) fn add_scaled<T: Scalar>(y: &mut [T], factor: T, x: &[T]) {

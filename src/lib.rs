@@ -2,7 +2,15 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
 #![warn(clippy::pedantic)]
-#![allow(clippy::module_name_repetitions, clippy::many_single_char_names, clippy::similar_names)]
+#![allow(
+    clippy::module_name_repetitions,
+    clippy::many_single_char_names, // formulas
+    clippy::similar_names,
+    clippy::needless_pass_by_value, // views are small and passed by value
+    clippy::float_cmp, // exact comparisons are meant
+    clippy::doc_markdown, // names such as DiJiang
+    clippy::inline_always // reductions must be inlined to be vectorised
+)]
 
 mod attention;
 mod calibration;

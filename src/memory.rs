@@ -62,6 +62,34 @@ impl<T: Scalar> Partial<T> {
         })
     }
 
+    /// The sums of a memory of your own: `numerator [n, value_dim]`, `denominator [n]`, `log_scale [n]`. A log scale of −∞
+    /// says that no token has been seen.
+    ///
+    /// ```
+    /// use dijiang::Partial;
+    /// use ndarray::array;
+    ///
+    /// let far = Partial::from_parts(array![[3.0, 6.0]], array![1.5], array![700.0])?;
+    /// assert!((far.log_normalizer()[0] - (1.5f64.ln() + 700.0)).abs() < 1e-12);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if there are no values, [`Error::Shape`] if the numbers of rows differ, [`Error::NotFinite`]
+    /// if a sum is NaN or infinite, or a log scale is NaN or +∞.
+    pub fn from_parts(numerator: Array2<T>, denominator: Array1<T>, log_scale: Array1<T>) -> Result<Self, Error> {
+        check::at_least_one("numerator columns", numerator.ncols())?;
+        check::size("denominator", "elements", numerator.nrows(), denominator.len())?;
+        check::size("log_scale", "elements", numerator.nrows(), log_scale.len())?;
+        check::finite("numerator", numerator.view())?;
+        check::finite("denominator", denominator.view().insert_axis(ndarray::Axis(0)))?;
+        match log_scale.iter().position(|l| !(l.is_finite() || *l == T::neg_infinity())) {
+            Some(row) => Err(Error::NotFinite { which: "log_scale", row, column: 0 }),
+            None => Ok(Self { numerator: numerator.as_standard_layout().into_owned(), denominator, log_scale }),
+        }
+    }
+
     /// Back to the answer of no tokens.
     pub fn reset(&mut self) {
         self.numerator.fill(T::zero());
@@ -147,14 +175,15 @@ impl<T: Scalar> Partial<T> {
     ) -> Result<(), Error> {
         for (i, mut target) in out.outer_iter_mut().enumerate() {
             let denominator = self.denominator[i];
-            let factor =
-                if normalized { divisor(denominator, first_row + i)?.recip() } else { self.log_scale[i].exp() };
-            let mut good = true;
-            for (o, &sum) in target.iter_mut().zip(self.numerator.row(i)) {
-                *o = sum * factor;
-                good &= o.is_finite();
-            }
-            if !good {
+            let (factor, again) = if normalized {
+                (divisor(denominator, first_row + i)?.recip(), T::one())
+            } else {
+                // in two steps: the factor alone may leave the range of a product that does not
+                let root = (self.log_scale[i] * T::from_f64(0.5)).exp();
+                (root, root)
+            };
+            target.zip_mut_with(&self.numerator.row(i), |o, &sum| *o = sum * factor * again);
+            if !check::row_is_finite(target.view()) {
                 return Err(Error::Overflow { which: "the weighted sum of values", row: first_row + i });
             }
         }

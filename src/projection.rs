@@ -15,8 +15,8 @@ mod quantile;
 
 pub use quantile::{chi_quantile, normal_quantile};
 
-use crate::{Error, check};
-use ndarray::{Array2, ArrayViewMut1};
+use crate::{Error, check, kernel};
+use ndarray::{Array2, ArrayView1, ArrayViewMut1};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 
@@ -86,7 +86,7 @@ pub(crate) fn orthogonal_directions(head_dim: usize, num_features: usize, genera
             for _ in 0..2 {
                 for j in first..i {
                     let other = before.row(j);
-                    let along = row.dot(&other);
+                    let along = dot(row.view(), other);
                     row.scaled_add(-along, &other);
                 }
                 normalize(&mut row);
@@ -96,8 +96,13 @@ pub(crate) fn orthogonal_directions(head_dim: usize, num_features: usize, genera
     directions
 }
 
+/// The crate's own sum, in a fixed order: the same on every machine, whatever `ndarray` links to.
+fn dot(a: ArrayView1<'_, f64>, b: ArrayView1<'_, f64>) -> f64 {
+    kernel::dot(a.to_slice().unwrap_or_default(), b.to_slice().unwrap_or_default())
+}
+
 fn normalize(row: &mut ArrayViewMut1<'_, f64>) {
-    let length = row.dot(row).sqrt();
+    let length = dot(row.view(), row.view()).sqrt();
     row.mapv_inplace(|x| x / length);
 }
 

@@ -74,6 +74,9 @@ pub(crate) mod sealed {
 
     /// What the inner loops need to know about a number type.
     pub trait Sealed: Sized {
+        /// Values below this can be summed 2⁴⁰ times with features up to 2¹⁰ without overflow.
+        const SAFE_VALUE: f64;
+
         /// Replaces every element by its exponential.
         fn exp_slice(values: &mut [Self]);
 
@@ -110,8 +113,10 @@ pub(crate) mod sealed {
     }
 
     macro_rules! sealed {
-        ($t:ty, $variant:ident, $exp:path) => {
+        ($t:ty, $variant:ident, $safe_value:expr, $exp:path) => {
             impl Sealed for $t {
+                const SAFE_VALUE: f64 = $safe_value;
+
                 #[inline]
                 fn exp_slice(values: &mut [Self]) {
                     for x in values {
@@ -140,6 +145,6 @@ pub(crate) mod sealed {
         };
     }
 
-    sealed!(f32, F32, crate::kernel::exp::exp_f32);
-    sealed!(f64, F64, crate::kernel::exp::exp_f64);
+    sealed!(f32, F32, 1e18, crate::kernel::exp::exp_f32);
+    sealed!(f64, F64, 1e280, crate::kernel::exp::exp_f64);
 }

@@ -30,5 +30,5 @@ pub(crate) fn corner_mut<T>(x: ArrayViewMut2<'_, T>, height: usize, width: usize
 
 /// The first rows of one head of one sequence of `[batch, heads, n, d]`.
 pub(crate) fn head<'a, T>(x: &ArrayView4<'a, T>, sequence: usize, head: usize, length: usize) -> ArrayView2<'a, T> {
-    rows(x.clone().index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
+    rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
 }

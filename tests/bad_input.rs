@@ -165,8 +165,77 @@ fn memories() {
     shape(partial.merge(&Partial::new(2, 2).unwrap()));
     shape(partial.normalize_into(Array2::zeros((2, 2)).view_mut()));
     let mut memory = LinearMemory::<f64, _>::new(map.clone(), 3, 0.5).unwrap();
-    shape(memory.merge(&LinearMemory::new(map, 2, 0.5).unwrap()));
+    shape(memory.merge(&LinearMemory::new(map.clone(), 2, 0.5).unwrap()));
+    option(memory.merge(&LinearMemory::new(map, 3, 0.6).unwrap()));
     shape(ExactMemory::<f64>::new(4, 3, 0.5).unwrap().merge(&ExactMemory::new(4, 2, 0.5).unwrap()));
+    option(ExactMemory::<f64>::new(4, 3, 0.5).unwrap().merge(&ExactMemory::new(4, 3, 0.6).unwrap()));
+}
+
+/// Values whose sum leaves the range of the type: an error, and the memory or stream as it was.
+#[test]
+fn huge_values() {
+    let kernel = LinearAttention::new(Performer::<f32>::new(2, 4, 0).unwrap());
+    for count in [1, 3, 100] {
+        let k = Array2::<f32>::zeros((count, 2));
+        let huge = Array2::from_elem((count, 1), f32::MAX);
+        let mut memory = kernel.memory(1).unwrap();
+        memory.absorb(k.view(), Array2::ones((count, 1)).view()).unwrap();
+        let before = kernel.stream_from(memory.clone()).save().unwrap();
+        assert!(matches!(memory.absorb(k.view(), huge.view()), Err(Error::Overflow { .. })), "{count}");
+        assert_eq!(kernel.stream_from(memory.clone()).save().unwrap(), before);
+        let mut stream = kernel.stream_from(memory.clone());
+        let mut out = Array2::zeros((count, 1));
+        assert!(stream.extend(k.view(), k.view(), huge.view(), out.view_mut()).is_err());
+        assert_eq!(stream.save().unwrap(), before);
+        // large but harmless
+        let large = Array2::from_elem((count, 1), 1e25_f32);
+        memory.absorb(k.view(), large.view()).unwrap();
+        assert_eq!(memory.len(), 2 * count);
+    }
+    let mut memories = [(); 2].map(|()| {
+        let mut memory = kernel.memory(1).unwrap();
+        memory.absorb(Array2::zeros((1, 2)).view(), ndarray::array![[1.5e31_f32]].view()).unwrap();
+        memory
+    });
+    let other = memories[1].clone();
+    let before = kernel.stream_from(other.clone()).save().unwrap();
+    let result = (0..20).try_for_each(|_| {
+        let copy = memories[0].clone();
+        memories[0].merge(&copy)
+    });
+    assert!(matches!(result, Err(Error::Overflow { .. })));
+    assert_eq!(kernel.stream_from(memories[1].clone()).save().unwrap(), before);
+}
+
+#[test]
+fn sums_of_users() {
+    let good = || (array![[1.0, 2.0]], array![3.0], array![-5.0]);
+    assert!(Partial::from_parts(good().0, good().1, good().2).is_ok());
+    assert!(Partial::from_parts(good().0, good().1, array![f64::NEG_INFINITY]).is_ok());
+    shape(Partial::from_parts(good().0, array![1.0, 2.0], good().2));
+    shape(Partial::from_parts(good().0, good().1, array![]));
+    zero(Partial::<f64>::from_parts(Array2::zeros((1, 0)), good().1, good().2));
+    for bad in [f64::NAN, f64::INFINITY] {
+        not_finite(Partial::from_parts(array![[1.0, bad]], good().1, good().2));
+        not_finite(Partial::from_parts(good().0, array![bad], good().2));
+        not_finite(Partial::from_parts(good().0, good().1, array![bad]));
+    }
+    // merging is adding, in any order and at any scale
+    let mut a = Partial::from_parts(array![[1.0, 2.0]], array![3.0], array![700.0]).unwrap();
+    let b = Partial::from_parts(array![[10.0, 20.0]], array![5.0], array![700.0 + 2f64.ln()]).unwrap();
+    a.merge(&b).unwrap();
+    let mut out = Array2::zeros((1, 2));
+    a.normalize_into(out.view_mut()).unwrap();
+    assert!((out[[0, 0]] - 21.0 / 13.0).abs() < 1e-12 && (out[[0, 1]] - 42.0 / 13.0).abs() < 1e-12);
+}
+
+/// Features that would all underflow are kept in units of their largest.
+#[test]
+fn very_negative_coordinates_of_elu() {
+    let x = normal::<f32>(6, 4, 1.0, 0) - 400.0_f32;
+    let kernel = LinearAttention::new(EluFeatures::<f32>::new(4).unwrap()).with_scale(1.0);
+    let out = kernel.forward(x.view(), x.view(), Array2::ones((6, 2)).view(), Mask::Causal).unwrap();
+    assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
 }
 
 #[test]

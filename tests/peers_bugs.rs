@@ -20,6 +20,52 @@ fn a_later_key_does_not_set_the_unit_of_earlier_ones() {
     assert_close("before the last key", &out.slice(rows).to_owned(), &wide(&alone), 64.0);
 }
 
+/// Nor does it make one fail: here the features of early queries and keys overlap by e^{−60} only, and the last key's
+/// unit, 15 natural units higher, would push that below what f32 can divide by.
+#[test]
+fn a_later_key_does_not_make_an_earlier_query_fail() {
+    #[derive(Debug)]
+    struct Apart;
+    impl dijiang::FeatureMap<f32> for Apart {
+        fn head_dim(&self) -> usize {
+            1
+        }
+        fn num_features(&self) -> usize {
+            2
+        }
+        fn map_queries(
+            &self,
+            _: ndarray::ArrayView2<'_, f32>,
+            mut values: ndarray::ArrayViewMut2<'_, f32>,
+            mut log_scale: ndarray::ArrayViewMut1<'_, f32>,
+        ) -> Result<(), dijiang::Error> {
+            log_scale.fill(0.0);
+            values.column_mut(0).fill(1.0);
+            values.column_mut(1).fill((-60.0_f32).exp());
+            Ok(())
+        }
+        fn map_keys(
+            &self,
+            x: ndarray::ArrayView2<'_, f32>,
+            mut values: ndarray::ArrayViewMut2<'_, f32>,
+            mut log_scale: ndarray::ArrayViewMut1<'_, f32>,
+        ) -> Result<(), dijiang::Error> {
+            values.column_mut(0).fill(0.0);
+            values.column_mut(1).fill(1.0);
+            log_scale.assign(&x.column(0));
+            Ok(())
+        }
+    }
+    let n = 8;
+    let kernel = LinearAttention::new(Apart).with_scale(1.0);
+    let (mut k, v) = (Array2::<f32>::zeros((n, 1)), normal::<f32>(n, 2, 1.0, 1));
+    let before = kernel.forward(k.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    k[[n - 1, 0]] = 15.0;
+    let after = kernel.forward(k.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    let rows = s![..n - 1, ..];
+    assert_close("before", &after.slice(rows).to_owned(), &wide(&before.slice(rows).to_owned()), 64.0);
+}
+
 /// Absolute powers γ^{−m} overflow f32 after 2 794 tokens. Units here are relative to the running maximum: log scales
 /// that rise by thousands over a sequence, or fall, do no harm.
 #[test]

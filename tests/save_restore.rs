@@ -98,6 +98,10 @@ fn reports() {
     assert!(text.contains("output_error") && text.contains("uniform_error"), "{text}");
 }
 
+fn text_of_huge(text: &str) -> String {
+    text.replace("\"directions\":4", "\"directions\":18446744073709551615")
+}
+
 /// What was tampered with is refused with the error of the constructor.
 #[test]
 fn damaged_data_is_refused() {
@@ -107,9 +111,14 @@ fn damaged_data_is_refused() {
         assert!(text.contains(from), "{text}");
         assert!(serde_json::from_str::<Performer<f64>>(&text.replace(from, to)).is_err(), "{to}");
     }
+    let text = serde_json::to_string(&ExactMemory::<f64>::new(2, 1, 0.5).unwrap()).unwrap();
+    assert!(serde_json::from_str::<ExactMemory<f64>>(&text.replace("0.5", "-0.5")).is_err());
+    assert!(serde_json::from_str::<ExactMemory<f64>>(&text.replace("[0,2]", "[0,0]")).is_err(), "{text}");
     let map = DctFeatures::<f64>::new(3, 4, 0).unwrap();
     let text = serde_json::to_string(&map).unwrap();
     assert!(serde_json::from_str::<DctFeatures<f64>>(&text.replace("\"directions\":4", "\"directions\":3")).is_err());
     assert!(serde_json::from_str::<DctFeatures<f64>>(&text.replace("\"directions\":4", "\"directions\":0")).is_err());
+    let huge = text_of_huge(&serde_json::to_string(&map).unwrap());
+    assert!(serde_json::from_str::<DctFeatures<f64>>(&huge).is_err());
     assert!(serde_json::from_str::<TaylorFeatures<f64>>("0").is_err());
 }

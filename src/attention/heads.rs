@@ -86,7 +86,8 @@ impl<T: Scalar> MultiHead<T> {
     /// `[b, query_heads, n_q, d_v]`.
     ///
     /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is padding and never
-    /// read. With [`Mask::Causal`] queries beyond the length are padding too: their output is zero.
+    /// read. With [`Mask::Causal`] queries beyond the length are padding too: their output is zero. A length of 0 is thus
+    /// all padding with [`Mask::Causal`], and an error with [`Mask::Full`], where queries would have nothing to see.
     ///
     /// # Errors
     ///
@@ -126,7 +127,7 @@ impl<T: Scalar> MultiHead<T> {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
         let tasks = outputs(out);
-        for_each(tasks, |(b, h, out): (usize, usize, ArrayViewMut2<'_, T>)| {
+        for_each(tasks, |(b, h, out): Head<'_, T>| {
             let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[b]);
             let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
             let kv = self.kv_head(h);
@@ -181,8 +182,11 @@ fn check_lengths(lengths: Option<&[usize]>, batch: usize, tokens: usize) -> Resu
     }
 }
 
-/// The output of every head, with its sequence and its head.
-fn outputs<T>(mut out: ArrayViewMut4<'_, T>) -> Vec<(usize, usize, ArrayViewMut2<'_, T>)> {
+/// A sequence, a head, and the head's output.
+type Head<'a, T> = (usize, usize, ArrayViewMut2<'a, T>);
+
+/// The output of every head.
+fn outputs<T>(mut out: ArrayViewMut4<'_, T>) -> Vec<Head<'_, T>> {
     let (batch, heads, ..) = out.dim();
     let mut all = Vec::with_capacity(batch * heads);
     for b in 0..batch {
@@ -268,7 +272,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         // A head that fails must not leave the others ahead of it: each works on a copy.
         let mut next = self.streams.clone();
         let tasks = outputs(out).into_iter().zip(&mut next).collect();
-        for_each(tasks, |((b, h, out), stream): ((usize, usize, ArrayViewMut2<'_, T>), &mut Box<dyn Stream<T>>)| {
+        for_each(tasks, |((b, h, out), stream): (Head<'_, T>, &mut Box<dyn Stream<T>>)| {
             let tokens = lengths.map_or(q.dim().2, |lengths| lengths[b]);
             let kv = heads.kv_head(h);
             let (q, k, v) = (head(&q, b, h, tokens), head(&k, b, kv, tokens), head(&v, b, kv, tokens));

@@ -67,16 +67,50 @@ impl<F> LinearAttention<F> {
     }
 
     /// The feature map.
+    #[must_use]
     pub fn map(&self) -> &F {
         &self.map
     }
 
-    fn memory<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
+    /// An empty memory of this kernel: to absorb a part of a sequence elsewhere, to merge, and to go on from with
+    /// [`stream_from`](Self::stream_from).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::stream`].
+    pub fn memory<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
     where
         F: FeatureMap<T>,
     {
         let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
         LinearMemory::new(Arc::clone(&self.map), value_dim, scale)
+    }
+}
+
+impl<F> LinearAttention<F> {
+    /// A causal stream that goes on from what a memory of this kernel has absorbed, for example two halves of a prompt on
+    /// two threads, merged.
+    ///
+    /// ```
+    /// use dijiang::{LinearAttention, Memory, Performer, Stream};
+    /// use ndarray::{Array2, Axis};
+    ///
+    /// let kernel = LinearAttention::new(Performer::<f32>::new(8, 16, 0)?);
+    /// let prompt = Array2::from_shape_fn((10, 8), |(i, j)| ((i * 8 + j) as f32).sin());
+    /// let (first, second) = prompt.view().split_at(Axis(0), 4);
+    /// let (mut left, mut right) = (kernel.memory(8)?, kernel.memory(8)?);
+    /// left.absorb(first, first)?;
+    /// right.absorb(second, second)?;
+    /// left.merge(&right)?;
+    /// let stream = kernel.stream_from(left);
+    /// assert_eq!(stream.len(), 10);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn stream_from<T: Scalar>(&self, memory: LinearMemory<T, F>) -> Box<dyn Stream<T>>
+    where
+        F: FeatureMap<T> + 'static,
+    {
+        Box::new(LinearStream { memory, readout: self.readout, work: Workspace::new() })
     }
 }
 
@@ -105,7 +139,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(LinearStream { memory: self.memory(value_dim)?, readout: self.readout, work: Workspace::new() }))
+        Ok(self.stream_from(self.memory(value_dim)?))
     }
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {

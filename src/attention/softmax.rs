@@ -121,7 +121,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         check::queries(self.head_dim, q)?;
         check::size("k", "columns", self.head_dim, k.ncols())?;
         check::finite("k", k)?;
-        let (q, k) = (q.mapv(|x| x.as_f64() * scale), k.mapv(|x| x.as_f64()));
+        let (q, k) = (q.mapv(|x| x.as_f64() * scale), k.mapv(T::as_f64));
         Ok(Some(q.dot(&k.t())))
     }
 }
@@ -178,7 +178,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
         let tokens = state.tokens();
-        let count = tokens.checked_mul(head_dim + value_dim).unwrap_or(usize::MAX);
+        let count = tokens.saturating_mul(head_dim + value_dim);
         let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
         let (k, v) = numbers.split_at(tokens * head_dim);
         self.cache.reset();

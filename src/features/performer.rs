@@ -10,8 +10,8 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, co
 /// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m,    ω_i ~ N(0, I),    D_i = 1 unless set
 /// ```
 ///
-/// so that `E φ(x)·φ(y) = exp(x·y)`, exactly. The variance of the estimate is of order `e^{|x + y|²}/m`: on the heads of
-/// trained language models, where `|x + y|²` is 25 to 100, it is useless without a part that is exact.
+/// so that `E φ(x)·φ(y) = exp(x·y)`, exactly. The relative variance of the estimate is `(e^{|x + y|²} − 1)/m` for
+/// independent ω: on the heads of trained language models, where `|x + y|²` is 25 to 100, it is useless without a part that is exact.
 ///
 /// ```
 /// use dijiang::{FeatureMap, Performer};

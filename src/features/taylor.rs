@@ -12,7 +12,7 @@ use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 /// ```
 ///
 /// with `(d + 1)(d + 2)/2` features (2 145 at d = 64). Single features are signed, but every weight is positive. It is
-/// exact to third order at `s = 0` and grows as s²/2 on both sides, so strongly *negative* scores get large weights: good
+/// exact to second order at `s = 0`, with an error of s³/6, and grows as s²/2 on both sides, so strongly *negative* scores get large weights: good
 /// for |s| < 1, poor for the scores of trained heads (Arora et al., Based, arXiv 2402.18668, use it on few coordinates).
 ///
 /// ```

@@ -111,6 +111,11 @@ pub(crate) fn attend<T: Scalar>(
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+)]
 pub struct ExactMemory<T> {
     head_dim: usize,
     value_dim: usize,
@@ -145,14 +150,15 @@ impl<T: Scalar> ExactMemory<T> {
         matrix(&self.values, self.tokens, self.value_dim)
     }
 
-    /// Appends the tokens of another memory of the same shape.
+    /// Appends the tokens of another memory of the same shape and scale.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the dimensions differ.
+    /// [`Error::Shape`] if the dimensions differ, [`Error::InvalidOption`] if the scales do.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check::size("other", "key columns", self.head_dim, other.head_dim)?;
         check::size("other", "value columns", self.value_dim, other.value_dim)?;
+        check::same_scale(self.scale, other.scale)?;
         self.keys.extend_from_slice(&other.keys);
         self.values.extend_from_slice(&other.values);
         self.tokens += other.tokens;
@@ -225,5 +231,32 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
 
     fn reset(&mut self) {
         self.truncate(0);
+    }
+}
+
+/// What is saved.
+#[cfg(feature = "serde")]
+#[derive(Clone, serde::Serialize, serde::Deserialize)]
+struct Parts<T> {
+    scale: T,
+    keys: Array2<T>,
+    values: Array2<T>,
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> From<ExactMemory<T>> for Parts<T> {
+    fn from(memory: ExactMemory<T>) -> Self {
+        Self { scale: memory.scale, keys: memory.keys().to_owned(), values: memory.values().to_owned() }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<Parts<T>> for ExactMemory<T> {
+    type Error = Error;
+
+    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+        let mut memory = Self::new(parts.keys.ncols(), parts.values.ncols(), parts.scale.as_f64())?;
+        memory.absorb(parts.keys.view(), parts.values.view())?;
+        Ok(memory)
     }
 }

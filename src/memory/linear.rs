@@ -1,6 +1,6 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
-use super::{Memory, Partial};
+use super::{Memory, Partial, divisor};
 use crate::kernel::{self, CHUNK};
 use crate::views::{self, corner_mut};
 use crate::{Error, FeatureMap, Scalar, check};
@@ -121,6 +121,12 @@ impl<T: Scalar> State<T> {
         kernel::add_compensated(normalizer, normalizer_low, factor, features);
     }
 
+    /// Whether a sum has come so near to the largest number of the type that more tokens could overflow it.
+    fn is_too_large(&self) -> bool {
+        let limit = T::max_value() * T::from_f64(0.5_f64.powi(24));
+        self.parts().into_iter().any(|part| !kernel::all_finite(part) || kernel::max_abs(part) > limit)
+    }
+
     /// Brings the sums to a unit that is at least as large.
     fn raise(&mut self, log_scale: T) {
         if log_scale > self.log_scale {
@@ -142,6 +148,8 @@ pub(crate) struct Workspace<T> {
     keys: Array2<T>,
     query_scale: Array1<T>,
     key_scale: Array1<T>,
+    /// Values so large that sums of them may overflow: see [`State::is_too_large`].
+    large_values: bool,
     scores: Array2<T>,
     /// What a group adds to the state.
     delta: Array2<T>,
@@ -159,6 +167,7 @@ impl<T: Scalar> Workspace<T> {
             keys: nothing(),
             query_scale: Array1::zeros(0),
             key_scale: Array1::zeros(0),
+            large_values: false,
             scores: nothing(),
             delta: nothing(),
             key_sum: Array1::zeros(0),
@@ -178,6 +187,12 @@ impl<T: Scalar> Workspace<T> {
             stop += 1;
         }
         (stop, unit)
+    }
+
+    /// Copies the values of a chunk.
+    fn set_values(&mut self, v: ArrayView2<'_, T>) {
+        self.large_values = is_large(v);
+        first_rows(&mut self.values, v.nrows()).assign(&v);
     }
 
     fn reserve(&mut self, tokens: usize, head_dim: usize, features: usize, value_dim: usize) {
@@ -234,6 +249,12 @@ fn row_mut<T>(x: &mut Array2<T>, i: usize) -> &mut [T] {
     &mut slice_mut(x)[i * columns..(i + 1) * columns]
 }
 
+/// Whether a sum of such values could overflow.
+fn is_large<T: Scalar>(v: ArrayView2<'_, T>) -> bool {
+    let limit = T::from_f64(T::SAFE_VALUE);
+    v.iter().any(|x| x.abs() > limit)
+}
+
 /// Whether queries or keys are mapped.
 #[derive(Clone, Copy)]
 enum Side {
@@ -257,24 +278,38 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Ok(Self { map, scale_root: T::from_f64(scale.sqrt()), state })
     }
 
-    /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order.
+    /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order. That the maps are the same
+    /// is for the caller to see to; of them only the number of features is compared.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the number of features or values differs.
+    /// [`Error::Shape`] if the number of features or values differs, [`Error::InvalidOption`] if the scales do,
+    /// [`Error::Overflow`] if a sum becomes too large. This memory is then unchanged.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check::size("other", "features", self.state.sums.nrows(), other.state.sums.nrows())?;
         check::size("other", "value columns", self.state.sums.ncols(), other.state.sums.ncols())?;
+        check::same_scale(self.scale_root, other.scale_root)?;
         if other.state.tokens == 0 {
             return Ok(());
         }
-        self.state.raise(other.state.log_scale);
-        let factor = (other.state.log_scale - self.state.log_scale).exp();
-        let [sums, sums_low, normalizer, normalizer_low] = other.state.parts();
-        self.state.add(factor, sums, normalizer);
-        self.state.add(factor, sums_low, normalizer_low);
-        self.state.tokens += other.state.tokens;
-        Ok(())
+        self.guarded(true, |memory| {
+            memory.state.raise(other.state.log_scale);
+            let factor = (other.state.log_scale - memory.state.log_scale).exp();
+            let [sums, sums_low, normalizer, normalizer_low] = other.state.parts();
+            memory.state.add(factor, sums, normalizer);
+            memory.state.add(factor, sums_low, normalizer_low);
+            memory.state.tokens += other.state.tokens;
+            memory.check_size(true, 0)
+        })
+    }
+
+    /// Fails if the values were `large` and their sum has become so.
+    fn check_size(&self, large: bool, row: usize) -> Result<(), Error> {
+        if large && self.state.is_too_large() {
+            Err(Error::Overflow { which: "the sum of values", row })
+        } else {
+            Ok(())
+        }
     }
 
     pub(crate) fn value_dim(&self) -> usize {
@@ -337,13 +372,13 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ) -> Result<(), Error> {
         let n = q.nrows();
         work.reserve(n, self.head_dim(), self.num_features(), self.value_dim());
-        // A single token is read before it is absorbed; only several can fail half-way.
-        self.guarded(n > 1, |memory| {
+        // A single token is read before it is absorbed; only several, or a huge one, can fail half-way.
+        self.guarded(n > 1 || is_large(v), |memory| {
             for start in (0..n).step_by(CHUNK) {
                 let chunk = start..n.min(start + CHUNK);
                 memory.map(Side::Query, views::rows(q, chunk.clone()), work, start)?;
                 memory.map(Side::Key, views::rows(k, chunk.clone()), work, start)?;
-                first_rows(&mut work.values, chunk.len()).assign(&views::rows(v, chunk.clone()));
+                work.set_values(views::rows(v, chunk.clone()));
                 memory.extend_chunk(views::rows_mut(out.view_mut(), chunk), readout, work, start)?;
             }
             Ok(())
@@ -392,20 +427,30 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ) -> Result<(), Error> {
         let n = out.nrows();
         let mut start = 0;
+        let mut one_by_one_until = 0;
         while start < n {
-            let (end, unit) = work.group(start, n, self.state.log_scale);
-            let few = end - start < FEW_TOKENS;
-            let end = if few { start + 1 } else { end };
-            if few {
+            let (mut end, unit) = work.group(start, n, self.state.log_scale);
+            let mut grouped = end - start >= FEW_TOKENS && start >= one_by_one_until;
+            if grouped {
+                let in_range = self.read_group(start, end, unit, work);
+                if readout == Readout::Normalized && !in_range {
+                    // The unit of the group, set by its largest key, may be too large for an early query.
+                    one_by_one_until = end;
+                    grouped = false;
+                }
+            }
+            if !grouped {
+                end = start + 1;
                 self.read_token(start, work);
-            } else {
-                self.extend_group(start, end, unit, work);
             }
             let out = &mut views::rows_mut(out.view_mut(), start..end);
             work.answer.write(first_row + start, readout == Readout::Normalized, out)?;
-            if few {
+            if grouped {
+                self.absorb_group(start, end, work);
+            } else {
                 self.absorb_token(start, work);
             }
+            self.check_size(work.large_values, first_row + start)?;
             start = end;
         }
         Ok(())
@@ -444,37 +489,46 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         self.state.tokens += 1;
     }
 
-    /// Answers the queries `start..end` into the first rows of the answer and absorbs their tokens. All keys are
-    /// brought to `unit`; block by block, masked scores give the part of the group itself and the state the rest.
-    fn extend_group(&mut self, start: usize, end: usize, unit: T, work: &mut Workspace<T>) {
+    /// Answers the queries `start..end` into the first rows of the answer, in `unit`: block by block, masked scores give
+    /// the part of the group itself and the state the rest. Returns whether every normaliser can be divided by.
+    fn read_group(&self, start: usize, end: usize, unit: T, work: &mut Workspace<T>) -> bool {
         let Workspace { queries, query_scale, keys, key_scale, values, scores, answer, .. } = work;
-        self.state.raise(unit);
-        for j in start..end {
-            kernel::scale(row_mut(keys, j), (key_scale[j] - unit).exp());
+        let old = (self.state.log_scale - unit).exp();
+        let mut factors = [T::zero(); CHUNK];
+        for (factor, &scale) in factors.iter_mut().zip(key_scale.iter().take(end).skip(start)) {
+            *factor = (scale - unit).exp();
         }
-        let group_queries = views::rows(queries.view(), start..end);
+        let mut in_range = true;
         let mut numerator = first_rows(&mut answer.numerator, end - start);
-        kernel::matmul(T::one(), group_queries, self.state.sums.view(), T::zero(), &mut numerator);
+        let group_queries = views::rows(queries.view(), start..end);
+        kernel::matmul(old, group_queries, self.state.sums.view(), T::zero(), &mut numerator);
         for first in (start..end).step_by(ROW_BLOCK) {
             let last = end.min(first + ROW_BLOCK);
             let mut scores = corner_mut(scores.view_mut(), last - first, last - start);
             let block = views::rows(queries.view(), first..last);
             kernel::matmul(T::one(), block, views::rows(keys.view(), start..last).t(), T::zero(), &mut scores);
-            for (i, mut row) in (first..last).zip(scores.outer_iter_mut()) {
-                let (seen, hidden) = row.as_slice_mut().unwrap_or_default().split_at_mut(i + 1 - start);
+            for (i, mut scores) in (first..last).zip(scores.outer_iter_mut()) {
+                let (seen, hidden) = scores.as_slice_mut().unwrap_or_default().split_at_mut(i + 1 - start);
                 hidden.fill(T::zero());
-                answer.denominator[i - start] =
-                    kernel::dot(self::row(queries, i), slice(&self.state.normalizer)) + kernel::sum(seen);
+                kernel::multiply(seen, &factors);
+                let denominator = old * kernel::dot(row(queries, i), slice(&self.state.normalizer)) + kernel::sum(seen);
+                in_range &= divisor(denominator, i).is_ok();
+                answer.denominator[i - start] = denominator;
                 answer.log_scale[i - start] = query_scale[i] + unit;
             }
             let mut numerator = views::rows_mut(numerator.view_mut(), first - start..last - start);
             kernel::matmul(T::one(), scores.view(), views::rows(values.view(), start..last), T::one(), &mut numerator);
         }
-        self.absorb_group(start, end, work);
+        in_range
     }
 
-    /// Adds the tokens `start..end`, whose keys are in units of the state.
+    /// Adds the tokens `start..end`, in units of the largest key so far.
     fn absorb_group(&mut self, start: usize, end: usize, work: &mut Workspace<T>) {
+        let unit = work.key_scale.iter().take(end).skip(start).fold(self.state.log_scale, |m, &scale| m.max(scale));
+        self.state.raise(unit);
+        for j in start..end {
+            kernel::scale(row_mut(&mut work.keys, j), (work.key_scale[j] - unit).exp());
+        }
         let (keys, values) = (views::rows(work.keys.view(), start..end), views::rows(work.values.view(), start..end));
         if work.delta.dim() != self.state.sums.dim() {
             // not needed by a stream that only decodes
@@ -499,19 +553,14 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ) -> Result<(), Error> {
         let n = k.nrows();
         work.reserve(n, self.head_dim(), self.num_features(), self.value_dim());
-        self.guarded(n > CHUNK, |memory| {
+        self.guarded(n > CHUNK || is_large(v), |memory| {
             for start in (0..n).step_by(CHUNK) {
                 let chunk = start..n.min(start + CHUNK);
                 let (k, v) = (views::rows(k, chunk.clone()), views::rows(v, chunk));
                 memory.map(Side::Key, k, work, start)?;
-                first_rows(&mut work.values, v.nrows()).assign(&v);
-                let unit = work.key_scale.iter().take(k.nrows()).fold(memory.state.log_scale, |m, &x| m.max(x));
-                memory.state.raise(unit);
-                for j in 0..k.nrows() {
-                    let factor = (work.key_scale[j] - unit).exp();
-                    kernel::scale(row_mut(&mut work.keys, j), factor);
-                }
+                work.set_values(v);
                 memory.absorb_group(0, k.nrows(), work);
+                memory.check_size(work.large_values, start)?;
             }
             Ok(())
         })
