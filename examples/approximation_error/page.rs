@@ -1,0 +1,190 @@
+//! The HTML page: one file that needs no other.
+
+use crate::args::Plan;
+use crate::findings::SMALL_NORM;
+use crate::kernels::Kernel;
+use crate::measure::Results;
+use crate::plots;
+use crate::summary::{Group, describe};
+use crate::table::{self, Emphasis};
+
+const STYLE: &str = include_str!("page.css");
+
+/// The whole page.
+pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let heads = Group::heads(results);
+    let small = results.inputs.iter().position(|input| input.norm == Some(SMALL_NORM));
+    let features = table::typical_features(&plan.features);
+    let synthetic = Group::synthetic(results);
+    let mut panels: Vec<Group> = [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
+    panels.push(heads.clone());
+    let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
+    let uniform = ("reference", "uniform attention");
+    let estimates =
+        |kernels: &[Kernel]| kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect();
+    let estimates: Vec<Kernel> = estimates(&plan.kernels);
+
+    let mut html = String::from(
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>Approximation error of attention kernels</title>\n<style>\n",
+    );
+    html.push_str(STYLE);
+    html.push_str("</style>\n</head>\n<body>\n<h1>How close do attention kernels come to softmax?</h1>\n");
+    html.push_str(&format!(
+        "<p class=\"about\">dijiang {}, <code>{}</code>. {} seeds of every random map; kernels in float32, the reference in \
+         float64. Errors are relative Frobenius norms: ‖ÂV − AV‖/‖AV‖ for outputs, ‖K̂ − K‖/‖K‖ for kernels, \
+         K = exp(q̂·k̂). Uniform attention gives every visible key the same weight; a map that does not beat it \
+         approximates nothing.</p>\n",
+        env!("CARGO_PKG_VERSION"),
+        escaped(&plan.command),
+        plan.seeds
+    ));
+
+    section(&mut html, "What was found");
+    html.push_str("<ul>\n");
+    for finding in findings {
+        html.push_str(&format!("<li>{}</li>\n", escaped(finding)));
+    }
+    html.push_str("</ul>\n");
+
+    section(&mut html, &format!("Real heads ({})", heads.name));
+    html.push_str(&summary_table(&table::summary(results, &heads)));
+    html.push_str(&format!("<p>{}</p>\n", escaped(table::LEGEND).replace('\n', "<br>")));
+
+    section(&mut html, "Error by head");
+    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform]));
+    let by_head = plots::by_head(results, &heads.inputs, features)?;
+    figure(
+        &mut html,
+        by_head,
+        "Median over seeds, with the range over seeds. The dashed bar is uniform attention on that head: marks above it are \
+         worse than looking at all keys alike. Marks at the upper edge may lie beyond it.",
+    );
+
+    section(&mut html, "Error against the number of features");
+    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform]));
+    html.push_str("<div class=\"panels\">\n");
+    for group in &panels {
+        let plot = plots::output_against_features(results, group)?;
+        figure(&mut html, plot, "");
+    }
+    html.push_str(
+        "</div>\n<p>Relative output error, median over seeds with the range over seeds, both axes logarithmic. Gaussian \
+         q and k of the stated norm, then the real heads. Maps whose number of features follows from d are single marks.</p>\n",
+    );
+
+    section(&mut html, "How fast the kernel error falls");
+    html.push_str(&plots::legend(estimates.iter().copied(), &[("guide", "slopes −½ and −1")]));
+    html.push_str("<div class=\"panels\">\n");
+    for group in &small_and_heads {
+        let plot = plots::kernel_against_features(results, group)?;
+        figure(&mut html, plot, "");
+    }
+    html.push_str(
+        "</div>\n<p>Relative error of the unnormalised weights against exp(q̂·k̂). Monte Carlo falls with slope −½; \
+         slope −1 is the O(1/m) claimed for quasi-Monte Carlo.</p>\n",
+    );
+    let slopes = plots::slopes(results, small, &heads.inputs)?;
+    if slopes.is_some() {
+        let lines = [("reference", "−1, claimed for quasi-Monte Carlo"), ("guide", "−½, Monte Carlo")];
+        html.push_str(&plots::legend([], &lines));
+        figure(
+            &mut html,
+            slopes,
+            &format!("Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the order listed below."),
+        );
+    }
+    if let Some(rows) = plots::slope_table(results, small, &heads.inputs) {
+        html.push_str(&format!(
+            "<div class=\"scroll\"><table><thead><tr><th>kernel</th><th>claimed</th><th>measured, |x̂|² = {SMALL_NORM}</th>\
+             <th>95 % interval</th><th>mean kernel error by m</th><th>range over heads</th></tr></thead>\
+             <tbody>{rows}</tbody></table></div>\n"
+        ));
+    }
+
+    section(&mut html, "Error against the size of the state");
+    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform, ("guide", "state of exact attention")]));
+    html.push_str("<div class=\"panels\">\n");
+    for group in &small_and_heads {
+        let plot = plots::output_against_state(results, group)?;
+        figure(&mut html, plot, "");
+    }
+    html.push_str(
+        "</div>\n<p>A feature map keeps m·(d<sub>v</sub> + 1) + 1 numbers; exact attention keeps n·(d + d<sub>v</sub>), \
+         the upright line.</p>\n",
+    );
+
+    section(&mut html, "Growing norms");
+    let (header, lines) = table::norms(results, &synthetic, features);
+    html.push_str(&plain_table(&header, &lines));
+    html.push_str("<p>Output error on Gaussian q and k; in brackets: no better than uniform attention.</p>\n");
+
+    section(&mut html, "What was measured");
+    html.push_str("<ul>\n");
+    for input in &results.inputs {
+        html.push_str(&format!("<li>{}</li>\n", escaped(&describe(input))));
+    }
+    html.push_str("</ul>\n<dl>\n");
+    for kernel in &plan.kernels {
+        html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", kernel.name(), kernel.description()));
+    }
+    html.push_str(&format!(
+        "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of one forward on one thread, \
+         and are the only numbers here that differ from run to run.</p>\n</body>\n</html>\n",
+        results.measurements.len()
+    ));
+    Ok(html)
+}
+
+fn section(html: &mut String, title: &str) {
+    html.push_str(&format!("<h2>{}</h2>\n", escaped(title)));
+}
+
+fn figure(html: &mut String, plot: Option<String>, caption: &str) {
+    if let Some(svg) = plot {
+        html.push_str(&format!("<figure>{svg}"));
+        if !caption.is_empty() {
+            html.push_str(&format!("<figcaption>{}</figcaption>", escaped(caption)));
+        }
+        html.push_str("</figure>\n");
+    }
+}
+
+fn summary_table(lines: &[table::Line]) -> String {
+    let mut html = String::from("<div class=\"scroll\"><table><thead><tr>");
+    for name in table::HEADER {
+        html.push_str(&format!("<th>{}</th>", escaped(name).replace('\n', "<br>")));
+    }
+    html.push_str("</tr></thead><tbody>\n");
+    for line in lines {
+        let class = match line.emphasis {
+            Emphasis::Baseline => "baseline",
+            Emphasis::Best => "best",
+            Emphasis::Useless => "useless",
+            Emphasis::Plain => "plain",
+        };
+        html.push_str(&format!("<tr class=\"{class}\">{}</tr>\n", cells(&line.cells)));
+    }
+    html.push_str("</tbody></table></div>\n");
+    html
+}
+
+fn plain_table(header: &[String], lines: &[Vec<String>]) -> String {
+    let head: String = header.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
+    let body: String = lines.iter().map(|line| format!("<tr>{}</tr>\n", cells(line))).collect();
+    format!("<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n")
+}
+
+/// The first is the line's name.
+fn cells(line: &[String]) -> String {
+    let cell = |(i, text): (usize, &String)| {
+        let tag = if i == 0 { "th" } else { "td" };
+        format!("<{tag}>{}</{tag}>", escaped(text))
+    };
+    line.iter().enumerate().map(cell).collect()
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}

@@ -1,0 +1,533 @@
+//! The plots of the page, as inline SVG.
+//!
+//! Colours of text, axes and reference lines are placeholders that the page's style sheet replaces, so that they follow
+//! the reader's light or dark theme.
+
+use crate::kernels::Kernel;
+use crate::measure::Results;
+use crate::summary::{Group, Row, kernel_error_rate, median, rows};
+use crate::text::{short, slope};
+use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::prelude::*;
+use std::ops::Range;
+
+/// Placeholders, see the style sheet in `page.rs`.
+const INK: RGBColor = RGBColor(1, 2, 3);
+const GRID: RGBColor = RGBColor(1, 2, 4);
+/// Dashed by the style sheet.
+const REFERENCE: RGBColor = RGBColor(1, 2, 5);
+/// Dotted by the style sheet.
+const GUIDE: RGBColor = RGBColor(1, 2, 6);
+
+const WIDTH: u32 = 560;
+const HEIGHT: u32 = 380;
+const FONT: &str = "sans-serif";
+/// More heads do not fit side by side.
+const MOST_HEADS: usize = 24;
+
+/// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each member.
+#[derive(Clone, Copy)]
+enum Shape {
+    Disc,
+    Ring,
+    Triangle,
+    Cross,
+}
+
+fn look(kernel: Kernel) -> (RGBColor, Shape) {
+    const BLUE: RGBColor = RGBColor(0, 114, 178);
+    const SKY: RGBColor = RGBColor(86, 180, 233);
+    const VERMILLION: RGBColor = RGBColor(213, 94, 0);
+    const ORANGE: RGBColor = RGBColor(230, 159, 0);
+    const GREEN: RGBColor = RGBColor(0, 158, 115);
+    const PURPLE: RGBColor = RGBColor(204, 121, 167);
+    const GREY: RGBColor = RGBColor(140, 140, 140);
+    match kernel {
+        Kernel::Performer => (BLUE, Shape::Disc),
+        Kernel::PerformerIid => (SKY, Shape::Triangle),
+        Kernel::PerformerHyperbolic => (BLUE, Shape::Cross),
+        Kernel::Dct => (VERMILLION, Shape::Disc),
+        Kernel::DctAntithetic => (ORANGE, Shape::Triangle),
+        Kernel::DctNormal => (VERMILLION, Shape::Cross),
+        Kernel::Official => (PURPLE, Shape::Triangle),
+        Kernel::Wpff => (GREEN, Shape::Disc),
+        Kernel::WpffSobol => (GREEN, Shape::Triangle),
+        Kernel::WpffWeighted => (GREEN, Shape::Cross),
+        Kernel::Taylor => (PURPLE, Shape::Disc),
+        Kernel::Elu => (GREY, Shape::Ring),
+        Kernel::Relu => (GREY, Shape::Cross),
+    }
+}
+
+type Failure = Box<dyn std::error::Error>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// An axis in the units that are drawn: logarithms where `log`.
+struct Axis {
+    label: &'static str,
+    low: f64,
+    high: f64,
+    ticks: Vec<(f64, String)>,
+}
+
+impl Axis {
+    /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten.
+    fn log(label: &'static str, values: &[f64]) -> Option<Self> {
+        let good = values.iter().copied().filter(|x| *x > 0.0 && x.is_finite()).map(f64::log10);
+        let (low, high) = good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
+        if low > high {
+            return None;
+        }
+        let margin = 0.06 * (high - low).max(0.5);
+        let (low, high) = (low - margin, high + margin);
+        let decades = high - low;
+        let steps: &[f64] = if decades < 2.2 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let stride = ((decades / 6.0).floor() as i32).max(1);
+        let mut ticks = Vec::new();
+        for power in low.floor() as i32..=high.ceil() as i32 {
+            for step in steps.iter().filter(|_| power.rem_euclid(stride) == 0) {
+                let value = step * 10_f64.powi(power);
+                if (low..=high).contains(&value.log10()) {
+                    ticks.push((value.log10(), tick(value)));
+                }
+            }
+        }
+        Some(Self { label, low, high, ticks })
+    }
+
+    /// A logarithmic axis with ticks at the given numbers of features.
+    fn features(rows: &[Row]) -> Option<Self> {
+        let all: Vec<f64> = rows.iter().flat_map(|row| row.features).map(|m| m as f64).collect();
+        let mut axis = Self::log("features m", &all)?;
+        let mut asked: Vec<usize> =
+            rows.iter().filter(|row| !row.kernel.is_fixed()).map(|row| row.features[0]).collect();
+        asked.sort_unstable();
+        asked.dedup();
+        if (2..=10).contains(&asked.len()) {
+            axis.ticks = asked.into_iter().map(|m| ((m as f64).log10(), m.to_string())).collect();
+        }
+        Some(axis)
+    }
+
+    fn linear(label: &'static str, low: f64, high: f64) -> Self {
+        let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0]
+            .into_iter()
+            .find(|step| (high - low) / step <= 9.0)
+            .unwrap_or((high - low) / 5.0);
+        let first = (low / step).ceil() as i64;
+        let ticks = (first..).map(|i| i as f64 * step).take_while(|x| *x <= high + 1e-9).map(|x| (x, tick(x)));
+        Self { label, low, high, ticks: ticks.collect() }
+    }
+
+    fn categories(label: &'static str, names: Vec<String>) -> Self {
+        let high = names.len() as f64;
+        let ticks = names.into_iter().enumerate().map(|(i, name)| (i as f64 + 0.5, name)).collect();
+        Self { label, low: 0.0, high, ticks }
+    }
+
+    fn scale(&self) -> Scale {
+        Scale { range: self.low..self.high, ticks: self.ticks.iter().map(|(x, _)| *x).collect() }
+    }
+
+    fn text(&self, x: f64) -> String {
+        let near = |(a, _): &&(f64, String)| (a - x).abs() < 1e-9;
+        self.ticks.iter().find(near).map_or_else(String::new, |(_, text)| text.clone())
+    }
+}
+
+/// A linear scale with ticks where an [`Axis`] has them.
+struct Scale {
+    range: Range<f64>,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for Scale {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let place = (value - self.range.start) / (self.range.end - self.range.start);
+        limit.0 + (place * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
+
+fn tick(x: f64) -> String {
+    if x == 0.0 {
+        return "0".to_owned();
+    }
+    if x.abs() >= 1e5 || x.abs() < 1e-3 {
+        return format!("{x:.0e}");
+    }
+    let text = format!("{x:.3}");
+    text.trim_end_matches('0').trim_end_matches('.').replace('-', "−")
+}
+
+/// Points of one kernel, in drawn units.
+struct Series {
+    kernel: Kernel,
+    points: Vec<(f64, f64)>,
+    /// From, to.
+    bars: Vec<[(f64, f64); 2]>,
+    joined: bool,
+    size: i32,
+    alpha: f64,
+}
+
+/// A line that is no kernel's.
+struct Reference {
+    ends: [(f64, f64); 2],
+    colour: RGBColor,
+    width: u32,
+}
+
+struct Panel {
+    title: String,
+    x: Axis,
+    y: Axis,
+    series: Vec<Series>,
+    references: Vec<Reference>,
+    left: u32,
+    size: (u32, u32),
+}
+
+impl Panel {
+    fn new(title: impl Into<String>, x: Axis, y: Axis) -> Self {
+        let (series, references) = (Vec::new(), Vec::new());
+        Self { title: title.into(), x, y, series, references, left: 64, size: (WIDTH, HEIGHT) }
+    }
+
+    fn across(&mut self, y: f64, colour: RGBColor) {
+        self.references.push(Reference { ends: [(self.x.low, y), (self.x.high, y)], colour, width: 2 });
+    }
+
+    fn upright(&mut self, x: f64, colour: RGBColor) {
+        self.references.push(Reference { ends: [(x, self.y.low), (x, self.y.high)], colour, width: 2 });
+    }
+
+    fn draw(&self) -> Result<String, Failure> {
+        let mut svg = String::new();
+        {
+            let root = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
+            self.draw_on(&root)?;
+            root.present()?;
+        }
+        // Inline SVG needs no namespace; its size follows the page.
+        let view = format!("viewBox=\"0 0 {} {}\"", self.size.0, self.size.1);
+        let start = svg.find("<svg").unwrap_or(0);
+        let end = svg[start..].find('>').map_or(start, |i| start + i + 1);
+        let label = self.title.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
+        Ok(format!("<svg {view} role=\"img\" aria-label=\"{label}\">{}", &svg[end..]))
+    }
+
+    fn draw_on(&self, root: &Area<'_>) -> Result<(), Failure> {
+        let font = |size: i32| (FONT, size).into_font().color(&INK);
+        let mut chart = ChartBuilder::on(root)
+            .caption(&self.title, (FONT, 19).into_font().style(FontStyle::Bold).color(&INK))
+            .margin(8)
+            .margin_right(18)
+            .x_label_area_size(46)
+            .y_label_area_size(self.left)
+            .build_cartesian_2d(
+                self.x.scale(),
+                self.y.scale(),
+            )?;
+        let (x_text, y_text) = (|x: &f64| self.x.text(*x), |y: &f64| self.y.text(*y));
+        chart
+            .configure_mesh()
+            .axis_style(INK)
+            .bold_line_style(GRID)
+            .max_light_lines(0)
+            .x_labels(40)
+            .y_labels(40)
+            .x_label_formatter(&x_text)
+            .y_label_formatter(&y_text)
+            .label_style(font(15))
+            .axis_desc_style(font(16))
+            .x_desc(self.x.label)
+            .y_desc(self.y.label)
+            .draw()?;
+        for reference in &self.references {
+            chart.draw_series(std::iter::once(PathElement::new(
+                reference.ends.to_vec(),
+                reference.colour.stroke_width(reference.width),
+            )))?;
+        }
+        for series in &self.series {
+            let (colour, shape) = look(series.kernel);
+            let colour = colour.mix(series.alpha);
+            if series.joined {
+                chart.draw_series(LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)))?;
+            }
+            chart.draw_series(
+                series.bars.iter().map(|bar| PathElement::new(bar.to_vec(), colour.mix(0.6).stroke_width(2))),
+            )?;
+            let (points, size) = (series.points.iter().copied(), series.size);
+            match shape {
+                Shape::Disc => chart.draw_series(points.map(|p| Circle::new(p, size, colour.filled())))?,
+                Shape::Ring => chart.draw_series(points.map(|p| Circle::new(p, size, colour.stroke_width(2))))?,
+                Shape::Triangle => {
+                    chart.draw_series(points.map(|p| TriangleMarker::new(p, size + 1, colour.filled())))?
+                }
+                Shape::Cross => chart.draw_series(points.map(|p| Cross::new(p, size, colour.stroke_width(2))))?,
+            };
+        }
+        Ok(())
+    }
+}
+
+/// A key of the kernels, as HTML.
+pub fn legend(kernels: impl IntoIterator<Item = Kernel>, references: &[(&str, &str)]) -> String {
+    let mut html = String::from("<p class=\"legend\">");
+    for (class, text) in references {
+        html.push_str(&format!(
+            "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{text}</span> "
+        ));
+    }
+    for kernel in kernels {
+        let (RGBColor(r, g, b), shape) = look(kernel);
+        let colour = format!("#{r:02X}{g:02X}{b:02X}");
+        let mark = match shape {
+            Shape::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
+            Shape::Ring => {
+                format!("<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
+            }
+            Shape::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
+            Shape::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
+        };
+        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{}</span> ", kernel.name()));
+    }
+    html.push_str("</p>");
+    html
+}
+
+fn joined(rows: &[Row], kernel: Kernel, x: impl Fn(&Row) -> f64, y: impl Fn(&Row) -> Option<[f64; 3]>) -> Series {
+    let (mut points, mut bars) = (Vec::new(), Vec::new());
+    for row in rows.iter().filter(|row| row.kernel == kernel) {
+        let Some(values) = y(row) else { continue };
+        let [median, least, most] = values.map(f64::log10);
+        if [median, least, most].iter().all(|y| y.is_finite()) {
+            let x = x(row).log10();
+            points.push((x, median));
+            bars.push([(x, least), (x, most)]);
+        }
+    }
+    let joined = points.len() > 1;
+    Series { kernel, points, bars, joined, size: 4, alpha: 1.0 }
+}
+
+fn kernels(rows: &[Row]) -> Vec<Kernel> {
+    Kernel::ALL.into_iter().filter(|kernel| rows.iter().any(|row| row.kernel == *kernel)).collect()
+}
+
+fn output(row: &Row) -> Option<[f64; 3]> {
+    let error = row.output_error;
+    Some([error.median, error.least, error.most])
+}
+
+fn kernel(row: &Row) -> Option<[f64; 3]> {
+    let estimates = row.kernel.aims_at_softmax() || row.kernel == Kernel::DctNormal;
+    row.kernel_error.filter(|_| estimates).map(|error| [error.median, error.least, error.most])
+}
+
+/// Output error against m.
+pub fn output_against_features(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
+    let rows = rows(results, group);
+    let uniform = group.uniform(results);
+    let values: Vec<f64> = rows.iter().filter_map(output).flatten().chain([uniform]).collect();
+    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative output error", &values)) else {
+        return Ok(None);
+    };
+    let mut panel = Panel::new(&group.name, x, y);
+    panel.across(uniform.log10(), REFERENCE);
+    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, output)));
+    panel.draw().map(Some)
+}
+
+/// Kernel error against m, with the claimed slopes.
+pub fn kernel_against_features(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
+    let rows: Vec<Row> = rows(results, group).into_iter().filter(|row| kernel(row).is_some()).collect();
+    let values: Vec<f64> = rows.iter().filter_map(kernel).flatten().collect();
+    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative kernel error", &values)) else {
+        return Ok(None);
+    };
+    let mut panel = Panel::new(&group.name, x, y);
+    let first = rows.iter().filter(|row| !row.kernel.is_fixed()).map(|row| row.features[0]).min();
+    let at_first = rows.iter().filter(|row| Some(row.features[0]) == first).filter_map(kernel).map(|[y, ..]| y);
+    if let (Some(first), Some(start)) = (first, median(at_first)) {
+        let (first, start) = ((first as f64).log10(), start.log10());
+        for claimed in [-0.5, -1.0] {
+            // as far as the frame goes
+            let last = panel.x.high.min(first + (start - panel.y.low) / -claimed);
+            let ends = [(first, start), (last, start + claimed * (last - first))];
+            panel.references.push(Reference { ends, colour: GUIDE, width: 2 });
+        }
+    }
+    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, kernel)));
+    panel.draw().map(Some)
+}
+
+/// Output error against the size of the state; upright where exact attention lies.
+pub fn output_against_state(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
+    let rows = rows(results, group);
+    let uniform = group.uniform(results);
+    let exact = median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).unwrap_or(1.0);
+    let values: Vec<f64> = rows.iter().filter_map(output).flatten().chain([uniform]).collect();
+    let states: Vec<f64> = rows.iter().map(|row| row.state_floats).chain([exact]).collect();
+    let (Some(x), Some(y)) = (Axis::log("state (floats)", &states), Axis::log("relative output error", &values)) else {
+        return Ok(None);
+    };
+    let mut panel = Panel::new(&group.name, x, y);
+    panel.across(uniform.log10(), REFERENCE);
+    panel.upright(exact.log10(), GUIDE);
+    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.state_floats, output)));
+    panel.draw().map(Some)
+}
+
+/// Measured slopes of the kernel error with their 95 % intervals: large marks for `small`, small ones for each head.
+pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Result<Option<String>, Failure> {
+    let inputs: Vec<(usize, bool)> =
+        small.map(|i| (i, true)).into_iter().chain(heads.iter().take(MOST_HEADS).map(|i| (*i, false))).collect();
+    let mut series = Vec::new();
+    let mut names = Vec::new();
+    let (mut low, mut high) = (-1.15_f64, 0.15_f64);
+    for kernel in Kernel::ALL.into_iter().rev().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal) {
+        let rates: Vec<_> =
+            inputs.iter().filter_map(|(i, small)| Some((kernel_error_rate(results, kernel, *i)?, *small))).collect();
+        if rates.is_empty() {
+            continue;
+        }
+        let row = names.len() as f64;
+        names.push(kernel.name().to_owned());
+        for (n, (rate, small)) in rates.iter().enumerate() {
+            let y = row + 0.85 - 0.7 * (n as f64 + 0.5) / inputs.len() as f64;
+            let [from, to] = rate.confidence.map(|x| x.clamp(-2.0, 1.0));
+            (low, high) = (low.min(from - 0.05), high.max(to + 0.05));
+            series.push(Series {
+                kernel,
+                points: vec![(rate.slope.clamp(-2.0, 1.0), y)],
+                bars: vec![[(from, y), (to, y)]],
+                joined: false,
+                size: if *small { 6 } else { 3 },
+                alpha: if *small { 1.0 } else { 0.55 },
+            });
+        }
+    }
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let height = 120 + 52 * names.len() as u32;
+    let x = Axis::linear("slope of ln(kernel error) against ln m", low, high);
+    let mut panel = Panel::new("Measured slopes with 95 % intervals", x, Axis::categories("", names));
+    panel.left = 150;
+    panel.size = (900, height);
+    panel.upright(-1.0, REFERENCE);
+    panel.upright(-0.5, GUIDE);
+    panel.series = series;
+    panel.draw().map(Some)
+}
+
+/// Output error by head at about `features` features, with uniform attention as a bar across each.
+pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Option<String>, Failure> {
+    let heads = &heads[..heads.len().min(MOST_HEADS)];
+    let of_heads: Vec<Vec<Row>> = heads.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
+    let shown: Vec<Kernel> =
+        Kernel::ALL.into_iter().filter(|k| of_heads.iter().flatten().any(|row| row.kernel == *k)).collect();
+    let mut series: Vec<Series> = shown
+        .iter()
+        .map(|kernel| Series {
+            kernel: *kernel,
+            points: Vec::new(),
+            bars: Vec::new(),
+            joined: false,
+            size: 5,
+            alpha: 1.0,
+        })
+        .collect();
+    let mut references = Vec::new();
+    let mut highest = 1.0_f64;
+    for (column, (input, rows)) in heads.iter().zip(&of_heads).enumerate() {
+        let uniform = results.exact[*input].report.uniform_error;
+        let column = column as f64;
+        highest = highest.max(uniform);
+        references.push(Reference {
+            ends: [(column + 0.06, uniform), (column + 0.94, uniform)],
+            colour: REFERENCE,
+            width: 3,
+        });
+        for (place, series) in series.iter_mut().enumerate() {
+            let nearest = rows
+                .iter()
+                .filter(|row| row.kernel == series.kernel)
+                .min_by_key(|row| row.features[0].abs_diff(features));
+            let Some(error) = nearest.map(|row| row.output_error) else { continue };
+            let x = column + 0.12 + 0.76 * (place as f64 + 0.5) / shown.len() as f64;
+            highest = highest.max(error.median.min(4.0));
+            series.points.push((x, error.median));
+            series.bars.push([(x, error.least), (x, error.most)]);
+        }
+    }
+    if heads.is_empty() || shown.is_empty() {
+        return Ok(None);
+    }
+    let high = 1.08 * highest;
+    for series in &mut series {
+        series.points.iter_mut().for_each(|point| point.1 = point.1.min(high));
+        series.bars.iter_mut().flatten().for_each(|point| point.1 = point.1.min(high));
+    }
+    let width = (620 / heads.len() / 8).max(6);
+    let names = heads.iter().map(|i| shortened(&results.inputs[*i].name, width)).collect();
+    let x = Axis::categories("head", names);
+    let mut panel = Panel::new(
+        format!("Output error by head, m = {features} or the kernel's own"),
+        x,
+        Axis::linear("relative output error", 0.0, high),
+    );
+    panel.size = (900, 440);
+    panel.series = series;
+    panel.references = references;
+    panel.draw().map(Some)
+}
+
+fn shortened(name: &str, width: usize) -> String {
+    if name.chars().count() <= width { name.to_owned() } else { name.chars().take(width - 1).chain(['…']).collect() }
+}
+
+/// The measured slopes as an HTML table: on `small`, and the range over heads.
+pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> Option<String> {
+    let mut html = String::new();
+    for kernel in Kernel::ALL.into_iter().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal) {
+        let at_small = small.and_then(|i| kernel_error_rate(results, kernel, i));
+        let on_heads: Vec<f64> =
+            heads.iter().filter_map(|i| Some(kernel_error_rate(results, kernel, *i)?.slope)).collect();
+        if at_small.is_none() && on_heads.is_empty() {
+            continue;
+        }
+        let claimed = kernel.claim().slope().map_or_else(|| "-".to_owned(), slope);
+        let (measured, interval, errors) = at_small.map_or_else(
+            || ("-".to_owned(), "-".to_owned(), "-".to_owned()),
+            |rate| {
+                let errors: Vec<_> = rate.mean_errors.iter().map(|x| short(*x)).collect();
+                let [from, to] = rate.confidence.map(slope);
+                (slope(rate.slope), format!("{from} … {to}"), errors.join(" → "))
+            },
+        );
+        let range = match (on_heads.iter().copied().reduce(f64::min), on_heads.iter().copied().reduce(f64::max)) {
+            (Some(least), Some(most)) => format!("{} … {}", slope(least), slope(most)),
+            _ => "-".to_owned(),
+        };
+        html.push_str(&format!(
+            "<tr><th>{}</th><td>{claimed}</td><td>{measured}</td><td>{interval}</td><td>{errors}</td><td>{range}</td></tr>",
+            kernel.name()
+        ));
+    }
+    (!html.is_empty()).then_some(html)
+}

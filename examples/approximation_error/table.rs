@@ -1,0 +1,183 @@
+//! The tables on the terminal.
+
+use crate::kernels::Kernel;
+use crate::measure::Results;
+use crate::summary::{Group, Row, best, best_rows, median, rows};
+use crate::text::{count, short, short_or_dash};
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{Attribute, Cell, CellAlignment, Color, Table};
+
+/// The columns of [`summary`], two lines each.
+pub const HEADER: [&str; 10] = [
+    "kernel",
+    "m",
+    "output\nerror",
+    "over\nseeds",
+    "attention\nerror",
+    "KL\n(nats)",
+    "kernel\nerror",
+    "beats\nuniform",
+    "state\n(floats)",
+    "time\n(µs/token)",
+];
+
+/// How a line of the summary is to be set off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emphasis {
+    Baseline,
+    Best,
+    Plain,
+    /// No better than uniform attention.
+    Useless,
+}
+
+/// One line of the summary.
+#[derive(Debug)]
+pub struct Line {
+    pub cells: [String; 10],
+    pub emphasis: Emphasis,
+}
+
+/// The summary of a group: the baselines, then each kernel at its best number of features.
+pub fn summary(results: &Results, group: &Group) -> Vec<Line> {
+    let mut lines = baselines(results, group);
+    let rows = best_rows(&rows(results, group));
+    let best = best(&rows).map(|row| row.kernel);
+    lines.extend(rows.iter().map(|row| line(row, best == Some(row.kernel))));
+    lines
+}
+
+fn baselines(results: &Results, group: &Group) -> Vec<Line> {
+    let over = |value: &dyn Fn(usize) -> f64| short_or_dash(median(group.inputs.iter().map(|i| value(*i))));
+    let report = |i: usize| &results.exact[i].report;
+    let blank = || "-".to_owned();
+    let uniform = [
+        "uniform".to_owned(),
+        blank(),
+        over(&|i| report(i).uniform_error),
+        blank(),
+        over(&|i| report(i).uniform_attention_error),
+        blank(),
+        blank(),
+        blank(),
+        median(group.inputs.iter().map(|i| results.inputs[*i].value_dim() as f64 + 1.0)).map_or_else(blank, count),
+        blank(),
+    ];
+    let softmax = [
+        "softmax in f32".to_owned(),
+        blank(),
+        over(&|i| report(i).output_error),
+        blank(),
+        over(&|i| report(i).attention_error),
+        short_or_dash(median(group.inputs.iter().filter_map(|i| report(*i).kl)).map(|kl| kl.max(0.0))),
+        short_or_dash(median(group.inputs.iter().filter_map(|i| report(*i).kernel_error))),
+        format!("{0}/{0}", group.inputs.len()),
+        median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).map_or_else(blank, count),
+        short_or_dash(median(group.inputs.iter().filter_map(|i| results.time(*i, None, 0)))),
+    ];
+    [uniform, softmax].map(|cells| Line { cells, emphasis: Emphasis::Baseline }).into()
+}
+
+fn line(row: &Row, is_best: bool) -> Line {
+    let seeds = if row.kernel.is_random() {
+        format!("{}-{}", short(row.output_error.least), short(row.output_error.most))
+    } else {
+        "-".to_owned()
+    };
+    let useful = row.is_useful();
+    let verdict = if useful { "" } else { "no: " };
+    Line {
+        cells: [
+            format!("{}{}", name(row.kernel), if is_best { " *" } else { "" }),
+            row.features_text(),
+            short(row.output_error.median),
+            seeds,
+            short(row.attention_error),
+            short_or_dash(row.kl),
+            short_or_dash(row.kernel_error.map(|error| error.median).filter(|_| row.kernel.aims_at_softmax())),
+            format!("{verdict}{}/{}", row.beats_uniform, row.inputs),
+            count(row.state_floats),
+            short_or_dash(row.microseconds),
+        ],
+        emphasis: match (useful, is_best) {
+            (false, _) => Emphasis::Useless,
+            (true, true) => Emphasis::Best,
+            (true, false) => Emphasis::Plain,
+        },
+    }
+}
+
+fn name(kernel: Kernel) -> String {
+    let mark = if kernel.aims_at_softmax() { "" } else { "†" };
+    format!("{}{mark}", kernel.name())
+}
+
+/// What the marks of the summary mean.
+pub const LEGEND: &str = "\
+Relative errors against exact softmax attention in f64; medians over heads, then over seeds; each kernel at its best m.
+* smallest output error of the feature maps.  † not made to estimate exp(q·k).
+\"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates nothing there.";
+
+/// The output error of every kernel on inputs of growing norm, with about `features` features.
+pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<String>, Vec<Vec<String>>) {
+    let header = std::iter::once("kernel".to_owned())
+        .chain(std::iter::once("m".to_owned()))
+        .chain(groups.iter().map(|group| group.name.clone()))
+        .collect();
+    let mut uniform = vec!["uniform".to_owned(), "-".to_owned()];
+    uniform.extend(groups.iter().map(|group| short(group.uniform(results))));
+    let mut lines = vec![uniform];
+    let of_groups: Vec<Vec<Row>> = groups.iter().map(|group| rows(results, group)).collect();
+    for kernel in Kernel::ALL {
+        let nearest = |rows: &[Row]| {
+            rows.iter().filter(|row| row.kernel == kernel).min_by_key(|row| row.features[0].abs_diff(features)).cloned()
+        };
+        let rows: Vec<Option<Row>> = of_groups.iter().map(|rows| nearest(rows)).collect();
+        let Some(any) = rows.iter().flatten().next() else { continue };
+        let mut line = vec![name(kernel), any.features_text()];
+        line.extend(rows.iter().map(|row| match row {
+            None => "-".to_owned(),
+            Some(row) if row.is_useful() => short(row.output_error.median),
+            Some(row) => format!("({})", short(row.output_error.median)),
+        }));
+        lines.push(line);
+    }
+    (header, lines)
+}
+
+/// The number of features that [`norms`] shows: the one asked for that is nearest to 256.
+pub fn typical_features(asked: &[usize]) -> usize {
+    asked.iter().copied().min_by_key(|m| m.abs_diff(256)).unwrap_or(256)
+}
+
+/// The summary as text, at most 120 columns wide.
+pub fn terminal(lines: &[Line]) -> String {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(HEADER);
+    for line in lines {
+        table.add_row(line.cells.iter().map(|text| {
+            let cell = Cell::new(text);
+            match line.emphasis {
+                Emphasis::Best => cell.fg(Color::Green).add_attribute(Attribute::Bold),
+                Emphasis::Useless => cell.add_attribute(Attribute::Dim),
+                Emphasis::Baseline => cell.add_attribute(Attribute::Bold),
+                Emphasis::Plain => cell,
+            }
+        }));
+    }
+    aligned(table, 1)
+}
+
+/// The table of [`norms`] as text.
+pub fn terminal_norms(header: &[String], lines: &[Vec<String>]) -> String {
+    let mut table = Table::new();
+    table.load_style(UTF8_FULL_CONDENSED).set_header(header).add_rows(lines);
+    aligned(table, 1)
+}
+
+fn aligned(mut table: Table, first_number: usize) -> String {
+    for column in table.column_iter_mut().skip(first_number) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
+}
