@@ -176,10 +176,7 @@ fn exponentiate<T: Scalar>(x: ArrayView1<'_, T>, bias: &[T], values: &mut [T]) -
         *value += bias;
     }
     let largest = kernel::max(values);
-    for value in values.iter_mut() {
-        *value -= largest;
-    }
-    T::exp_slice(values);
+    T::exp_slice(values, largest);
     largest - half_squared_norm(x)
 }
 

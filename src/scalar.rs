@@ -77,8 +77,8 @@ pub(crate) mod sealed {
         /// Values below this can be summed 2⁴⁰ times with features up to 2¹⁰ without overflow.
         const SAFE_VALUE: f64;
 
-        /// Replaces every element by its exponential.
-        fn exp_slice(values: &mut [Self]);
+        /// Replaces every element `x` by `exp(x − shift)`.
+        fn exp_slice(values: &mut [Self], shift: Self);
 
         /// Plans an unnormalised DCT-II / DCT-III of `len` points.
         fn plan_dct(len: usize) -> Dct<Self>;
@@ -118,9 +118,9 @@ pub(crate) mod sealed {
                 const SAFE_VALUE: f64 = $safe_value;
 
                 #[inline]
-                fn exp_slice(values: &mut [Self]) {
+                fn exp_slice(values: &mut [Self], shift: Self) {
                     for x in values {
-                        *x = $exp(*x);
+                        *x = $exp(*x - shift);
                     }
                 }
 

@@ -136,7 +136,11 @@ fn head(
 
 fn check_pair(split: &str, q: &Array2<f32>, k: &Array2<f32>, mask: Mask) -> Result<(), String> {
     if q.ncols() != k.ncols() {
-        return Err(format!("`{split}/q` has {} columns and `{split}/k` has {}: they must agree", q.ncols(), k.ncols()));
+        return Err(format!(
+            "`{split}/q` has {} columns and `{split}/k` has {}: they must agree",
+            q.ncols(),
+            k.ncols()
+        ));
     }
     if mask == Mask::Causal && q.nrows() != k.nrows() {
         return Err(format!(

@@ -129,12 +129,8 @@ fn norms_that_work(results: &Results) -> Option<String> {
         }
     }
     let [first, .., last] = norms[..] else { return None };
-    let heads: Vec<f64> = results
-        .inputs
-        .iter()
-        .filter(|input| input.is_real())
-        .flat_map(super::data::Input::squared_norms)
-        .collect();
+    let heads: Vec<f64> =
+        results.inputs.iter().filter(|input| input.is_real()).flat_map(super::data::Input::squared_norms).collect();
     let [least, most] = [f64::min, f64::max].map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
     let context = format!("the real heads have mean |x̂|² from {least} to {most}");
     Some(match largest {
@@ -221,8 +217,7 @@ fn best_of(rows: &[Row], kernel: Kernel) -> Option<&Row> {
 }
 
 fn failures(results: &Results) -> Option<String> {
-    let failed: Vec<_> =
-        results.measurements.iter().filter_map(|m| Some((m, m.report.as_ref().err()?))).collect();
+    let failed: Vec<_> = results.measurements.iter().filter_map(|m| Some((m, m.report.as_ref().err()?))).collect();
     let (first, why) = failed.first()?;
     Some(format!(
         "{} of {} measurements failed and are left out; the first is {} on {}: {why}.",

@@ -3,7 +3,7 @@
 use crate::data::Input;
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, FeatureMap, LinearAttention, Performer, Points, RadiusPoints, Radii,
+    Attention, DctFeatures, EluFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii, RadiusPoints,
     ReluFeatures, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::Array1;

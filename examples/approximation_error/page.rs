@@ -20,8 +20,9 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     panels.push(heads.clone());
     let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
     let uniform = ("reference", "uniform attention");
-    let estimates =
-        |kernels: &[Kernel]| kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect();
+    let estimates = |kernels: &[Kernel]| {
+        kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect()
+    };
     let estimates: Vec<Kernel> = estimates(&plan.kernels);
 
     let mut html = String::from(
@@ -92,7 +93,9 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
         figure(
             &mut html,
             slopes,
-            &format!("Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the order listed below."),
+            &format!(
+                "Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the order listed below."
+            ),
         );
     }
     if let Some(rows) = plots::slope_table(results, small, &heads.inputs) {

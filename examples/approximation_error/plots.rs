@@ -236,10 +236,7 @@ impl Panel {
             .margin_right(18)
             .x_label_area_size(46)
             .y_label_area_size(self.left)
-            .build_cartesian_2d(
-                self.x.scale(),
-                self.y.scale(),
-            )?;
+            .build_cartesian_2d(self.x.scale(), self.y.scale())?;
         let (x_text, y_text) = (|x: &f64| self.x.text(*x), |y: &f64| self.y.text(*y));
         chart
             .configure_mesh()

@@ -34,7 +34,8 @@ pub enum Radii {
 /// `C` is the orthonormal DCT-II matrix, the `S` are diagonals of random signs: `S_0` once, a fresh `S_b` for each block
 /// of `head_dim` features (without fresh signs, blocks beyond the first repeat the same directions). The first transform
 /// `y = C S_0 x` keeps lengths and spreads single large coordinates, which real keys have, over all frequencies. A
-/// vector costs `1 + ⌈m/d⌉` fast transforms, for any `head_dim` and `num_features`.
+/// vector costs `1 + ⌈m/d⌉` fast transforms, for any `head_dim` and `num_features`; up to `head_dim` 64 a product with the
+/// whole matrix is faster and taken instead.
 ///
 /// [`official`](Self::official) is the map of the released code, another function.
 ///
@@ -62,8 +63,13 @@ pub struct DctFeatures<T> {
     head_dim: usize,
     radii: Array1<T>,
     transform: Dct<T>,
+    /// The projection, where its product is faster than the transforms.
+    dense: Option<Array2<T>>,
     kind: Kind<T>,
 }
+
+/// Up to this head dimension one matrix product of a whole chunk beats a fast transform of every row.
+const DENSE_UP_TO: usize = 64;
 
 #[derive(Clone, Debug)]
 enum Kind<T> {
@@ -145,7 +151,13 @@ impl<T: Scalar> DctFeatures<T> {
         let weights = Weights::ones(radii.len());
         let cast = |x: Vec<f64>| x.into_iter().map(T::from_f64).collect();
         let kind = Kind::Softmax { seed, directions, mixing: cast(mixing), signs: cast(signs), inner, outer, weights };
-        Self { head_dim, radii, transform: T::plan_dct(head_dim), kind }
+        Self::plan(head_dim, radii, kind)
+    }
+
+    fn plan(head_dim: usize, radii: Array1<T>, kind: Kind<T>) -> Self {
+        let mut map = Self { head_dim, radii, transform: T::plan_dct(head_dim), dense: None, kind };
+        map.dense = (head_dim <= DENSE_UP_TO).then(|| map.projection());
+        map
     }
 
     /// The map of the released DiJiang code:
@@ -168,7 +180,7 @@ impl<T: Scalar> DctFeatures<T> {
         // rustdct's DCT-III halves its first input.
         let first = |j| if j == 0 { 2.0 } else { 1.0 };
         let norms = (0..head_dim).map(|j| T::from_f64(first(j) * norm(j, head_dim))).collect();
-        Ok(Self { head_dim, radii, transform: T::plan_dct(head_dim), kind: Kind::Official { norms } })
+        Ok(Self::plan(head_dim, radii, Kind::Official { norms }))
     }
 
     /// The same directions with other radii, and D = 1 again.
@@ -302,21 +314,23 @@ impl<T: Scalar> FeatureMap<T> for DctFeatures<T> {
     fn map_queries(
         &self,
         x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
+        mut values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
         check_map(self.head_dim, self.radii.len(), x, &values, &log_scale)?;
         let mut scratch = Scratch::new(self);
+        if let Some(dense) = &self.dense {
+            kernel::matmul(T::one(), x, dense.t(), T::zero(), &mut values);
+        }
         map_rows(x, values, log_scale, |x, values| {
-            self.logits(x, values, &mut scratch);
+            if self.dense.is_none() {
+                self.logits(x, values, &mut scratch);
+            }
             match &self.kind {
                 Kind::Softmax { weights, .. } => exponentiate(x, &weights.bias, values),
                 Kind::Official { .. } => {
                     let largest = kernel::max(values);
-                    for value in values.iter_mut() {
-                        *value -= largest;
-                    }
-                    T::exp_slice(values);
+                    T::exp_slice(values, largest);
                     let total = kernel::sum(values);
                     kernel::scale(values, total.recip());
                     // NaN if a logit overflowed

@@ -67,8 +67,8 @@ impl<T: Scalar> FeatureMap<T> for EluFeatures<T> {
         map_rows(x, values, log_scale, |x, values| {
             // where every coordinate is negative, the largest exponent is taken out before it can underflow
             let shift = x.iter().fold(T::neg_infinity(), |m, &a| m.max(a)).min(T::zero());
-            values.iter_mut().zip(x).for_each(|(value, &a)| *value = a.min(T::zero()) - shift);
-            T::exp_slice(values);
+            values.iter_mut().zip(x).for_each(|(value, &a)| *value = a.min(T::zero()));
+            T::exp_slice(values, shift);
             values.iter_mut().zip(x).for_each(|(value, &a)| *value += a.max(T::zero()));
             take_maximum(values) + shift
         })

@@ -68,10 +68,7 @@ pub(crate) fn attend<T: Scalar>(
             }
             let old = answer.log_scale[i];
             let new = old.max(kernel::max(row));
-            for score in &mut *row {
-                *score -= new;
-            }
-            T::exp_slice(row);
+            T::exp_slice(row, new);
             let correction = (old - new).exp();
             if correction != T::one() {
                 kernel::scale(answer.numerator.row_mut(i).into_slice().unwrap_or_default(), correction);

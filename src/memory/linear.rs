@@ -252,7 +252,10 @@ fn row_mut<T>(x: &mut Array2<T>, i: usize) -> &mut [T] {
 /// Whether a sum of such values could overflow.
 fn is_large<T: Scalar>(v: ArrayView2<'_, T>) -> bool {
     let limit = T::from_f64(T::SAFE_VALUE);
-    v.iter().any(|x| x.abs() > limit)
+    match v.as_slice() {
+        Some(v) => kernel::max_abs(v) > limit,
+        None => v.iter().any(|x| x.abs() > limit),
+    }
 }
 
 /// Whether queries or keys are mapped.
@@ -402,13 +405,14 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             }
             .map_err(|error| error.in_chunk(first_row))?;
         }
+        let limit = T::from_f64(LARGEST_FEATURE);
+        let all_finite = kernel::all_finite(&slice_mut(values)[..n * self.map.num_features()]);
         for i in 0..n {
             let features = row_mut(values, i);
-            if !kernel::all_finite(features) || !log_scale[i].is_finite() {
+            if !(all_finite || kernel::all_finite(features)) || !log_scale[i].is_finite() {
                 return Err(Error::Overflow { which: "a feature", row: first_row + i });
             }
             let largest = kernel::max_abs(features);
-            let limit = T::from_f64(LARGEST_FEATURE);
             if largest > limit || (largest > T::zero() && largest < limit.recip()) {
                 kernel::scale(features, largest.recip());
                 log_scale[i] += largest.ln();
