@@ -47,7 +47,8 @@ pub enum Mask {
 /// for kernel in &kernels {
 ///     let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
 ///     assert_eq!(out.dim(), (5, 8));
-///     assert_eq!(out.row(0), x.row(0)); // the first token sees only itself
+///     // the first token sees only itself
+///     assert!((&out.row(0) - &x.row(0)).iter().all(|e| e.abs() < 1e-6));
 /// }
 /// # Ok::<(), dijiang::Error>(())
 /// ```

@@ -41,7 +41,7 @@ fn against_uniform(results: &Results, heads: &Group, rows: &[Row]) -> Option<Str
         k => format!("On the {count} real heads no feature map beats uniform attention on more than {k} heads"),
     };
     Some(format!(
-        "{verdict}; the smallest median output error is {} ({}, m = {}), that of uniform attention {}.",
+        "{verdict}; the smallest median output error of a map of exp(q·k) is {} ({}, m = {}), that of uniform attention {}.",
         short(best.output_error.median),
         best.kernel.name(),
         best.features_text(),

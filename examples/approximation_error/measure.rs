@@ -108,7 +108,7 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
             progress.inc(1);
             let (report, state_floats) = match measured {
                 Ok((report, state_floats)) => (Ok(report), state_floats),
-                Err(error) => (Err(error.to_string()), features * (input.value_dim() + 1) + 1),
+                Err(error) => (Err(error.to_string()), 2 * features * (input.value_dim() + 1) + 1),
             };
             Measurement { input: i, kernel, features, seed, state_floats, report }
         })

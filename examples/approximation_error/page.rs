@@ -114,7 +114,7 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
         figure(&mut html, plot, "");
     }
     html.push_str(
-        "</div>\n<p>A feature map keeps m·(d<sub>v</sub> + 1) + 1 numbers; exact attention keeps n·(d + d<sub>v</sub>), \
+        "</div>\n<p>A feature map keeps 2m·(d<sub>v</sub> + 1) + 1 numbers, sums and their rounding errors; exact attention keeps n·(d + d<sub>v</sub>), \
          the upright line.</p>\n",
     );
 

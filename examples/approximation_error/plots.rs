@@ -72,17 +72,22 @@ struct Axis {
 }
 
 impl Axis {
-    /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten.
+    /// A logarithmic axis around the values, with ticks at powers of ten, closer ones where they are few.
     fn log(label: &'static str, values: &[f64]) -> Option<Self> {
         let good = values.iter().copied().filter(|x| *x > 0.0 && x.is_finite()).map(f64::log10);
         let (low, high) = good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         if low > high {
             return None;
         }
-        let margin = 0.06 * (high - low).max(0.5);
+        // At least half a decade: a flat line is to look flat.
+        let margin = (0.06 * (high - low)).max(0.25 - 0.5 * (high - low));
         let (low, high) = (low - margin, high + margin);
         let decades = high - low;
-        let steps: &[f64] = if decades < 2.2 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+        let steps: &[f64] = match decades {
+            d if d < 1.0 => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+            d if d < 2.2 => &[1.0, 2.0, 5.0],
+            _ => &[1.0],
+        };
         let stride = ((decades / 6.0).floor() as i32).max(1);
         let mut ticks = Vec::new();
         for power in low.floor() as i32..=high.ceil() as i32 {

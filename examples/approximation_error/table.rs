@@ -115,7 +115,7 @@ fn name(kernel: Kernel) -> String {
 /// What the marks of the summary mean.
 pub const LEGEND: &str = "\
 Relative errors against exact softmax attention in f64; medians over heads, then over seeds; each kernel at its best m.
-* smallest output error of the feature maps.  † not made to estimate exp(q·k).
+* smallest output error of the maps of exp(q·k).  † not made to estimate it.
 \"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates nothing there.";
 
 /// The output error of every kernel on inputs of growing norm, with about `features` features.

@@ -38,5 +38,6 @@ pub fn count(x: f64) -> String {
 
 /// Slopes and their intervals: two digits, a real minus sign.
 pub fn slope(x: f64) -> String {
-    format!("{x:.2}").replace('-', "−")
+    // no −0.00
+    format!("{:.2}", if x.abs() < 0.005 { 0.0 } else { x }).replace('-', "−")
 }
