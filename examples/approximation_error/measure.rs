@@ -37,9 +37,11 @@ pub struct Results {
     pub inputs: Vec<Input>,
     pub exact: Vec<Exact>,
     pub measurements: Vec<Measurement>,
-    /// Microseconds per token, by shape, kernel (`None` is exact attention) and number of features.
-    times: HashMap<(Shape, Option<&'static str>, usize), f64>,
+    times: Times,
 }
+
+/// Microseconds per token, by shape, kernel (`None` is exact attention) and number of features.
+type Times = HashMap<(Shape, Option<&'static str>, usize), f64>;
 
 /// What the time of a forward depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,11 +130,7 @@ fn exact(input: &Input, reference: &Reference<f32>) -> Result<Exact, dijiang::Er
     Ok(Exact { report: reference.compare(&kernel)?, state_floats })
 }
 
-fn times(
-    inputs: &[Input],
-    measurements: &[Measurement],
-    plan: &Plan,
-) -> Result<HashMap<(Shape, Option<&'static str>, usize), f64>, String> {
+fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<Times, String> {
     let mut times = HashMap::new();
     let progress = progress(measurements.len(), "measuring times");
     for input in inputs {
