@@ -9,6 +9,8 @@ use crate::text::{short, slope};
 
 /// The norm at which slopes are compared with the claimed ones.
 pub const SMALL_NORM: f64 = 1.0;
+/// With fewer, the intervals are so wide that everything lies inside.
+const SEEDS_TO_JUDGE: u64 = 5;
 
 /// A few plain sentences; those that the run has no data for are left out.
 pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
@@ -123,7 +125,9 @@ fn norms_that_work(results: &Results) -> Option<String> {
     for input in results.inputs.iter().filter_map(|input| input.norm) {
         let group = Group::norm(results, input)?;
         norms.push(input);
-        let useful = rows(results, &group).into_iter().filter(|row| row.kernel.is_random() && row.is_useful());
+        let useful = rows(results, &group)
+            .into_iter()
+            .filter(|row| row.kernel.is_random() && row.kernel.aims_at_softmax() && row.is_useful());
         if let Some(row) = useful.min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median)) {
             largest = Some((input, row, group.uniform(results)));
         }
@@ -134,9 +138,11 @@ fn norms_that_work(results: &Results) -> Option<String> {
     let [least, most] = [f64::min, f64::max].map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
     let context = format!("the real heads have mean |x̂|² from {least} to {most}");
     Some(match largest {
-        None => format!("No random map beats uniform attention at any norm |x̂|² from {first} to {last}; {context}."),
+        None => {
+            format!("No exponential map beats uniform attention at any norm |x̂|² from {first} to {last}; {context}.")
+        }
         Some((norm, row, uniform)) => format!(
-            "The largest |x̂|², of those measured from {first} to {last}, at which some random map beats uniform attention is \
+            "The largest |x̂|², of those measured from {first} to {last}, at which some exponential map beats uniform attention is \
              {norm} ({} with m = {}: {} against {}); {context}.",
             row.kernel.name(),
             row.features_text(),
@@ -171,12 +177,16 @@ fn slopes_at_small_norm(results: &Results, plan: &Plan) -> Vec<String> {
             k if k == measured.len() => "all of them".to_owned(),
             _ => names(confirmed),
         };
+        let verdict = if plan.seeds < SEEDS_TO_JUDGE {
+            format!("That is too few seeds to judge the {} claimed for {method}.", slope(claimed))
+        } else {
+            format!("The {} claimed for {method} lies inside the interval for {confirmed}.", slope(claimed))
+        };
         found.push(format!(
-            "At |x̂|² = {SMALL_NORM} the kernel error falls as a power of m with these exponents (95 % intervals over {} seeds): \
-             {}. The {} claimed for {method} lies inside the interval for {confirmed}.",
+            "At |x̂|² = {SMALL_NORM} the kernel error changes as a power of m with these exponents (95 % intervals over {} \
+             seeds): {}. {verdict}",
             plan.seeds,
             measured.join(", "),
-            slope(claimed),
         ));
     }
     found
@@ -202,8 +212,8 @@ fn weights(rows: &[Row]) -> Option<String> {
     let plain = rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
     let change = fitted.output_error.median / plain.output_error.median - 1.0;
     Some(format!(
-        "Weights fitted on another text change the median output error of wpff on the heads by {:+.0} % ({} to {} at m = {}).",
-        100.0 * change,
+        "Weights fitted on another text change the median output error of wpff on the heads by {} % ({} to {} at m = {}).",
+        format!("{:+.1}", 100.0 * change).replace('-', "−"),
         short(plain.output_error.median),
         short(fitted.output_error.median),
         fitted.features_text(),

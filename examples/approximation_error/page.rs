@@ -54,7 +54,8 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     html.push_str(&format!("<p>{}</p>\n", escaped(table::LEGEND).replace('\n', "<br>")));
 
     section(&mut html, "Error by head");
-    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform]));
+    let zeros = ("guide", "an output of zeros");
+    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform, zeros]));
     let by_head = plots::by_head(results, &heads.inputs, features)?;
     figure(
         &mut html,

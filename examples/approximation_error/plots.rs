@@ -72,7 +72,7 @@ struct Axis {
 }
 
 impl Axis {
-    /// A logarithmic axis around the values, with ticks at powers of ten, closer ones where they are few.
+    /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten.
     fn log(label: &'static str, values: &[f64]) -> Option<Self> {
         let good = values.iter().copied().filter(|x| *x > 0.0 && x.is_finite()).map(f64::log10);
         let (low, high) = good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
@@ -84,7 +84,7 @@ impl Axis {
         let (low, high) = (low - margin, high + margin);
         let decades = high - low;
         let steps: &[f64] = match decades {
-            d if d < 1.0 => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+            d if d < 0.8 => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
             d if d < 2.2 => &[1.0, 2.0, 5.0],
             _ => &[1.0],
         };
@@ -169,7 +169,7 @@ fn tick(x: f64) -> String {
     if x == 0.0 {
         return "0".to_owned();
     }
-    if x.abs() >= 1e5 || x.abs() < 1e-3 {
+    if x.abs() >= 1e4 || x.abs() < 1e-3 {
         return format!("{x:.0e}");
     }
     let text = format!("{x:.3}");
@@ -364,7 +364,9 @@ pub fn kernel_against_features(results: &Results, group: &Group) -> Result<Optio
     let mut panel = Panel::new(&group.name, x, y);
     let first = rows.iter().filter(|row| !row.kernel.is_fixed()).map(|row| row.features[0]).min();
     let at_first = rows.iter().filter(|row| Some(row.features[0]) == first).filter_map(kernel).map(|[y, ..]| y);
-    if let (Some(first), Some(start)) = (first, median(at_first)) {
+    // A slope cannot be seen where nothing falls.
+    let tall = panel.y.high - panel.y.low > 0.8;
+    if let (Some(first), Some(start), true) = (first, median(at_first), tall) {
         let (first, start) = ((first as f64).log10(), start.log10());
         for claimed in [-0.5, -1.0] {
             // as far as the frame goes
@@ -494,8 +496,9 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
         Axis::linear("relative output error", 0.0, high),
     );
     panel.size = (900, 440);
+    panel.across(1.0, GUIDE);
     panel.series = series;
-    panel.references = references;
+    panel.references.extend(references);
     panel.draw().map(Some)
 }
 

@@ -13,12 +13,12 @@ pub const HEADER: [&str; 10] = [
     "m",
     "output\nerror",
     "over\nseeds",
-    "attention\nerror",
+    "matrix\nerror",
     "KL\n(nats)",
     "kernel\nerror",
     "beats\nuniform",
     "state\n(floats)",
-    "time\n(µs/token)",
+    "µs per\ntoken",
 ];
 
 /// How a line of the summary is to be set off.
@@ -69,7 +69,9 @@ fn baselines(results: &Results, group: &Group) -> Vec<Line> {
         over(&|i| report(i).output_error),
         blank(),
         over(&|i| report(i).attention_error),
-        short_or_dash(median(group.inputs.iter().filter_map(|i| report(*i).kl)).map(|kl| kl.max(0.0))),
+        short_or_dash(
+            median(group.inputs.iter().filter_map(|i| report(*i).kl)).map(|kl| if kl < 1e-6 { 0.0 } else { kl }),
+        ),
         short_or_dash(median(group.inputs.iter().filter_map(|i| report(*i).kernel_error))),
         format!("{0}/{0}", group.inputs.len()),
         median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).map_or_else(blank, count),
@@ -114,9 +116,11 @@ fn name(kernel: Kernel) -> String {
 
 /// What the marks of the summary mean.
 pub const LEGEND: &str = "\
-Relative errors against exact softmax attention in f64; medians over heads, then over seeds; each kernel at its best m.
+Relative errors of output, attention matrix and exp(q·k) against softmax in f64;
+medians over heads, then over seeds; each kernel at its best m.
 * smallest output error of the maps of exp(q·k).  † not made to estimate it.
-\"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates nothing there.";
+\"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates nothing there.
+An output of zeros has error 1.";
 
 /// The output error of every kernel on inputs of growing norm, with about `features` features.
 pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<String>, Vec<Vec<String>>) {

@@ -5,13 +5,13 @@ pub fn short(x: f64) -> String {
     let size = x.abs();
     if !x.is_finite() {
         "inf".to_owned()
-    } else if size >= 1e4 || (size < 1e-3 && size > 0.0) {
+    } else if size >= 9999.5 || (size < 9.95e-3 && size > 0.0) {
         format!("{x:.1e}")
-    } else if size >= 100.0 {
+    } else if size >= 99.95 {
         format!("{x:.0}")
-    } else if size >= 10.0 {
+    } else if size >= 9.995 {
         format!("{x:.1}")
-    } else if size >= 1.0 || size == 0.0 {
+    } else if size >= 0.9995 || size == 0.0 {
         format!("{x:.2}")
     } else {
         format!("{x:.3}")
@@ -38,6 +38,6 @@ pub fn count(x: f64) -> String {
 
 /// Slopes and their intervals: two digits, a real minus sign.
 pub fn slope(x: f64) -> String {
-    // no −0.00
-    format!("{:.2}", if x.abs() < 0.005 { 0.0 } else { x }).replace('-', "−")
+    // no negative zero
+    format!("{:.2}", (100.0 * x).round() / 100.0 + 0.0).replace('-', "−")
 }
