@@ -3,6 +3,7 @@
 //! Loops run over slices in blocks of [`LANES`] independent accumulators, so that the compiler can vectorise them.
 //! Matrix products go through `ndarray`.
 
+pub(crate) mod dct;
 pub(crate) mod exp;
 
 use crate::Scalar;

@@ -69,7 +69,7 @@ impl Scalar for f64 {
 }
 
 pub(crate) mod sealed {
-    use rustdct::{DctPlanner, TransformType2And3};
+    use rustdct::TransformType2And3;
     use std::sync::Arc;
 
     /// What the inner loops need to know about a number type.
@@ -125,7 +125,7 @@ pub(crate) mod sealed {
                 }
 
                 fn plan_dct(len: usize) -> Dct<Self> {
-                    let plan = DctPlanner::<$t>::new().plan_dct2(len);
+                    let plan = crate::kernel::dct::plan::<$t>(len);
                     let scratch_len = plan.get_scratch_len();
                     Dct { plan: Plan::$variant(plan), scratch_len, len, number: core::marker::PhantomData }
                 }
