@@ -150,3 +150,10 @@ pub(crate) fn same_scale<T: Scalar>(expected: T, found: T) -> Result<(), Error> 
         })
     }
 }
+
+/// A projection `[num_features, head_dim]`: not empty, finite.
+pub(crate) fn projection<T: Scalar>(projection: ArrayView2<'_, T>) -> Result<(), Error> {
+    at_least_one("projection rows", projection.nrows())?;
+    at_least_one("projection columns", projection.ncols())?;
+    finite("projection", projection)
+}

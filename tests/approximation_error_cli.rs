@@ -63,7 +63,11 @@ fn bad_files_get_one_sentence() {
     let folder = folder("bad");
     let path = folder.join("heads.safetensors");
     let shown = path.to_str().unwrap();
-    let refused_file = |says: &str| refused(&["--quick", "--input", shown], says);
+    // every sentence names the file
+    let refused_file = |says: &str| {
+        refused(&["--quick", "--input", shown], says);
+        refused(&["--quick", "--input", shown], shown);
+    };
 
     refused_file("cannot be read");
     std::fs::write(&path, "").unwrap();

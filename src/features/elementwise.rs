@@ -137,9 +137,7 @@ impl<T: Scalar> ReluFeatures<T> {
     ///
     /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
     pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
-        check::at_least_one("projection rows", projection.nrows())?;
-        check::at_least_one("projection columns", projection.ncols())?;
-        check::finite("projection", projection.view())?;
+        check::projection(projection.view())?;
         Ok(Self { projection: Some(projection.as_standard_layout().into_owned()), ..Self::new(projection.ncols())? })
     }
 

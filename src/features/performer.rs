@@ -81,9 +81,7 @@ impl<T: Scalar> Performer<T> {
     ///
     /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
     pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
-        check::at_least_one("projection rows", projection.nrows())?;
-        check::at_least_one("projection columns", projection.ncols())?;
-        check::finite("projection", projection.view())?;
+        check::projection(projection.view())?;
         let weights = Weights::ones(projection.nrows());
         Ok(Self { projection: projection.as_standard_layout().into_owned(), weights })
     }
