@@ -9,7 +9,7 @@ pub(crate) mod exp;
 use crate::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
 
-/// Tokens that are handled at once: the chunk of a causal sum, the tile of a softmax.
+/// Tokens of linear attention that are mapped and summed at once.
 pub(crate) const CHUNK: usize = 64;
 
 /// Accumulators of a reduction: four vectors of `f32` at the baseline of x86-64, one of the widest there are.

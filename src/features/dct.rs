@@ -318,13 +318,13 @@ impl<T: Scalar> FeatureMap<T> for DctFeatures<T> {
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
         check_map(self.head_dim, self.radii.len(), x, &values, &log_scale)?;
-        let mut scratch = Scratch::new(self);
+        let mut scratch = self.dense.is_none().then(|| Scratch::new(self));
         if let Some(dense) = &self.dense {
             kernel::matmul(T::one(), x, dense.t(), T::zero(), &mut values);
         }
         map_rows(x, values, log_scale, |x, values| {
-            if self.dense.is_none() {
-                self.logits(x, values, &mut scratch);
+            if let Some(scratch) = &mut scratch {
+                self.logits(x, values, scratch);
             }
             match &self.kind {
                 Kind::Softmax { weights, .. } => exponentiate(x, &weights.bias, values),
