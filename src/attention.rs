@@ -4,6 +4,7 @@ pub(crate) mod heads;
 pub(crate) mod linear;
 pub(crate) mod softmax;
 
+use crate::memory::{State, Tile, Workspace};
 use crate::{Error, Scalar};
 use core::fmt::Debug;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
@@ -90,6 +91,40 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
 
+    /// As [`forward_into`](Self::forward_into), in working memory of the caller: a kernel of this crate allocates nothing once the memory
+    /// has met arguments of these sizes. Any kernel may use the memory of any other.
+    ///
+    /// ```
+    /// use dijiang::{Attention, LinearAttention, Mask, Performer, Scratch};
+    /// use ndarray::Array2;
+    ///
+    /// let kernel = LinearAttention::new(Performer::<f32>::new(8, 16, 0)?);
+    /// let mut scratch = Scratch::new();
+    /// let mut out = Array2::zeros((100, 8));
+    /// for layer in 0..3 {
+    ///     let x = Array2::from_elem((100, 8), layer as f32);
+    ///     kernel.forward_with(x.view(), x.view(), x.view(), Mask::Causal, out.view_mut(), &mut scratch)?;
+    ///     assert!(out.iter().all(|y| (y - layer as f32).abs() < 1e-5));
+    /// }
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_into`](Self::forward_into).
+    fn forward_with(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let _ = scratch;
+        self.forward_into(q, k, v, mask, out)
+    }
+
     /// Starts an empty causal stream for values of `value_dim` columns: the state a decoder keeps.
     ///
     /// # Errors
@@ -109,6 +144,30 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
         let _ = (q, k);
         Ok(None)
+    }
+}
+
+/// Working memory for [`Attention::forward_with`]: it grows to what the largest call needed and says nothing about any call.
+///
+/// One for each thread that computes; a stream has its own.
+#[derive(Debug)]
+pub struct Scratch<T> {
+    pub(crate) state: State<T>,
+    pub(crate) work: Workspace<T>,
+    pub(crate) tile: Tile<T>,
+}
+
+impl<T: Scalar> Scratch<T> {
+    /// Memory that has allocated nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { state: State::new(), work: Workspace::new(), tile: Tile::new() }
+    }
+}
+
+impl<T: Scalar> Default for Scratch<T> {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

@@ -67,7 +67,7 @@ pub(crate) fn queries<T: Scalar>(head_dim: usize, q: ArrayView2<'_, T>) -> Resul
     finite("q", q)
 }
 
-/// All arguments of a forward pass.
+/// The shapes of all arguments of a forward pass.
 pub(crate) fn forward<T: Scalar>(
     head_dim: usize,
     q: ArrayView2<'_, T>,
@@ -88,12 +88,21 @@ pub(crate) fn forward<T: Scalar>(
     if q.nrows() > 0 {
         at_least_one("k rows", k.nrows())?;
     }
+    Ok(())
+}
+
+/// Queries, keys and values must be finite.
+pub(crate) fn all_finite<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(), Error> {
     finite("q", q)?;
     finite("k", k)?;
     finite("v", v)
 }
 
-/// All arguments of [`crate::Stream::extend`].
+/// The shapes of all arguments of [`crate::Stream::extend`].
 pub(crate) fn extend<T: Scalar>(
     head_dim: usize,
     value_dim: usize,

@@ -1,14 +1,16 @@
 //! Feature maps φ with `exp(x·y) ≈ φ_q(x)·φ_k(y)`: the trait, and what the maps share.
 
 pub(crate) mod dct;
+pub(crate) mod dense;
 pub(crate) mod elementwise;
 pub(crate) mod performer;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
 
-use crate::{Error, Scalar, check, kernel};
+use crate::kernel::{Buffer, CHUNK, columns, padded};
+use crate::{Error, Scalar, check, views};
 use core::fmt::Debug;
-use ndarray::{Array1, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{Array1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 use std::sync::Arc;
 
 /// A map from `head_dim` numbers to `num_features` features whose products estimate `exp(x·y)`:
@@ -86,6 +88,65 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
     ) -> Result<(), Error> {
         self.map_queries(x, values, log_scale)
     }
+
+    /// The same map on tokens as columns, which maps of this crate have.
+    #[doc(hidden)]
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        None
+    }
+}
+
+/// A map, the same for queries and keys, in the layout of the inner loops: tokens as columns.
+pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
+    /// Maps the first `tokens` columns of `x [head_dim, width]` to those of `values [num_features, width]` and to `log_scale [width]`. The
+    /// other columns of `x` are zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
+    /// 1, then `values` has room for its padded length.
+    ///
+    /// The vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each column.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Overflow`] with the column as row.
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error>;
+}
+
+/// [`FeatureMap::map_queries`] of a column map: checks, and transposes there and back.
+fn map_by_columns<T: Scalar>(
+    map: &dyn ColumnMap<T>,
+    num_features: usize,
+    head_dim: usize,
+    x: ArrayView2<'_, T>,
+    mut values: ArrayViewMut2<'_, T>,
+    mut log_scale: ArrayViewMut1<'_, T>,
+) -> Result<(), Error> {
+    check_map(head_dim, num_features, x, &values, &log_scale)?;
+    let width = padded::<T>(x.nrows().min(CHUNK));
+    let (mut vectors, mut features) = (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
+    let (mut scales, mut scratch) = (Buffer::zeros(width), Buffer::new());
+    let mut copy = Buffer::zeros(width * num_features);
+    for start in (0..x.nrows()).step_by(CHUNK) {
+        let rows = start..x.nrows().min(start + CHUNK);
+        let tokens = rows.len();
+        views::to_columns(views::rows(x, rows.clone()), T::one(), width, &mut vectors);
+        map.map_columns(&vectors, width, tokens, &mut features, &mut scales, &mut scratch)
+            .map_err(|error| error.in_chunk(start))?;
+        let stride = padded::<T>(num_features);
+        copy.resize(width * stride);
+        columns::transpose(num_features, |i| &features[i * width..(i + 1) * width], T::one(), stride, &mut copy);
+        for (mut row, copy) in views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride)) {
+            row.iter_mut().zip(copy).for_each(|(value, &new)| *value = new);
+        }
+        log_scale.iter_mut().skip(start).zip(&scales[..tokens]).for_each(|(scale, &new)| *scale = new);
+    }
+    Ok(())
 }
 
 macro_rules! map_behind_pointer {
@@ -116,6 +177,10 @@ macro_rules! map_behind_pointer {
             ) -> Result<(), Error> {
                 (**self).map_keys(x, values, log_scale)
             }
+
+            fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+                (**self).column_map()
+            }
         }
     };
 }
@@ -137,61 +202,17 @@ fn check_map<T: Scalar>(
     check::finite("x", x)
 }
 
-/// Runs `map` on each row of `x` and the slice of `values` it fills; `map` returns the row's log scale.
-fn map_rows<T: Scalar>(
-    x: ArrayView2<'_, T>,
-    mut values: ArrayViewMut2<'_, T>,
-    mut log_scale: ArrayViewMut1<'_, T>,
-    mut map: impl FnMut(ArrayView1<'_, T>, &mut [T]) -> T,
-) -> Result<(), Error> {
-    let mut copy = Vec::new();
-    for (row, ((x, mut values), log_scale)) in
-        x.outer_iter().zip(values.outer_iter_mut()).zip(&mut log_scale).enumerate()
-    {
-        if let Some(values) = values.as_slice_mut() {
-            *log_scale = map(x, values);
-        } else {
-            copy.clear();
-            copy.extend(values.iter());
-            *log_scale = map(x, &mut copy);
-            values.iter_mut().zip(&copy).for_each(|(value, &new)| *value = new);
-        }
-        if !log_scale.is_finite() {
-            return Err(Error::Overflow { which: "the size of the vector", row });
-        }
-    }
-    Ok(())
-}
-
-/// The common end of the positive exponential maps
-///
-/// ```text
-/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m
-/// ```
-///
-/// once `values` holds the logits `ω_i·x`: adds `bias_i = ln D_i − ½ ln m`, takes the row maximum out and exponentiates.
-/// Returns the log scale: that maximum minus `|x|²/2`.
-fn exponentiate<T: Scalar>(x: ArrayView1<'_, T>, bias: &[T], values: &mut [T]) -> T {
-    for (value, &bias) in values.iter_mut().zip(bias) {
-        *value += bias;
-    }
-    let largest = kernel::max(values);
-    T::exp_slice(values, largest);
-    largest - half_squared_norm(x)
-}
-
-/// |x|²/2.
-fn half_squared_norm<T: Scalar>(x: ArrayView1<'_, T>) -> T {
-    let half = T::from_f64(0.5);
-    match x.to_slice() {
-        Some(x) => half * kernel::dot(x, x),
-        None => half * x.iter().map(|&a| a * a).sum(),
+/// The largest element of every column.
+fn largest_of_columns<T: Scalar>(x: &[T], out: &mut [T]) {
+    out.fill(T::neg_infinity());
+    for row in x.chunks_exact(out.len()) {
+        out.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x));
     }
 }
 
 /// Weights D of the features of an exponential map, and the bias `ln D_i − ½ ln m` they give its logits.
 #[derive(Clone, Debug, PartialEq)]
-struct Weights<T> {
+pub(crate) struct Weights<T> {
     weights: Array1<T>,
     bias: Vec<T>,
 }
@@ -200,6 +221,11 @@ impl<T: Scalar> Weights<T> {
     /// D = 1.
     fn ones(num_features: usize) -> Self {
         Self::with_bias(Array1::ones(num_features))
+    }
+
+    /// D = 1 for features that are not divided by √m.
+    fn unscaled(num_features: usize) -> Self {
+        Self { weights: Array1::ones(num_features), bias: vec![T::zero(); num_features] }
     }
 
     /// D as given: as many as features, none negative, not all zero.

@@ -84,6 +84,7 @@ impl<T: Scalar> Reference<T> {
         check::at_least_one("q rows", q.nrows())?;
         let scale = check::scale::<f64>(Some(scale), q.ncols())?;
         check::forward(q.ncols(), q, k, v, mask, &Array2::zeros((q.nrows(), v.ncols())).view_mut())?;
+        check::all_finite(q, k, v)?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
         let scores = wide(q).dot(&wide(k).t()) * scale;
         let mut attention = Array2::zeros(scores.dim());

@@ -1,169 +1,333 @@
-//! The inner loops: exponentials, dot products, rank-one updates, matrix products. Speed lives here and nowhere else.
+//! The inner loops: matrix products, exponentials, reductions, transforms. Speed lives here and nowhere else.
 //!
-//! Loops run over slices in blocks of [`LANES`] independent accumulators, so that the compiler can vectorise them.
-//! Matrix products go through `ndarray`.
+//! Every loop is written once, on vectors of any width ([`simd`]), and compiled for each SIMD level; the level is chosen at run time.
+//! Chunks of tokens are kept with *tokens as columns* ([`columns`]): features, scores and their sums then need no reduction across
+//! lanes, and products no transposed operand.
 
+pub(crate) mod buffer;
+pub(crate) mod columns;
 pub(crate) mod dct;
 pub(crate) mod exp;
+pub(crate) mod gemm;
+pub(crate) mod lanes_dct;
+pub(crate) mod simd;
 
-use crate::Scalar;
-use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+pub(crate) use buffer::{Buffer, padded};
+pub(crate) use exp::exp2_slice;
+pub(crate) use gemm::{Into, Matrix, Product, add_row_times_matrix, row_times_matrix};
+
+use simd::{Lanes, Level, Loop, dispatch};
 
 /// Tokens of linear attention that are mapped and summed at once.
 pub(crate) const CHUNK: usize = 64;
 
-/// Accumulators of a reduction: four vectors of `f32` at the baseline of x86-64, one of the widest there are.
-const LANES: usize = 16;
+/// Vectors of a reduction that are summed apart, so that additions do not wait for each other.
+const ACCUMULATORS: usize = 4;
 
-/// `c = alpha·a·b + beta·c`.
-#[inline]
-pub(crate) fn matmul<T: Scalar>(
-    alpha: T,
-    a: ArrayView2<'_, T>,
-    b: ArrayView2<'_, T>,
-    beta: T,
-    c: &mut ArrayViewMut2<'_, T>,
-) {
-    general_mat_mul(alpha, &a, &b, beta, c);
+/// How numbers are made one.
+trait Reduction<T: Lanes> {
+    const START: fn() -> T;
+    /// Takes one more vector in.
+    fn step<L: Level>(level: L, state: T::V<L>, x: T::V<L>) -> T::V<L>;
+    /// Joins two states.
+    fn join<L: Level>(level: L, a: T::V<L>, b: T::V<L>) -> T::V<L>;
+    /// Joins the lanes.
+    fn finish<L: Level>(level: L, state: T::V<L>) -> T;
 }
 
-/// Σ f(xᵢ) over independent accumulators.
-#[inline(always)]
-fn reduce<T: Scalar>(x: &[T], start: T, lane: impl Fn(T, T) -> T + Copy) -> T {
-    let mut sums = [start; LANES];
-    let mut blocks = x.chunks_exact(LANES);
-    for block in &mut blocks {
-        for (s, &a) in sums.iter_mut().zip(block) {
-            *s = lane(*s, a);
+struct Reduce<'a, T, R> {
+    x: &'a [T],
+    how: R,
+}
+
+impl<T: Lanes, R: Reduction<T>> Loop for Reduce<'_, T, R> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        let _ = self.how;
+        let lanes = T::lanes::<L>();
+        let mut states = [T::splat(level, R::START()); ACCUMULATORS];
+        let mut blocks = self.x.chunks_exact(ACCUMULATORS * lanes);
+        for block in &mut blocks {
+            for (state, x) in states.iter_mut().zip(T::vectors::<L>(block)) {
+                *state = R::step(level, *state, *x);
+            }
         }
-    }
-    let rest = blocks.remainder().iter().fold(start, |rest, &a| lane(rest, a));
-    lane(fold(sums, lane), rest)
-}
-
-/// One number from all accumulators, by halves: a chain of four steps, where one after the other would take fifteen.
-#[inline(always)]
-fn fold<T: Scalar>(mut sums: [T; LANES], lane: impl Fn(T, T) -> T) -> T {
-    for half in [8, 4, 2, 1] {
-        for i in 0..half {
-            sums[i] = lane(sums[i], sums[i + half]);
+        let mut vectors = blocks.remainder().chunks_exact(lanes);
+        for x in &mut vectors {
+            states[0] = R::step(level, states[0], T::vectors::<L>(x)[0]);
         }
+        let rest = vectors.remainder();
+        if !rest.is_empty() {
+            let mut last = [T::splat(level, R::START())];
+            T::elements_mut::<L>(&mut last)[..rest.len()].copy_from_slice(rest);
+            states[1] = R::step(level, states[1], last[0]);
+        }
+        let [a, b, c, d] = states;
+        R::finish(level, R::join(level, R::join(level, a, b), R::join(level, c, d)))
     }
-    sums[0]
 }
 
-/// Σ xᵢ.
-#[inline]
-pub(crate) fn sum<T: Scalar>(x: &[T]) -> T {
-    reduce(x, T::zero(), |s, a| s + a)
-}
+macro_rules! reduction {
+    ($(#[$doc:meta])* $name:ident, $reduction:ident, $start:expr, |$level:ident, $s:ident, $x:ident| $step:expr, $join:ident, $finish:ident) => {
+        struct $reduction;
 
-/// max xᵢ, or −∞ of nothing.
-#[inline]
-pub(crate) fn max<T: Scalar>(x: &[T]) -> T {
-    reduce(x, T::neg_infinity(), |s, a| if a > s { a } else { s })
-}
+        impl<T: Lanes> Reduction<T> for $reduction {
+            const START: fn() -> T = $start;
 
-/// max |xᵢ|, or 0 of nothing; NaN is passed over.
-#[inline]
-pub(crate) fn max_abs<T: Scalar>(x: &[T]) -> T {
-    reduce(x, T::zero(), |s, a| if a.abs() > s { a.abs() } else { s })
+            #[inline(always)]
+            fn step<L: Level>($level: L, $s: T::V<L>, $x: T::V<L>) -> T::V<L> {
+                $step
+            }
+            #[inline(always)]
+            fn join<L: Level>(level: L, a: T::V<L>, b: T::V<L>) -> T::V<L> {
+                T::$join(level, a, b)
+            }
+            #[inline(always)]
+            fn finish<L: Level>(level: L, state: T::V<L>) -> T {
+                T::$finish(level, state)
+            }
+        }
+
+        $(#[$doc])*
+        pub(crate) fn $name<T: Lanes>(x: &[T]) -> T {
+            dispatch(Reduce { x, how: $reduction })
+        }
+    };
 }
+reduction!(
+    /// Σ xᵢ.
+    sum, Sum, T::zero, |level, s, x| T::vadd(level, s, x), vadd, vsum
+);
+reduction!(
+    /// max xᵢ, or −∞ of nothing.
+    max, Max, T::neg_infinity, |level, s, x| T::vmax(level, s, x), vmax, vmaximum
+);
+reduction!(
+    /// max |xᵢ|, or 0 of nothing.
+    max_abs, MaxAbs, T::zero, |level, s, x| T::vmax(level, s, T::vabs(level, x)), vmax, vmaximum
+);
+reduction!(
+    /// Σ xᵢ·0: 0 if every element is finite, else NaN.
+    finite_mark, FiniteMark, T::zero, |level, s, x| T::vfma(level, x, T::splat(level, T::zero()), s), vadd, vsum
+);
 
 /// Whether every element is finite.
-#[inline]
-pub(crate) fn all_finite<T: Scalar>(x: &[T]) -> bool {
-    // x·0 is 0 for finite x and NaN otherwise
-    reduce(x, T::zero(), |s, a| s + a * T::zero()) == T::zero()
+pub(crate) fn all_finite<T: Lanes>(x: &[T]) -> bool {
+    finite_mark(x) == T::zero()
 }
 
 /// Σ xᵢyᵢ.
-#[inline]
-pub(crate) fn dot<T: Scalar>(x: &[T], y: &[T]) -> T {
-    let mut sums = [T::zero(); LANES];
-    let mut xs = x.chunks_exact(LANES);
-    let mut ys = y.chunks_exact(LANES);
-    for (a, b) in (&mut xs).zip(&mut ys) {
-        for ((s, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-            *s += a * b;
+pub(crate) fn dot<T: Lanes>(x: &[T], y: &[T]) -> T {
+    dispatch(Dot { x, y })
+}
+
+struct Dot<'a, T> {
+    x: &'a [T],
+    y: &'a [T],
+}
+
+impl<T: Lanes> Loop for Dot<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        dot_at(level, self.x, self.y)
+    }
+}
+
+/// Σ xᵢyᵢ, inside of a loop.
+#[inline(always)]
+fn dot_at<T: Lanes, L: Level>(level: L, x: &[T], y: &[T]) -> T {
+    let lanes = T::lanes::<L>();
+    let n = x.len().min(y.len());
+    let (x, y) = (&x[..n], &y[..n]);
+    let mut sums = [T::splat(level, T::zero()); ACCUMULATORS];
+    let (mut xs, mut ys) = (x.chunks_exact(ACCUMULATORS * lanes), y.chunks_exact(ACCUMULATORS * lanes));
+    for (x, y) in (&mut xs).zip(&mut ys) {
+        for ((sum, x), y) in sums.iter_mut().zip(T::vectors::<L>(x)).zip(T::vectors::<L>(y)) {
+            *sum = T::vfma(level, *x, *y, *sum);
         }
     }
-    let rest = xs.remainder().iter().zip(ys.remainder()).fold(T::zero(), |rest, (&a, &b)| rest + a * b);
-    fold(sums, |s, a| s + a) + rest
+    for (x, y) in xs.remainder().chunks(lanes).zip(ys.remainder().chunks(lanes)) {
+        sums[0] = T::vfma(level, T::load(level, x), T::load(level, y), sums[0]);
+    }
+    let [a, b, c, d] = sums;
+    T::vsum(level, T::vadd(level, T::vadd(level, a, b), T::vadd(level, c, d)))
+}
+
+/// `out_j = factor·Σ_p x_p·rows_jp`: the scores of one query with many keys.
+pub(crate) fn rows_dot<T: Lanes>(factor: T, x: &[T], rows: &[T], out: &mut [T]) {
+    dispatch(RowsDot { factor, x, rows, out });
+}
+
+struct RowsDot<'a, T> {
+    factor: T,
+    x: &'a [T],
+    rows: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for RowsDot<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        for (row, out) in self.rows.chunks_exact(self.x.len()).zip(self.out) {
+            *out = self.factor * dot_at(level, self.x, row);
+        }
+    }
 }
 
 /// `x *= factor`.
 #[inline]
-pub(crate) fn scale<T: Scalar>(x: &mut [T], factor: T) {
+pub(crate) fn scale<T: Lanes>(x: &mut [T], factor: T) {
     for a in x {
-        *a *= factor;
-    }
-}
-
-/// `x *= factors`, element by element.
-#[inline]
-pub(crate) fn multiply<T: Scalar>(x: &mut [T], factors: &[T]) {
-    for (a, &factor) in x.iter_mut().zip(factors) {
-        *a *= factor;
+        *a = *a * factor;
     }
 }
 
 /// `y += factor·x`.
 #[inline]
-pub(crate) fn add_scaled<T: Scalar>(y: &mut [T], factor: T, x: &[T]) {
+pub(crate) fn add_scaled<T: Lanes>(y: &mut [T], factor: T, x: &[T]) {
     for (b, &a) in y.iter_mut().zip(x) {
-        *b += factor * a;
+        *b = *b + factor * a;
     }
+}
+
+/// One compensated addition: `sum += addend`, the rounding error in `low`.
+#[inline(always)]
+fn compensate<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T::V<L>, addend: T::V<L>) {
+    let addend = T::vadd(level, addend, *low);
+    let total = T::vadd(level, *sum, addend);
+    *low = T::vsub(level, addend, T::vsub(level, total, *sum));
+    *sum = total;
 }
 
 /// `sum += factor·x` with the rounding error of every addition carried in `low` (Kahan, 1965), so that the error does
 /// not grow with the number of additions.
-#[inline]
-pub(crate) fn add_compensated<T: Scalar>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
-    for ((s, c), &a) in sum.iter_mut().zip(low).zip(x) {
-        let addend = factor * a + *c;
-        let total = *s + addend;
-        *c = addend - (total - *s);
-        *s = total;
+pub(crate) fn add_compensated<T: Lanes>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
+    add_outer(sum, low, &[factor], x);
+}
+
+/// `sum_i += factor_i·x` for every row of `sum`, as wide as `x`; see [`add_compensated`].
+pub(crate) fn add_outer<T: Lanes>(sum: &mut [T], low: &mut [T], factors: &[T], x: &[T]) {
+    dispatch(AddOuter { sum, low, factors, x });
+}
+
+struct AddOuter<'a, T> {
+    sum: &'a mut [T],
+    low: &'a mut [T],
+    factors: &'a [T],
+    x: &'a [T],
+}
+
+impl<T: Lanes> Loop for AddOuter<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let width = self.x.len();
+        if width == 0 {
+            return;
+        }
+        let whole = width / T::lanes::<L>() * T::lanes::<L>();
+        let x = T::vectors::<L>(self.x);
+        let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
+        for ((sum, low), &factor) in rows.zip(self.factors) {
+            let (sum, sum_rest) = sum.split_at_mut(whole);
+            let (low, low_rest) = low.split_at_mut(whole);
+            let splat = T::splat(level, factor);
+            for ((sum, low), x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x) {
+                compensate::<T, L>(level, sum, low, T::vmul(level, splat, *x));
+            }
+            for ((sum, low), &x) in sum_rest.iter_mut().zip(low_rest).zip(&self.x[whole..]) {
+                let addend = factor * x + *low;
+                let total = *sum + addend;
+                *low = addend - (total - *sum);
+                *sum = total;
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::simd::Machine;
     use super::*;
 
+    fn numbers<T: Lanes>(n: usize, step: f64) -> Vec<T> {
+        (0..n).map(|i| T::from((i as f64 * step + 0.2).sin()).unwrap()).collect()
+    }
+
+    fn wide<T: Lanes>(x: &[T]) -> Vec<f64> {
+        x.iter().map(|x| x.to_f64().unwrap()).collect()
+    }
+
+    fn check_reductions<T: Lanes>(machine: Machine, tolerance: f64) {
+        for n in 0..=130 {
+            let (x, y) = (numbers::<T>(n, 0.7), numbers::<T>(n, 1.3));
+            let (a, b) = (wide(&x), wide(&y));
+            let close = |found: T, expected: f64| {
+                let found = found.to_f64().unwrap();
+                assert!((found - expected).abs() <= tolerance * (1.0 + n as f64), "{machine:?} {n}: {found} {expected}");
+            };
+            close(machine.run(Reduce { x: &x, how: Sum }), a.iter().sum());
+            close(machine.run(Dot { x: &x, y: &y }), a.iter().zip(&b).map(|(a, b)| a * b).sum());
+            let largest = machine.run(Reduce { x: &x, how: Max }).to_f64().unwrap();
+            assert_eq!(largest, a.iter().copied().fold(f64::NEG_INFINITY, f64::max));
+            let largest = machine.run(Reduce { x: &x, how: MaxAbs }).to_f64().unwrap();
+            assert_eq!(largest, a.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
+            assert!(machine.run(Reduce { x: &x, how: FiniteMark }) == T::zero());
+            let (mut sum, mut low) = (y.clone(), vec![T::zero(); n]);
+            let factors = [T::one() + T::one()];
+            machine.run(AddOuter { sum: &mut sum, low: &mut low, factors: &factors, x: &x });
+            for i in 0..n {
+                close(sum[i], b[i] + 2.0 * a[i]);
+            }
+            if n > 0 {
+                let (rows, mut out) = (numbers::<T>(3 * n, 0.4), vec![T::nan(); 3]);
+                machine.run(RowsDot { factor: factors[0], x: &x, rows: &rows, out: &mut out });
+                let rows = wide(&rows);
+                for j in 0..3 {
+                    close(out[j], 2.0 * a.iter().zip(&rows[j * n..]).map(|(a, b)| a * b).sum::<f64>());
+                }
+            }
+        }
+    }
+
     #[test]
-    fn reductions_agree_with_plain_loops_at_every_size() {
-        for n in 0..130_u32 {
-            let x: Vec<f64> = (0..n).map(|i| (f64::from(i) * 0.7).sin()).collect();
-            let y: Vec<f64> = (0..n).map(|i| (f64::from(i) * 1.3).cos()).collect();
-            let plain: f64 = x.iter().sum();
-            assert!((sum(&x) - plain).abs() < 1e-12);
-            let plain: f64 = x.iter().zip(&y).map(|(a, b)| a * b).sum();
-            assert!((dot(&x, &y) - plain).abs() < 1e-12);
-            assert_eq!(max(&x), x.iter().copied().fold(f64::NEG_INFINITY, f64::max));
-            assert_eq!(max_abs(&x), x.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
-            assert!(all_finite(&x));
+    fn reductions_agree_with_plain_loops_at_every_size_and_level() {
+        for machine in Machine::all() {
+            check_reductions::<f32>(machine, 1e-6);
+            check_reductions::<f64>(machine, 1e-15);
         }
     }
 
     #[test]
     fn compensated_sums_do_not_stall() {
-        let (mut sum, mut low) = ([16_777_216.0_f32], [0.0]); // 2^24: adding 1 changes nothing in f32
-        for _ in 0..1000 {
-            add_compensated(&mut sum, &mut low, 0.5, &[2.0]);
+        for machine in Machine::all() {
+            let (mut sum, mut low) = (vec![16_777_216.0_f32; 19], vec![0.0; 19]); // 2^24: adding 1 changes nothing in f32
+            for _ in 0..1000 {
+                let (sum, low) = (&mut sum[..], &mut low[..]);
+                machine.run(AddOuter { sum, low, factors: &[0.5], x: &[2.0; 19] });
+            }
+            assert_eq!(sum, [16_778_216.0; 19]);
         }
-        assert_eq!(sum[0], 16_778_216.0);
     }
 
     #[test]
     fn all_finite_sees_every_position() {
-        for n in 1..70 {
-            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                for at in 0..n {
-                    let mut x = vec![1.0_f32; n];
-                    x[at] = bad;
-                    assert!(!all_finite(&x), "{bad} at {at} of {n}");
+        for machine in Machine::all() {
+            for n in 1..70 {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    for at in 0..n {
+                        let mut x = vec![1.0_f32; n];
+                        x[at] = bad;
+                        let mark = machine.run(Reduce { x: &x, how: FiniteMark });
+                        assert!(mark.is_nan(), "{bad} at {at} of {n}");
+                    }
                 }
             }
         }

@@ -114,7 +114,7 @@ mod views;
 pub use attention::heads::{MultiHead, MultiHeadStream};
 pub use attention::linear::LinearAttention;
 pub use attention::softmax::SoftmaxAttention;
-pub use attention::{Attention, Mask, Stream, StreamState};
+pub use attention::{Attention, Mask, Scratch, Stream, StreamState};
 pub use calibration::{WeightFit, fit_weights};
 pub use error::Error;
 pub use features::FeatureMap;

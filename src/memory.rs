@@ -6,9 +6,10 @@ mod linear;
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
 pub use linear::LinearMemory;
-pub(crate) use linear::{Readout, Workspace};
+pub(crate) use linear::{Engine, State, Workspace};
 
-use crate::{Error, Scalar, check, kernel};
+use crate::kernel::{self, Buffer, columns, padded};
+use crate::{Error, Scalar, check};
 use core::fmt::Debug;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
@@ -163,32 +164,99 @@ impl<T: Scalar> Partial<T> {
     pub fn normalize_into(&self, mut out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
         check::size("out", "rows", self.numerator.nrows(), out.nrows())?;
         check::size("out", "columns", self.numerator.ncols(), out.ncols())?;
-        self.write(0, true, &mut out)
-    }
-
-    /// Writes the first rows of the sums to `out`, normalised or in absolute terms; errors count rows from `first_row`.
-    pub(crate) fn write(
-        &self,
-        first_row: usize,
-        normalized: bool,
-        out: &mut ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        for (i, mut target) in out.outer_iter_mut().enumerate() {
-            let denominator = self.denominator[i];
-            let (factor, again) = if normalized {
-                (divisor(denominator, first_row + i)?.recip(), T::one())
-            } else {
-                // in two steps: the factor alone may leave the range of a product that does not
-                let root = (self.log_scale[i] * T::from_f64(0.5)).exp();
-                (root, root)
-            };
-            target.zip_mut_with(&self.numerator.row(i), |o, &sum| *o = sum * factor * again);
-            if !check::row_is_finite(target.view()) {
-                return Err(Error::Overflow { which: "the weighted sum of values", row: first_row + i });
+        for (row, mut out) in out.outer_iter_mut().enumerate() {
+            let factor = divisor(self.denominator[row], row)?.recip();
+            out.zip_mut_with(&self.numerator.row(row), |out, &sum| *out = sum * factor);
+            if !check::row_is_finite(out.view()) {
+                return Err(Error::Overflow { which: "the weighted sum of values", row });
             }
         }
         Ok(())
     }
+}
+
+/// A [`Partial`] in the making, as inner loops want it: `numerator [tokens, value_dim]` with padded rows, and room beyond the tokens.
+#[derive(Debug)]
+pub(crate) struct Answer<T> {
+    pub(crate) numerator: Buffer<T>,
+    pub(crate) denominator: Buffer<T>,
+    pub(crate) log_scale: Buffer<T>,
+    factors: Buffer<T>,
+    pub(crate) tokens: usize,
+}
+
+impl<T: Scalar> Answer<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            numerator: Buffer::new(),
+            denominator: Buffer::new(),
+            log_scale: Buffer::new(),
+            factors: Buffer::new(),
+            tokens: 0,
+        }
+    }
+
+    pub(crate) fn resize(&mut self, tokens: usize, width: usize, stride: usize) {
+        self.tokens = tokens;
+        self.numerator.resize(tokens * stride);
+        self.denominator.resize(width);
+        self.log_scale.resize(width);
+    }
+
+    /// Sets the log scales; returns whether every normaliser can be divided by.
+    pub(crate) fn set_scales(&mut self, query_scale: &[T], unit: T) -> bool {
+        self.log_scale.iter_mut().zip(query_scale).for_each(|(log_scale, &query)| *log_scale = query + unit);
+        self.denominator.iter().take(self.tokens).all(|&denominator| divisor(denominator, 0).is_ok())
+    }
+
+    /// Writes the rows to `out`, normalised or in absolute terms; errors count rows from `first_row`.
+    pub(crate) fn write(&mut self, first_row: usize, readout: Readout, mut out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        let value_dim = out.ncols();
+        let stride = padded::<T>(value_dim);
+        self.factors.resize(self.tokens);
+        for (t, factor) in self.factors.iter_mut().enumerate() {
+            *factor = match readout {
+                Readout::Normalized => divisor(self.denominator[t], first_row + t)?.recip(),
+                // in two steps: the factor alone may leave the range of a product that does not
+                Readout::Unnormalized => (self.log_scale[t] * T::from_f64(0.5)).exp(),
+            };
+        }
+        if readout == Readout::Unnormalized {
+            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+        }
+        let finite = if let Some(out) = out.as_slice_mut() {
+            columns::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
+        } else {
+            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            for (mut out, row) in out.outer_iter_mut().zip(self.numerator.chunks_exact(stride)) {
+                out.iter_mut().zip(row).for_each(|(out, &sum)| *out = sum);
+            }
+            kernel::all_finite(&self.numerator)
+        };
+        if finite {
+            return Ok(());
+        }
+        let row = out.outer_iter().position(|row| !check::row_is_finite(row)).unwrap_or(0);
+        Err(Error::Overflow { which: "the weighted sum of values", row: first_row + row })
+    }
+}
+
+impl<T: Scalar> Answer<T> {
+    /// Merges the rows into `answer` from row `first` on.
+    pub(crate) fn add_to(&self, answer: &mut Partial<T>, first: usize) {
+        let value_dim = answer.numerator.ncols();
+        for (i, numerator) in self.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
+            answer.add(first + i, &numerator[..value_dim], self.denominator[i], self.log_scale[i]);
+        }
+    }
+}
+
+/// Whether sums are divided by the sum of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) enum Readout {
+    Normalized,
+    Unnormalized,
 }
 
 /// A denominator that can be divided by: finite, and large enough for its terms to have kept their digits.

@@ -73,12 +73,9 @@ pub(crate) mod sealed {
     use std::sync::Arc;
 
     /// What the inner loops need to know about a number type.
-    pub trait Sealed: Sized {
+    pub trait Sealed: crate::kernel::simd::Lanes {
         /// Values below this can be summed 2⁴⁰ times with features up to 2¹⁰ without overflow.
         const SAFE_VALUE: f64;
-
-        /// Replaces every element `x` by `exp(x − shift)`.
-        fn exp_slice(values: &mut [Self], shift: Self);
 
         /// Plans an unnormalised DCT-II / DCT-III of `len` points.
         fn plan_dct(len: usize) -> Dct<Self>;
@@ -113,16 +110,9 @@ pub(crate) mod sealed {
     }
 
     macro_rules! sealed {
-        ($t:ty, $variant:ident, $safe_value:expr, $exp:path) => {
+        ($t:ty, $variant:ident, $safe_value:expr) => {
             impl Sealed for $t {
                 const SAFE_VALUE: f64 = $safe_value;
-
-                #[inline]
-                fn exp_slice(values: &mut [Self], shift: Self) {
-                    for x in values {
-                        *x = $exp(*x - shift);
-                    }
-                }
 
                 fn plan_dct(len: usize) -> Dct<Self> {
                     let plan = crate::kernel::dct::plan::<$t>(len);
@@ -145,6 +135,6 @@ pub(crate) mod sealed {
         };
     }
 
-    sealed!(f32, F32, 1e18, crate::kernel::exp::exp_f32);
-    sealed!(f64, F64, 1e280, crate::kernel::exp::exp_f64);
+    sealed!(f32, F32, 1e18);
+    sealed!(f64, F64, 1e280);
 }

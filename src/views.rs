@@ -1,5 +1,7 @@
 //! Parts of views by ranges of rows and columns. (`ndarray`'s macro `s!` expands to `unsafe`, which this crate forbids.)
 
+use crate::Scalar;
+use crate::kernel::columns;
 use core::ops::Range;
 use ndarray::{ArrayView2, ArrayView4, ArrayViewMut2, Axis, Slice};
 
@@ -21,14 +23,24 @@ pub(crate) fn rows_mut<T>(mut x: ArrayViewMut2<'_, T>, range: Range<usize>) -> A
     x
 }
 
-/// The first rows and columns of a mutable view.
-pub(crate) fn corner_mut<T>(x: ArrayViewMut2<'_, T>, height: usize, width: usize) -> ArrayViewMut2<'_, T> {
-    let mut x = rows_mut(x, 0..height);
-    x.slice_axis_inplace(Axis(1), Slice::from(0..width));
-    x
-}
-
 /// The first rows of one head of one sequence of `[batch, heads, n, d]`.
 pub(crate) fn head<'a, T>(x: &ArrayView4<'a, T>, sequence: usize, head: usize, length: usize) -> ArrayView2<'a, T> {
     rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
+}
+
+/// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows. Rows may have any strides.
+pub(crate) fn to_columns<T: Scalar>(x: ArrayView2<'_, T>, factor: T, width: usize, out: &mut [T]) {
+    let (rows, length) = x.dim();
+    let out = &mut out[..length * width];
+    if let Some(x) = x.to_slice() {
+        columns::transpose(rows, |t| &x[t * length..(t + 1) * length], factor, width, out);
+    } else if x.strides()[1] == 1 {
+        columns::transpose(rows, |t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(), factor, width, out);
+    } else {
+        for (column, out) in x.axis_iter(Axis(1)).zip(out.chunks_exact_mut(width)) {
+            let (real, padding) = out.split_at_mut(rows);
+            real.iter_mut().zip(column).for_each(|(y, &x)| *y = factor * x);
+            padding.fill(T::zero());
+        }
+    }
 }

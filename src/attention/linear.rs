@@ -1,8 +1,7 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
-use super::{Attention, Mask, Stream, StreamState};
-use crate::memory::{LinearMemory, Memory, Readout, Workspace};
-use crate::views::rows_mut;
+use super::{Attention, Mask, Scratch, Stream, StreamState};
+use crate::memory::{Engine, LinearMemory, Memory, Readout, Workspace};
 use crate::{Error, FeatureMap, Scalar, check};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::Arc;
@@ -121,20 +120,28 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         k: ArrayView2<'_, T>,
         v: ArrayView2<'_, T>,
         mask: Mask,
-        mut out: ArrayViewMut2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
+    }
+
+    fn forward_with(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         check::forward(self.map.head_dim(), q, k, v, mask, &out)?;
-        let mut memory = self.memory(v.ncols())?;
-        let mut work = Workspace::new();
+        let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
+        let engine = Engine::new(&*self.map, v.ncols(), scale)?;
+        let Scratch { state, work, .. } = scratch;
+        state.reset(engine.num_features(), v.ncols());
         match mask {
-            Mask::Causal => memory.extend(q, k, v, out, self.readout, &mut work),
-            Mask::Full => {
-                memory.absorb_with(k, v, &mut work)?;
-                memory.read_with(q, &mut work, |start, count, answer| {
-                    let mut out = rows_mut(out.view_mut(), start..start + count);
-                    answer.write(start, self.readout == Readout::Normalized, &mut out)
-                })
-            }
+            Mask::Causal => engine.extend(state, q, k, v, out, self.readout, work, false),
+            Mask::Full => engine.full(state, q, k, v, out, self.readout, work),
         }
     }
 

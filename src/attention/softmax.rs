@@ -1,11 +1,11 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
-use super::{Attention, Mask, Stream, StreamState};
-use crate::memory::{ExactMemory, Memory, Partial, QUERY_BLOCK, Tile, attend};
+use super::{Attention, Mask, Scratch, Stream, StreamState};
+use crate::memory::{ExactMemory, Memory, QUERY_BLOCK, Readout, Tile, attend};
 use crate::views::{rows, rows_mut};
 use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, CowArray, Ix2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 /// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
 ///
@@ -58,15 +58,6 @@ impl<T: Scalar> SoftmaxAttention<T> {
     }
 }
 
-/// The same rows, each contiguous: borrowed if they are, else copied.
-fn contiguous_rows<T: Scalar>(x: ArrayView2<'_, T>) -> CowArray<'_, T, Ix2> {
-    if x.ncols() <= 1 || x.strides()[1] == 1 {
-        CowArray::from(x)
-    } else {
-        CowArray::from(x.as_standard_layout().into_owned())
-    }
-}
-
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
 fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
@@ -75,19 +66,13 @@ fn answer<T: Scalar>(
     scale: T,
     first: Option<usize>,
     mut out: ArrayViewMut2<'_, T>,
+    tile: &mut Tile<T>,
 ) -> Result<(), Error> {
     let n = q.nrows();
-    if n == 0 {
-        return Ok(());
-    }
-    let mut tile = Tile::new(n, k.nrows());
-    let mut partial = Partial::new(n.min(QUERY_BLOCK), v.ncols())?;
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
-        let q = contiguous_rows(rows(q, start..end));
-        partial.reset();
-        attend(q.view(), k, v, scale, first.map(|first| first + start), &mut tile, &mut partial);
-        partial.write(start, true, &mut rows_mut(out.view_mut(), start..end))?;
+        attend(rows(q, start..end), k, v, scale, first.map(|first| first + start), tile);
+        tile.answer.write(start, Readout::Normalized, rows_mut(out.view_mut(), start..end))?;
     }
     Ok(())
 }
@@ -101,19 +86,31 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         mask: Mask,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error> {
+        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
+    }
+
+    fn forward_with(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
         let scale = T::from_f64(check::scale::<T>(self.scale, self.head_dim)?);
         check::forward(self.head_dim, q, k, v, mask, &out)?;
-        let (k, v) = (contiguous_rows(k), contiguous_rows(v));
+        check::all_finite(q, k, v)?;
         let first = match mask {
             Mask::Causal => Some(0),
             Mask::Full => None,
         };
-        answer(q, k.view(), v.view(), scale, first, out)
+        answer(q, k, v, scale, first, out, &mut scratch.tile)
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        Ok(Box::new(SoftmaxStream { cache: ExactMemory::new(self.head_dim, value_dim, scale)? }))
+        Ok(Box::new(SoftmaxStream { cache: ExactMemory::new(self.head_dim, value_dim, scale)?, tile: Tile::new() }))
     }
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
@@ -127,9 +124,10 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 }
 
 /// A growing key/value cache.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct SoftmaxStream<T> {
     cache: ExactMemory<T>,
+    tile: Tile<T>,
 }
 
 const KERNEL: &str = "softmax";
@@ -144,9 +142,11 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     ) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
         check::extend(head_dim, value_dim, q, k, v, &out)?;
+        check::all_finite(q, k, v)?;
         let before = self.cache.len();
         self.cache.push(k, v);
-        let result = answer(q, self.cache.keys(), self.cache.values(), self.cache.scale(), Some(before), out);
+        let Self { cache, tile } = self;
+        let result = answer(q, cache.keys(), cache.values(), cache.scale(), Some(before), out, tile);
         if result.is_err() {
             self.cache.truncate(before);
         }
@@ -162,7 +162,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(self.clone())
+        Box::new(Self { cache: self.cache.clone(), tile: Tile::new() })
     }
 
     fn reset(&mut self) {

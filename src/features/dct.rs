@@ -1,9 +1,12 @@
 //! Frequency-domain maps: DiJiang's DCT features, through a fast transform.
 
-use super::{FeatureMap, Weights, check_map, exponentiate, map_rows};
+use super::dense::{Dense, Exponents};
+use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
+use crate::kernel::lanes_dct::LanesDct;
+use crate::kernel::Buffer;
 use crate::projection::{self, Generator};
 use crate::scalar::sealed::Dct;
-use crate::{Error, Scalar, check, kernel};
+use crate::{Error, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 /// The radii of [`DctFeatures`]: how far out along the DCT directions the features lie.
@@ -63,13 +66,23 @@ pub struct DctFeatures<T> {
     head_dim: usize,
     radii: Array1<T>,
     transform: Dct<T>,
-    /// The projection, where its product is faster than the transforms.
-    dense: Option<Array2<T>>,
+    way: Way<T>,
     kind: Kind<T>,
 }
 
-/// Up to this head dimension one matrix product of a whole chunk beats a fast transform of every row.
-const DENSE_UP_TO: usize = 64;
+/// How the logits of a chunk are computed; which way is fastest was measured, see `docs/performance.md`.
+#[derive(Clone, Debug)]
+enum Way<T> {
+    /// A product with the whole projection: small head dimensions.
+    Dense(Dense<T>),
+    /// Fast transforms of many tokens at once: powers of two.
+    Lanes(LanesDct<T>, Exponents<T>),
+    /// A fast transform of one token after the other.
+    Rows(Exponents<T>),
+}
+
+/// Up to this head dimension a product with the whole projection is taken: if there is a transform over lanes, and if not.
+const DENSE_UP_TO: [usize; 2] = [64, 512];
 
 #[derive(Clone, Debug)]
 enum Kind<T> {
@@ -155,9 +168,27 @@ impl<T: Scalar> DctFeatures<T> {
     }
 
     fn plan(head_dim: usize, radii: Array1<T>, kind: Kind<T>) -> Self {
-        let mut map = Self { head_dim, radii, transform: T::plan_dct(head_dim), dense: None, kind };
-        map.dense = (head_dim <= DENSE_UP_TO).then(|| map.projection());
+        let way = Way::Rows(Exponents::new(0.0, &Weights::ones(1)));
+        let mut map = Self { head_dim, radii, transform: T::plan_dct(head_dim), way, kind };
+        map.choose_way();
         map
+    }
+
+    /// Sets the way, once everything else is set.
+    fn choose_way(&mut self) {
+        let weights = match &self.kind {
+            Kind::Softmax { weights, .. } => weights.clone(),
+            Kind::Official { .. } => Weights::unscaled(self.radii.len()),
+        };
+        let lanes = LanesDct::new(self.head_dim);
+        self.way = if self.head_dim <= DENSE_UP_TO[usize::from(lanes.is_none())] {
+            Way::Dense(Dense::new(self.projection().view(), &weights))
+        } else {
+            // the directions have unit length
+            let longest = self.radii.iter().fold(0.0, |m: f64, r| m.max(r.as_f64().abs()));
+            let exponents = Exponents::new(longest, &weights);
+            lanes.map_or(Way::Rows(exponents.clone()), |lanes| Way::Lanes(lanes, exponents))
+        };
     }
 
     /// The map of the released DiJiang code:
@@ -207,7 +238,10 @@ impl<T: Scalar> DctFeatures<T> {
     /// are zero, [`Error::Unsupported`] for the official map, which has none.
     pub fn with_weights(mut self, new: Array1<T>) -> Result<Self, Error> {
         match &mut self.kind {
-            Kind::Softmax { weights, .. } => *weights = Weights::new(self.radii.len(), new)?,
+            Kind::Softmax { weights, .. } => {
+                *weights = Weights::new(self.radii.len(), new)?;
+                self.choose_way();
+            }
             Kind::Official { .. } => {
                 return Err(Error::Unsupported {
                     what: "weighting the official map",
@@ -238,20 +272,21 @@ impl<T: Scalar> DctFeatures<T> {
     #[must_use]
     pub fn projection(&self) -> Array2<T> {
         let mut projection = Array2::zeros((self.radii.len(), self.head_dim));
-        let mut scratch = Scratch::new(self);
+        let mut memory = vec![T::zero(); Scratch::len(self)];
+        let mut scratch = Scratch::new(self, &mut memory);
         let mut logits = vec![T::zero(); self.radii.len()];
-        let mut unit = Array1::zeros(self.head_dim);
+        let mut unit = vec![T::zero(); self.head_dim];
         for j in 0..self.head_dim {
             unit.fill(T::zero());
             unit[j] = T::one();
-            self.logits(unit.view(), &mut logits, &mut scratch);
+            self.logits(&unit, &mut logits, &mut scratch);
             projection.column_mut(j).iter_mut().zip(&logits).for_each(|(w, &logit)| *w = logit);
         }
         projection
     }
 
     /// ω_i·x of every feature.
-    fn logits(&self, x: ndarray::ArrayView1<'_, T>, logits: &mut [T], scratch: &mut Scratch<T>) {
+    fn logits(&self, x: &[T], logits: &mut [T], scratch: &mut Scratch<'_, T>) {
         let Scratch { mixed, block, transform } = scratch;
         match &self.kind {
             Kind::Softmax { directions, mixing, inner, outer, .. } => {
@@ -260,7 +295,7 @@ impl<T: Scalar> DctFeatures<T> {
                 }
                 T::dct2(&self.transform, mixed, transform);
                 for (b, inner) in inner.chunks_exact(self.head_dim).enumerate() {
-                    for ((z, &y), &factor) in block.iter_mut().zip(&*mixed).zip(inner) {
+                    for ((z, &y), &factor) in block.iter_mut().zip(&**mixed).zip(inner) {
                         *z = y * factor;
                     }
                     T::dct2(&self.transform, block, transform);
@@ -268,7 +303,7 @@ impl<T: Scalar> DctFeatures<T> {
                         let first = b * self.head_dim;
                         let last = (*directions).min(first + self.head_dim);
                         for ((logit, &z), &factor) in
-                            logits[first..last].iter_mut().zip(&*block).zip(&outer[first..last])
+                            logits[first..last].iter_mut().zip(&**block).zip(&outer[first..last])
                         {
                             *logit = z * factor;
                         }
@@ -280,25 +315,70 @@ impl<T: Scalar> DctFeatures<T> {
                     *y = x * norm;
                 }
                 T::dct3(&self.transform, block, transform);
-                for ((logit, &y), &radius) in logits.iter_mut().zip(&*block).zip(&self.radii) {
+                for ((logit, &y), &radius) in logits.iter_mut().zip(&**block).zip(&self.radii) {
                     *logit = y * radius;
                 }
             }
         }
     }
+
+    /// The logits of every column, one after the other.
+    fn transform_rows(&self, x: &[T], width: usize, tokens: usize, values: &mut [T], scratch: &mut Buffer<T>) {
+        let (d, m) = (self.head_dim, self.radii.len());
+        scratch.resize(d + m + Scratch::len(self));
+        let (column, rest) = scratch.split_at_mut(d);
+        let (logits, rest) = rest.split_at_mut(m);
+        let mut work = Scratch::new(self, rest);
+        for t in 0..tokens {
+            column.iter_mut().zip(x[t..].iter().step_by(width)).for_each(|(c, &x)| *c = x);
+            self.logits(column, logits, &mut work);
+            values[t..].iter_mut().step_by(width).zip(&*logits).for_each(|(value, &logit)| *value = logit);
+        }
+    }
+
+    /// The logits of all columns at once.
+    fn transform_lanes(&self, lanes: &LanesDct<T>, x: &[T], width: usize, values: &mut [T], scratch: &mut Buffer<T>) {
+        let _ = (lanes, x, width, values, scratch);
+        todo!()
+    }
+
+    /// Features from logits.
+    #[allow(clippy::too_many_arguments)]
+    fn finish(
+        &self,
+        exponents: &Exponents<T>,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+        let values = &mut values[..self.radii.len() * width];
+        for (row, &bias) in values.chunks_exact_mut(width).zip(&exponents.bias) {
+            row.iter_mut().for_each(|value| *value = *value * log2_e + bias);
+        }
+        exponents.finish(x, width, tokens, values, log_scale, scratch)
+    }
 }
 
 /// Working memory of the transforms.
-struct Scratch<T> {
-    mixed: Vec<T>,
-    block: Vec<T>,
-    transform: Vec<T>,
+struct Scratch<'a, T> {
+    mixed: &'a mut [T],
+    block: &'a mut [T],
+    transform: &'a mut [T],
 }
 
-impl<T: Scalar> Scratch<T> {
-    fn new(map: &DctFeatures<T>) -> Self {
-        let zeros = |n| vec![T::zero(); n];
-        Self { mixed: zeros(map.head_dim), block: zeros(map.head_dim), transform: zeros(map.transform.scratch_len) }
+impl<'a, T: Scalar> Scratch<'a, T> {
+    fn len(map: &DctFeatures<T>) -> usize {
+        2 * map.head_dim + map.transform.scratch_len
+    }
+
+    fn new(map: &DctFeatures<T>, memory: &'a mut [T]) -> Self {
+        let (mixed, rest) = memory.split_at_mut(map.head_dim);
+        let (block, transform) = rest.split_at_mut(map.head_dim);
+        Self { mixed, block, transform }
     }
 }
 
@@ -314,30 +394,53 @@ impl<T: Scalar> FeatureMap<T> for DctFeatures<T> {
     fn map_queries(
         &self,
         x: ArrayView2<'_, T>,
-        mut values: ArrayViewMut2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(self.head_dim, self.radii.len(), x, &values, &log_scale)?;
-        let mut scratch = self.dense.is_none().then(|| Scratch::new(self));
-        if let Some(dense) = &self.dense {
-            kernel::matmul(T::one(), x, dense.t(), T::zero(), &mut values);
+        map_by_columns(self, self.radii.len(), self.head_dim, x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        match &self.way {
+            Way::Dense(dense) => dense.map_columns(x, width, tokens, values, log_scale, scratch)?,
+            Way::Lanes(lanes, exponents) if width > 1 => {
+                self.transform_lanes(lanes, x, width, values, scratch);
+                self.finish(exponents, x, width, tokens, values, log_scale, scratch)?;
+            }
+            Way::Lanes(_, exponents) | Way::Rows(exponents) => {
+                self.transform_rows(x, width, tokens, values, scratch);
+                self.finish(exponents, x, width, tokens, values, log_scale, scratch)?;
+            }
         }
-        map_rows(x, values, log_scale, |x, values| {
-            if let Some(scratch) = &mut scratch {
-                self.logits(x, values, scratch);
+        if let Kind::Official { .. } = self.kind {
+            // softmax: no |x|² and a sum of one
+            let values = &mut values[..self.radii.len() * width];
+            scratch.resize(width);
+            scratch.fill(T::zero());
+            for row in values.chunks_exact(width) {
+                scratch.iter_mut().zip(row).for_each(|(total, &value)| *total += value);
             }
-            match &self.kind {
-                Kind::Softmax { weights, .. } => exponentiate(x, &weights.bias, values),
-                Kind::Official { .. } => {
-                    let largest = kernel::max(values);
-                    T::exp_slice(values, largest);
-                    let total = kernel::sum(values);
-                    kernel::scale(values, total.recip());
-                    // NaN if a logit overflowed
-                    total.ln() * T::zero()
-                }
+            scratch.iter_mut().for_each(|total| *total = total.recip());
+            for row in values.chunks_exact_mut(width) {
+                row.iter_mut().zip(&**scratch).for_each(|(value, &factor)| *value *= factor);
             }
-        })
+            log_scale.fill(T::zero());
+        }
+        Ok(())
     }
 }
 

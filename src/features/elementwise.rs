@@ -1,15 +1,27 @@
 //! Element-wise maps: elu + 1 and ReLU. They do not estimate `exp(x·y)`; they are here for comparison.
 
-use super::{FeatureMap, check_map, map_rows};
-use crate::{Error, Scalar, check, kernel};
+use super::{ColumnMap, FeatureMap, largest_of_columns, map_by_columns};
+use crate::kernel::{self, Buffer, Into, Matrix, Product};
+use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
-use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
-/// Brings a row to a maximum of one at most and returns the logarithm of what was taken out.
-fn take_maximum<T: Scalar>(values: &mut [T]) -> T {
-    let largest = kernel::max(values).max(T::one());
-    kernel::scale(values, largest.recip());
-    largest.ln()
+/// Brings columns to a maximum near one and adds the logarithm of what was taken out.
+fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut Buffer<T>) {
+    scratch.resize(log_scale.len());
+    largest_of_columns(values, scratch);
+    let smallest = T::from_f64(1.0 / 1024.0);
+    for (factor, log_scale) in scratch.iter_mut().zip(log_scale) {
+        if *factor > T::one() || (*factor > T::zero() && *factor < smallest) {
+            *log_scale += factor.ln();
+            *factor = factor.recip();
+        } else {
+            *factor = T::one();
+        }
+    }
+    for row in values.chunks_exact_mut(scratch.len()) {
+        row.iter_mut().zip(&**scratch).for_each(|(value, &factor)| *value *= factor);
+    }
 }
 
 /// `φ(x)_i = elu(x_i) + 1`: `x + 1` for x > 0, `e^x` otherwise (Katharopoulos et al., arXiv 2006.16236, equation 7).
@@ -63,15 +75,38 @@ impl<T: Scalar> FeatureMap<T> for EluFeatures<T> {
         values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(self.head_dim, self.head_dim, x, &values, &log_scale)?;
-        map_rows(x, values, log_scale, |x, values| {
-            // where every coordinate is negative, the largest exponent is taken out before it can underflow
-            let shift = x.iter().fold(T::neg_infinity(), |m, &a| m.max(a)).min(T::zero());
-            values.iter_mut().zip(x).for_each(|(value, &a)| *value = a.min(T::zero()));
-            T::exp_slice(values, shift);
-            values.iter_mut().zip(x).for_each(|(value, &a)| *value += a.max(T::zero()));
-            take_maximum(values) + shift
-        })
+        map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        _tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        let values = &mut values[..x.len()];
+        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+        // where every coordinate is negative, the largest exponent is taken out before it can underflow
+        largest_of_columns(x, log_scale);
+        log_scale.iter_mut().for_each(|shift| *shift = shift.min(T::zero()));
+        for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            for ((value, &x), &shift) in values.iter_mut().zip(x).zip(&*log_scale) {
+                *value = (x.min(T::zero()) - shift) * log2_e;
+            }
+        }
+        kernel::exp2_slice(values, T::zero());
+        values.iter_mut().zip(x).for_each(|(value, &x)| *value += x.max(T::zero()));
+        take_maxima(values, log_scale, scratch);
+        Ok(())
     }
 }
 
@@ -157,13 +192,6 @@ impl<T: Scalar> ReluFeatures<T> {
         self.epsilon = T::from_f64(epsilon);
         Ok(self)
     }
-
-    fn finish(&self, values: &mut [T]) -> T {
-        for value in values.iter_mut() {
-            *value = value.max(T::zero()) + self.epsilon;
-        }
-        take_maximum(values)
-    }
 }
 
 impl<T: Scalar> FeatureMap<T> for ReluFeatures<T> {
@@ -178,15 +206,51 @@ impl<T: Scalar> FeatureMap<T> for ReluFeatures<T> {
     fn map_queries(
         &self,
         x: ArrayView2<'_, T>,
-        mut values: ArrayViewMut2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(self.head_dim, self.num_features(), x, &values, &log_scale)?;
+        map_by_columns(self, self.num_features(), self.head_dim, x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        let m = self.num_features();
+        let values = &mut values[..m * width];
         match &self.projection {
-            Some(projection) => kernel::matmul(T::one(), x, projection.t(), T::zero(), &mut values),
-            None => values.assign(&x),
+            None => values.copy_from_slice(x),
+            Some(projection) => {
+                let projection = projection.as_slice().unwrap_or_default();
+                if width == 1 {
+                    kernel::rows_dot(T::one(), x, projection, values);
+                } else {
+                    let (a, into) = (Matrix::rows(projection, self.head_dim), Into::Set);
+                    Product { m, n: width, k: self.head_dim, a, b: x, ldb: width, c: values, ldc: width, into }.run();
+                }
+            }
         }
-        map_rows(x, values, log_scale, |_: ArrayView1<'_, T>, values| self.finish(values))
+        if !kernel::all_finite(values) {
+            let finite = |t: &usize| values.iter().skip(*t).step_by(width).all(|value| value.is_finite());
+            if let Some(row) = (0..tokens).find(|t| !finite(t)) {
+                return Err(Error::Overflow { which: "a feature", row });
+            }
+        }
+        values.iter_mut().for_each(|value| *value = value.max(T::zero()) + self.epsilon);
+        log_scale.fill(T::zero());
+        take_maxima(values, log_scale, scratch);
+        Ok(())
     }
 }
 

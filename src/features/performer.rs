@@ -1,7 +1,8 @@
 //! FAVOR+: positive random features.
 
-use super::{FeatureMap, Weights, check_map, exponentiate, map_rows};
-use crate::{Error, Scalar, check, kernel, projection};
+use super::dense::Dense;
+use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
+use crate::{Error, Scalar, check, projection};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
 
 /// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794, lemma 1):
@@ -26,7 +27,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, co
 /// assert!((estimate / exact - 1.0).abs() < 0.05);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
@@ -36,6 +37,14 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, co
 pub struct Performer<T> {
     projection: Array2<T>,
     weights: Weights<T>,
+    /// What they come to.
+    dense: Dense<T>,
+}
+
+impl<T: PartialEq> PartialEq for Performer<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.projection == other.projection && self.weights == other.weights
+    }
 }
 
 impl<T: Scalar> Performer<T> {
@@ -83,7 +92,8 @@ impl<T: Scalar> Performer<T> {
     pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
         check::projection(projection.view())?;
         let weights = Weights::ones(projection.nrows());
-        Ok(Self { projection: projection.as_standard_layout().into_owned(), weights })
+        let dense = Dense::new(projection.view(), &weights);
+        Ok(Self { projection: projection.as_standard_layout().into_owned(), weights, dense })
     }
 
     /// Sets the weights D of the features, see [`fit_weights`](crate::fit_weights).
@@ -94,6 +104,7 @@ impl<T: Scalar> Performer<T> {
     /// all are zero.
     pub fn with_weights(mut self, weights: Array1<T>) -> Result<Self, Error> {
         self.weights = Weights::new(self.projection.nrows(), weights)?;
+        self.dense = Dense::new(self.projection.view(), &self.weights);
         Ok(self)
     }
 
@@ -122,12 +133,14 @@ impl<T: Scalar> FeatureMap<T> for Performer<T> {
     fn map_queries(
         &self,
         x: ArrayView2<'_, T>,
-        mut values: ArrayViewMut2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(self.head_dim(), self.num_features(), x, &values, &log_scale)?;
-        kernel::matmul(T::one(), x, self.projection.t(), T::zero(), &mut values);
-        map_rows(x, values, log_scale, |x, values| exponentiate(x, &self.weights.bias, values))
+        map_by_columns(&self.dense, self.num_features(), self.head_dim(), x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(&self.dense)
     }
 }
 

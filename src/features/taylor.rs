@@ -1,7 +1,8 @@
 //! The second-order Taylor map: exp(s) ≈ 1 + s + s²/2.
 
-use super::{FeatureMap, check_map, map_rows};
-use crate::{Error, Scalar, check, kernel};
+use super::{ColumnMap, FeatureMap, map_by_columns};
+use crate::kernel::Buffer;
+use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
@@ -66,29 +67,54 @@ impl<T: Scalar> FeatureMap<T> for TaylorFeatures<T> {
         values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(self.head_dim, self.num_features(), x, &values, &log_scale)?;
+        map_by_columns(self, self.num_features(), self.head_dim, x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        _tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
         let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
-        let mut unit = vec![T::zero(); self.head_dim];
-        map_rows(x, values, log_scale, |x, values| {
-            // In units of max(1, |x|_∞)² nothing overflows.
-            let size = x.iter().fold(T::one(), |m, a| m.max(a.abs()));
-            unit.iter_mut().zip(x).for_each(|(u, &a)| *u = a / size);
-            let inverse = size.recip();
-            let (constant, rest) = values.split_at_mut(1);
-            let (linear, mut rest) = rest.split_at_mut(unit.len());
-            constant[0] = inverse * inverse;
-            for (value, &u) in linear.iter_mut().zip(&unit) {
-                *value = u * inverse;
+        // In units of max(1, |x|_∞)² nothing overflows.
+        scratch.resize(width + x.len());
+        let (inverse, unit) = scratch.split_at_mut(width);
+        inverse.fill(T::one());
+        for row in x.chunks_exact(width) {
+            inverse.iter_mut().zip(row).for_each(|(size, x)| *size = size.max(x.abs()));
+        }
+        for (inverse, log_scale) in inverse.iter_mut().zip(log_scale) {
+            *log_scale = if *inverse == T::one() { T::zero() } else { inverse.ln() * T::from_f64(2.0) };
+            *inverse = inverse.recip();
+        }
+        let mut rows = values.chunks_exact_mut(width);
+        let mut product = |a: &[T], b: &[T], factor: T| {
+            if let Some(row) = rows.next() {
+                row.iter_mut().zip(a.iter().zip(b)).for_each(|(value, (&a, &b))| *value = a * b * factor);
             }
-            for (l, &u) in unit.iter().enumerate() {
-                let (row, next) = rest.split_at_mut(unit.len() - l);
-                row.fill(T::zero());
-                kernel::add_scaled(row, u, &unit[l..]);
-                row[0] *= half_root;
-                rest = next;
+        };
+        product(inverse, inverse, T::one());
+        for (unit, x) in unit.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            unit.iter_mut().zip(x.iter().zip(&*inverse)).for_each(|(unit, (&x, &inverse))| *unit = x * inverse);
+            product(unit, inverse, T::one());
+        }
+        for (l, a) in unit.chunks_exact(width).enumerate() {
+            product(a, a, half_root);
+            for b in unit.chunks_exact(width).skip(l + 1) {
+                product(a, b, T::one());
             }
-            size.ln() * T::from_f64(2.0)
-        })
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! WPFF: weighted positive fixed features.
 
-use super::FeatureMap;
+use super::{ColumnMap, FeatureMap};
 use super::performer::Performer;
 use crate::projection::{self, Generator};
 use crate::{Error, Scalar, check};
@@ -177,6 +177,10 @@ impl<T: Scalar> FeatureMap<T> for Wpff<T> {
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
         self.map.map_queries(x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        self.map.column_map()
     }
 }
 

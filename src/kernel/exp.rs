@@ -1,103 +1,144 @@
-//! The exponential as a polynomial without branches, so that loops over it vectorise.
+//! The exponential of numbers that are not positive, as vectors.
 //!
-//! eˣ = 2ⁿ·eʳ with n = round(x/ln 2) and |r| ≤ ½ ln 2. The integer n is read off the low bits of x/ln 2 + 1.5·2^(mantissa bits).
-//! Arguments below the logarithm of the smallest normal number give exactly 0 (so e^{−∞} = 0), arguments that
-//! would need n above the largest exponent (88.37 and 709.4; half of the last binade) give ∞, NaN gives NaN.
+//! 2ˣ = 2ⁿ·2ᶠ with n the integer next to x and |f| ≤ ½. The integer is read off the low bits of x + 1.5·2^(mantissa bits), 2ᶠ is a
+//! polynomial, and n is added to the exponent's bits. The polynomials are minimax in relative error with the constant 1, so that 2⁰
+//! is 1 exactly: 9.2e-8 at degree 5, 3.4e-18 at degree 11. Where 2ˣ would be below twice the smallest normal number it is 0, so 2^−∞ = 0;
+//! NaN gives NaN.
 
-/// eˣ within 2 units in the last place for normal results.
+use super::simd::{Lanes, Level, Loop, dispatch};
+use pulp::Simd;
+
+const F32: [f32; 5] = [0.693_146_98, 0.240_222_42, 0.055_507_337, 0.009_671_514, 0.001_326_470_9];
+
+const F64: [f64; 11] = [
+    0.693_147_180_559_945_3,
+    0.240_226_506_959_101_3,
+    0.055_504_108_664_820_08,
+    0.009_618_129_107_594_08,
+    0.001_333_355_814_677_542_4,
+    0.000_154_035_304_571_540_24,
+    0.000_015_252_733_492_459_916,
+    1.321_543_526_396_640_7e-6,
+    1.017_819_981_931_305_1e-7,
+    7.073_786_074_772_303e-9,
+    4.434_737_455_636_01e-10,
+];
+
+/// 2ˣ for x ≤ 0.
 #[inline(always)]
-pub(crate) fn exp_f32(x: f32) -> f32 {
+pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
-    const LN2_HIGH: f32 = 0.693_359_4; // 355/512: n·LN2_HIGH is exact
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    const LOWEST: f32 = -87.336_54; // ln of the smallest normal number, rounded up
-    const HIGHEST: f32 = 88.37; // n = 127 at most
-    let clamped = if x < LOWEST { LOWEST } else { x };
-    let clamped = if clamped > HIGHEST { HIGHEST } else { clamped };
-    let shifted = clamped * core::f32::consts::LOG2_E + SHIFT;
-    let n = shifted - SHIFT;
-    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    let mut p = 1.987_569_1e-4_f32;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.0e-1;
-    let y = (p * (r * r) + r) + 1.0;
-    let power = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
-    let result = y * power;
-    let result = if x < LOWEST { 0.0 } else { result };
-    if x > HIGHEST { f32::INFINITY } else { result }
+    let shifted = s.add_f32s(x, s.splat_f32s(SHIFT));
+    let f = s.sub_f32s(x, s.sub_f32s(shifted, s.splat_f32s(SHIFT)));
+    let mut p = s.splat_f32s(F32[4]);
+    for c in [F32[3], F32[2], F32[1], F32[0], 1.0] {
+        p = s.mul_add_e_f32s(p, f, s.splat_f32s(c));
+    }
+    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
+    let y = s.transmute_f32s_u32s(s.add_u32s(s.transmute_u32s_f32s(p), n));
+    s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(0.0), y)
 }
 
-/// eˣ within 2 units in the last place for normal results.
+/// 2ˣ for x ≤ 0.
 #[inline(always)]
-pub(crate) fn exp_f64(x: f64) -> f64 {
+pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
     const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52
-    const LN2_HIGH: f64 = 6.931_471_803_691_238e-1; // 32 bits: n·LN2_HIGH is exact
-    const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    const LOWEST: f64 = -708.396_418_532_264; // ln of the smallest normal number, rounded up
-    const HIGHEST: f64 = 709.43; // n = 1023 at most
-    let clamped = if x < LOWEST { LOWEST } else { x };
-    let clamped = if clamped > HIGHEST { HIGHEST } else { clamped };
-    let shifted = clamped * core::f64::consts::LOG2_E + SHIFT;
-    let n = shifted - SHIFT;
-    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    // Taylor to order 13: the next term is below 5e-18 on |r| ≤ ½ ln 2.
-    let mut p = 1.0 / 6_227_020_800.0;
-    p = p * r + 1.0 / 479_001_600.0;
-    p = p * r + 1.0 / 39_916_800.0;
-    p = p * r + 1.0 / 3_628_800.0;
-    p = p * r + 1.0 / 362_880.0;
-    p = p * r + 1.0 / 40_320.0;
-    p = p * r + 1.0 / 5_040.0;
-    p = p * r + 1.0 / 720.0;
-    p = p * r + 1.0 / 120.0;
-    p = p * r + 1.0 / 24.0;
-    p = p * r + 1.0 / 6.0;
-    p = p * r + 0.5;
-    let y = (p * (r * r) + r) + 1.0;
-    let power = f64::from_bits((shifted.to_bits().wrapping_add(1023)) << 52);
-    let result = y * power;
-    let result = if x < LOWEST { 0.0 } else { result };
-    if x > HIGHEST { f64::INFINITY } else { result }
+    let shifted = s.add_f64s(x, s.splat_f64s(SHIFT));
+    let f = s.sub_f64s(x, s.sub_f64s(shifted, s.splat_f64s(SHIFT)));
+    let mut p = s.splat_f64s(F64[10]);
+    for c in F64[..10].iter().rev().copied().chain([1.0]) {
+        p = s.mul_add_e_f64s(p, f, s.splat_f64s(c));
+    }
+    // a shift by 52 bits
+    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
+    let y = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(p), n));
+    s.select_f64s(s.less_than_f64s(x, s.splat_f64s(-1021.0)), s.splat_f64s(0.0), y)
+}
+
+/// Replaces every element `x` by `2^(x − shift)`; none may be above `shift`.
+pub(crate) fn exp2_slice<T: Lanes>(x: &mut [T], shift: T) {
+    dispatch(Exp2 { x, shift });
+}
+
+struct Exp2<'a, T> {
+    x: &'a mut [T],
+    shift: T,
+}
+
+impl<T: Lanes> Loop for Exp2<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let shift = T::splat(level, self.shift);
+        let (whole, rest) = self.x.split_at_mut(self.x.len() / T::lanes::<L>() * T::lanes::<L>());
+        for x in T::vectors_mut::<L>(whole) {
+            *x = T::vexp2(level, T::vsub(level, *x, shift));
+        }
+        if !rest.is_empty() {
+            let mut last = [T::vexp2(level, T::vsub(level, T::load(level, rest), shift))];
+            rest.copy_from_slice(&T::elements_mut::<L>(&mut last)[..rest.len()]);
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::simd::Machine;
     use super::*;
+
+    fn exp2<T: Lanes>(machine: Machine, x: T) -> T {
+        let mut x = [x];
+        machine.run(Exp2 { x: &mut x, shift: T::zero() });
+        x[0]
+    }
 
     #[test]
     #[allow(clippy::cast_possible_truncation)]
-    fn relative_error_is_below_two_units() {
-        let mut worst = (0.0_f64, 0.0_f64);
-        for i in 0..2_000_000 {
-            let x = -87.3 + f64::from(i) * (175.6 / 2_000_000.0);
-            let x32 = x as f32;
-            let exact = libm::exp(f64::from(x32));
-            worst.0 = worst.0.max((f64::from(exp_f32(x32)) / exact - 1.0).abs());
-            let x64 = x * 8.0;
-            if x64 > -708.0 && x64 < 709.4 {
-                worst.1 = worst.1.max((exp_f64(x64) / libm::exp(x64) - 1.0).abs());
+    fn relative_error_is_below_two_units_at_every_level() {
+        for machine in Machine::all() {
+            let (mut worst32, mut worst64) = (0.0_f64, 0.0_f64);
+            for i in 0..1000 {
+                let x: Vec<f64> = (0..999).map(|j| -f64::from(i * 999 + j) * (125.0 / 999_000.0)).collect();
+                let mut y: Vec<f32> = x.iter().map(|&x| x as f32).collect();
+                let exact: Vec<f64> = y.iter().map(|&x| libm::exp2(f64::from(x))).collect();
+                machine.run(Exp2 { x: &mut y, shift: 0.0 });
+                let errors = y.iter().zip(&exact).map(|(y, e)| (f64::from(*y) / e - 1.0).abs());
+                worst32 = errors.fold(worst32, f64::max);
+                let x: Vec<f64> = x.iter().map(|x| x * 8.1).collect();
+                let mut y = x.clone();
+                machine.run(Exp2 { x: &mut y, shift: 0.0 });
+                worst64 = x.iter().zip(&y).map(|(x, y)| (y / libm::exp2(*x) - 1.0).abs()).fold(worst64, f64::max);
             }
+            assert!(worst32 < 2.0 * f64::from(f32::EPSILON), "{machine:?} f32: {worst32:e}");
+            assert!(worst64 < 2.0 * f64::EPSILON, "{machine:?} f64: {worst64:e}");
         }
-        assert!(worst.0 < 2.0 * f64::from(f32::EPSILON), "f32: {:e}", worst.0);
-        assert!(worst.1 < 2.0 * f64::EPSILON, "f64: {:e}", worst.1);
     }
 
     #[test]
     fn ends_of_the_range() {
-        assert_eq!(exp_f32(0.0), 1.0);
-        assert_eq!(exp_f64(0.0), 1.0);
-        assert_eq!(exp_f32(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp_f64(f64::NEG_INFINITY), 0.0);
-        assert_eq!(exp_f32(-1e30), 0.0);
-        assert_eq!(exp_f64(-1e300), 0.0);
-        assert_eq!(exp_f32(f32::INFINITY), f32::INFINITY);
-        assert_eq!(exp_f64(1e300), f64::INFINITY);
-        assert!(exp_f32(f32::NAN).is_nan());
-        assert!(exp_f64(f64::NAN).is_nan());
-        assert!(exp_f32(88.36) < f32::INFINITY && exp_f32(88.36) > 2e38);
-        assert!(exp_f64(709.42) < f64::INFINITY && exp_f64(709.42) > 1e308);
+        for machine in Machine::all() {
+            assert_eq!(exp2(machine, 0.0_f32), 1.0);
+            assert_eq!(exp2(machine, 0.0_f64), 1.0);
+            assert_eq!(exp2(machine, f32::NEG_INFINITY), 0.0);
+            assert_eq!(exp2(machine, f64::NEG_INFINITY), 0.0);
+            assert_eq!(exp2(machine, -1e30_f32), 0.0);
+            assert_eq!(exp2(machine, -1e300_f64), 0.0);
+            assert!(exp2(machine, f32::NAN).is_nan());
+            assert!(exp2(machine, f64::NAN).is_nan());
+            assert_eq!(exp2(machine, -125.0_f32), 2.0_f32.powi(-125));
+            assert_eq!(exp2(machine, -1021.0_f64), 2.0_f64.powi(-1021));
+        }
+    }
+
+    #[test]
+    fn every_length_and_a_shift() {
+        for machine in Machine::all() {
+            for n in 0..70_u8 {
+                let mut x: Vec<f32> = (0..n).map(|i| 3.0 - f32::from(i)).collect();
+                machine.run(Exp2 { x: &mut x, shift: 3.0 });
+                assert!(x.iter().zip(0..).all(|(x, i)| *x == 2.0_f32.powi(-i)), "{machine:?} {n}");
+            }
+        }
     }
 }

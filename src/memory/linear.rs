@@ -1,14 +1,14 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
-use super::{Memory, Partial, divisor};
-use crate::kernel::{self, CHUNK};
-use crate::views::{self, corner_mut};
-use crate::{Error, FeatureMap, Scalar, check};
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
+use super::{Answer, Memory, Partial, Readout};
+use crate::kernel::{self, Buffer, CHUNK, Into, Matrix, Product, columns, padded};
+use crate::{Error, FeatureMap, Scalar, check, views};
+use core::ops::Range;
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::Arc;
 
-/// Queries of a chunk whose masked scores are computed at once; the part above the diagonal of a block is wasted work.
-const ROW_BLOCK: usize = 32;
+/// Tokens of a chunk whose masked scores are computed at once; the part above the diagonal of a block is wasted work.
+const SCORE_BLOCK: usize = 16;
 
 /// Chunks with fewer tokens than this are absorbed token by token.
 const FEW_TOKENS: usize = 6;
@@ -20,14 +20,6 @@ const GROUP_RISE: f64 = 16.0;
 /// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of one, so that their
 /// products stay in range.
 const LARGEST_FEATURE: f64 = 1024.0;
-
-/// Whether sums are divided by the sum of the weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub(crate) enum Readout {
-    Normalized,
-    Unnormalized,
-}
 
 /// The sums over every token absorbed, for a feature map φ:
 ///
@@ -75,43 +67,80 @@ impl<T: Clone, F> Clone for LinearMemory<T, F> {
     }
 }
 
-/// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty.
+/// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty. Rows of the sums are padded.
 #[derive(Clone, Debug)]
-struct State<T> {
-    sums: Array2<T>,
-    sums_low: Array2<T>,
-    normalizer: Array1<T>,
-    normalizer_low: Array1<T>,
+pub(crate) struct State<T> {
+    value_dim: usize,
+    sums: Buffer<T>,
+    sums_low: Buffer<T>,
+    normalizer: Buffer<T>,
+    normalizer_low: Buffer<T>,
     log_scale: T,
     tokens: usize,
 }
 
 impl<T: Scalar> State<T> {
-    fn new(features: usize, value_dim: usize) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            sums: Array2::zeros((features, value_dim)),
-            sums_low: Array2::zeros((features, value_dim)),
-            normalizer: Array1::zeros(features),
-            normalizer_low: Array1::zeros(features),
+            value_dim: 0,
+            sums: Buffer::new(),
+            sums_low: Buffer::new(),
+            normalizer: Buffer::new(),
+            normalizer_low: Buffer::new(),
             log_scale: T::neg_infinity(),
             tokens: 0,
         }
     }
 
-    /// Every number of the sums, in a fixed order.
+    /// Makes it empty, for these sizes.
+    pub(crate) fn reset(&mut self, features: usize, value_dim: usize) {
+        self.value_dim = value_dim;
+        self.sums.resize(features * padded::<T>(value_dim));
+        self.sums_low.resize(features * padded::<T>(value_dim));
+        self.normalizer.resize(features);
+        self.normalizer_low.resize(features);
+        self.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
+        self.log_scale = T::neg_infinity();
+        self.tokens = 0;
+    }
+
+    /// As [`Clone::clone_from`], into the memory there is.
+    fn copy_from(&mut self, other: &Self) {
+        self.value_dim = other.value_dim;
+        self.sums.resize(other.sums.len());
+        self.sums_low.resize(other.sums_low.len());
+        self.normalizer.resize(other.normalizer.len());
+        self.normalizer_low.resize(other.normalizer_low.len());
+        self.parts_mut().into_iter().zip(other.parts()).for_each(|(part, other)| part.copy_from_slice(other));
+        self.log_scale = other.log_scale;
+        self.tokens = other.tokens;
+    }
+
+    fn features(&self) -> usize {
+        self.normalizer.len()
+    }
+
+    /// Numbers between rows of the sums.
+    fn stride(&self) -> usize {
+        padded::<T>(self.value_dim)
+    }
+
+    /// Every number of the sums and what pads them, in a fixed order.
     fn parts(&self) -> [&[T]; 4] {
-        [self.sums.as_slice(), self.sums_low.as_slice(), self.normalizer.as_slice(), self.normalizer_low.as_slice()]
-            .map(Option::unwrap_or_default)
+        [&self.sums, &self.sums_low, &self.normalizer, &self.normalizer_low]
     }
 
     /// As [`parts`](Self::parts).
     fn parts_mut(&mut self) -> [&mut [T]; 4] {
-        [
-            slice_mut(&mut self.sums),
-            slice_mut(&mut self.sums_low),
-            slice_mut(&mut self.normalizer),
-            slice_mut(&mut self.normalizer_low),
-        ]
+        [&mut self.sums, &mut self.sums_low, &mut self.normalizer, &mut self.normalizer_low]
+    }
+
+    /// The four parts by rows, without padding: as many numbers as each row holds, and the rows.
+    fn rows(&self) -> impl Iterator<Item = &[T]> {
+        let (stride, value_dim, features) = (self.stride(), self.value_dim, self.features());
+        let [sums, sums_low, normalizer, normalizer_low] = self.parts();
+        let matrices = sums.chunks_exact(stride).chain(sums_low.chunks_exact(stride)).map(move |row| &row[..value_dim]);
+        matrices.chain([&normalizer[..features], &normalizer_low[..features]])
     }
 
     /// Adds `factor·delta` to the sums and `factor·features` to the normaliser.
@@ -127,6 +156,15 @@ impl<T: Scalar> State<T> {
         self.parts().into_iter().any(|part| !kernel::all_finite(part) || kernel::max_abs(part) > limit)
     }
 
+    /// Fails if the values were `large` and their sum has become so.
+    fn check_size(&self, large: bool, row: usize) -> Result<(), Error> {
+        if large && self.is_too_large() {
+            Err(Error::Overflow { which: "the sum of values", row })
+        } else {
+            Ok(())
+        }
+    }
+
     /// Brings the sums to a unit that is at least as large.
     fn raise(&mut self, log_scale: T) {
         if log_scale > self.log_scale {
@@ -137,124 +175,271 @@ impl<T: Scalar> State<T> {
             self.log_scale = log_scale;
         }
     }
+
+    /// Adds the tokens of a group, whose keys are in `unit`.
+    fn absorb_group(&mut self, group: &Chunk<T>, unit: T, key_sums: &[T]) {
+        self.raise(unit);
+        let (features, stride) = (self.features(), self.stride());
+        Product {
+            m: features,
+            n: stride,
+            k: group.tokens,
+            a: Matrix::rows(&group.keys, group.width),
+            b: &group.values,
+            ldb: stride,
+            c: &mut self.sums,
+            ldc: stride,
+            into: Into::Compensated(&mut self.sums_low),
+        }
+        .run();
+        kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), key_sums);
+        self.tokens += group.tokens;
+    }
+
+    /// Adds a single token; its features are overwritten.
+    fn absorb_token(&mut self, token: &mut Chunk<T>) {
+        self.raise(token.key_scale[0]);
+        let factor = (token.key_scale[0] - self.log_scale).exp();
+        let keys = &mut token.keys[..self.normalizer.len()];
+        if factor != T::one() {
+            kernel::scale(keys, factor);
+        }
+        kernel::add_outer(&mut self.sums, &mut self.sums_low, keys, &token.values);
+        kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), keys);
+        self.tokens += 1;
+    }
+
+    /// Answers a single token from the state and itself.
+    fn read_token(&self, token: &Chunk<T>, answer: &mut Answer<T>) {
+        let features = self.features();
+        let (query, key) = (&token.queries[..features], &token.keys[..features]);
+        let unit = self.log_scale.max(token.key_scale[0]);
+        let own = exp_difference(token.key_scale[0], unit) * kernel::dot(query, key);
+        answer.resize(1, 1, self.stride());
+        answer.denominator[0] = own;
+        if self.tokens == 0 {
+            answer.numerator.fill(T::zero());
+        } else {
+            let old = exp_difference(self.log_scale, unit);
+            kernel::row_times_matrix(query, &self.sums, self.stride(), &mut answer.numerator);
+            if old != T::one() {
+                kernel::scale(&mut answer.numerator, old);
+            }
+            answer.denominator[0] += old * kernel::dot(query, &self.normalizer);
+        }
+        kernel::add_scaled(&mut answer.numerator, own, &token.values);
+        answer.log_scale[0] = token.query_scale[0] + unit;
+    }
+
+    /// Answers the queries of a group, in `unit`, which its keys are brought to: block by block, masked scores give the part of the
+    /// group itself and the state the rest. Returns whether every normaliser can be divided by.
+    fn read_group(&self, group: &Chunk<T>, unit: T, scores: &mut Buffer<T>, answer: &mut Answer<T>) -> bool {
+        let (features, stride) = (self.features(), self.stride());
+        let (tokens, width) = (group.tokens, group.width);
+        answer.resize(tokens, width, stride);
+        if self.tokens == 0 {
+            answer.denominator.fill(T::zero());
+        } else {
+            self.read_state(group, unit, answer);
+        }
+        scores.resize(width * width);
+        for first in (0..tokens).step_by(SCORE_BLOCK) {
+            let last = tokens.min(first + SCORE_BLOCK);
+            Product {
+                m: last - first,
+                n: width - first,
+                k: features,
+                a: Matrix::columns(&group.keys[first..], width),
+                b: &group.queries[first..],
+                ldb: width,
+                c: &mut scores[first * width + first..],
+                ldc: width,
+                into: Into::Set,
+            }
+            .run();
+            columns::mask_and_add_rows(&mut scores[first * width..last * width], first, &mut answer.denominator);
+        }
+        for first in (0..tokens).step_by(SCORE_BLOCK) {
+            let last = tokens.min(first + SCORE_BLOCK);
+            Product {
+                m: last - first,
+                n: stride,
+                k: last,
+                a: Matrix::columns(&scores[first..], width),
+                b: &group.values,
+                ldb: stride,
+                c: &mut answer.numerator[first * stride..],
+                ldc: stride,
+                into: if self.tokens == 0 { Into::Set } else { Into::Add },
+            }
+            .run();
+        }
+        answer.set_scales(&group.query_scale, unit)
+    }
+
+    /// Answers all queries of a chunk from the state alone.
+    fn read_state(&self, group: &Chunk<T>, unit: T, answer: &mut Answer<T>) {
+        let (features, stride) = (self.features(), self.stride());
+        Product {
+            m: group.tokens,
+            n: stride,
+            k: features,
+            a: Matrix::columns(&group.queries, group.width),
+            b: &self.sums,
+            ldb: stride,
+            c: &mut answer.numerator,
+            ldc: stride,
+            into: Into::Set,
+        }
+        .run();
+        kernel::row_times_matrix(&self.normalizer, &group.queries, group.width, &mut answer.denominator);
+        let old = exp_difference(self.log_scale, unit);
+        if old != T::one() {
+            kernel::scale(&mut answer.numerator, old);
+            kernel::scale(&mut answer.denominator, old);
+        }
+    }
 }
 
-/// Scratch of one chunk. It grows to the largest chunk it has met and holds nothing between calls.
+/// `e^{a − b}` for a ≤ b.
+fn exp_difference<T: Scalar>(a: T, b: T) -> T {
+    if a == b { T::one() } else { (a - b).exp() }
+}
+
+/// Tokens, mapped, as columns: features `[num_features, width]` in units of their log scales; values `[tokens, value_dim]` with padded
+/// rows. A single token has width 1.
 #[derive(Debug)]
-pub(crate) struct Workspace<T> {
-    x: Array2<T>,
-    values: Array2<T>,
-    queries: Array2<T>,
-    keys: Array2<T>,
-    query_scale: Array1<T>,
-    key_scale: Array1<T>,
+pub(crate) struct Chunk<T> {
+    tokens: usize,
+    width: usize,
+    queries: Buffer<T>,
+    query_scale: Buffer<T>,
+    keys: Buffer<T>,
+    key_scale: Buffer<T>,
+    values: Buffer<T>,
     /// Values so large that sums of them may overflow: see [`State::is_too_large`].
     large_values: bool,
-    scores: Array2<T>,
-    /// What a group adds to the state.
-    delta: Array2<T>,
-    key_sum: Array1<T>,
-    answer: Partial<T>,
 }
 
-impl<T: Scalar> Workspace<T> {
-    pub(crate) fn new() -> Self {
-        let nothing = || Array2::zeros((0, 0));
+impl<T: Scalar> Chunk<T> {
+    fn new() -> Self {
         Self {
-            x: nothing(),
-            values: nothing(),
-            queries: nothing(),
-            keys: nothing(),
-            query_scale: Array1::zeros(0),
-            key_scale: Array1::zeros(0),
+            tokens: 0,
+            width: 0,
+            queries: Buffer::new(),
+            query_scale: Buffer::new(),
+            keys: Buffer::new(),
+            key_scale: Buffer::new(),
+            values: Buffer::new(),
             large_values: false,
-            scores: nothing(),
-            delta: nothing(),
-            key_sum: Array1::zeros(0),
-            answer: Partial { numerator: nothing(), denominator: Array1::zeros(0), log_scale: Array1::zeros(0) },
         }
+    }
+
+    fn resize(&mut self, tokens: usize, features: usize, value_dim: usize) {
+        self.tokens = tokens;
+        self.width = if tokens == 1 { 1 } else { padded::<T>(tokens) };
+        self.queries.resize(padded::<T>(features) * self.width);
+        self.keys.resize(padded::<T>(features) * self.width);
+        self.query_scale.resize(self.width);
+        self.key_scale.resize(self.width);
+        self.values.resize(tokens * padded::<T>(value_dim));
     }
 
     /// The longest run of tokens from `start` whose running maximum stays within [`GROUP_RISE`] of where it begins, and
     /// the maximum it reaches: their common unit.
-    fn group(&self, start: usize, end: usize, log_scale: T) -> (usize, T) {
+    fn group(&self, start: usize, log_scale: T) -> (usize, T) {
         let lowest = log_scale.max(self.key_scale[start]);
         let limit = lowest + T::from_f64(GROUP_RISE);
         let mut unit = lowest;
         let mut stop = start;
-        while stop < end && self.key_scale[stop] <= limit {
+        while stop < self.tokens && self.key_scale[stop] <= limit {
             unit = unit.max(self.key_scale[stop]);
             stop += 1;
         }
         (stop, unit)
     }
 
-    /// Copies the values of a chunk.
-    fn set_values(&mut self, v: ArrayView2<'_, T>) {
-        self.large_values = is_large(v);
-        first_rows(&mut self.values, v.nrows()).assign(&v);
-    }
-
-    fn reserve(&mut self, tokens: usize, head_dim: usize, features: usize, value_dim: usize) {
-        let rows = tokens.min(CHUNK);
-        if self.x.nrows() >= rows {
-            return;
+    /// Copies and checks values; the padding is zero.
+    fn set_values(&mut self, v: ArrayView2<'_, T>) -> Result<(), Error> {
+        let stride = padded::<T>(v.ncols());
+        match v.as_slice() {
+            Some(v) if v.len() == self.values.len() => self.values.copy_from_slice(v),
+            _ => {
+                for (row, copy) in v.outer_iter().zip(self.values.chunks_exact_mut(stride)) {
+                    let (values, padding) = copy.split_at_mut(row.len());
+                    values.iter_mut().zip(row).for_each(|(copy, &value)| *copy = value);
+                    padding.fill(T::zero());
+                }
+            }
         }
-        self.x = Array2::zeros((rows, head_dim));
-        self.values = Array2::zeros((rows, value_dim));
-        self.queries = Array2::zeros((rows, features));
-        self.keys = Array2::zeros((rows, features));
-        self.query_scale = Array1::zeros(rows);
-        self.key_scale = Array1::zeros(rows);
-        self.scores = Array2::zeros((rows.min(ROW_BLOCK), rows));
-        self.answer = Partial {
-            numerator: Array2::zeros((rows, value_dim)),
-            denominator: Array1::zeros(rows),
-            log_scale: Array1::zeros(rows),
-        };
+        if !kernel::all_finite(&self.values) {
+            check::finite("v", v)?;
+        }
+        self.large_values = kernel::max_abs(&self.values) > T::from_f64(T::SAFE_VALUE);
+        Ok(())
+    }
+
+    /// Takes tokens out of another chunk.
+    fn copy_tokens(&mut self, from: &Self, tokens: Range<usize>, features: usize, value_dim: usize) {
+        self.resize(tokens.len(), features, value_dim);
+        for (to, from_features) in [(&mut self.queries, &from.queries), (&mut self.keys, &from.keys)] {
+            for (to, row) in to.chunks_exact_mut(self.width).zip(from_features.chunks_exact(from.width)).take(features) {
+                to.fill(T::zero());
+                to[..tokens.len()].copy_from_slice(&row[tokens.clone()]);
+            }
+        }
+        self.query_scale[..tokens.len()].copy_from_slice(&from.query_scale[tokens.clone()]);
+        self.key_scale[..tokens.len()].copy_from_slice(&from.key_scale[tokens.clone()]);
+        let stride = padded::<T>(value_dim);
+        self.values.copy_from_slice(&from.values[tokens.start * stride..tokens.end * stride]);
+        self.large_values = from.large_values;
+    }
+
+    /// Brings the keys from their own log scales to one unit, and sums the features of each.
+    fn bring_keys_to(&mut self, unit: T, features: usize, factors: &mut Buffer<T>, key_sums: &mut Buffer<T>) {
+        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+        factors.resize(self.width);
+        for (factor, &scale) in factors.iter_mut().zip(&*self.key_scale) {
+            *factor = (scale - unit) * log2_e;
+        }
+        factors[self.tokens..].fill(T::neg_infinity());
+        kernel::exp2_slice(factors, T::zero());
+        key_sums.resize(features);
+        columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
     }
 }
 
-/// The elements of an array that this crate allocated in standard layout.
-fn slice_mut<T, D: ndarray::Dimension>(x: &mut ndarray::Array<T, D>) -> &mut [T] {
-    x.as_slice_mut().unwrap_or_default()
+/// Scratch of one chunk. It grows to the largest chunk it has met and holds nothing between calls.
+#[derive(Debug)]
+pub(crate) struct Workspace<T> {
+    x: Buffer<T>,
+    map: Buffer<T>,
+    /// For maps that take tokens as rows.
+    rows: [Array2<T>; 2],
+    chunk: Chunk<T>,
+    /// A part of a chunk.
+    part: Chunk<T>,
+    scores: Buffer<T>,
+    factors: Buffer<T>,
+    key_sums: Buffer<T>,
+    answer: Answer<T>,
+    before: State<T>,
 }
 
-/// The first rows of scratch.
-fn first_rows<T>(x: &mut Array2<T>, count: usize) -> ArrayViewMut2<'_, T> {
-    views::rows_mut(x.view_mut(), 0..count)
-}
-
-/// The first elements of scratch.
-fn first<T>(x: &mut Array1<T>, count: usize) -> ArrayViewMut1<'_, T> {
-    x.view_mut().split_at(Axis(0), count).0
-}
-
-fn slice<T>(x: &Array1<T>) -> &[T] {
-    x.as_slice().unwrap_or_default()
-}
-
-/// The rows of an array that this crate allocated; at least one column each.
-fn rows<T>(x: &Array2<T>) -> core::slice::ChunksExact<'_, T> {
-    x.as_slice().unwrap_or_default().chunks_exact(x.ncols())
-}
-
-fn row<T>(x: &Array2<T>, i: usize) -> &[T] {
-    let columns = x.ncols();
-    x.as_slice().map_or(&[], |all| &all[i * columns..(i + 1) * columns])
-}
-
-fn row_mut<T>(x: &mut Array2<T>, i: usize) -> &mut [T] {
-    let columns = x.ncols();
-    &mut slice_mut(x)[i * columns..(i + 1) * columns]
-}
-
-/// Whether a sum of such values could overflow.
-fn is_large<T: Scalar>(v: ArrayView2<'_, T>) -> bool {
-    let limit = T::from_f64(T::SAFE_VALUE);
-    match v.as_slice() {
-        Some(v) => kernel::max_abs(v) > limit,
-        None => v.iter().any(|x| x.abs() > limit),
+impl<T: Scalar> Workspace<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            x: Buffer::new(),
+            map: Buffer::new(),
+            rows: [Array2::zeros((0, 0)), Array2::zeros((0, 0))],
+            chunk: Chunk::new(),
+            part: Chunk::new(),
+            scores: Buffer::new(),
+            factors: Buffer::new(),
+            key_sums: Buffer::new(),
+            answer: Answer::new(),
+            before: State::new(),
+        }
     }
 }
 
@@ -265,6 +450,299 @@ enum Side {
     Key,
 }
 
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Query => "q",
+            Self::Key => "k",
+        }
+    }
+}
+
+/// Linear attention by a map; the sums are elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Engine<'a, T> {
+    map: &'a dyn FeatureMap<T>,
+    scale_root: T,
+}
+
+impl<'a, T: Scalar> Engine<'a, T> {
+    /// For values of `value_dim` columns.
+    pub(crate) fn new(map: &'a dyn FeatureMap<T>, value_dim: usize, scale: f64) -> Result<Self, Error> {
+        check::at_least_one("value_dim", value_dim)?;
+        check::features(map.head_dim(), map.num_features())?;
+        check::array("value_dim", value_dim, map.num_features())?;
+        let scale = check::scale::<T>(Some(scale), map.head_dim())?;
+        Ok(Self { map, scale_root: T::from_f64(scale.sqrt()) })
+    }
+
+    pub(crate) fn num_features(&self) -> usize {
+        self.map.num_features()
+    }
+
+    /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own. The shapes have been
+    /// checked. On an error the state is left half-way, unless there is one token.
+    pub(crate) fn extend(
+        &self,
+        state: &mut State<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+        keep: bool,
+    ) -> Result<(), Error> {
+        let n = q.nrows();
+        for start in (0..n).step_by(CHUNK) {
+            let range = start..n.min(start + CHUNK);
+            let last = range.end == n;
+            let (q, k, v) = (views::rows(q, range.clone()), views::rows(k, range.clone()), views::rows(v, range.clone()));
+            work.chunk.resize(range.len(), self.num_features(), v.ncols());
+            self.map(Side::Query, q, work, start)?;
+            self.map(Side::Key, k, work, start)?;
+            work.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
+            let out = views::rows_mut(out.view_mut(), range);
+            self.extend_chunk(state, out, readout, work, start, keep || !last)?;
+        }
+        Ok(())
+    }
+
+    /// Maps the rows of `√scale·x` to features, each finite and of a size near one.
+    fn map(&self, side: Side, x: ArrayView2<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
+        check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
+        let width = work.chunk.width;
+        work.x.resize(self.map.head_dim() * width);
+        if width == 1 {
+            work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root);
+        } else {
+            views::to_columns(x, self.scale_root, width, &mut work.x);
+        }
+        self.map_again(side, work).map_err(|error| error.in_chunk(first_row))
+    }
+
+    /// Maps the vectors that are in the scratch.
+    fn map_again(&self, side: Side, work: &mut Workspace<T>) -> Result<(), Error> {
+        let Workspace { x, map: scratch, rows, chunk, .. } = work;
+        let (tokens, width) = (chunk.tokens, chunk.width);
+        let (values, log_scale) = match side {
+            Side::Query => (&mut chunk.queries, &mut chunk.query_scale),
+            Side::Key => (&mut chunk.keys, &mut chunk.key_scale),
+        };
+        if let Some(map) = self.map.column_map() {
+            return map.map_columns(x, width, tokens, values, log_scale, scratch);
+        }
+        self.map_rows(side, x, width, tokens, values, log_scale, rows)
+    }
+
+    /// Maps through a map that takes tokens as rows.
+    #[allow(clippy::too_many_arguments)]
+    fn map_rows(
+        &self,
+        side: Side,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        rows: &mut [Array2<T>; 2],
+    ) -> Result<(), Error> {
+        let (d, m) = (self.map.head_dim(), self.map.num_features());
+        let [vectors, features] = rows;
+        if vectors.nrows() < tokens || vectors.ncols() != d || features.ncols() != m {
+            (*vectors, *features) = (Array2::zeros((tokens, d)), Array2::zeros((tokens, m)));
+        }
+        let mut vectors = views::rows_mut(vectors.view_mut(), 0..tokens);
+        for (mut vector, t) in vectors.outer_iter_mut().zip(0..) {
+            vector.iter_mut().zip(x[t..].iter().step_by(width)).for_each(|(to, &x)| *to = x);
+        }
+        let mut features = views::rows_mut(features.view_mut(), 0..tokens);
+        let scales = ndarray::ArrayViewMut1::from(&mut log_scale[..tokens]);
+        match side {
+            Side::Query => self.map.map_queries(vectors.view(), features.view_mut(), scales),
+            Side::Key => self.map.map_keys(vectors.view(), features.view_mut(), scales),
+        }?;
+        let limit = T::from_f64(LARGEST_FEATURE);
+        values.fill(T::zero());
+        for (t, mut features) in features.outer_iter_mut().enumerate() {
+            let features = features.as_slice_mut().unwrap_or_default();
+            if !kernel::all_finite(features) || !log_scale[t].is_finite() {
+                return Err(Error::Overflow { which: "a feature", row: t });
+            }
+            let largest = kernel::max_abs(features);
+            if largest > limit || (largest > T::zero() && largest < limit.recip()) {
+                kernel::scale(features, largest.recip());
+                log_scale[t] += largest.ln();
+            }
+            values[t..].iter_mut().step_by(width).zip(&*features).for_each(|(to, &feature)| *to = feature);
+        }
+        Ok(())
+    }
+
+    /// One chunk, already mapped: in groups of tokens whose log scales rise little, or token by token. `keep` says whether the state
+    /// will be needed afterwards.
+    fn extend_chunk(
+        &self,
+        state: &mut State<T>,
+        mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+        first_row: usize,
+        keep: bool,
+    ) -> Result<(), Error> {
+        let (n, features, value_dim) = (out.nrows(), self.num_features(), out.ncols());
+        if n == 1 {
+            let Workspace { chunk, answer, .. } = work;
+            state.read_token(chunk, answer);
+            answer.write(first_row, readout, out)?;
+            state.absorb_token(chunk);
+            return state.check_size(chunk.large_values, first_row);
+        }
+        let mut start = 0;
+        let mut one_by_one_until = 0;
+        while start < n {
+            let (mut end, unit) = work.chunk.group(start, state.log_scale);
+            let mut grouped = end - start >= FEW_TOKENS && start >= one_by_one_until;
+            if grouped {
+                let whole = start == 0 && end == n;
+                if !whole {
+                    work.part.copy_tokens(&work.chunk, start..end, features, value_dim);
+                }
+                let Workspace { chunk, part, scores, factors, key_sums, answer, .. } = work;
+                let group = if whole { chunk } else { part };
+                group.bring_keys_to(unit, features, factors, key_sums);
+                if !state.read_group(group, unit, scores, answer) && readout == Readout::Normalized {
+                    // The unit of the group, set by its largest key, may be too large for an early query.
+                    one_by_one_until = end;
+                    grouped = false;
+                    if whole {
+                        self.map_again(Side::Key, work).map_err(|error| error.in_chunk(first_row))?;
+                    }
+                }
+            }
+            let Workspace { chunk, part, key_sums, answer, .. } = work;
+            if !grouped {
+                end = start + 1;
+                part.copy_tokens(chunk, start..end, features, value_dim);
+                state.read_token(part, answer);
+            }
+            answer.write(first_row + start, readout, views::rows_mut(out.view_mut(), start..end))?;
+            if !grouped {
+                state.absorb_token(part);
+            } else if keep || end < n {
+                state.absorb_group(if start == 0 && end == n { chunk } else { part }, unit, key_sums);
+            }
+            state.check_size(work.chunk.large_values, first_row + start)?;
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Absorbs keys and values, of checked shapes, without reading. On an error the state is left half-way.
+    pub(crate) fn absorb(
+        &self,
+        state: &mut State<T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        let n = k.nrows();
+        for start in (0..n).step_by(CHUNK) {
+            let range = start..n.min(start + CHUNK);
+            let (k, v) = (views::rows(k, range.clone()), views::rows(v, range));
+            work.chunk.resize(k.nrows(), self.num_features(), v.ncols());
+            self.map(Side::Key, k, work, start)?;
+            work.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
+            let Workspace { chunk, factors, key_sums, .. } = work;
+            if chunk.tokens == 1 {
+                state.absorb_token(chunk);
+            } else {
+                let unit = chunk.key_scale[..chunk.tokens].iter().fold(state.log_scale, |m, &scale| m.max(scale));
+                chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
+                state.absorb_group(chunk, unit, key_sums);
+            }
+            state.check_size(chunk.large_values, start)?;
+        }
+        Ok(())
+    }
+
+    /// Answers queries of a checked shape chunk by chunk; `each` is given the first row of the chunk and its answer.
+    pub(crate) fn read(
+        &self,
+        state: &State<T>,
+        q: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+        mut each: impl FnMut(usize, &mut Answer<T>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let n = q.nrows();
+        for start in (0..n).step_by(CHUNK) {
+            let q = views::rows(q, start..n.min(start + CHUNK));
+            work.chunk.resize(q.nrows(), self.num_features(), state.value_dim);
+            self.map(Side::Query, q, work, start)?;
+            let Workspace { chunk, answer, .. } = work;
+            answer.resize(chunk.tokens, chunk.width, state.stride());
+            if chunk.width == 1 {
+                let query = &chunk.queries[..state.features()];
+                kernel::row_times_matrix(query, &state.sums, state.stride(), &mut answer.numerator);
+                answer.denominator[0] = kernel::dot(query, &state.normalizer);
+            } else {
+                state.read_state(chunk, state.log_scale, answer);
+            }
+            answer.set_scales(&chunk.query_scale, state.log_scale);
+            each(start, answer)?;
+        }
+        Ok(())
+    }
+
+    /// Attention of every query to every key.
+    pub(crate) fn full(
+        &self,
+        state: &mut State<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        self.absorb(state, k, v, work)?;
+        self.read(state, q, work, |start, answer| {
+            let rows = start..start + answer.tokens;
+            answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
+        })
+    }
+
+    /// `ln φ(√scale·q_i)·φ(√scale·k_j)` of every pair of checked rows.
+    pub(crate) fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Array2<f64>, Error> {
+        let mut work = Workspace::new();
+        let mut out = Array2::zeros((q.nrows(), k.nrows()));
+        let m = self.num_features();
+        let feature = |x: &[T], width: usize, t: usize| -> Vec<T> { x[t..].iter().step_by(width).take(m).copied().collect() };
+        for start in (0..k.nrows()).step_by(CHUNK) {
+            let k = views::rows(k, start..k.nrows().min(start + CHUNK));
+            work.chunk.resize(k.nrows(), m, 1);
+            self.map(Side::Key, k, &mut work, start)?;
+            let keys: Vec<Vec<T>> = (0..k.nrows()).map(|j| feature(&work.chunk.keys, work.chunk.width, j)).collect();
+            let key_scale = work.chunk.key_scale.to_vec();
+            for first in (0..q.nrows()).step_by(CHUNK) {
+                let q = views::rows(q, first..q.nrows().min(first + CHUNK));
+                work.chunk.resize(q.nrows(), m, 1);
+                self.map(Side::Query, q, &mut work, first)?;
+                for i in 0..q.nrows() {
+                    let query = feature(&work.chunk.queries, work.chunk.width, i);
+                    for (j, key) in keys.iter().enumerate() {
+                        let product = kernel::dot(&query, key).as_f64();
+                        let scale = work.chunk.query_scale[i].as_f64() + key_scale[j].as_f64();
+                        out[[first + i, start + j]] =
+                            if product > 0.0 { product.ln() + scale } else { f64::NEG_INFINITY };
+                    }
+                }
+            }
+        }
+        Ok(out)
+    }
+}
+
 impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// An empty memory.
     ///
@@ -273,12 +751,10 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// [`Error::ZeroSize`] if `value_dim` is 0 or the map has no features, [`Error::InvalidOption`] if `scale` is not
     /// positive and finite.
     pub fn new(map: Arc<F>, value_dim: usize, scale: f64) -> Result<Self, Error> {
-        check::at_least_one("value_dim", value_dim)?;
-        check::features(map.head_dim(), map.num_features())?;
-        check::array("value_dim", value_dim, map.num_features())?;
-        let scale = check::scale::<T>(Some(scale), map.head_dim())?;
-        let state = State::new(map.num_features(), value_dim);
-        Ok(Self { map, scale_root: T::from_f64(scale.sqrt()), state })
+        let scale_root = Engine::new(&*map, value_dim, scale)?.scale_root;
+        let mut state = State::new();
+        state.reset(map.num_features(), value_dim);
+        Ok(Self { map, scale_root, state })
     }
 
     /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order. That the maps are the same
@@ -289,34 +765,32 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// [`Error::Shape`] if the number of features or values differs, [`Error::InvalidOption`] if the scales do,
     /// [`Error::Overflow`] if a sum becomes too large. This memory is then unchanged.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
-        check::size("other", "features", self.state.sums.nrows(), other.state.sums.nrows())?;
-        check::size("other", "value columns", self.state.sums.ncols(), other.state.sums.ncols())?;
+        check::size("other", "features", self.state.features(), other.state.features())?;
+        check::size("other", "value columns", self.value_dim(), other.value_dim())?;
         check::same_scale(self.scale_root, other.scale_root)?;
         if other.state.tokens == 0 {
             return Ok(());
         }
-        self.guarded(true, |memory| {
-            memory.state.raise(other.state.log_scale);
-            let factor = (other.state.log_scale - memory.state.log_scale).exp();
-            let [sums, sums_low, normalizer, normalizer_low] = other.state.parts();
-            memory.state.add(factor, sums, normalizer);
-            memory.state.add(factor, sums_low, normalizer_low);
-            memory.state.tokens += other.state.tokens;
-            memory.check_size(true, 0)
-        })
+        let before = self.state.clone();
+        self.state.raise(other.state.log_scale);
+        let factor = (other.state.log_scale - self.state.log_scale).exp();
+        let [sums, sums_low, normalizer, normalizer_low] = other.state.parts();
+        self.state.add(factor, sums, normalizer);
+        self.state.add(factor, sums_low, normalizer_low);
+        self.state.tokens += other.state.tokens;
+        let result = self.state.check_size(true, 0);
+        if result.is_err() {
+            self.state = before;
+        }
+        result
     }
 
-    /// Fails if the values were `large` and their sum has become so.
-    fn check_size(&self, large: bool, row: usize) -> Result<(), Error> {
-        if large && self.state.is_too_large() {
-            Err(Error::Overflow { which: "the sum of values", row })
-        } else {
-            Ok(())
-        }
+    fn engine(&self) -> Engine<'_, T> {
+        Engine { map: &*self.map, scale_root: self.scale_root }
     }
 
     pub(crate) fn value_dim(&self) -> usize {
-        self.state.sums.ncols()
+        self.state.value_dim
     }
 
     pub(crate) fn head_dim(&self) -> usize {
@@ -329,295 +803,71 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
 
     /// Everything but the map: the log scale and the sums. Empty while no token has been absorbed.
     pub(crate) fn numbers(&self) -> Vec<T> {
-        let state = &self.state;
-        if state.tokens == 0 {
+        if self.state.tokens == 0 {
             return Vec::new();
         }
-        core::iter::once(&state.log_scale).chain(state.parts().into_iter().flatten()).copied().collect()
+        core::iter::once(&self.state.log_scale).chain(self.state.rows().flatten()).copied().collect()
     }
 
     /// The inverse of [`numbers`](Self::numbers); the length has been checked.
     pub(crate) fn set_numbers(&mut self, tokens: usize, numbers: &[T]) {
         self.reset();
-        if let Some((&log_scale, mut sums)) = numbers.split_first() {
-            for part in self.state.parts_mut() {
-                let (values, rest) = sums.split_at(part.len());
-                part.copy_from_slice(values);
-                sums = rest;
+        if let Some((&log_scale, mut numbers)) = numbers.split_first() {
+            let (stride, value_dim) = (self.state.stride(), self.state.value_dim);
+            let mut take = |row: &mut [T]| {
+                let (values, rest) = numbers.split_at(row.len());
+                row.copy_from_slice(values);
+                numbers = rest;
+            };
+            let [sums, sums_low, normalizer, normalizer_low] = self.state.parts_mut();
+            for row in sums.chunks_exact_mut(stride).chain(sums_low.chunks_exact_mut(stride)) {
+                take(&mut row[..value_dim]);
             }
+            take(normalizer);
+            take(normalizer_low);
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
         }
     }
 
-    /// Runs `work`; puts the state back if it fails. `risky` says whether it can fail after the state has changed.
-    fn guarded(&mut self, risky: bool, work: impl FnOnce(&mut Self) -> Result<(), Error>) -> Result<(), Error> {
-        let before = risky.then(|| self.state.clone());
-        let result = work(self);
-        if result.is_err()
-            && let Some(before) = before
-        {
-            self.state = before;
-        }
-        result
-    }
-
-    /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own.
-    /// The arguments have been checked.
+    /// Causal attention of new tokens; the shapes have been checked. On an error the state is what it was.
     pub(crate) fn extend(
         &mut self,
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
         v: ArrayView2<'_, T>,
-        mut out: ArrayViewMut2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        let n = q.nrows();
-        work.reserve(n, self.head_dim(), self.num_features(), self.value_dim());
         // A single token is read before it is absorbed; only several, or a huge one, can fail half-way.
-        self.guarded(n > 1 || is_large(v), |memory| {
-            for start in (0..n).step_by(CHUNK) {
-                let chunk = start..n.min(start + CHUNK);
-                memory.map(Side::Query, views::rows(q, chunk.clone()), work, start)?;
-                memory.map(Side::Key, views::rows(k, chunk.clone()), work, start)?;
-                work.set_values(views::rows(v, chunk.clone()));
-                memory.extend_chunk(views::rows_mut(out.view_mut(), chunk), readout, work, start)?;
-            }
-            Ok(())
+        let large = |x: &T| x.abs() > T::from_f64(T::SAFE_VALUE);
+        self.guarded(q.nrows() > 1 || v.iter().any(large), work, |engine, state, work| {
+            engine.extend(state, q, k, v, out, readout, work, true)
         })
     }
 
-    /// Maps the rows of `√scale·x` to features, each finite and of a size near one.
-    fn map(&self, side: Side, x: ArrayView2<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
-        let n = x.nrows();
-        let mut scaled = first_rows(&mut work.x, n);
-        scaled.zip_mut_with(&x, |a, &b| *a = b * self.scale_root);
-        let (values, log_scale) = match side {
-            Side::Query => (&mut work.queries, &mut work.query_scale),
-            Side::Key => (&mut work.keys, &mut work.key_scale),
-        };
-        {
-            let (values, log_scale) = (first_rows(values, n), first(log_scale, n));
-            match side {
-                Side::Query => self.map.map_queries(scaled.view(), values, log_scale),
-                Side::Key => self.map.map_keys(scaled.view(), values, log_scale),
-            }
-            .map_err(|error| error.in_chunk(first_row))?;
-        }
-        let limit = T::from_f64(LARGEST_FEATURE);
-        let all_finite = kernel::all_finite(&slice_mut(values)[..n * self.map.num_features()]);
-        for i in 0..n {
-            let features = row_mut(values, i);
-            if !(all_finite || kernel::all_finite(features)) || !log_scale[i].is_finite() {
-                return Err(Error::Overflow { which: "a feature", row: first_row + i });
-            }
-            let largest = kernel::max_abs(features);
-            if largest > limit || (largest > T::zero() && largest < limit.recip()) {
-                kernel::scale(features, largest.recip());
-                log_scale[i] += largest.ln();
-            }
-        }
-        Ok(())
-    }
-
-    /// One chunk, already mapped: in groups of tokens whose log scales rise little, or token by token.
-    fn extend_chunk(
+    /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the state has changed.
+    fn guarded(
         &mut self,
-        mut out: ArrayViewMut2<'_, T>,
-        readout: Readout,
+        risky: bool,
         work: &mut Workspace<T>,
-        first_row: usize,
+        run: impl FnOnce(Engine<'_, T>, &mut State<T>, &mut Workspace<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let n = out.nrows();
-        let mut start = 0;
-        let mut one_by_one_until = 0;
-        while start < n {
-            let (mut end, unit) = work.group(start, n, self.state.log_scale);
-            let mut grouped = end - start >= FEW_TOKENS && start >= one_by_one_until;
-            if grouped {
-                let in_range = self.read_group(start, end, unit, work);
-                if readout == Readout::Normalized && !in_range {
-                    // The unit of the group, set by its largest key, may be too large for an early query.
-                    one_by_one_until = end;
-                    grouped = false;
-                }
-            }
-            if !grouped {
-                end = start + 1;
-                self.read_token(start, work);
-            }
-            let out = &mut views::rows_mut(out.view_mut(), start..end);
-            work.answer.write(first_row + start, readout == Readout::Normalized, out)?;
-            if grouped {
-                self.absorb_group(start, end, work);
-            } else {
-                self.absorb_token(start, work);
-            }
-            self.check_size(work.large_values, first_row + start)?;
-            start = end;
+        if risky {
+            work.before.copy_from(&self.state);
         }
-        Ok(())
-    }
-
-    /// Answers query `i` from the state and its own token, into row 0 of the answer.
-    fn read_token(&self, i: usize, work: &mut Workspace<T>) {
-        let Workspace { queries, query_scale, keys, key_scale, values, answer, .. } = work;
-        let (query, key) = (row(queries, i), row(keys, i));
-        let unit = self.state.log_scale.max(key_scale[i]);
-        let (old, new) = ((self.state.log_scale - unit).exp(), (key_scale[i] - unit).exp());
-        let numerator = row_mut(&mut answer.numerator, 0);
-        numerator.fill(T::zero());
-        for (&feature, sums) in query.iter().zip(rows(&self.state.sums)) {
-            kernel::add_scaled(numerator, feature, sums);
+        let engine = Engine { map: &*self.map, scale_root: self.scale_root };
+        let result = run(engine, &mut self.state, work);
+        if result.is_err() && risky {
+            self.state.copy_from(&work.before);
         }
-        let own = new * kernel::dot(query, key);
-        kernel::scale(numerator, old);
-        kernel::add_scaled(numerator, own, row(values, i));
-        answer.denominator[0] = old * kernel::dot(query, slice(&self.state.normalizer)) + own;
-        answer.log_scale[0] = query_scale[i] + unit;
-    }
-
-    /// Adds token `i` to the state.
-    fn absorb_token(&mut self, i: usize, work: &Workspace<T>) {
-        self.state.raise(work.key_scale[i]);
-        let factor = (work.key_scale[i] - self.state.log_scale).exp();
-        let (key, value) = (row(&work.keys, i), row(&work.values, i));
-        let rows = value.len();
-        let [sums, sums_low, normalizer, normalizer_low] = self.state.parts_mut();
-        for ((&feature, sums), low) in key.iter().zip(sums.chunks_exact_mut(rows)).zip(sums_low.chunks_exact_mut(rows))
-        {
-            kernel::add_compensated(sums, low, factor * feature, value);
-        }
-        kernel::add_compensated(normalizer, normalizer_low, factor, key);
-        self.state.tokens += 1;
-    }
-
-    /// Answers the queries `start..end` into the first rows of the answer, in `unit`: block by block, masked scores give
-    /// the part of the group itself and the state the rest. Returns whether every normaliser can be divided by.
-    fn read_group(&self, start: usize, end: usize, unit: T, work: &mut Workspace<T>) -> bool {
-        let Workspace { queries, query_scale, keys, key_scale, values, scores, answer, .. } = work;
-        let old = (self.state.log_scale - unit).exp();
-        let mut factors = [T::zero(); CHUNK];
-        for (factor, &scale) in factors.iter_mut().zip(key_scale.iter().take(end).skip(start)) {
-            *factor = (scale - unit).exp();
-        }
-        let mut in_range = true;
-        let mut numerator = first_rows(&mut answer.numerator, end - start);
-        let group_queries = views::rows(queries.view(), start..end);
-        kernel::matmul(old, group_queries, self.state.sums.view(), T::zero(), &mut numerator);
-        for first in (start..end).step_by(ROW_BLOCK) {
-            let last = end.min(first + ROW_BLOCK);
-            let mut scores = corner_mut(scores.view_mut(), last - first, last - start);
-            let block = views::rows(queries.view(), first..last);
-            kernel::matmul(T::one(), block, views::rows(keys.view(), start..last).t(), T::zero(), &mut scores);
-            for (i, mut scores) in (first..last).zip(scores.outer_iter_mut()) {
-                let (seen, hidden) = scores.as_slice_mut().unwrap_or_default().split_at_mut(i + 1 - start);
-                hidden.fill(T::zero());
-                kernel::multiply(seen, &factors);
-                let denominator = old * kernel::dot(row(queries, i), slice(&self.state.normalizer)) + kernel::sum(seen);
-                in_range &= divisor(denominator, i).is_ok();
-                answer.denominator[i - start] = denominator;
-                answer.log_scale[i - start] = query_scale[i] + unit;
-            }
-            let mut numerator = views::rows_mut(numerator.view_mut(), first - start..last - start);
-            kernel::matmul(T::one(), scores.view(), views::rows(values.view(), start..last), T::one(), &mut numerator);
-        }
-        in_range
-    }
-
-    /// Adds the tokens `start..end`, in units of the largest key so far.
-    fn absorb_group(&mut self, start: usize, end: usize, work: &mut Workspace<T>) {
-        let unit = work.key_scale.iter().take(end).skip(start).fold(self.state.log_scale, |m, &scale| m.max(scale));
-        self.state.raise(unit);
-        for j in start..end {
-            kernel::scale(row_mut(&mut work.keys, j), (work.key_scale[j] - unit).exp());
-        }
-        let (keys, values) = (views::rows(work.keys.view(), start..end), views::rows(work.values.view(), start..end));
-        if work.delta.dim() != self.state.sums.dim() {
-            // not needed by a stream that only decodes
-            work.delta = Array2::zeros(self.state.sums.dim());
-            work.key_sum = Array1::zeros(self.state.normalizer.len());
-        }
-        kernel::matmul(T::one(), keys.t(), values, T::zero(), &mut work.delta.view_mut());
-        work.key_sum.fill(T::zero());
-        for j in start..end {
-            kernel::add_scaled(slice_mut(&mut work.key_sum), T::one(), row(&work.keys, j));
-        }
-        self.state.add(T::one(), work.delta.as_slice().unwrap_or_default(), slice(&work.key_sum));
-        self.state.tokens += end - start;
-    }
-
-    /// Absorbs checked keys and values without reading.
-    pub(crate) fn absorb_with(
-        &mut self,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        work: &mut Workspace<T>,
-    ) -> Result<(), Error> {
-        let n = k.nrows();
-        work.reserve(n, self.head_dim(), self.num_features(), self.value_dim());
-        self.guarded(n > CHUNK || is_large(v), |memory| {
-            for start in (0..n).step_by(CHUNK) {
-                let chunk = start..n.min(start + CHUNK);
-                let (k, v) = (views::rows(k, chunk.clone()), views::rows(v, chunk));
-                memory.map(Side::Key, k, work, start)?;
-                work.set_values(v);
-                memory.absorb_group(0, k.nrows(), work);
-                memory.check_size(work.large_values, start)?;
-            }
-            Ok(())
-        })
-    }
-
-    /// Answers checked queries block by block; `each` is given the first row of the block and its answer, of which the
-    /// rows of the block count.
-    pub(crate) fn read_with(
-        &self,
-        q: ArrayView2<'_, T>,
-        work: &mut Workspace<T>,
-        mut each: impl FnMut(usize, usize, &Partial<T>) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let n = q.nrows();
-        work.reserve(n, self.head_dim(), self.num_features(), self.value_dim());
-        for start in (0..n).step_by(CHUNK) {
-            let end = n.min(start + CHUNK);
-            let count = end - start;
-            self.map(Side::Query, views::rows(q, start..end), work, start)?;
-            let queries = views::rows(work.queries.view(), 0..count);
-            let mut numerator = first_rows(&mut work.answer.numerator, count);
-            kernel::matmul(T::one(), queries, self.state.sums.view(), T::zero(), &mut numerator);
-            for i in 0..count {
-                work.answer.denominator[i] = kernel::dot(row(&work.queries, i), slice(&self.state.normalizer));
-                work.answer.log_scale[i] = work.query_scale[i] + self.state.log_scale;
-            }
-            each(start, count, &work.answer)?;
-        }
-        Ok(())
+        result
     }
 
     /// `ln φ(√scale·q_i)·φ(√scale·k_j)` of every pair of checked rows.
     pub(crate) fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Array2<f64>, Error> {
-        let mut work = Workspace::new();
-        work.reserve(CHUNK, self.head_dim(), self.num_features(), self.value_dim());
-        let mut out = Array2::zeros((q.nrows(), k.nrows()));
-        for start in (0..k.nrows()).step_by(CHUNK) {
-            let k = views::rows(k, start..k.nrows().min(start + CHUNK));
-            self.map(Side::Key, k, &mut work, start)?;
-            for first in (0..q.nrows()).step_by(CHUNK) {
-                let q = views::rows(q, first..q.nrows().min(first + CHUNK));
-                self.map(Side::Query, q, &mut work, first)?;
-                for i in 0..q.nrows() {
-                    for j in 0..k.nrows() {
-                        let product = kernel::dot(row(&work.queries, i), row(&work.keys, j)).as_f64();
-                        let scale = work.query_scale[i].as_f64() + work.key_scale[j].as_f64();
-                        out[[first + i, start + j]] =
-                            if product > 0.0 { product.ln() + scale } else { f64::NEG_INFINITY };
-                    }
-                }
-            }
-        }
-        Ok(out)
+        self.engine().log_weights(q, k)
     }
 }
 
@@ -625,17 +875,15 @@ impl<T: Scalar, F: FeatureMap<T>> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
-        self.absorb_with(k, v, &mut Workspace::new())
+        self.guarded(true, &mut Workspace::new(), |engine, state, work| engine.absorb(state, k, v, work))
     }
 
     fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error> {
         check::queries(self.head_dim(), q)?;
         check::size("answer", "rows", q.nrows(), answer.numerator.nrows())?;
         check::size("answer", "columns", self.value_dim(), answer.numerator.ncols())?;
-        self.read_with(q, &mut Workspace::new(), |start, count, block| {
-            for i in 0..count {
-                answer.add(start + i, row(&block.numerator, i), block.denominator[i], block.log_scale[i]);
-            }
+        self.engine().read(&self.state, q, &mut Workspace::new(), |start, block| {
+            block.add_to(answer, start);
             Ok(())
         })
     }
@@ -645,12 +893,10 @@ impl<T: Scalar, F: FeatureMap<T>> Memory<T> for LinearMemory<T, F> {
     }
 
     fn state_floats(&self) -> usize {
-        self.state.parts().map(<[T]>::len).iter().sum::<usize>() + 1
+        2 * self.state.features() * (self.state.value_dim + 1) + 1
     }
 
     fn reset(&mut self) {
-        self.state.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
-        self.state.log_scale = T::neg_infinity();
-        self.state.tokens = 0;
+        self.state.reset(self.map.num_features(), self.state.value_dim);
     }
 }

@@ -1,0 +1,123 @@
+//! The positive exponential maps of a dense projection: one matrix product, one pass for the maximum, one for the exponential.
+
+use super::{ColumnMap, Weights};
+use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
+use crate::{Error, Scalar};
+use ndarray::ArrayView2;
+
+/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are `log₂e·(ω_i·x + ln D_i − ½ ln m)`.
+#[derive(Clone, Debug)]
+pub(crate) struct Dense<T> {
+    head_dim: usize,
+    num_features: usize,
+    /// log₂e·Ωᵀ, `[head_dim, num_features]` with padded rows.
+    projection: Buffer<T>,
+    exponents: Exponents<T>,
+}
+
+impl<T: Scalar> Dense<T> {
+    pub(crate) fn new(omega: ArrayView2<'_, T>, weights: &Weights<T>) -> Self {
+        let (num_features, head_dim) = omega.dim();
+        let stride = padded::<T>(num_features);
+        let mut projection = Buffer::zeros(head_dim * stride);
+        for (i, row) in omega.outer_iter().enumerate() {
+            for (p, &w) in row.iter().enumerate() {
+                projection[p * stride + i] = T::from_f64(w.as_f64() * core::f64::consts::LOG2_E);
+            }
+        }
+        let longest = omega.outer_iter().map(|row| row.iter().map(|w| w.as_f64().powi(2)).sum::<f64>()).fold(0.0, f64::max);
+        Self { head_dim, num_features, projection, exponents: Exponents::new(longest.sqrt(), weights) }
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for Dense<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        let (m, stride) = (self.num_features, padded::<T>(self.num_features));
+        if width == 1 {
+            kernel::row_times_matrix(x, &self.projection, stride, &mut values[..stride]);
+            for (value, &bias) in values.iter_mut().zip(&self.exponents.bias) {
+                *value += bias;
+            }
+        } else {
+            Product {
+                m,
+                n: width,
+                k: self.head_dim,
+                a: Matrix::columns(&self.projection, stride),
+                b: x,
+                ldb: width,
+                c: values,
+                ldc: width,
+                into: Into::Bias(&self.exponents.bias),
+            }
+            .run();
+        }
+        self.exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)
+    }
+}
+
+/// The end of every exponential map, once the logits are there.
+#[derive(Clone, Debug)]
+pub(crate) struct Exponents<T> {
+    /// `log₂e·(ln D_i − ½ ln m)`.
+    pub(crate) bias: Vec<T>,
+    /// The largest `½|x|²` for which no logit can leave the range of `T`, by Cauchy–Schwarz.
+    largest_norm: T,
+}
+
+impl<T: Scalar> Exponents<T> {
+    /// `longest` is the largest |ω_i|.
+    pub(crate) fn new(longest: f64, weights: &Weights<T>) -> Self {
+        let bias = weights.bias.iter().map(|b| T::from_f64(b.as_f64() * core::f64::consts::LOG2_E)).collect();
+        // room for the rounding of long sums, the bias and the difference of two logits
+        let largest_logit = T::max_value().as_f64() * 2.0_f64.powi(-12);
+        let root = largest_logit / (core::f64::consts::LOG2_E * longest.max(1.0));
+        let largest_norm = if T::from_f64(longest * core::f64::consts::LOG2_E).is_finite() {
+            T::from_f64((0.5 * root * root).min(T::max_value().as_f64()))
+        } else {
+            -T::one() // no vector will do
+        };
+        Self { bias, largest_norm }
+    }
+
+    /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log scales (natural).
+    pub(crate) fn finish(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) -> Result<(), Error> {
+        scratch.resize(width);
+        if width == 1 {
+            scratch[0] = T::from_f64(0.5) * kernel::dot(x, x);
+            log_scale[0] = kernel::max(values);
+            kernel::exp2_slice(values, log_scale[0]);
+        } else {
+            columns::half_squared_norms(x, scratch);
+            columns::exp2_below_maximum(values, log_scale);
+        }
+        let ln_2 = T::from_f64(core::f64::consts::LN_2);
+        let mut in_range = true;
+        for (log_scale, &norm) in log_scale.iter_mut().zip(&**scratch).take(tokens) {
+            in_range &= norm <= self.largest_norm; // false for NaN too
+            *log_scale = *log_scale * ln_2 - norm;
+        }
+        if in_range {
+            return Ok(());
+        }
+        let bad = |norm: &T| norm.is_nan() || *norm > self.largest_norm;
+        let row = scratch.iter().take(tokens).position(bad).unwrap_or(0);
+        Err(Error::Overflow { which: "the size of the vector", row })
+    }
+}

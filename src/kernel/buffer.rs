@@ -1,0 +1,76 @@
+//! Buffers whose first element lies on a cache line: vectors that straddle two lines cost twice.
+
+use super::simd::Lanes;
+use core::ops::{Deref, DerefMut};
+
+/// A slice of numbers aligned to 64 bytes.
+#[derive(Debug)]
+pub struct Buffer<T> {
+    data: Vec<T>,
+    offset: usize,
+    len: usize,
+}
+
+impl<T: Lanes> Buffer<T> {
+    pub(crate) const fn new() -> Self {
+        Self { data: Vec::new(), offset: 0, len: 0 }
+    }
+
+    pub(crate) fn zeros(len: usize) -> Self {
+        let mut buffer = Self::new();
+        buffer.resize(len);
+        buffer
+    }
+
+    /// Makes it `len` long, of any content. Allocates only to grow beyond what it ever was.
+    pub(crate) fn resize(&mut self, len: usize) {
+        if self.offset + len > self.data.len() {
+            *self = Self::of(T::zero(), len);
+        }
+        self.len = len;
+    }
+}
+
+impl<T: Clone> Buffer<T> {
+    fn of(value: T, len: usize) -> Self {
+        let slack = 64 / size_of::<T>();
+        let data = vec![value; len + slack];
+        let offset = data.as_ptr().align_offset(64).min(slack);
+        Self { data, offset, len }
+    }
+}
+
+impl<T: Clone> Clone for Buffer<T> {
+    fn clone(&self) -> Self {
+        match self.first() {
+            None => Self { data: Vec::new(), offset: 0, len: 0 },
+            Some(value) => {
+                let mut buffer = Self::of(value.clone(), self.len);
+                buffer.clone_from_slice(self);
+                buffer
+            }
+        }
+    }
+}
+
+impl<T> Deref for Buffer<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.data[self.offset..self.offset + self.len]
+    }
+}
+
+impl<T> DerefMut for Buffer<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data[self.offset..self.offset + self.len]
+    }
+}
+
+/// `n` rounded up to whole cache lines.
+#[inline]
+pub(crate) fn padded<T: Lanes>(n: usize) -> usize {
+    n.next_multiple_of(T::PAD)
+}

@@ -1,0 +1,456 @@
+//! Loops over arrays whose columns are tokens: `x [rows, width]`, row-major, `width` a multiple of [`Lanes::PAD`]. A number for each
+//! token is then a row of its own, and no sum or maximum runs across the lanes of a vector.
+//!
+//! Loops over the vectors of a strip are written out: a closure (as in `array::from_fn`) may not be inlined and then runs without the
+//! instructions of its level, a hundred times slower.
+
+use super::simd::{Lanes, Level, Loop, dispatch};
+
+/// Columns that are worked on at once, in vectors.
+const STRIP: usize = 4;
+
+/// Calls `work` for every strip of columns, `V` vectors from column `j` on.
+macro_rules! strips {
+    ($self:ident, $level:ident, $T:ident, $L:ident, $width:expr) => {
+        let (lanes, width) = ($T::lanes::<$L>(), $width);
+        let mut j = 0;
+        while j + STRIP * lanes <= width {
+            $self.strip::<$L, STRIP>($level, j);
+            j += STRIP * lanes;
+        }
+        while j < width {
+            $self.strip::<$L, 1>($level, j);
+            j += lanes;
+        }
+    };
+}
+
+/// `V` vectors of a slice from `j` on.
+#[inline(always)]
+fn load<T: Lanes, L: Level, const V: usize>(x: &[T], j: usize) -> [T::V<L>; V] {
+    *T::vectors::<L>(&x[j..j + V * T::lanes::<L>()]).first_chunk().expect("as many vectors")
+}
+
+#[inline(always)]
+fn store<T: Lanes, L: Level, const V: usize>(x: &mut [T], j: usize, values: [T::V<L>; V]) {
+    let x = T::vectors_mut::<L>(&mut x[j..j + V * T::lanes::<L>()]);
+    x[..V].copy_from_slice(&values);
+}
+
+/// `out_t = ½ Σ_i x_it²`.
+pub(crate) fn half_squared_norms<T: Lanes>(x: &[T], out: &mut [T]) {
+    dispatch(HalfSquaredNorms { x, out });
+}
+
+struct HalfSquaredNorms<'a, T> {
+    x: &'a [T],
+    out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for HalfSquaredNorms<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        strips!(self, level, T, L, self.out.len());
+    }
+}
+
+impl<T: Lanes> HalfSquaredNorms<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let mut sums = [T::splat(level, T::zero()); V];
+        for row in self.x.chunks_exact(self.out.len()) {
+            let x = load::<T, L, V>(row, j);
+            for v in 0..V {
+                sums[v] = T::vfma(level, x[v], x[v], sums[v]);
+            }
+        }
+        let half = T::splat(level, T::one() / (T::one() + T::one()));
+        for sum in &mut sums {
+            *sum = T::vmul(level, half, *sum);
+        }
+        store::<T, L, V>(self.out, j, sums);
+    }
+}
+
+/// `out_t = max_i x_it`, then `x_it ← 2^(x_it − out_t)`.
+pub(crate) fn exp2_below_maximum<T: Lanes>(x: &mut [T], out: &mut [T]) {
+    dispatch(Exp2BelowMaximum { x, out });
+}
+
+struct Exp2BelowMaximum<'a, T> {
+    x: &'a mut [T],
+    out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        strips!(self, level, T, L, self.out.len());
+    }
+}
+
+impl<T: Lanes> Exp2BelowMaximum<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let width = self.out.len();
+        let mut largest = [T::splat(level, T::neg_infinity()); V];
+        for row in self.x.chunks_exact(width) {
+            let x = load::<T, L, V>(row, j);
+            for v in 0..V {
+                largest[v] = T::vmax(level, largest[v], x[v]);
+            }
+        }
+        for row in self.x.chunks_exact_mut(width) {
+            let mut x = load::<T, L, V>(row, j);
+            for v in 0..V {
+                x[v] = T::vexp2(level, T::vsub(level, x[v], largest[v]));
+            }
+            store::<T, L, V>(row, j, x);
+        }
+        store::<T, L, V>(self.out, j, largest);
+    }
+}
+
+/// One tile of an exact softmax: `scores [keys, width]` are logarithms to base 2 and become weights in units of `2^log_scale_t`; the
+/// running maximum `log_scale` and the sum of the weights `denominator` go on. `correction_t` is what sums in the old unit must be
+/// multiplied by; returns whether one of them is not 1.
+pub(crate) fn soften<T: Lanes>(
+    scores: &mut [T],
+    log_scale: &mut [T],
+    denominator: &mut [T],
+    correction: &mut [T],
+) -> bool {
+    dispatch(Soften { scores, log_scale, denominator, correction, changed: false })
+}
+
+struct Soften<'a, T> {
+    scores: &'a mut [T],
+    log_scale: &'a mut [T],
+    denominator: &'a mut [T],
+    correction: &'a mut [T],
+    changed: bool,
+}
+
+impl<T: Lanes> Loop for Soften<'_, T> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) -> bool {
+        strips!(self, level, T, L, self.log_scale.len());
+        self.changed
+    }
+}
+
+impl<T: Lanes> Soften<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let width = self.log_scale.len();
+        let old = load::<T, L, V>(self.log_scale, j);
+        let mut new = old;
+        for row in self.scores.chunks_exact(width) {
+            let x = load::<T, L, V>(row, j);
+            for v in 0..V {
+                new[v] = T::vmax(level, new[v], x[v]);
+            }
+        }
+        let mut sums = [T::splat(level, T::zero()); V];
+        for row in self.scores.chunks_exact_mut(width) {
+            let mut x = load::<T, L, V>(row, j);
+            for v in 0..V {
+                x[v] = T::vexp2(level, T::vsub(level, x[v], new[v]));
+                sums[v] = T::vadd(level, sums[v], x[v]);
+            }
+            store::<T, L, V>(row, j, x);
+        }
+        let (mut correction, mut denominator) = (old, load::<T, L, V>(self.denominator, j));
+        for v in 0..V {
+            correction[v] = T::vexp2(level, T::vsub(level, old[v], new[v]));
+            denominator[v] = T::vfma(level, denominator[v], correction[v], sums[v]);
+        }
+        store::<T, L, V>(self.denominator, j, denominator);
+        store::<T, L, V>(self.log_scale, j, new);
+        store::<T, L, V>(self.correction, j, correction);
+        self.changed |= self.correction[j..j + V * T::lanes::<L>()].iter().any(|&c| c != T::one());
+    }
+}
+
+/// `x_it ← x_it·factor_t`, and `sums_i = Σ_t` of the result.
+pub(crate) fn scale_and_sum_rows<T: Lanes>(x: &mut [T], factors: &[T], sums: &mut [T]) {
+    dispatch(ScaleAndSumRows { x, factors, sums });
+}
+
+struct ScaleAndSumRows<'a, T> {
+    x: &'a mut [T],
+    factors: &'a [T],
+    sums: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let factors = T::vectors::<L>(self.factors);
+        for (row, sum) in self.x.chunks_exact_mut(self.factors.len()).zip(self.sums) {
+            let mut total = T::splat(level, T::zero());
+            for (x, factor) in T::vectors_mut::<L>(row).iter_mut().zip(factors) {
+                *x = T::vmul(level, *x, *factor);
+                total = T::vadd(level, total, *x);
+            }
+            *sum = T::vsum(level, total);
+        }
+    }
+}
+
+/// The causal part of scores: row `i` of `scores [rows, width]` belongs to token `first + i` and keeps its columns from that one on; the
+/// others become 0. Adds each row to `sums`. Columns before `first` are not looked at.
+pub(crate) fn mask_and_add_rows<T: Lanes>(scores: &mut [T], first: usize, sums: &mut [T]) {
+    dispatch(MaskAndAddRows { scores, first, sums });
+}
+
+struct MaskAndAddRows<'a, T> {
+    scores: &'a mut [T],
+    first: usize,
+    sums: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let start = self.first / T::PAD * T::PAD;
+        let sums = &mut self.sums[start..];
+        for (i, row) in self.scores.chunks_exact_mut(start + sums.len()).enumerate() {
+            let row = &mut row[start..];
+            row[..self.first + i - start].fill(T::zero());
+            for (sum, x) in T::vectors_mut::<L>(sums).iter_mut().zip(T::vectors::<L>(row)) {
+                *sum = T::vadd(level, *sum, *x);
+            }
+        }
+    }
+}
+
+/// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`; returns whether every number is finite.
+pub(crate) fn scale_rows<T: Lanes>(x: &[T], stride: usize, factors: &[T], length: usize, out: &mut [T]) -> bool {
+    dispatch(ScaleRows { x, stride, factors, length, out }) == T::zero()
+}
+
+struct ScaleRows<'a, T> {
+    x: &'a [T],
+    stride: usize,
+    factors: &'a [T],
+    length: usize,
+    out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ScaleRows<'_, T> {
+    /// Σ out·0.
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
+        let zero = T::splat(level, T::zero());
+        let (mut mark, mut rest_mark) = (zero, T::zero());
+        let rows = self.x.chunks_exact(self.stride).zip(self.out.chunks_exact_mut(self.length));
+        for ((x, out), &factor) in rows.zip(self.factors) {
+            let (out, out_rest) = out.split_at_mut(whole);
+            let splat = T::splat(level, factor);
+            for (out, x) in T::vectors_mut::<L>(out).iter_mut().zip(T::vectors::<L>(x)) {
+                *out = T::vmul(level, splat, *x);
+                mark = T::vfma(level, *out, zero, mark);
+            }
+            for (out, &x) in out_rest.iter_mut().zip(&x[whole..]) {
+                *out = factor * x;
+                rest_mark = rest_mark + *out * T::zero();
+            }
+        }
+        T::vsum(level, mark) + rest_mark
+    }
+}
+
+/// `x_t ← factor_t·x_t` for rows of `stride` numbers.
+pub(crate) fn scale_rows_in_place<T: Lanes>(x: &mut [T], stride: usize, factors: &[T]) {
+    dispatch(ScaleRowsInPlace { x, stride, factors });
+}
+
+struct ScaleRowsInPlace<'a, T> {
+    x: &'a mut [T],
+    stride: usize,
+    factors: &'a [T],
+}
+
+impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        for (row, &factor) in self.x.chunks_exact_mut(self.stride).zip(self.factors) {
+            let factor = T::splat(level, factor);
+            for x in T::vectors_mut::<L>(row) {
+                *x = T::vmul(level, *x, factor);
+            }
+        }
+    }
+}
+
+/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows. `row(t)` is row `t`.
+pub(crate) fn transpose<'a, T: Lanes + 'a>(
+    rows: usize,
+    row: impl Fn(usize) -> &'a [T],
+    factor: T,
+    width: usize,
+    out: &mut [T],
+) {
+    dispatch(Transpose { rows, row, factor, width, out });
+}
+
+struct Transpose<'a, T, R> {
+    rows: usize,
+    row: R,
+    factor: T,
+    width: usize,
+    out: &'a mut [T],
+}
+
+impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let lanes = T::lanes::<L>();
+        let factor = T::splat(level, self.factor);
+        for t in (0..self.width).step_by(lanes) {
+            let mut rows: [&[T]; 16] = [&[]; 16];
+            for (i, slot) in rows.iter_mut().enumerate().take(lanes.min(self.rows.saturating_sub(t))) {
+                *slot = (self.row)(t + i);
+            }
+            for (p, out) in self.out.chunks_mut(lanes * self.width).enumerate() {
+                let p = p * lanes;
+                let mut square: [T::V<L>; 16] = [T::splat(level, T::zero()); 16];
+                for i in 0..lanes {
+                    let row = rows[i].get(p..).unwrap_or_default();
+                    square[i] = match row.get(..lanes) {
+                        Some(whole) => T::vectors::<L>(whole)[0],
+                        None => T::load(level, row),
+                    };
+                }
+                T::vtranspose(level, &mut square);
+                for (out, column) in out.chunks_exact_mut(self.width).zip(&square) {
+                    T::vectors_mut::<L>(&mut out[t..t + lanes])[0] = T::vmul(level, factor, *column);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::Machine;
+    use super::*;
+
+    /// Numbers between −1 and 1.
+    fn numbers<T: Lanes>(n: usize, seed: f64) -> Vec<T> {
+        (0..n).map(|i| T::from((i as f64 * 0.7 + seed).sin()).unwrap()).collect()
+    }
+
+    fn check<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
+        let wide = |x: &[T]| x.iter().map(|x| x.to_f64().unwrap()).collect::<Vec<_>>();
+        let close = |what: &str, found: T, expected: f64| {
+            let found = found.to_f64().unwrap();
+            assert!((found - expected).abs() <= tolerance * (1.0 + expected.abs()), "{machine:?} {what}: {found} {expected}");
+        };
+        for rows in [1, 2, 3, 7, 16, 17, 64, 130] {
+            for width in [T::PAD, 2 * T::PAD, 4 * T::PAD, 5 * T::PAD, 9 * T::PAD] {
+                let x = numbers::<T>(rows * width, 0.3);
+                let wide_x = wide(&x);
+                let column = |t: usize| (0..rows).map(move |i| i * width + t);
+                let mut out = vec![T::nan(); width];
+                machine.run(HalfSquaredNorms { x: &x, out: &mut out });
+                for t in 0..width {
+                    close("norm", out[t], 0.5 * column(t).map(|i| wide_x[i].powi(2)).sum::<f64>());
+                }
+
+                let (mut y, mut largest) = (x.clone(), vec![T::nan(); width]);
+                machine.run(Exp2BelowMaximum { x: &mut y, out: &mut largest });
+                for t in 0..width {
+                    let expected = column(t).map(|i| wide_x[i]).fold(f64::NEG_INFINITY, f64::max);
+                    close("maximum", largest[t], expected);
+                    column(t).for_each(|i| close("exp2", y[i], (wide_x[i] - expected).exp2()));
+                }
+
+                let mut y = x.clone();
+                let (old, sums) = (numbers::<T>(width, 0.1), numbers::<T>(width, 2.0));
+                let (mut scale, mut total, mut correction) = (old.clone(), sums.clone(), vec![T::nan(); width]);
+                let (scores, log_scale) = (&mut y[..], &mut scale[..]);
+                let changed = machine.run(Soften {
+                    scores,
+                    log_scale,
+                    denominator: &mut total,
+                    correction: &mut correction,
+                    changed: false,
+                });
+                assert_eq!(changed, scale != old);
+                for t in 0..width {
+                    let (old, sum) = (old[t].to_f64().unwrap(), sums[t].to_f64().unwrap());
+                    let new = column(t).map(|i| wide_x[i]).fold(old, f64::max);
+                    close("running maximum", scale[t], new);
+                    close("correction", correction[t], (old - new).exp2());
+                    column(t).for_each(|i| close("weight", y[i], (wide_x[i] - new).exp2()));
+                    let expected = sum * (old - new).exp2() + column(t).map(|i| (wide_x[i] - new).exp2()).sum::<f64>();
+                    close("denominator", total[t], expected);
+                }
+
+                let (mut y, factors, mut sums) = (x.clone(), numbers::<T>(width, 1.0), vec![T::nan(); rows]);
+                machine.run(ScaleAndSumRows { x: &mut y, factors: &factors, sums: &mut sums });
+                let factors = wide(&factors);
+                for i in 0..rows {
+                    let row: Vec<f64> = (0..width).map(|t| wide_x[i * width + t] * factors[t]).collect();
+                    (0..width).for_each(|t| close("scaled", y[i * width + t], row[t]));
+                    close("row sum", sums[i], row.iter().sum());
+                }
+
+                if rows <= width {
+                    for first in [0, 1, T::PAD - 1, T::PAD].into_iter().filter(|first| first + rows <= width) {
+                        let (mut y, old) = (x.clone(), numbers::<T>(width, 5.0));
+                        let mut sums = old.clone();
+                        machine.run(MaskAndAddRows { scores: &mut y, first, sums: &mut sums });
+                        for t in first..width {
+                            let seen = |i: usize| if first + i <= t { wide_x[i * width + t] } else { 0.0 };
+                            (0..rows).for_each(|i| close("masked", y[i * width + t], seen(i)));
+                            let total = old[t].to_f64().unwrap() + (0..rows).map(seen).sum::<f64>();
+                            close("column sum", sums[t], total);
+                        }
+                    }
+                }
+            }
+        }
+        for (n, d) in [(1, 1), (1, 64), (3, 5), (16, 16), (17, 80), (64, 64), (63, 31), (130, 9)] {
+            let x = numbers::<T>(n * d, 0.9);
+            let width = super::super::buffer::padded::<T>(n) + T::PAD;
+            let mut out = vec![T::nan(); d * width];
+            let two = T::one() + T::one();
+            let row = |t: usize| &x[t * d..(t + 1) * d];
+            machine.run(Transpose { rows: n, row, factor: two, width, out: &mut out });
+            for p in 0..d {
+                for t in 0..width {
+                    let expected = if t < n { two * x[t * d + p] } else { T::zero() };
+                    assert_eq!(out[p * width + t], expected, "{machine:?} {n} {d}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn loops_agree_with_their_formulas_at_every_level() {
+        for machine in Machine::all() {
+            check::<f32>(machine, 2e-5);
+            check::<f64>(machine, 1e-13);
+        }
+    }
+}

@@ -1,0 +1,326 @@
+//! Matrix products of small blocks: operands in the caches, nothing packed.
+//!
+//! `C = init + A·B`, with `B` and `C` row-major and as wide as whole vectors, and `A` by rows or by columns. A tile of 8 rows times 2
+//! vectors of `C` (6 times 2 where there are 16 registers) stays in registers while it runs along the depth.
+
+use super::simd::{Lanes, Level, Loop, dispatch};
+
+/// Where a product goes.
+#[derive(Debug)]
+pub(crate) enum Into<'a, T> {
+    /// C = A·B.
+    Set,
+    /// C += A·B.
+    Add,
+    /// Every row of C begins as its number: C = bias + A·B.
+    Bias(&'a [T]),
+    /// C += A·B, with the rounding error of that addition carried in `low`, as wide as C: see [`super::add_compensated`].
+    Compensated(&'a mut [T]),
+}
+
+/// A matrix by its rows or by its columns, `stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix<'a, T> {
+    data: &'a [T],
+    stride: usize,
+    by_columns: bool,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// Row after row, `stride` apart.
+    #[inline(always)]
+    pub(crate) fn rows(data: &'a [T], stride: usize) -> Self {
+        Self { data, stride, by_columns: false }
+    }
+
+    /// Column after column, `stride` apart.
+    #[inline(always)]
+    pub(crate) fn columns(data: &'a [T], stride: usize) -> Self {
+        Self { data, stride, by_columns: true }
+    }
+}
+
+/// `C [m, n] = init + A [m, k]·B [k, n]`; `n` is a multiple of [`Lanes::PAD`], rows of B and C are `ldb` and `ldc` apart.
+#[derive(Debug)]
+pub(crate) struct Product<'a, T> {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a: Matrix<'a, T>,
+    pub(crate) b: &'a [T],
+    pub(crate) ldb: usize,
+    pub(crate) c: &'a mut [T],
+    pub(crate) ldc: usize,
+    pub(crate) into: Into<'a, T>,
+}
+
+impl<T: Lanes> Product<'_, T> {
+    pub(crate) fn run(self) {
+        dispatch(self);
+    }
+}
+
+impl<T: Lanes> Loop for Product<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        debug_assert!(self.n.is_multiple_of(T::PAD));
+        let lanes = T::lanes::<L>();
+        let mut j = 0;
+        while j + 2 * lanes <= self.n {
+            self.strip::<L, 2>(level, j);
+            j += 2 * lanes;
+        }
+        while j + lanes <= self.n {
+            self.strip::<L, 1>(level, j);
+            j += lanes;
+        }
+    }
+}
+
+impl<T: Lanes> Product<'_, T> {
+    /// Columns `j..` of C, `V` vectors wide.
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let mut i = 0;
+        if L::REGISTER_COUNT >= 32 {
+            while i + 8 <= self.m {
+                self.tile::<L, 8, V>(level, i, j);
+                i += 8;
+            }
+        } else {
+            while i + 6 <= self.m {
+                self.tile::<L, 6, V>(level, i, j);
+                i += 6;
+            }
+        }
+        if i + 4 <= self.m {
+            self.tile::<L, 4, V>(level, i, j);
+            i += 4;
+        }
+        if i + 2 <= self.m {
+            self.tile::<L, 2, V>(level, i, j);
+            i += 2;
+        }
+        if i < self.m {
+            self.tile::<L, 1, V>(level, i, j);
+        }
+    }
+
+    /// Rows `i..i + R` of a strip.
+    #[inline(always)]
+    fn tile<L: Level, const R: usize, const V: usize>(&mut self, level: L, i: usize, j: usize) {
+        let width = V * T::lanes::<L>();
+        let mut sums = [[T::splat(level, T::zero()); V]; R];
+        match &self.into {
+            Into::Set | Into::Compensated(_) => {}
+            Into::Add => {
+                for r in 0..R {
+                    let start = (i + r) * self.ldc + j;
+                    let row = T::vectors::<L>(&self.c[start..start + width]);
+                    for v in 0..V {
+                        sums[r][v] = row[v];
+                    }
+                }
+            }
+            Into::Bias(bias) => {
+                for r in 0..R {
+                    let bias = T::splat(level, bias[i + r]);
+                    for v in 0..V {
+                        sums[r][v] = bias;
+                    }
+                }
+            }
+        }
+        let b = self.b[j..].chunks(self.ldb).take(self.k);
+        if self.a.by_columns {
+            let columns = self.a.data[i..].chunks(self.a.stride);
+            for (a, b) in columns.zip(b) {
+                let a: &[T; R] = a.first_chunk().expect("a column of A has its rows");
+                let b: &[T::V<L>; V] = T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
+                for r in 0..R {
+                    let a = T::splat(level, a[r]);
+                    for v in 0..V {
+                        sums[r][v] = T::vfma(level, a, b[v], sums[r][v]);
+                    }
+                }
+            }
+        } else {
+            let mut rows: [&[T]; R] = [&[]; R];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = &self.a.data[(i + r) * self.a.stride..][..self.k];
+            }
+            for (p, b) in b.enumerate() {
+                let b: &[T::V<L>; V] = T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
+                for r in 0..R {
+                    let a = T::splat(level, rows[r][p]);
+                    for v in 0..V {
+                        sums[r][v] = T::vfma(level, a, b[v], sums[r][v]);
+                    }
+                }
+            }
+        }
+        if let Into::Compensated(low) = &mut self.into {
+            for r in 0..R {
+                let start = (i + r) * self.ldc + j;
+                let row = T::vectors_mut::<L>(&mut self.c[start..start + width]);
+                let low = T::vectors_mut::<L>(&mut low[start..start + width]);
+                for v in 0..V {
+                    super::compensate::<T, L>(level, &mut row[v], &mut low[v], sums[r][v]);
+                }
+            }
+        } else {
+            for r in 0..R {
+                let start = (i + r) * self.ldc + j;
+                let row = T::vectors_mut::<L>(&mut self.c[start..start + width]);
+                for v in 0..V {
+                    row[v] = sums[r][v];
+                }
+            }
+        }
+    }
+}
+
+/// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, rows of B `ldb` apart: one row, several steps of the depth at once.
+pub(crate) fn row_times_matrix<T: Lanes>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
+    dispatch(RowTimesMatrix { x, b, ldb, y, add: false });
+}
+
+/// As [`row_times_matrix`], added to `y`.
+pub(crate) fn add_row_times_matrix<T: Lanes>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
+    dispatch(RowTimesMatrix { x, b, ldb, y, add: true });
+}
+
+struct RowTimesMatrix<'a, T> {
+    x: &'a [T],
+    b: &'a [T],
+    ldb: usize,
+    y: &'a mut [T],
+    add: bool,
+}
+
+impl<T: Lanes> Loop for RowTimesMatrix<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        let lanes = T::lanes::<L>();
+        let n = self.y.len();
+        let mut j = 0;
+        while j + 4 * lanes <= n {
+            self.strip::<L, 4>(level, j);
+            j += 4 * lanes;
+        }
+        while j + lanes <= n {
+            self.strip::<L, 1>(level, j);
+            j += lanes;
+        }
+        for j in j..n {
+            let column = self.b[j..].iter().step_by(self.ldb);
+            let start = if self.add { self.y[j] } else { T::zero() };
+            self.y[j] = self.x.iter().zip(column).fold(start, |sum, (&x, &b)| sum + x * b);
+        }
+    }
+}
+
+impl<T: Lanes> RowTimesMatrix<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        /// Steps of the depth with sums of their own: additions wait for each other less.
+        const STEPS: usize = 2;
+        let width = V * T::lanes::<L>();
+        let mut sums = [[T::splat(level, T::zero()); V]; STEPS];
+        let mut rows = self.b[j..].chunks(self.ldb);
+        let mut xs = self.x.chunks_exact(STEPS);
+        for x in &mut xs {
+            for (sums, &x) in sums.iter_mut().zip(x) {
+                if let Some(row) = rows.next() {
+                    step::<T, L, V>(level, sums, x, &row[..width]);
+                }
+            }
+        }
+        for (&x, row) in xs.remainder().iter().zip(rows) {
+            step::<T, L, V>(level, &mut sums[0], x, &row[..width]);
+        }
+        let y = T::vectors_mut::<L>(&mut self.y[j..j + width]);
+        for v in 0..V {
+            let sum = T::vadd(level, sums[0][v], sums[1][v]);
+            y[v] = if self.add { T::vadd(level, y[v], sum) } else { sum };
+        }
+    }
+}
+
+#[inline(always)]
+fn step<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], x: T, row: &[T]) {
+    let x = T::splat(level, x);
+    for (sum, row) in sums.iter_mut().zip(T::vectors::<L>(row)) {
+        *sum = T::vfma(level, x, *row, *sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::Machine;
+    use super::*;
+
+    fn numbers<T: Lanes>(n: usize, step: f64) -> Vec<T> {
+        (0..n).map(|i| T::from((i as f64 * step + 0.2).sin()).unwrap()).collect()
+    }
+
+    /// Every way to write one product, against the sum as it reads, in `f64`.
+    fn check<T: Lanes>(machine: Machine, [m, n, k]: [usize; 3], tolerance: f64) {
+        let n = n.next_multiple_of(T::PAD);
+        let (ldb, ldc) = (n + 3, n + 1);
+        let wide = |x: T| x.to_f64().unwrap();
+        let (a, b) = (numbers::<T>(m * k, 0.37), numbers::<T>(k * ldb, 0.73));
+        let (start, bias) = (numbers::<T>(m * ldc, 1.1), numbers::<T>(m, 2.3));
+        let columns: Vec<T> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
+        let product: Vec<f64> = (0..m * n)
+            .map(|i| (0..k).map(|p| wide(a[i / n * k + p]) * wide(b[p * ldb + i % n])).sum())
+            .collect();
+        for a in [Matrix::rows(&a, k), Matrix::columns(&columns, m)] {
+            for kind in 0..4 {
+                let (mut c, mut low) = (start.clone(), vec![T::zero(); m * ldc]);
+                let into = match kind {
+                    0 => Into::Set,
+                    1 => Into::Add,
+                    2 => Into::Bias(&bias),
+                    _ => Into::Compensated(&mut low),
+                };
+                machine.run(Product { m, n, k, a, b: &b, ldb, c: &mut c, ldc, into });
+                for i in 0..m {
+                    for j in 0..n {
+                        let before = [0.0, wide(start[i * ldc + j]), wide(bias[i]), wide(start[i * ldc + j])][kind];
+                        let found = wide(c[i * ldc + j]) + wide(low[i * ldc + j]);
+                        let error = (found - before - product[i * n + j]).abs();
+                        assert!(error <= tolerance * (1.0 + k as f64), "{machine:?} {m}x{n}x{k} {kind}: {error:e}");
+                    }
+                    assert!(c[i * ldc + n] == start[i * ldc + n], "wrote beyond the row");
+                }
+            }
+        }
+        if m == 1 && n > T::PAD {
+            let odd = n - T::PAD / 2 - 1;
+            let mut y = vec![T::nan(); odd];
+            machine.run(RowTimesMatrix { x: &a, b: &b, ldb, y: &mut y, add: false });
+            machine.run(RowTimesMatrix { x: &a, b: &b, ldb, y: &mut y, add: true });
+            for j in 0..odd {
+                assert!((wide(y[j]) - 2.0 * product[j]).abs() <= tolerance * (1.0 + k as f64));
+            }
+        }
+    }
+
+    #[test]
+    fn products_agree_with_the_sum_at_every_size_and_level() {
+        for machine in Machine::all() {
+            for size in 1..=130 {
+                for sizes in [[size, 17, 5], [7, size, 9], [13, 40, size], [1, size, size]] {
+                    check::<f32>(machine, sizes, 1e-6);
+                    check::<f64>(machine, sizes, 1e-15);
+                }
+            }
+            check::<f32>(machine, [130, 130, 130], 1e-6);
+        }
+    }
+}
