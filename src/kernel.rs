@@ -118,6 +118,39 @@ pub(crate) fn all_finite<T: Lanes>(x: &[T]) -> bool {
     finite_mark(x) == T::zero()
 }
 
+/// Copies numbers; the largest of their magnitudes, or something that is not finite if one is not.
+pub(crate) fn copy_and_measure<T: Lanes>(from: &[T], to: &mut [T]) -> T {
+    dispatch(CopyAndMeasure { from, to })
+}
+
+struct CopyAndMeasure<'a, T> {
+    from: &'a [T],
+    to: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for CopyAndMeasure<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        let zero = T::splat(level, T::zero());
+        let whole = self.from.len().min(self.to.len()) / T::lanes::<L>() * T::lanes::<L>();
+        let (mut mark, mut largest) = (zero, zero);
+        for (from, to) in T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to)) {
+            *to = *from;
+            mark = T::vfma(level, *from, zero, mark);
+            largest = T::vmax(level, largest, T::vabs(level, *from));
+        }
+        let (mut largest, mut mark) = (T::vmaximum(level, largest), T::vsum(level, mark));
+        for (from, to) in self.from[whole..].iter().zip(&mut self.to[whole..]) {
+            *to = *from;
+            mark = mark + *from * T::zero();
+            largest = largest.max(from.abs());
+        }
+        largest + mark
+    }
+}
+
 /// Σ xᵢyᵢ.
 pub(crate) fn dot<T: Lanes>(x: &[T], y: &[T]) -> T {
     dispatch(Dot { x, y })
@@ -280,6 +313,9 @@ mod tests {
             let largest = machine.run(Reduce { x: &x, how: MaxAbs }).to_f64().unwrap();
             assert_eq!(largest, a.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
             assert!(machine.run(Reduce { x: &x, how: FiniteMark }) == T::zero());
+            let mut copy = vec![T::nan(); n];
+            let largest = machine.run(CopyAndMeasure { from: &x, to: &mut copy }).to_f64().unwrap();
+            assert!(copy == x && largest == a.iter().fold(0.0, |m: f64, a| m.max(a.abs())));
             let (mut sum, mut low) = (y.clone(), vec![T::zero(); n]);
             let factors = [T::one() + T::one()];
             machine.run(AddOuter { sum: &mut sum, low: &mut low, factors: &factors, x: &x });
@@ -327,6 +363,8 @@ mod tests {
                         x[at] = bad;
                         let mark = machine.run(Reduce { x: &x, how: FiniteMark });
                         assert!(mark.is_nan(), "{bad} at {at} of {n}");
+                        let largest = machine.run(CopyAndMeasure { from: &x, to: &mut vec![0.0; n] });
+                        assert!(!largest.is_finite(), "{bad} at {at} of {n}");
                     }
                 }
             }

@@ -206,9 +206,11 @@ impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
     }
 }
 
-/// The causal part of scores: row `i` of `scores [rows, width]` belongs to token `first + i` and keeps its columns from that one on; the
-/// others become 0. Adds each row to `sums`. Columns before `first` are not looked at.
+/// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token `first + i` and keeps its columns
+/// from that one on; the others become 0. `first` is a multiple of that number; columns before it are not looked at. Adds each row
+/// to `sums`.
 pub(crate) fn mask_and_add_rows<T: Lanes>(scores: &mut [T], first: usize, sums: &mut [T]) {
+    debug_assert!(first.is_multiple_of(T::PAD) && scores.len() <= T::PAD * sums.len());
     dispatch(MaskAndAddRows { scores, first, sums });
 }
 
@@ -223,14 +225,20 @@ impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let start = self.first / T::PAD * T::PAD;
-        let sums = &mut self.sums[start..];
-        for (i, row) in self.scores.chunks_exact_mut(start + sums.len()).enumerate() {
-            let row = &mut row[start..];
-            row[..self.first + i - start].fill(T::zero());
-            for (sum, x) in T::vectors_mut::<L>(sums).iter_mut().zip(T::vectors::<L>(row)) {
-                *sum = T::vadd(level, *sum, *x);
+        let (lanes, width, first) = (T::lanes::<L>(), self.sums.len(), self.first);
+        let mut j = first;
+        while j < width {
+            let mut sum = T::vectors::<L>(&self.sums[j..j + lanes])[0];
+            for (i, row) in self.scores.chunks_exact_mut(width).enumerate() {
+                let x = &mut T::vectors_mut::<L>(&mut row[j..j + lanes])[0];
+                if j < first + T::PAD {
+                    let seen = &T::triangle()[i * T::PAD + j - first..][..lanes];
+                    *x = T::vmul(level, *x, T::vectors::<L>(seen)[0]);
+                }
+                sum = T::vadd(level, sum, *x);
             }
+            T::vectors_mut::<L>(&mut self.sums[j..j + lanes])[0] = sum;
+            j += lanes;
         }
     }
 }
@@ -327,23 +335,37 @@ impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
         let factor = T::splat(level, self.factor);
         for t in (0..self.width).step_by(lanes) {
             let mut rows: [&[T]; 16] = [&[]; 16];
-            for (i, slot) in rows.iter_mut().enumerate().take(lanes.min(self.rows.saturating_sub(t))) {
-                *slot = (self.row)(t + i);
+            let real = lanes.min(self.rows.saturating_sub(t));
+            for i in 0..real {
+                rows[i] = (self.row)(t + i);
             }
-            for (p, out) in self.out.chunks_mut(lanes * self.width).enumerate() {
-                let p = p * lanes;
-                let mut square: [T::V<L>; 16] = [T::splat(level, T::zero()); 16];
-                for i in 0..lanes {
-                    let row = rows[i].get(p..).unwrap_or_default();
-                    square[i] = match row.get(..lanes) {
-                        Some(whole) => T::vectors::<L>(whole)[0],
-                        None => T::load(level, row),
-                    };
+            let length = self.out.len() / self.width;
+            let mut p = 0;
+            while p < length {
+                let zeros: [T::V<L>; 16] = [T::splat(level, T::zero()); 16];
+                // a square of its own, which no index of unknown value keeps out of the registers
+                let mut square = zeros;
+                if real == lanes && p + lanes <= length {
+                    for i in 0..lanes {
+                        square[i] = T::vectors::<L>(&rows[i][p..p + lanes])[0];
+                    }
+                    T::vtranspose(level, &mut square);
+                    for i in 0..lanes {
+                        let out = &mut self.out[(p + i) * self.width + t..][..lanes];
+                        T::vectors_mut::<L>(out)[0] = T::vmul(level, factor, square[i]);
+                    }
+                } else {
+                    let mut square = zeros;
+                    for i in 0..real {
+                        square[i] = T::load(level, &rows[i][p..length.min(p + lanes)]);
+                    }
+                    T::vtranspose(level, &mut square);
+                    for i in 0..lanes.min(length - p) {
+                        let out = &mut self.out[(p + i) * self.width + t..][..lanes];
+                        T::vectors_mut::<L>(out)[0] = T::vmul(level, factor, square[i]);
+                    }
                 }
-                T::vtranspose(level, &mut square);
-                for (out, column) in out.chunks_exact_mut(self.width).zip(&square) {
-                    T::vectors_mut::<L>(&mut out[t..t + lanes])[0] = T::vmul(level, factor, *column);
-                }
+                p += lanes;
             }
         }
     }
@@ -415,8 +437,8 @@ mod tests {
                     close("row sum", sums[i], row.iter().sum());
                 }
 
-                if rows <= width {
-                    for first in [0, 1, T::PAD - 1, T::PAD].into_iter().filter(|first| first + rows <= width) {
+                if rows <= T::PAD {
+                    for first in [0, T::PAD, 3 * T::PAD].into_iter().filter(|first| first + rows <= width) {
                         let (mut y, old) = (x.clone(), numbers::<T>(width, 5.0));
                         let mut sums = old.clone();
                         machine.run(MaskAndAddRows { scores: &mut y, first, sums: &mut sums });

@@ -33,7 +33,7 @@ fn plain_transpose<T: Lanes, L: Level>(rows: &mut [T::V<L>; 16]) {
 }
 
 /// Vectors of a number type at any level.
-pub trait Lanes: num_traits::Float {
+pub trait Lanes: num_traits::Float + 'static {
     /// Numbers in 64 bytes: rows of the arrays of this crate's loops are padded to a multiple of it, which is a multiple of the lanes
     /// of every level.
     const PAD: usize;
@@ -72,6 +72,8 @@ pub trait Lanes: num_traits::Float {
     fn elements_mut<S: Simd>(x: &mut [Self::V<S>]) -> &mut [Self];
     /// A vector of the first numbers of a slice, then zeros.
     fn load<S: Simd>(s: S, x: &[Self]) -> Self::V<S>;
+    /// A square of [`PAD`](Self::PAD) rows: 1 on the diagonal and right of it, 0 elsewhere.
+    fn triangle() -> &'static [Self];
     /// Transposes a square.
     fn vtranspose<L: Level>(level: L, rows: &mut [Self::V<L>; 16]);
 }
@@ -143,6 +145,21 @@ macro_rules! lanes {
             #[inline(always)]
             fn load<S: Simd>(s: S, x: &[Self]) -> S::$v {
                 s.$load(x)
+            }
+            #[inline(always)]
+            fn triangle() -> &'static [Self] {
+                const TRIANGLE: [$t; $pad * $pad] = {
+                    let mut square = [0.0; $pad * $pad];
+                    let mut i = 0;
+                    while i < $pad * $pad {
+                        if i % $pad >= i / $pad {
+                            square[i] = 1.0;
+                        }
+                        i += 1;
+                    }
+                    square
+                };
+                &TRIANGLE
             }
             #[inline(always)]
             fn vtranspose<L: Level>(level: L, rows: &mut [L::$v; 16]) {

@@ -7,8 +7,8 @@ use core::ops::Range;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::Arc;
 
-/// Tokens of a chunk whose masked scores are computed at once; the part above the diagonal of a block is wasted work.
-const SCORE_BLOCK: usize = 16;
+/// Queries of a chunk whose masked scores meet the values at once.
+const VALUE_BLOCK: usize = 8;
 
 /// Chunks with fewer tokens than this are absorbed token by token.
 const FEW_TOKENS: usize = 6;
@@ -243,8 +243,9 @@ impl<T: Scalar> State<T> {
             self.read_state(group, unit, answer);
         }
         scores.resize(width * width);
-        for first in (0..tokens).step_by(SCORE_BLOCK) {
-            let last = tokens.min(first + SCORE_BLOCK);
+        // what lies above the diagonal of a block is wasted work
+        for first in (0..tokens).step_by(T::PAD) {
+            let last = tokens.min(first + T::PAD);
             Product {
                 m: last - first,
                 n: width - first,
@@ -259,8 +260,8 @@ impl<T: Scalar> State<T> {
             .run();
             columns::mask_and_add_rows(&mut scores[first * width..last * width], first, &mut answer.denominator);
         }
-        for first in (0..tokens).step_by(SCORE_BLOCK) {
-            let last = tokens.min(first + SCORE_BLOCK);
+        for first in (0..tokens).step_by(VALUE_BLOCK) {
+            let last = tokens.min(first + VALUE_BLOCK);
             Product {
                 m: last - first,
                 n: stride,
@@ -362,21 +363,24 @@ impl<T: Scalar> Chunk<T> {
     /// Copies and checks values; the padding is zero.
     fn set_values(&mut self, v: ArrayView2<'_, T>) -> Result<(), Error> {
         let stride = padded::<T>(v.ncols());
-        match v.as_slice() {
-            Some(v) if v.len() == self.values.len() => self.values.copy_from_slice(v),
+        let largest = match v.to_slice() {
+            Some(v) if v.len() == self.values.len() => kernel::copy_and_measure(v, &mut self.values),
             _ => {
+                let (mut largest, mut mark) = (T::zero(), T::zero());
                 for (row, copy) in v.outer_iter().zip(self.values.chunks_exact_mut(stride)) {
                     let (values, padding) = copy.split_at_mut(row.len());
-                    values.iter_mut().zip(row).for_each(|(copy, &value)| *copy = value);
                     padding.fill(T::zero());
+                    for (copy, &value) in values.iter_mut().zip(row) {
+                        *copy = value;
+                        largest = largest.max(value.abs());
+                        mark += value * T::zero();
+                    }
                 }
+                largest + mark
             }
-        }
-        if !kernel::all_finite(&self.values) {
-            check::finite("v", v)?;
-        }
-        self.large_values = kernel::max_abs(&self.values) > T::from_f64(T::SAFE_VALUE);
-        Ok(())
+        };
+        self.large_values = largest > T::from_f64(T::SAFE_VALUE);
+        if largest.is_finite() { Ok(()) } else { check::finite("v", v) }
     }
 
     /// Takes tokens out of another chunk.
