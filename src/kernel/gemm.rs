@@ -227,25 +227,27 @@ impl<T: Lanes> Loop for RowTimesMatrix<'_, T> {
 impl<T: Lanes> RowTimesMatrix<'_, T> {
     #[inline(always)]
     fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
-        /// Steps of the depth with sums of their own: additions wait for each other less.
-        const STEPS: usize = 2;
-        let width = V * T::lanes::<L>();
-        let mut sums = [[T::splat(level, T::zero()); V]; STEPS];
-        let mut rows = self.b[j..].chunks(self.ldb);
-        let mut xs = self.x.chunks_exact(STEPS);
+        let (width, ldb) = (V * T::lanes::<L>(), self.ldb);
+        // four steps of the depth with sums of their own: additions wait for each other less
+        let mut a = [T::splat(level, T::zero()); V];
+        let (mut b, mut c, mut d) = (a, a, a);
+        let mut start = j;
+        let mut xs = self.x.chunks_exact(4);
         for x in &mut xs {
-            for (sums, &x) in sums.iter_mut().zip(x) {
-                if let Some(row) = rows.next() {
-                    step::<T, L, V>(level, sums, x, &row[..width]);
-                }
-            }
+            let rows = &self.b[start..start + 3 * ldb + width];
+            step::<T, L, V>(level, &mut a, x[0], &rows[..width]);
+            step::<T, L, V>(level, &mut b, x[1], &rows[ldb..ldb + width]);
+            step::<T, L, V>(level, &mut c, x[2], &rows[2 * ldb..2 * ldb + width]);
+            step::<T, L, V>(level, &mut d, x[3], &rows[3 * ldb..3 * ldb + width]);
+            start += 4 * ldb;
         }
-        for (&x, row) in xs.remainder().iter().zip(rows) {
-            step::<T, L, V>(level, &mut sums[0], x, &row[..width]);
+        for &x in xs.remainder() {
+            step::<T, L, V>(level, &mut a, x, &self.b[start..start + width]);
+            start += ldb;
         }
         let y = T::vectors_mut::<L>(&mut self.y[j..j + width]);
         for v in 0..V {
-            let sum = T::vadd(level, sums[0][v], sums[1][v]);
+            let sum = T::vadd(level, T::vadd(level, a[v], b[v]), T::vadd(level, c[v], d[v]));
             y[v] = if self.add { T::vadd(level, y[v], sum) } else { sum };
         }
     }
@@ -254,8 +256,9 @@ impl<T: Lanes> RowTimesMatrix<'_, T> {
 #[inline(always)]
 fn step<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], x: T, row: &[T]) {
     let x = T::splat(level, x);
-    for (sum, row) in sums.iter_mut().zip(T::vectors::<L>(row)) {
-        *sum = T::vfma(level, x, *row, *sum);
+    let row = T::vectors::<L>(row);
+    for v in 0..V {
+        sums[v] = T::vfma(level, x, row[v], sums[v]);
     }
 }
 

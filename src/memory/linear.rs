@@ -351,6 +351,10 @@ impl<T: Scalar> Chunk<T> {
     fn group(&self, start: usize, log_scale: T) -> (usize, T) {
         let lowest = log_scale.max(self.key_scale[start]);
         let limit = lowest + T::from_f64(GROUP_RISE);
+        let largest = kernel::max(&self.key_scale[start..self.tokens]);
+        if largest <= limit {
+            return (self.tokens, lowest.max(largest));
+        }
         let mut unit = lowest;
         let mut stop = start;
         while stop < self.tokens && self.key_scale[stop] <= limit {
@@ -518,7 +522,10 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let width = work.chunk.width;
         work.x.resize(self.map.head_dim() * width);
         if width == 1 {
-            work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root);
+            match x.as_slice() {
+                Some(x) => work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root),
+                None => work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root),
+            }
         } else {
             views::to_columns(x, self.scale_root, width, &mut work.x);
         }
@@ -845,8 +852,11 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
         // A single token is read before it is absorbed; only several, or a huge one, can fail half-way.
-        let large = |x: &T| x.abs() > T::from_f64(T::SAFE_VALUE);
-        self.guarded(q.nrows() > 1 || v.iter().any(large), work, |engine, state, work| {
+        let risky = q.nrows() > 1 || {
+            let largest = v.as_slice().map_or_else(|| v.iter().fold(T::zero(), |m, x| m.max(x.abs())), kernel::max_abs);
+            largest > T::from_f64(T::SAFE_VALUE)
+        };
+        self.guarded(risky, work, |engine, state, work| {
             engine.extend(state, q, k, v, out, readout, work, true)
         })
     }
