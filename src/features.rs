@@ -114,7 +114,7 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
         tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error>;
 }
 
@@ -130,7 +130,7 @@ fn map_by_columns<T: Scalar>(
     check_map(head_dim, num_features, x, &values, &log_scale)?;
     let width = padded::<T>(x.nrows().min(CHUNK));
     let (mut vectors, mut features) = (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
-    let (mut scales, mut scratch) = (Buffer::zeros(width), Buffer::new());
+    let (mut scales, mut scratch) = (Buffer::zeros(width), [Buffer::new(), Buffer::new()]);
     let mut copy = Buffer::zeros(width * num_features);
     for start in (0..x.nrows()).step_by(CHUNK) {
         let rows = start..x.nrows().min(start + CHUNK);
@@ -141,7 +141,9 @@ fn map_by_columns<T: Scalar>(
         let stride = padded::<T>(num_features);
         copy.resize(width * stride);
         columns::transpose(num_features, |i| &features[i * width..(i + 1) * width], T::one(), stride, &mut copy);
-        for (mut row, copy) in views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride)) {
+        for (mut row, copy) in
+            views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride))
+        {
             row.iter_mut().zip(copy).for_each(|(value, &new)| *value = new);
         }
         log_scale.iter_mut().skip(start).zip(&scales[..tokens]).for_each(|(scale, &new)| *scale = new);
@@ -210,22 +212,22 @@ fn largest_of_columns<T: Scalar>(x: &[T], out: &mut [T]) {
     }
 }
 
-/// Weights D of the features of an exponential map, and the bias `ln D_i − ½ ln m` they give its logits.
+/// Weights D of the features of an exponential map, and the `−½ ln m` of its log scales.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Weights<T> {
     weights: Array1<T>,
-    bias: Vec<T>,
+    common: T,
 }
 
 impl<T: Scalar> Weights<T> {
     /// D = 1.
     fn ones(num_features: usize) -> Self {
-        Self::with_bias(Array1::ones(num_features))
+        Self::scaled(Array1::ones(num_features))
     }
 
     /// D = 1 for features that are not divided by √m.
     fn unscaled(num_features: usize) -> Self {
-        Self { weights: Array1::ones(num_features), bias: vec![T::zero(); num_features] }
+        Self { weights: Array1::ones(num_features), common: T::zero() }
     }
 
     /// D as given: as many as features, none negative, not all zero.
@@ -245,13 +247,12 @@ impl<T: Scalar> Weights<T> {
                 needed: "positive for at least one feature",
             });
         }
-        Ok(Self::with_bias(weights))
+        Ok(Self::scaled(weights))
     }
 
     #[allow(clippy::cast_precision_loss)]
-    fn with_bias(weights: Array1<T>) -> Self {
-        let half_log_count = 0.5 * libm::log(weights.len() as f64);
-        let bias = weights.iter().map(|w| T::from_f64(libm::log(w.as_f64()) - half_log_count)).collect();
-        Self { weights, bias }
+    fn scaled(weights: Array1<T>) -> Self {
+        let common = T::from_f64(-0.5 * libm::log(weights.len() as f64));
+        Self { weights, common }
     }
 }

@@ -304,7 +304,10 @@ mod tests {
             let (a, b) = (wide(&x), wide(&y));
             let close = |found: T, expected: f64| {
                 let found = found.to_f64().unwrap();
-                assert!((found - expected).abs() <= tolerance * (1.0 + n as f64), "{machine:?} {n}: {found} {expected}");
+                assert!(
+                    (found - expected).abs() <= tolerance * (1.0 + n as f64),
+                    "{machine:?} {n}: {found} {expected}"
+                );
             };
             close(machine.run(Reduce { x: &x, how: Sum }), a.iter().sum());
             close(machine.run(Dot { x: &x, y: &y }), a.iter().zip(&b).map(|(a, b)| a * b).sum());

@@ -2,6 +2,8 @@
 
 mod exact;
 mod linear;
+#[cfg(feature = "rayon")]
+pub(crate) mod parallel;
 
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
@@ -210,7 +212,12 @@ impl<T: Scalar> Answer<T> {
     }
 
     /// Writes the rows to `out`, normalised or in absolute terms; errors count rows from `first_row`.
-    pub(crate) fn write(&mut self, first_row: usize, readout: Readout, mut out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+    pub(crate) fn write(
+        &mut self,
+        first_row: usize,
+        readout: Readout,
+        mut out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
         let value_dim = out.ncols();
         let stride = padded::<T>(value_dim);
         self.factors.resize(self.tokens);

@@ -58,6 +58,10 @@ impl<T: Scalar> SoftmaxAttention<T> {
     }
 }
 
+/// With fewer scores than this, one thread answers.
+#[cfg(feature = "rayon")]
+const FEWEST_SCORES: usize = 1 << 18;
+
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
 fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
@@ -69,6 +73,23 @@ fn answer<T: Scalar>(
     tile: &mut Tile<T>,
 ) -> Result<(), Error> {
     let n = q.nrows();
+    #[cfg(feature = "rayon")]
+    if tile.parallel
+        && n.saturating_mul(k.nrows()) >= FEWEST_SCORES
+        && n > QUERY_BLOCK
+        && rayon::current_num_threads() > 1
+    {
+        use rayon::prelude::*;
+        let blocks: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(0), QUERY_BLOCK).collect();
+        let answered = blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
+            let start = block * QUERY_BLOCK;
+            let q = rows(q, start..n.min(start + QUERY_BLOCK));
+            attend(q, k, v, scale, first.map(|first| first + start), tile);
+            tile.answer.write(start, Readout::Normalized, out)
+        });
+        let results: Vec<_> = answered.collect();
+        return results.into_iter().collect();
+    }
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
         attend(rows(q, start..end), k, v, scale, first.map(|first| first + start), tile);

@@ -2,8 +2,8 @@
 
 use super::dense::{Dense, Exponents};
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::kernel::lanes_dct::LanesDct;
 use crate::kernel::Buffer;
+use crate::kernel::lanes_dct::LanesDct;
 use crate::projection::{self, Generator};
 use crate::scalar::sealed::Dct;
 use crate::{Error, Scalar, check};
@@ -75,14 +75,19 @@ pub struct DctFeatures<T> {
 enum Way<T> {
     /// A product with the whole projection: small head dimensions.
     Dense(Dense<T>),
-    /// Fast transforms of many tokens at once: powers of two.
-    Lanes(LanesDct<T>, Exponents<T>),
+    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i` times norms.
+    Lanes(LanesDct<T>, Vec<T>, Exponents<T>),
     /// A fast transform of one token after the other.
     Rows(Exponents<T>),
 }
 
-/// Up to this head dimension a product with the whole projection is taken: if there is a transform over lanes, and if not.
-const DENSE_UP_TO: [usize; 2] = [64, 512];
+/// Whether transforms over lanes beat a product with the whole projection (measured, see `docs/performance.md`).
+fn lanes_pay(head_dim: usize, num_features: usize) -> bool {
+    head_dim >= 64 && num_features >= 64
+}
+
+/// Up to this head dimension the product also beats a transform of one token after the other.
+const DENSE_UP_TO: usize = 512;
 
 #[derive(Clone, Debug)]
 enum Kind<T> {
@@ -180,14 +185,20 @@ impl<T: Scalar> DctFeatures<T> {
             Kind::Softmax { weights, .. } => weights.clone(),
             Kind::Official { .. } => Weights::unscaled(self.radii.len()),
         };
-        let lanes = LanesDct::new(self.head_dim);
-        self.way = if self.head_dim <= DENSE_UP_TO[usize::from(lanes.is_none())] {
-            Way::Dense(Dense::new(self.projection().view(), &weights))
-        } else {
-            // the directions have unit length
-            let longest = self.radii.iter().fold(0.0, |m: f64, r| m.max(r.as_f64().abs()));
-            let exponents = Exponents::new(longest, &weights);
-            lanes.map_or(Way::Rows(exponents.clone()), |lanes| Way::Lanes(lanes, exponents))
+        // the directions have unit length
+        let longest = self.radii.iter().fold(0.0, |m: f64, r| m.max(r.as_f64().abs()));
+        let exponents = Exponents::new(longest, &weights);
+        self.way = match LanesDct::new(self.head_dim) {
+            Some(lanes) if lanes_pay(self.head_dim, self.radii.len()) => {
+                let outer = match &self.kind {
+                    Kind::Softmax { outer, .. } => outer.clone(),
+                    Kind::Official { .. } => self.radii.to_vec(),
+                };
+                let base_2 = |x: T| T::from_f64(x.as_f64() * core::f64::consts::LOG2_E);
+                Way::Lanes(lanes, outer.into_iter().map(base_2).collect(), exponents)
+            }
+            _ if self.head_dim <= DENSE_UP_TO => Way::Dense(Dense::new(self.projection().view(), &weights)),
+            _ => Way::Rows(exponents),
         };
     }
 
@@ -322,9 +333,10 @@ impl<T: Scalar> DctFeatures<T> {
         }
     }
 
-    /// The logits of every column, one after the other.
+    /// The logits to base 2 of every column, one after the other.
     fn transform_rows(&self, x: &[T], width: usize, tokens: usize, values: &mut [T], scratch: &mut Buffer<T>) {
         let (d, m) = (self.head_dim, self.radii.len());
+        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         scratch.resize(d + m + Scratch::len(self));
         let (column, rest) = scratch.split_at_mut(d);
         let (logits, rest) = rest.split_at_mut(m);
@@ -332,34 +344,43 @@ impl<T: Scalar> DctFeatures<T> {
         for t in 0..tokens {
             column.iter_mut().zip(x[t..].iter().step_by(width)).for_each(|(c, &x)| *c = x);
             self.logits(column, logits, &mut work);
-            values[t..].iter_mut().step_by(width).zip(&*logits).for_each(|(value, &logit)| *value = logit);
+            values[t..].iter_mut().step_by(width).zip(&*logits).for_each(|(value, &logit)| *value = logit * log2_e);
         }
     }
 
-    /// The logits of all columns at once.
-    fn transform_lanes(&self, lanes: &LanesDct<T>, x: &[T], width: usize, values: &mut [T], scratch: &mut Buffer<T>) {
-        let _ = (lanes, x, width, values, scratch);
-        todo!()
-    }
-
-    /// Features from logits.
-    #[allow(clippy::too_many_arguments)]
-    fn finish(
+    /// The logits to base 2 of all columns at once.
+    fn transform_lanes(
         &self,
-        exponents: &Exponents<T>,
+        lanes: &LanesDct<T>,
+        outer: &[T],
         x: &[T],
         width: usize,
-        tokens: usize,
         values: &mut [T],
-        log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
-    ) -> Result<(), Error> {
-        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
-        let values = &mut values[..self.radii.len() * width];
-        for (row, &bias) in values.chunks_exact_mut(width).zip(&exponents.bias) {
-            row.iter_mut().for_each(|value| *value = *value * log2_e + bias);
+        [scratch, transform]: &mut [Buffer<T>; 2],
+    ) {
+        let d = self.head_dim;
+        match &self.kind {
+            Kind::Softmax { directions, mixing, inner, .. } => {
+                scratch.resize(d * width + d);
+                let (mixed, ones) = scratch.split_at_mut(d * width);
+                ones.fill(T::one());
+                lanes.dct2(x, width, mixing, ones, mixed, transform);
+                for (b, inner) in inner.chunks_exact(d).enumerate() {
+                    let first = b * d;
+                    let last = (*directions).min(first + d);
+                    // features on the same directions differ in their radii
+                    for (values, outer) in
+                        values.chunks_exact_mut(*directions * width).zip(outer.chunks_exact(*directions))
+                    {
+                        let values = &mut values[first * width..last * width];
+                        lanes.dct2(mixed, width, inner, &outer[first..last], values, transform);
+                    }
+                }
+            }
+            Kind::Official { norms } => {
+                lanes.dct3(x, width, norms, outer, &mut values[..d * width], transform);
+            }
         }
-        exponents.finish(x, width, tokens, values, log_scale, scratch)
     }
 }
 
@@ -413,30 +434,35 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
         tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
+        let m = self.radii.len();
         match &self.way {
             Way::Dense(dense) => dense.map_columns(x, width, tokens, values, log_scale, scratch)?,
-            Way::Lanes(lanes, exponents) if width > 1 => {
-                self.transform_lanes(lanes, x, width, values, scratch);
-                self.finish(exponents, x, width, tokens, values, log_scale, scratch)?;
+            Way::Lanes(lanes, outer, exponents) if width > 1 => {
+                self.transform_lanes(lanes, outer, x, width, values, scratch);
+                exponents.add_bias(values, width);
+                exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
             }
-            Way::Lanes(_, exponents) | Way::Rows(exponents) => {
-                self.transform_rows(x, width, tokens, values, scratch);
-                self.finish(exponents, x, width, tokens, values, log_scale, scratch)?;
+            Way::Lanes(_, _, exponents) | Way::Rows(exponents) => {
+                self.transform_rows(x, width, tokens, values, &mut scratch[0]);
+                exponents.add_bias(values, width);
+                exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
             }
         }
         if let Kind::Official { .. } = self.kind {
             // softmax: no |x|² and a sum of one
-            let values = &mut values[..self.radii.len() * width];
-            scratch.resize(width);
-            scratch.fill(T::zero());
+            let (values, [totals, _]) = (&mut values[..m * width], scratch);
+            totals.resize(width);
+            totals.fill(T::zero());
             for row in values.chunks_exact(width) {
-                scratch.iter_mut().zip(row).for_each(|(total, &value)| *total += value);
+                totals.iter_mut().zip(row).for_each(|(total, &value)| *total += value);
             }
-            scratch.iter_mut().for_each(|total| *total = total.recip());
+            for total in totals.iter_mut() {
+                *total = total.recip();
+            }
             for row in values.chunks_exact_mut(width) {
-                row.iter_mut().zip(&**scratch).for_each(|(value, &factor)| *value *= factor);
+                row.iter_mut().zip(&**totals).for_each(|(value, &factor)| *value *= factor);
             }
             log_scale.fill(T::zero());
         }

@@ -5,7 +5,7 @@ use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
 use crate::{Error, Scalar};
 use ndarray::ArrayView2;
 
-/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are `log₂e·(ω_i·x + ln D_i − ½ ln m)`.
+/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are `log₂e·(ω_i·x + ln D_i)`.
 #[derive(Clone, Debug)]
 pub(crate) struct Dense<T> {
     head_dim: usize,
@@ -25,7 +25,8 @@ impl<T: Scalar> Dense<T> {
                 projection[p * stride + i] = T::from_f64(w.as_f64() * core::f64::consts::LOG2_E);
             }
         }
-        let longest = omega.outer_iter().map(|row| row.iter().map(|w| w.as_f64().powi(2)).sum::<f64>()).fold(0.0, f64::max);
+        let longest =
+            omega.outer_iter().map(|row| row.iter().map(|w| w.as_f64().powi(2)).sum::<f64>()).fold(0.0, f64::max);
         Self { head_dim, num_features, projection, exponents: Exponents::new(longest.sqrt(), weights) }
     }
 }
@@ -38,14 +39,12 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let (m, stride) = (self.num_features, padded::<T>(self.num_features));
         if width == 1 {
             kernel::row_times_matrix(x, &self.projection, stride, &mut values[..stride]);
-            for (value, &bias) in values.iter_mut().zip(&self.exponents.bias) {
-                *value += bias;
-            }
+            self.exponents.add_bias(values, 1);
         } else {
             Product {
                 m,
@@ -56,7 +55,7 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
                 ldb: width,
                 c: values,
                 ldc: width,
-                into: Into::Bias(&self.exponents.bias),
+                into: self.exponents.bias.as_deref().map_or(Into::Set, Into::Bias),
             }
             .run();
         }
@@ -67,8 +66,10 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
 /// The end of every exponential map, once the logits are there.
 #[derive(Clone, Debug)]
 pub(crate) struct Exponents<T> {
-    /// `log₂e·(ln D_i − ½ ln m)`.
-    pub(crate) bias: Vec<T>,
+    /// `log₂e·ln D_i`, unless every D is 1.
+    bias: Option<Vec<T>>,
+    /// `−½ ln m`, of the log scale.
+    common: T,
     /// The largest `½|x|²` for which no logit can leave the range of `T`, by Cauchy–Schwarz.
     largest_norm: T,
 }
@@ -76,7 +77,8 @@ pub(crate) struct Exponents<T> {
 impl<T: Scalar> Exponents<T> {
     /// `longest` is the largest |ω_i|.
     pub(crate) fn new(longest: f64, weights: &Weights<T>) -> Self {
-        let bias = weights.bias.iter().map(|b| T::from_f64(b.as_f64() * core::f64::consts::LOG2_E)).collect();
+        let bias = |d: &T| T::from_f64(libm::log2(d.as_f64()));
+        let bias = weights.weights.iter().any(|&d| d != T::one()).then(|| weights.weights.iter().map(bias).collect());
         // room for the rounding of long sums, the bias and the difference of two logits
         let largest_logit = T::max_value().as_f64() * 2.0_f64.powi(-12);
         let root = largest_logit / (core::f64::consts::LOG2_E * longest.max(1.0));
@@ -85,7 +87,18 @@ impl<T: Scalar> Exponents<T> {
         } else {
             -T::one() // no vector will do
         };
-        Self { bias, largest_norm }
+        Self { bias, common: weights.common, largest_norm }
+    }
+
+    /// Adds the bias to logits to base 2, `[num_features, width]`.
+    pub(crate) fn add_bias(&self, values: &mut [T], width: usize) {
+        if let Some(bias) = &self.bias {
+            for (row, &bias) in values.chunks_exact_mut(width).zip(bias) {
+                for value in row {
+                    *value += bias;
+                }
+            }
+        }
     }
 
     /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log scales (natural).
@@ -96,8 +109,9 @@ impl<T: Scalar> Exponents<T> {
         tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
+        let [scratch, _] = scratch;
         scratch.resize(width);
         if width == 1 {
             scratch[0] = T::from_f64(0.5) * kernel::dot(x, x);
@@ -111,7 +125,7 @@ impl<T: Scalar> Exponents<T> {
         let mut in_range = true;
         for (log_scale, &norm) in log_scale.iter_mut().zip(&**scratch).take(tokens) {
             in_range &= norm <= self.largest_norm; // false for NaN too
-            *log_scale = *log_scale * ln_2 - norm;
+            *log_scale = *log_scale * ln_2 + (self.common - norm);
         }
         if in_range {
             return Ok(());

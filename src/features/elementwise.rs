@@ -91,7 +91,7 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         _tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let values = &mut values[..x.len()];
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
@@ -105,7 +105,7 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         }
         kernel::exp2_slice(values, T::zero());
         values.iter_mut().zip(x).for_each(|(value, &x)| *value += x.max(T::zero()));
-        take_maxima(values, log_scale, scratch);
+        take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
     }
 }
@@ -225,7 +225,7 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
         tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let m = self.num_features();
         let values = &mut values[..m * width];
@@ -249,7 +249,7 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
         }
         values.iter_mut().for_each(|value| *value = value.max(T::zero()) + self.epsilon);
         log_scale.fill(T::zero());
-        take_maxima(values, log_scale, scratch);
+        take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
     }
 }

@@ -83,10 +83,11 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
         _tokens: usize,
         values: &mut [T],
         log_scale: &mut [T],
-        scratch: &mut Buffer<T>,
+        scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
         // In units of max(1, |x|_∞)² nothing overflows.
+        let [scratch, _] = scratch;
         scratch.resize(width + x.len());
         let (inverse, unit) = scratch.split_at_mut(width);
         inverse.fill(T::one());

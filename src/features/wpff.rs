@@ -1,7 +1,7 @@
 //! WPFF: weighted positive fixed features.
 
-use super::{ColumnMap, FeatureMap};
 use super::performer::Performer;
+use super::{ColumnMap, FeatureMap};
 use crate::projection::{self, Generator};
 use crate::{Error, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};

@@ -385,7 +385,10 @@ mod tests {
         let wide = |x: &[T]| x.iter().map(|x| x.to_f64().unwrap()).collect::<Vec<_>>();
         let close = |what: &str, found: T, expected: f64| {
             let found = found.to_f64().unwrap();
-            assert!((found - expected).abs() <= tolerance * (1.0 + expected.abs()), "{machine:?} {what}: {found} {expected}");
+            assert!(
+                (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
+                "{machine:?} {what}: {found} {expected}"
+            );
         };
         for rows in [1, 2, 3, 7, 16, 17, 64, 130] {
             for width in [T::PAD, 2 * T::PAD, 4 * T::PAD, 5 * T::PAD, 9 * T::PAD] {

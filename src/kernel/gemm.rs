@@ -279,9 +279,8 @@ mod tests {
         let (a, b) = (numbers::<T>(m * k, 0.37), numbers::<T>(k * ldb, 0.73));
         let (start, bias) = (numbers::<T>(m * ldc, 1.1), numbers::<T>(m, 2.3));
         let columns: Vec<T> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
-        let product: Vec<f64> = (0..m * n)
-            .map(|i| (0..k).map(|p| wide(a[i / n * k + p]) * wide(b[p * ldb + i % n])).sum())
-            .collect();
+        let product: Vec<f64> =
+            (0..m * n).map(|i| (0..k).map(|p| wide(a[i / n * k + p]) * wide(b[p * ldb + i % n])).sum()).collect();
         for a in [Matrix::rows(&a, k), Matrix::columns(&columns, m)] {
             for kind in 0..4 {
                 let (mut c, mut low) = (start.clone(), vec![T::zero(); m * ldc]);

@@ -169,12 +169,44 @@ macro_rules! lanes {
     };
 }
 lanes!(
-    f32, 16, f32s, F32_LANES, super::exp::exp2_f32, transpose_f32, splat_f32s, add_f32s, sub_f32s, mul_f32s, mul_add_e_f32s, max_f32s,
-    abs_f32s, reduce_sum_f32s, reduce_max_f32s, as_simd_f32s, as_mut_simd_f32s, partial_load_f32s
+    f32,
+    16,
+    f32s,
+    F32_LANES,
+    super::exp::exp2_f32,
+    transpose_f32,
+    splat_f32s,
+    add_f32s,
+    sub_f32s,
+    mul_f32s,
+    mul_add_e_f32s,
+    max_f32s,
+    abs_f32s,
+    reduce_sum_f32s,
+    reduce_max_f32s,
+    as_simd_f32s,
+    as_mut_simd_f32s,
+    partial_load_f32s
 );
 lanes!(
-    f64, 8, f64s, F64_LANES, super::exp::exp2_f64, transpose_f64, splat_f64s, add_f64s, sub_f64s, mul_f64s, mul_add_e_f64s, max_f64s,
-    abs_f64s, reduce_sum_f64s, reduce_max_f64s, as_simd_f64s, as_mut_simd_f64s, partial_load_f64s
+    f64,
+    8,
+    f64s,
+    F64_LANES,
+    super::exp::exp2_f64,
+    transpose_f64,
+    splat_f64s,
+    add_f64s,
+    sub_f64s,
+    mul_f64s,
+    mul_add_e_f64s,
+    max_f64s,
+    abs_f64s,
+    reduce_sum_f64s,
+    reduce_max_f64s,
+    as_simd_f64s,
+    as_mut_simd_f64s,
+    partial_load_f64s
 );
 
 /// An inner loop with its arguments.
@@ -299,7 +331,8 @@ mod x86 {
                 b[2 * i + 1] = avx._mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
             }
             for i in 0..4 {
-                let [x, y, z, w]: [__m512d; 4] = [cast(b[4 * i]), cast(b[4 * i + 1]), cast(b[4 * i + 2]), cast(b[4 * i + 3])];
+                let [x, y, z, w]: [__m512d; 4] =
+                    [cast(b[4 * i]), cast(b[4 * i + 1]), cast(b[4 * i + 2]), cast(b[4 * i + 3])];
                 a[4 * i] = cast(avx._mm512_unpacklo_pd(x, z));
                 a[4 * i + 1] = cast(avx._mm512_unpackhi_pd(x, z));
                 a[4 * i + 2] = cast(avx._mm512_unpacklo_pd(y, w));
@@ -307,14 +340,10 @@ mod x86 {
             }
             for i in 0..4 {
                 let (x, y, z, w) = (a[i], a[4 + i], a[8 + i], a[12 + i]);
-                let (xy_even, xy_odd) = (
-                    avx._mm512_shuffle_f32x4::<0b10_00_10_00>(x, y),
-                    avx._mm512_shuffle_f32x4::<0b11_01_11_01>(x, y),
-                );
-                let (zw_even, zw_odd) = (
-                    avx._mm512_shuffle_f32x4::<0b10_00_10_00>(z, w),
-                    avx._mm512_shuffle_f32x4::<0b11_01_11_01>(z, w),
-                );
+                let (xy_even, xy_odd) =
+                    (avx._mm512_shuffle_f32x4::<0b10_00_10_00>(x, y), avx._mm512_shuffle_f32x4::<0b11_01_11_01>(x, y));
+                let (zw_even, zw_odd) =
+                    (avx._mm512_shuffle_f32x4::<0b10_00_10_00>(z, w), avx._mm512_shuffle_f32x4::<0b11_01_11_01>(z, w));
                 b[i] = avx._mm512_shuffle_f32x4::<0b10_00_10_00>(xy_even, zw_even);
                 b[8 + i] = avx._mm512_shuffle_f32x4::<0b11_01_11_01>(xy_even, zw_even);
                 b[4 + i] = avx._mm512_shuffle_f32x4::<0b10_00_10_00>(xy_odd, zw_odd);
@@ -334,14 +363,10 @@ mod x86 {
             }
             for i in 0..2 {
                 let (x, y, z, w) = (b[i], b[2 + i], b[4 + i], b[6 + i]);
-                let (xy_even, xy_odd) = (
-                    avx._mm512_shuffle_f64x2::<0b10_00_10_00>(x, y),
-                    avx._mm512_shuffle_f64x2::<0b11_01_11_01>(x, y),
-                );
-                let (zw_even, zw_odd) = (
-                    avx._mm512_shuffle_f64x2::<0b10_00_10_00>(z, w),
-                    avx._mm512_shuffle_f64x2::<0b11_01_11_01>(z, w),
-                );
+                let (xy_even, xy_odd) =
+                    (avx._mm512_shuffle_f64x2::<0b10_00_10_00>(x, y), avx._mm512_shuffle_f64x2::<0b11_01_11_01>(x, y));
+                let (zw_even, zw_odd) =
+                    (avx._mm512_shuffle_f64x2::<0b10_00_10_00>(z, w), avx._mm512_shuffle_f64x2::<0b11_01_11_01>(z, w));
                 rows[i] = cast(avx._mm512_shuffle_f64x2::<0b10_00_10_00>(xy_even, zw_even));
                 rows[4 + i] = cast(avx._mm512_shuffle_f64x2::<0b11_01_11_01>(xy_even, zw_even));
                 rows[2 + i] = cast(avx._mm512_shuffle_f64x2::<0b10_00_10_00>(xy_odd, zw_odd));
@@ -361,7 +386,8 @@ mod x86 {
                 b[2 * i + 1] = avx._mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
             }
             for i in 0..2 {
-                let [x, y, z, w]: [__m256d; 4] = [cast(b[4 * i]), cast(b[4 * i + 1]), cast(b[4 * i + 2]), cast(b[4 * i + 3])];
+                let [x, y, z, w]: [__m256d; 4] =
+                    [cast(b[4 * i]), cast(b[4 * i + 1]), cast(b[4 * i + 2]), cast(b[4 * i + 3])];
                 a[4 * i] = cast(avx._mm256_unpacklo_pd(x, z));
                 a[4 * i + 1] = cast(avx._mm256_unpackhi_pd(x, z));
                 a[4 * i + 2] = cast(avx._mm256_unpacklo_pd(y, w));

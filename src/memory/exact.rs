@@ -28,6 +28,9 @@ pub(crate) struct Tile<T> {
     values: Buffer<T>,
     correction: Buffer<T>,
     pub(crate) answer: Answer<T>,
+    /// Whether many queries may be shared out over threads.
+    #[cfg(feature = "rayon")]
+    pub(crate) parallel: bool,
 }
 
 impl<T: Scalar> Tile<T> {
@@ -39,6 +42,8 @@ impl<T: Scalar> Tile<T> {
             values: Buffer::new(),
             correction: Buffer::new(),
             answer: Answer::new(),
+            #[cfg(feature = "rayon")]
+            parallel: true,
         }
     }
 }
@@ -82,7 +87,7 @@ pub(crate) fn attend<T: Scalar>(
     let stride = padded::<T>(v.ncols());
     let base_2 = scale * T::from_f64(core::f64::consts::LOG2_E);
     let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
-    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, answer } = tile;
+    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
     queries.resize(d * width);
     correction.resize(width);
@@ -118,14 +123,7 @@ pub(crate) fn attend<T: Scalar>(
 
 /// Scores of a tile `[keys, width]`; −∞ where the mask hides the key.
 #[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
-fn score<T: Scalar>(
-    k: &[T],
-    queries: &[T],
-    d: usize,
-    width: usize,
-    offset: Option<isize>,
-    scores: &mut [T],
-) {
+fn score<T: Scalar>(k: &[T], queries: &[T], d: usize, width: usize, offset: Option<isize>, scores: &mut [T]) {
     let count = scores.len() / width;
     let all_seen = offset.is_none_or(|offset| offset + 1 >= count as isize);
     let step = if all_seen { count } else { MASK_BLOCK };

@@ -1,5 +1,7 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
+#[cfg(feature = "rayon")]
+use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
 use crate::kernel::{self, Buffer, CHUNK, Into, Matrix, Product, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
@@ -11,7 +13,7 @@ use std::sync::Arc;
 const VALUE_BLOCK: usize = 8;
 
 /// Chunks with fewer tokens than this are absorbed token by token.
-const FEW_TOKENS: usize = 6;
+pub(super) const FEW_TOKENS: usize = 6;
 
 /// The most that the running maximum of the log scales may rise within tokens that share one unit, in natural-log
 /// units. Larger jumps begin a new group, so that a huge later key cannot push the sums of earlier queries out of range.
@@ -70,13 +72,13 @@ impl<T: Clone, F> Clone for LinearMemory<T, F> {
 /// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty. Rows of the sums are padded.
 #[derive(Clone, Debug)]
 pub(crate) struct State<T> {
-    value_dim: usize,
-    sums: Buffer<T>,
-    sums_low: Buffer<T>,
-    normalizer: Buffer<T>,
-    normalizer_low: Buffer<T>,
-    log_scale: T,
-    tokens: usize,
+    pub(super) value_dim: usize,
+    pub(super) sums: Buffer<T>,
+    pub(super) sums_low: Buffer<T>,
+    pub(super) normalizer: Buffer<T>,
+    pub(super) normalizer_low: Buffer<T>,
+    pub(super) log_scale: T,
+    pub(super) tokens: usize,
 }
 
 impl<T: Scalar> State<T> {
@@ -116,12 +118,12 @@ impl<T: Scalar> State<T> {
         self.tokens = other.tokens;
     }
 
-    fn features(&self) -> usize {
+    pub(super) fn features(&self) -> usize {
         self.normalizer.len()
     }
 
     /// Numbers between rows of the sums.
-    fn stride(&self) -> usize {
+    pub(super) fn stride(&self) -> usize {
         padded::<T>(self.value_dim)
     }
 
@@ -158,11 +160,7 @@ impl<T: Scalar> State<T> {
 
     /// Fails if the values were `large` and their sum has become so.
     fn check_size(&self, large: bool, row: usize) -> Result<(), Error> {
-        if large && self.is_too_large() {
-            Err(Error::Overflow { which: "the sum of values", row })
-        } else {
-            Ok(())
-        }
+        if large && self.is_too_large() { Err(Error::Overflow { which: "the sum of values", row }) } else { Ok(()) }
     }
 
     /// Brings the sums to a unit that is at least as large.
@@ -234,48 +232,14 @@ impl<T: Scalar> State<T> {
     /// Answers the queries of a group, in `unit`, which its keys are brought to: block by block, masked scores give the part of the
     /// group itself and the state the rest. Returns whether every normaliser can be divided by.
     fn read_group(&self, group: &Chunk<T>, unit: T, scores: &mut Buffer<T>, answer: &mut Answer<T>) -> bool {
-        let (features, stride) = (self.features(), self.stride());
-        let (tokens, width) = (group.tokens, group.width);
-        answer.resize(tokens, width, stride);
+        let features = self.features();
+        answer.resize(group.tokens, group.width, self.stride());
         if self.tokens == 0 {
             answer.denominator.fill(T::zero());
         } else {
             self.read_state(group, unit, answer);
         }
-        scores.resize(width * width);
-        // what lies above the diagonal of a block is wasted work
-        for first in (0..tokens).step_by(T::PAD) {
-            let last = tokens.min(first + T::PAD);
-            Product {
-                m: last - first,
-                n: width - first,
-                k: features,
-                a: Matrix::columns(&group.keys[first..], width),
-                b: &group.queries[first..],
-                ldb: width,
-                c: &mut scores[first * width + first..],
-                ldc: width,
-                into: Into::Set,
-            }
-            .run();
-            columns::mask_and_add_rows(&mut scores[first * width..last * width], first, &mut answer.denominator);
-        }
-        for first in (0..tokens).step_by(VALUE_BLOCK) {
-            let last = tokens.min(first + VALUE_BLOCK);
-            Product {
-                m: last - first,
-                n: stride,
-                k: last,
-                a: Matrix::columns(&scores[first..], width),
-                b: &group.values,
-                ldb: stride,
-                c: &mut answer.numerator[first * stride..],
-                ldc: stride,
-                into: if self.tokens == 0 { Into::Set } else { Into::Add },
-            }
-            .run();
-        }
-        answer.set_scales(&group.query_scale, unit)
+        group.answer_itself(features, self.value_dim, self.tokens > 0, unit, scores, answer)
     }
 
     /// Answers all queries of a chunk from the state alone.
@@ -303,7 +267,7 @@ impl<T: Scalar> State<T> {
 }
 
 /// `e^{a − b}` for a ≤ b.
-fn exp_difference<T: Scalar>(a: T, b: T) -> T {
+pub(super) fn exp_difference<T: Scalar>(a: T, b: T) -> T {
     if a == b { T::one() } else { (a - b).exp() }
 }
 
@@ -311,15 +275,15 @@ fn exp_difference<T: Scalar>(a: T, b: T) -> T {
 /// rows. A single token has width 1.
 #[derive(Debug)]
 pub(crate) struct Chunk<T> {
-    tokens: usize,
-    width: usize,
-    queries: Buffer<T>,
-    query_scale: Buffer<T>,
-    keys: Buffer<T>,
-    key_scale: Buffer<T>,
-    values: Buffer<T>,
+    pub(super) tokens: usize,
+    pub(super) width: usize,
+    pub(super) queries: Buffer<T>,
+    pub(super) query_scale: Buffer<T>,
+    pub(super) keys: Buffer<T>,
+    pub(super) key_scale: Buffer<T>,
+    pub(super) values: Buffer<T>,
     /// Values so large that sums of them may overflow: see [`State::is_too_large`].
-    large_values: bool,
+    pub(super) large_values: bool,
 }
 
 impl<T: Scalar> Chunk<T> {
@@ -336,7 +300,7 @@ impl<T: Scalar> Chunk<T> {
         }
     }
 
-    fn resize(&mut self, tokens: usize, features: usize, value_dim: usize) {
+    pub(super) fn resize(&mut self, tokens: usize, features: usize, value_dim: usize) {
         self.tokens = tokens;
         self.width = if tokens == 1 { 1 } else { padded::<T>(tokens) };
         self.queries.resize(padded::<T>(features) * self.width);
@@ -348,7 +312,7 @@ impl<T: Scalar> Chunk<T> {
 
     /// The longest run of tokens from `start` whose running maximum stays within [`GROUP_RISE`] of where it begins, and
     /// the maximum it reaches: their common unit.
-    fn group(&self, start: usize, log_scale: T) -> (usize, T) {
+    pub(super) fn group(&self, start: usize, log_scale: T) -> (usize, T) {
         let lowest = log_scale.max(self.key_scale[start]);
         let limit = lowest + T::from_f64(GROUP_RISE);
         let largest = kernel::max(&self.key_scale[start..self.tokens]);
@@ -365,7 +329,7 @@ impl<T: Scalar> Chunk<T> {
     }
 
     /// Copies and checks values; the padding is zero.
-    fn set_values(&mut self, v: ArrayView2<'_, T>) -> Result<(), Error> {
+    pub(super) fn set_values(&mut self, v: ArrayView2<'_, T>) -> Result<(), Error> {
         let stride = padded::<T>(v.ncols());
         let largest = match v.to_slice() {
             Some(v) if v.len() == self.values.len() => kernel::copy_and_measure(v, &mut self.values),
@@ -391,7 +355,8 @@ impl<T: Scalar> Chunk<T> {
     fn copy_tokens(&mut self, from: &Self, tokens: Range<usize>, features: usize, value_dim: usize) {
         self.resize(tokens.len(), features, value_dim);
         for (to, from_features) in [(&mut self.queries, &from.queries), (&mut self.keys, &from.keys)] {
-            for (to, row) in to.chunks_exact_mut(self.width).zip(from_features.chunks_exact(from.width)).take(features) {
+            for (to, row) in to.chunks_exact_mut(self.width).zip(from_features.chunks_exact(from.width)).take(features)
+            {
                 to.fill(T::zero());
                 to[..tokens.len()].copy_from_slice(&row[tokens.clone()]);
             }
@@ -403,8 +368,63 @@ impl<T: Scalar> Chunk<T> {
         self.large_values = from.large_values;
     }
 
+    /// Answers the queries from the keys and values of this chunk that each sees, the keys in `unit`; sets the numerators or adds to
+    /// them, adds to the denominators. Returns whether every normaliser can be divided by.
+    pub(super) fn answer_itself(
+        &self,
+        features: usize,
+        value_dim: usize,
+        add: bool,
+        unit: T,
+        scores: &mut Buffer<T>,
+        answer: &mut Answer<T>,
+    ) -> bool {
+        let (tokens, width, stride) = (self.tokens, self.width, padded::<T>(value_dim));
+        scores.resize(width * width);
+        // what lies above the diagonal of a block is wasted work
+        for first in (0..tokens).step_by(T::PAD) {
+            let last = tokens.min(first + T::PAD);
+            Product {
+                m: last - first,
+                n: width - first,
+                k: features,
+                a: Matrix::columns(&self.keys[first..], width),
+                b: &self.queries[first..],
+                ldb: width,
+                c: &mut scores[first * width + first..],
+                ldc: width,
+                into: Into::Set,
+            }
+            .run();
+            columns::mask_and_add_rows(&mut scores[first * width..last * width], first, &mut answer.denominator);
+        }
+        for first in (0..tokens).step_by(VALUE_BLOCK) {
+            let last = tokens.min(first + VALUE_BLOCK);
+            Product {
+                m: last - first,
+                n: stride,
+                k: last,
+                a: Matrix::columns(&scores[first..], width),
+                b: &self.values,
+                ldb: stride,
+                c: &mut answer.numerator[first * stride..],
+                ldc: stride,
+                into: if add { Into::Add } else { Into::Set },
+            }
+            .run();
+        }
+        answer.set_scales(&self.query_scale, unit)
+    }
+
     /// Brings the keys from their own log scales to one unit, and sums the features of each.
     fn bring_keys_to(&mut self, unit: T, features: usize, factors: &mut Buffer<T>, key_sums: &mut Buffer<T>) {
+        self.key_factors(unit, factors);
+        key_sums.resize(features);
+        columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
+    }
+
+    /// What brings each key from its log scale to `unit`; 0 beyond the tokens.
+    pub(super) fn key_factors(&self, unit: T, factors: &mut Buffer<T>) {
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         factors.resize(self.width);
         for (factor, &scale) in factors.iter_mut().zip(&*self.key_scale) {
@@ -412,8 +432,6 @@ impl<T: Scalar> Chunk<T> {
         }
         factors[self.tokens..].fill(T::neg_infinity());
         kernel::exp2_slice(factors, T::zero());
-        key_sums.resize(features);
-        columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
     }
 }
 
@@ -421,24 +439,29 @@ impl<T: Scalar> Chunk<T> {
 #[derive(Debug)]
 pub(crate) struct Workspace<T> {
     x: Buffer<T>,
-    map: Buffer<T>,
+    map: [Buffer<T>; 2],
     /// For maps that take tokens as rows.
     rows: [Array2<T>; 2],
-    chunk: Chunk<T>,
+    pub(super) chunk: Chunk<T>,
     /// A part of a chunk.
     part: Chunk<T>,
-    scores: Buffer<T>,
-    factors: Buffer<T>,
+    pub(super) scores: Buffer<T>,
+    pub(super) factors: Buffer<T>,
     key_sums: Buffer<T>,
-    answer: Answer<T>,
+    pub(super) answer: Answer<T>,
     before: State<T>,
+    /// Whether long sequences may be shared out over threads, and the memory for that.
+    #[cfg(feature = "rayon")]
+    pub(crate) parallel: bool,
+    #[cfg(feature = "rayon")]
+    lanes: Box<parallel::Lanes<T>>,
 }
 
 impl<T: Scalar> Workspace<T> {
     pub(crate) fn new() -> Self {
         Self {
             x: Buffer::new(),
-            map: Buffer::new(),
+            map: [Buffer::new(), Buffer::new()],
             rows: [Array2::zeros((0, 0)), Array2::zeros((0, 0))],
             chunk: Chunk::new(),
             part: Chunk::new(),
@@ -447,13 +470,17 @@ impl<T: Scalar> Workspace<T> {
             key_sums: Buffer::new(),
             answer: Answer::new(),
             before: State::new(),
+            #[cfg(feature = "rayon")]
+            parallel: true,
+            #[cfg(feature = "rayon")]
+            lanes: Box::default(),
         }
     }
 }
 
 /// Whether queries or keys are mapped.
 #[derive(Clone, Copy)]
-enum Side {
+pub(super) enum Side {
     Query,
     Key,
 }
@@ -502,10 +529,54 @@ impl<'a, T: Scalar> Engine<'a, T> {
         keep: bool,
     ) -> Result<(), Error> {
         let n = q.nrows();
-        for start in (0..n).step_by(CHUNK) {
-            let range = start..n.min(start + CHUNK);
-            let last = range.end == n;
-            let (q, k, v) = (views::rows(q, range.clone()), views::rows(k, range.clone()), views::rows(v, range.clone()));
+        #[cfg(feature = "rayon")]
+        if work.parallel && parallel::pays(n) {
+            return parallel::inside(|| self.extend_blocks(state, q, k, v, out, readout, work, keep));
+        }
+        self.extend_in_order(state, q, k, v, &mut out, readout, work, 0..n, keep)
+    }
+
+    /// As [`extend`](Self::extend), on several threads.
+    #[cfg(feature = "rayon")]
+    #[allow(clippy::too_many_arguments)]
+    fn extend_blocks(
+        &self,
+        state: &mut State<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+        keep: bool,
+    ) -> Result<(), Error> {
+        let mut lanes = core::mem::take(&mut work.lanes);
+        let done = parallel::extend(*self, state, [q, k, v], &mut out, readout, &mut lanes, |state, out, tokens| {
+            self.extend_in_order(state, q, k, v, out, readout, work, tokens, true)
+        });
+        work.lanes = lanes;
+        self.extend_in_order(state, q, k, v, &mut out, readout, work, done?..q.nrows(), keep)
+    }
+
+    /// As [`extend`](Self::extend), some of the tokens, chunk after chunk.
+    #[allow(clippy::too_many_arguments)]
+    fn extend_in_order(
+        &self,
+        state: &mut State<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: &mut ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+        tokens: Range<usize>,
+        keep: bool,
+    ) -> Result<(), Error> {
+        for start in tokens.clone().step_by(CHUNK) {
+            let range = start..tokens.end.min(start + CHUNK);
+            let last = range.end == tokens.end;
+            let (q, k, v) =
+                (views::rows(q, range.clone()), views::rows(k, range.clone()), views::rows(v, range.clone()));
             work.chunk.resize(range.len(), self.num_features(), v.ncols());
             self.map(Side::Query, q, work, start)?;
             self.map(Side::Key, k, work, start)?;
@@ -517,7 +588,13 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// Maps the rows of `√scale·x` to features, each finite and of a size near one.
-    fn map(&self, side: Side, x: ArrayView2<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
+    pub(super) fn map(
+        &self,
+        side: Side,
+        x: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+        first_row: usize,
+    ) -> Result<(), Error> {
         check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
         let width = work.chunk.width;
         work.x.resize(self.map.head_dim() * width);
@@ -658,8 +735,33 @@ impl<'a, T: Scalar> Engine<'a, T> {
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
         let n = k.nrows();
-        for start in (0..n).step_by(CHUNK) {
-            let range = start..n.min(start + CHUNK);
+        #[cfg(feature = "rayon")]
+        if work.parallel && parallel::pays(n) {
+            let mut start = 0;
+            while let Some(range) = parallel::block(start, n) {
+                let part = |x| views::rows(x, range.clone());
+                match parallel::absorb_only(*self, state, part(k), part(v), &mut work.lanes) {
+                    Some(result) => result.map_err(|error| error.in_chunk(start))?,
+                    None => self.absorb_in_order(state, k, v, work, range.clone())?,
+                }
+                start = range.end;
+            }
+            return self.absorb_in_order(state, k, v, work, start..n);
+        }
+        self.absorb_in_order(state, k, v, work, 0..n)
+    }
+
+    /// As [`absorb`](Self::absorb), some of the tokens, chunk after chunk.
+    fn absorb_in_order(
+        &self,
+        state: &mut State<T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+        tokens: Range<usize>,
+    ) -> Result<(), Error> {
+        for start in tokens.clone().step_by(CHUNK) {
+            let range = start..tokens.end.min(start + CHUNK);
             let (k, v) = (views::rows(k, range.clone()), views::rows(v, range));
             work.chunk.resize(k.nrows(), self.num_features(), v.ncols());
             self.map(Side::Key, k, work, start)?;
@@ -712,15 +814,32 @@ impl<'a, T: Scalar> Engine<'a, T> {
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
         v: ArrayView2<'_, T>,
-        mut out: ArrayViewMut2<'_, T>,
+        #[cfg_attr(not(feature = "rayon"), allow(unused_mut))] mut out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
         self.absorb(state, k, v, work)?;
-        self.read(state, q, work, |start, answer| {
-            let rows = start..start + answer.tokens;
-            answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
+        let start = 0;
+        #[cfg(feature = "rayon")]
+        let start = if work.parallel && parallel::pays(q.nrows()) {
+            let mut start = 0;
+            while let Some(range) = parallel::block(start, q.nrows()) {
+                let mut out = views::rows_mut(out.view_mut(), range.clone());
+                parallel::read(*self, state, views::rows(q, range.clone()), &mut out, readout, &mut work.lanes)
+                    .map_err(|error| error.in_chunk(start))?;
+                start = range.end;
+            }
+            start
+        } else {
+            start
+        };
+        let q = views::rows(q, start..q.nrows());
+        let mut out = views::rows_mut(out, start..start + q.nrows());
+        self.read(state, q, work, |first, answer| {
+            let rows = first..first + answer.tokens;
+            answer.write(first, readout, views::rows_mut(out.view_mut(), rows))
         })
+        .map_err(|error| error.in_chunk(start))
     }
 
     /// `ln φ(√scale·q_i)·φ(√scale·k_j)` of every pair of checked rows.
@@ -728,7 +847,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let mut work = Workspace::new();
         let mut out = Array2::zeros((q.nrows(), k.nrows()));
         let m = self.num_features();
-        let feature = |x: &[T], width: usize, t: usize| -> Vec<T> { x[t..].iter().step_by(width).take(m).copied().collect() };
+        let feature =
+            |x: &[T], width: usize, t: usize| -> Vec<T> { x[t..].iter().step_by(width).take(m).copied().collect() };
         for start in (0..k.nrows()).step_by(CHUNK) {
             let k = views::rows(k, start..k.nrows().min(start + CHUNK));
             work.chunk.resize(k.nrows(), m, 1);
@@ -856,9 +976,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             let largest = v.as_slice().map_or_else(|| v.iter().fold(T::zero(), |m, x| m.max(x.abs())), kernel::max_abs);
             largest > T::from_f64(T::SAFE_VALUE)
         };
-        self.guarded(risky, work, |engine, state, work| {
-            engine.extend(state, q, k, v, out, readout, work, true)
-        })
+        self.guarded(risky, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
     }
 
     /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the state has changed.

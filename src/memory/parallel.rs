@@ -1,0 +1,343 @@
+//! One long sequence on several threads, with the result of one thread, bit for bit.
+//!
+//! Blocks of [`BLOCK`] chunks go through two steps, each shared out over the threads: run through the mapped chunks with a part of the
+//! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. What no chunk of its own can
+//! do, such as values near the largest number or log scales that jump, is left to one thread.
+
+use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference};
+use super::{Answer, Readout};
+use crate::kernel::{self, Buffer, CHUNK, Into, Matrix, Product, columns, padded};
+use crate::{Error, Scalar, views};
+use core::ops::Range;
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use std::sync::Mutex;
+
+/// Chunks that are in work at once.
+const BLOCK: usize = 32;
+
+/// Sequences with fewer tokens than this stay on one thread.
+const FEWEST: usize = 8 * CHUNK;
+
+/// Whether a sequence is worth several threads.
+pub(crate) fn pays(tokens: usize) -> bool {
+    tokens >= FEWEST && rayon::current_num_threads() > 1
+}
+
+/// Working memory of a block.
+#[derive(Debug)]
+pub(crate) struct Lanes<T> {
+    chunks: Vec<Workspace<T>>,
+    snapshots: Vec<Snapshots<T>>,
+}
+
+impl<T> Default for Lanes<T> {
+    fn default() -> Self {
+        Self { chunks: Vec::new(), snapshots: Vec::new() }
+    }
+}
+
+impl<T: Scalar> Lanes<T> {
+    /// Memory for so many chunks.
+    fn take(&mut self, count: usize) -> (&mut [Workspace<T>], &mut Vec<Snapshots<T>>) {
+        while self.chunks.len() < count {
+            self.chunks.push(Workspace::new());
+        }
+        (&mut self.chunks[..count], &mut self.snapshots)
+    }
+}
+
+/// The sums of some features before every chunk of a block.
+#[derive(Debug)]
+struct Snapshots<T> {
+    features: Range<usize>,
+    /// `[chunks, features, value_dim]`, rows padded.
+    sums: Buffer<T>,
+    /// `[chunks, features]`.
+    normalizer: Buffer<T>,
+}
+
+/// The causal attention of all whole chunks; returns how many tokens they are. Blocks that one thread must do are given to `in_order`.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn extend<T: Scalar>(
+    engine: Engine<'_, T>,
+    state: &mut State<T>,
+    [q, k, v]: [ArrayView2<'_, T>; 3],
+    out: &mut ArrayViewMut2<'_, T>,
+    readout: Readout,
+    lanes: &mut Lanes<T>,
+    mut in_order: impl FnMut(&mut State<T>, &mut ArrayViewMut2<'_, T>, Range<usize>) -> Result<(), Error>,
+) -> Result<usize, Error> {
+    let (features, value_dim) = (engine.num_features(), v.ncols());
+    let chunks = q.nrows() / CHUNK;
+    let (lanes, snapshots) = lanes.take(chunks.min(BLOCK));
+    let map = |c: usize, work: &mut Workspace<T>| {
+        let rows = c * CHUNK..(c + 1) * CHUNK;
+        let part = |x| views::rows(x, rows.clone());
+        work.chunk.resize(CHUNK, features, value_dim);
+        engine.map(Side::Query, part(q), work, rows.start)?;
+        engine.map(Side::Key, part(k), work, rows.start)?;
+        work.chunk.set_values(part(v)).map_err(|error| error.in_chunk(rows.start))
+    };
+    let mut mapped = share(lanes.iter_mut(), &map);
+    for first in (0..chunks).step_by(BLOCK) {
+        mapped.into_iter().collect::<Result<(), Error>>()?;
+        let count = BLOCK.min(chunks - first);
+        let next = BLOCK.min(chunks - first - count);
+        let tokens = first * CHUNK..(first + count) * CHUNK;
+        let before = state.clone();
+        let units = units(state, &lanes[..count]);
+        if let Some(units) = &units {
+            absorb(state, &mut lanes[..count], units, snapshots, true);
+        }
+        let mut block = views::rows_mut(out.view_mut(), tokens.clone());
+        let outputs = block.axis_chunks_iter_mut(Axis(0), CHUNK);
+        let snapshots = &*snapshots;
+        // answers, and the next block mapped into the memory that has done its work
+        let steps = share(lanes.iter_mut().take(count).zip(outputs), |c, (work, out)| {
+            let answered = match &units {
+                Some(units) => {
+                    let old = if c == 0 { before.log_scale } else { units[c - 1] };
+                    let has_past = before.tokens > 0 || c > 0;
+                    let Workspace { chunk, scores, answer, factors, .. } = work;
+                    answer.resize(CHUNK, chunk.width, padded::<T>(value_dim));
+                    if has_past {
+                        read_snapshots(snapshots, c, chunk, factors, answer);
+                        scale_answer(answer, exp_difference(old, units[c]));
+                    } else {
+                        answer.denominator.fill(T::zero());
+                    }
+                    if chunk.answer_itself(features, value_dim, has_past, units[c], scores, answer)
+                        || readout == Readout::Unnormalized
+                    {
+                        answer.write((first + c) * CHUNK, readout, out).map(|()| true)
+                    } else {
+                        Ok(false)
+                    }
+                }
+                None => Ok(false),
+            };
+            (answered, if c < next { map(first + count + c, work) } else { Ok(()) })
+        });
+        mapped = Vec::with_capacity(count);
+        let mut all_answered = true;
+        for (answered, next) in steps {
+            mapped.push(next);
+            if all_answered {
+                all_answered = answered?;
+            }
+        }
+        if !all_answered {
+            *state = before;
+            in_order(state, out, tokens)?;
+        }
+    }
+    Ok(chunks * CHUNK)
+}
+
+/// Runs `run` on a thread of the pool, so that the steps of blocks need not wake another one.
+pub(crate) fn inside<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| run())
+}
+
+/// The end of a block: how many of the tokens from `start` on go together.
+pub(crate) fn block(start: usize, tokens: usize) -> Option<Range<usize>> {
+    let chunks = BLOCK.min((tokens - start) / CHUNK);
+    (chunks > 1).then(|| start..start + chunks * CHUNK)
+}
+
+/// Runs `run` on every item with its index, equal shares of neighbours on every thread; the results in order.
+///
+/// The same share goes to the same thread every time, so that what one step of a block left in the caches of a core is there for the
+/// next; a work-stealing loop would send half of it across the machine.
+fn share<I: Send, R: Send>(items: impl IntoIterator<Item = I>, run: impl Fn(usize, I) -> R + Sync) -> Vec<R> {
+    let mut items: Vec<I> = items.into_iter().collect();
+    let size = items.len().div_ceil(rayon::current_num_threads()).max(1);
+    let mut shares = Vec::new();
+    while !items.is_empty() {
+        let rest = items.split_off(size.min(items.len()));
+        shares.push(Mutex::new((items, Vec::new())));
+        items = rest;
+    }
+    rayon::broadcast(|thread| {
+        if let Some(mut share) = shares.get(thread.index()).and_then(|share| share.lock().ok()) {
+            let (items, results) = &mut *share;
+            let first = thread.index() * size;
+            results.extend(items.drain(..).enumerate().map(|(i, item)| run(first + i, item)));
+        }
+    });
+    shares
+        .into_iter()
+        .flat_map(|share| share.into_inner().map_or_else(|_| Vec::new(), |(_, results)| results))
+        .collect()
+}
+
+/// The unit of every chunk, if each is one group and no value is large.
+fn units<T: Scalar>(state: &State<T>, lanes: &[Workspace<T>]) -> Option<Vec<T>> {
+    let mut unit = state.log_scale;
+    let mut units = Vec::with_capacity(lanes.len());
+    for work in lanes {
+        let (end, reached) = work.chunk.group(0, unit);
+        if end < work.chunk.tokens || work.chunk.tokens < FEW_TOKENS || work.chunk.large_values {
+            return None;
+        }
+        unit = reached;
+        units.push(unit);
+    }
+    Some(units)
+}
+
+/// Absorbs mapped chunks, each thread a range of the features.
+fn absorb<T: Scalar>(
+    state: &mut State<T>,
+    lanes: &mut [Workspace<T>],
+    units: &[T],
+    snapshots: &mut Vec<Snapshots<T>>,
+    keep: bool,
+) {
+    let (features, stride, chunks) = (state.features(), state.stride(), lanes.len());
+    let old_units: Vec<T> = core::iter::once(state.log_scale).chain(units.iter().copied()).collect();
+    let had_tokens = state.tokens > 0;
+    let height = features.div_ceil(rayon::current_num_threads()).next_multiple_of(8);
+    // the keys of every chunk by ranges of features
+    let mut keys: Vec<Vec<&mut [T]>> = (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
+    let mut rest: Vec<(&Buffer<T>, &Buffer<T>)> = Vec::with_capacity(chunks);
+    for (work, &unit) in lanes.iter_mut().zip(units) {
+        let Workspace { chunk, factors, .. } = work;
+        chunk.key_factors(unit, factors);
+        let width = chunk.width;
+        let parts = chunk.keys[..features * width].chunks_mut(height * width);
+        keys.iter_mut().zip(parts).for_each(|(keys, part)| keys.push(part));
+        rest.push((factors, &chunk.values));
+    }
+    let sums = state.sums.chunks_mut(height * stride).zip(state.sums_low.chunks_mut(height * stride));
+    let normalizer = state.normalizer.chunks_mut(height).zip(state.normalizer_low.chunks_mut(height));
+    snapshots.resize_with(keys.len(), || Snapshots { features: 0..0, sums: Buffer::new(), normalizer: Buffer::new() });
+    let parts = sums.zip(normalizer).zip(keys).zip(snapshots);
+    share(parts, |i, ((((sums, low), (normalizer, normalizer_low)), keys), snapshots)| {
+        let count = normalizer.len();
+        snapshots.features = i * height..i * height + count;
+        if keep {
+            snapshots.sums.resize(chunks * count * stride);
+            snapshots.normalizer.resize(chunks * count);
+        }
+        let mut key_sums = Buffer::zeros(count);
+        for (c, (keys, (factors, values))) in keys.into_iter().zip(&rest).enumerate() {
+            if keep {
+                snapshots.sums[c * count * stride..(c + 1) * count * stride].copy_from_slice(sums);
+                snapshots.normalizer[c * count..(c + 1) * count].copy_from_slice(normalizer);
+            }
+            if units[c] > old_units[c] && (had_tokens || c > 0) {
+                let factor = (old_units[c] - units[c]).exp();
+                for part in [&mut *sums, &mut *low, &mut *normalizer, &mut *normalizer_low] {
+                    kernel::scale(part, factor);
+                }
+            }
+            columns::scale_and_sum_rows(keys, factors, &mut key_sums);
+            Product {
+                m: count,
+                n: stride,
+                k: values.len() / stride,
+                a: Matrix::rows(keys, factors.len()),
+                b: values,
+                ldb: stride,
+                c: sums,
+                ldc: stride,
+                into: Into::Compensated(low),
+            }
+            .run();
+            kernel::add_compensated(normalizer, normalizer_low, T::one(), &key_sums);
+        }
+    });
+    state.log_scale = old_units[chunks];
+    state.tokens += chunks * CHUNK;
+}
+
+/// Sets the answer of a chunk to what the state before it says.
+fn read_snapshots<T: Scalar>(
+    snapshots: &[Snapshots<T>],
+    c: usize,
+    chunk: &Chunk<T>,
+    normalizer: &mut Buffer<T>,
+    answer: &mut Answer<T>,
+) {
+    let (width, stride) = (chunk.width, answer.numerator.len() / chunk.tokens);
+    let features = snapshots.iter().map(|part| part.features.len()).sum();
+    normalizer.resize(features);
+    for (i, part) in snapshots.iter().enumerate() {
+        let count = part.features.len();
+        Product {
+            m: chunk.tokens,
+            n: stride,
+            k: count,
+            a: Matrix::columns(&chunk.queries[part.features.start * width..], width),
+            b: &part.sums[c * count * stride..(c + 1) * count * stride],
+            ldb: stride,
+            c: &mut answer.numerator,
+            ldc: stride,
+            into: if i == 0 { Into::Set } else { Into::Add },
+        }
+        .run();
+        normalizer[part.features.clone()].copy_from_slice(&part.normalizer[c * count..(c + 1) * count]);
+    }
+    kernel::row_times_matrix(normalizer, &chunk.queries, width, &mut answer.denominator);
+}
+
+fn scale_answer<T: Scalar>(answer: &mut Answer<T>, factor: T) {
+    if factor != T::one() {
+        kernel::scale(&mut answer.numerator, factor);
+        kernel::scale(&mut answer.denominator, factor);
+    }
+}
+
+/// Absorbs whole chunks; `None` says that one thread must do it, and that the state is as it was.
+pub(crate) fn absorb_only<T: Scalar>(
+    engine: Engine<'_, T>,
+    state: &mut State<T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    lanes: &mut Lanes<T>,
+) -> Option<Result<(), Error>> {
+    let (lanes, snapshots) = lanes.take(k.nrows() / CHUNK);
+    let mapped = share(lanes.iter_mut(), |c, work| {
+        let rows = c * CHUNK..(c + 1) * CHUNK;
+        work.chunk.resize(CHUNK, engine.num_features(), v.ncols());
+        engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
+        work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
+    });
+    if let Err(error) = mapped.into_iter().collect::<Result<(), Error>>() {
+        return Some(Err(error));
+    }
+    if lanes.iter().any(|work| work.chunk.large_values) {
+        return None;
+    }
+    let mut unit = state.log_scale;
+    let raise = |work: &Workspace<T>| {
+        unit = work.chunk.key_scale[..CHUNK].iter().fold(unit, |m, &scale| m.max(scale));
+        unit
+    };
+    let units: Vec<T> = lanes.iter().map(raise).collect();
+    absorb(state, lanes, &units, snapshots, false);
+    Some(Ok(()))
+}
+
+/// Answers whole chunks of queries from one state.
+pub(crate) fn read<T: Scalar>(
+    engine: Engine<'_, T>,
+    state: &State<T>,
+    q: ArrayView2<'_, T>,
+    out: &mut ArrayViewMut2<'_, T>,
+    readout: Readout,
+    lanes: &mut Lanes<T>,
+) -> Result<(), Error> {
+    let (lanes, _) = lanes.take(q.nrows() / CHUNK);
+    let answered = share(lanes.iter_mut().zip(out.axis_chunks_iter_mut(Axis(0), CHUNK)), |c, (work, mut out)| {
+        let q = views::rows(q, c * CHUNK..(c + 1) * CHUNK);
+        engine
+            .read(state, q, work, |start, answer| {
+                let rows = start..start + answer.tokens;
+                answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
+            })
+            .map_err(|error| error.in_chunk(c * CHUNK))
+    });
+    answered.into_iter().collect()
+}
