@@ -207,11 +207,12 @@ fn attend_one<T: Scalar>(
     let Answer { numerator, denominator, log_scale, .. } = answer;
     numerator.fill(T::zero());
     let value_dim = v.ncols();
+    scores.resize(KEY_BLOCK_OF_ONE);
     for start in (0..keys).step_by(KEY_BLOCK_OF_ONE) {
         let count = KEY_BLOCK_OF_ONE.min(keys - start);
         let k = contiguous(k, start, count, q.len(), key_copy);
         let v = contiguous(v, start, count, value_dim, value_copy);
-        scores.resize(count);
+        let scores = &mut scores[..count];
         kernel::rows_dot(base_2, q, k, scores);
         let old = log_scale[0];
         let new = old.max(kernel::max(scores));

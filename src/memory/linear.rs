@@ -287,7 +287,7 @@ pub(crate) struct Chunk<T> {
 }
 
 impl<T: Scalar> Chunk<T> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             tokens: 0,
             width: 0,
@@ -447,7 +447,7 @@ pub(crate) struct Workspace<T> {
     part: Chunk<T>,
     pub(super) scores: Buffer<T>,
     pub(super) factors: Buffer<T>,
-    key_sums: Buffer<T>,
+    pub(super) key_sums: Buffer<T>,
     pub(super) answer: Answer<T>,
     before: State<T>,
     /// Whether long sequences may be shared out over threads, and the memory for that.

@@ -26,24 +26,46 @@ pub(crate) fn pays(tokens: usize) -> bool {
 /// Working memory of a block.
 #[derive(Debug)]
 pub(crate) struct Lanes<T> {
-    chunks: Vec<Workspace<T>>,
+    chunks: Vec<Lane<T>>,
+    threads: Vec<Workspace<T>>,
     snapshots: Vec<Snapshots<T>>,
+}
+
+/// What is kept of a chunk between two steps.
+#[derive(Debug)]
+struct Lane<T> {
+    chunk: Chunk<T>,
+    factors: Buffer<T>,
 }
 
 impl<T> Default for Lanes<T> {
     fn default() -> Self {
-        Self { chunks: Vec::new(), snapshots: Vec::new() }
+        Self { chunks: Vec::new(), threads: Vec::new(), snapshots: Vec::new() }
     }
 }
 
 impl<T: Scalar> Lanes<T> {
-    /// Memory for so many chunks.
-    fn take(&mut self, count: usize) -> (&mut [Workspace<T>], &mut Vec<Snapshots<T>>) {
-        while self.chunks.len() < count {
-            self.chunks.push(Workspace::new());
+    /// Makes room for so many chunks on the threads there are.
+    fn reserve(&mut self, chunks: usize) {
+        while self.chunks.len() < chunks {
+            self.chunks.push(Lane { chunk: Chunk::new(), factors: Buffer::new() });
         }
-        (&mut self.chunks[..count], &mut self.snapshots)
+        while self.threads.len() < rayon::current_num_threads() {
+            self.threads.push(Workspace::new());
+        }
     }
+}
+
+/// Runs `run` in the memory of a thread with the chunk of a lane in it.
+fn with_chunk<T: Scalar, R>(
+    lane: &mut Lane<T>,
+    work: &mut Workspace<T>,
+    run: impl FnOnce(&mut Workspace<T>) -> R,
+) -> R {
+    core::mem::swap(&mut lane.chunk, &mut work.chunk);
+    let result = run(work);
+    core::mem::swap(&mut lane.chunk, &mut work.chunk);
+    result
 }
 
 /// The sums of some features before every chunk of a block.
@@ -69,16 +91,19 @@ pub(crate) fn extend<T: Scalar>(
 ) -> Result<usize, Error> {
     let (features, value_dim) = (engine.num_features(), v.ncols());
     let chunks = q.nrows() / CHUNK;
-    let (lanes, snapshots) = lanes.take(chunks.min(BLOCK));
-    let map = |c: usize, work: &mut Workspace<T>| {
+    lanes.reserve(chunks.min(BLOCK));
+    let Lanes { chunks: lanes, threads, snapshots } = lanes;
+    let map = |work: &mut Workspace<T>, c: usize, lane: &mut Lane<T>| {
         let rows = c * CHUNK..(c + 1) * CHUNK;
         let part = |x| views::rows(x, rows.clone());
-        work.chunk.resize(CHUNK, features, value_dim);
-        engine.map(Side::Query, part(q), work, rows.start)?;
-        engine.map(Side::Key, part(k), work, rows.start)?;
-        work.chunk.set_values(part(v)).map_err(|error| error.in_chunk(rows.start))
+        with_chunk(lane, work, |work| {
+            work.chunk.resize(CHUNK, features, value_dim);
+            engine.map(Side::Query, part(q), work, rows.start)?;
+            engine.map(Side::Key, part(k), work, rows.start)?;
+            work.chunk.set_values(part(v)).map_err(|error| error.in_chunk(rows.start))
+        })
     };
-    let mut mapped = share(lanes.iter_mut(), &map);
+    let mut mapped = share(threads, lanes.iter_mut().take(chunks), map);
     for first in (0..chunks).step_by(BLOCK) {
         mapped.into_iter().collect::<Result<(), Error>>()?;
         let count = BLOCK.min(chunks - first);
@@ -87,18 +112,18 @@ pub(crate) fn extend<T: Scalar>(
         let before = state.clone();
         let units = units(state, &lanes[..count]);
         if let Some(units) = &units {
-            absorb(state, &mut lanes[..count], units, snapshots, true);
+            absorb(state, &mut lanes[..count], units, snapshots, threads, true);
         }
         let mut block = views::rows_mut(out.view_mut(), tokens.clone());
         let outputs = block.axis_chunks_iter_mut(Axis(0), CHUNK);
         let snapshots = &*snapshots;
         // answers, and the next block mapped into the memory that has done its work
-        let steps = share(lanes.iter_mut().take(count).zip(outputs), |c, (work, out)| {
+        let steps = share(threads, lanes.iter_mut().take(count).zip(outputs), |work, c, (lane, out)| {
             let answered = match &units {
                 Some(units) => {
                     let old = if c == 0 { before.log_scale } else { units[c - 1] };
                     let has_past = before.tokens > 0 || c > 0;
-                    let Workspace { chunk, scores, answer, factors, .. } = work;
+                    let (Lane { chunk, factors }, Workspace { scores, answer, .. }) = (&mut *lane, &mut *work);
                     answer.resize(CHUNK, chunk.width, padded::<T>(value_dim));
                     if has_past {
                         read_snapshots(snapshots, c, chunk, factors, answer);
@@ -116,7 +141,7 @@ pub(crate) fn extend<T: Scalar>(
                 }
                 None => Ok(false),
             };
-            (answered, if c < next { map(first + count + c, work) } else { Ok(()) })
+            (answered, if c < next { map(work, first + count + c, lane) } else { Ok(()) })
         });
         mapped = Vec::with_capacity(count);
         let mut all_answered = true;
@@ -149,35 +174,39 @@ pub(crate) fn block(start: usize, tokens: usize) -> Option<Range<usize>> {
 ///
 /// The same share goes to the same thread every time, so that what one step of a block left in the caches of a core is there for the
 /// next; a work-stealing loop would send half of it across the machine.
-fn share<I: Send, R: Send>(items: impl IntoIterator<Item = I>, run: impl Fn(usize, I) -> R + Sync) -> Vec<R> {
+fn share<T: Scalar, I: Send, R: Send>(
+    threads: &mut [Workspace<T>],
+    items: impl IntoIterator<Item = I>,
+    run: impl Fn(&mut Workspace<T>, usize, I) -> R + Sync,
+) -> Vec<R> {
     let mut items: Vec<I> = items.into_iter().collect();
-    let size = items.len().div_ceil(rayon::current_num_threads()).max(1);
+    let size = items.len().div_ceil(threads.len()).max(1);
     let mut shares = Vec::new();
-    while !items.is_empty() {
+    for work in threads {
         let rest = items.split_off(size.min(items.len()));
-        shares.push(Mutex::new((items, Vec::new())));
+        shares.push(Mutex::new((work, items, Vec::new())));
         items = rest;
     }
     rayon::broadcast(|thread| {
         if let Some(mut share) = shares.get(thread.index()).and_then(|share| share.lock().ok()) {
-            let (items, results) = &mut *share;
+            let (work, items, results) = &mut *share;
             let first = thread.index() * size;
-            results.extend(items.drain(..).enumerate().map(|(i, item)| run(first + i, item)));
+            results.extend(items.drain(..).enumerate().map(|(i, item)| run(work, first + i, item)));
         }
     });
     shares
         .into_iter()
-        .flat_map(|share| share.into_inner().map_or_else(|_| Vec::new(), |(_, results)| results))
+        .flat_map(|share| share.into_inner().map_or_else(|_| Vec::new(), |(_, _, results)| results))
         .collect()
 }
 
 /// The unit of every chunk, if each is one group and no value is large.
-fn units<T: Scalar>(state: &State<T>, lanes: &[Workspace<T>]) -> Option<Vec<T>> {
+fn units<T: Scalar>(state: &State<T>, lanes: &[Lane<T>]) -> Option<Vec<T>> {
     let mut unit = state.log_scale;
     let mut units = Vec::with_capacity(lanes.len());
-    for work in lanes {
-        let (end, reached) = work.chunk.group(0, unit);
-        if end < work.chunk.tokens || work.chunk.tokens < FEW_TOKENS || work.chunk.large_values {
+    for Lane { chunk, .. } in lanes {
+        let (end, reached) = chunk.group(0, unit);
+        if end < chunk.tokens || chunk.tokens < FEW_TOKENS || chunk.large_values {
             return None;
         }
         unit = reached;
@@ -189,9 +218,10 @@ fn units<T: Scalar>(state: &State<T>, lanes: &[Workspace<T>]) -> Option<Vec<T>> 
 /// Absorbs mapped chunks, each thread a range of the features.
 fn absorb<T: Scalar>(
     state: &mut State<T>,
-    lanes: &mut [Workspace<T>],
+    lanes: &mut [Lane<T>],
     units: &[T],
     snapshots: &mut Vec<Snapshots<T>>,
+    threads: &mut [Workspace<T>],
     keep: bool,
 ) {
     let (features, stride, chunks) = (state.features(), state.stride(), lanes.len());
@@ -201,8 +231,7 @@ fn absorb<T: Scalar>(
     // the keys of every chunk by ranges of features
     let mut keys: Vec<Vec<&mut [T]>> = (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
     let mut rest: Vec<(&Buffer<T>, &Buffer<T>)> = Vec::with_capacity(chunks);
-    for (work, &unit) in lanes.iter_mut().zip(units) {
-        let Workspace { chunk, factors, .. } = work;
+    for (Lane { chunk, factors }, &unit) in lanes.iter_mut().zip(units) {
         chunk.key_factors(unit, factors);
         let width = chunk.width;
         let parts = chunk.keys[..features * width].chunks_mut(height * width);
@@ -213,14 +242,15 @@ fn absorb<T: Scalar>(
     let normalizer = state.normalizer.chunks_mut(height).zip(state.normalizer_low.chunks_mut(height));
     snapshots.resize_with(keys.len(), || Snapshots { features: 0..0, sums: Buffer::new(), normalizer: Buffer::new() });
     let parts = sums.zip(normalizer).zip(keys).zip(snapshots);
-    share(parts, |i, ((((sums, low), (normalizer, normalizer_low)), keys), snapshots)| {
+    share(threads, parts, |work, i, ((((sums, low), (normalizer, normalizer_low)), keys), snapshots)| {
         let count = normalizer.len();
         snapshots.features = i * height..i * height + count;
         if keep {
             snapshots.sums.resize(chunks * count * stride);
             snapshots.normalizer.resize(chunks * count);
         }
-        let mut key_sums = Buffer::zeros(count);
+        let key_sums = &mut work.key_sums;
+        key_sums.resize(count);
         for (c, (keys, (factors, values))) in keys.into_iter().zip(&rest).enumerate() {
             if keep {
                 snapshots.sums[c * count * stride..(c + 1) * count * stride].copy_from_slice(sums);
@@ -232,7 +262,7 @@ fn absorb<T: Scalar>(
                     kernel::scale(part, factor);
                 }
             }
-            columns::scale_and_sum_rows(keys, factors, &mut key_sums);
+            columns::scale_and_sum_rows(keys, factors, key_sums);
             Product {
                 m: count,
                 n: stride,
@@ -245,7 +275,7 @@ fn absorb<T: Scalar>(
                 into: Into::Compensated(low),
             }
             .run();
-            kernel::add_compensated(normalizer, normalizer_low, T::one(), &key_sums);
+            kernel::add_compensated(normalizer, normalizer_low, T::one(), key_sums);
         }
     });
     state.log_scale = old_units[chunks];
@@ -297,26 +327,31 @@ pub(crate) fn absorb_only<T: Scalar>(
     v: ArrayView2<'_, T>,
     lanes: &mut Lanes<T>,
 ) -> Option<Result<(), Error>> {
-    let (lanes, snapshots) = lanes.take(k.nrows() / CHUNK);
-    let mapped = share(lanes.iter_mut(), |c, work| {
+    let chunks = k.nrows() / CHUNK;
+    lanes.reserve(chunks);
+    let Lanes { chunks: lanes, threads, snapshots } = lanes;
+    let lanes = &mut lanes[..chunks];
+    let mapped = share(threads, lanes.iter_mut(), |work, c, lane| {
         let rows = c * CHUNK..(c + 1) * CHUNK;
-        work.chunk.resize(CHUNK, engine.num_features(), v.ncols());
-        engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
-        work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
+        with_chunk(lane, work, |work| {
+            work.chunk.resize(CHUNK, engine.num_features(), v.ncols());
+            engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
+            work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
+        })
     });
     if let Err(error) = mapped.into_iter().collect::<Result<(), Error>>() {
         return Some(Err(error));
     }
-    if lanes.iter().any(|work| work.chunk.large_values) {
+    if lanes.iter().any(|lane| lane.chunk.large_values) {
         return None;
     }
     let mut unit = state.log_scale;
-    let raise = |work: &Workspace<T>| {
-        unit = work.chunk.key_scale[..CHUNK].iter().fold(unit, |m, &scale| m.max(scale));
+    let raise = |lane: &Lane<T>| {
+        unit = lane.chunk.key_scale[..CHUNK].iter().fold(unit, |m, &scale| m.max(scale));
         unit
     };
     let units: Vec<T> = lanes.iter().map(raise).collect();
-    absorb(state, lanes, &units, snapshots, false);
+    absorb(state, lanes, &units, snapshots, threads, false);
     Some(Ok(()))
 }
 
@@ -329,8 +364,8 @@ pub(crate) fn read<T: Scalar>(
     readout: Readout,
     lanes: &mut Lanes<T>,
 ) -> Result<(), Error> {
-    let (lanes, _) = lanes.take(q.nrows() / CHUNK);
-    let answered = share(lanes.iter_mut().zip(out.axis_chunks_iter_mut(Axis(0), CHUNK)), |c, (work, mut out)| {
+    lanes.reserve(0);
+    let answered = share(&mut lanes.threads, out.axis_chunks_iter_mut(Axis(0), CHUNK), |work, c, mut out| {
         let q = views::rows(q, c * CHUNK..(c + 1) * CHUNK);
         engine
             .read(state, q, work, |start, answer| {

@@ -1,0 +1,109 @@
+//! A decode loop and a steady forward pass allocate nothing.
+
+mod common;
+
+use common::normal;
+use dijiang::{Attention, DctFeatures, FeatureMap, LinearAttention, Mask, Performer, Scratch, SoftmaxAttention};
+use dijiang::{EluFeatures, Radii, TaylorFeatures};
+use ndarray::{Array1, Array2, s};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// Counts the allocations of this thread.
+struct Counter;
+
+thread_local! {
+    static COUNT: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: hands every call on to the system allocator.
+unsafe impl GlobalAlloc for Counter {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.with(|count| count.set(count.get() + 1));
+        // SAFETY: as called.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: as called.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTER: Counter = Counter;
+
+/// How often `work` allocates.
+fn allocations(work: impl FnOnce()) -> usize {
+    let before = COUNT.with(Cell::get);
+    work();
+    COUNT.with(Cell::get) - before
+}
+
+fn maps(d: usize) -> Vec<Box<dyn FeatureMap<f32>>> {
+    let antithetic = DctFeatures::new(d, 2 * d, 0).unwrap().with_radii(Radii::Antithetic).unwrap();
+    vec![
+        Box::new(Performer::new(d, 64, 0).unwrap()),
+        Box::new(Performer::new(d, 33, 0).unwrap().with_weights(Array1::linspace(0.5, 1.5, 33)).unwrap()),
+        Box::new(DctFeatures::new(d, 64, 0).unwrap()),
+        Box::new(antithetic),
+        Box::new(DctFeatures::official(Array1::linspace(-2.0, 2.0, d)).unwrap()),
+        Box::new(EluFeatures::new(d).unwrap()),
+        Box::new(TaylorFeatures::new(d.min(16)).unwrap()),
+    ]
+}
+
+/// Several calls in the same memory, some of fewer tokens than the first.
+fn check_kernel(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool) {
+    let [q, k, v] = [1, 2, 3].map(|seed| normal::<f32>(300, if seed == 3 { 20 } else { d }, 0.5, seed));
+    let mut out = Array2::zeros((300, 20));
+    let mut scratch = Scratch::new();
+    for mask in [Mask::Causal, Mask::Full] {
+        let mut forward = |n: usize| {
+            let rows = s![..n, ..];
+            let out = out.slice_mut(rows);
+            kernel.forward_with(q.slice(rows), k.slice(rows), v.slice(rows), mask, out, &mut scratch).unwrap();
+        };
+        [300, 1].into_iter().for_each(&mut forward);
+        let count = allocations(|| [300, 1, 70, 300].into_iter().for_each(&mut forward));
+        assert_eq!(count, 0, "{name}, {mask:?}: a steady forward pass allocates");
+    }
+    if grows {
+        return;
+    }
+    let mut stream = kernel.stream(20).unwrap();
+    let mut extend = |n: usize| {
+        let rows = s![..n, ..];
+        stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+    };
+    [300, 3, 1].into_iter().for_each(&mut extend);
+    let count = allocations(|| (0..50).for_each(|_| extend(1)));
+    assert_eq!(count, 0, "{name}: a decode step allocates");
+    let count = allocations(|| [300, 3, 64].into_iter().for_each(&mut extend));
+    assert_eq!(count, 0, "{name}: a prefill allocates");
+}
+
+#[test]
+fn steady_calls_allocate_nothing() {
+    for d in [8, 64, 80, 128] {
+        for (i, map) in maps(d).into_iter().enumerate() {
+            let d = map.head_dim();
+            check_kernel(&format!("map {i}, d = {d}"), &LinearAttention::new(map), d, false);
+        }
+        check_kernel("softmax", &SoftmaxAttention::new(d).unwrap(), d, true);
+    }
+}
+
+/// A cache that grows must allocate now and then, but seldom.
+#[test]
+fn a_softmax_cache_grows_by_doubling() {
+    let x = normal::<f32>(1, 64, 1.0, 0);
+    let mut out = Array2::zeros((1, 64));
+    let mut stream = SoftmaxAttention::<f32>::new(64).unwrap().stream(64).unwrap();
+    let count = allocations(|| {
+        for _ in 0..4096 {
+            stream.extend(x.view(), x.view(), x.view(), out.view_mut()).unwrap();
+        }
+    });
+    assert!(count < 50, "{count} allocations in 4096 steps");
+}
