@@ -163,6 +163,18 @@ impl<T: Scalar> Scratch<T> {
     pub fn new() -> Self {
         Self { state: State::new(), work: Workspace::new(), tile: Tile::new() }
     }
+
+    /// Memory of one of many threads.
+    #[cfg_attr(not(feature = "rayon"), allow(unused_mut))]
+    pub(crate) fn of_one_thread() -> Self {
+        let mut scratch = Self::new();
+        #[cfg(feature = "rayon")]
+        {
+            scratch.work.parallel = false;
+            scratch.tile.parallel = false;
+        }
+        scratch
+    }
 }
 
 impl<T: Scalar> Default for Scratch<T> {
@@ -228,6 +240,38 @@ pub trait Stream<T: Scalar>: Debug + Send {
     /// Forgets every token.
     fn reset(&mut self);
 
+    /// Says that the caller has work for every thread already.
+    #[doc(hidden)]
+    fn stay_on_one_thread(&mut self) {}
+
+    /// Remembers the state as it is now, for [`rollback`](Self::rollback); returns whether this stream can. It takes the place of an
+    /// earlier checkpoint. A fixed-size state is copied, a growing cache only measured; nothing is allocated after the first time.
+    ///
+    /// ```
+    /// use dijiang::{Attention, LinearAttention, Performer};
+    /// use ndarray::Array2;
+    ///
+    /// let mut stream = LinearAttention::new(Performer::<f32>::new(8, 16, 0)?).stream(8)?;
+    /// let (draft, mut out) = (Array2::ones((5, 8)), Array2::zeros((5, 8)));
+    /// assert!(stream.checkpoint());
+    /// stream.extend(draft.view(), draft.view(), draft.view(), out.view_mut())?;
+    /// stream.rollback()?; // the draft was not accepted
+    /// assert_eq!(stream.len(), 0);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    fn checkpoint(&mut self) -> bool {
+        false
+    }
+
+    /// Goes back to the state of the last [`checkpoint`](Self::checkpoint), as often as wanted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if there is none, or the stream was reset or restored since. The stream is then unchanged.
+    fn rollback(&mut self) -> Result<(), Error> {
+        Err(NO_CHECKPOINT)
+    }
+
     /// Copies the state out, to store it or to send it elsewhere.
     ///
     /// # Errors
@@ -264,6 +308,9 @@ pub trait Stream<T: Scalar>: Debug + Send {
         Err(Error::Unsupported { what: "restoring this stream", why: "its type does not implement `Stream::restore`" })
     }
 }
+
+pub(crate) const NO_CHECKPOINT: Error =
+    Error::Unsupported { what: "rolling this stream back", why: "it has no checkpoint; call `checkpoint` first" };
 
 impl<T: Scalar> Clone for Box<dyn Stream<T>> {
     fn clone(&self) -> Self {

@@ -8,7 +8,7 @@ pub(crate) mod parallel;
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
 pub use linear::LinearMemory;
-pub(crate) use linear::{Engine, State, Workspace};
+pub(crate) use linear::{Checkpoint, Engine, State, Workspace};
 
 use crate::kernel::{self, Buffer, columns, padded};
 use crate::{Error, Scalar, check};

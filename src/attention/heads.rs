@@ -1,6 +1,6 @@
 //! Many heads at once: `[batch, heads, n, d]` views, grouped-query heads, padded keys, threads.
 
-use super::{Attention, Mask, Stream};
+use super::{Attention, Mask, Scratch, Stream};
 use crate::views::head;
 use crate::{Error, Scalar, check};
 use ndarray::{Array4, ArrayView4, ArrayViewMut2, ArrayViewMut4, Axis};
@@ -126,13 +126,12 @@ impl<T: Scalar> MultiHead<T> {
         if mask == Mask::Causal {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
-        let tasks = outputs(out);
-        for_each(tasks, |(b, h, out): Head<'_, T>| {
+        for_each(outputs(out), Scratch::new, Scratch::of_one_thread, |scratch, (b, h, out): Head<'_, T>| {
             let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[b]);
             let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
             let kv = self.kv_head(h);
             let (q, k, v) = (head(&q, b, h, queries), head(&k, b, kv, keys), head(&v, b, kv, keys));
-            self.kernels[h].forward_into(q, k, v, mask, split_padding(out, queries))
+            self.kernels[h].forward_with(q, k, v, mask, split_padding(out, queries), scratch)
         })
     }
 
@@ -144,11 +143,14 @@ impl<T: Scalar> MultiHead<T> {
     pub fn stream(&self, batch: usize, value_dim: usize) -> Result<MultiHeadStream<T>, Error> {
         check::at_least_one("batch", batch)?;
         check::array("batch", batch, self.kernels.len())?;
-        let streams = (0..batch)
+        let mut streams = (0..batch)
             .flat_map(|_| &self.kernels)
             .map(|kernel| kernel.stream(value_dim))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(MultiHeadStream { heads: self.clone(), value_dim, streams })
+        if enough_for_threads(streams.len()) {
+            streams.iter_mut().for_each(|stream| stream.stay_on_one_thread());
+        }
+        Ok(MultiHeadStream { heads: self.clone(), value_dim, streams, copies: Vec::new() })
     }
 }
 
@@ -209,18 +211,44 @@ fn split_padding<T: Scalar>(out: ArrayViewMut2<'_, T>, tokens: usize) -> ArrayVi
     real
 }
 
-/// Runs every task; the error of the first that failed, in order.
+/// Whether there are tasks enough for every thread, so that none need be shared out itself.
+fn enough_for_threads(tasks: usize) -> bool {
+    #[cfg(feature = "rayon")]
+    return tasks >= rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    return tasks > 0;
+}
+
+/// Runs every task in working memory, made by `alone` if tasks may use more threads themselves and by `among` if not; the error of
+/// the first that failed, in order.
 #[cfg(feature = "rayon")]
-fn for_each<I: Send>(tasks: Vec<I>, run: impl Fn(I) -> Result<(), Error> + Send + Sync) -> Result<(), Error> {
+fn for_each<I: Send, W: Send>(
+    tasks: Vec<I>,
+    alone: impl Fn() -> W + Send + Sync,
+    among: impl Fn() -> W + Send + Sync,
+    run: impl Fn(&mut W, I) -> Result<(), Error> + Send + Sync,
+) -> Result<(), Error> {
     use rayon::prelude::*;
-    let results: Vec<_> = tasks.into_par_iter().map(run).collect();
+    if tasks.len() == 1 {
+        let mut memory = alone();
+        return tasks.into_iter().try_for_each(|task| run(&mut memory, task));
+    }
+    let enough = enough_for_threads(tasks.len());
+    let memory = || if enough { among() } else { alone() };
+    let results: Vec<_> = tasks.into_par_iter().map_init(memory, run).collect();
     results.into_iter().collect()
 }
 
-/// Runs every task; the error of the first that failed, in order.
+/// As with feature `rayon`, on one thread.
 #[cfg(not(feature = "rayon"))]
-fn for_each<I>(tasks: Vec<I>, run: impl Fn(I) -> Result<(), Error>) -> Result<(), Error> {
-    tasks.into_iter().try_for_each(run)
+fn for_each<I, W>(
+    tasks: Vec<I>,
+    alone: impl Fn() -> W,
+    _among: impl Fn() -> W,
+    run: impl Fn(&mut W, I) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut memory = alone();
+    tasks.into_iter().try_for_each(|task| run(&mut memory, task))
 }
 
 /// The causal state of every head and sequence of a layer.
@@ -243,6 +271,8 @@ pub struct MultiHeadStream<T: Scalar> {
     value_dim: usize,
     /// Sequence after sequence, head after head.
     streams: Vec<Box<dyn Stream<T>>>,
+    /// Copies of those that cannot be rolled back, while they are extended.
+    copies: Vec<Option<Box<dyn Stream<T>>>>,
 }
 
 impl<T: Scalar> MultiHeadStream<T> {
@@ -269,17 +299,31 @@ impl<T: Scalar> MultiHeadStream<T> {
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", self.value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
-        // A head that fails must not leave the others ahead of it: each works on a copy.
-        let mut next = self.streams.clone();
-        let tasks = outputs(out).into_iter().zip(&mut next).collect();
-        for_each(tasks, |((b, h, out), stream): (Head<'_, T>, &mut Box<dyn Stream<T>>)| {
-            let tokens = lengths.map_or(q.dim().2, |lengths| lengths[b]);
-            let kv = heads.kv_head(h);
-            let (q, k, v) = (head(&q, b, h, tokens), head(&k, b, kv, tokens), head(&v, b, kv, tokens));
-            stream.extend(q, k, v, split_padding(out, tokens))
-        })?;
-        self.streams = next;
-        Ok(())
+        // A head that fails must not leave the others ahead of it.
+        self.copies.clear();
+        self.copies.extend(self.streams.iter_mut().map(|stream| (!stream.checkpoint()).then(|| stream.clone())));
+        let tasks = outputs(out).into_iter().zip(&mut self.streams).collect();
+        let result = for_each(
+            tasks,
+            || (),
+            || (),
+            |(), ((b, h, out), stream): (Head<'_, T>, &mut Box<dyn Stream<T>>)| {
+                let tokens = lengths.map_or(q.dim().2, |lengths| lengths[b]);
+                let kv = heads.kv_head(h);
+                let (q, k, v) = (head(&q, b, h, tokens), head(&k, b, kv, tokens), head(&v, b, kv, tokens));
+                stream.extend(q, k, v, split_padding(out, tokens))
+            },
+        );
+        if result.is_err() {
+            for (stream, copy) in self.streams.iter_mut().zip(&mut self.copies) {
+                match copy.take() {
+                    Some(copy) => *stream = copy,
+                    None => stream.rollback()?,
+                }
+            }
+        }
+        self.copies.clear();
+        result
     }
 
     /// Tokens absorbed by each sequence.

@@ -1,7 +1,7 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
-use super::{Attention, Mask, Scratch, Stream, StreamState};
-use crate::memory::{Engine, LinearMemory, Memory, Readout, Workspace};
+use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
+use crate::memory::{Checkpoint, Engine, LinearMemory, Memory, Readout, Workspace};
 use crate::{Error, FeatureMap, Scalar, check};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::Arc;
@@ -109,7 +109,7 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        Box::new(LinearStream { memory, readout: self.readout, work: Workspace::new() })
+        Box::new(LinearStream { memory, readout: self.readout, work: Workspace::new(), checkpoint: Checkpoint::new() })
     }
 }
 
@@ -164,6 +164,7 @@ struct LinearStream<T, F> {
     memory: LinearMemory<T, F>,
     readout: Readout,
     work: Workspace<T>,
+    checkpoint: Checkpoint<T>,
 }
 
 const KERNEL: &str = "linear";
@@ -195,11 +196,30 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { memory: self.memory.clone(), readout: self.readout, work: Workspace::new() })
+        Box::new(Self {
+            memory: self.memory.clone(),
+            readout: self.readout,
+            work: self.work.like(),
+            checkpoint: Checkpoint::new(),
+        })
     }
 
     fn reset(&mut self) {
         self.memory.reset();
+        self.checkpoint.clear();
+    }
+
+    fn stay_on_one_thread(&mut self) {
+        self.work.stay_on_one_thread();
+    }
+
+    fn checkpoint(&mut self) -> bool {
+        self.memory.save_to(&mut self.checkpoint);
+        true
+    }
+
+    fn rollback(&mut self) -> Result<(), Error> {
+        if self.memory.return_to(&self.checkpoint) { Ok(()) } else { Err(NO_CHECKPOINT) }
     }
 
     fn save(&self) -> Result<StreamState<T>, Error> {
@@ -210,6 +230,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
         let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
         self.memory.set_numbers(state.tokens(), numbers);
+        self.checkpoint.clear();
         Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
-use super::{Attention, Mask, Scratch, Stream, StreamState};
+use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
 use crate::memory::{ExactMemory, Memory, QUERY_BLOCK, Readout, Tile, attend};
 use crate::views::{rows, rows_mut};
 use crate::{Error, Scalar, check};
@@ -131,7 +131,11 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        Ok(Box::new(SoftmaxStream { cache: ExactMemory::new(self.head_dim, value_dim, scale)?, tile: Tile::new() }))
+        Ok(Box::new(SoftmaxStream {
+            cache: ExactMemory::new(self.head_dim, value_dim, scale)?,
+            tile: Tile::new(),
+            checkpoint: None,
+        }))
     }
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
@@ -149,6 +153,8 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 struct SoftmaxStream<T> {
     cache: ExactMemory<T>,
     tile: Tile<T>,
+    /// Tokens at the last checkpoint.
+    checkpoint: Option<usize>,
 }
 
 const KERNEL: &str = "softmax";
@@ -166,7 +172,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         check::all_finite(q, k, v)?;
         let before = self.cache.len();
         self.cache.push(k, v);
-        let Self { cache, tile } = self;
+        let Self { cache, tile, .. } = self;
         let result = answer(q, cache.keys(), cache.values(), cache.scale(), Some(before), out, tile);
         if result.is_err() {
             self.cache.truncate(before);
@@ -183,11 +189,26 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { cache: self.cache.clone(), tile: Tile::new() })
+        Box::new(Self { cache: self.cache.clone(), tile: self.tile.like(), checkpoint: None })
     }
 
     fn reset(&mut self) {
         self.cache.reset();
+        self.checkpoint = None;
+    }
+
+    fn stay_on_one_thread(&mut self) {
+        self.tile.stay_on_one_thread();
+    }
+
+    fn checkpoint(&mut self) -> bool {
+        self.checkpoint = Some(self.cache.len());
+        true
+    }
+
+    fn rollback(&mut self) -> Result<(), Error> {
+        self.cache.truncate(self.checkpoint.ok_or(NO_CHECKPOINT)?);
+        Ok(())
     }
 
     fn save(&self) -> Result<StreamState<T>, Error> {
@@ -202,7 +223,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let count = tokens.saturating_mul(head_dim + value_dim);
         let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
         let (k, v) = numbers.split_at(tokens * head_dim);
-        self.cache.reset();
+        self.reset();
         self.cache.push(
             ArrayView2::from_shape((tokens, head_dim), k).expect("counted"),
             ArrayView2::from_shape((tokens, value_dim), v).expect("counted"),

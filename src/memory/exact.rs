@@ -46,6 +46,24 @@ impl<T: Scalar> Tile<T> {
             parallel: true,
         }
     }
+
+    /// Empty memory for a copy of a stream.
+    pub(crate) fn like(&self) -> Self {
+        Self {
+            #[cfg(feature = "rayon")]
+            parallel: self.parallel,
+            ..Self::new()
+        }
+    }
+
+    /// Leaves the threads to others.
+    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
+    pub(crate) fn stay_on_one_thread(&mut self) {
+        #[cfg(feature = "rayon")]
+        {
+            self.parallel = false;
+        }
+    }
 }
 
 /// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie so, else copied.

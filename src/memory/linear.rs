@@ -476,6 +476,41 @@ impl<T: Scalar> Workspace<T> {
             lanes: Box::default(),
         }
     }
+
+    /// Empty scratch for a copy of a stream.
+    pub(crate) fn like(&self) -> Self {
+        Self {
+            #[cfg(feature = "rayon")]
+            parallel: self.parallel,
+            ..Self::new()
+        }
+    }
+
+    /// Leaves the threads to others.
+    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
+    pub(crate) fn stay_on_one_thread(&mut self) {
+        #[cfg(feature = "rayon")]
+        {
+            self.parallel = false;
+        }
+    }
+}
+
+/// A state to return to, if there is one.
+#[derive(Debug)]
+pub(crate) struct Checkpoint<T> {
+    state: State<T>,
+    valid: bool,
+}
+
+impl<T: Scalar> Checkpoint<T> {
+    pub(crate) fn new() -> Self {
+        Self { state: State::new(), valid: false }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.valid = false;
+    }
 }
 
 /// Whether queries or keys are mapped.
@@ -977,6 +1012,20 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             largest > T::from_f64(T::SAFE_VALUE)
         };
         self.guarded(risky, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
+    }
+
+    /// Copies the state.
+    pub(crate) fn save_to(&self, checkpoint: &mut Checkpoint<T>) {
+        checkpoint.state.copy_from(&self.state);
+        checkpoint.valid = true;
+    }
+
+    /// Takes the state of a checkpoint; returns whether there is one.
+    pub(crate) fn return_to(&mut self, checkpoint: &Checkpoint<T>) -> bool {
+        if checkpoint.valid {
+            self.state.copy_from(&checkpoint.state);
+        }
+        checkpoint.valid
     }
 
     /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the state has changed.

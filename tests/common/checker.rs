@@ -216,6 +216,18 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     assert_eq!(feed(&mut *restored, &rest, &sizes), out, "{}: a restored stream", subject.name);
     assert_eq!(restored.save().unwrap(), stream.save().unwrap());
 
+    let mut tried = kernel.stream(2).unwrap();
+    feed(&mut *tried, &first, &[50]);
+    assert!(matches!(tried.rollback(), Err(Error::Unsupported { .. })), "{}: no checkpoint yet", subject.name);
+    assert!(tried.checkpoint());
+    for _ in 0..2 {
+        assert_eq!(feed(&mut *tried, &rest, &sizes), out, "{}: from a checkpoint", subject.name);
+        tried.rollback().unwrap();
+        assert_eq!(tried.save().unwrap(), saved, "{}: rolled back", subject.name);
+    }
+    tried.reset();
+    assert!(matches!(tried.rollback(), Err(Error::Unsupported { .. })), "{}: reset since", subject.name);
+
     stream.reset();
     assert_eq!((stream.len(), stream.state_floats(), stream.save().unwrap()), (0, empty.0, empty.1.clone()));
     let again = feed(&mut *stream, &first, &[50]);
