@@ -7,7 +7,7 @@ pub(crate) mod performer;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
 
-use crate::kernel::{Buffer, CHUNK, columns, padded};
+use crate::kernel::{Buffer, chunk_len, columns, padded};
 use crate::{Error, Scalar, check, views};
 use core::fmt::Debug;
 use ndarray::{Array1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -116,6 +116,22 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
         log_scale: &mut [T],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error>;
+
+    /// Maps two vectors, as [`map_columns`](Self::map_columns) with width 1.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`map_columns`](Self::map_columns) for either.
+    fn map_pair(
+        &self,
+        x: [&[T]; 2],
+        [first, second]: [&mut [T]; 2],
+        log_scale: [&mut [T]; 2],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
+        self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
+    }
 }
 
 /// [`FeatureMap::map_queries`] of a column map: checks, and transposes there and back.
@@ -128,12 +144,12 @@ fn map_by_columns<T: Scalar>(
     mut log_scale: ArrayViewMut1<'_, T>,
 ) -> Result<(), Error> {
     check_map(head_dim, num_features, x, &values, &log_scale)?;
-    let width = padded::<T>(x.nrows().min(CHUNK));
+    let width = padded::<T>(x.nrows().min(chunk_len::<T>()));
     let (mut vectors, mut features) = (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
     let (mut scales, mut scratch) = (Buffer::zeros(width), [Buffer::new(), Buffer::new()]);
     let mut copy = Buffer::zeros(width * num_features);
-    for start in (0..x.nrows()).step_by(CHUNK) {
-        let rows = start..x.nrows().min(start + CHUNK);
+    for start in (0..x.nrows()).step_by(chunk_len::<T>()) {
+        let rows = start..x.nrows().min(start + chunk_len::<T>());
         let tokens = rows.len();
         views::to_columns(views::rows(x, rows.clone()), T::one(), width, &mut vectors);
         map.map_columns(&vectors, width, tokens, &mut features, &mut scales, &mut scratch)

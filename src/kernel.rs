@@ -14,12 +14,14 @@ pub(crate) mod simd;
 
 pub(crate) use buffer::{Buffer, padded};
 pub(crate) use exp::exp2_slice;
-pub(crate) use gemm::{Into, Matrix, Product, add_row_times_matrix, row_times_matrix};
+pub(crate) use gemm::{Into, Matrix, Product, add_row_times_matrix, row_times_matrix, two_rows_times_matrix};
 
 use simd::{Lanes, Level, Loop, dispatch};
 
-/// Tokens of linear attention that are mapped and summed at once.
-pub(crate) const CHUNK: usize = 64;
+/// Tokens of linear attention that are mapped and summed at once: four cache lines of numbers, 64 for `f32`.
+pub(crate) const fn chunk_len<T: Lanes>() -> usize {
+    4 * T::PAD
+}
 
 /// Vectors of a reduction that are summed apart, so that additions do not wait for each other.
 const ACCUMULATORS: usize = 4;
@@ -232,7 +234,12 @@ pub(crate) fn add_scaled<T: Lanes>(y: &mut [T], factor: T, x: &[T]) {
 /// One compensated addition: `sum += addend`, the rounding error in `low`.
 #[inline(always)]
 fn compensate<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T::V<L>, addend: T::V<L>) {
-    let addend = T::vadd(level, addend, *low);
+    compensate_with::<T, L>(level, sum, low, T::vadd(level, addend, *low));
+}
+
+/// The same, given what `addend` and `low` come to.
+#[inline(always)]
+fn compensate_with<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T::V<L>, addend: T::V<L>) {
     let total = T::vadd(level, *sum, addend);
     *low = T::vsub(level, addend, T::vsub(level, total, *sum));
     *sum = total;
@@ -273,7 +280,8 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
             let (low, low_rest) = low.split_at_mut(whole);
             let splat = T::splat(level, factor);
             for ((sum, low), x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x) {
-                compensate::<T, L>(level, sum, low, T::vmul(level, splat, *x));
+                let addend = T::vfma(level, splat, *x, *low);
+                compensate_with::<T, L>(level, sum, low, addend);
             }
             for ((sum, low), &x) in sum_rest.iter_mut().zip(low_rest).zip(&self.x[whole..]) {
                 let addend = factor * x + *low;
@@ -282,6 +290,126 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
                 *sum = total;
             }
         }
+    }
+}
+
+/// `to = factor·from`; Σ to·0, which is 0 if every number is finite.
+pub(crate) fn scale_into<T: Lanes>(factor: T, from: &[T], to: &mut [T]) -> T {
+    dispatch(ScaleInto { factor, from, to })
+}
+
+struct ScaleInto<'a, T> {
+    factor: T,
+    from: &'a [T],
+    to: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ScaleInto<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        let (factor, zero) = (T::splat(level, self.factor), T::splat(level, T::zero()));
+        let whole = self.from.len().min(self.to.len()) / T::lanes::<L>() * T::lanes::<L>();
+        let mut mark = zero;
+        for (from, to) in T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to)) {
+            *to = T::vmul(level, factor, *from);
+            mark = T::vfma(level, *to, zero, mark);
+        }
+        let mut mark = T::vsum(level, mark);
+        for (from, to) in self.from[whole..].iter().zip(&mut self.to[whole..]) {
+            *to = self.factor * *from;
+            mark = mark + *to * T::zero();
+        }
+        mark
+    }
+}
+
+/// One vector of logits to base 2: `x_i ← 2^(x_i − max)`; returns the maximum and ½ Σ v_j².
+pub(crate) fn exp2_below_maximum<T: Lanes>(x: &mut [T], v: &[T]) -> (T, T) {
+    dispatch(Exp2BelowMaximum { x, v })
+}
+
+struct Exp2BelowMaximum<'a, T> {
+    x: &'a mut [T],
+    v: &'a [T],
+}
+
+impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
+    type Output = (T, T);
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> (T, T) {
+        let half = T::one() / (T::one() + T::one());
+        let norm = half * dot_at(level, self.v, self.v);
+        let largest = Reduce { x: &*self.x, how: Max }.run(level);
+        exp::Exp2 { x: self.x, shift: largest }.run(level);
+        (largest, norm)
+    }
+}
+
+/// A decode step on the sums of a state: `answer = own·v + Σ_p q_p·sum_p`, then `sum_p += k_p·v`, rows as wide as `v`, whole vectors of it; see
+/// [`add_compensated`]. Every number of the sums is loaded once.
+pub(crate) fn read_and_add_outer<T: Lanes>(
+    own: T,
+    [q, k, v]: [&[T]; 3],
+    sum: &mut [T],
+    low: &mut [T],
+    answer: &mut [T],
+) {
+    debug_assert!(v.len().is_multiple_of(T::PAD) && answer.len() == v.len());
+    dispatch(ReadAndAddOuter { own, q, k, v, sum, low, answer });
+}
+
+struct ReadAndAddOuter<'a, T> {
+    own: T,
+    q: &'a [T],
+    k: &'a [T],
+    v: &'a [T],
+    sum: &'a mut [T],
+    low: &'a mut [T],
+    answer: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ReadAndAddOuter<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        let (lanes, width) = (T::lanes::<L>(), self.v.len());
+        let mut j = 0;
+        while j + 4 * lanes <= width {
+            self.strip::<L, 4>(level, j);
+            j += 4 * lanes;
+        }
+        while j < width {
+            self.strip::<L, 1>(level, j);
+            j += lanes;
+        }
+    }
+}
+
+impl<T: Lanes> ReadAndAddOuter<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let (strip, width) = (V * T::lanes::<L>(), self.v.len());
+        let v = T::vectors::<L>(&self.v[j..j + strip]);
+        let mut total = [T::splat(level, self.own); V];
+        for i in 0..V {
+            total[i] = T::vmul(level, total[i], v[i]);
+        }
+        let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
+        for ((sum, low), (&q, &k)) in rows.zip(self.q.iter().zip(self.k)) {
+            let sum = T::vectors_mut::<L>(&mut sum[j..j + strip]);
+            let low = T::vectors_mut::<L>(&mut low[j..j + strip]);
+            let (q, k) = (T::splat(level, q), T::splat(level, k));
+            for i in 0..V {
+                total[i] = T::vfma(level, q, sum[i], total[i]);
+                let addend = T::vfma(level, k, v[i], low[i]);
+                compensate_with::<T, L>(level, &mut sum[i], &mut low[i], addend);
+            }
+        }
+        T::vectors_mut::<L>(&mut self.answer[j..j + strip])[..V].copy_from_slice(&total);
     }
 }
 
@@ -324,6 +452,30 @@ mod tests {
             machine.run(AddOuter { sum: &mut sum, low: &mut low, factors: &factors, x: &x });
             for i in 0..n {
                 close(sum[i], b[i] + 2.0 * a[i]);
+            }
+            let mut scaled = vec![T::nan(); n];
+            assert!(machine.run(ScaleInto { factor: factors[0], from: &x, to: &mut scaled }) == T::zero());
+            assert!(scaled.iter().zip(&x).all(|(s, &x)| *s == factors[0] * x));
+            let mut powers = x.clone();
+            let (largest, norm) = machine.run(Exp2BelowMaximum { x: &mut powers, v: &y });
+            let expected = a.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert_eq!(largest.to_f64().unwrap(), expected);
+            close(norm, 0.5 * b.iter().map(|b| b * b).sum::<f64>());
+            powers.iter().zip(&a).for_each(|(&power, a)| close(power, (a - expected).exp2()));
+            for width in [T::PAD, 4 * T::PAD, 5 * T::PAD] {
+                let (v, start) = (numbers::<T>(width, 0.9), numbers::<T>(n * width, 0.31));
+                let (mut plain, mut plain_low) = (start.clone(), vec![T::zero(); n * width]);
+                machine.run(AddOuter { sum: &mut plain, low: &mut plain_low, factors: &y, x: &v });
+                let (mut sum, mut low, mut answer) = (start.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
+                let (sum_, low_) = (&mut sum[..], &mut low[..]);
+                let own = factors[0];
+                machine.run(ReadAndAddOuter { own, q: &x, k: &y, v: &v, sum: sum_, low: low_, answer: &mut answer });
+                assert!(sum == plain && low == plain_low, "{machine:?} {n} {width}");
+                let start = wide(&start);
+                for j in 0..width {
+                    let read: f64 = (0..n).map(|p| a[p] * start[p * width + j]).sum();
+                    close(answer[j], read + 2.0 * v[j].to_f64().unwrap());
+                }
             }
             if n > 0 {
                 let (rows, mut out) = (numbers::<T>(3 * n, 0.4), vec![T::nan(); 3]);

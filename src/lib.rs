@@ -100,6 +100,8 @@
 )]
 
 mod attention;
+#[doc(hidden)]
+pub mod bench;
 mod calibration;
 mod check;
 mod error;

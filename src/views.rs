@@ -6,7 +6,11 @@ use core::ops::Range;
 use ndarray::{ArrayView2, ArrayView4, ArrayViewMut2, Axis, Slice};
 
 /// Rows of a view.
+#[inline]
 pub(crate) fn rows<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> ArrayView2<'_, T> {
+    if range == (0..x.nrows()) {
+        return x;
+    }
     x.slice_axis_inplace(Axis(0), Slice::from(range));
     x
 }
@@ -18,7 +22,11 @@ pub(crate) fn columns<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> Array
 }
 
 /// Rows of a mutable view.
+#[inline]
 pub(crate) fn rows_mut<T>(mut x: ArrayViewMut2<'_, T>, range: Range<usize>) -> ArrayViewMut2<'_, T> {
+    if range == (0..x.nrows()) {
+        return x;
+    }
     x.slice_axis_inplace(Axis(0), Slice::from(range));
     x
 }

@@ -75,8 +75,9 @@ pub struct DctFeatures<T> {
 enum Way<T> {
     /// A product with the whole projection: small head dimensions.
     Dense(Dense<T>),
-    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i` times norms.
-    Lanes(LanesDct<T>, Vec<T>, Exponents<T>),
+    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i` times norms; the product for a single
+    /// token, if it is small.
+    Lanes { lanes: LanesDct<T>, outer: Vec<T>, exponents: Exponents<T>, one: Option<Dense<T>> },
     /// A fast transform of one token after the other.
     Rows(Exponents<T>),
 }
@@ -85,6 +86,9 @@ enum Way<T> {
 fn lanes_pay(head_dim: usize, num_features: usize) -> bool {
     head_dim >= 64 && num_features >= 64
 }
+
+/// Up to this many numbers a projection is faster than a transform of one token.
+const SMALL_PRODUCT: usize = 1 << 14;
 
 /// Up to this head dimension the product also beats a transform of one token after the other.
 const DENSE_UP_TO: usize = 512;
@@ -195,7 +199,10 @@ impl<T: Scalar> DctFeatures<T> {
                     Kind::Official { .. } => self.radii.to_vec(),
                 };
                 let base_2 = |x: T| T::from_f64(x.as_f64() * core::f64::consts::LOG2_E);
-                Way::Lanes(lanes, outer.into_iter().map(base_2).collect(), exponents)
+                let outer = outer.into_iter().map(base_2).collect();
+                let small = self.head_dim * self.radii.len() <= SMALL_PRODUCT;
+                let one = small.then(|| Dense::new(self.projection().view(), &weights));
+                Way::Lanes { lanes, outer, exponents, one }
             }
             _ if self.head_dim <= DENSE_UP_TO => Way::Dense(Dense::new(self.projection().view(), &weights)),
             _ => Way::Rows(exponents),
@@ -439,12 +446,15 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
         let m = self.radii.len();
         match &self.way {
             Way::Dense(dense) => dense.map_columns(x, width, tokens, values, log_scale, scratch)?,
-            Way::Lanes(lanes, outer, exponents) if width > 1 => {
+            Way::Lanes { one: Some(dense), .. } if width == 1 => {
+                dense.map_columns(x, width, tokens, values, log_scale, scratch)?;
+            }
+            Way::Lanes { lanes, outer, exponents, .. } if width > 1 => {
                 self.transform_lanes(lanes, outer, x, width, values, scratch);
                 exponents.add_bias(values, width);
                 exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
             }
-            Way::Lanes(_, _, exponents) | Way::Rows(exponents) => {
+            Way::Lanes { exponents, .. } | Way::Rows(exponents) => {
                 self.transform_rows(x, width, tokens, values, &mut scratch[0]);
                 exponents.add_bias(values, width);
                 exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
@@ -467,6 +477,24 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
             log_scale.fill(T::zero());
         }
         Ok(())
+    }
+
+    fn map_pair(
+        &self,
+        x: [&[T]; 2],
+        [first, second]: [&mut [T]; 2],
+        log_scale: [&mut [T]; 2],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        match (&self.way, &self.kind) {
+            (Way::Dense(dense) | Way::Lanes { one: Some(dense), .. }, Kind::Softmax { .. }) => {
+                dense.map_pair(x, [first, second], log_scale, scratch)
+            }
+            _ => {
+                self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
+                self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
+            }
+        }
     }
 }
 

@@ -61,6 +61,22 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         }
         self.exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)
     }
+
+    fn map_pair(
+        &self,
+        x: [&[T]; 2],
+        [first, second]: [&mut [T]; 2],
+        log_scale: [&mut [T]; 2],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        let (m, stride) = (self.num_features, padded::<T>(self.num_features));
+        kernel::two_rows_times_matrix(x, &self.projection, stride, [&mut first[..stride], &mut second[..stride]]);
+        for ((x, values), log_scale) in x.into_iter().zip([first, second]).zip(log_scale) {
+            self.exponents.add_bias(&mut values[..m], 1);
+            self.exponents.finish(x, 1, 1, &mut values[..m], log_scale, scratch)?;
+        }
+        Ok(())
+    }
 }
 
 /// The end of every exponential map, once the logits are there.
@@ -114,9 +130,7 @@ impl<T: Scalar> Exponents<T> {
         let [scratch, _] = scratch;
         scratch.resize(width);
         if width == 1 {
-            scratch[0] = T::from_f64(0.5) * kernel::dot(x, x);
-            log_scale[0] = kernel::max(values);
-            kernel::exp2_slice(values, log_scale[0]);
+            (log_scale[0], scratch[0]) = kernel::exp2_below_maximum(values, x);
         } else {
             columns::half_squared_norms(x, scratch);
             columns::exp2_below_maximum(values, log_scale);

@@ -3,6 +3,14 @@
 use super::simd::Lanes;
 use core::ops::{Deref, DerefMut};
 
+/// Cache lines of a page. What lies whole pages apart is taken for the same by the stores of a core, which then wait for each other; so
+/// larger buffers begin in different parts of a page.
+const PAGE: usize = 64;
+
+/// Cache lines by which buffers on neighbouring pages are shifted, and after how many pages that begins again.
+const STAGGER: usize = 9;
+const PAGES: usize = 7;
+
 /// A slice of numbers aligned to 64 bytes.
 #[derive(Debug)]
 pub struct Buffer<T> {
@@ -33,9 +41,11 @@ impl<T: Lanes> Buffer<T> {
 
 impl<T: Clone> Buffer<T> {
     fn of(value: T, len: usize) -> Self {
-        let slack = 64 / size_of::<T>();
-        let data = vec![value; len + slack];
-        let offset = data.as_ptr().align_offset(64).min(slack);
+        let line = 64 / size_of::<T>();
+        let stagger = if len < PAGE * line { 0 } else { STAGGER * line };
+        let data = vec![value; len + line + (PAGES - 1) * stagger];
+        let page = data.as_ptr().addr() / (64 * PAGE) % PAGES;
+        let offset = data.as_ptr().align_offset(64).min(line) + page * stagger;
         Self { data, offset, len }
     }
 }

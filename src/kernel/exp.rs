@@ -60,9 +60,9 @@ pub(crate) fn exp2_slice<T: Lanes>(x: &mut [T], shift: T) {
     dispatch(Exp2 { x, shift });
 }
 
-struct Exp2<'a, T> {
-    x: &'a mut [T],
-    shift: T,
+pub(super) struct Exp2<'a, T> {
+    pub(super) x: &'a mut [T],
+    pub(super) shift: T,
 }
 
 impl<T: Lanes> Loop for Exp2<'_, T> {

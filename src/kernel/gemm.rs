@@ -253,6 +253,68 @@ impl<T: Lanes> RowTimesMatrix<'_, T> {
     }
 }
 
+/// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of [`Lanes::PAD`].
+pub(crate) fn two_rows_times_matrix<T: Lanes>(x: [&[T]; 2], b: &[T], ldb: usize, y: [&mut [T]; 2]) {
+    debug_assert!(y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len());
+    dispatch(TwoRowsTimesMatrix { x, b, ldb, y });
+}
+
+struct TwoRowsTimesMatrix<'a, T> {
+    x: [&'a [T]; 2],
+    b: &'a [T],
+    ldb: usize,
+    y: [&'a mut [T]; 2],
+}
+
+impl<T: Lanes> Loop for TwoRowsTimesMatrix<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        let (lanes, n) = (T::lanes::<L>(), self.y[0].len());
+        let mut j = 0;
+        while j + 4 * lanes <= n {
+            self.strip::<L, 4>(level, j);
+            j += 4 * lanes;
+        }
+        while j < n {
+            self.strip::<L, 1>(level, j);
+            j += lanes;
+        }
+    }
+}
+
+impl<T: Lanes> TwoRowsTimesMatrix<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let (width, ldb) = (V * T::lanes::<L>(), self.ldb);
+        // even and odd steps of the depth with sums of their own
+        let mut a = [T::splat(level, T::zero()); V];
+        let (mut b, mut c, mut d) = (a, a, a);
+        let mut start = j;
+        let mut pairs = self.x[0].chunks_exact(2).zip(self.x[1].chunks_exact(2));
+        for (x, y) in &mut pairs {
+            let rows = &self.b[start..start + ldb + width];
+            step::<T, L, V>(level, &mut a, x[0], &rows[..width]);
+            step::<T, L, V>(level, &mut b, y[0], &rows[..width]);
+            step::<T, L, V>(level, &mut c, x[1], &rows[ldb..ldb + width]);
+            step::<T, L, V>(level, &mut d, y[1], &rows[ldb..ldb + width]);
+            start += 2 * ldb;
+        }
+        if !self.x[0].len().is_multiple_of(2) {
+            let last = self.x[0].len() - 1;
+            step::<T, L, V>(level, &mut a, self.x[0][last], &self.b[start..start + width]);
+            step::<T, L, V>(level, &mut b, self.x[1][last], &self.b[start..start + width]);
+        }
+        let [x, y] = &mut self.y;
+        let (x, y) = (T::vectors_mut::<L>(&mut x[j..j + width]), T::vectors_mut::<L>(&mut y[j..j + width]));
+        for v in 0..V {
+            x[v] = T::vadd(level, a[v], c[v]);
+            y[v] = T::vadd(level, b[v], d[v]);
+        }
+    }
+}
+
 #[inline(always)]
 fn step<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], x: T, row: &[T]) {
     let x = T::splat(level, x);
@@ -303,6 +365,9 @@ mod tests {
             }
         }
         if m == 1 && n > T::PAD {
+            let (mut y, mut z) = (vec![T::nan(); n], vec![T::nan(); n]);
+            machine.run(TwoRowsTimesMatrix { x: [&a, &a], b: &b, ldb, y: [&mut y, &mut z] });
+            assert!(y == z && (0..n).all(|j| (wide(y[j]) - product[j]).abs() <= tolerance * (1.0 + k as f64)));
             let odd = n - T::PAD / 2 - 1;
             let mut y = vec![T::nan(); odd];
             machine.run(RowTimesMatrix { x: &a, b: &b, ldb, y: &mut y, add: false });

@@ -3,7 +3,7 @@
 #[cfg(feature = "rayon")]
 use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
-use crate::kernel::{self, Buffer, CHUNK, Into, Matrix, Product, columns, padded};
+use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
@@ -79,6 +79,8 @@ pub(crate) struct State<T> {
     pub(super) normalizer_low: Buffer<T>,
     pub(super) log_scale: T,
     pub(super) tokens: usize,
+    /// Whether huge values have been absorbed, so that a sum of sums may overflow.
+    may_be_large: bool,
 }
 
 impl<T: Scalar> State<T> {
@@ -91,6 +93,7 @@ impl<T: Scalar> State<T> {
             normalizer_low: Buffer::new(),
             log_scale: T::neg_infinity(),
             tokens: 0,
+            may_be_large: false,
         }
     }
 
@@ -104,6 +107,7 @@ impl<T: Scalar> State<T> {
         self.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
         self.log_scale = T::neg_infinity();
         self.tokens = 0;
+        self.may_be_large = false;
     }
 
     /// As [`Clone::clone_from`], into the memory there is.
@@ -116,6 +120,7 @@ impl<T: Scalar> State<T> {
         self.parts_mut().into_iter().zip(other.parts()).for_each(|(part, other)| part.copy_from_slice(other));
         self.log_scale = other.log_scale;
         self.tokens = other.tokens;
+        self.may_be_large = other.may_be_large;
     }
 
     pub(super) fn features(&self) -> usize {
@@ -159,7 +164,8 @@ impl<T: Scalar> State<T> {
     }
 
     /// Fails if the values were `large` and their sum has become so.
-    fn check_size(&self, large: bool, row: usize) -> Result<(), Error> {
+    fn check_size(&mut self, large: bool, row: usize) -> Result<(), Error> {
+        self.may_be_large |= large;
         if large && self.is_too_large() { Err(Error::Overflow { which: "the sum of values", row }) } else { Ok(()) }
     }
 
@@ -205,6 +211,35 @@ impl<T: Scalar> State<T> {
         kernel::add_outer(&mut self.sums, &mut self.sums_low, keys, &token.values);
         kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), keys);
         self.tokens += 1;
+    }
+
+    /// Answers a single token and adds it, in one pass over the sums, if that can neither fail half-way nor needs another unit: `false`
+    /// says that nothing was done.
+    fn read_and_absorb_token(&mut self, token: &mut Chunk<T>, readout: Readout, answer: &mut Answer<T>) -> bool {
+        let features = self.features();
+        let (query, key) = (&token.queries[..features], &mut token.keys[..features]);
+        let risky = self.may_be_large || token.large_values || readout == Readout::Unnormalized;
+        if risky || self.tokens == 0 || token.key_scale[0] > self.log_scale {
+            return false;
+        }
+        let factor = exp_difference(token.key_scale[0], self.log_scale);
+        let own = factor * kernel::dot(query, key);
+        let denominator = own + kernel::dot(query, &self.normalizer);
+        // with this the quotient of any sums of ordinary values stays in range
+        if !(denominator.is_finite() && denominator >= T::from_f64(1.0 / LARGEST_FEATURE)) {
+            return false;
+        }
+        if factor != T::one() {
+            kernel::scale(key, factor);
+        }
+        answer.resize(1, 1, self.stride());
+        answer.denominator[0] = denominator;
+        answer.log_scale[0] = token.query_scale[0] + self.log_scale;
+        let (sums, low) = (&mut self.sums, &mut self.sums_low);
+        kernel::read_and_add_outer(own, [query, key, &token.values], sums, low, &mut answer.numerator);
+        kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), key);
+        self.tokens += 1;
+        true
     }
 
     /// Answers a single token from the state and itself.
@@ -439,6 +474,7 @@ impl<T: Scalar> Chunk<T> {
 #[derive(Debug)]
 pub(crate) struct Workspace<T> {
     x: Buffer<T>,
+    x_key: Buffer<T>,
     map: [Buffer<T>; 2],
     /// For maps that take tokens as rows.
     rows: [Array2<T>; 2],
@@ -461,6 +497,7 @@ impl<T: Scalar> Workspace<T> {
     pub(crate) fn new() -> Self {
         Self {
             x: Buffer::new(),
+            x_key: Buffer::new(),
             map: [Buffer::new(), Buffer::new()],
             rows: [Array2::zeros((0, 0)), Array2::zeros((0, 0))],
             chunk: Chunk::new(),
@@ -551,7 +588,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own. The shapes have been
-    /// checked. On an error the state is left half-way, unless there is one token.
+    /// checked. On an error with several tokens the state is left half-way.
     pub(crate) fn extend(
         &self,
         state: &mut State<T>,
@@ -607,14 +644,18 @@ impl<'a, T: Scalar> Engine<'a, T> {
         tokens: Range<usize>,
         keep: bool,
     ) -> Result<(), Error> {
-        for start in tokens.clone().step_by(CHUNK) {
-            let range = start..tokens.end.min(start + CHUNK);
+        for start in tokens.clone().step_by(chunk_len::<T>()) {
+            let range = start..tokens.end.min(start + chunk_len::<T>());
             let last = range.end == tokens.end;
             let (q, k, v) =
                 (views::rows(q, range.clone()), views::rows(k, range.clone()), views::rows(v, range.clone()));
             work.chunk.resize(range.len(), self.num_features(), v.ncols());
-            self.map(Side::Query, q, work, start)?;
-            self.map(Side::Key, k, work, start)?;
+            if range.len() == 1 {
+                self.map_one(q, k, work, start)?;
+            } else {
+                self.map(Side::Query, q, work, start)?;
+                self.map(Side::Key, k, work, start)?;
+            }
             work.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
             let out = views::rows_mut(out.view_mut(), range);
             self.extend_chunk(state, out, readout, work, start, keep || !last)?;
@@ -630,18 +671,47 @@ impl<'a, T: Scalar> Engine<'a, T> {
         work: &mut Workspace<T>,
         first_row: usize,
     ) -> Result<(), Error> {
-        check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
         let width = work.chunk.width;
-        work.x.resize(self.map.head_dim() * width);
         if width == 1 {
-            match x.as_slice() {
-                Some(x) => work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root),
-                None => work.x.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root),
-            }
+            self.scale_one(side, x, &mut work.x, first_row)?;
         } else {
+            check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
+            work.x.resize(self.map.head_dim() * width);
             views::to_columns(x, self.scale_root, width, &mut work.x);
         }
         self.map_again(side, work).map_err(|error| error.in_chunk(first_row))
+    }
+
+    /// Sets `scaled` to the one row of `√scale·x`.
+    fn scale_one(&self, side: Side, x: ArrayView2<'_, T>, scaled: &mut Buffer<T>, row: usize) -> Result<(), Error> {
+        scaled.resize(self.map.head_dim());
+        let all_finite = if let Some(x) = x.to_slice() {
+            kernel::scale_into(self.scale_root, x, scaled) == T::zero()
+        } else {
+            scaled.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root);
+            false
+        };
+        if all_finite { Ok(()) } else { check::finite(side.name(), x).map_err(|error| error.in_chunk(row)) }
+    }
+
+    /// Maps the query and the key of one token.
+    fn map_one(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+        row: usize,
+    ) -> Result<(), Error> {
+        let Some(map) = self.map.column_map() else {
+            self.map(Side::Query, q, work, row)?;
+            return self.map(Side::Key, k, work, row);
+        };
+        let Workspace { x, x_key, map: scratch, chunk, .. } = work;
+        self.scale_one(Side::Query, q, x, row)?;
+        self.scale_one(Side::Key, k, x_key, row)?;
+        let values: [&mut [T]; 2] = [&mut chunk.queries, &mut chunk.keys];
+        map.map_pair([x, x_key], values, [&mut chunk.query_scale, &mut chunk.key_scale], scratch)
+            .map_err(|error| error.in_chunk(row))
     }
 
     /// Maps the vectors that are in the scratch.
@@ -715,11 +785,21 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         let (n, features, value_dim) = (out.nrows(), self.num_features(), out.ncols());
         if n == 1 {
-            let Workspace { chunk, answer, .. } = work;
+            let Workspace { chunk, answer, before, .. } = work;
+            if state.read_and_absorb_token(chunk, readout, answer) {
+                return answer.write(first_row, readout, out);
+            }
             state.read_token(chunk, answer);
             answer.write(first_row, readout, out)?;
+            if chunk.large_values && first_row == 0 {
+                before.copy_from(state);
+            }
             state.absorb_token(chunk);
-            return state.check_size(chunk.large_values, first_row);
+            let result = state.check_size(chunk.large_values, first_row);
+            if result.is_err() && first_row == 0 {
+                state.copy_from(before);
+            }
+            return result;
         }
         let mut start = 0;
         let mut one_by_one_until = 0;
@@ -773,7 +853,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
         #[cfg(feature = "rayon")]
         if work.parallel && parallel::pays(n) {
             let mut start = 0;
-            while let Some(range) = parallel::block(start, n) {
+            while let Some(range) = parallel::block::<T>(start, n) {
                 let part = |x| views::rows(x, range.clone());
                 match parallel::absorb_only(*self, state, part(k), part(v), &mut work.lanes) {
                     Some(result) => result.map_err(|error| error.in_chunk(start))?,
@@ -795,8 +875,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         work: &mut Workspace<T>,
         tokens: Range<usize>,
     ) -> Result<(), Error> {
-        for start in tokens.clone().step_by(CHUNK) {
-            let range = start..tokens.end.min(start + CHUNK);
+        for start in tokens.clone().step_by(chunk_len::<T>()) {
+            let range = start..tokens.end.min(start + chunk_len::<T>());
             let (k, v) = (views::rows(k, range.clone()), views::rows(v, range));
             work.chunk.resize(k.nrows(), self.num_features(), v.ncols());
             self.map(Side::Key, k, work, start)?;
@@ -823,8 +903,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         mut each: impl FnMut(usize, &mut Answer<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let n = q.nrows();
-        for start in (0..n).step_by(CHUNK) {
-            let q = views::rows(q, start..n.min(start + CHUNK));
+        for start in (0..n).step_by(chunk_len::<T>()) {
+            let q = views::rows(q, start..n.min(start + chunk_len::<T>()));
             work.chunk.resize(q.nrows(), self.num_features(), state.value_dim);
             self.map(Side::Query, q, work, start)?;
             let Workspace { chunk, answer, .. } = work;
@@ -858,7 +938,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
         #[cfg(feature = "rayon")]
         let start = if work.parallel && parallel::pays(q.nrows()) {
             let mut start = 0;
-            while let Some(range) = parallel::block(start, q.nrows()) {
+            while let Some(range) = parallel::block::<T>(start, q.nrows()) {
                 let mut out = views::rows_mut(out.view_mut(), range.clone());
                 parallel::read(*self, state, views::rows(q, range.clone()), &mut out, readout, &mut work.lanes)
                     .map_err(|error| error.in_chunk(start))?;
@@ -884,14 +964,14 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let m = self.num_features();
         let feature =
             |x: &[T], width: usize, t: usize| -> Vec<T> { x[t..].iter().step_by(width).take(m).copied().collect() };
-        for start in (0..k.nrows()).step_by(CHUNK) {
-            let k = views::rows(k, start..k.nrows().min(start + CHUNK));
+        for start in (0..k.nrows()).step_by(chunk_len::<T>()) {
+            let k = views::rows(k, start..k.nrows().min(start + chunk_len::<T>()));
             work.chunk.resize(k.nrows(), m, 1);
             self.map(Side::Key, k, &mut work, start)?;
             let keys: Vec<Vec<T>> = (0..k.nrows()).map(|j| feature(&work.chunk.keys, work.chunk.width, j)).collect();
             let key_scale = work.chunk.key_scale.to_vec();
-            for first in (0..q.nrows()).step_by(CHUNK) {
-                let q = views::rows(q, first..q.nrows().min(first + CHUNK));
+            for first in (0..q.nrows()).step_by(chunk_len::<T>()) {
+                let q = views::rows(q, first..q.nrows().min(first + chunk_len::<T>()));
                 work.chunk.resize(q.nrows(), m, 1);
                 self.map(Side::Query, q, &mut work, first)?;
                 for i in 0..q.nrows() {
@@ -993,6 +1073,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             take(normalizer_low);
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
+            self.state.may_be_large = true; // who knows
         }
     }
 
@@ -1006,12 +1087,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        // A single token is read before it is absorbed; only several, or a huge one, can fail half-way.
-        let risky = q.nrows() > 1 || {
-            let largest = v.as_slice().map_or_else(|| v.iter().fold(T::zero(), |m, x| m.max(x.abs())), kernel::max_abs);
-            largest > T::from_f64(T::SAFE_VALUE)
-        };
-        self.guarded(risky, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
+        // a single token leaves the state as it was by itself
+        self.guarded(q.nrows() > 1, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
     }
 
     /// Copies the state.

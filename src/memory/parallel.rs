@@ -6,7 +6,7 @@
 
 use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference};
 use super::{Answer, Readout};
-use crate::kernel::{self, Buffer, CHUNK, Into, Matrix, Product, columns, padded};
+use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, Scalar, views};
 use core::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
@@ -16,7 +16,7 @@ use std::sync::Mutex;
 const BLOCK: usize = 32;
 
 /// Sequences with fewer tokens than this stay on one thread.
-const FEWEST: usize = 8 * CHUNK;
+const FEWEST: usize = 512;
 
 /// Whether a sequence is worth several threads.
 pub(crate) fn pays(tokens: usize) -> bool {
@@ -90,14 +90,14 @@ pub(crate) fn extend<T: Scalar>(
     mut in_order: impl FnMut(&mut State<T>, &mut ArrayViewMut2<'_, T>, Range<usize>) -> Result<(), Error>,
 ) -> Result<usize, Error> {
     let (features, value_dim) = (engine.num_features(), v.ncols());
-    let chunks = q.nrows() / CHUNK;
+    let chunks = q.nrows() / chunk_len::<T>();
     lanes.reserve(chunks.min(BLOCK));
     let Lanes { chunks: lanes, threads, snapshots } = lanes;
     let map = |work: &mut Workspace<T>, c: usize, lane: &mut Lane<T>| {
-        let rows = c * CHUNK..(c + 1) * CHUNK;
+        let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
         let part = |x| views::rows(x, rows.clone());
         with_chunk(lane, work, |work| {
-            work.chunk.resize(CHUNK, features, value_dim);
+            work.chunk.resize(chunk_len::<T>(), features, value_dim);
             engine.map(Side::Query, part(q), work, rows.start)?;
             engine.map(Side::Key, part(k), work, rows.start)?;
             work.chunk.set_values(part(v)).map_err(|error| error.in_chunk(rows.start))
@@ -108,14 +108,14 @@ pub(crate) fn extend<T: Scalar>(
         mapped.into_iter().collect::<Result<(), Error>>()?;
         let count = BLOCK.min(chunks - first);
         let next = BLOCK.min(chunks - first - count);
-        let tokens = first * CHUNK..(first + count) * CHUNK;
+        let tokens = first * chunk_len::<T>()..(first + count) * chunk_len::<T>();
         let before = state.clone();
         let units = units(state, &lanes[..count]);
         if let Some(units) = &units {
             absorb(state, &mut lanes[..count], units, snapshots, threads, true);
         }
         let mut block = views::rows_mut(out.view_mut(), tokens.clone());
-        let outputs = block.axis_chunks_iter_mut(Axis(0), CHUNK);
+        let outputs = block.axis_chunks_iter_mut(Axis(0), chunk_len::<T>());
         let snapshots = &*snapshots;
         // answers, and the next block mapped into the memory that has done its work
         let steps = share(threads, lanes.iter_mut().take(count).zip(outputs), |work, c, (lane, out)| {
@@ -124,7 +124,7 @@ pub(crate) fn extend<T: Scalar>(
                     let old = if c == 0 { before.log_scale } else { units[c - 1] };
                     let has_past = before.tokens > 0 || c > 0;
                     let (Lane { chunk, factors }, Workspace { scores, answer, .. }) = (&mut *lane, &mut *work);
-                    answer.resize(CHUNK, chunk.width, padded::<T>(value_dim));
+                    answer.resize(chunk_len::<T>(), chunk.width, padded::<T>(value_dim));
                     if has_past {
                         read_snapshots(snapshots, c, chunk, factors, answer);
                         scale_answer(answer, exp_difference(old, units[c]));
@@ -134,7 +134,7 @@ pub(crate) fn extend<T: Scalar>(
                     if chunk.answer_itself(features, value_dim, has_past, units[c], scores, answer)
                         || readout == Readout::Unnormalized
                     {
-                        answer.write((first + c) * CHUNK, readout, out).map(|()| true)
+                        answer.write((first + c) * chunk_len::<T>(), readout, out).map(|()| true)
                     } else {
                         Ok(false)
                     }
@@ -156,7 +156,7 @@ pub(crate) fn extend<T: Scalar>(
             in_order(state, out, tokens)?;
         }
     }
-    Ok(chunks * CHUNK)
+    Ok(chunks * chunk_len::<T>())
 }
 
 /// Runs `run` on a thread of the pool, so that the steps of blocks need not wake another one.
@@ -165,9 +165,9 @@ pub(crate) fn inside<R: Send>(run: impl FnOnce() -> R + Send) -> R {
 }
 
 /// The end of a block: how many of the tokens from `start` on go together.
-pub(crate) fn block(start: usize, tokens: usize) -> Option<Range<usize>> {
-    let chunks = BLOCK.min((tokens - start) / CHUNK);
-    (chunks > 1).then(|| start..start + chunks * CHUNK)
+pub(crate) fn block<T: Scalar>(start: usize, tokens: usize) -> Option<Range<usize>> {
+    let chunks = BLOCK.min((tokens - start) / chunk_len::<T>());
+    (chunks > 1).then(|| start..start + chunks * chunk_len::<T>())
 }
 
 /// Runs `run` on every item with its index, equal shares of neighbours on every thread; the results in order.
@@ -279,7 +279,7 @@ fn absorb<T: Scalar>(
         }
     });
     state.log_scale = old_units[chunks];
-    state.tokens += chunks * CHUNK;
+    state.tokens += chunks * chunk_len::<T>();
 }
 
 /// Sets the answer of a chunk to what the state before it says.
@@ -327,14 +327,14 @@ pub(crate) fn absorb_only<T: Scalar>(
     v: ArrayView2<'_, T>,
     lanes: &mut Lanes<T>,
 ) -> Option<Result<(), Error>> {
-    let chunks = k.nrows() / CHUNK;
+    let chunks = k.nrows() / chunk_len::<T>();
     lanes.reserve(chunks);
     let Lanes { chunks: lanes, threads, snapshots } = lanes;
     let lanes = &mut lanes[..chunks];
     let mapped = share(threads, lanes.iter_mut(), |work, c, lane| {
-        let rows = c * CHUNK..(c + 1) * CHUNK;
+        let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
         with_chunk(lane, work, |work| {
-            work.chunk.resize(CHUNK, engine.num_features(), v.ncols());
+            work.chunk.resize(chunk_len::<T>(), engine.num_features(), v.ncols());
             engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
             work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
         })
@@ -347,7 +347,7 @@ pub(crate) fn absorb_only<T: Scalar>(
     }
     let mut unit = state.log_scale;
     let raise = |lane: &Lane<T>| {
-        unit = lane.chunk.key_scale[..CHUNK].iter().fold(unit, |m, &scale| m.max(scale));
+        unit = lane.chunk.key_scale[..chunk_len::<T>()].iter().fold(unit, |m, &scale| m.max(scale));
         unit
     };
     let units: Vec<T> = lanes.iter().map(raise).collect();
@@ -365,14 +365,15 @@ pub(crate) fn read<T: Scalar>(
     lanes: &mut Lanes<T>,
 ) -> Result<(), Error> {
     lanes.reserve(0);
-    let answered = share(&mut lanes.threads, out.axis_chunks_iter_mut(Axis(0), CHUNK), |work, c, mut out| {
-        let q = views::rows(q, c * CHUNK..(c + 1) * CHUNK);
-        engine
-            .read(state, q, work, |start, answer| {
-                let rows = start..start + answer.tokens;
-                answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
-            })
-            .map_err(|error| error.in_chunk(c * CHUNK))
-    });
+    let answered =
+        share(&mut lanes.threads, out.axis_chunks_iter_mut(Axis(0), chunk_len::<T>()), |work, c, mut out| {
+            let q = views::rows(q, c * chunk_len::<T>()..(c + 1) * chunk_len::<T>());
+            engine
+                .read(state, q, work, |start, answer| {
+                    let rows = start..start + answer.tokens;
+                    answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
+                })
+                .map_err(|error| error.in_chunk(c * chunk_len::<T>()))
+        });
     answered.into_iter().collect()
 }

@@ -1,0 +1,71 @@
+//! What the benchmarks of this repository time and nobody else should use: pieces of the inner loops, without the rest.
+
+use crate::kernel::{self, Buffer, Into, Matrix, chunk_len, padded};
+use crate::{FeatureMap, Scalar, views};
+use ndarray::{Array2, ArrayView2};
+
+/// A matrix product of the crate's own, in `f32`.
+#[derive(Debug)]
+pub struct Product {
+    size: [usize; 3],
+    a: Buffer<f32>,
+    b: Buffer<f32>,
+    c: Buffer<f32>,
+}
+
+impl Product {
+    /// `[m, k]·[k, n]`, n a multiple of 16.
+    #[must_use]
+    pub fn new(m: usize, n: usize, k: usize) -> Self {
+        let numbers = |len: usize| {
+            let mut buffer = Buffer::zeros(len);
+            buffer.iter_mut().zip(0_u16..).for_each(|(x, i)| *x = f32::from(i % 7) - 3.0);
+            buffer
+        };
+        Self { size: [m, n, k], a: numbers(m * k), b: numbers(k * n), c: numbers(m * n) }
+    }
+
+    /// Computes it.
+    pub fn run(&mut self) {
+        let Self { size: [m, n, k], a, b, c } = self;
+        let (m, n, k) = (*m, *n, *k);
+        kernel::Product { m, n, k, a: Matrix::columns(a, m), b, ldb: n, c, ldc: n, into: Into::Set }.run();
+    }
+}
+
+/// A map of this crate on the layout of the inner loops, tokens as columns.
+#[derive(Debug)]
+pub struct Map<T> {
+    map: Box<dyn FeatureMap<T>>,
+    x: Array2<T>,
+    vectors: Buffer<T>,
+    values: Buffer<T>,
+    log_scale: Buffer<T>,
+    scratch: [Buffer<T>; 2],
+}
+
+impl<T: Scalar> Map<T> {
+    /// The rows of `x` will be mapped.
+    #[must_use]
+    pub fn new(map: Box<dyn FeatureMap<T>>, x: ArrayView2<'_, T>) -> Self {
+        Self {
+            vectors: Buffer::zeros(map.head_dim() * chunk_len::<T>()),
+            values: Buffer::zeros(padded::<T>(map.num_features()) * chunk_len::<T>()),
+            log_scale: Buffer::zeros(chunk_len::<T>()),
+            scratch: [Buffer::new(), Buffer::new()],
+            x: x.to_owned(),
+            map,
+        }
+    }
+
+    /// Maps every row, chunk by chunk; returns whether all were in range.
+    pub fn run(&mut self) -> bool {
+        let Self { map, x, vectors, values, log_scale, scratch } = self;
+        let Some(map) = map.column_map() else { return false };
+        (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
+            let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
+            views::to_columns(rows, T::one(), chunk_len::<T>(), vectors);
+            map.map_columns(vectors, chunk_len::<T>(), rows.nrows(), values, log_scale, scratch).is_ok()
+        })
+    }
+}
