@@ -111,7 +111,7 @@ impl<T: Scalar> State<T> {
     }
 
     /// As [`Clone::clone_from`], into the memory there is.
-    fn copy_from(&mut self, other: &Self) {
+    pub(super) fn copy_from(&mut self, other: &Self) {
         self.value_dim = other.value_dim;
         self.sums.resize(other.sums.len());
         self.sums_low.resize(other.sums_low.len());
@@ -453,21 +453,21 @@ impl<T: Scalar> Chunk<T> {
 
     /// Brings the keys from their own log scales to one unit, and sums the features of each.
     fn bring_keys_to(&mut self, unit: T, features: usize, factors: &mut Buffer<T>, key_sums: &mut Buffer<T>) {
-        self.key_factors(unit, factors);
+        key_factors(&self.key_scale, unit, self.tokens, factors);
         key_sums.resize(features);
         columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
     }
+}
 
-    /// What brings each key from its log scale to `unit`; 0 beyond the tokens.
-    pub(super) fn key_factors(&self, unit: T, factors: &mut Buffer<T>) {
-        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
-        factors.resize(self.width);
-        for (factor, &scale) in factors.iter_mut().zip(&*self.key_scale) {
-            *factor = (scale - unit) * log2_e;
-        }
-        factors[self.tokens..].fill(T::neg_infinity());
-        kernel::exp2_slice(factors, T::zero());
+/// What brings each key from its log scale to `unit`; 0 beyond the tokens.
+pub(super) fn key_factors<T: Scalar>(key_scale: &[T], unit: T, tokens: usize, factors: &mut Buffer<T>) {
+    let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+    factors.resize(key_scale.len());
+    for (factor, &scale) in factors.iter_mut().zip(key_scale) {
+        *factor = (scale - unit) * log2_e;
     }
+    factors[tokens..].fill(T::neg_infinity());
+    kernel::exp2_slice(factors, T::zero());
 }
 
 /// Scratch of one chunk. It grows to the largest chunk it has met and holds nothing between calls.

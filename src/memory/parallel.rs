@@ -4,12 +4,13 @@
 //! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. What no chunk of its own can
 //! do, such as values near the largest number or log scales that jump, is left to one thread.
 
-use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference};
+use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference, key_factors};
 use super::{Answer, Readout};
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, Scalar, views};
 use core::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use std::collections::VecDeque;
 use std::sync::Mutex;
 
 /// Chunks that are in work at once.
@@ -26,21 +27,15 @@ pub(crate) fn pays(tokens: usize) -> bool {
 /// Working memory of a block.
 #[derive(Debug)]
 pub(crate) struct Lanes<T> {
-    chunks: Vec<Lane<T>>,
+    chunks: Vec<Chunk<T>>,
     threads: Vec<Workspace<T>>,
     snapshots: Vec<Snapshots<T>>,
+    before: State<T>,
 }
 
-/// What is kept of a chunk between two steps.
-#[derive(Debug)]
-struct Lane<T> {
-    chunk: Chunk<T>,
-    factors: Buffer<T>,
-}
-
-impl<T> Default for Lanes<T> {
+impl<T: Scalar> Default for Lanes<T> {
     fn default() -> Self {
-        Self { chunks: Vec::new(), threads: Vec::new(), snapshots: Vec::new() }
+        Self { chunks: Vec::new(), threads: Vec::new(), snapshots: Vec::new(), before: State::new() }
     }
 }
 
@@ -48,7 +43,7 @@ impl<T: Scalar> Lanes<T> {
     /// Makes room for so many chunks on the threads there are.
     fn reserve(&mut self, chunks: usize) {
         while self.chunks.len() < chunks {
-            self.chunks.push(Lane { chunk: Chunk::new(), factors: Buffer::new() });
+            self.chunks.push(Chunk::new());
         }
         while self.threads.len() < rayon::current_num_threads() {
             self.threads.push(Workspace::new());
@@ -58,13 +53,13 @@ impl<T: Scalar> Lanes<T> {
 
 /// Runs `run` in the memory of a thread with the chunk of a lane in it.
 fn with_chunk<T: Scalar, R>(
-    lane: &mut Lane<T>,
+    lane: &mut Chunk<T>,
     work: &mut Workspace<T>,
     run: impl FnOnce(&mut Workspace<T>) -> R,
 ) -> R {
-    core::mem::swap(&mut lane.chunk, &mut work.chunk);
+    core::mem::swap(lane, &mut work.chunk);
     let result = run(work);
-    core::mem::swap(&mut lane.chunk, &mut work.chunk);
+    core::mem::swap(lane, &mut work.chunk);
     result
 }
 
@@ -92,8 +87,8 @@ pub(crate) fn extend<T: Scalar>(
     let (features, value_dim) = (engine.num_features(), v.ncols());
     let chunks = q.nrows() / chunk_len::<T>();
     lanes.reserve(chunks.min(BLOCK));
-    let Lanes { chunks: lanes, threads, snapshots } = lanes;
-    let map = |work: &mut Workspace<T>, c: usize, lane: &mut Lane<T>| {
+    let Lanes { chunks: lanes, threads, snapshots, before } = lanes;
+    let map = |work: &mut Workspace<T>, c: usize, lane: &mut Chunk<T>| {
         let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
         let part = |x| views::rows(x, rows.clone());
         with_chunk(lane, work, |work| {
@@ -109,7 +104,7 @@ pub(crate) fn extend<T: Scalar>(
         let count = BLOCK.min(chunks - first);
         let next = BLOCK.min(chunks - first - count);
         let tokens = first * chunk_len::<T>()..(first + count) * chunk_len::<T>();
-        let before = state.clone();
+        before.copy_from(state);
         let units = units(state, &lanes[..count]);
         if let Some(units) = &units {
             absorb(state, &mut lanes[..count], units, snapshots, threads, true);
@@ -123,7 +118,7 @@ pub(crate) fn extend<T: Scalar>(
                 Some(units) => {
                     let old = if c == 0 { before.log_scale } else { units[c - 1] };
                     let has_past = before.tokens > 0 || c > 0;
-                    let (Lane { chunk, factors }, Workspace { scores, answer, .. }) = (&mut *lane, &mut *work);
+                    let (chunk, Workspace { scores, answer, factors, .. }) = (&*lane, &mut *work);
                     answer.resize(chunk_len::<T>(), chunk.width, padded::<T>(value_dim));
                     if has_past {
                         read_snapshots(snapshots, c, chunk, factors, answer);
@@ -152,7 +147,7 @@ pub(crate) fn extend<T: Scalar>(
             }
         }
         if !all_answered {
-            *state = before;
+            state.copy_from(before);
             in_order(state, out, tokens)?;
         }
     }
@@ -170,41 +165,49 @@ pub(crate) fn block<T: Scalar>(start: usize, tokens: usize) -> Option<Range<usiz
     (chunks > 1).then(|| start..start + chunks * chunk_len::<T>())
 }
 
-/// Runs `run` on every item with its index, equal shares of neighbours on every thread; the results in order.
+/// Runs `run` on every item with its index, in the memory of the thread it runs on; the results in order.
 ///
-/// The same share goes to the same thread every time, so that what one step of a block left in the caches of a core is there for the
-/// next; a work-stealing loop would send half of it across the machine.
+/// Every thread begins with the same share of neighbours each time, so that what one step of a block left in the caches of a core is
+/// there for the next; who is done takes from the end of another's share, so that nobody waits for long.
 fn share<T: Scalar, I: Send, R: Send>(
     threads: &mut [Workspace<T>],
     items: impl IntoIterator<Item = I>,
     run: impl Fn(&mut Workspace<T>, usize, I) -> R + Sync,
 ) -> Vec<R> {
-    let mut items: Vec<I> = items.into_iter().collect();
-    let size = items.len().div_ceil(threads.len()).max(1);
-    let mut shares = Vec::new();
+    let mut items: VecDeque<(usize, I)> = items.into_iter().enumerate().collect();
+    let count = items.len();
+    let size = count.div_ceil(threads.len()).max(1);
+    let mut memory = Vec::with_capacity(threads.len());
+    let mut shares = Vec::with_capacity(threads.len());
     for work in threads {
         let rest = items.split_off(size.min(items.len()));
-        shares.push(Mutex::new((work, items, Vec::new())));
+        memory.push(Mutex::new((work, Vec::with_capacity(size))));
+        shares.push(Mutex::new(items));
         items = rest;
     }
+    let next = |thread: usize| {
+        let own = shares[thread].lock().ok()?.pop_front();
+        own.or_else(|| (1..shares.len()).find_map(|i| shares[(thread + i) % shares.len()].lock().ok()?.pop_back()))
+    };
     rayon::broadcast(|thread| {
-        if let Some(mut share) = shares.get(thread.index()).and_then(|share| share.lock().ok()) {
-            let (work, items, results) = &mut *share;
-            let first = thread.index() * size;
-            results.extend(items.drain(..).enumerate().map(|(i, item)| run(work, first + i, item)));
+        if let Some(mut memory) = memory.get(thread.index()).and_then(|memory| memory.lock().ok()) {
+            let (work, results) = &mut *memory;
+            while let Some((i, item)) = next(thread.index()) {
+                results.push((i, run(work, i, item)));
+            }
         }
     });
-    shares
-        .into_iter()
-        .flat_map(|share| share.into_inner().map_or_else(|_| Vec::new(), |(_, _, results)| results))
-        .collect()
+    let mut results: Vec<(usize, R)> = Vec::with_capacity(count);
+    results.extend(memory.into_iter().filter_map(|memory| memory.into_inner().ok()).flat_map(|(_, results)| results));
+    results.sort_unstable_by_key(|(i, _)| *i);
+    results.into_iter().map(|(_, result)| result).collect()
 }
 
 /// The unit of every chunk, if each is one group and no value is large.
-fn units<T: Scalar>(state: &State<T>, lanes: &[Lane<T>]) -> Option<Vec<T>> {
+fn units<T: Scalar>(state: &State<T>, lanes: &[Chunk<T>]) -> Option<Vec<T>> {
     let mut unit = state.log_scale;
     let mut units = Vec::with_capacity(lanes.len());
-    for Lane { chunk, .. } in lanes {
+    for chunk in lanes {
         let (end, reached) = chunk.group(0, unit);
         if end < chunk.tokens || chunk.tokens < FEW_TOKENS || chunk.large_values {
             return None;
@@ -218,7 +221,7 @@ fn units<T: Scalar>(state: &State<T>, lanes: &[Lane<T>]) -> Option<Vec<T>> {
 /// Absorbs mapped chunks, each thread a range of the features.
 fn absorb<T: Scalar>(
     state: &mut State<T>,
-    lanes: &mut [Lane<T>],
+    lanes: &mut [Chunk<T>],
     units: &[T],
     snapshots: &mut Vec<Snapshots<T>>,
     threads: &mut [Workspace<T>],
@@ -227,16 +230,15 @@ fn absorb<T: Scalar>(
     let (features, stride, chunks) = (state.features(), state.stride(), lanes.len());
     let old_units: Vec<T> = core::iter::once(state.log_scale).chain(units.iter().copied()).collect();
     let had_tokens = state.tokens > 0;
-    let height = features.div_ceil(rayon::current_num_threads()).next_multiple_of(8);
+    // whole tiles of a product, several for each thread
+    let height = features.div_ceil(4 * threads.len()).next_multiple_of(8);
     // the keys of every chunk by ranges of features
     let mut keys: Vec<Vec<&mut [T]>> = (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
     let mut rest: Vec<(&Buffer<T>, &Buffer<T>)> = Vec::with_capacity(chunks);
-    for (Lane { chunk, factors }, &unit) in lanes.iter_mut().zip(units) {
-        chunk.key_factors(unit, factors);
-        let width = chunk.width;
-        let parts = chunk.keys[..features * width].chunks_mut(height * width);
+    for chunk in lanes {
+        let parts = chunk.keys[..features * chunk.width].chunks_mut(height * chunk.width);
         keys.iter_mut().zip(parts).for_each(|(keys, part)| keys.push(part));
-        rest.push((factors, &chunk.values));
+        rest.push((&chunk.key_scale, &chunk.values));
     }
     let sums = state.sums.chunks_mut(height * stride).zip(state.sums_low.chunks_mut(height * stride));
     let normalizer = state.normalizer.chunks_mut(height).zip(state.normalizer_low.chunks_mut(height));
@@ -249,9 +251,9 @@ fn absorb<T: Scalar>(
             snapshots.sums.resize(chunks * count * stride);
             snapshots.normalizer.resize(chunks * count);
         }
-        let key_sums = &mut work.key_sums;
+        let Workspace { factors, key_sums, .. } = work;
         key_sums.resize(count);
-        for (c, (keys, (factors, values))) in keys.into_iter().zip(&rest).enumerate() {
+        for (c, (keys, (key_scale, values))) in keys.into_iter().zip(&rest).enumerate() {
             if keep {
                 snapshots.sums[c * count * stride..(c + 1) * count * stride].copy_from_slice(sums);
                 snapshots.normalizer[c * count..(c + 1) * count].copy_from_slice(normalizer);
@@ -262,6 +264,7 @@ fn absorb<T: Scalar>(
                     kernel::scale(part, factor);
                 }
             }
+            key_factors(key_scale, units[c], values.len() / stride, factors);
             columns::scale_and_sum_rows(keys, factors, key_sums);
             Product {
                 m: count,
@@ -329,7 +332,7 @@ pub(crate) fn absorb_only<T: Scalar>(
 ) -> Option<Result<(), Error>> {
     let chunks = k.nrows() / chunk_len::<T>();
     lanes.reserve(chunks);
-    let Lanes { chunks: lanes, threads, snapshots } = lanes;
+    let Lanes { chunks: lanes, threads, snapshots, .. } = lanes;
     let lanes = &mut lanes[..chunks];
     let mapped = share(threads, lanes.iter_mut(), |work, c, lane| {
         let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
@@ -342,12 +345,12 @@ pub(crate) fn absorb_only<T: Scalar>(
     if let Err(error) = mapped.into_iter().collect::<Result<(), Error>>() {
         return Some(Err(error));
     }
-    if lanes.iter().any(|lane| lane.chunk.large_values) {
+    if lanes.iter().any(|chunk| chunk.large_values) {
         return None;
     }
     let mut unit = state.log_scale;
-    let raise = |lane: &Lane<T>| {
-        unit = lane.chunk.key_scale[..chunk_len::<T>()].iter().fold(unit, |m, &scale| m.max(scale));
+    let raise = |chunk: &Chunk<T>| {
+        unit = chunk.key_scale[..chunk_len::<T>()].iter().fold(unit, |m, &scale| m.max(scale));
         unit
     };
     let units: Vec<T> = lanes.iter().map(raise).collect();
