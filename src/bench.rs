@@ -36,7 +36,7 @@ impl Product {
 /// A map of this crate on the layout of the inner loops, tokens as columns.
 #[derive(Debug)]
 pub struct Map<T> {
-    map: Box<dyn FeatureMap<T>>,
+    features: Box<dyn FeatureMap<T>>,
     x: Array2<T>,
     vectors: Buffer<T>,
     values: Buffer<T>,
@@ -54,14 +54,14 @@ impl<T: Scalar> Map<T> {
             log_scale: Buffer::zeros(chunk_len::<T>()),
             scratch: [Buffer::new(), Buffer::new()],
             x: x.to_owned(),
-            map,
+            features: map,
         }
     }
 
     /// Maps every row, chunk by chunk; returns whether all were in range.
     pub fn run(&mut self) -> bool {
-        let Self { map, x, vectors, values, log_scale, scratch } = self;
-        let Some(map) = map.column_map() else { return false };
+        let Self { features, x, vectors, values, log_scale, scratch } = self;
+        let Some(map) = features.column_map() else { return false };
         (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
             let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
             views::to_columns(rows, T::one(), chunk_len::<T>(), vectors);

@@ -3,6 +3,11 @@
 //! Every loop is written once, on vectors of any width ([`simd`]), and compiled for each SIMD level; the level is chosen at run time.
 //! Chunks of tokens are kept with *tokens as columns* ([`columns`]): features, scores and their sums then need no reduction across
 //! lanes, and products no transposed operand.
+#![allow(
+    clippy::needless_range_loop, // arrays stay in registers only where loops over them have plain indices
+    clippy::manual_memcpy
+)]
+#![cfg_attr(test, allow(clippy::cast_precision_loss))]
 
 pub(crate) mod buffer;
 pub(crate) mod columns;

@@ -148,7 +148,9 @@ impl<T: Scalar> MultiHead<T> {
             .map(|kernel| kernel.stream(value_dim))
             .collect::<Result<Vec<_>, _>>()?;
         if enough_for_threads(streams.len()) {
-            streams.iter_mut().for_each(|stream| stream.stay_on_one_thread());
+            for stream in &mut streams {
+                stream.stay_on_one_thread();
+            }
         }
         Ok(MultiHeadStream { heads: self.clone(), value_dim, streams, copies: Vec::new() })
     }

@@ -486,15 +486,12 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
         log_scale: [&mut [T]; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        match (&self.way, &self.kind) {
-            (Way::Dense(dense) | Way::Lanes { one: Some(dense), .. }, Kind::Softmax { .. }) => {
-                dense.map_pair(x, [first, second], log_scale, scratch)
-            }
-            _ => {
-                self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
-                self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
-            }
+        if let (Way::Dense(dense) | Way::Lanes { one: Some(dense), .. }, Kind::Softmax { .. }) = (&self.way, &self.kind)
+        {
+            return dense.map_pair(x, [first, second], log_scale, scratch);
         }
+        self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
+        self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
     }
 }
 

@@ -97,7 +97,9 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         // where every coordinate is negative, the largest exponent is taken out before it can underflow
         largest_of_columns(x, log_scale);
-        log_scale.iter_mut().for_each(|shift| *shift = shift.min(T::zero()));
+        for shift in log_scale.iter_mut() {
+            *shift = shift.min(T::zero());
+        }
         for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
             for ((value, &x), &shift) in values.iter_mut().zip(x).zip(&*log_scale) {
                 *value = (x.min(T::zero()) - shift) * log2_e;
@@ -247,7 +249,9 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
                 return Err(Error::Overflow { which: "a feature", row });
             }
         }
-        values.iter_mut().for_each(|value| *value = value.max(T::zero()) + self.epsilon);
+        for value in values.iter_mut() {
+            *value = value.max(T::zero()) + self.epsilon;
+        }
         log_scale.fill(T::zero());
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())

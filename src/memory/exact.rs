@@ -48,6 +48,7 @@ impl<T: Scalar> Tile<T> {
     }
 
     /// Empty memory for a copy of a stream.
+    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self))]
     pub(crate) fn like(&self) -> Self {
         Self {
             #[cfg(feature = "rayon")]
@@ -123,7 +124,7 @@ pub(crate) fn attend<T: Scalar>(
             let v = contiguous(v, start, count, stride, value_copy);
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
-            let offset = first.map(|first| first as isize - start as isize);
+            let offset = first.map(|first| first.cast_signed() - start.cast_signed());
             score(k, queries, d, width, offset, scores);
             let changed = columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
             if changed && start > 0 {
@@ -143,12 +144,13 @@ pub(crate) fn attend<T: Scalar>(
 #[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
 fn score<T: Scalar>(k: &[T], queries: &[T], d: usize, width: usize, offset: Option<isize>, scores: &mut [T]) {
     let count = scores.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count as isize);
+    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
     let step = if all_seen { count } else { MASK_BLOCK };
     for first in (0..count).step_by(step) {
         let last = count.min(first + step);
         // the first query that sees the first key of the block, down to a whole vector
-        let seen_by = |key: usize| offset.map_or(0, |offset| (key as isize - offset).max(0) as usize).min(width);
+        let seen_by =
+            |key: usize| offset.map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned()).min(width);
         let from = seen_by(first) / T::PAD * T::PAD;
         let rows = &mut scores[first * width..last * width];
         if from < width {
@@ -186,11 +188,12 @@ fn add_values<T: Scalar>(
     numerator: &mut [T],
 ) {
     let count = weights.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count as isize);
+    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
     let step = if all_seen { n } else { MASK_BLOCK };
     for first in (0..n).step_by(step) {
         let last = n.min(first + step);
-        let seen = offset.map_or(count, |offset| (offset + last as isize).clamp(0, count as isize) as usize);
+        let seen =
+            offset.map_or(count, |offset| (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned());
         if seen == 0 && !set {
             continue;
         }

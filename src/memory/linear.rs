@@ -515,6 +515,7 @@ impl<T: Scalar> Workspace<T> {
     }
 
     /// Empty scratch for a copy of a stream.
+    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self))]
     pub(crate) fn like(&self) -> Self {
         Self {
             #[cfg(feature = "rayon")]
@@ -589,6 +590,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
 
     /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own. The shapes have been
     /// checked. On an error with several tokens the state is left half-way.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn extend(
         &self,
         state: &mut State<T>,
@@ -923,6 +925,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// Attention of every query to every key.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn full(
         &self,
         state: &mut State<T>,
