@@ -77,12 +77,14 @@
 //!
 //! # Performance
 //!
-//! Feed long sequences in one call: [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix products. Keep the
-//! last axis of arrays contiguous. Build with `--release`; feature `rayon` shares batch × heads over threads. `cargo bench --bench targets` measures the machine.
+//! Inner loops are compiled for AVX-512, AVX2 with FMA, NEON and the build's own target, and chosen at run time: a plain `cargo build --release` is the
+//! fast one. Feed long sequences in one call: [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix products. Keep
+//! the last axis of arrays contiguous, and a [`Scratch`] for [`Attention::forward_with`]. Feature `rayon` shares heads and sequences, or one long
+//! sequence, over threads. `cargo bench --bench targets` measures the machine; `docs/performance.md` has what was measured.
 //!
 //! # Features
 //!
-//! - `rayon`: threads in [`MultiHead`]; the same result bit for bit.
+//! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for bit.
 //! - `serde`: maps, kernels, [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
 //!
 //! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives every formula.
