@@ -221,10 +221,28 @@ impl<T: Lanes> Loop for RowsDot<'_, T> {
 }
 
 /// `x *= factor`.
-#[inline]
 pub(crate) fn scale<T: Lanes>(x: &mut [T], factor: T) {
-    for a in x {
-        *a = *a * factor;
+    dispatch(ScaleInPlace { x, factor });
+}
+
+struct ScaleInPlace<'a, T> {
+    x: &'a mut [T],
+    factor: T,
+}
+
+impl<T: Lanes> Loop for ScaleInPlace<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let factor = T::splat(level, self.factor);
+        let (whole, rest) = self.x.split_at_mut(self.x.len() / T::lanes::<L>() * T::lanes::<L>());
+        for x in T::vectors_mut::<L>(whole) {
+            *x = T::vmul(level, *x, factor);
+        }
+        for x in rest {
+            *x = *x * self.factor;
+        }
     }
 }
 
@@ -353,58 +371,75 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
     }
 }
 
-/// A decode step on the sums of a state: `answer = own·v + Σ_p q_p·sum_p`, then `sum_p += k_p·v`, rows as wide as `v`, whole vectors of it; see
-/// [`add_compensated`]. Every number of the sums is loaded once.
-pub(crate) fn read_and_add_outer<T: Lanes>(
-    own: T,
-    [q, k, v]: [&[T]; 3],
-    sum: &mut [T],
-    low: &mut [T],
-    answer: &mut [T],
-) {
-    debug_assert!(v.len().is_multiple_of(T::PAD) && answer.len() == v.len());
-    dispatch(ReadAndAddOuter { own, q, k, v, sum, low, answer });
+/// A decode step on the sums of a state:
+///
+/// ```text
+/// own = factor·(q·k),    denominator = own + q·z,    answer = own·v + Σ_p q_p·sum_p,
+/// k ← factor·k,    z ← z + k,    sum_p ← sum_p + k_p·v
+/// ```
+///
+/// Rows of the sums are as wide as `v`, whole vectors of it, and every number is loaded once; for `low` and `z_low` see [`add_compensated`].
+/// Returns the denominator; if it is not finite, or below `least`, nothing is changed.
+#[derive(Debug)]
+pub(crate) struct DecodeStep<'a, T> {
+    pub(crate) factor: T,
+    pub(crate) least: T,
+    pub(crate) q: &'a [T],
+    pub(crate) k: &'a mut [T],
+    pub(crate) v: &'a [T],
+    pub(crate) z: &'a mut [T],
+    pub(crate) z_low: &'a mut [T],
+    pub(crate) sum: &'a mut [T],
+    pub(crate) low: &'a mut [T],
+    pub(crate) answer: &'a mut [T],
 }
 
-struct ReadAndAddOuter<'a, T> {
-    own: T,
-    q: &'a [T],
-    k: &'a [T],
-    v: &'a [T],
-    sum: &'a mut [T],
-    low: &'a mut [T],
-    answer: &'a mut [T],
-}
-
-impl<T: Lanes> Loop for ReadAndAddOuter<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Level>(mut self, level: L) {
-        let (lanes, width) = (T::lanes::<L>(), self.v.len());
-        let mut j = 0;
-        while j + 4 * lanes <= width {
-            self.strip::<L, 4>(level, j);
-            j += 4 * lanes;
-        }
-        while j < width {
-            self.strip::<L, 1>(level, j);
-            j += lanes;
-        }
+impl<T: Lanes> DecodeStep<'_, T> {
+    pub(crate) fn run(self) -> T {
+        debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
+        dispatch(self)
     }
 }
 
-impl<T: Lanes> ReadAndAddOuter<'_, T> {
+impl<T: Lanes> Loop for DecodeStep<'_, T> {
+    type Output = T;
+
     #[inline(always)]
-    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+    fn run<L: Level>(mut self, level: L) -> T {
+        let own = self.factor * dot_at(level, self.q, self.k);
+        let denominator = own + dot_at(level, self.q, self.z);
+        if !(denominator >= self.least && denominator.is_finite()) {
+            return denominator;
+        }
+        if self.factor != T::one() {
+            ScaleInPlace { x: &mut *self.k, factor: self.factor }.run(level);
+        }
+        AddOuter { sum: &mut *self.z, low: &mut *self.z_low, factors: &[T::one()], x: &*self.k }.run(level);
+        let (lanes, width) = (T::lanes::<L>(), self.v.len());
+        let mut j = 0;
+        while j + 4 * lanes <= width {
+            self.strip::<L, 4>(level, own, j);
+            j += 4 * lanes;
+        }
+        while j < width {
+            self.strip::<L, 1>(level, own, j);
+            j += lanes;
+        }
+        denominator
+    }
+}
+
+impl<T: Lanes> DecodeStep<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, own: T, j: usize) {
         let (strip, width) = (V * T::lanes::<L>(), self.v.len());
         let v = T::vectors::<L>(&self.v[j..j + strip]);
-        let mut total = [T::splat(level, self.own); V];
+        let mut total = [T::splat(level, own); V];
         for i in 0..V {
             total[i] = T::vmul(level, total[i], v[i]);
         }
         let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
-        for ((sum, low), (&q, &k)) in rows.zip(self.q.iter().zip(self.k)) {
+        for ((sum, low), (&q, &k)) in rows.zip(self.q.iter().zip(&*self.k)) {
             let sum = T::vectors_mut::<L>(&mut sum[j..j + strip]);
             let low = T::vectors_mut::<L>(&mut low[j..j + strip]);
             let (q, k) = (T::splat(level, q), T::splat(level, k));
@@ -415,6 +450,35 @@ impl<T: Lanes> ReadAndAddOuter<'_, T> {
             }
         }
         T::vectors_mut::<L>(&mut self.answer[j..j + strip])[..V].copy_from_slice(&total);
+    }
+}
+
+/// The reading half of [`DecodeStep`], with the same rounding: `answer = own·v + Σ_p q_p·sum_p`.
+pub(crate) fn read_sums<T: Lanes>(own: T, [q, v, sum]: [&[T]; 3], answer: &mut [T]) {
+    dispatch(ReadSums { own, q, v, sum, answer });
+}
+
+struct ReadSums<'a, T> {
+    own: T,
+    q: &'a [T],
+    v: &'a [T],
+    sum: &'a [T],
+    answer: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ReadSums<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let (lanes, width) = (T::lanes::<L>(), self.v.len());
+        for j in (0..width).step_by(lanes) {
+            let mut total = T::vmul(level, T::splat(level, self.own), T::vectors::<L>(&self.v[j..j + lanes])[0]);
+            for (sum, &q) in self.sum.chunks_exact(width).zip(self.q) {
+                total = T::vfma(level, T::splat(level, q), T::vectors::<L>(&sum[j..j + lanes])[0], total);
+            }
+            T::vectors_mut::<L>(&mut self.answer[j..j + lanes])[0] = total;
+        }
     }
 }
 
@@ -468,20 +532,11 @@ mod tests {
             close(norm, 0.5 * b.iter().map(|b| b * b).sum::<f64>());
             powers.iter().zip(&a).for_each(|(&power, a)| close(power, (a - expected).exp2()));
             for width in [T::PAD, 4 * T::PAD, 5 * T::PAD] {
-                let (v, start) = (numbers::<T>(width, 0.9), numbers::<T>(n * width, 0.31));
-                let (mut plain, mut plain_low) = (start.clone(), vec![T::zero(); n * width]);
-                machine.run(AddOuter { sum: &mut plain, low: &mut plain_low, factors: &y, x: &v });
-                let (mut sum, mut low, mut answer) = (start.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
-                let (sum_, low_) = (&mut sum[..], &mut low[..]);
-                let own = factors[0];
-                machine.run(ReadAndAddOuter { own, q: &x, k: &y, v: &v, sum: sum_, low: low_, answer: &mut answer });
-                assert!(sum == plain && low == plain_low, "{machine:?} {n} {width}");
-                let start = wide(&start);
-                for j in 0..width {
-                    let read: f64 = (0..n).map(|p| a[p] * start[p * width + j]).sum();
-                    close(answer[j], read + 2.0 * v[j].to_f64().unwrap());
-                }
+                check_decode::<T>(machine, n, width, tolerance);
             }
+            let mut twice = x.clone();
+            machine.run(ScaleInPlace { x: &mut twice, factor: factors[0] });
+            assert!(twice == scaled);
             if n > 0 {
                 let (rows, mut out) = (numbers::<T>(3 * n, 0.4), vec![T::nan(); 3]);
                 machine.run(RowsDot { factor: factors[0], x: &x, rows: &rows, out: &mut out });
@@ -489,6 +544,55 @@ mod tests {
                 for j in 0..3 {
                     close(out[j], 2.0 * a.iter().zip(&rows[j * n..]).map(|(a, b)| a * b).sum::<f64>());
                 }
+            }
+        }
+    }
+
+    /// A decode step in one pass is the same in several.
+    fn check_decode<T: Lanes>(machine: Machine, n: usize, width: usize, tolerance: f64) {
+        let (q, key, v) = (numbers::<T>(n, 0.7), numbers::<T>(n, 1.3), numbers::<T>(width, 0.9));
+        let (z, sum) = (numbers::<T>(n, 0.51), numbers::<T>(n * width, 0.31));
+        let half = T::one() / (T::one() + T::one());
+        for least in [T::neg_infinity(), T::infinity()] {
+            let (mut k, mut new_z, mut z_low) = (key.clone(), z.clone(), vec![T::zero(); n]);
+            let (mut new_sum, mut low, mut answer) = (sum.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
+            let denominator = machine.run(DecodeStep {
+                factor: half,
+                least,
+                q: &q,
+                k: &mut k,
+                v: &v,
+                z: &mut new_z,
+                z_low: &mut z_low,
+                sum: &mut new_sum,
+                low: &mut low,
+                answer: &mut answer,
+            });
+            let close = |found: T, expected: f64| {
+                let found = found.to_f64().unwrap();
+                assert!(
+                    (found - expected).abs() <= tolerance * (1.0 + n as f64),
+                    "{machine:?} {n}: {found} {expected}"
+                );
+            };
+            let (a, b, c, d, e) = (wide(&q), wide(&key), wide(&z), wide(&sum), wide(&v));
+            let own = 0.5 * a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>();
+            close(denominator, own + a.iter().zip(&c).map(|(a, c)| a * c).sum::<f64>());
+            if least > T::zero() {
+                assert!(k == key && new_z == z && new_sum == sum && answer.iter().all(|x| x.is_nan()));
+                continue;
+            }
+            for p in 0..n {
+                close(k[p], 0.5 * b[p]);
+                close(new_z[p], c[p] + 0.5 * b[p]);
+                (0..width).for_each(|j| close(new_sum[p * width + j], d[p * width + j] + 0.5 * b[p] * e[j]));
+            }
+            let mut read = vec![T::nan(); width];
+            let own_ = half * machine.run(Dot { x: &q, y: &key });
+            machine.run(ReadSums { own: own_, q: &q, v: &v, sum: &sum, answer: &mut read });
+            assert!(read == answer, "{machine:?} {n} {width}: another rounding");
+            for j in 0..width {
+                close(answer[j], own * e[j] + (0..n).map(|p| a[p] * d[p * width + j]).sum::<f64>());
             }
         }
     }

@@ -31,6 +31,7 @@ impl<T: Lanes> Buffer<T> {
     }
 
     /// Makes it `len` long, of any content. Allocates only to grow beyond what it ever was.
+    #[inline]
     pub(crate) fn resize(&mut self, len: usize) {
         if self.offset + len > self.data.len() {
             *self = Self::of(T::zero(), len);

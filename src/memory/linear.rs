@@ -216,28 +216,32 @@ impl<T: Scalar> State<T> {
     /// Answers a single token and adds it, in one pass over the sums, if that can neither fail half-way nor needs another unit: `false`
     /// says that nothing was done.
     fn read_and_absorb_token(&mut self, token: &mut Chunk<T>, readout: Readout, answer: &mut Answer<T>) -> bool {
-        let features = self.features();
-        let (query, key) = (&token.queries[..features], &mut token.keys[..features]);
         let risky = self.may_be_large || token.large_values || readout == Readout::Unnormalized;
         if risky || self.tokens == 0 || token.key_scale[0] > self.log_scale {
             return false;
         }
-        let factor = exp_difference(token.key_scale[0], self.log_scale);
-        let own = factor * kernel::dot(query, key);
-        let denominator = own + kernel::dot(query, &self.normalizer);
-        // with this the quotient of any sums of ordinary values stays in range
-        if !(denominator.is_finite() && denominator >= T::from_f64(1.0 / LARGEST_FEATURE)) {
+        let features = self.features();
+        answer.resize(1, 1, self.stride());
+        // with such a denominator the quotient of any sums of ordinary values stays in range
+        let least = T::from_f64(1.0 / LARGEST_FEATURE);
+        let denominator = kernel::DecodeStep {
+            factor: exp_difference(token.key_scale[0], self.log_scale),
+            least,
+            q: &token.queries[..features],
+            k: &mut token.keys[..features],
+            v: &token.values,
+            z: &mut self.normalizer,
+            z_low: &mut self.normalizer_low,
+            sum: &mut self.sums,
+            low: &mut self.sums_low,
+            answer: &mut answer.numerator,
+        }
+        .run();
+        if !(denominator.is_finite() && denominator >= least) {
             return false;
         }
-        if factor != T::one() {
-            kernel::scale(key, factor);
-        }
-        answer.resize(1, 1, self.stride());
         answer.denominator[0] = denominator;
         answer.log_scale[0] = token.query_scale[0] + self.log_scale;
-        let (sums, low) = (&mut self.sums, &mut self.sums_low);
-        kernel::read_and_add_outer(own, [query, key, &token.values], sums, low, &mut answer.numerator);
-        kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), key);
         self.tokens += 1;
         true
     }
@@ -248,19 +252,16 @@ impl<T: Scalar> State<T> {
         let (query, key) = (&token.queries[..features], &token.keys[..features]);
         let unit = self.log_scale.max(token.key_scale[0]);
         let own = exp_difference(token.key_scale[0], unit) * kernel::dot(query, key);
+        let old = exp_difference(self.log_scale, unit);
         answer.resize(1, 1, self.stride());
-        answer.denominator[0] = own;
-        if self.tokens == 0 {
-            answer.numerator.fill(T::zero());
+        answer.denominator[0] = own + old * kernel::dot(query, &self.normalizer);
+        if old == T::one() {
+            kernel::read_sums(own, [query, &token.values, &self.sums], &mut answer.numerator);
         } else {
-            let old = exp_difference(self.log_scale, unit);
             kernel::row_times_matrix(query, &self.sums, self.stride(), &mut answer.numerator);
-            if old != T::one() {
-                kernel::scale(&mut answer.numerator, old);
-            }
-            answer.denominator[0] += old * kernel::dot(query, &self.normalizer);
+            kernel::scale(&mut answer.numerator, old);
+            kernel::add_scaled(&mut answer.numerator, own, &token.values);
         }
-        kernel::add_scaled(&mut answer.numerator, own, &token.values);
         answer.log_scale[0] = token.query_scale[0] + unit;
     }
 
@@ -1076,7 +1077,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             take(normalizer_low);
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
-            self.state.may_be_large = true; // who knows
+            self.state.may_be_large = true; // who knows; it changes no result
         }
     }
 
