@@ -39,6 +39,7 @@ pub struct Map<T> {
     features: Box<dyn FeatureMap<T>>,
     x: Array2<T>,
     vectors: Buffer<T>,
+    squares: Buffer<T>,
     values: Buffer<T>,
     log_scale: Buffer<T>,
     scratch: [Buffer<T>; 2],
@@ -50,6 +51,7 @@ impl<T: Scalar> Map<T> {
     pub fn new(map: Box<dyn FeatureMap<T>>, x: ArrayView2<'_, T>) -> Self {
         Self {
             vectors: Buffer::zeros(map.head_dim() * chunk_len::<T>()),
+            squares: Buffer::zeros(chunk_len::<T>()),
             values: Buffer::zeros(padded::<T>(map.num_features()) * chunk_len::<T>()),
             log_scale: Buffer::zeros(chunk_len::<T>()),
             scratch: [Buffer::new(), Buffer::new()],
@@ -60,12 +62,12 @@ impl<T: Scalar> Map<T> {
 
     /// Maps every row, chunk by chunk; returns whether all were in range.
     pub fn run(&mut self) -> bool {
-        let Self { features, x, vectors, values, log_scale, scratch } = self;
+        let Self { features, x, vectors, squares, values, log_scale, scratch } = self;
         let Some(map) = features.column_map() else { return false };
         (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
             let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
-            views::to_columns(rows, T::one(), chunk_len::<T>(), vectors);
-            map.map_columns(vectors, chunk_len::<T>(), rows.nrows(), values, log_scale, scratch).is_ok()
+            views::to_columns(rows, T::one(), squares, vectors);
+            map.map_columns(vectors, squares, chunk_len::<T>(), rows.nrows(), values, log_scale, scratch).is_ok()
         })
     }
 }

@@ -102,14 +102,16 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
     /// other columns of `x` are zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
     /// 1, then `values` has room for its padded length.
     ///
-    /// The vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each column.
+    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each column.
     ///
     /// # Errors
     ///
     /// [`Error::Overflow`] with the column as row.
+    #[allow(clippy::too_many_arguments)]
     fn map_columns(
         &self,
         x: &[T],
+        squares: &[T],
         width: usize,
         tokens: usize,
         values: &mut [T],
@@ -129,8 +131,8 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
         log_scale: [&mut [T]; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
-        self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
+        self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
+        self.map_columns(x[1], &[], 1, 1, second, log_scale[1], scratch)
     }
 }
 
@@ -146,17 +148,17 @@ fn map_by_columns<T: Scalar>(
     check_map(head_dim, num_features, x, &values, &log_scale)?;
     let width = padded::<T>(x.nrows().min(chunk_len::<T>()));
     let (mut vectors, mut features) = (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
+    let mut squares = Buffer::zeros(width);
     let (mut scales, mut scratch) = (Buffer::zeros(width), [Buffer::new(), Buffer::new()]);
-    let mut copy = Buffer::zeros(width * num_features);
+    let stride = padded::<T>(num_features);
+    let (mut copy, mut unused) = (Buffer::zeros(width * stride), Buffer::zeros(stride));
     for start in (0..x.nrows()).step_by(chunk_len::<T>()) {
         let rows = start..x.nrows().min(start + chunk_len::<T>());
         let tokens = rows.len();
-        views::to_columns(views::rows(x, rows.clone()), T::one(), width, &mut vectors);
-        map.map_columns(&vectors, width, tokens, &mut features, &mut scales, &mut scratch)
+        views::to_columns(views::rows(x, rows.clone()), T::one(), &mut squares, &mut vectors);
+        map.map_columns(&vectors, &squares, width, tokens, &mut features, &mut scales, &mut scratch)
             .map_err(|error| error.in_chunk(start))?;
-        let stride = padded::<T>(num_features);
-        copy.resize(width * stride);
-        columns::transpose(num_features, |i| &features[i * width..(i + 1) * width], T::one(), stride, &mut copy);
+        columns::transpose(num_features, |i| &features[i * width..(i + 1) * width], T::one(), &mut unused, &mut copy);
         for (mut row, copy) in
             views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride))
         {

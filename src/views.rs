@@ -36,19 +36,31 @@ pub(crate) fn head<'a, T>(x: &ArrayView4<'a, T>, sequence: usize, head: usize, l
     rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
 }
 
-/// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows. Rows may have any strides.
-pub(crate) fn to_columns<T: Scalar>(x: ArrayView2<'_, T>, factor: T, width: usize, out: &mut [T]) {
+/// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows, and sums the squares of each column,
+/// `squares [width]`. Rows may have any strides.
+pub(crate) fn to_columns<T: Scalar>(x: ArrayView2<'_, T>, factor: T, squares: &mut [T], out: &mut [T]) {
     let (rows, length) = x.dim();
+    let width = squares.len();
     let out = &mut out[..length * width];
     if let Some(x) = x.to_slice() {
-        columns::transpose(rows, |t| &x[t * length..(t + 1) * length], factor, width, out);
+        columns::transpose(rows, |t| &x[t * length..(t + 1) * length], factor, squares, out);
     } else if x.strides()[1] == 1 {
-        columns::transpose(rows, |t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(), factor, width, out);
+        columns::transpose(
+            rows,
+            |t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(),
+            factor,
+            squares,
+            out,
+        );
     } else {
+        squares.fill(T::zero());
         for (column, out) in x.axis_iter(Axis(1)).zip(out.chunks_exact_mut(width)) {
             let (real, padding) = out.split_at_mut(rows);
-            real.iter_mut().zip(column).for_each(|(y, &x)| *y = factor * x);
             padding.fill(T::zero());
+            for ((y, &x), square) in real.iter_mut().zip(column).zip(&mut *squares) {
+                *y = factor * x;
+                *square += *y * *y;
+            }
         }
     }
 }

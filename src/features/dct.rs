@@ -437,6 +437,7 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
     fn map_columns(
         &self,
         x: &[T],
+        squares: &[T],
         width: usize,
         tokens: usize,
         values: &mut [T],
@@ -445,19 +446,19 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
     ) -> Result<(), Error> {
         let m = self.radii.len();
         match &self.way {
-            Way::Dense(dense) => dense.map_columns(x, width, tokens, values, log_scale, scratch)?,
+            Way::Dense(dense) => dense.map_columns(x, squares, width, tokens, values, log_scale, scratch)?,
             Way::Lanes { one: Some(dense), .. } if width == 1 => {
-                dense.map_columns(x, width, tokens, values, log_scale, scratch)?;
+                dense.map_columns(x, squares, width, tokens, values, log_scale, scratch)?;
             }
             Way::Lanes { lanes, outer, exponents, .. } if width > 1 => {
                 self.transform_lanes(lanes, outer, x, width, values, scratch);
                 exponents.add_bias(values, width);
-                exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
+                exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)?;
             }
             Way::Lanes { exponents, .. } | Way::Rows(exponents) => {
                 self.transform_rows(x, width, tokens, values, &mut scratch[0]);
                 exponents.add_bias(values, width);
-                exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)?;
+                exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)?;
             }
         }
         if let Kind::Official { .. } = self.kind {
@@ -490,8 +491,8 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
         {
             return dense.map_pair(x, [first, second], log_scale, scratch);
         }
-        self.map_columns(x[0], 1, 1, first, log_scale[0], scratch)?;
-        self.map_columns(x[1], 1, 1, second, log_scale[1], scratch)
+        self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
+        self.map_columns(x[1], &[], 1, 1, second, log_scale[1], scratch)
     }
 }
 

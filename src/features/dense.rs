@@ -35,6 +35,7 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
     fn map_columns(
         &self,
         x: &[T],
+        squares: &[T],
         width: usize,
         tokens: usize,
         values: &mut [T],
@@ -59,7 +60,7 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
             }
             .run();
         }
-        self.exponents.finish(x, width, tokens, &mut values[..m * width], log_scale, scratch)
+        self.exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)
     }
 
     fn map_pair(
@@ -73,7 +74,7 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         kernel::two_rows_times_matrix(x, &self.projection, stride, [&mut first[..stride], &mut second[..stride]]);
         for ((x, values), log_scale) in x.into_iter().zip([first, second]).zip(log_scale) {
             self.exponents.add_bias(&mut values[..m], 1);
-            self.exponents.finish(x, 1, 1, &mut values[..m], log_scale, scratch)?;
+            self.exponents.finish(x, &[], 1, 1, &mut values[..m], log_scale, scratch)?;
         }
         Ok(())
     }
@@ -118,9 +119,11 @@ impl<T: Scalar> Exponents<T> {
     }
 
     /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log scales (natural).
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn finish(
         &self,
         x: &[T],
+        squares: &[T],
         width: usize,
         tokens: usize,
         values: &mut [T],
@@ -132,7 +135,8 @@ impl<T: Scalar> Exponents<T> {
         if width == 1 {
             (log_scale[0], scratch[0]) = kernel::exp2_below_maximum(values, x);
         } else {
-            columns::half_squared_norms(x, scratch);
+            let half = T::from_f64(0.5);
+            scratch.iter_mut().zip(squares).for_each(|(norm, &square)| *norm = half * square);
             columns::exp2_below_maximum(values, log_scale);
         }
         let ln_2 = T::from_f64(core::f64::consts::LN_2);

@@ -87,6 +87,7 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
     fn map_columns(
         &self,
         x: &[T],
+        _squares: &[T],
         width: usize,
         _tokens: usize,
         values: &mut [T],
@@ -223,6 +224,7 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
     fn map_columns(
         &self,
         x: &[T],
+        _squares: &[T],
         width: usize,
         tokens: usize,
         values: &mut [T],

@@ -79,6 +79,7 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
     fn map_columns(
         &self,
         x: &[T],
+        _squares: &[T],
         width: usize,
         _tokens: usize,
         values: &mut [T],

@@ -37,43 +37,6 @@ fn store<T: Lanes, L: Level, const V: usize>(x: &mut [T], j: usize, values: [T::
     x[..V].copy_from_slice(&values);
 }
 
-/// `out_t = ½ Σ_i x_it²`.
-pub(crate) fn half_squared_norms<T: Lanes>(x: &[T], out: &mut [T]) {
-    dispatch(HalfSquaredNorms { x, out });
-}
-
-struct HalfSquaredNorms<'a, T> {
-    x: &'a [T],
-    out: &'a mut [T],
-}
-
-impl<T: Lanes> Loop for HalfSquaredNorms<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Level>(mut self, level: L) {
-        strips!(self, level, T, L, self.out.len());
-    }
-}
-
-impl<T: Lanes> HalfSquaredNorms<'_, T> {
-    #[inline(always)]
-    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
-        let mut sums = [T::splat(level, T::zero()); V];
-        for row in self.x.chunks_exact(self.out.len()) {
-            let x = load::<T, L, V>(row, j);
-            for v in 0..V {
-                sums[v] = T::vfma(level, x[v], x[v], sums[v]);
-            }
-        }
-        let half = T::splat(level, T::one() / (T::one() + T::one()));
-        for sum in &mut sums {
-            *sum = T::vmul(level, half, *sum);
-        }
-        store::<T, L, V>(self.out, j, sums);
-    }
-}
-
 /// `out_t = max_i x_it`, then `x_it ← 2^(x_it − out_t)`.
 pub(crate) fn exp2_below_maximum<T: Lanes>(x: &mut [T], out: &mut [T]) {
     dispatch(Exp2BelowMaximum { x, out });
@@ -307,22 +270,23 @@ impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
     }
 }
 
-/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows. `row(t)` is row `t`.
+/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and sums their squares,
+/// `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
 pub(crate) fn transpose<'a, T: Lanes + 'a>(
     rows: usize,
     row: impl Fn(usize) -> &'a [T],
     factor: T,
-    width: usize,
+    squares: &mut [T],
     out: &mut [T],
 ) {
-    dispatch(Transpose { rows, row, factor, width, out });
+    dispatch(Transpose { rows, row, factor, squares, out });
 }
 
 struct Transpose<'a, T, R> {
     rows: usize,
     row: R,
     factor: T,
-    width: usize,
+    squares: &'a mut [T],
     out: &'a mut [T],
 }
 
@@ -332,14 +296,17 @@ impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
         let lanes = T::lanes::<L>();
-        let factor = T::splat(level, self.factor);
-        for t in (0..self.width).step_by(lanes) {
+        let (factor, width) = (T::splat(level, self.factor), self.squares.len());
+        for t in (0..width).step_by(lanes) {
             let mut rows: [&[T]; 16] = [&[]; 16];
             let real = lanes.min(self.rows.saturating_sub(t));
             for i in 0..real {
                 rows[i] = (self.row)(t + i);
             }
-            let length = self.out.len() / self.width;
+            let length = self.out.len() / width;
+            // two sums, so that additions wait for each other less
+            let mut even = T::splat(level, T::zero());
+            let mut odd = even;
             let mut p = 0;
             while p < length {
                 let zeros: [T::V<L>; 16] = [T::splat(level, T::zero()); 16];
@@ -351,8 +318,13 @@ impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
                     }
                     T::vtranspose(level, &mut square);
                     for i in 0..lanes {
-                        let out = &mut self.out[(p + i) * self.width + t..][..lanes];
-                        T::vectors_mut::<L>(out)[0] = T::vmul(level, factor, square[i]);
+                        square[i] = T::vmul(level, factor, square[i]);
+                        let out = &mut self.out[(p + i) * width + t..][..lanes];
+                        T::vectors_mut::<L>(out)[0] = square[i];
+                    }
+                    for i in 0..lanes / 2 {
+                        even = T::vfma(level, square[2 * i], square[2 * i], even);
+                        odd = T::vfma(level, square[2 * i + 1], square[2 * i + 1], odd);
                     }
                 } else {
                     let mut square = zeros;
@@ -361,12 +333,15 @@ impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
                     }
                     T::vtranspose(level, &mut square);
                     for i in 0..lanes.min(length - p) {
-                        let out = &mut self.out[(p + i) * self.width + t..][..lanes];
-                        T::vectors_mut::<L>(out)[0] = T::vmul(level, factor, square[i]);
+                        let out = &mut self.out[(p + i) * width + t..][..lanes];
+                        let x = T::vmul(level, factor, square[i]);
+                        T::vectors_mut::<L>(out)[0] = x;
+                        even = T::vfma(level, x, x, even);
                     }
                 }
                 p += lanes;
             }
+            T::vectors_mut::<L>(&mut self.squares[t..t + lanes])[0] = T::vadd(level, even, odd);
         }
     }
 }
@@ -395,12 +370,6 @@ mod tests {
                 let x = numbers::<T>(rows * width, 0.3);
                 let wide_x = wide(&x);
                 let column = |t: usize| (0..rows).map(move |i| i * width + t);
-                let mut out = vec![T::nan(); width];
-                machine.run(HalfSquaredNorms { x: &x, out: &mut out });
-                for t in 0..width {
-                    close("norm", out[t], 0.5 * column(t).map(|i| wide_x[i].powi(2)).sum::<f64>());
-                }
-
                 let (mut y, mut largest) = (x.clone(), vec![T::nan(); width]);
                 machine.run(Exp2BelowMaximum { x: &mut y, out: &mut largest });
                 for t in 0..width {
@@ -461,7 +430,11 @@ mod tests {
             let mut out = vec![T::nan(); d * width];
             let two = T::one() + T::one();
             let row = |t: usize| &x[t * d..(t + 1) * d];
-            machine.run(Transpose { rows: n, row, factor: two, width, out: &mut out });
+            let mut squares = vec![T::nan(); width];
+            machine.run(Transpose { rows: n, row, factor: two, squares: &mut squares, out: &mut out });
+            for t in 0..width {
+                close("squares", squares[t], (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum());
+            }
             for p in 0..d {
                 for t in 0..width {
                     let expected = if t < n { two * x[t * d + p] } else { T::zero() };

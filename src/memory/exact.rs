@@ -117,7 +117,7 @@ pub(crate) fn attend<T: Scalar>(
         queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
         attend_one(queries, k, v, base_2, keys, scores, key_copy, value_copy, answer);
     } else {
-        views::to_columns(q, base_2, width, queries);
+        views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (0..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
             let k = contiguous(k, start, count, d, key_copy);

@@ -476,6 +476,7 @@ pub(super) fn key_factors<T: Scalar>(key_scale: &[T], unit: T, tokens: usize, fa
 pub(crate) struct Workspace<T> {
     x: Buffer<T>,
     x_key: Buffer<T>,
+    squares: Buffer<T>,
     map: [Buffer<T>; 2],
     /// For maps that take tokens as rows.
     rows: [Array2<T>; 2],
@@ -499,6 +500,7 @@ impl<T: Scalar> Workspace<T> {
         Self {
             x: Buffer::new(),
             x_key: Buffer::new(),
+            squares: Buffer::new(),
             map: [Buffer::new(), Buffer::new()],
             rows: [Array2::zeros((0, 0)), Array2::zeros((0, 0))],
             chunk: Chunk::new(),
@@ -566,6 +568,10 @@ impl Side {
             Self::Key => "k",
         }
     }
+}
+
+fn too_large(row: usize) -> Error {
+    Error::Overflow { which: "the size of the vector", row }
 }
 
 /// Linear attention by a map; the sums are elsewhere.
@@ -678,9 +684,16 @@ impl<'a, T: Scalar> Engine<'a, T> {
         if width == 1 {
             self.scale_one(side, x, &mut work.x, first_row)?;
         } else {
-            check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
             work.x.resize(self.map.head_dim() * width);
-            views::to_columns(x, self.scale_root, width, &mut work.x);
+            work.squares.resize(width);
+            views::to_columns(x, self.scale_root, &mut work.squares, &mut work.x);
+            if !kernel::all_finite(&work.squares) {
+                check::finite(side.name(), x).map_err(|error| error.in_chunk(first_row))?;
+                let scaled = |t: usize| work.x[t..].iter().step_by(width).all(|x| x.is_finite());
+                if let Some(t) = (0..x.nrows()).find(|&t| !scaled(t)) {
+                    return Err(too_large(first_row + t));
+                }
+            }
         }
         self.map_again(side, work).map_err(|error| error.in_chunk(first_row))
     }
@@ -688,13 +701,15 @@ impl<'a, T: Scalar> Engine<'a, T> {
     /// Sets `scaled` to the one row of `√scale·x`.
     fn scale_one(&self, side: Side, x: ArrayView2<'_, T>, scaled: &mut Buffer<T>, row: usize) -> Result<(), Error> {
         scaled.resize(self.map.head_dim());
-        let all_finite = if let Some(x) = x.to_slice() {
-            kernel::scale_into(self.scale_root, x, scaled) == T::zero()
+        if let Some(x) = x.to_slice() {
+            if kernel::scale_into(self.scale_root, x, scaled) == T::zero() {
+                return Ok(());
+            }
         } else {
             scaled.iter_mut().zip(x).for_each(|(scaled, &x)| *scaled = x * self.scale_root);
-            false
-        };
-        if all_finite { Ok(()) } else { check::finite(side.name(), x).map_err(|error| error.in_chunk(row)) }
+        }
+        check::finite(side.name(), x).map_err(|error| error.in_chunk(row))?;
+        if kernel::all_finite(scaled) { Ok(()) } else { Err(too_large(row)) }
     }
 
     /// Maps the query and the key of one token.
@@ -719,14 +734,14 @@ impl<'a, T: Scalar> Engine<'a, T> {
 
     /// Maps the vectors that are in the scratch.
     fn map_again(&self, side: Side, work: &mut Workspace<T>) -> Result<(), Error> {
-        let Workspace { x, map: scratch, rows, chunk, .. } = work;
+        let Workspace { x, squares, map: scratch, rows, chunk, .. } = work;
         let (tokens, width) = (chunk.tokens, chunk.width);
         let (values, log_scale) = match side {
             Side::Query => (&mut chunk.queries, &mut chunk.query_scale),
             Side::Key => (&mut chunk.keys, &mut chunk.key_scale),
         };
         if let Some(map) = self.map.column_map() {
-            return map.map_columns(x, width, tokens, values, log_scale, scratch);
+            return map.map_columns(x, squares, width, tokens, values, log_scale, scratch);
         }
         self.map_rows(side, x, width, tokens, values, log_scale, rows)
     }
