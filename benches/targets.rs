@@ -299,7 +299,7 @@ fn whole_sequences(
         long as f64 * softmax_flops(long),
     ));
     let (mut racers, flops): (Vec<Contestant>, Vec<f64>) = contestants.into_iter().unzip();
-    race(&mut racers, if quick { 1 } else { rounds });
+    race_for(if quick { 0.004 } else { 0.03 }, &mut racers, if quick { 1 } else { rounds });
     let gflops: Vec<f64> = racers.iter().zip(&flops).map(|(racer, flops)| flops / racer.seconds() / 1e9).collect();
     let peak = gflops[..peaks].iter().copied().fold(0.0, f64::max);
     println!("{:<30}{:>12}{:>12}{:>10}{:>12}", "causal forward", "ms", "tokens/s", "GFLOP/s", "% of peak");
