@@ -158,7 +158,7 @@ fn map_by_columns<T: Scalar>(
         views::to_columns(views::rows(x, rows.clone()), T::one(), &mut squares, &mut vectors);
         map.map_columns(&vectors, &squares, width, tokens, &mut features, &mut scales, &mut scratch)
             .map_err(|error| error.in_chunk(start))?;
-        columns::transpose(num_features, |i| &features[i * width..(i + 1) * width], T::one(), &mut unused, &mut copy);
+        columns::transpose(num_features, &|i| &features[i * width..(i + 1) * width], T::one(), &mut unused, &mut copy);
         for (mut row, copy) in
             views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride))
         {

@@ -4,6 +4,8 @@
 //! Chunks of tokens are kept with *tokens as columns* ([`columns`]): features, scores and their sums then need no reduction across
 //! lanes, and products no transposed operand.
 #![allow(
+    missing_debug_implementations, // arguments of loops, public in name only
+    missing_docs,
     clippy::needless_range_loop, // arrays stay in registers only where loops over them have plain indices
     clippy::manual_memcpy
 )]
@@ -11,6 +13,7 @@
 
 pub(crate) mod buffer;
 pub(crate) mod columns;
+pub(crate) mod compiled;
 pub(crate) mod dct;
 pub(crate) mod exp;
 pub(crate) mod gemm;
@@ -21,7 +24,8 @@ pub(crate) use buffer::{Buffer, padded};
 pub(crate) use exp::exp2_slice;
 pub(crate) use gemm::{Into, Matrix, Product, add_row_times_matrix, row_times_matrix, two_rows_times_matrix};
 
-use simd::{Lanes, Level, Loop, dispatch};
+use compiled::Compiled;
+use simd::{Lanes, Level, Loop};
 
 /// Tokens of linear attention that are mapped and summed at once: four cache lines of numbers, 64 for `f32`.
 pub(crate) const fn chunk_len<T: Lanes>() -> usize {
@@ -32,7 +36,7 @@ pub(crate) const fn chunk_len<T: Lanes>() -> usize {
 const ACCUMULATORS: usize = 4;
 
 /// How numbers are made one.
-trait Reduction<T: Lanes> {
+pub trait Reduction<T: Lanes> {
     const START: fn() -> T;
     /// Takes one more vector in.
     fn step<L: Level>(level: L, state: T::V<L>, x: T::V<L>) -> T::V<L>;
@@ -42,7 +46,8 @@ trait Reduction<T: Lanes> {
     fn finish<L: Level>(level: L, state: T::V<L>) -> T;
 }
 
-struct Reduce<'a, T, R> {
+#[derive(Debug)]
+pub struct Reduce<'a, T, R> {
     x: &'a [T],
     how: R,
 }
@@ -77,8 +82,12 @@ impl<T: Lanes, R: Reduction<T>> Loop for Reduce<'_, T, R> {
 }
 
 macro_rules! reduction {
-    ($(#[$doc:meta])* $name:ident, $reduction:ident, $start:expr, |$level:ident, $s:ident, $x:ident| $step:expr, $join:ident, $finish:ident) => {
-        struct $reduction;
+    ($(#[$doc:meta])* $name:ident, $reduction:ident, $of:ident, $alias:ident, $start:expr, |$level:ident, $s:ident, $x:ident| $step:expr, $join:ident, $finish:ident) => {
+        #[derive(Debug)]
+        pub struct $reduction;
+
+        /// The reduction of a slice.
+        pub type $alias<'a, T> = Reduce<'a, T, $reduction>;
 
         impl<T: Lanes> Reduction<T> for $reduction {
             const START: fn() -> T = $start;
@@ -98,39 +107,39 @@ macro_rules! reduction {
         }
 
         $(#[$doc])*
-        pub(crate) fn $name<T: Lanes>(x: &[T]) -> T {
-            dispatch(Reduce { x, how: $reduction })
+        pub(crate) fn $name<T: Compiled>(x: &[T]) -> T {
+            T::$of(Reduce { x, how: $reduction })
         }
     };
 }
 reduction!(
     /// Σ xᵢ.
-    sum, Sum, T::zero, |level, s, x| T::vadd(level, s, x), vadd, vsum
+    sum, Sum, run_sum_of, SumOf, T::zero, |level, s, x| T::vadd(level, s, x), vadd, vsum
 );
 reduction!(
     /// max xᵢ, or −∞ of nothing.
-    max, Max, T::neg_infinity, |level, s, x| T::vmax(level, s, x), vmax, vmaximum
+    max, Max, run_max_of, MaxOf, T::neg_infinity, |level, s, x| T::vmax(level, s, x), vmax, vmaximum
 );
 reduction!(
     /// max |xᵢ|, or 0 of nothing.
-    max_abs, MaxAbs, T::zero, |level, s, x| T::vmax(level, s, T::vabs(level, x)), vmax, vmaximum
+    max_abs, MaxAbs, run_max_abs_of, MaxAbsOf, T::zero, |level, s, x| T::vmax(level, s, T::vabs(level, x)), vmax, vmaximum
 );
 reduction!(
     /// Σ xᵢ·0: 0 if every element is finite, else NaN.
-    finite_mark, FiniteMark, T::zero, |level, s, x| T::vfma(level, x, T::splat(level, T::zero()), s), vadd, vsum
+    finite_mark, FiniteMark, run_finite_mark_of, FiniteMarkOf, T::zero, |level, s, x| T::vfma(level, x, T::splat(level, T::zero()), s), vadd, vsum
 );
 
 /// Whether every element is finite.
-pub(crate) fn all_finite<T: Lanes>(x: &[T]) -> bool {
+pub(crate) fn all_finite<T: Compiled>(x: &[T]) -> bool {
     finite_mark(x) == T::zero()
 }
 
 /// Copies numbers; the largest of their magnitudes, or something that is not finite if one is not.
-pub(crate) fn copy_and_measure<T: Lanes>(from: &[T], to: &mut [T]) -> T {
-    dispatch(CopyAndMeasure { from, to })
+pub(crate) fn copy_and_measure<T: Compiled>(from: &[T], to: &mut [T]) -> T {
+    T::run_copy_and_measure(CopyAndMeasure { from, to })
 }
 
-struct CopyAndMeasure<'a, T> {
+pub struct CopyAndMeasure<'a, T> {
     from: &'a [T],
     to: &'a mut [T],
 }
@@ -159,11 +168,11 @@ impl<T: Lanes> Loop for CopyAndMeasure<'_, T> {
 }
 
 /// Σ xᵢyᵢ.
-pub(crate) fn dot<T: Lanes>(x: &[T], y: &[T]) -> T {
-    dispatch(Dot { x, y })
+pub(crate) fn dot<T: Compiled>(x: &[T], y: &[T]) -> T {
+    T::run_dot(Dot { x, y })
 }
 
-struct Dot<'a, T> {
+pub struct Dot<'a, T> {
     x: &'a [T],
     y: &'a [T],
 }
@@ -198,11 +207,11 @@ fn dot_at<T: Lanes, L: Level>(level: L, x: &[T], y: &[T]) -> T {
 }
 
 /// `out_j = factor·Σ_p x_p·rows_jp`: the scores of one query with many keys.
-pub(crate) fn rows_dot<T: Lanes>(factor: T, x: &[T], rows: &[T], out: &mut [T]) {
-    dispatch(RowsDot { factor, x, rows, out });
+pub(crate) fn rows_dot<T: Compiled>(factor: T, x: &[T], rows: &[T], out: &mut [T]) {
+    T::run_rows_dot(RowsDot { factor, x, rows, out });
 }
 
-struct RowsDot<'a, T> {
+pub struct RowsDot<'a, T> {
     factor: T,
     x: &'a [T],
     rows: &'a [T],
@@ -221,11 +230,11 @@ impl<T: Lanes> Loop for RowsDot<'_, T> {
 }
 
 /// `x *= factor`.
-pub(crate) fn scale<T: Lanes>(x: &mut [T], factor: T) {
-    dispatch(ScaleInPlace { x, factor });
+pub(crate) fn scale<T: Compiled>(x: &mut [T], factor: T) {
+    T::run_scale_in_place(ScaleInPlace { x, factor });
 }
 
-struct ScaleInPlace<'a, T> {
+pub struct ScaleInPlace<'a, T> {
     x: &'a mut [T],
     factor: T,
 }
@@ -248,7 +257,7 @@ impl<T: Lanes> Loop for ScaleInPlace<'_, T> {
 
 /// `y += factor·x`.
 #[inline]
-pub(crate) fn add_scaled<T: Lanes>(y: &mut [T], factor: T, x: &[T]) {
+pub(crate) fn add_scaled<T: Compiled>(y: &mut [T], factor: T, x: &[T]) {
     for (b, &a) in y.iter_mut().zip(x) {
         *b = *b + factor * a;
     }
@@ -270,16 +279,16 @@ fn compensate_with<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T:
 
 /// `sum += factor·x` with the rounding error of every addition carried in `low` (Kahan, 1965), so that the error does
 /// not grow with the number of additions.
-pub(crate) fn add_compensated<T: Lanes>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
+pub(crate) fn add_compensated<T: Compiled>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
     add_outer(sum, low, &[factor], x);
 }
 
 /// `sum_i += factor_i·x` for every row of `sum`, as wide as `x`; see [`add_compensated`].
-pub(crate) fn add_outer<T: Lanes>(sum: &mut [T], low: &mut [T], factors: &[T], x: &[T]) {
-    dispatch(AddOuter { sum, low, factors, x });
+pub(crate) fn add_outer<T: Compiled>(sum: &mut [T], low: &mut [T], factors: &[T], x: &[T]) {
+    T::run_add_outer(AddOuter { sum, low, factors, x });
 }
 
-struct AddOuter<'a, T> {
+pub struct AddOuter<'a, T> {
     sum: &'a mut [T],
     low: &'a mut [T],
     factors: &'a [T],
@@ -317,11 +326,11 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
 }
 
 /// `to = factor·from`; Σ to·0, which is 0 if every number is finite.
-pub(crate) fn scale_into<T: Lanes>(factor: T, from: &[T], to: &mut [T]) -> T {
-    dispatch(ScaleInto { factor, from, to })
+pub(crate) fn scale_into<T: Compiled>(factor: T, from: &[T], to: &mut [T]) -> T {
+    T::run_scale_into(ScaleInto { factor, from, to })
 }
 
-struct ScaleInto<'a, T> {
+pub struct ScaleInto<'a, T> {
     factor: T,
     from: &'a [T],
     to: &'a mut [T],
@@ -349,11 +358,11 @@ impl<T: Lanes> Loop for ScaleInto<'_, T> {
 }
 
 /// One vector of logits to base 2: `x_i ← 2^(x_i − max)`; returns the maximum and ½ Σ v_j².
-pub(crate) fn exp2_below_maximum<T: Lanes>(x: &mut [T], v: &[T]) -> (T, T) {
-    dispatch(Exp2BelowMaximum { x, v })
+pub(crate) fn exp2_below_maximum<T: Compiled>(x: &mut [T], v: &[T]) -> (T, T) {
+    T::run_exp2_one(Exp2BelowMaximum { x, v })
 }
 
-struct Exp2BelowMaximum<'a, T> {
+pub struct Exp2BelowMaximum<'a, T> {
     x: &'a mut [T],
     v: &'a [T],
 }
@@ -381,7 +390,7 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
 /// Rows of the sums are as wide as `v`, whole vectors of it, and every number is loaded once; for `low` and `z_low` see [`add_compensated`].
 /// Returns the denominator; if it is not finite, or below `least`, nothing is changed.
 #[derive(Debug)]
-pub(crate) struct DecodeStep<'a, T> {
+pub struct DecodeStep<'a, T> {
     pub(crate) factor: T,
     pub(crate) least: T,
     pub(crate) q: &'a [T],
@@ -394,10 +403,10 @@ pub(crate) struct DecodeStep<'a, T> {
     pub(crate) answer: &'a mut [T],
 }
 
-impl<T: Lanes> DecodeStep<'_, T> {
+impl<T: Compiled> DecodeStep<'_, T> {
     pub(crate) fn run(self) -> T {
         debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
-        dispatch(self)
+        T::run_decode_step(self)
     }
 }
 
@@ -454,11 +463,11 @@ impl<T: Lanes> DecodeStep<'_, T> {
 }
 
 /// The reading half of [`DecodeStep`], with the same rounding: `answer = own·v + Σ_p q_p·sum_p`.
-pub(crate) fn read_sums<T: Lanes>(own: T, [q, v, sum]: [&[T]; 3], answer: &mut [T]) {
-    dispatch(ReadSums { own, q, v, sum, answer });
+pub(crate) fn read_sums<T: Compiled>(own: T, [q, v, sum]: [&[T]; 3], answer: &mut [T]) {
+    T::run_read_sums(ReadSums { own, q, v, sum, answer });
 }
 
-struct ReadSums<'a, T> {
+pub struct ReadSums<'a, T> {
     own: T,
     q: &'a [T],
     v: &'a [T],

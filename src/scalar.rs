@@ -73,7 +73,7 @@ pub(crate) mod sealed {
     use std::sync::Arc;
 
     /// What the inner loops need to know about a number type.
-    pub trait Sealed: crate::kernel::simd::Lanes {
+    pub trait Sealed: crate::kernel::compiled::Compiled {
         /// Values below this can be summed 2⁴⁰ times with features up to 2¹⁰ without overflow.
         const SAFE_VALUE: f64;
 

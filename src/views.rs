@@ -43,11 +43,11 @@ pub(crate) fn to_columns<T: Scalar>(x: ArrayView2<'_, T>, factor: T, squares: &m
     let width = squares.len();
     let out = &mut out[..length * width];
     if let Some(x) = x.to_slice() {
-        columns::transpose(rows, |t| &x[t * length..(t + 1) * length], factor, squares, out);
+        columns::transpose(rows, &|t| &x[t * length..(t + 1) * length], factor, squares, out);
     } else if x.strides()[1] == 1 {
         columns::transpose(
             rows,
-            |t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(),
+            &|t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(),
             factor,
             squares,
             out,

@@ -4,7 +4,8 @@
 //! Loops over the vectors of a strip are written out: a closure (as in `array::from_fn`) may not be inlined and then runs without the
 //! instructions of its level, a hundred times slower.
 
-use super::simd::{Lanes, Level, Loop, dispatch};
+use super::compiled::Compiled;
+use super::simd::{Lanes, Level, Loop};
 
 /// Columns that are worked on at once, in vectors.
 const STRIP: usize = 4;
@@ -38,11 +39,11 @@ fn store<T: Lanes, L: Level, const V: usize>(x: &mut [T], j: usize, values: [T::
 }
 
 /// `out_t = max_i x_it`, then `x_it ← 2^(x_it − out_t)`.
-pub(crate) fn exp2_below_maximum<T: Lanes>(x: &mut [T], out: &mut [T]) {
-    dispatch(Exp2BelowMaximum { x, out });
+pub(crate) fn exp2_below_maximum<T: Compiled>(x: &mut [T], out: &mut [T]) {
+    T::run_exp2_columns(Exp2BelowMaximum { x, out });
 }
 
-struct Exp2BelowMaximum<'a, T> {
+pub struct Exp2BelowMaximum<'a, T> {
     x: &'a mut [T],
     out: &'a mut [T],
 }
@@ -81,16 +82,16 @@ impl<T: Lanes> Exp2BelowMaximum<'_, T> {
 /// One tile of an exact softmax: `scores [keys, width]` are logarithms to base 2 and become weights in units of `2^log_scale_t`; the
 /// running maximum `log_scale` and the sum of the weights `denominator` go on. `correction_t` is what sums in the old unit must be
 /// multiplied by; returns whether one of them is not 1.
-pub(crate) fn soften<T: Lanes>(
+pub(crate) fn soften<T: Compiled>(
     scores: &mut [T],
     log_scale: &mut [T],
     denominator: &mut [T],
     correction: &mut [T],
 ) -> bool {
-    dispatch(Soften { scores, log_scale, denominator, correction, changed: false })
+    T::run_soften(Soften { scores, log_scale, denominator, correction, changed: false })
 }
 
-struct Soften<'a, T> {
+pub struct Soften<'a, T> {
     scores: &'a mut [T],
     log_scale: &'a mut [T],
     denominator: &'a mut [T],
@@ -142,11 +143,11 @@ impl<T: Lanes> Soften<'_, T> {
 }
 
 /// `x_it ← x_it·factor_t`, and `sums_i = Σ_t` of the result.
-pub(crate) fn scale_and_sum_rows<T: Lanes>(x: &mut [T], factors: &[T], sums: &mut [T]) {
-    dispatch(ScaleAndSumRows { x, factors, sums });
+pub(crate) fn scale_and_sum_rows<T: Compiled>(x: &mut [T], factors: &[T], sums: &mut [T]) {
+    T::run_scale_and_sum_rows(ScaleAndSumRows { x, factors, sums });
 }
 
-struct ScaleAndSumRows<'a, T> {
+pub struct ScaleAndSumRows<'a, T> {
     x: &'a mut [T],
     factors: &'a [T],
     sums: &'a mut [T],
@@ -172,12 +173,12 @@ impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
 /// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token `first + i` and keeps its columns
 /// from that one on; the others become 0. `first` is a multiple of that number; columns before it are not looked at. Adds each row
 /// to `sums`.
-pub(crate) fn mask_and_add_rows<T: Lanes>(scores: &mut [T], first: usize, sums: &mut [T]) {
+pub(crate) fn mask_and_add_rows<T: Compiled>(scores: &mut [T], first: usize, sums: &mut [T]) {
     debug_assert!(first.is_multiple_of(T::PAD) && scores.len() <= T::PAD * sums.len());
-    dispatch(MaskAndAddRows { scores, first, sums });
+    T::run_mask_and_add_rows(MaskAndAddRows { scores, first, sums });
 }
 
-struct MaskAndAddRows<'a, T> {
+pub struct MaskAndAddRows<'a, T> {
     scores: &'a mut [T],
     first: usize,
     sums: &'a mut [T],
@@ -207,11 +208,11 @@ impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
 }
 
 /// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`; returns whether every number is finite.
-pub(crate) fn scale_rows<T: Lanes>(x: &[T], stride: usize, factors: &[T], length: usize, out: &mut [T]) -> bool {
-    dispatch(ScaleRows { x, stride, factors, length, out }) == T::zero()
+pub(crate) fn scale_rows<T: Compiled>(x: &[T], stride: usize, factors: &[T], length: usize, out: &mut [T]) -> bool {
+    T::run_scale_rows(ScaleRows { x, stride, factors, length, out }) == T::zero()
 }
 
-struct ScaleRows<'a, T> {
+pub struct ScaleRows<'a, T> {
     x: &'a [T],
     stride: usize,
     factors: &'a [T],
@@ -246,11 +247,11 @@ impl<T: Lanes> Loop for ScaleRows<'_, T> {
 }
 
 /// `x_t ← factor_t·x_t` for rows of `stride` numbers.
-pub(crate) fn scale_rows_in_place<T: Lanes>(x: &mut [T], stride: usize, factors: &[T]) {
-    dispatch(ScaleRowsInPlace { x, stride, factors });
+pub(crate) fn scale_rows_in_place<T: Compiled>(x: &mut [T], stride: usize, factors: &[T]) {
+    T::run_scale_rows_in_place(ScaleRowsInPlace { x, stride, factors });
 }
 
-struct ScaleRowsInPlace<'a, T> {
+pub struct ScaleRowsInPlace<'a, T> {
     x: &'a mut [T],
     stride: usize,
     factors: &'a [T],
@@ -272,25 +273,25 @@ impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
 
 /// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and sums their squares,
 /// `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
-pub(crate) fn transpose<'a, T: Lanes + 'a>(
+pub(crate) fn transpose<'a, T: Compiled>(
     rows: usize,
-    row: impl Fn(usize) -> &'a [T],
+    row: &'a dyn Fn(usize) -> &'a [T],
     factor: T,
-    squares: &mut [T],
-    out: &mut [T],
+    squares: &'a mut [T],
+    out: &'a mut [T],
 ) {
-    dispatch(Transpose { rows, row, factor, squares, out });
+    T::run_transpose(Transpose { rows, row, factor, squares, out });
 }
 
-struct Transpose<'a, T, R> {
+pub struct Transpose<'a, T> {
     rows: usize,
-    row: R,
+    row: &'a dyn Fn(usize) -> &'a [T],
     factor: T,
     squares: &'a mut [T],
     out: &'a mut [T],
 }
 
-impl<'a, T: Lanes + 'a, R: Fn(usize) -> &'a [T]> Loop for Transpose<'_, T, R> {
+impl<T: Lanes> Loop for Transpose<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -429,7 +430,7 @@ mod tests {
             let width = super::super::buffer::padded::<T>(n) + T::PAD;
             let mut out = vec![T::nan(); d * width];
             let two = T::one() + T::one();
-            let row = |t: usize| &x[t * d..(t + 1) * d];
+            let row = &|t: usize| &x[t * d..(t + 1) * d];
             let mut squares = vec![T::nan(); width];
             machine.run(Transpose { rows: n, row, factor: two, squares: &mut squares, out: &mut out });
             for t in 0..width {

@@ -5,7 +5,8 @@
 //! is 1 exactly: 9.2e-8 at degree 5, 3.4e-18 at degree 11. Where 2ˣ would be below twice the smallest normal number it is 0, so 2^−∞ = 0;
 //! NaN gives NaN.
 
-use super::simd::{Lanes, Level, Loop, dispatch};
+use super::compiled::Compiled;
+use super::simd::{Lanes, Level, Loop};
 use pulp::Simd;
 
 #[allow(clippy::approx_constant)] // near ln 2, but not it
@@ -57,11 +58,11 @@ pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
 }
 
 /// Replaces every element `x` by `2^(x − shift)`; none may be above `shift`.
-pub(crate) fn exp2_slice<T: Lanes>(x: &mut [T], shift: T) {
-    dispatch(Exp2 { x, shift });
+pub(crate) fn exp2_slice<T: Compiled>(x: &mut [T], shift: T) {
+    T::run_exp2(Exp2 { x, shift });
 }
 
-pub(super) struct Exp2<'a, T> {
+pub struct Exp2<'a, T> {
     pub(super) x: &'a mut [T],
     pub(super) shift: T,
 }

@@ -3,11 +3,12 @@
 //! `C = init + A·B`, with `B` and `C` row-major and as wide as whole vectors, and `A` by rows or by columns. A tile of 8 rows times 2
 //! vectors of `C` (6 times 2 where there are 16 registers) stays in registers while it runs along the depth.
 
-use super::simd::{Lanes, Level, Loop, dispatch};
+use super::compiled::Compiled;
+use super::simd::{Lanes, Level, Loop};
 
 /// Where a product goes.
 #[derive(Debug)]
-pub(crate) enum Into<'a, T> {
+pub enum Into<'a, T> {
     /// C = A·B.
     Set,
     /// C += A·B.
@@ -20,7 +21,7 @@ pub(crate) enum Into<'a, T> {
 
 /// A matrix by its rows or by its columns, `stride` apart.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Matrix<'a, T> {
+pub struct Matrix<'a, T> {
     data: &'a [T],
     stride: usize,
     by_columns: bool,
@@ -42,7 +43,7 @@ impl<'a, T> Matrix<'a, T> {
 
 /// `C [m, n] = init + A [m, k]·B [k, n]`; `n` is a multiple of [`Lanes::PAD`], rows of B and C are `ldb` and `ldc` apart.
 #[derive(Debug)]
-pub(crate) struct Product<'a, T> {
+pub struct Product<'a, T> {
     pub(crate) m: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
@@ -54,9 +55,9 @@ pub(crate) struct Product<'a, T> {
     pub(crate) into: Into<'a, T>,
 }
 
-impl<T: Lanes> Product<'_, T> {
+impl<T: Compiled> Product<'_, T> {
     pub(crate) fn run(self) {
-        dispatch(self);
+        T::run_product(self);
     }
 }
 
@@ -183,16 +184,16 @@ impl<T: Lanes> Product<'_, T> {
 }
 
 /// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, rows of B `ldb` apart: one row, several steps of the depth at once.
-pub(crate) fn row_times_matrix<T: Lanes>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
-    dispatch(RowTimesMatrix { x, b, ldb, y, add: false });
+pub(crate) fn row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
+    T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: false });
 }
 
 /// As [`row_times_matrix`], added to `y`.
-pub(crate) fn add_row_times_matrix<T: Lanes>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
-    dispatch(RowTimesMatrix { x, b, ldb, y, add: true });
+pub(crate) fn add_row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
+    T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: true });
 }
 
-struct RowTimesMatrix<'a, T> {
+pub struct RowTimesMatrix<'a, T> {
     x: &'a [T],
     b: &'a [T],
     ldb: usize,
@@ -254,12 +255,12 @@ impl<T: Lanes> RowTimesMatrix<'_, T> {
 }
 
 /// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of [`Lanes::PAD`].
-pub(crate) fn two_rows_times_matrix<T: Lanes>(x: [&[T]; 2], b: &[T], ldb: usize, y: [&mut [T]; 2]) {
+pub(crate) fn two_rows_times_matrix<T: Compiled>(x: [&[T]; 2], b: &[T], ldb: usize, y: [&mut [T]; 2]) {
     debug_assert!(y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len());
-    dispatch(TwoRowsTimesMatrix { x, b, ldb, y });
+    T::run_two_rows_times_matrix(TwoRowsTimesMatrix { x, b, ldb, y });
 }
 
-struct TwoRowsTimesMatrix<'a, T> {
+pub struct TwoRowsTimesMatrix<'a, T> {
     x: [&'a [T]; 2],
     b: &'a [T],
     ldb: usize,

@@ -44,7 +44,7 @@ type Twiddles<T> = [[T; 2]; LEAF / 2];
 
 /// Plan of transforms of `len` points, a power of two up to 512, of the columns of arrays.
 #[derive(Clone, Debug)]
-pub(crate) struct LanesDct<T> {
+pub struct LanesDct<T> {
     len: usize,
     /// (cos θ_j, sin θ_j) of M points at M/4 + j; those of 2 points at 0.
     twiddles: Vec<[T; 2]>,
@@ -58,7 +58,7 @@ pub(crate) struct LanesDct<T> {
 /// block. The coefficients of a transform and those of its c and s are in different ones of blocks 1 and 2. U, and U of U and so on, is
 /// not put together: its coefficients go straight to their places among those of the transform, `stride` apart.
 #[derive(Clone, Copy, Debug)]
-enum Step {
+pub enum Step {
     /// Splits `len` points from `at` on: u stays at `at`, c goes to `at + h`, s to `at + h + q`.
     Split { at: usize, len: usize },
     /// Transforms `len` points, 16 or 32, from `at` on, into block `to`.
@@ -112,13 +112,15 @@ impl<T: Lanes> LanesDct<T> {
         }
         Some(Self { len, twiddles, steps })
     }
+}
 
+impl<T: super::compiled::Compiled> LanesDct<T> {
     /// DCT-II of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`], not normalised:
     ///
     /// `out_k = outer_k·Σ_j inner_j·x_j·cos(πk(2j+1)/2len)` for the first `outer.len()` ≤ `len` coefficients; `out` is
     /// `[outer.len(), width]`.
     pub(crate) fn dct2(&self, x: &[T], width: usize, inner: &[T], outer: &[T], out: &mut [T], scratch: &mut Buffer<T>) {
-        Columns::new(self, x, width, inner, outer, out, scratch).run::<false>(Machine::best());
+        T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), false);
     }
 
     /// DCT-III of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`], not normalised:
@@ -126,12 +128,12 @@ impl<T: Lanes> LanesDct<T> {
     /// `out_j = outer_j·(½·inner_0·x_0 + Σ_{k≥1} inner_k·x_k·cos(πk(2j+1)/2len))` for the first `outer.len()` ≤ `len` points; `out` is
     /// `[outer.len(), width]`.
     pub(crate) fn dct3(&self, x: &[T], width: usize, inner: &[T], outer: &[T], out: &mut [T], scratch: &mut Buffer<T>) {
-        Columns::new(self, x, width, inner, outer, out, scratch).run::<true>(Machine::best());
+        T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), true);
     }
 }
 
 /// Columns to transform.
-struct Columns<'a, T> {
+pub struct Columns<'a, T> {
     plan: &'a LanesDct<T>,
     x: &'a [T],
     width: usize,
@@ -159,7 +161,7 @@ impl<'a, T: Lanes> Columns<'a, T> {
     }
 
     /// The DCT-II, or the DCT-III where `BACK`.
-    fn run<const BACK: bool>(self, machine: Machine) {
+    pub(super) fn run<const BACK: bool>(self, machine: Machine) {
         match self.plan.len {
             1 => machine.run(Small::<T, BACK, 1>(self)),
             2 => machine.run(Small::<T, BACK, 2>(self)),

@@ -1,6 +1,6 @@
 //! SIMD levels and vectors: what an inner loop needs, written once for `f32` and `f64` and compiled for every level.
 //!
-//! [`dispatch`] picks the best level of the machine at run time. A loop is a [`Loop`]: a struct of its arguments whose `run` is
+//! [`Machine::best`] is the best level of the machine, at run time. A loop is a [`Loop`]: a struct of its arguments whose `run` is
 //! inlined into a function that has the instructions of its level. Helpers of such loops must be `#[inline(always)]`: what is not
 //! inlined loses them.
 
@@ -210,7 +210,7 @@ lanes!(
 );
 
 /// An inner loop with its arguments.
-pub(crate) trait Loop {
+pub trait Loop {
     /// What it returns.
     type Output;
 
@@ -299,12 +299,6 @@ impl<F: Loop, L: Level> NullaryFnOnce for At<F, L> {
     fn call(self) -> F::Output {
         self.work.run(self.level)
     }
-}
-
-/// Runs a loop at the best level of the machine.
-#[inline]
-pub(crate) fn dispatch<F: Loop>(work: F) -> F::Output {
-    Machine::best().run(work)
 }
 
 impl Level for pulp::Scalar128b {}
