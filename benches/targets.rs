@@ -80,7 +80,7 @@ fn race_for(seconds: f64, contestants: &mut [Contestant<'_>], rounds: usize) {
     }
 }
 
-/// One line of the verdict.
+/// The verdict, line by line.
 struct Targets {
     passed: bool,
 }
@@ -264,7 +264,7 @@ fn whole_sequences(
     let long = input.q.nrows();
     let input_f64 = Input::<f64>::new(n);
     let mut contestants: Vec<(Contestant, f64)> = Vec::new();
-    // the peak: products through `FeatureMap`s are the crate's own, bare of exponentials only in size; so `ndarray`'s are here too
+    // candidates for the peak
     for size in [64, 128, 512] {
         let [a, b] = [8, 9].map(|seed| oracle::normal(size, size, seed));
         let mut c = Array2::zeros((size, size));
@@ -418,7 +418,6 @@ fn crossover(
     }
     println!();
     for (name, n) in ["Performer", "DctFeatures"].into_iter().zip(first) {
-        // a target from above: compared by its inverse
         println!(
             "  {:<14} {name} is faster than exact softmax from n = {n} on",
             if n <= 192 { "PASS" } else { "FAIL" }

@@ -102,7 +102,8 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
     /// other columns of `x` are zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
     /// 1, then `values` has room for its padded length.
     ///
-    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each column.
+    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The vectors are finite. Features become
+    /// finite, of a maximum between 1/1024 and 1024 in each column.
     ///
     /// # Errors
     ///

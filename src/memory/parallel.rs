@@ -1,8 +1,8 @@
 //! One long sequence on several threads, with the result of one thread, bit for bit.
 //!
 //! Blocks of [`BLOCK`] chunks go through two steps, each shared out over the threads: run through the mapped chunks with a part of the
-//! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. What no chunk of its own can
-//! do, such as values near the largest number or log scales that jump, is left to one thread.
+//! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. A block
+//! with values near the largest number, or with log scales that jump within a chunk, is left to one thread.
 
 use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference, key_factors};
 use super::{Answer, Readout};
@@ -159,7 +159,7 @@ pub(crate) fn inside<R: Send>(run: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| run())
 }
 
-/// The end of a block: how many of the tokens from `start` on go together.
+/// The tokens from `start` on that go together as a block, if there are any worth it.
 pub(crate) fn block<T: Scalar>(start: usize, tokens: usize) -> Option<Range<usize>> {
     let chunks = BLOCK.min((tokens - start) / chunk_len::<T>());
     (chunks > 1).then(|| start..start + chunks * chunk_len::<T>())
