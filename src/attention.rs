@@ -1,13 +1,14 @@
 //! The traits: [`Attention`], what a model holds, and [`Stream`], what a decoder keeps.
 
 pub(crate) mod heads;
+pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod softmax;
 
 use crate::memory::{State, Tile, Workspace};
-use crate::{Error, Scalar};
+use crate::{Error, Scalar, check};
 use core::fmt::Debug;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +133,23 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// [`Error::ZeroSize`] if `value_dim` is 0, [`Error::InvalidOption`] if an option of the kernel cannot be used.
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error>;
 
+    /// Starts an empty causal stream that serves the `group` query heads of one head of keys and values with one state (grouped-query
+    /// attention); feed it with [`Stream::extend_group`]. `None`, unless overridden: each query head needs a stream of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`stream`](Self::stream); [`Error::ZeroSize`] if `group` is 0.
+    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+        let _ = (group, value_dim);
+        Ok(None)
+    }
+
+    /// The kernel, if it is a hybrid: the heads of a group, and of a pool, then depend on each other.
+    #[doc(hidden)]
+    fn as_hybrid(&self) -> Option<&hybrid::HybridAttention<T>> {
+        None
+    }
+
     /// The natural logarithm of the unnormalised weight `w(q_i, k_j)` of every pair, `[n_q, n_k]`, for kernels whose
     /// weight depends on the pair alone; weights that are not positive give −∞.
     ///
@@ -151,17 +169,24 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
 ///
 /// One for each thread that computes; a stream has its own.
 #[derive(Debug)]
-pub struct Scratch<T> {
+pub struct Scratch<T: Scalar> {
     pub(crate) state: State<T>,
     pub(crate) work: Workspace<T>,
     pub(crate) tile: Tile<T>,
+    hybrid: Option<Box<(hybrid::Layer<T>, hybrid::Work<T>)>>,
 }
 
 impl<T: Scalar> Scratch<T> {
     /// Memory that has allocated nothing yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: State::new(), work: Workspace::new(), tile: Tile::new() }
+        Self { state: State::new(), work: Workspace::new(), tile: Tile::new(), hybrid: None }
+    }
+
+    /// What hybrids need.
+    pub(crate) fn hybrid(&mut self) -> (&mut hybrid::Layer<T>, &mut hybrid::Work<T>) {
+        let (layer, work) = &mut **self.hybrid.get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
+        (layer, work)
     }
 
     /// Memory of one of many threads.
@@ -222,6 +247,29 @@ pub trait Stream<T: Scalar>: Debug + Send {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
+
+    /// Query heads this stream serves: 1 unless it is a [group stream](Attention::group_stream).
+    fn group(&self) -> usize {
+        1
+    }
+
+    /// Absorbs `n` tokens and writes the outputs of every query head: `q [group, n, d]`, `k [n, d]`, `v [n, value_dim]`,
+    /// `out [group, n, value_dim]`.
+    ///
+    /// # Errors
+    ///
+    /// As [`extend`](Self::extend); [`Error::Shape`] if the stream serves another number of query heads.
+    fn extend_group(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
+        check::size("q", "heads", 1, q.len_of(Axis(0)))?;
+        check::size("out", "heads", 1, out.len_of(Axis(0)))?;
+        self.extend(q.index_axis_move(Axis(0), 0), k, v, out.index_axis_move(Axis(0), 0))
+    }
 
     /// Tokens absorbed so far.
     fn len(&self) -> usize;
@@ -335,6 +383,11 @@ impl<T: Scalar> StreamState<T> {
     /// A state of `tokens` absorbed tokens; `kernel` and `shape` are compared when it is restored.
     pub fn new(kernel: impl Into<String>, tokens: usize, shape: Vec<usize>, numbers: Vec<T>) -> Self {
         Self { kernel: kernel.into(), tokens, shape, numbers }
+    }
+
+    /// How many numbers it holds.
+    pub(crate) fn count(&self) -> usize {
+        self.numbers.len()
     }
 
     /// Tokens absorbed when it was saved.

@@ -1,7 +1,7 @@
 //! Checks of arguments, shared by every public function.
 
 use crate::{Error, Mask, Scalar, kernel};
-use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// `found` must equal `expected`.
 pub(crate) fn size(which: &'static str, axis: &'static str, expected: usize, found: usize) -> Result<(), Error> {
@@ -113,6 +113,27 @@ pub(crate) fn extend<T: Scalar>(
 ) -> Result<(), Error> {
     size("v", "columns", value_dim, v.ncols())?;
     forward(head_dim, q, k, v, Mask::Causal, out)
+}
+
+/// The shapes of all arguments of [`crate::Stream::extend_group`].
+pub(crate) fn extend_group<T: Scalar>(
+    head_dim: usize,
+    value_dim: usize,
+    group: usize,
+    q: ArrayView3<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    out: &ArrayViewMut3<'_, T>,
+) -> Result<(), Error> {
+    size("q", "heads", group, q.len_of(Axis(0)))?;
+    size("out", "heads", group, out.len_of(Axis(0)))?;
+    size("v", "columns", value_dim, v.ncols())?;
+    size("q", "columns", head_dim, q.len_of(Axis(2)))?;
+    size("k", "columns", head_dim, k.ncols())?;
+    size("v", "rows", k.nrows(), v.nrows())?;
+    size("out", "rows", q.len_of(Axis(1)), out.len_of(Axis(1)))?;
+    size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
+    size("k", "rows", q.len_of(Axis(1)), k.nrows())
 }
 
 /// Features that come in pairs.

@@ -18,6 +18,7 @@ pub(crate) mod dct;
 pub(crate) mod exp;
 pub(crate) mod gemm;
 pub(crate) mod lanes_dct;
+pub(crate) mod pairs;
 pub(crate) mod simd;
 
 pub(crate) use buffer::{Buffer, padded};

@@ -116,6 +116,7 @@ mod scalar;
 mod views;
 
 pub use attention::heads::{MultiHead, MultiHeadStream};
+pub use attention::hybrid::{Far, HybridAttention, HybridBuilder};
 pub use attention::linear::LinearAttention;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::{Attention, Mask, Scratch, Stream, StreamState};
@@ -127,7 +128,7 @@ pub use features::elementwise::{EluFeatures, ReluFeatures};
 pub use features::performer::Performer;
 pub use features::taylor::TaylorFeatures;
 pub use features::wpff::{Points, RadiusPoints, Wpff};
-pub use memory::{ExactMemory, LinearMemory, Memory, Partial};
+pub use memory::{ExactMemory, LinearMemory, Memory, MergedMemory, Metric, Partial};
 pub use scalar::Scalar;
 
 /// The snippets of the README and the guide, as tests.

@@ -2,12 +2,15 @@
 
 mod exact;
 mod linear;
+pub(crate) mod merged;
 #[cfg(feature = "rayon")]
 pub(crate) mod parallel;
+pub(crate) mod slab;
 
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
 pub use linear::LinearMemory;
+pub use merged::{MergedMemory, Metric};
 pub(crate) use linear::{Checkpoint, Engine, State, Workspace};
 
 use crate::kernel::{self, Buffer, columns, padded};
@@ -63,6 +66,11 @@ impl<T: Scalar> Partial<T> {
             denominator: Array1::zeros(queries),
             log_scale: Array1::from_elem(queries, T::neg_infinity()),
         })
+    }
+
+    /// Of no queries.
+    pub(crate) fn empty() -> Self {
+        Self { numerator: Array2::zeros((0, 1)), denominator: Array1::zeros(0), log_scale: Array1::zeros(0) }
     }
 
     /// The sums of a memory of your own: `numerator [n, value_dim]`, `denominator [n]`, `log_scale [n]`. A log scale of −∞
@@ -249,6 +257,23 @@ impl<T: Scalar> Answer<T> {
 }
 
 impl<T: Scalar> Answer<T> {
+    /// Adds one row of sums of other tokens.
+    pub(crate) fn add_row(&mut self, row: usize, numerator: &[T], denominator: T, log_scale: T) {
+        if log_scale == T::neg_infinity() {
+            return;
+        }
+        let common = self.log_scale[row].max(log_scale);
+        let (old, new) = ((self.log_scale[row] - common).exp(), (log_scale - common).exp());
+        let stride = self.numerator.len() / self.tokens;
+        let sums = &mut self.numerator[row * stride..(row + 1) * stride];
+        if old != T::one() {
+            kernel::scale(sums, old);
+        }
+        kernel::add_scaled(sums, new, numerator);
+        self.denominator[row] = self.denominator[row] * old + denominator * new;
+        self.log_scale[row] = common;
+    }
+
     /// Merges the rows into `answer` from row `first` on.
     pub(crate) fn add_to(&self, answer: &mut Partial<T>, first: usize) {
         let value_dim = answer.numerator.ncols();
@@ -308,4 +333,20 @@ pub trait Memory<T: Scalar>: Debug + Send {
 
     /// Forgets every token.
     fn reset(&mut self);
+
+    /// A copy with a state of its own. `Box<dyn Memory<T>>` is [`Clone`] through it.
+    fn clone_box(&self) -> Box<dyn Memory<T>>;
+
+    /// Told after a read of `q [n, d]` what all memories under the common normaliser came to: `log_normalizer [n]`, the logarithms of the
+    /// sums of all weights. So an entry with weight w received the probability `w·e^{−log_normalizer}`, and a memory can learn what is
+    /// asked for. It does nothing unless overridden.
+    fn received(&mut self, q: ArrayView2<'_, T>, log_normalizer: ArrayView1<'_, T>) {
+        let _ = (q, log_normalizer);
+    }
+}
+
+impl<T: Scalar> Clone for Box<dyn Memory<T>> {
+    fn clone(&self) -> Self {
+        self.clone_box()
+    }
 }

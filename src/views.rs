@@ -3,7 +3,7 @@
 use crate::Scalar;
 use crate::kernel::columns;
 use core::ops::Range;
-use ndarray::{ArrayView2, ArrayView4, ArrayViewMut2, Axis, Slice};
+use ndarray::{ArrayView1, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Slice};
 
 /// Rows of a view.
 #[inline]
@@ -13,6 +13,12 @@ pub(crate) fn rows<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> ArrayVie
     }
     x.slice_axis_inplace(Axis(0), Slice::from(range));
     x
+}
+
+/// One row of a view.
+#[inline]
+pub(crate) fn row<T>(x: ArrayView2<'_, T>, row: usize) -> ArrayView1<'_, T> {
+    x.index_axis_move(Axis(0), row)
 }
 
 /// Columns of a view.

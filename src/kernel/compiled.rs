@@ -3,7 +3,7 @@
 //! The methods are not generic, so the loops are compiled once, in this crate, at every level; the crates that use it only call them.
 
 use super::simd::{Lanes, Machine};
-use super::{columns, exp, gemm, lanes_dct};
+use super::{columns, exp, gemm, lanes_dct, pairs};
 
 macro_rules! compiled {
     ($($name:ident: $($path:ident)::+ $(-> $out:ty)?;)*) => {
@@ -63,4 +63,7 @@ compiled! {
     run_exp2_one: super::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: super::DecodeStep -> Self;
     run_read_sums: super::ReadSums;
+    run_distances: pairs::Distances;
+    run_largest_affinities: pairs::LargestAffinities;
+    run_receive: pairs::Receive;
 }

@@ -383,6 +383,10 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
     fn reset(&mut self) {
         self.truncate(0);
     }
+
+    fn clone_box(&self) -> Box<dyn Memory<T>> {
+        Box::new(self.clone())
+    }
 }
 
 /// What is saved.

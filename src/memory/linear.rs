@@ -1074,9 +1074,38 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         core::iter::once(&self.state.log_scale).chain(self.state.rows().flatten()).copied().collect()
     }
 
+    pub(crate) fn forget(&mut self) {
+        self.state.reset(self.map.num_features(), self.state.value_dim);
+    }
+
+    /// As [`Memory::absorb`] of what has been checked, in the caller's working memory. On an error the state is left half-way.
+    pub(crate) fn absorb_with(
+        &mut self,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        Engine { map: &*self.map, scale_root: self.scale_root }.absorb(&mut self.state, k, v, work)
+    }
+
+    /// As [`Memory::read`] of what has been checked, in the caller's working memory; `each` is given the first row of a chunk and its answer.
+    pub(crate) fn read_with(
+        &self,
+        q: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+        each: impl FnMut(usize, &mut Answer<T>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.engine().read(&self.state, q, work, each)
+    }
+
+    /// Takes the state of a memory with the same map.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        self.state.copy_from(&other.state);
+    }
+
     /// The inverse of [`numbers`](Self::numbers); the length has been checked.
     pub(crate) fn set_numbers(&mut self, tokens: usize, numbers: &[T]) {
-        self.reset();
+        self.forget();
         if let Some((&log_scale, mut numbers)) = numbers.split_first() {
             let (stride, value_dim) = (self.state.stride(), self.state.value_dim);
             let mut take = |row: &mut [T]| {
@@ -1148,7 +1177,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     }
 }
 
-impl<T: Scalar, F: FeatureMap<T>> Memory<T> for LinearMemory<T, F> {
+impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
@@ -1174,6 +1203,10 @@ impl<T: Scalar, F: FeatureMap<T>> Memory<T> for LinearMemory<T, F> {
     }
 
     fn reset(&mut self) {
-        self.state.reset(self.map.num_features(), self.state.value_dim);
+        self.forget();
+    }
+
+    fn clone_box(&self) -> Box<dyn Memory<T>> {
+        Box::new(self.clone())
     }
 }

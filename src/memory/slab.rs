@@ -1,0 +1,208 @@
+//! Tokens, or means of tokens, in the layout of the inner loops, and the softmax over several such sets at once.
+
+use super::Answer;
+use crate::Scalar;
+use crate::kernel::{self, Buffer, Into, Matrix, Product, padded};
+use ndarray::ArrayView1;
+
+/// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot what is added to its scores to base
+/// 2: log₂ of its multiplicity, or −∞ while it is empty.
+#[derive(Clone, Debug)]
+pub(crate) struct Slab<T> {
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    /// Slots, whole cache lines of them.
+    pub(crate) capacity: usize,
+    keys: Buffer<T>,
+    values: Buffer<T>,
+    pub(crate) bias: Buffer<T>,
+}
+
+impl<T: Scalar> Slab<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            head_dim: 0,
+            value_dim: 0,
+            capacity: 0,
+            keys: Buffer::new(),
+            values: Buffer::new(),
+            bias: Buffer::new(),
+        }
+    }
+
+    /// Makes every slot empty, for these sizes.
+    pub(crate) fn prepare(&mut self, head_dim: usize, value_dim: usize, slots: usize) {
+        (self.head_dim, self.value_dim, self.capacity) = (head_dim, value_dim, padded::<T>(slots));
+        self.keys.resize(head_dim * self.capacity);
+        self.values.resize(self.capacity * padded::<T>(value_dim));
+        self.bias.resize(self.capacity);
+        self.keys.fill(T::zero());
+        self.values.fill(T::zero());
+        self.bias.fill(T::neg_infinity());
+    }
+
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        (self.head_dim, self.value_dim, self.capacity) = (other.head_dim, other.value_dim, other.capacity);
+        for (to, from) in
+            [(&mut self.keys, &other.keys), (&mut self.values, &other.values), (&mut self.bias, &other.bias)]
+        {
+            to.resize(from.len());
+            to.copy_from_slice(from);
+        }
+    }
+
+    /// Fills a slot with one token.
+    pub(crate) fn put(&mut self, slot: usize, key: ArrayView1<'_, T>, value: ArrayView1<'_, T>) {
+        for (column, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(key) {
+            *column = x;
+        }
+        let stride = padded::<T>(self.value_dim);
+        let row = &mut self.values[slot * stride..][..self.value_dim];
+        match value.to_slice() {
+            Some(value) => row.copy_from_slice(value),
+            None => row.iter_mut().zip(value).for_each(|(to, &x)| *to = x),
+        }
+        self.bias[slot] = T::zero();
+    }
+
+    /// Fills a slot with what is in a slot of another slab of the same sizes.
+    pub(crate) fn put_from(&mut self, slot: usize, other: &Self, from: usize) {
+        let keys = other.keys[from..].iter().step_by(other.capacity);
+        for (to, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(keys) {
+            *to = x;
+        }
+        self.value_mut(slot).copy_from_slice(other.value(from));
+        self.bias[slot] = other.bias[from];
+    }
+
+    /// The same within this slab.
+    pub(crate) fn move_slot(&mut self, from: usize, to: usize) {
+        for row in self.keys.chunks_exact_mut(self.capacity) {
+            row[to] = row[from];
+        }
+        let stride = padded::<T>(self.value_dim);
+        self.values.copy_within(from * stride..(from + 1) * stride, to * stride);
+        self.bias[to] = self.bias[from];
+    }
+
+    pub(crate) fn empty(&mut self, slot: usize) {
+        self.bias[slot] = T::neg_infinity();
+    }
+
+    pub(crate) fn key(&self, slot: usize) -> impl Iterator<Item = T> {
+        self.keys[slot..].iter().step_by(self.capacity).copied()
+    }
+
+    pub(crate) fn key_mut(&mut self, slot: usize) -> impl Iterator<Item = &mut T> {
+        self.keys[slot..].iter_mut().step_by(self.capacity)
+    }
+
+    pub(crate) fn value(&self, slot: usize) -> &[T] {
+        &self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
+    }
+
+    pub(crate) fn value_mut(&mut self, slot: usize) -> &mut [T] {
+        &mut self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
+    }
+}
+
+/// Working memory of [`attend`]. Queries `[rows, head_dim]` are in units of scores to base 2; row `i` of the scores `[rows, width]` holds
+/// the slots of one slab after the other, and begins with their biases.
+#[derive(Debug)]
+pub(crate) struct Reading<T> {
+    pub(crate) queries: Buffer<T>,
+    pub(crate) scores: Buffer<T>,
+    pub(crate) width: usize,
+    pub(crate) answer: Answer<T>,
+}
+
+impl<T: Scalar> Reading<T> {
+    pub(crate) fn new() -> Self {
+        Self { queries: Buffer::new(), scores: Buffer::new(), width: 0, answer: Answer::new() }
+    }
+
+    pub(crate) fn prepare(&mut self, rows: usize, head_dim: usize, width: usize, value_dim: usize) {
+        self.width = width;
+        self.queries.resize(rows * head_dim);
+        self.scores.resize(rows * width);
+        self.answer.resize(rows, rows, padded::<T>(value_dim));
+    }
+
+    /// Sets query `row`, times `factor`.
+    pub(crate) fn set_query(&mut self, row: usize, q: ArrayView1<'_, T>, factor: T) {
+        let to = &mut self.queries[row * q.len()..(row + 1) * q.len()];
+        match q.to_slice() {
+            Some(q) => _ = kernel::scale_into(factor, q, to),
+            None => to.iter_mut().zip(q).for_each(|(to, &x)| *to = x * factor),
+        }
+    }
+
+    /// The scores of a row; after [`attend`] the weights in units of the row's log scale.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        &mut self.scores[row * self.width..(row + 1) * self.width]
+    }
+}
+
+/// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several slabs, as many as given: whole cache lines.
+///
+/// A row gets the same bits whatever the number of rows: products and sums of a row do not depend on the others.
+pub(crate) fn attend<T: Scalar>(slabs: &[(&Slab<T>, usize)], rows: usize, reading: &mut Reading<T>) {
+    let Reading { queries, scores, width, answer } = reading;
+    let width = *width;
+    let mut offset = 0;
+    for (slab, used) in slabs {
+        if *used > 0 {
+            Product {
+                m: rows,
+                n: *used,
+                k: slab.head_dim,
+                a: Matrix::rows(queries, slab.head_dim),
+                b: &slab.keys,
+                ldb: slab.capacity,
+                c: &mut scores[offset..],
+                ldc: width,
+                into: Into::Add,
+            }
+            .run();
+        }
+        offset += used;
+    }
+    for (i, row) in scores.chunks_exact_mut(width.max(1)).enumerate().take(rows) {
+        let largest = kernel::max(row);
+        answer.log_scale[i] = largest * T::from_f64(core::f64::consts::LN_2);
+        if largest == T::neg_infinity() {
+            row.fill(T::zero());
+            answer.denominator[i] = T::zero();
+        } else {
+            kernel::exp2_slice(row, largest);
+            answer.denominator[i] = kernel::sum(row);
+        }
+    }
+    if width == 0 {
+        answer.log_scale.fill(T::neg_infinity());
+        answer.denominator.fill(T::zero());
+    }
+    let (mut offset, mut first) = (0, true);
+    for (slab, used) in slabs {
+        let stride = padded::<T>(slab.value_dim);
+        if *used > 0 {
+            Product {
+                m: rows,
+                n: stride,
+                k: *used,
+                a: Matrix::rows(&scores[offset..], width),
+                b: &slab.values,
+                ldb: stride,
+                c: &mut answer.numerator,
+                ldc: stride,
+                into: if first { Into::Set } else { Into::Add },
+            }
+            .run();
+            first = false;
+        }
+        offset += used;
+    }
+    if first {
+        answer.numerator.fill(T::zero());
+    }
+}
