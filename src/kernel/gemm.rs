@@ -69,6 +69,17 @@ impl<T: Lanes> Loop for Product<'_, T> {
         debug_assert!(self.n.is_multiple_of(T::PAD));
         let lanes = T::lanes::<L>();
         let mut j = 0;
+        if self.m == 1 {
+            // a single row: more vectors at once, so that sums do not wait for each other
+            while j + 8 * lanes <= self.n {
+                self.tile::<L, 1, 8>(level, 0, j);
+                j += 8 * lanes;
+            }
+            while j + 4 * lanes <= self.n {
+                self.tile::<L, 1, 4>(level, 0, j);
+                j += 4 * lanes;
+            }
+        }
         while j + 2 * lanes <= self.n {
             self.strip::<L, 2>(level, j);
             j += 2 * lanes;

@@ -38,19 +38,36 @@ impl<T: Lanes> Distances<'_, T> {
     #[inline(always)]
     fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
         let width = V * T::lanes::<L>();
-        let mut sums = [T::splat(level, T::zero()); V];
-        for (c, &p) in self.point.iter().enumerate() {
-            let row = T::vectors::<L>(&self.y[c * self.ld + j..][..width]);
-            let p = T::splat(level, p);
-            for v in 0..V {
-                let difference = T::vsub(level, row[v], p);
-                sums[v] = T::vfma(level, difference, difference, sums[v]);
-            }
+        // every fourth coordinate has a sum of its own, in the same order wherever an entry lies: a distance has the same bits in both directions
+        let mut a = [T::splat(level, T::zero()); V];
+        let (mut b, mut c, mut d) = (a, a, a);
+        let row = |coordinate: usize| &self.y[coordinate * self.ld + j..][..width];
+        let mut first = 0;
+        while first + 4 <= self.point.len() {
+            add_squares::<T, L, V>(level, &mut a, row(first), self.point[first]);
+            add_squares::<T, L, V>(level, &mut b, row(first + 1), self.point[first + 1]);
+            add_squares::<T, L, V>(level, &mut c, row(first + 2), self.point[first + 2]);
+            add_squares::<T, L, V>(level, &mut d, row(first + 3), self.point[first + 3]);
+            first += 4;
+        }
+        while first < self.point.len() {
+            add_squares::<T, L, V>(level, &mut a, row(first), self.point[first]);
+            first += 1;
         }
         let out = T::vectors_mut::<L>(&mut self.out[j..j + width]);
         for v in 0..V {
-            out[v] = sums[v];
+            out[v] = T::vadd(level, T::vadd(level, a[v], b[v]), T::vadd(level, c[v], d[v]));
         }
+    }
+}
+
+#[inline(always)]
+fn add_squares<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], row: &[T], point: T) {
+    let point = T::splat(level, point);
+    let row = T::vectors::<L>(row);
+    for v in 0..V {
+        let difference = T::vsub(level, row[v], point);
+        sums[v] = T::vfma(level, difference, difference, sums[v]);
     }
 }
 

@@ -101,6 +101,10 @@ pub struct MergedMemory<T> {
     distance: Buffer<T>,
     reciprocal: Buffer<T>,
     best: Buffer<T>,
+    order: Vec<usize>,
+    places: Vec<usize>,
+    /// Entries that are gone while pairs are merged in rounds.
+    gaps: usize,
     #[cfg(test)]
     pub(crate) merges: Vec<[usize; 2]>,
 }
@@ -234,6 +238,9 @@ impl<T: Scalar> MergedMemory<T> {
             distance: Buffer::new(),
             reciprocal: Buffer::new(),
             best: Buffer::new(),
+            order: Vec::new(),
+            places: Vec::new(),
+            gaps: 0,
             #[cfg(test)]
             merges: Vec::new(),
         }
@@ -252,6 +259,8 @@ impl<T: Scalar> MergedMemory<T> {
         self.factors.resize(self.coordinates());
         self.point.resize(self.coordinates().max(head_dim));
         self.counts.resize(capacity, 0.0);
+        self.places.resize(capacity, 0);
+        self.order.reserve(capacity);
         self.units.squared_queries.resize(head_dim, T::zero());
         self.clear();
     }
@@ -285,6 +294,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.best.resize(other.best.len());
         self.factors.resize(other.factors.len());
         self.point.resize(other.point.len());
+        self.places.resize(other.places.len(), 0);
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
         (self.units.tokens, self.units.squared_values) = (other.units.tokens, other.units.squared_values);
@@ -419,6 +429,9 @@ impl<T: Scalar> MergedMemory<T> {
         }
         distance[self.len..].fill(T::zero());
         distance[entry] = T::zero();
+        if self.gaps > 0 {
+            distance.iter_mut().zip(&self.counts).filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
+        }
         affinity[entry * capacity..][..capacity].copy_from_slice(distance);
         for (row, &x) in affinity.chunks_exact_mut(capacity).zip(&distance[..self.len]) {
             row[entry] = x;
@@ -444,7 +457,7 @@ impl<T: Scalar> MergedMemory<T> {
     fn find_best(&mut self) {
         let used = self.used();
         for (r, w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.len) {
-            *r = w.recip();
+            *r = w.recip(); // of a gap as well, whose affinities are zero
         }
         self.reciprocal[self.len..].fill(T::zero());
         pairs::largest_affinities(
@@ -466,14 +479,17 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// The pair of least cost; of equal ones the lowest first entry, then the lowest second. `None` if all but `least` entries are gone.
     fn best_pair(&mut self, least: usize) -> Option<(T, usize, usize)> {
-        if self.len <= least.max(1) {
+        if self.len - self.gaps <= least.max(1) {
             return None;
         }
         self.refresh_all();
         self.find_best();
         let best = self.best[..self.len].iter().fold(T::zero(), |m, &x| m.max(x));
         let i = self.best[..self.len].iter().position(|&x| x >= Self::tied(best))?;
-        let j = (0..self.len).find(|&j| j != i && self.affinity_of(i, j) >= Self::tied(best))?;
+        let (own, enough) = (self.reciprocal[i], Self::tied(best));
+        let row = &self.affinity[i * self.slab.capacity..][..self.len];
+        let mut all = row.iter().zip(&self.reciprocal[..self.len]).enumerate();
+        let (j, _) = all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough)?;
         Some((best, i.min(j), i.max(j)))
     }
 
@@ -497,8 +513,18 @@ impl<T: Scalar> MergedMemory<T> {
         let added = self.weights[j];
         self.weights[i] += added;
         slab.bias[i] = T::from_f64(libm::log2(self.counts[i]));
+
+    }
+
+    /// Tests look at what is merged, by places without gaps.
+    #[allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)]
+    fn note(&mut self, i: usize, j: usize) {
         #[cfg(test)]
-        self.merges.push([i, j]);
+        {
+            let place = |entry: usize| self.counts[..entry].iter().filter(|&&count| count > 0.0).count();
+            self.merges.push([place(i), place(j)]);
+        }
+        let _ = (i, j);
     }
 
     fn move_entry(&mut self, from: usize, to: usize) {
@@ -525,6 +551,7 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Merges a pair; the last entry takes the place of the second.
     fn merge_pair(&mut self, i: usize, j: usize) {
+        self.note(i, j);
         self.merge_into(i, j);
         let (last, capacity) = (self.len - 1, self.slab.capacity);
         if j != last {
@@ -539,35 +566,42 @@ impl<T: Scalar> MergedMemory<T> {
         self.refresh(i);
     }
 
-    /// Merges pairs that have no entry in common, at once; the others keep their order.
-    fn merge_pairs(&mut self, merged: &[Pair<T>]) {
-        for pair in merged {
-            self.merge_into(pair.i, pair.j);
+    /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).
+    fn merge_leaving_gap(&mut self, i: usize, j: usize) {
+        self.merge_into(i, j);
+        let capacity = self.slab.capacity;
+        self.slab.empty(j);
+        self.counts[j] = 0.0;
+        self.affinity[j * capacity..(j + 1) * capacity].fill(T::zero());
+        for row in self.affinity.chunks_exact_mut(capacity).take(self.len) {
+            row[j] = T::zero();
         }
-        let gone = |entry: usize| merged.iter().any(|pair| pair.j == entry);
+        self.gaps += 1;
+    }
+
+    /// Moves the entries behind gaps forward, in order.
+    fn close_gaps(&mut self) {
+        if self.gaps == 0 {
+            return;
+        }
         let (capacity, len) = (self.slab.capacity, self.len);
-        let mut kept = 0;
-        for entry in (0..len).filter(|&entry| !gone(entry)) {
-            if entry != kept {
-                self.move_entry(entry, kept);
-                self.affinity.copy_within(entry * capacity..entry * capacity + len, kept * capacity);
+        let first = self.counts[..len].iter().position(|&count| count == 0.0).unwrap_or(len);
+        let mut to = first;
+        for entry in first..len {
+            if self.counts[entry] > 0.0 {
+                self.move_entry(entry, to);
+                self.affinity.copy_within(entry * capacity..entry * capacity + len, to * capacity);
+                self.places[to] = entry;
+                to += 1;
             }
-            kept += 1;
         }
-        let mut to = 0;
-        for entry in (0..len).filter(|&entry| !gone(entry)) {
-            if entry != to {
-                for row in self.affinity.chunks_exact_mut(capacity).take(kept) {
-                    row[to] = row[entry];
-                }
+        for row in self.affinity.chunks_exact_mut(capacity).take(to) {
+            for place in first..to {
+                row[place] = row[self.places[place]];
             }
-            to += 1;
         }
-        self.truncate(kept);
-        for pair in merged {
-            let before = merged.iter().filter(|other| other.j < pair.i).count();
-            self.refresh(pair.i - before);
-        }
+        self.gaps = 0;
+        self.truncate(to);
     }
 
     /// Merges until the bound is kept.
@@ -673,53 +707,82 @@ pub(crate) fn reduce<T: Scalar>(
     while total > budget {
         pairs.clear();
         for (head, memory) in heads.iter_mut().enumerate() {
-            memory.mutual_pairs(head, least, pairs);
+            memory.mutual_pairs(head, least, total - budget, pairs);
         }
         if pairs.is_empty() {
-            return;
+            break;
         }
-        pairs.sort_unstable_by(|a, b| b.affinity.as_f64().total_cmp(&a.affinity.as_f64()).then((a.head, a.i).cmp(&(b.head, b.i))));
+        pairs.sort_unstable_by(|a, b| descending(a.affinity, b.affinity).then((a.head, a.i).cmp(&(b.head, b.i))));
         pairs.truncate(total - budget);
         total -= pairs.len();
-        pairs.sort_unstable_by_key(|pair| pair.head);
-        let mut rest = &**pairs;
-        while let Some(first) = rest.first() {
-            let (of_head, others) = rest.split_at(rest.iter().take_while(|pair| pair.head == first.head).count());
-            heads[first.head].merge_pairs(of_head);
-            rest = others;
+        // all at once: distances to what is merged in the same round come last
+        for &Pair { head, i, j, .. } in &*pairs {
+            heads[head].note(i, j);
+        }
+        for &Pair { head, i, j, .. } in &*pairs {
+            heads[head].merge_leaving_gap(i, j);
+        }
+        for &Pair { head, i, .. } in &*pairs {
+            heads[head].refresh(i);
         }
     }
+    heads.iter_mut().for_each(MergedMemory::close_gaps);
+}
+
+fn descending<T: Scalar>(a: T, b: T) -> core::cmp::Ordering {
+    b.partial_cmp(&a).unwrap_or(core::cmp::Ordering::Equal)
 }
 
 impl<T: Scalar> MergedMemory<T> {
-    /// Adds the pairs of entries that are the nearest to each other; no more than leave `least` entries.
-    fn mutual_pairs(&mut self, head: usize, least: usize, pairs: &mut Vec<Pair<T>>) {
-        if self.len <= least.max(1) {
+    /// Adds the pairs of entries that are the nearest to each other: the `most` that cost least, and no more than leave `least` entries.
+    fn mutual_pairs(&mut self, head: usize, least: usize, most: usize, pairs: &mut Vec<Pair<T>>) {
+        let most = most.min((self.len - self.gaps).saturating_sub(least.max(1)));
+        if most == 0 {
             return;
         }
         self.refresh_all();
         self.find_best();
         let start = pairs.len();
-        let nearest = |i: usize| {
-            let enough = Self::tied(self.best[i]);
-            (0..self.len).find(|&j| j != i && self.affinity_of(i, j) >= enough).unwrap_or(i)
-        };
-        for i in 0..self.len {
-            let j = nearest(i);
-            if i < j && nearest(j) == i {
-                pairs.push(Pair { affinity: self.affinity_of(i, j), head, i, j });
+        // The best of both entries is the affinity of the pair: they stand side by side in the order of the best.
+        let Self { order, best, .. } = self;
+        order.clear();
+        order.extend((0..self.len).filter(|&entry| self.counts[entry] > 0.0));
+        order.sort_unstable_by(|&a, &b| descending(best[a], best[b]).then(a.cmp(&b)));
+        let mut from = 0;
+        while from < self.order.len() && pairs.len() < start + most {
+            let enough = Self::tied(Self::tied(self.best[self.order[from]]));
+            let mut to = from + 1;
+            while to < self.order.len() && self.best[self.order[to]] >= enough {
+                to += 1;
             }
+            if to > from + 1 {
+                for at in from..to {
+                    let i = self.order[at];
+                    let j = self.nearest(i);
+                    if i < j && self.nearest(j) == i {
+                        pairs.push(Pair { affinity: self.affinity_of(i, j), head, i, j });
+                    }
+                }
+            }
+            from = to;
         }
         if pairs.len() == start
             && let Some((affinity, i, j)) = self.best_pair(least)
         {
             pairs.push(Pair { affinity, head, i, j }); // rounding hid that the best pair is one
         }
-        let most = self.len - least.max(1);
         if pairs.len() - start > most {
-            pairs[start..].sort_unstable_by(|a, b| b.affinity.as_f64().total_cmp(&a.affinity.as_f64()).then(a.i.cmp(&b.i)));
+            pairs[start..].sort_unstable_by(|a, b| descending(a.affinity, b.affinity).then(a.i.cmp(&b.i)));
             pairs.truncate(start + most);
         }
+    }
+
+    /// The entry that costs least to merge with this one; of equal ones the lowest.
+    fn nearest(&self, i: usize) -> usize {
+        let (own, enough) = (self.reciprocal[i], Self::tied(self.best[i]));
+        let row = &self.affinity[i * self.slab.capacity..][..self.len];
+        let mut all = row.iter().zip(&self.reciprocal[..self.len]).enumerate();
+        all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough).map_or(i, |(j, _)| j)
     }
 }
 
