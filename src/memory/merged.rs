@@ -101,7 +101,7 @@ pub struct MergedMemory<T> {
     distance: Buffer<T>,
     reciprocal: Buffer<T>,
     best: Buffer<T>,
-    order: Vec<usize>,
+    order: Vec<(u64, usize)>,
     places: Vec<usize>,
     /// Entries that are gone while pairs are merged in rounds.
     gaps: usize,
@@ -744,20 +744,22 @@ impl<T: Scalar> MergedMemory<T> {
         self.find_best();
         let start = pairs.len();
         // The best of both entries is the affinity of the pair: they stand side by side in the order of the best.
-        let Self { order, best, .. } = self;
-        order.clear();
-        order.extend((0..self.len).filter(|&entry| self.counts[entry] > 0.0));
-        order.sort_unstable_by(|&a, &b| descending(best[a], best[b]).then(a.cmp(&b)));
+        self.order.clear();
+        for entry in (0..self.len).filter(|&entry| self.counts[entry] > 0.0) {
+            // bits of positive numbers have the order of the numbers; integers are sorted faster
+            self.order.push((!self.best[entry].as_f64().to_bits(), entry));
+        }
+        self.order.sort_unstable();
         let mut from = 0;
         while from < self.order.len() && pairs.len() < start + most {
-            let enough = Self::tied(Self::tied(self.best[self.order[from]]));
+            let enough = Self::tied(Self::tied(self.best[self.order[from].1]));
             let mut to = from + 1;
-            while to < self.order.len() && self.best[self.order[to]] >= enough {
+            while to < self.order.len() && self.best[self.order[to].1] >= enough {
                 to += 1;
             }
             if to > from + 1 {
                 for at in from..to {
-                    let i = self.order[at];
+                    let i = self.order[at].1;
                     let j = self.nearest(i);
                     if i < j && self.nearest(j) == i {
                         pairs.push(Pair { affinity: self.affinity_of(i, j), head, i, j });
