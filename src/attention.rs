@@ -126,6 +126,54 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         self.forward_into(q, k, v, mask, out)
     }
 
+    /// Attends with the query heads of one head of keys and values (grouped-query attention): `q [group, n_q, d]`, `out [group, n_q, d_v]`.
+    /// A kernel that learns from what is read sums over them.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward_into`](Self::forward_into).
+    fn forward_group(
+        &self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        mut out: ArrayViewMut3<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        check::size("out", "heads", q.len_of(Axis(0)), out.len_of(Axis(0)))?;
+        for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
+            self.forward_with(q, k, v, mask, out, scratch)?;
+        }
+        Ok(())
+    }
+
+    /// As [`forward`](Self::forward), for values to which columns were added that only show the weights: `v [n_k, d_v + more]`, of which no
+    /// decision of the kernel may depend on more than the first `d_v`.
+    #[doc(hidden)]
+    fn forward_probed(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        value_dim: usize,
+        mask: Mask,
+    ) -> Result<Array2<T>, Error> {
+        let _ = value_dim;
+        self.forward(q, k, v, mask)
+    }
+
+    /// The size of the state of a stream that has absorbed `tokens` tokens, in numbers of type `T`: what [`Stream::state_floats`] will say. To
+    /// be overridden where it depends on the number of tokens.
+    ///
+    /// # Errors
+    ///
+    /// As [`stream`](Self::stream).
+    fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        let _ = tokens;
+        Ok(self.stream(value_dim)?.state_floats())
+    }
+
     /// Starts an empty causal stream for values of `value_dim` columns: the state a decoder keeps.
     ///
     /// # Errors
@@ -144,7 +192,7 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Ok(None)
     }
 
-    /// The kernel, if it is a hybrid: the heads of a group, and of a pool, then depend on each other.
+    /// The kernel, if it is a hybrid: its heads may share one budget.
     #[doc(hidden)]
     fn as_hybrid(&self) -> Option<&hybrid::HybridAttention<T>> {
         None
@@ -185,7 +233,8 @@ impl<T: Scalar> Scratch<T> {
 
     /// What hybrids need.
     pub(crate) fn hybrid(&mut self) -> (&mut hybrid::Layer<T>, &mut hybrid::Work<T>) {
-        let (layer, work) = &mut **self.hybrid.get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
+        let (layer, work) =
+            &mut **self.hybrid.get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
         (layer, work)
     }
 
@@ -206,6 +255,18 @@ impl<T: Scalar> Default for Scratch<T> {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Query heads on one head of keys and values.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct HeadCall<'a, T> {
+    /// `[group, n, d]`
+    pub(crate) q: ArrayView3<'a, T>,
+    pub(crate) k: ArrayView2<'a, T>,
+    pub(crate) v: ArrayView2<'a, T>,
+    /// `[group, n, d_v]`
+    pub(crate) out: ArrayViewMut3<'a, T>,
 }
 
 /// The state of causal attention over the tokens seen so far.
@@ -269,6 +330,18 @@ pub trait Stream<T: Scalar>: Debug + Send {
         check::size("q", "heads", 1, q.len_of(Axis(0)))?;
         check::size("out", "heads", 1, out.len_of(Axis(0)))?;
         self.extend(q.index_axis_move(Axis(0), 0), k, v, out.index_axis_move(Axis(0), 0))
+    }
+
+    /// As [`extend_group`](Self::extend_group), of several heads of keys and values that share one state.
+    #[doc(hidden)]
+    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        match calls {
+            [call] => self.extend_group(call.q, call.k, call.v, call.out.view_mut()),
+            _ => Err(Error::Unsupported {
+                what: "several heads in one stream",
+                why: "the stream is one of a single head",
+            }),
+        }
     }
 
     /// Tokens absorbed so far.

@@ -124,7 +124,7 @@ impl<T: Scalar> Reference<T> {
     /// Those of the kernel's [`forward`](Attention::forward).
     pub fn compare(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<Report, Error> {
         let (q, k) = (self.q.view(), self.k.view());
-        let both = kernel.forward(q, k, self.values.view(), self.mask)?.mapv(T::as_f64);
+        let both = kernel.forward_probed(q, k, self.values.view(), self.value_dim, self.mask)?.mapv(T::as_f64);
         let (output, attention) = both.view().split_at(Axis(1), self.value_dim);
         let kernel_error = kernel.log_weights(q, k)?.map(|log_weights| self.kernel_error(&log_weights));
         let uniform = self.uniform();

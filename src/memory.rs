@@ -10,8 +10,8 @@ pub(crate) mod slab;
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
 pub use linear::LinearMemory;
-pub use merged::{MergedMemory, Metric};
 pub(crate) use linear::{Checkpoint, Engine, State, Workspace};
+pub use merged::{MergedMemory, Metric};
 
 use crate::kernel::{self, Buffer, columns, padded};
 use crate::{Error, Scalar, check};

@@ -3,7 +3,7 @@
 use crate::Scalar;
 use crate::kernel::columns;
 use core::ops::Range;
-use ndarray::{ArrayView1, ArrayView2, ArrayView4, ArrayViewMut2, Axis, Slice};
+use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Slice};
 
 /// Rows of a view.
 #[inline]
@@ -37,7 +37,20 @@ pub(crate) fn rows_mut<T>(mut x: ArrayViewMut2<'_, T>, range: Range<usize>) -> A
     x
 }
 
-/// The first rows of one head of one sequence of `[batch, heads, n, d]`.
+/// The first rows of some heads of one sequence of `[batch, heads, n, d]`.
+pub(crate) fn heads<'a, T>(
+    x: &ArrayView4<'a, T>,
+    sequence: usize,
+    heads: Range<usize>,
+    length: usize,
+) -> ArrayView3<'a, T> {
+    let mut x = (*x).index_axis_move(Axis(0), sequence);
+    x.slice_axis_inplace(Axis(0), Slice::from(heads));
+    x.slice_axis_inplace(Axis(1), Slice::from(0..length));
+    x
+}
+
+/// The first rows of one of them.
 pub(crate) fn head<'a, T>(x: &ArrayView4<'a, T>, sequence: usize, head: usize, length: usize) -> ArrayView2<'a, T> {
     rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
 }

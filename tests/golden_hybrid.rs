@@ -160,8 +160,7 @@ fn merged() {
     for case in golden("golden/merged")["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x]));
-        let (window, sinks, entries) =
-            (number(&case["window"]), number(&case["sinks"]), number(&case["entries_max"]));
+        let (window, sinks, entries) = (number(&case["window"]), number(&case["sinks"]), number(&case["entries_max"]));
         let (metric, weights) = (matrix(&case["R"]), vector(&case["a"]));
         let trace = Arc::new(Mutex::new(Vec::new()));
         let (seen, first) = (Arc::clone(&trace), weights.slice(s![sinks..]).to_vec());

@@ -1,16 +1,18 @@
 //! Many heads at once: `[batch, heads, n, d]` views, grouped-query heads, padded keys, threads.
 
-use super::{Attention, Mask, Scratch, Stream};
-use crate::views::head;
+use super::hybrid::FULL_MERGED;
+use super::{Attention, HeadCall, Mask, Scratch, Stream};
+use crate::views::{head, heads};
 use crate::{Error, Scalar, check};
-use ndarray::{Array4, ArrayView4, ArrayViewMut2, ArrayViewMut4, Axis};
+use ndarray::{Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis};
 use std::sync::Arc;
 
 /// Attention of a layer: one kernel for all query heads, or one for each.
 ///
 /// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another layout; nothing is
 /// copied). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and `v` have fewer heads: query head `h`
-/// uses kv head `h / (query_heads / kv_heads)`.
+/// uses kv head `h / (query_heads / kv_heads)`. Where the query heads of a kv head have the same kernel and that kernel can
+/// ([`Attention::group_stream`]: softmax and hybrids), one state serves them all; otherwise each has its own.
 ///
 /// With feature `rayon`, batch × heads are shared out over the threads of the current pool; the result is the same, bit
 /// for bit.
@@ -33,6 +35,19 @@ pub struct MultiHead<T: Scalar> {
     /// One for each query head.
     kernels: Vec<Arc<dyn Attention<T>>>,
     kv_heads: usize,
+    /// What has a state of its own, in the order of heads.
+    units: Arc<Vec<Unit>>,
+}
+
+/// Heads with one state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unit {
+    /// A query head.
+    Query(usize),
+    /// All query heads of a kv head.
+    Group(usize),
+    /// All query heads of some kv heads, whose entries share one budget.
+    Pool(Vec<usize>),
 }
 
 impl<T: Scalar> MultiHead<T> {
@@ -63,7 +78,106 @@ impl<T: Scalar> MultiHead<T> {
                 needed: "a divisor of the number of query heads",
             });
         }
-        Ok(Self { kernels, kv_heads })
+        let group = kernels.len() / kv_heads;
+        let mut units = Vec::new();
+        for (kv, of_group) in kernels.chunks_exact(group).enumerate() {
+            let same = of_group.iter().all(|kernel| Arc::ptr_eq(kernel, &of_group[0]));
+            if same && (of_group[0].as_hybrid().is_some() || matches!(of_group[0].group_stream(group, 1), Ok(Some(_))))
+            {
+                units.push(Unit::Group(kv));
+            } else {
+                units.extend((kv * group..(kv + 1) * group).map(Unit::Query));
+            }
+        }
+        Ok(Self { kernels, kv_heads, units: Arc::new(units) })
+    }
+
+    /// One kernel for each kv head, in order: for all the query heads that use it.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn per_kv_head(kernels: Vec<Arc<dyn Attention<T>>>, query_heads: usize) -> Result<Self, Error> {
+        check::at_least_one("kv_heads", kernels.len())?;
+        check::array("query_heads", query_heads, 1)?;
+        let (kv_heads, group) = (kernels.len(), query_heads / kernels.len());
+        if !query_heads.is_multiple_of(kv_heads) {
+            let found = query_heads.to_string();
+            return Err(Error::InvalidOption {
+                which: "query_heads",
+                found,
+                needed: "a multiple of the number of kv heads",
+            });
+        }
+        Self::per_head(kernels.iter().flat_map(|kernel| vec![Arc::clone(kernel); group]).collect(), kv_heads)
+    }
+
+    /// Lets all kv heads with [`Far::merged`](crate::Far::merged) share one budget of entries, as many as they have together: the pair that costs
+    /// least merges, in whichever head, and at least 4 entries stay in each. So that heads compare, the attention a head received in a
+    /// step is scaled: what its query heads give to all but the sinks sums to their number. Heads with other kernels stay as they are.
+    ///
+    /// ```
+    /// use dijiang::{Far, HybridAttention, MultiHead};
+    ///
+    /// let kernel = HybridAttention::<f32>::builder(16).window(8).far(Far::merged(10)).build()?;
+    /// let layer = MultiHead::new(kernel, 6, 3)?.pooled()?; // 30 entries for three kv heads
+    /// # let _ = layer;
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if fewer than two kv heads merge, or query heads of one kv head have different kernels;
+    /// [`Error::InvalidOption`] if the kernels that merge differ in an option, or keep heavy keys or fewer than 4 entries.
+    pub fn pooled(mut self) -> Result<Self, Error> {
+        let kernels = &self.kernels;
+        let group = kernels.len() / self.kv_heads;
+        let merging = |kv: usize| kernels[kv * group].as_hybrid().filter(|kernel| kernel.config().learns());
+        let heads: Vec<usize> =
+            (0..self.kv_heads).filter(|&kv| merging(kv).is_some() && self.units.contains(&Unit::Group(kv))).collect();
+        if heads.len() < 2 {
+            let why = "it needs two kv heads with `Far::merged`, each with one kernel for all its query heads";
+            return Err(Error::Unsupported { what: "pooling the entries of heads", why });
+        }
+        let first = merging(heads[0]);
+        if !heads.iter().all(|&kv| merging(kv).zip(first).is_some_and(|(a, b)| a.config().pools_with(b.config()))) {
+            return Err(Error::InvalidOption {
+                which: "the kernels of pooled heads",
+                found: "different ones, with heavy keys, or with fewer than 4 entries".to_owned(),
+                needed: "the same options in each, no heavy keys, at least 4 entries",
+            });
+        }
+        let mut units: Vec<Unit> =
+            self.units.iter().filter(|unit| !matches!(unit, Unit::Group(kv) if heads.contains(kv))).cloned().collect();
+        units.push(Unit::Pool(heads));
+        self.units = Arc::new(units);
+        Ok(self)
+    }
+
+    /// Bytes of the state of one sequence after `tokens` tokens, for values of `value_dim` columns.
+    ///
+    /// ```
+    /// use dijiang::{MultiHead, SoftmaxAttention};
+    ///
+    /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(64)?, 9, 3)?;
+    /// assert_eq!(layer.state_bytes(64, 1000)?, 3 * 1000 * (64 + 64) * 4);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::state_floats`].
+    pub fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        let group = self.kernels.len() / self.kv_heads;
+        let mut floats = 0_usize;
+        for unit in &*self.units {
+            floats += match unit {
+                Unit::Query(h) => self.kernels[*h].state_floats(value_dim, tokens)?,
+                Unit::Group(kv) => self.kernels[kv * group].state_floats(value_dim, tokens)?,
+                Unit::Pool(heads) => heads.len() * self.kernels[heads[0] * group].state_floats(value_dim, tokens)?,
+            };
+        }
+        Ok(floats * size_of::<T>())
     }
 
     /// Query heads.
@@ -126,12 +240,31 @@ impl<T: Scalar> MultiHead<T> {
         if mask == Mask::Causal {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
-        for_each(outputs(out), Scratch::new, Scratch::of_one_thread, |scratch, (b, h, out): Head<'_, T>| {
-            let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[b]);
+        let group = self.kernels.len() / self.kv_heads;
+        let coupled = |unit: &Unit| match unit {
+            Unit::Query(_) => false,
+            Unit::Group(kv) => mask == Mask::Causal && self.kernels[kv * group].as_hybrid().is_some(),
+            Unit::Pool(_) => true,
+        };
+        // query heads that do not depend on each other are tasks of their own
+        let units: Vec<Unit> = self
+            .units
+            .iter()
+            .flat_map(|unit| match unit {
+                Unit::Group(kv) if !coupled(unit) => (kv * group..(kv + 1) * group).map(Unit::Query).collect(),
+                _ => vec![unit.clone()],
+            })
+            .collect();
+        for_each(tasks(out, &units, group), Scratch::new, Scratch::of_one_thread, |scratch, task: Task<'_, T>| {
+            let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[task.sequence]);
             let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
-            let kv = self.kv_head(h);
-            let (q, k, v) = (head(&q, b, h, queries), head(&k, b, kv, keys), head(&v, b, kv, keys));
-            self.kernels[h].forward_with(q, k, v, mask, split_padding(out, queries), scratch)
+            let kernel = &self.kernels[task.outputs[0].0];
+            let mut calls = task.calls([&q, &k, &v], group, queries, keys);
+            match (&mut *calls, kernel.as_hybrid()) {
+                ([call], _) => kernel.forward_group(call.q, call.k, call.v, mask, call.out.view_mut(), scratch),
+                (calls, Some(kernel)) if mask == Mask::Causal => kernel.forward_pool(calls, scratch),
+                _ => Err(FULL_MERGED),
+            }
         })
     }
 
@@ -143,16 +276,44 @@ impl<T: Scalar> MultiHead<T> {
     pub fn stream(&self, batch: usize, value_dim: usize) -> Result<MultiHeadStream<T>, Error> {
         check::at_least_one("batch", batch)?;
         check::array("batch", batch, self.kernels.len())?;
-        let mut streams = (0..batch)
-            .flat_map(|_| &self.kernels)
-            .map(|kernel| kernel.stream(value_dim))
-            .collect::<Result<Vec<_>, _>>()?;
+        let group = self.kernels.len() / self.kv_heads;
+        let mut streams = Vec::with_capacity(batch * self.units.len());
+        for unit in (0..batch).flat_map(|_| &*self.units) {
+            streams.push(match unit {
+                Unit::Query(h) => self.kernels[*h].stream(value_dim)?,
+                Unit::Group(kv) => match self.kernels[kv * group].group_stream(group, value_dim)? {
+                    Some(stream) => stream,
+                    None => {
+                        return Err(Error::Unsupported {
+                            what: "a stream of a group",
+                            why: "the kernel had one before",
+                        });
+                    }
+                },
+                Unit::Pool(heads) => match self.kernels[heads[0] * group].as_hybrid() {
+                    Some(kernel) => Box::new(kernel.heads_stream(heads.len(), group, value_dim)?),
+                    None => {
+                        return Err(Error::Unsupported { what: "a pool of heads", why: "the kernel was one before" });
+                    }
+                },
+            });
+        }
         if enough_for_threads(streams.len()) {
             for stream in &mut streams {
                 stream.stay_on_one_thread();
             }
         }
         Ok(MultiHeadStream { heads: self.clone(), value_dim, streams, copies: Vec::new() })
+    }
+
+    /// The place of a query head among the units.
+    fn unit_of(&self, query_head: usize) -> Option<usize> {
+        let kv = self.kv_head(query_head);
+        self.units.iter().position(|unit| match unit {
+            Unit::Query(h) => *h == query_head,
+            Unit::Group(of) => *of == kv,
+            Unit::Pool(heads) => heads.contains(&kv),
+        })
     }
 }
 
@@ -186,31 +347,69 @@ fn check_lengths(lengths: Option<&[usize]>, batch: usize, tokens: usize) -> Resu
     }
 }
 
-/// A sequence, a head, and the head's output.
-type Head<'a, T> = (usize, usize, ArrayViewMut2<'a, T>);
+/// A unit of one sequence: for each of its kv heads the first query head, and the output of all.
+struct Task<'a, T> {
+    sequence: usize,
+    outputs: Vec<(usize, ArrayViewMut3<'a, T>)>,
+}
 
-/// The output of every head.
-fn outputs<T>(mut out: ArrayViewMut4<'_, T>) -> Vec<Head<'_, T>> {
-    let (batch, heads, ..) = out.dim();
-    let mut all = Vec::with_capacity(batch * heads);
-    for b in 0..batch {
-        let (sequence, rest) = out.split_at(Axis(0), 1);
-        let mut sequence = sequence.index_axis_move(Axis(0), 0);
-        for h in 0..heads {
-            let (head, rest) = sequence.split_at(Axis(0), 1);
-            all.push((b, h, head.index_axis_move(Axis(0), 0)));
-            sequence = rest;
-        }
+/// The work on every unit.
+fn tasks<'a, T>(mut out: ArrayViewMut4<'a, T>, units: &[Unit], group: usize) -> Vec<Task<'a, T>> {
+    let (batch, query_heads, ..) = out.dim();
+    let mut all = Vec::with_capacity(batch * units.len());
+    for sequence in 0..batch {
+        let (first, rest) = out.split_at(Axis(0), 1);
         out = rest;
+        let mut heads = first.index_axis_move(Axis(0), 0);
+        let mut of_kv = Vec::with_capacity(query_heads / group);
+        while heads.len_of(Axis(0)) > 0 {
+            let (first, rest) = heads.split_at(Axis(0), group);
+            of_kv.push(Some(first));
+            heads = rest;
+        }
+        for unit in units {
+            let outputs = match unit {
+                Unit::Query(h) => of_kv[h / group]
+                    .take()
+                    .map(|heads| {
+                        let (first, rest) = heads.split_at(Axis(0), 1);
+                        of_kv[h / group] = Some(rest);
+                        (*h, first)
+                    })
+                    .into_iter()
+                    .collect(),
+                Unit::Group(kv) => of_kv[*kv].take().map(|heads| (kv * group, heads)).into_iter().collect(),
+                Unit::Pool(pool) => pool.iter().filter_map(|&kv| Some((kv * group, of_kv[kv].take()?))).collect(),
+            };
+            all.push(Task { sequence, outputs });
+        }
     }
     all
 }
 
-/// The rows of real tokens; the others are set to zero.
-fn split_padding<T: Scalar>(out: ArrayViewMut2<'_, T>, tokens: usize) -> ArrayViewMut2<'_, T> {
-    let (real, mut padding) = out.split_at(Axis(0), tokens);
-    padding.fill(T::zero());
-    real
+impl<'a, T: Scalar> Task<'a, T> {
+    /// The arguments of each kv head, of so many queries and keys; what lies beyond in the output becomes zero.
+    fn calls<'b>(
+        self,
+        [q, k, v]: [&ArrayView4<'b, T>; 3],
+        group: usize,
+        queries: usize,
+        keys: usize,
+    ) -> Vec<HeadCall<'b, T>>
+    where
+        'a: 'b,
+    {
+        let sequence = self.sequence;
+        let call = |(first, out): (usize, ArrayViewMut3<'a, T>)| {
+            let (out, mut padding) = out.split_at(Axis(1), queries);
+            padding.fill(T::zero());
+            let of_group = first..first + out.len_of(Axis(0));
+            let kv = first / group;
+            let q = heads(q, sequence, of_group, queries);
+            HeadCall { q, k: head(k, sequence, kv, keys), v: head(v, sequence, kv, keys), out }
+        };
+        self.outputs.into_iter().map(call).collect()
+    }
 }
 
 /// Whether there are tasks enough for every thread, so that none need be shared out itself.
@@ -271,7 +470,7 @@ fn for_each<I, W>(
 pub struct MultiHeadStream<T: Scalar> {
     heads: MultiHead<T>,
     value_dim: usize,
-    /// Sequence after sequence, head after head.
+    /// Sequence after sequence, unit after unit.
     streams: Vec<Box<dyn Stream<T>>>,
     /// Copies of those that cannot be rolled back, while they are extended.
     copies: Vec<Option<Box<dyn Stream<T>>>>,
@@ -297,23 +496,22 @@ impl<T: Scalar> MultiHeadStream<T> {
     ) -> Result<(), Error> {
         let heads = &self.heads;
         check_heads(heads, q.dim(), k.dim(), v.dim(), out.dim())?;
-        check::size("q", "sequences", self.streams.len() / heads.query_heads(), q.dim().0)?;
+        check::size("q", "sequences", self.streams.len() / heads.units.len(), q.dim().0)?;
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", self.value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
         // A head that fails must not leave the others ahead of it.
         self.copies.clear();
         self.copies.extend(self.streams.iter_mut().map(|stream| (!stream.checkpoint()).then(|| stream.clone())));
-        let tasks = outputs(out).into_iter().zip(&mut self.streams).collect();
+        let group = heads.query_heads() / heads.kv_heads;
+        let tasks = tasks(out, &heads.units, group).into_iter().zip(&mut self.streams).collect();
         let result = for_each(
             tasks,
             || (),
             || (),
-            |(), ((b, h, out), stream): (Head<'_, T>, &mut Box<dyn Stream<T>>)| {
-                let tokens = lengths.map_or(q.dim().2, |lengths| lengths[b]);
-                let kv = heads.kv_head(h);
-                let (q, k, v) = (head(&q, b, h, tokens), head(&k, b, kv, tokens), head(&v, b, kv, tokens));
-                stream.extend(q, k, v, split_padding(out, tokens))
+            |(), (task, stream): (Task<'_, T>, &mut Box<dyn Stream<T>>)| {
+                let tokens = lengths.map_or(q.dim().2, |lengths| lengths[task.sequence]);
+                stream.extend_heads(&mut task.calls([&q, &k, &v], group, tokens, tokens))
             },
         );
         if result.is_err() {
@@ -331,7 +529,7 @@ impl<T: Scalar> MultiHeadStream<T> {
     /// Tokens absorbed by each sequence.
     #[must_use]
     pub fn lengths(&self) -> Vec<usize> {
-        self.streams.iter().step_by(self.heads.query_heads()).map(|stream| stream.len()).collect()
+        self.streams.iter().step_by(self.heads.units.len()).map(|stream| stream.len()).collect()
     }
 
     /// The size of the state of all heads and sequences now, in numbers of type `T`.
@@ -340,18 +538,25 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.streams.iter().map(|stream| stream.state_floats()).sum()
     }
 
-    /// The stream of one head of one sequence, to save or to look at.
+    /// The stream that serves one query head of one sequence, to save or to look at. It may serve others as well: those of its group, or
+    /// of its pool.
     #[must_use]
     pub fn head(&self, sequence: usize, query_head: usize) -> Option<&dyn Stream<T>> {
-        let index = sequence.checked_mul(self.heads.query_heads())?.checked_add(query_head)?;
-        if query_head < self.heads.query_heads() { self.streams.get(index).map(|stream| &**stream) } else { None }
+        self.streams.get(self.index(sequence, query_head)?).map(|stream| &**stream)
     }
 
     /// The same, to restore.
     #[must_use]
     pub fn head_mut(&mut self, sequence: usize, query_head: usize) -> Option<&mut Box<dyn Stream<T>>> {
-        let index = sequence.checked_mul(self.heads.query_heads())?.checked_add(query_head)?;
-        if query_head < self.heads.query_heads() { self.streams.get_mut(index) } else { None }
+        let index = self.index(sequence, query_head)?;
+        self.streams.get_mut(index)
+    }
+
+    fn index(&self, sequence: usize, query_head: usize) -> Option<usize> {
+        if query_head >= self.heads.query_heads() {
+            return None;
+        }
+        sequence.checked_mul(self.heads.units.len())?.checked_add(self.heads.unit_of(query_head)?)
     }
 
     /// Forgets every token.

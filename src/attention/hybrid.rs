@@ -2,7 +2,7 @@
 
 mod layer;
 
-use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
+use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
 use crate::calibration::{Calibration, TaylorFit};
 use crate::features::FeatureMap;
 use crate::features::taylor::CalibratedTaylor;
@@ -11,8 +11,8 @@ use crate::memory::merged::{Distance, Metric, Rule};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
 use core::ops::Range;
-pub(crate) use layer::{Call, Layer, Work};
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+pub(crate) use layer::{Layer, Work};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Entries that stay in every head where heads share one budget.
@@ -62,6 +62,11 @@ pub(crate) const LEAST_ENTRIES: usize = 4;
 pub struct HybridAttention<T: Scalar> {
     config: Arc<Config<T>>,
 }
+
+pub(crate) const FULL_MERGED: Error = Error::Unsupported {
+    what: "a full mask with `Far::merged`",
+    why: "attention received needs an order of queries; use `Far::ward`",
+};
 
 /// What takes the tokens that leave the window.
 ///
@@ -192,9 +197,7 @@ impl<T: Scalar> Far<T> {
     /// # Ok::<(), dijiang::Error>(())
     /// ```
     #[must_use]
-    pub fn memory(
-        make: impl Fn(usize, f64) -> Result<Box<dyn Memory<T>>, Error> + Send + Sync + 'static,
-    ) -> Self {
+    pub fn memory(make: impl Fn(usize, f64) -> Result<Box<dyn Memory<T>>, Error> + Send + Sync + 'static) -> Self {
         Self::of(Kind::Own(Arc::new(make)))
     }
 
@@ -264,7 +267,12 @@ impl<T: Scalar> Far<T> {
         refuse(self.metric.is_some(), merged, "metric", "`Far::merged`")?;
         refuse(self.block.is_some(), merged || ward, "block", "`Far::merged` or `Far::ward`")?;
         refuse(self.fit.is_some(), taylor, "fit", "`Far::taylor`")?;
-        refuse(self.calibration.is_some(), taylor || ward, "calibration of the far memory", "`Far::taylor` or `Far::ward`")?;
+        refuse(
+            self.calibration.is_some(),
+            taylor || ward,
+            "calibration of the far memory",
+            "`Far::taylor` or `Far::ward`",
+        )?;
         let out_of = |which, found: f64, needed| Err(Error::InvalidOption { which, found: found.to_string(), needed });
         match (self.decay, self.value_weight) {
             (Some(decay), _) if !(decay > 0.0 && decay <= 1.0) => out_of("decay", decay, "above 0 and at most 1"),
@@ -292,15 +300,7 @@ impl<T: Scalar> HybridAttention<T> {
     /// Begins with a window of 64 tokens, 4 sinks, no heavy keys and [`Far::merged(64)`](Far::merged).
     #[must_use]
     pub fn builder(head_dim: usize) -> HybridBuilder<T> {
-        HybridBuilder {
-            head_dim,
-            scale: None,
-            window: 64,
-            sinks: 4,
-            heavy: 0,
-            far: Far::merged(64),
-            calibration: None,
-        }
+        HybridBuilder { head_dim, scale: None, window: 64, sinks: 4, heavy: 0, far: Far::merged(64), calibration: None }
     }
 
     /// Columns of queries and keys.
@@ -407,7 +407,11 @@ impl<T: Scalar> HybridBuilder<T> {
             }
             Kind::Taylor(rank) => {
                 let calibration = calibration.as_ref().ok_or_else(|| missing("the Taylor map"))?;
-                FarKind::Linear(Arc::new(CalibratedTaylor::<T>::with_fit(*rank, calibration, far.fit.unwrap_or_default())?))
+                FarKind::Linear(Arc::new(CalibratedTaylor::<T>::with_fit(
+                    *rank,
+                    calibration,
+                    far.fit.unwrap_or_default(),
+                )?))
             }
             Kind::Ward(entries) => {
                 let (metric, weighing) = match &calibration {
@@ -537,8 +541,12 @@ impl<T: Scalar> Config<T> {
 
     /// Whether heads of this kernel and another may share one budget of entries.
     pub(crate) fn pools_with(&self, other: &Self) -> bool {
-        let FarKind::Merged { rule: a, weighing: Weighing::Received { decay: x, min_age: m } } = &self.far else { return false };
-        let FarKind::Merged { rule: b, weighing: Weighing::Received { decay: y, min_age: n } } = &other.far else { return false };
+        let FarKind::Merged { rule: a, weighing: Weighing::Received { decay: x, min_age: m } } = &self.far else {
+            return false;
+        };
+        let FarKind::Merged { rule: b, weighing: Weighing::Received { decay: y, min_age: n } } = &other.far else {
+            return false;
+        };
         let same_metric = matches!(
             (&a.metric, &b.metric),
             (Distance::Identity, Distance::Identity) | (Distance::QueryDiagonal, Distance::QueryDiagonal)
@@ -550,6 +558,7 @@ impl<T: Scalar> Config<T> {
             && same_metric
             && (x, m, self.scale, a.value_weight) == (y, n, other.scale, b.value_weight)
             && self.heavy == 0
+            && a.entries >= LEAST_ENTRIES
     }
 
     /// Slots of exact tokens: sinks, window, heavy keys, and one for a change of places.
@@ -623,7 +632,8 @@ impl<T: Scalar> Config<T> {
 
     /// The slots' positions that a step `t` must not see, of steps `first..newest`: later tokens, and what fell out of its window only since `first`.
     fn hidden(&self, first: usize, t: usize, newest: usize) -> impl Iterator<Item = usize> {
-        let gone = if self.trails() { self.outside(first).saturating_sub(1).max(self.sinks)..self.outside(t) } else { 0..0 };
+        let gone =
+            if self.trails() { self.outside(first).saturating_sub(1).max(self.sinks)..self.outside(t) } else { 0..0 };
         gone.chain(t + 1..newest)
     }
 
@@ -649,7 +659,9 @@ impl<T: Scalar> Config<T> {
     fn shape(&self, heads: usize, value_dim: usize) -> Vec<usize> {
         let far = match &self.far {
             FarKind::None => [0, 0],
-            FarKind::Merged { rule, weighing } => [rule.entries, if matches!(weighing, Weighing::Received { .. }) { 2 } else { 1 }],
+            FarKind::Merged { rule, weighing } => {
+                [rule.entries, if matches!(weighing, Weighing::Received { .. }) { 2 } else { 1 }]
+            }
             FarKind::Linear(map) => [map.num_features(), 3],
             FarKind::Own(_) => [0, 4],
         };
@@ -659,54 +671,54 @@ impl<T: Scalar> Config<T> {
 }
 
 impl<T: Scalar> HybridAttention<T> {
-    /// Causal attention of the query heads of one head of keys and values: `q [group, n, d]`, `out [group, n, d_v]`.
-    pub(crate) fn forward_heads(
+    /// Attention of checked shapes; of several heads of a causal group, or one.
+    fn forward_checked(
         &self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut3<'_, T>,
+        mut call: HeadCall<'_, T>,
+        mask: Mask,
         deciding_columns: Option<usize>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, 1, v.ncols(), deciding_columns)?;
-        if k.nrows() == 0 {
+        for q in call.q.outer_iter() {
+            check::all_finite(q, call.k, call.v)?;
+        }
+        if mask != Mask::Causal {
+            if self.config.window > 0 {
+                let why = "a window has no meaning where every query sees every key; build the kernel with `window(0)`";
+                return Err(Error::Unsupported { what: "a full mask with a window", why });
+            }
+            if self.config.learns() {
+                return Err(FULL_MERGED);
+            }
+        }
+        if call.q.len_of(Axis(1)) == 0 {
             return Ok(());
         }
-        layer.extend(&self.config, &mut [Call { q, k, v, out }], work)
+        let (layer, work) = scratch.hybrid();
+        layer.prepare(&self.config, 1, call.v.ncols(), deciding_columns)?;
+        if mask == Mask::Causal {
+            layer.extend(&self.config, &mut [call], work)
+        } else {
+            layer.full(&self.config, &mut call, work)
+        }
     }
 
-    fn forward_masked(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-        deciding_columns: Option<usize>,
-        scratch: &mut Scratch<T>,
-    ) -> Result<(), Error> {
-        check::forward(self.config.head_dim, q, k, v, mask, &out)?;
-        check::all_finite(q, k, v)?;
-        if q.nrows() == 0 {
+    /// Causal attention of heads that share one budget.
+    pub(crate) fn forward_pool(&self, calls: &mut [HeadCall<'_, T>], scratch: &mut Scratch<T>) -> Result<(), Error> {
+        for HeadCall { q, k, v, .. } in &*calls {
+            check::size("q", "columns", self.config.head_dim, q.len_of(Axis(2)))?;
+            check::size("k", "columns", self.config.head_dim, k.ncols())?;
+            check::at_least_one("v columns", v.ncols())?;
+            q.outer_iter().try_for_each(|q| check::finite("q", q))?;
+            check::finite("k", *k)?;
+            check::finite("v", *v)?;
+        }
+        if calls[0].k.nrows() == 0 {
             return Ok(());
         }
-        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
-        if mask == Mask::Causal {
-            return self.forward_heads(q, k, v, out, deciding_columns, scratch);
-        }
-        if self.config.window > 0 {
-            let why = "a window has no meaning where every query sees every key; build the kernel with `window(0)`";
-            return Err(Error::Unsupported { what: "a full mask with a window", why });
-        }
-        if self.config.learns() {
-            let why = "attention received needs an order of queries; use `Far::ward`";
-            return Err(Error::Unsupported { what: "a full mask with `Far::merged`", why });
-        }
         let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, 1, v.ncols(), deciding_columns)?;
-        layer.full(&self.config, &mut Call { q, k, v, out }, work)
+        layer.prepare(&self.config, calls.len(), calls[0].v.ncols(), None)?;
+        layer.extend(&self.config, calls, work)
     }
 }
 
@@ -731,7 +743,46 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        self.forward_masked(q, k, v, mask, out, None, scratch)
+        check::forward(self.config.head_dim, q, k, v, mask, &out)?;
+        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
+        self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)
+    }
+
+    fn forward_group(
+        &self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        mut out: ArrayViewMut3<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        check::size("out", "heads", q.len_of(Axis(0)), out.len_of(Axis(0)))?;
+        for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
+            check::forward(self.config.head_dim, q, k, v, mask, &out)?;
+            if mask != Mask::Causal {
+                self.forward_with(q, k, v, mask, out, scratch)?;
+            }
+        }
+        if mask == Mask::Causal && !q.is_empty() {
+            self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)?;
+        }
+        Ok(())
+    }
+
+    fn forward_probed(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        value_dim: usize,
+        mask: Mask,
+    ) -> Result<Array2<T>, Error> {
+        let mut out = Array2::zeros((q.nrows(), v.ncols()));
+        check::forward(self.config.head_dim, q, k, v, mask, &out.view_mut())?;
+        let call = HeadCall { q: q.insert_axis(Axis(0)), k, v, out: out.view_mut().insert_axis(Axis(0)) };
+        self.forward_checked(call, mask, Some(value_dim), &mut Scratch::new())?;
+        Ok(out)
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
@@ -783,7 +834,7 @@ const KERNEL: &str = "hybrid";
 
 impl<T: Scalar> HybridStream<T> {
     /// Absorbs tokens of every head, of checked shapes.
-    pub(crate) fn extend_heads(&mut self, calls: &mut [Call<'_, T>]) -> Result<(), Error> {
+    fn absorb(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         for call in &*calls {
             for q in call.q.outer_iter() {
                 check::finite("q", q)?;
@@ -837,8 +888,15 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut3<'_, T>,
     ) -> Result<(), Error> {
-        check::extend_group(self.config.head_dim, self.value_dim, self.group, q, k, v, &out)?;
-        self.extend_heads(&mut [Call { q, k, v, out }])
+        self.extend_heads(&mut [HeadCall { q, k, v, out }])
+    }
+
+    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        check::size("q", "kv heads", self.heads, calls.len())?;
+        for HeadCall { q, k, v, out } in &*calls {
+            check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
+        }
+        self.absorb(calls)
     }
 
     fn len(&self) -> usize {
@@ -893,7 +951,11 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         let mut layer = self.layer.clone();
         if !layer.set_numbers(&self.config, state.tokens(), numbers) {
             let found = count.to_string();
-            return Err(Error::State { which: "size", expected: "as many numbers as its tokens need".to_owned(), found });
+            return Err(Error::State {
+                which: "size",
+                expected: "as many numbers as its tokens need".to_owned(),
+                found,
+            });
         }
         self.layer = layer;
         self.checkpoint = None;

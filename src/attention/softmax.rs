@@ -5,7 +5,7 @@ use crate::memory::{ExactMemory, Memory, QUERY_BLOCK, Readout, Tile, attend};
 use crate::views::{rows, rows_mut};
 use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
 ///
@@ -133,9 +133,22 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
         Ok(Box::new(SoftmaxStream {
             cache: ExactMemory::new(self.head_dim, value_dim, scale)?,
+            group: 1,
             tile: Tile::new(),
             checkpoint: None,
         }))
+    }
+
+    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+        check::at_least_one("group", group)?;
+        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        let cache = ExactMemory::new(self.head_dim, value_dim, scale)?;
+        Ok(Some(Box::new(SoftmaxStream { cache, group, tile: Tile::new(), checkpoint: None })))
+    }
+
+    fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        check::at_least_one("value_dim", value_dim)?;
+        Ok(tokens.saturating_mul(self.head_dim + value_dim))
     }
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
@@ -152,6 +165,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 #[derive(Debug)]
 struct SoftmaxStream<T> {
     cache: ExactMemory<T>,
+    group: usize,
     tile: Tile<T>,
     /// Tokens at the last checkpoint.
     checkpoint: Option<usize>,
@@ -167,13 +181,33 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error> {
+        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
+    }
+
+    fn group(&self) -> usize {
+        self.group
+    }
+
+    fn extend_group(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
-        check::extend(head_dim, value_dim, q, k, v, &out)?;
-        check::all_finite(q, k, v)?;
+        check::extend_group(head_dim, value_dim, self.group, q, k, v, &out)?;
+        for q in q.outer_iter() {
+            check::finite("q", q)?;
+        }
+        check::finite("k", k)?;
+        check::finite("v", v)?;
         let before = self.cache.len();
         self.cache.push(k, v);
         let Self { cache, tile, .. } = self;
-        let result = answer(q, cache.keys(), cache.values(), cache.scale(), Some(before), out, tile);
+        let (keys, values, scale) = (cache.keys(), cache.values(), cache.scale());
+        let mut heads = q.outer_iter().zip(out.outer_iter_mut());
+        let result = heads.try_for_each(|(q, out)| answer(q, keys, values, scale, Some(before), out, tile));
         if result.is_err() {
             self.cache.truncate(before);
         }
@@ -189,7 +223,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { cache: self.cache.clone(), tile: self.tile.like(), checkpoint: None })
+        Box::new(Self { cache: self.cache.clone(), group: self.group, tile: self.tile.like(), checkpoint: None })
     }
 
     fn reset(&mut self) {

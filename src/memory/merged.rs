@@ -323,10 +323,6 @@ impl<T: Scalar> MergedMemory<T> {
         padded::<T>(self.len)
     }
 
-    pub(crate) fn absorbed(&self) -> usize {
-        self.absorbed
-    }
-
     /// Whether distances depend on the first tokens.
     fn has_units(&self) -> bool {
         self.value_columns() > 0 || matches!(self.rule.metric, Distance::QueryDiagonal)
@@ -513,7 +509,6 @@ impl<T: Scalar> MergedMemory<T> {
         let added = self.weights[j];
         self.weights[i] += added;
         slab.bias[i] = T::from_f64(libm::log2(self.counts[i]));
-
     }
 
     /// Tests look at what is merged, by places without gaps.

@@ -20,14 +20,7 @@ pub(crate) struct Slab<T> {
 
 impl<T: Scalar> Slab<T> {
     pub(crate) fn new() -> Self {
-        Self {
-            head_dim: 0,
-            value_dim: 0,
-            capacity: 0,
-            keys: Buffer::new(),
-            values: Buffer::new(),
-            bias: Buffer::new(),
-        }
+        Self { head_dim: 0, value_dim: 0, capacity: 0, keys: Buffer::new(), values: Buffer::new(), bias: Buffer::new() }
     }
 
     /// Makes every slot empty, for these sizes.

@@ -4,15 +4,15 @@
 //! window changes, and by new tokens only: those steps are computed at once, by matrix products. Every row of such a product gets the
 //! bits it would get alone, so that the cut of a sequence into pieces changes nothing at all.
 
-use super::{Config, FarKind, Weighing};
+use super::{Config, FarKind, HeadCall as Call, Weighing};
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded, pairs};
 use crate::memory::merged::{self, MergedMemory, Pair};
 use crate::memory::slab::{Reading, Slab, attend};
 use crate::memory::{LinearMemory, Memory, Partial, Workspace, divisor};
 use crate::{Error, Scalar, views};
-use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 use core::ops::Range;
+use ndarray::{ArrayView1, ArrayView2, Axis};
 use std::sync::Arc;
 
 /// Queries that are answered at once: tokens times heads of the group.
@@ -20,16 +20,6 @@ const MOST_ROWS: usize = 32;
 
 /// Tokens behind the window whose slots are not yet used again, where nothing but the window holds tokens.
 pub(super) const TRAIL: usize = 16;
-
-/// Heads of queries on one head of keys and values.
-pub(crate) struct Call<'a, T> {
-    /// `[group, n, d]`
-    pub(crate) q: ArrayView3<'a, T>,
-    pub(crate) k: ArrayView2<'a, T>,
-    pub(crate) v: ArrayView2<'a, T>,
-    /// `[group, n, d_v]`
-    pub(crate) out: ArrayViewMut3<'a, T>,
-}
 
 /// Tokens that are kept exactly: the sinks, the window (a ring), and the heavy keys.
 #[derive(Clone, Debug)]
@@ -532,12 +522,14 @@ impl<T: Scalar> Layer<T> {
         let answer = &mut reading.answer;
         let value_dim = self.value_dim;
         match &self.far {
-            Store::Linear(memories) if memories[head].len() > 0 => memories[head].read_with(q, linear, |first, part| {
-                for (i, numerator) in part.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
-                    answer.add_row(first + i, numerator, part.denominator[i], part.log_scale[i]);
-                }
-                Ok(())
-            }),
+            Store::Linear(memories) if memories[head].len() > 0 => {
+                memories[head].read_with(q, linear, |first, part| {
+                    for (i, numerator) in part.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
+                        answer.add_row(first + i, numerator, part.denominator[i], part.log_scale[i]);
+                    }
+                    Ok(())
+                })
+            }
             Store::Own(memories) => {
                 if partial.numerator().dim() == (q.nrows(), value_dim) {
                     partial.reset();
@@ -572,8 +564,9 @@ impl<T: Scalar> Layer<T> {
             (Store::Merged(memories), Weighing::Received { decay, min_age }) => (&mut memories[head], decay, min_age),
             (Store::Own(memories), _) => {
                 let answer = &reading.answer;
-                let log_normalizer =
-                    (0..run * group).map(|row| answer.denominator[row].ln() + answer.log_scale[row]).collect::<Vec<_>>();
+                let log_normalizer = (0..run * group)
+                    .map(|row| answer.denominator[row].ln() + answer.log_scale[row])
+                    .collect::<Vec<_>>();
                 memories[head].received(queries(call, start, run), ArrayView1::from(&log_normalizer));
                 return;
             }
@@ -663,7 +656,9 @@ impl<T: Scalar> Layer<T> {
                     let memory = &mut memories[head];
                     let Some((&entries, rest)) = numbers.split_first() else { return false };
                     let most = memory.slab.capacity as f64;
-                    let Some(entries) = (0..=most as usize).find(|&n| n as f64 == entries.as_f64()) else { return false };
+                    let Some(entries) = (0..=most as usize).find(|&n| n as f64 == entries.as_f64()) else {
+                        return false;
+                    };
                     let count = memory.count_numbers(entries);
                     let Some(own) = rest.get(..count) else { return false };
                     memory.set_numbers(entries, gone - heavy, tokens.saturating_sub(config.sinks), own);
