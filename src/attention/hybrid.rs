@@ -588,6 +588,11 @@ impl<T: Scalar> Config<T> {
         }
     }
 
+    /// The positions that fell out of the window between token `first` and token `t`; with a window of 0, `first` itself.
+    fn expired(&self, first: usize, t: usize) -> Range<usize> {
+        self.outside(first).saturating_sub(1).max(self.sinks)..self.outside(t)
+    }
+
     /// The first position behind the sinks that is in the window of token `t`.
     fn outside(&self, t: usize) -> usize {
         (t + 1).saturating_sub(self.window).max(self.sinks)
@@ -632,8 +637,7 @@ impl<T: Scalar> Config<T> {
 
     /// The slots' positions that a step `t` must not see, of steps `first..newest`: later tokens, and what fell out of its window only since `first`.
     fn hidden(&self, first: usize, t: usize, newest: usize) -> impl Iterator<Item = usize> {
-        let gone =
-            if self.trails() { self.outside(first).saturating_sub(1).max(self.sinks)..self.outside(t) } else { 0..0 };
+        let gone = if self.trails() { self.expired(first, t) } else { 0..0 };
         gone.chain(t + 1..newest)
     }
 

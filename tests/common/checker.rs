@@ -42,10 +42,15 @@ fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>,
     let (d, dv) = (subject.head_dim, 3);
     let input = tokens::<T>(n, d, dv, 0.7, n as u64);
     let [q, k, v] = [wide(&input[0]), wide(&input[1]), wide(&input[2])];
-    for mask in [Mask::Causal, Mask::Full] {
+    for &mask in subject.masks() {
         let out = run(kernel, &input, mask);
         let exact = subject.oracle(&q, &k, &v, mask);
         assert_close(&format!("{} n={n} {mask:?}", subject.name), &out, &exact, units::<T>(60.0));
+    }
+    if !subject.masks().contains(&Mask::Full) {
+        let error = kernel.forward(input[0].view(), input[1].view(), input[2].view(), Mask::Full).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", subject.name);
+        return;
     }
     let few = normal::<T>(4, d, 0.7, 99);
     let out = kernel.forward(few.view(), input[1].view(), input[2].view(), Mask::Full).unwrap();
@@ -94,7 +99,7 @@ fn check_no_future<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     for (n, norm) in [2, 33, 64, 65, 100].into_iter().flat_map(|n| [(n, 0.7), (n, 30.0 / subject.head_dim as f64)]) {
         let input = tokens::<T>(n, subject.head_dim, 2, norm, 2);
         let Ok(before) = kernel.forward(input[0].view(), input[1].view(), input[2].view(), Mask::Causal) else {
-            assert!(norm > 1.0 && subject.map.is_some(), "{}", subject.name);
+            assert!(norm > 1.0 && subject.has_features(), "{}", subject.name);
             continue; // out of the range of f32 as it is
         };
         for size in [-1.0, 8.0, 30.0, -30.0, 0.01] {
@@ -131,7 +136,7 @@ fn check_ones_and_hull<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) 
     for size in [0.1, 1.0, 2.0] {
         let [q, k, v] = tokens::<T>(70, subject.head_dim, 3, size, 4);
         let values = concatenate![Axis(1), v, Array2::ones((70, 1)), Array2::from_elem((70, 1), T::from_f64(-7.0))];
-        for mask in [Mask::Causal, Mask::Full] {
+        for &mask in subject.masks() {
             let out = run(kernel, &[q.clone(), k.clone(), values.clone()], mask);
             let slack = T::epsilon() * T::from_f64(units::<T>(60.0));
             for (t, row) in out.outer_iter().enumerate() {
@@ -159,7 +164,7 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let [q, k, v] = &input;
     let compare =
         |what: &str, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>, input: &[Array2<T>; 3]| {
-            for mask in [Mask::Causal, Mask::Full] {
+            for &mask in subject.masks() {
                 let exact = wide(&run(kernel, input, mask));
                 let mut buffer = Array2::from_elem((2 * n, 9), T::nan());
                 kernel.forward_into(q, k, v, mask, buffer.slice_mut(s![..;2, ..;3])).unwrap();
@@ -235,13 +240,13 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     assert_eq!(feed(&mut *fresh, &first, &[50]), again, "{}: a reset stream", subject.name);
     let floats = fresh.state_floats();
     feed(&mut *fresh, &rest, &sizes);
-    match &subject.map {
-        None => assert_eq!(fresh.state_floats(), 90 * (subject.head_dim + 2)),
-        Some((map, _)) => {
-            assert_eq!(fresh.state_floats(), floats);
-            assert_eq!(floats, 2 * map.num_features() * 3 + 1);
-        }
+    if subject.grows() {
+        assert_eq!(fresh.state_floats(), subject.state_floats(2, 90));
+    } else {
+        assert_eq!((floats, fresh.state_floats()), (empty.0, empty.0), "{}", subject.name);
+        assert_eq!(floats, subject.state_floats(2, 90), "{}", subject.name);
     }
+    assert_eq!(kernel.state_floats(2, 90).unwrap(), fresh.state_floats());
 
     stream.restore(&empty.1).unwrap();
     assert!(stream.is_empty());

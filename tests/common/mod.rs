@@ -3,11 +3,13 @@
 #![allow(dead_code)]
 
 pub mod checker;
+pub mod hybrid;
 
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii, RadiusPoints,
-    ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
+    Attention, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention, LinearAttention, Mask, Metric, Performer,
+    Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
 };
+use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
 use std::sync::Arc;
 
@@ -115,8 +117,9 @@ pub struct Subject {
     pub head_dim: usize,
     pub f64: Arc<dyn Attention<f64>>,
     pub f32: Arc<dyn Attention<f32>>,
-    /// The map in f64 and whether its outputs are normalised; `None` for softmax.
+    /// The map in f64 and whether its outputs are normalised; `None` for softmax and hybrids.
     pub map: Option<(Arc<dyn FeatureMap<f64>>, bool)>,
+    pub hybrid: Option<HybridFormula>,
     /// Weights are positive: outputs stay in the hull of the values.
     pub positive: bool,
     pub scale: f64,
@@ -180,9 +183,11 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
         f64: Arc::new(SoftmaxAttention::new(d).unwrap()),
         f32: Arc::new(SoftmaxAttention::new(d).unwrap()),
         map: None,
+        hybrid: None,
         positive: true,
         scale: default,
     }];
+    all.extend(hybrids(d, m));
     for name in MAPS {
         for normalized in [true, false] {
             let (wide, narrow) = (map::<f64>(name, d, m, 5), map::<f32>(name, d, m, 5));
@@ -196,6 +201,7 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
                 f64: Arc::new(a.with_scale(scale)),
                 f32: Arc::new(b.with_scale(scale)),
                 map: Some((wide, normalized)),
+                hybrid: None,
                 positive: true,
                 scale,
             });
@@ -204,16 +210,128 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
     all
 }
 
+/// A far memory in one number type, of `entries` entries.
+fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
+    match formula {
+        FarFormula::None => Far::none(),
+        FarFormula::Features(_) => Far::features(map::<T>("performer", d, m, 5)),
+        FarFormula::Ward { entries, block } => Far::ward(*entries).with_block(*block),
+        FarFormula::Merged(rule) => Far::merged(rule.entries)
+            .with_block(rule.block)
+            .with_decay(rule.gamma)
+            .with_min_age(rule.min_age)
+            .with_value_weight(rule.value_weight)
+            .with_metric(if rule.diagonal { Metric::QueryDiagonal } else { Metric::Identity }),
+    }
+}
+
+/// The kernel of a formula.
+pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridAttention<T> {
+    let builder = HybridAttention::builder(d).window(formula.window).sinks(formula.sinks);
+    builder.far(far(&formula.far, d, m)).build().unwrap()
+}
+
+/// The default options of received-attention merging.
+pub const RECEIVED: Received =
+    Received { entries: 12, block: 1, gamma: 0.98, min_age: 16, value_weight: 4.0, diagonal: true };
+
+/// Hybrids of every far memory, with and without windows, sinks and blocks.
+fn hybrids(d: usize, m: usize) -> Vec<Subject> {
+    let features = || FarFormula::Features(map::<f64>("performer", d, m, 5));
+    let merged = |change: fn(&mut Received)| {
+        let mut rule = RECEIVED;
+        change(&mut rule);
+        FarFormula::Merged(rule)
+    };
+    let formulas = [
+        (9, 2, FarFormula::None),
+        (40, 0, FarFormula::None),
+        (0, 3, FarFormula::None),
+        (8, 2, features()),
+        (0, 0, features()),
+        (0, 5, features()),
+        (7, 1, FarFormula::Ward { entries: 6, block: 1 }),
+        (7, 1, FarFormula::Ward { entries: 6, block: 4 }),
+        (0, 0, FarFormula::Ward { entries: 10, block: 1 }),
+        (0, 4, FarFormula::Ward { entries: 10, block: 8 }),
+        (20, 4, merged(|_| {})),
+        (20, 4, merged(|rule| rule.block = 8)),
+        (5, 0, merged(|rule| (rule.min_age, rule.diagonal, rule.block) = (0, false, 3))),
+        (1, 1, merged(|rule| (rule.entries, rule.value_weight, rule.gamma) = (1, 0.0, 0.9))),
+        (0, 0, merged(|rule| (rule.entries, rule.block) = (5, 2))),
+    ];
+    formulas
+        .into_iter()
+        .map(|(window, sinks, far)| {
+            let formula = HybridFormula { window, sinks, far };
+            Subject {
+                name: format!("hybrid {formula:?} d={d}"),
+                head_dim: d,
+                f64: Arc::new(hybrid::<f64>(&formula, d, m)),
+                f32: Arc::new(hybrid::<f32>(&formula, d, m)),
+                map: None,
+                positive: true,
+                scale: 1.0 / (d as f64).sqrt(),
+                hybrid: Some(formula),
+            }
+        })
+        .collect()
+}
+
 impl Subject {
     pub fn normalized(&self) -> bool {
         self.map.as_ref().is_none_or(|(_, normalized)| *normalized)
     }
 
+    /// The masks the kernel has a meaning for.
+    pub fn masks(&self) -> &'static [Mask] {
+        match &self.hybrid {
+            Some(HybridFormula { window, far, .. }) if *window > 0 || matches!(far, FarFormula::Merged(_)) => {
+                &[Mask::Causal]
+            }
+            // with sinks alone, a token that is none of them sees nothing
+            Some(HybridFormula { sinks: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
+            _ => &[Mask::Causal, Mask::Full],
+        }
+    }
+
+    pub fn has_features(&self) -> bool {
+        self.map.is_some() || self.hybrid.as_ref().is_some_and(|h| matches!(h.far, FarFormula::Features(_)))
+    }
+
+    pub fn grows(&self) -> bool {
+        self.map.is_none() && self.hybrid.is_none()
+    }
+
+    /// The documented size of the state.
+    pub fn state_floats(&self, dv: usize, tokens: usize) -> usize {
+        let token = self.head_dim + dv;
+        if let Some((map, _)) = &self.map {
+            return 2 * map.num_features() * (dv + 1) + 1;
+        }
+        let Some(HybridFormula { window, sinks, far }) = &self.hybrid else { return tokens * token };
+        let (received, block, far) = match far {
+            FarFormula::None => (0, 1, 0),
+            FarFormula::Features(map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
+            FarFormula::Ward { entries, block } => (0, *block, entries * (token + 2)),
+            FarFormula::Merged(rule) => {
+                let units = if rule.diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
+                (1, rule.block, rule.entries * (token + 2) + units)
+            }
+        };
+        sinks * token + (window + block - 1) * (token + received) + far
+    }
+
     /// The kernel's formula, naively, in f64.
     pub fn oracle(&self, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, mask: Mask) -> Array2<f64> {
-        match &self.map {
-            None => naive_softmax(q, k, v, self.scale, mask),
-            Some((map, normalized)) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
+        match (&self.map, &self.hybrid) {
+            (Some((map, normalized)), _) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
+            (_, Some(formula)) if mask == Mask::Full => formula.full(q, k, v, self.scale),
+            (_, Some(formula)) => {
+                let (q, k, v) = (&[vec![q.clone()]], &[k.clone()], &[v.clone()]);
+                formula.causal(q, k, v, self.scale, false).remove(0).remove(0)
+            }
+            _ => naive_softmax(q, k, v, self.scale, mask),
         }
     }
 }

@@ -336,7 +336,7 @@ impl<T: Scalar> Layer<T> {
                 self.read(config, head, call, start, run, true, work)?;
             }
             if config.trails() {
-                for gone in config.outside(first)..config.outside(self.tokens) {
+                for gone in config.expired(first, self.tokens) {
                     let slot = config.slot(gone);
                     self.near.iter_mut().for_each(|near| near.slab.empty(slot));
                 }
