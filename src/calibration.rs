@@ -209,31 +209,3 @@ mod tests {
         assert_eq!(w[1], 0.0);
     }
 }
-
-/// STUB
-#[derive(Clone, Debug)]
-pub struct Calibration;
-/// STUB
-#[derive(Clone, Copy, Debug, Default)]
-pub enum TaylorFit {
-    /// STUB
-    #[default]
-    Constrained,
-}
-impl Calibration {
-    pub(crate) fn head_dim(&self) -> usize {
-        0
-    }
-    pub(crate) fn scale(&self) -> f64 {
-        0.0
-    }
-    pub(crate) fn metric(&self) -> Array2<f64> {
-        Array2::zeros((0, 0))
-    }
-    pub(crate) fn static_score_of<T: Scalar>(&self, _k: &[T]) -> T {
-        T::zero()
-    }
-    pub(crate) fn expected_attention_of<T: Scalar>(&self, _k: &[T]) -> T {
-        T::zero()
-    }
-}

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Head, golden, heads, map};
 use dijiang::fidelity::Reference;
-use dijiang::{FeatureMap, LinearAttention};
+use dijiang::{Far, FeatureMap, HybridAttention, LinearAttention, Mask, Metric};
 use std::sync::Arc;
 
 fn reference(head: &Head) -> Reference<f64> {
@@ -72,6 +72,55 @@ fn feature_maps_alone_do_not_imitate_trained_heads() {
                 .collect();
             errors.sort_by(f64::total_cmp);
             assert!(errors[1] > 0.7, "{} {name}: {errors:?}: rewrite the docs", head.name);
+        }
+    }
+}
+
+/// The deterministic hybrids that need no calibration: within 1e-6, in f64 and (as the heads are f32) within 1 % in f32.
+#[test]
+fn hybrids_have_the_known_errors() {
+    type Row = (&'static str, usize, fn() -> Far<f64>, fn() -> Far<f32>);
+    let rows: [Row; 7] = [
+        ("drop_w64_s4", 64, Far::none, Far::none),
+        ("drop_w129_s4", 129, Far::none, Far::none),
+        ("hybrid_ward64_uncalibrated", 64, || Far::ward(64), || Far::ward(64)),
+        (
+            "hybrid_received64",
+            64,
+            || Far::merged(64).with_metric(Metric::Identity),
+            || Far::merged(64).with_metric(Metric::Identity),
+        ),
+        (
+            "hybrid_received64_b8",
+            64,
+            || Far::merged(64).with_metric(Metric::Identity).with_block(8),
+            || Far::merged(64).with_metric(Metric::Identity).with_block(8),
+        ),
+        (
+            "hybrid_received64_w48_s48",
+            48,
+            || Far::merged(48).with_metric(Metric::Identity),
+            || Far::merged(48).with_metric(Metric::Identity),
+        ),
+        ("hybrid_received64_diag", 64, || Far::merged(64), || Far::merged(64)),
+    ];
+    let known = golden("reference_errors");
+    for head in heads() {
+        let d = head.test[0].ncols();
+        let reference = reference(&head);
+        let [q, k, v] = head.test.each_ref().map(|x| x.mapv(|x| x as f32));
+        let narrow_reference = Reference::new(q.view(), k.view(), v.view(), head.mask).unwrap();
+        for (row, window, far, narrow_far) in rows {
+            let Some(expected) = known["heads"][head.name]["errors"][row].as_f64() else { continue };
+            let (window, sinks) = if head.mask == Mask::Full { (0, 0) } else { (window, 4) };
+            let kernel = HybridAttention::builder(d).window(window).sinks(sinks).far(far()).build().unwrap();
+            let found = reference.output_error(&kernel).unwrap();
+            assert!((found / expected - 1.0).abs() < 1e-6, "{} {row}: {found}, known {expected}", head.name);
+            let report = reference.compare(&kernel).unwrap();
+            assert!((report.output_error / expected - 1.0).abs() < 1e-6, "{} {row}: {report:?}", head.name);
+            let kernel = HybridAttention::builder(d).window(window).sinks(sinks).far(narrow_far()).build().unwrap();
+            let found = narrow_reference.output_error(&kernel).unwrap();
+            assert!((found / expected - 1.0).abs() < 0.01, "{} {row} in f32: {found}, known {expected}", head.name);
         }
     }
 }

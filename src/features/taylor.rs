@@ -135,15 +135,3 @@ impl<T: Scalar> TryFrom<usize> for TaylorFeatures<T> {
         Self::new(head_dim)
     }
 }
-
-/// STUB
-pub(crate) type CalibratedTaylor<T> = TaylorFeatures<T>;
-impl<T: Scalar> TaylorFeatures<T> {
-    pub(crate) fn with_fit(
-        _rank: usize,
-        _c: &crate::calibration::Calibration,
-        _fit: crate::calibration::TaylorFit,
-    ) -> Result<Self, Error> {
-        Self::new(1)
-    }
-}

@@ -1,0 +1,236 @@
+//! What only hybrids promise: groups, pools, the same bits for any split, clear errors.
+
+mod common;
+
+use common::hybrid::{FarFormula, HybridFormula};
+use common::{RECEIVED, assert_close, hybrid, normal, tokens};
+use dijiang::{
+    Attention, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer, SoftmaxAttention,
+};
+use ndarray::{Array2, Array3, Array4, Axis, s};
+use proptest::prelude::*;
+use std::sync::Arc;
+
+fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
+    HybridFormula { window, sinks, far: FarFormula::Merged(common::hybrid::Received { block, ..RECEIVED }) }
+}
+
+fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {
+    let (b, h, n, d) = shape;
+    Array4::from_shape_vec(shape, normal::<f64>(b * h * n, d, 1.0, seed).into_raw_vec_and_offset().0).unwrap()
+}
+
+/// Heads `[kv][group]` of one sequence, and what the formula gives.
+fn exact(formula: &HybridFormula, [q, k, v]: [&Array4<f64>; 3], b: usize, pooled: bool) -> Array3<f64> {
+    let group = q.dim().1 / k.dim().1;
+    let head = |x: &Array4<f64>, h: usize| x.slice(s![b, h, .., ..]).to_owned();
+    let heads: Vec<usize> = (0..k.dim().1).collect();
+    let queries: Vec<Vec<Array2<f64>>> =
+        heads.iter().map(|kv| (kv * group..(kv + 1) * group).map(|h| head(q, h)).collect()).collect();
+    let [k, v]: [Vec<Array2<f64>>; 2] = [k, v].map(|x| heads.iter().map(|&kv| head(x, kv)).collect());
+    let out = formula.causal(&queries, &k, &v, 1.0 / (q.dim().3 as f64).sqrt(), pooled);
+    let views: Vec<_> = out.iter().flatten().map(|x| x.view()).collect();
+    ndarray::stack(Axis(0), &views).unwrap()
+}
+
+#[test]
+fn groups_and_pools_are_their_formulas() {
+    let [q, k, v] = [random((2, 6, 130, 8), 1), random((2, 2, 130, 8), 2), random((2, 2, 130, 5), 3)];
+    for block in [1, 4] {
+        let formula = merged(12, 3, block);
+        for pooled in [false, true] {
+            let layer = MultiHead::new(hybrid::<f64>(&formula, 8, 0), 6, 2).unwrap();
+            let layer = if pooled { layer.pooled().unwrap() } else { layer };
+            let out = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
+            for b in 0..2 {
+                let exact = exact(&formula, [&q, &k, &v], b, pooled);
+                for (h, exact) in exact.outer_iter().enumerate() {
+                    let what = format!("block {block} pooled {pooled} sequence {b} head {h}");
+                    assert_close(&what, &out.slice(s![b, h, .., ..]).to_owned(), &exact.to_owned(), 1e5);
+                }
+            }
+            // a stream, in pieces, one of which fails half-way
+            let mut stream = layer.stream(2, 5).unwrap();
+            let mut found = Array4::zeros(out.dim());
+            for (start, end) in [(0, 1), (1, 60), (60, 61), (61, 130)] {
+                let piece = |x: &Array4<f64>| x.slice(s![.., .., start..end, ..]).to_owned();
+                let mut bad = piece(&v);
+                bad[[1, 1, end - start - 1, 4]] = f64::NAN;
+                let mut slot = Array4::zeros((2, 6, end - start, 5));
+                assert!(stream.extend(piece(&q).view(), piece(&k).view(), bad.view(), None, slot.view_mut()).is_err());
+                assert_eq!(stream.lengths(), [start; 2]);
+                stream.extend(piece(&q).view(), piece(&k).view(), piece(&v).view(), None, slot.view_mut()).unwrap();
+                found.slice_mut(s![.., .., start..end, ..]).assign(&slot);
+            }
+            assert_eq!(found, out, "the same bits");
+            let one = 3 * 13 + (12 + block - 1) * 14 + 12 * 15 + 8 + 1;
+            assert_eq!(stream.state_floats(), 2 * 2 * one);
+            assert_eq!(layer.state_bytes(5, 1_000_000).unwrap(), 2 * one * 8);
+            // save, restore
+            let saved = stream.head(1, 4).unwrap().save().unwrap();
+            let mut other = layer.stream(2, 5).unwrap();
+            other.head_mut(1, 4).unwrap().restore(&saved).unwrap();
+            assert_eq!(other.head(1, 4).unwrap().save().unwrap(), saved);
+        }
+    }
+}
+
+/// Kernels differ by head: exact ones, pooled ones, and query heads of one kv head with kernels of their own.
+#[test]
+fn mixtures() {
+    let [q, k, v] = [random((1, 8, 90, 8), 4), random((1, 4, 90, 8), 5), random((1, 4, 90, 8), 6)];
+    let formula = merged(10, 2, 1);
+    let exact_kernel: Arc<dyn Attention<f64>> = Arc::new(SoftmaxAttention::new(8).unwrap());
+    let kernel: Arc<dyn Attention<f64>> = Arc::new(hybrid::<f64>(&formula, 8, 0));
+    let kernels = vec![kernel.clone(), exact_kernel.clone(), kernel.clone(), exact_kernel];
+    let layer = MultiHead::per_kv_head(kernels, 8).unwrap().pooled().unwrap();
+    let out = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
+    let pick = |x: &Array4<f64>, of: &[usize]| x.select(Axis(1), of);
+    let pool = exact(&formula, [&pick(&q, &[0, 1, 4, 5]), &pick(&k, &[0, 2]), &pick(&v, &[0, 2])], 0, true);
+    for (i, h) in [0, 1, 4, 5].into_iter().enumerate() {
+        let found = out.slice(s![0, h, .., ..]).to_owned();
+        assert_close("pooled", &found, &pool.index_axis(Axis(0), i).to_owned(), 1e5);
+    }
+    for h in [2, 3, 6, 7] {
+        let [q, k, v] = [q.slice(s![0, h, .., ..]), k.slice(s![0, h / 2, .., ..]), v.slice(s![0, h / 2, .., ..])];
+        let exact = SoftmaxAttention::new(8).unwrap().forward(q, k, v, Mask::Causal).unwrap();
+        assert_eq!(out.slice(s![0, h, .., ..]), exact);
+    }
+    let per_token = 2 * 16 * 8;
+    let bytes = |tokens| layer.state_bytes(8, tokens).unwrap();
+    assert_eq!(bytes(2000) - bytes(1000), 1000 * per_token, "only the exact heads grow, one state for two query heads");
+
+    let own = vec![kernel, Arc::new(hybrid::<f64>(&merged(10, 2, 1), 8, 0))];
+    let layer = MultiHead::per_head(own, 1).unwrap();
+    assert!(matches!(layer.clone().pooled(), Err(Error::Unsupported { .. })));
+    let (q, k, v) = (q.slice(s![.., ..2, .., ..]), k.slice(s![.., ..1, .., ..]), v.slice(s![.., ..1, .., ..]));
+    let out = layer.forward(q, k, v, Mask::Causal, None).unwrap();
+    let alone = hybrid::<f64>(&formula, 8, 0);
+    for h in 0..2 {
+        let [q, k, v] = [q.slice(s![0, h, .., ..]), k.slice(s![0, 0, .., ..]), v.slice(s![0, 0, .., ..])];
+        assert_eq!(out.slice(s![0, h, .., ..]), alone.forward(q, k, v, Mask::Causal).unwrap());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
+
+    /// Merging depends on what was read before: any split gives the same bits all the same.
+    #[test]
+    fn any_split_gives_the_same_bits(
+        (window, sinks, block, entries) in (0_usize..20, 0_usize..5, 1_usize..10, 1_usize..20),
+        (d, dv, group) in (1_usize..20, 1_usize..20, 1_usize..4),
+        kind in 0_usize..3,
+        sizes in prop::collection::vec(0_usize..50, 1..6),
+        seed in 0_u64..1000,
+    ) {
+        let n: usize = sizes.iter().sum();
+        prop_assume!(n > 0);
+        let far = match kind {
+            0 => Far::merged(entries).with_block(block).with_min_age(3),
+            1 => Far::ward(entries).with_block(block),
+            _ => Far::none(),
+        };
+        prop_assume!(kind < 2 || window > 0);
+        let kernel = HybridAttention::<f32>::builder(d).window(window).sinks(sinks).far(far).build().unwrap();
+        let [_, k, v] = tokens::<f32>(n, d, dv, 1.0, seed);
+        let q = Array3::from_shape_vec((group, n, d), normal::<f32>(group * n, d, 1.0, seed + 7).into_raw_vec_and_offset().0).unwrap();
+        let run = |sizes: &[usize]| {
+            let mut stream = kernel.group_stream(group, dv).unwrap().unwrap();
+            let (mut out, mut start) = (Array3::zeros((group, n, dv)), 0);
+            for size in sizes {
+                let rows = start..start + size;
+                let q = q.slice(s![.., rows.clone(), ..]);
+                let out = out.slice_mut(s![.., rows.clone(), ..]);
+                stream.extend_group(q, k.slice(s![rows.clone(), ..]), v.slice(s![rows.clone(), ..]), out).unwrap();
+                start += size;
+            }
+            (out, stream.save().unwrap())
+        };
+        let whole = run(&[n]);
+        prop_assert_eq!(&run(&sizes), &whole);
+        prop_assert_eq!(&run(&vec![1; n]), &whole);
+    }
+}
+
+fn error(far: Far<f64>) -> Error {
+    HybridAttention::builder(4).far(far).build().unwrap_err()
+}
+
+#[test]
+fn options_that_cannot_be_used() {
+    let option = |error: Error, expected: &str| match error {
+        Error::InvalidOption { which, .. } => assert_eq!(which, expected),
+        other => panic!("{other}"),
+    };
+    option(error(Far::none().with_decay(0.9)), "decay");
+    option(error(Far::ward(4).with_min_age(3)), "min_age");
+    option(error(Far::ward(4).with_value_weight(3.0)), "value_weight");
+    option(error(Far::ward(4).with_metric(Metric::Identity)), "metric");
+    option(error(Far::none().with_block(8)), "block");
+    option(error(Far::merged(4).with_decay(0.0)), "decay");
+    option(error(Far::merged(4).with_decay(f64::NAN)), "decay");
+    option(error(Far::merged(4).with_value_weight(-1.0)), "value_weight");
+    option(error(Far::taylor(2)), "calibration");
+    assert!(matches!(error(Far::merged(0)), Error::ZeroSize { .. }));
+    assert!(matches!(error(Far::merged(4).with_block(0)), Error::ZeroSize { .. }));
+    assert!(matches!(error(Far::features(Performer::new(5, 8, 0).unwrap())), Error::Shape { .. }));
+    for far in [Far::merged(usize::MAX / 2), Far::ward(1 << 60), Far::merged(3).with_block(usize::MAX)] {
+        assert!(matches!(error(far), Error::InvalidOption { .. }));
+    }
+    let builder = || HybridAttention::<f64>::builder(4);
+    option(builder().window(0).sinks(0).far(Far::none()).build().unwrap_err(), "window");
+    option(builder().heavy(3).build().unwrap_err(), "calibration");
+    option(builder().scale(-1.0).build().unwrap_err(), "scale");
+    option(builder().window(usize::MAX).build().unwrap_err(), "window");
+    assert!(matches!(HybridAttention::<f64>::builder(0).build(), Err(Error::ZeroSize { .. })));
+}
+
+/// Huge norms, denormals, zeros, equal tokens: finite, and within the values.
+#[test]
+fn extreme_tokens() {
+    let kernels: Vec<HybridAttention<f32>> = vec![
+        hybrid(&merged(6, 1, 1), 4, 0),
+        hybrid(&merged(6, 1, 4), 4, 0),
+        hybrid(&HybridFormula { window: 6, sinks: 1, far: FarFormula::Ward { entries: 5, block: 1 } }, 4, 0),
+    ];
+    for kernel in kernels {
+        for (key_size, value_size) in
+            [(1e-42_f32, 1.0), (0.0, 1.0), (1e9, 1.0), (1e18, 1e-42), (1.0, 0.0), (1.0, 1e36), (1e-20, 1e25)]
+        {
+            let [q, k, v] = tokens::<f32>(120, 4, 3, 1.0, 8);
+            let (k, v) = (k * key_size, v * value_size);
+            let q = q / key_size.clamp(1e-10, 1e10);
+            let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+            for (x, column) in out.columns().into_iter().zip(v.columns()) {
+                let largest = column.fold(0.0_f32, |m, x| m.max(x.abs()));
+                assert!(x.iter().all(|x| x.abs() <= largest * 1.0001), "{key_size} {value_size}");
+            }
+        }
+        let x = Array2::<f32>::ones((100, 4));
+        let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal).unwrap();
+        assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
+    }
+}
+
+/// A stream with a far memory of one's own cannot be saved, says so, and works otherwise.
+#[test]
+fn a_memory_of_ones_own() {
+    let far = Far::memory(|value_dim, scale| Ok(Box::new(dijiang::ExactMemory::<f64>::new(4, value_dim, scale)?)));
+    let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
+    let [q, k, v] = tokens::<f64>(40, 4, 3, 1.0, 9);
+    let mut stream = kernel.stream(3).unwrap();
+    let mut out = Array2::zeros((40, 3));
+    stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+    let exact = SoftmaxAttention::new(4).unwrap().forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    assert_close("exact far memory", &out, &exact, 64.0);
+    assert!(matches!(stream.save(), Err(Error::Unsupported { .. })));
+    assert!(stream.checkpoint());
+    let mut bad = v.clone();
+    bad[[39, 2]] = f64::INFINITY;
+    assert!(stream.extend(q.view(), k.view(), bad.view(), out.view_mut()).is_err());
+    assert_eq!(stream.len(), 40);
+    stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+    stream.rollback().unwrap();
+    assert_eq!((stream.len(), stream.state_floats()), (40, 7 + 3 * 7 + 36 * 7));
+}
