@@ -5,8 +5,8 @@ mod common;
 use common::{assert_close, golden, matrix, vector, wide};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, ReluFeatures, Scalar,
-    SoftmaxAttention, Wpff,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, FeatureMap,
+    LinearAttention, Mask, Performer, ReluFeatures, Scalar, SoftmaxAttention, TaylorFit, Wpff,
 };
 use ndarray::{Array1, Array2, Axis, concatenate};
 use serde_json::Value;
@@ -250,5 +250,75 @@ fn official_dijiang() {
         let kernel = LinearAttention::new(map32.clone()).with_scale(1.0);
         let out = kernel.forward(narrow(&q).view(), narrow(&k).view(), narrow(&v).view(), Mask::Causal).unwrap();
         assert_close("output", &out, &exact, TOLERANCE_F32);
+    }
+}
+
+/// Every formula of the calibrated Taylor kernel.
+#[test]
+fn taylor2() {
+    const TOLERANCE: f64 = 1e-9 / f64::EPSILON;
+    let column = |x: Array1<f64>| x.insert_axis(Axis(1));
+    for case in golden("golden/taylor2")["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let size = |which: &str| usize::try_from(case[which].as_u64().unwrap()).unwrap();
+        let (d, rank, window, sinks) = (size("d"), size("r"), size("window"), size("sinks"));
+        let options = CalibrationOptions::new()
+            .with_window(window)
+            .with_sinks(sinks)
+            .with_shrinkage(case["shrink"].as_f64().unwrap());
+        let (q, k) = (matrix(&case["calibration_q"]), matrix(&case["calibration_k"]));
+        let calibration = Calibration::from_samples(q.view(), k.view(), options).unwrap();
+        assert_eq!(calibration.rows_used(), case["calibration_rows_used"].as_array().unwrap().len());
+        for (which, found) in [
+            ("a", calibration.attention()),
+            ("mu_q", calibration.query_mean()),
+            ("mu_k", calibration.key_mean()),
+            ("lambda", calibration.spectrum()),
+        ] {
+            let what = format!("{name} {which}");
+            assert_close(&what, &column(found.to_owned()), &column(vector(&case[which])), TOLERANCE);
+        }
+        let covariances = [("Sigma_q", calibration.query_covariance()), ("Sigma_k", calibration.key_covariance())];
+        for (which, found) in covariances {
+            assert_close(&format!("{name} {which}"), &found.to_owned(), &matrix(&case[which]), TOLERANCE);
+        }
+        let (m, m_inv_t) = (matrix(&case["M"]), matrix(&case["M_inv_transposed"]));
+        let signs = Array1::from_shape_fn(d, |l| calibration.query_basis().row(l).dot(&m.row(l)).signum());
+        let signs = column(signs);
+        assert_close("M", &(&calibration.query_basis() * &signs), &m, TOLERANCE);
+        assert_close("M inverse", &(&calibration.key_basis() * &signs), &m_inv_t, TOLERANCE);
+        for (fit, which) in [(TaylorFit::Unconstrained, "c_unclamped"), (TaylorFit::Clamped, "c")] {
+            let c = Array1::from(calibration.taylor_coefficients(rank, fit).unwrap().to_vec());
+            assert_close(&format!("{name} {which}"), &column(c), &column(vector(&case[which])), TOLERANCE);
+        }
+
+        let (q, k) = (matrix(&case["q"]), matrix(&case["k"]));
+        let scale = 1.0 / (d as f64).sqrt();
+        let scaled = &k * scale.sqrt();
+        let e = (&scaled - &calibration.key_mean()).dot(&calibration.query_mean());
+        assert_close("e(k)", &column(e), &column(vector(&case["e_k"])), TOLERANCE);
+        let scores = scaled.outer_iter().map(|k| calibration.static_score(k)).collect();
+        assert_close("static score", &column(scores), &column(vector(&case["heavy_score"])), TOLERANCE);
+
+        let map = CalibratedTaylor::<f64>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
+        let map32 = CalibratedTaylor::<f32>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
+        let ((fq, lq), (fk, lk)) = (common::features(&map, &q, scale, false), common::features(&map, &k, scale, true));
+        let kernel32 = LinearAttention::new(map32).log_weights(narrow(&q).view(), narrow(&k).view()).unwrap().unwrap();
+        let largest = case["log_kernel_far"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap());
+        let largest = largest.filter_map(Value::as_f64).fold(0.0, |m: f64, x| m.max(x.abs()));
+        for (t, row) in case["log_kernel_far"].as_array().unwrap().iter().enumerate() {
+            for (j, exact) in row.as_array().unwrap().iter().enumerate() {
+                assert_eq!(exact.is_null(), t < j + window || j < sinks);
+                if let Some(exact) = exact.as_f64() {
+                    let found = fq.row(t).dot(&fk.row(j)).ln() + lq[t] + lk[j];
+                    assert!((found - exact).abs() < 1e-9 * largest, "{name} {t} {j}: {found} instead of {exact}");
+                    let found = kernel32[[t, j]];
+                    assert!(
+                        (found - exact).abs() < 1e-5 * largest,
+                        "{name} {t} {j} in f32: {found} instead of {exact}"
+                    );
+                }
+            }
+        }
     }
 }

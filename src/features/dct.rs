@@ -2,11 +2,12 @@
 
 use super::dense::{Dense, Exponents};
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
+use crate::calibration::weights::RIDGE;
 use crate::kernel::Buffer;
 use crate::kernel::lanes_dct::LanesDct;
 use crate::projection::{self, Generator};
 use crate::scalar::sealed::Dct;
-use crate::{Error, Scalar, check};
+use crate::{Calibration, Error, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 /// The radii of [`DctFeatures`]: how far out along the DCT directions the features lie.
@@ -268,6 +269,19 @@ impl<T: Scalar> DctFeatures<T> {
             }
         }
         Ok(self)
+    }
+
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
+    /// must use the calibration's scale.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Calibration::fit_weights`], and [`Error::Unsupported`] for the official map, which has no weights.
+    pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
+        let ones = Array1::ones(self.num_features());
+        let map = self.with_weights(ones)?;
+        let weights = calibration.fit_weights(&map, RIDGE)?;
+        map.with_weights(weights)
     }
 
     /// The radii `[num_features]`, in the order of the features.

@@ -2,7 +2,8 @@
 
 use super::dense::Dense;
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::{Error, Scalar, check, projection};
+use crate::calibration::weights::RIDGE;
+use crate::{Calibration, Error, Scalar, check, projection};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
 
 /// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794, lemma 1):
@@ -106,6 +107,19 @@ impl<T: Scalar> Performer<T> {
         self.weights = Weights::new(self.projection.nrows(), weights)?;
         self.dense = Dense::new(self.projection.view(), &self.weights);
         Ok(self)
+    }
+
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
+    /// must use the calibration's scale.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Calibration::fit_weights`].
+    pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
+        let ones = Array1::ones(self.num_features());
+        let map = self.with_weights(ones)?;
+        let weights = calibration.fit_weights(&map, RIDGE)?;
+        map.with_weights(weights)
     }
 
     /// The projection `[num_features, head_dim]`.

@@ -2,8 +2,9 @@
 
 use super::performer::Performer;
 use super::{ColumnMap, FeatureMap};
+use crate::calibration::weights::RIDGE;
 use crate::projection::{self, Generator};
-use crate::{Error, Scalar, check};
+use crate::{Calibration, Error, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 /// How [`Wpff`] places its directions on the sphere.
@@ -140,6 +141,19 @@ impl<T: Scalar> Wpff<T> {
     pub fn with_weights(mut self, weights: Array1<T>) -> Result<Self, Error> {
         self.map = self.map.with_weights(weights)?;
         Ok(self)
+    }
+
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
+    /// must use the calibration's scale.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Calibration::fit_weights`].
+    pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
+        let ones = Array1::ones(self.num_features());
+        let map = self.with_weights(ones)?;
+        let weights = calibration.fit_weights(&map, RIDGE)?;
+        map.with_weights(weights)
     }
 
     /// The directions `[num_features, head_dim]`.

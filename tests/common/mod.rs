@@ -6,8 +6,9 @@ pub mod checker;
 pub mod hybrid;
 
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention, LinearAttention, Mask, Metric, Performer,
-    Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
+    HybridAttention, LinearAttention, Mask, Metric, Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar,
+    SoftmaxAttention, TaylorFeatures, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -144,6 +145,13 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
             Arc::new(Wpff::new(d, m, seed).unwrap().with_weights(weights).unwrap())
         }
         "taylor" => Arc::new(TaylorFeatures::new(d).unwrap()),
+        "taylor-calibrated" => {
+            // correlated, so that means, bases and coefficients are far from trivial
+            let [q, k, _] = tokens::<f64>(120, d, 1, 0.7, seed);
+            let (q, k) = (&q * 0.5 + &k + 0.2, &k - 0.3);
+            let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+            Arc::new(CalibratedTaylor::new(d.min(4), &calibration).unwrap())
+        }
         "elu" => Arc::new(EluFeatures::new(d).unwrap()),
         "relu" => Arc::new(ReluFeatures::new(d).unwrap()),
         "relu-projected" => Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap()),
@@ -151,7 +159,7 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
     }
 }
 
-pub const MAPS: [&str; 14] = [
+pub const MAPS: [&str; 15] = [
     "performer",
     "performer-iid",
     "performer-hyperbolic",
@@ -163,6 +171,7 @@ pub const MAPS: [&str; 14] = [
     "wpff-sobol",
     "wpff-weighted",
     "taylor",
+    "taylor-calibrated",
     "elu",
     "relu",
     "relu-projected",
