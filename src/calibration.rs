@@ -24,7 +24,7 @@ const LEAST_VARIANCE: f64 = 1e-12;
 const LEAST_SHRINKAGE: f64 = 1e-10;
 
 /// What [`Calibration::expected_attention`] gives to a key nobody attends to.
-const LEAST_ATTENTION: f64 = 1e-12;
+pub(crate) const LEAST_ATTENTION: f64 = 1e-12;
 
 /// What [`Calibration::metric`] adds, in units of the mean eigenvalue.
 const METRIC_SHRINKAGE: f64 = 1e-3;

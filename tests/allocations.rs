@@ -3,8 +3,10 @@
 mod common;
 
 use common::normal;
-use dijiang::{Attention, DctFeatures, FeatureMap, LinearAttention, Mask, Performer, Scratch, SoftmaxAttention};
-use dijiang::{EluFeatures, Radii, TaylorFeatures};
+use dijiang::{
+    Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
+    LinearAttention, Mask, Performer, Radii, Scratch, SoftmaxAttention, TaylorFeatures,
+};
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -55,10 +57,18 @@ fn maps(d: usize) -> Vec<Box<dyn FeatureMap<f32>>> {
 
 /// Several calls in the same memory, some of fewer tokens than the first.
 fn check_kernel(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool) {
+    check_masks(name, kernel, d, grows, &[Mask::Causal, Mask::Full]);
+}
+
+fn check_causal(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool) {
+    check_masks(name, kernel, d, grows, &[Mask::Causal]);
+}
+
+fn check_masks(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool, masks: &[Mask]) {
     let [q, k, v] = [1, 2, 3].map(|seed| normal::<f32>(300, if seed == 3 { 20 } else { d }, 0.5, seed));
     let mut out = Array2::zeros((300, 20));
     let mut scratch = Scratch::new();
-    for mask in [Mask::Causal, Mask::Full] {
+    for &mask in masks {
         let mut forward = |n: usize| {
             let rows = s![..n, ..];
             let out = out.slice_mut(rows);
@@ -91,6 +101,21 @@ fn steady_calls_allocate_nothing() {
             check_kernel(&format!("map {i}, d = {d}"), &LinearAttention::new(map), d, false);
         }
         check_kernel("softmax", &SoftmaxAttention::new(d).unwrap(), d, true);
+        let [q, k] = [1, 2].map(|seed| normal::<f32>(200, d, 0.5, seed));
+        let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+        let builder = || HybridAttention::builder(d).window(20).sinks(3);
+        let hybrids = [
+            builder().far(Far::none()),
+            builder().far(Far::merged(12)),
+            builder().far(Far::merged(12).with_block(8)),
+            builder().far(Far::ward(12)).calibrated(&calibration),
+            builder().far(Far::merged(12)).heavy(4).calibrated(&calibration),
+            builder().far(Far::features(Performer::new(d, 32, 0).unwrap())),
+            builder().far(Far::taylor(4)).calibrated(&calibration),
+        ];
+        for (i, hybrid) in hybrids.into_iter().enumerate() {
+            check_causal(&format!("hybrid {i}, d = {d}"), &hybrid.build().unwrap(), d, false);
+        }
     }
 }
 

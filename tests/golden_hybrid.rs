@@ -4,8 +4,8 @@ mod common;
 
 use common::{assert_close, golden, matrix, vector};
 use dijiang::{
-    Attention, Error, ExactMemory, Far, FeatureMap, HybridAttention, LinearMemory, Mask, Memory, MergedMemory, Metric,
-    Partial, Performer, SoftmaxAttention,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far, FeatureMap, HybridAttention,
+    LinearMemory, Mask, Memory, MergedMemory, Metric, Partial, Performer, SoftmaxAttention, TaylorFit,
 };
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde_json::Value;
@@ -100,6 +100,44 @@ fn hybrid() {
         let exact = vector(&case["log_normaliser"]);
         for (found, exact) in heard.lock().unwrap().iter().zip(&exact) {
             assert!((found - exact).abs() <= 1e-12 * exact.abs(), "{name}: {found} {exact}");
+        }
+        assert_eq!(heard.lock().unwrap().len(), exact.len());
+    }
+}
+
+#[test]
+fn taylor2() {
+    let file = golden("golden/taylor2");
+    for case in file["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x]));
+        let (window, sinks, rank) = (number(&case["window"]), number(&case["sinks"]), number(&case["r"]));
+        let options = CalibrationOptions::new().with_window(window).with_sinks(sinks);
+        let samples = [matrix(&case["calibration_q"]), matrix(&case["calibration_k"])];
+        let calibration = Calibration::from_samples(samples[0].view(), samples[1].view(), options).unwrap();
+        let builder = || HybridAttention::builder(6).window(window).sinks(sinks).calibrated(&calibration);
+        let far = || Far::taylor(rank).with_fit(TaylorFit::Clamped);
+        let check = |kernel: HybridAttention<f64>, column: &str| {
+            let out = forward(&kernel, [&q, &k, &v]);
+            assert_close(name, &out, &matrix(&case[column]), TOLERANCE);
+            check_stream(&kernel, [&q, &k, &v], &out);
+        };
+        check(builder().far(far()).build().unwrap(), "output");
+        check(builder().far(far()).heavy(number(&case["heavy"])).build().unwrap(), "output_heavy");
+        let dropped = HybridAttention::builder(6).window(window).sinks(sinks).far(Far::none()).build().unwrap();
+        check(dropped, "output_far_dropped");
+
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let map = Arc::new(CalibratedTaylor::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap());
+        let ear = Arc::clone(&heard);
+        let far = Far::memory(move |value_dim, scale| {
+            let memory = LinearMemory::new(Arc::clone(&map), value_dim, scale)?;
+            Ok(Box::new(Listening { memory, heard: Arc::clone(&ear) }))
+        });
+        forward(&HybridAttention::builder(6).window(window).sinks(sinks).far(far).build().unwrap(), [&q, &k, &v]);
+        let exact = vector(&case["log_normaliser"]);
+        for (found, exact) in heard.lock().unwrap().iter().zip(&exact) {
+            assert!((found - exact).abs() <= 1e-9 * exact.abs().max(1.0), "{name}: {found} {exact}");
         }
         assert_eq!(heard.lock().unwrap().len(), exact.len());
     }

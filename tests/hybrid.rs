@@ -4,15 +4,14 @@ mod common;
 
 use common::hybrid::{FarFormula, HybridFormula};
 use common::{RECEIVED, assert_close, hybrid, normal, tokens};
-use dijiang::{
-    Attention, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer, SoftmaxAttention,
-};
+use dijiang::{Attention, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer, SoftmaxAttention};
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::*;
 use std::sync::Arc;
 
 fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
-    HybridFormula { window, sinks, far: FarFormula::Merged(common::hybrid::Received { block, ..RECEIVED }) }
+    let far = FarFormula::Merged(common::hybrid::Received { block, ..RECEIVED });
+    HybridFormula { window, sinks, heavy: 0, far, calibration: None }
 }
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {
@@ -192,7 +191,7 @@ fn extreme_tokens() {
     let kernels: Vec<HybridAttention<f32>> = vec![
         hybrid(&merged(6, 1, 1), 4, 0),
         hybrid(&merged(6, 1, 4), 4, 0),
-        hybrid(&HybridFormula { window: 6, sinks: 1, far: FarFormula::Ward { entries: 5, block: 1 } }, 4, 0),
+        hybrid(&HybridFormula { far: FarFormula::Ward { entries: 5, block: 1 }, ..merged(6, 1, 1) }, 4, 0),
     ];
     for kernel in kernels {
         for (key_size, value_size) in

@@ -3,16 +3,16 @@
 mod layer;
 
 use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::calibration::{Calibration, TaylorFit};
+use crate::calibration::{Calibration, LEAST_ATTENTION, TaylorFit};
 use crate::features::FeatureMap;
 use crate::features::taylor::CalibratedTaylor;
-use crate::kernel::Buffer;
+use crate::kernel::{self, Buffer, padded};
 use crate::memory::merged::{Distance, Metric, Rule};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
 use core::ops::Range;
 pub(crate) use layer::{Layer, Work};
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Entries that stay in every head where heads share one budget.
@@ -451,8 +451,13 @@ impl<T: Scalar> HybridBuilder<T> {
             block,
             ring: window + extra,
             far: kind,
-            scores: calibration.as_ref().filter(|_| heavy > 0).map(Arc::clone),
-            expected: calibration.filter(|_| matches!(far.kind, Kind::Ward(_))),
+            scores: self
+                .calibration
+                .as_ref()
+                .or(calibration.as_ref())
+                .filter(|_| heavy > 0)
+                .map(|c| StaticScore::new(c)),
+            expected: calibration.filter(|_| matches!(far.kind, Kind::Ward(_))).map(|c| ExpectedAttention::new(&c)),
         };
         Ok(HybridAttention { config: Arc::new(config) })
     }
@@ -494,9 +499,74 @@ pub(crate) struct Config<T: Scalar> {
     /// Slots of the window; tokens behind the sinks take them in turn.
     ring: usize,
     far: FarKind<T>,
-    /// For the scores of heavy keys, and for the weights of entries.
-    scores: Option<Arc<Calibration>>,
-    expected: Option<Arc<Calibration>>,
+    /// For heavy keys, and for the weights of entries.
+    scores: Option<StaticScore<T>>,
+    expected: Option<ExpectedAttention<T>>,
+}
+
+/// `ln E_q e^{q̂·k̂}` up to a constant, for queries of the calibrated mean and covariance: see [`Calibration::static_score`].
+struct StaticScore<T> {
+    query_mean: Vec<T>,
+    key_mean: Vec<T>,
+    /// Σ_q `[d, padded d]`
+    covariance: Buffer<T>,
+}
+
+impl<T: Scalar> StaticScore<T> {
+    fn new(calibration: &Calibration) -> Self {
+        let d = calibration.head_dim();
+        let stride = padded::<T>(d);
+        let mut covariance = Buffer::zeros(d * stride);
+        for (row, exact) in covariance.chunks_exact_mut(stride).zip(calibration.query_covariance().outer_iter()) {
+            row.iter_mut().zip(exact).for_each(|(to, &x)| *to = T::from_f64(x));
+        }
+        let narrow = |x: ArrayView1<'_, f64>| x.iter().map(|&x| T::from_f64(x)).collect();
+        Self { query_mean: narrow(calibration.query_mean()), key_mean: narrow(calibration.key_mean()), covariance }
+    }
+
+    /// Of a scaled key, which is overwritten.
+    fn of(&self, key: &mut [T], scratch: &mut Buffer<T>) -> T {
+        key.iter_mut().zip(&self.key_mean).for_each(|(x, &mean)| *x -= mean);
+        let stride = padded::<T>(key.len());
+        scratch.resize(stride);
+        kernel::row_times_matrix(key, &self.covariance, stride, scratch);
+        let score = kernel::dot(&self.query_mean, key) + T::from_f64(0.5) * kernel::dot(key, &scratch[..key.len()]);
+        if score.is_nan() { T::neg_infinity() } else { score }
+    }
+}
+
+/// The mean softmax weight of the calibrated queries on a key: see [`Calibration::expected_attention`].
+struct ExpectedAttention<T> {
+    /// `[queries, d]`
+    queries: Vec<T>,
+    log2_normalizers: Vec<T>,
+}
+
+impl<T: Scalar> ExpectedAttention<T> {
+    fn new(calibration: &Calibration) -> Self {
+        let (queries, log_normalizers) = calibration.queries();
+        let log2_e = core::f64::consts::LOG2_E;
+        Self {
+            queries: queries.iter().map(|&x| T::from_f64(x)).collect(),
+            log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect(),
+        }
+    }
+
+    /// Of a scaled key.
+    #[allow(clippy::cast_precision_loss)]
+    fn of(&self, key: &[T], scratch: &mut Buffer<T>) -> T {
+        let count = self.log2_normalizers.len();
+        scratch.resize(count);
+        kernel::rows_dot(T::from_f64(core::f64::consts::LOG2_E), key, &self.queries, scratch);
+        scratch.iter_mut().zip(&self.log2_normalizers).for_each(|(x, &log2)| *x -= log2);
+        let largest = kernel::max(scratch);
+        if !largest.is_finite() {
+            return if largest > T::zero() { T::max_value().sqrt() } else { T::from_f64(LEAST_ATTENTION) };
+        }
+        kernel::exp2_slice(scratch, largest);
+        let mean = kernel::sum(scratch) / T::from_f64(count as f64) * largest.exp2();
+        (mean + T::from_f64(LEAST_ATTENTION)).min(T::max_value().sqrt())
+    }
 }
 
 impl<T: Scalar> fmt::Debug for Config<T> {
@@ -641,16 +711,16 @@ impl<T: Scalar> Config<T> {
         gone.chain(t + 1..newest)
     }
 
-    /// `ln E_q e^{q̂·k̂}` of a key, by the calibration.
-    fn static_score(&self, key: impl Iterator<Item = T>, scaled: &mut Buffer<T>) -> T {
+    /// The score of a heavy key.
+    fn static_score(&self, key: impl Iterator<Item = T>, [scaled, scratch]: &mut [Buffer<T>; 2]) -> T {
         self.scaled(key, scaled);
-        self.scores.as_ref().map_or(T::zero(), |calibration| calibration.static_score_of(scaled))
+        self.scores.as_ref().map_or(T::zero(), |score| score.of(scaled, scratch))
     }
 
-    /// The attention a key is expected to receive, by the calibration.
-    fn expected_attention(&self, key: impl Iterator<Item = T>, scaled: &mut Buffer<T>) -> T {
+    /// The attention a key is expected to receive.
+    fn expected_attention(&self, key: impl Iterator<Item = T>, [scaled, scratch]: &mut [Buffer<T>; 2]) -> T {
         self.scaled(key, scaled);
-        self.expected.as_ref().map_or(T::one(), |calibration| calibration.expected_attention_of(scaled))
+        self.expected.as_ref().map_or(T::one(), |expected| expected.of(scaled, scratch))
     }
 
     fn scaled(&self, key: impl Iterator<Item = T>, scaled: &mut Buffer<T>) {

@@ -1,7 +1,7 @@
 //! The hybrids as their formulas stand: a list of entries, one step after the other, in f64.
 
 use super::features;
-use dijiang::FeatureMap;
+use dijiang::{Calibration, FeatureMap};
 use ndarray::{Array1, Array2};
 use std::sync::Arc;
 
@@ -10,7 +10,17 @@ use std::sync::Arc;
 pub enum FarFormula {
     None,
     Features(Arc<dyn FeatureMap<f64>>),
-    Ward { entries: usize, block: usize },
+    /// With a calibration: a `CalibratedTaylor` of this rank.
+    Taylor(usize, Arc<dyn FeatureMap<f64>>),
+    Ward {
+        entries: usize,
+        block: usize,
+    },
+    /// With a calibration: its metric and expected attention.
+    WardCalibrated {
+        entries: usize,
+        metric: Arc<Array2<f64>>,
+    },
     Merged(Received),
 }
 
@@ -29,7 +39,9 @@ pub struct Received {
 pub struct HybridFormula {
     pub window: usize,
     pub sinks: usize,
+    pub heavy: usize,
     pub far: FarFormula,
+    pub calibration: Option<Arc<Calibration>>,
 }
 
 #[derive(Clone)]
@@ -44,6 +56,9 @@ struct Entry {
 struct State {
     sinks: Vec<usize>,
     window: Vec<(usize, f64)>,
+    heavy: Vec<(usize, f64)>,
+    /// Tokens that went on to the far memory.
+    gone: Vec<usize>,
     entries: Vec<Entry>,
     /// Sums of squares of the first tokens: values, each coordinate of queries.
     seen: usize,
@@ -102,11 +117,36 @@ impl HybridFormula {
             }
         }
         if state.window.len() > self.window + self.block() - 1 {
-            for (j, received) in state.window.drain(..self.block()) {
-                let weight = if matches!(self.far, FarFormula::Merged(_)) { received + 1e-9 } else { 1.0 };
-                state.entries.push(Entry { key: kh.row(j).to_owned(), value: v.row(j).to_owned(), count: 1.0, weight });
+            let leaving: Vec<(usize, f64)> = state.window.drain(..self.block()).collect();
+            for token in leaving {
+                self.leave(state, token, kh, v);
             }
         }
+    }
+
+    /// A token leaves the window: to the heavy keys, if its score is among the largest; the one it displaces goes on.
+    fn leave(&self, state: &mut State, token: (usize, f64), kh: &Array2<f64>, v: &Array2<f64>) {
+        let mut token = token;
+        if self.heavy > 0 {
+            let score = |j: usize| self.calibration.as_ref().unwrap().static_score(kh.row(j));
+            if state.heavy.len() < self.heavy {
+                state.heavy.push(token);
+                return;
+            }
+            let all = 0..state.heavy.len();
+            let least = all.min_by(|&a, &b| score(state.heavy[a].0).total_cmp(&score(state.heavy[b].0))).unwrap();
+            if score(token.0) > score(state.heavy[least].0) {
+                std::mem::swap(&mut token, &mut state.heavy[least]);
+            }
+        }
+        let (j, received) = token;
+        state.gone.push(j);
+        let weight = match &self.far {
+            FarFormula::Merged(_) => received + 1e-9,
+            FarFormula::WardCalibrated { .. } => self.calibration.as_ref().unwrap().expected_attention(kh.row(j)),
+            _ => 1.0,
+        };
+        state.entries.push(Entry { key: kh.row(j).to_owned(), value: v.row(j).to_owned(), count: 1.0, weight });
     }
 
     fn cost(&self, state: &State, i: usize, j: usize) -> f64 {
@@ -120,6 +160,10 @@ impl HybridFormula {
                 let r = if received.diagonal { &state.query_squares / mean } else { Array1::ones(dk.len()) };
                 (&dk * &dk).dot(&r) + received.value_weight * dv.dot(&dv) / rho
             }
+            FarFormula::WardCalibrated { metric, .. } => {
+                let y = metric.dot(&dk);
+                y.dot(&y)
+            }
             _ => dk.dot(&dk),
         };
         a.weight * (b.weight / (a.weight + b.weight)) * distance
@@ -129,8 +173,9 @@ impl HybridFormula {
     fn merge(&self, states: &mut [State], pooled: bool) {
         let (entries, block) = match &self.far {
             FarFormula::Ward { entries, block } => (*entries, *block),
+            FarFormula::WardCalibrated { entries, .. } => (*entries, 1),
             FarFormula::Merged(received) => (received.entries, received.block),
-            FarFormula::None | FarFormula::Features(_) => return,
+            FarFormula::None | FarFormula::Features(_) | FarFormula::Taylor(..) => return,
         };
         let each = if pooled { states.len() } else { 1 };
         for states in states.chunks_mut(each) {
@@ -196,7 +241,8 @@ impl HybridFormula {
         pooled: bool,
         out: &mut [Array2<f64>],
     ) {
-        let exact: Vec<usize> = state.sinks.iter().copied().chain(state.window.iter().map(|w| w.0)).collect();
+        let exact: Vec<usize> =
+            state.sinks.iter().copied().chain(state.window.iter().chain(&state.heavy).map(|w| w.0)).collect();
         let slots = exact.len() + state.entries.len();
         let mut received = vec![0.0; slots];
         for (g, q) in qh.iter().enumerate() {
@@ -206,11 +252,10 @@ impl HybridFormula {
             let mut signs = vec![1.0; logits.len()];
             match &self.far {
                 FarFormula::None => {}
-                FarFormula::Features(map) => {
-                    let gone = t + 1 - exact.len();
+                FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
                     let (fq, lq) = features(&**map, &raw[0][g], scale, false);
                     let (fk, lk) = features(&**map, &raw[1][0], scale, true);
-                    for j in self.sinks..self.sinks + gone {
+                    for &j in &state.gone {
                         let product = fq.row(t).dot(&fk.row(j));
                         logits.push(product.abs().ln() + lq[t] + lk[j]);
                         values.push(v.row(j).to_owned());
@@ -240,9 +285,12 @@ impl HybridFormula {
                 received.iter_mut().for_each(|p| *p *= qh.len() as f64 / mass);
             }
         }
-        let window = state.window.iter_mut();
-        for ((j, own), p) in window.zip(&received[state.sinks.len()..]) {
+        let (sinks, window) = (state.sinks.len(), state.window.len());
+        for ((j, own), p) in state.window.iter_mut().zip(&received[sinks..]) {
             *own = rule.gamma * *own + if t - *j >= rule.min_age { *p } else { 0.0 };
+        }
+        for ((_, own), p) in state.heavy.iter_mut().zip(&received[sinks + window..]) {
+            *own = rule.gamma * *own + p;
         }
         for (entry, p) in state.entries.iter_mut().zip(&received[exact.len()..]) {
             entry.weight = rule.gamma * entry.weight + p;
@@ -273,17 +321,21 @@ impl HybridFormula {
         let [state] = states;
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         let (fq, lq) = match &self.far {
-            FarFormula::Features(map) => features(&**map, q, scale, false),
+            FarFormula::Features(map) | FarFormula::Taylor(_, map) => features(&**map, q, scale, false),
             _ => (Array2::zeros((0, 0)), Array1::zeros(0)),
         };
         for t in 0..q.nrows() {
-            let mut all: Vec<(f64, f64, Array1<f64>)> =
-                state.sinks.iter().map(|&j| (qh.row(t).dot(&kh.row(j)), 1.0, v.row(j).to_owned())).collect();
+            let mut all: Vec<(f64, f64, Array1<f64>)> = state
+                .sinks
+                .iter()
+                .chain(state.heavy.iter().map(|h| &h.0))
+                .map(|&j| (qh.row(t).dot(&kh.row(j)), 1.0, v.row(j).to_owned()))
+                .collect();
             match &self.far {
                 FarFormula::None => {}
-                FarFormula::Features(map) => {
+                FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
                     let (fk, lk) = features(&**map, k, scale, true);
-                    for j in self.sinks.min(k.nrows())..k.nrows() {
+                    for &j in &state.gone {
                         let product = fq.row(t).dot(&fk.row(j));
                         all.push((product.abs().ln() + lq[t] + lk[j], product.signum(), v.row(j).to_owned()));
                     }
@@ -309,6 +361,8 @@ impl State {
         Self {
             sinks: Vec::new(),
             window: Vec::new(),
+            heavy: Vec::new(),
+            gone: Vec::new(),
             entries: Vec::new(),
             seen: 0,
             value_squares: 0.0,

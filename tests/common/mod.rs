@@ -224,7 +224,9 @@ fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
     match formula {
         FarFormula::None => Far::none(),
         FarFormula::Features(_) => Far::features(map::<T>("performer", d, m, 5)),
+        FarFormula::Taylor(rank, _) => Far::taylor(*rank),
         FarFormula::Ward { entries, block } => Far::ward(*entries).with_block(*block),
+        FarFormula::WardCalibrated { entries, .. } => Far::ward(*entries),
         FarFormula::Merged(rule) => Far::merged(rule.entries)
             .with_block(rule.block)
             .with_decay(rule.gamma)
@@ -236,8 +238,10 @@ fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
 
 /// The kernel of a formula.
 pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridAttention<T> {
-    let builder = HybridAttention::builder(d).window(formula.window).sinks(formula.sinks);
-    builder.far(far(&formula.far, d, m)).build().unwrap()
+    let builder = HybridAttention::builder(d).window(formula.window).sinks(formula.sinks).heavy(formula.heavy);
+    let builder = builder.far(far(&formula.far, d, m));
+    let builder = formula.calibration.iter().fold(builder, |builder, calibration| builder.calibrated(calibration));
+    builder.build().unwrap()
 }
 
 /// The default options of received-attention merging.
@@ -252,7 +256,25 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         change(&mut rule);
         FarFormula::Merged(rule)
     };
-    let formulas = [
+    let [q, k, _] = tokens::<f64>(200, d, 1, 0.7, 77);
+    let options = CalibrationOptions::new().with_window(8).with_sinks(1);
+    let calibration = Arc::new(Calibration::from_samples(q.view(), k.view(), options).unwrap());
+    let rank = d.min(3);
+    let taylor = || FarFormula::Taylor(rank, Arc::new(CalibratedTaylor::new(rank, &calibration).unwrap()));
+    let metric = Arc::new(calibration.metric());
+    let ward = || FarFormula::WardCalibrated { entries: 6, metric: metric.clone() };
+    let calibrated = [
+        (8, 1, 0, taylor()),
+        (0, 2, 0, taylor()),
+        (8, 1, 3, taylor()),
+        (0, 0, 5, taylor()),
+        (7, 1, 0, ward()),
+        (0, 0, 4, ward()),
+        (9, 2, 4, merged(|_| {})),
+        (9, 2, 4, merged(|rule| rule.block = 4)),
+        (6, 0, 3, FarFormula::None),
+    ];
+    let plain = [
         (9, 2, FarFormula::None),
         (40, 0, FarFormula::None),
         (0, 3, FarFormula::None),
@@ -269,12 +291,17 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         (1, 1, merged(|rule| (rule.entries, rule.value_weight, rule.gamma) = (1, 0.0, 0.9))),
         (0, 0, merged(|rule| (rule.entries, rule.block) = (5, 2))),
     ];
-    formulas
+    let plain = plain.into_iter().map(|(window, sinks, far)| (window, sinks, 0, far, None));
+    let calibrated = calibrated
         .into_iter()
-        .map(|(window, sinks, far)| {
-            let formula = HybridFormula { window, sinks, far };
+        .map(|(window, sinks, heavy, far)| (window, sinks, heavy, far, Some(calibration.clone())));
+    plain
+        .chain(calibrated)
+        .map(|(window, sinks, heavy, far, calibration)| {
+            let name = format!("hybrid window {window} sinks {sinks} heavy {heavy} {far:.60?} d={d}");
+            let formula = HybridFormula { window, sinks, heavy, far, calibration };
             Subject {
-                name: format!("hybrid {formula:?} d={d}"),
+                name,
                 head_dim: d,
                 f64: Arc::new(hybrid::<f64>(&formula, d, m)),
                 f32: Arc::new(hybrid::<f32>(&formula, d, m)),
@@ -299,13 +326,14 @@ impl Subject {
                 &[Mask::Causal]
             }
             // with sinks alone, a token that is none of them sees nothing
-            Some(HybridFormula { sinks: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
+            Some(HybridFormula { sinks: 0, heavy: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
             _ => &[Mask::Causal, Mask::Full],
         }
     }
 
     pub fn has_features(&self) -> bool {
-        self.map.is_some() || self.hybrid.as_ref().is_some_and(|h| matches!(h.far, FarFormula::Features(_)))
+        self.map.is_some()
+            || self.hybrid.as_ref().is_some_and(|h| matches!(h.far, FarFormula::Features(_) | FarFormula::Taylor(..)))
     }
 
     pub fn grows(&self) -> bool {
@@ -318,17 +346,18 @@ impl Subject {
         if let Some((map, _)) = &self.map {
             return 2 * map.num_features() * (dv + 1) + 1;
         }
-        let Some(HybridFormula { window, sinks, far }) = &self.hybrid else { return tokens * token };
+        let Some(HybridFormula { window, sinks, heavy, far, .. }) = &self.hybrid else { return tokens * token };
         let (received, block, far) = match far {
             FarFormula::None => (0, 1, 0),
-            FarFormula::Features(map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
+            FarFormula::Features(map) | FarFormula::Taylor(_, map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
             FarFormula::Ward { entries, block } => (0, *block, entries * (token + 2)),
+            FarFormula::WardCalibrated { entries, .. } => (0, 1, entries * (token + 2)),
             FarFormula::Merged(rule) => {
                 let units = if rule.diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
                 (1, rule.block, rule.entries * (token + 2) + units)
             }
         };
-        sinks * token + (window + block - 1) * (token + received) + far
+        sinks * token + (window + block - 1) * (token + received) + heavy * (token + 1 + received) + far
     }
 
     /// The kernel's formula, naively, in f64.

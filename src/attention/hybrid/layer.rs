@@ -61,7 +61,7 @@ pub(crate) struct Work<T: Scalar> {
     partial: Partial<T>,
     pairs: Vec<Pair<T>>,
     inverse: Buffer<T>,
-    key: Buffer<T>,
+    keys: [Buffer<T>; 2],
     value: Buffer<T>,
     /// The state before a call that may fail.
     before: Option<Layer<T>>,
@@ -75,7 +75,7 @@ impl<T: Scalar> Work<T> {
             partial: Partial::empty(),
             pairs: Vec::new(),
             inverse: Buffer::new(),
-            key: Buffer::new(),
+            keys: [Buffer::new(), Buffer::new()],
             value: Buffer::new(),
             before: None,
         }
@@ -143,11 +143,11 @@ impl<T: Scalar> Near<T> {
 
     /// Decides what becomes of a token that leaves the window: it may stay as a heavy key. Returns the slot of the token that goes on to the
     /// far memory, if one does.
-    fn sift(&mut self, slot: usize, config: &Config<T>, key: &mut Buffer<T>) -> Option<usize> {
+    fn sift(&mut self, slot: usize, config: &Config<T>, keys: &mut [Buffer<T>; 2]) -> Option<usize> {
         if config.heavy == 0 {
             return Some(slot);
         }
-        let score = config.static_score(self.slab.key(slot), key);
+        let score = config.static_score(self.slab.key(slot), keys);
         let first = config.sinks + config.ring;
         if self.heavy_scores.len() < config.heavy {
             let to = first + self.heavy_scores.len();
@@ -378,7 +378,7 @@ impl<T: Scalar> Layer<T> {
         for position in leaving {
             let slot = config.slot(position);
             for head in 0..self.near.len() {
-                if let Some(slot) = self.near[head].sift(slot, config, &mut work.key) {
+                if let Some(slot) = self.near[head].sift(slot, config, &mut work.keys) {
                     self.far_absorb(config, head, slot, work)?;
                 }
                 self.near[head].slab.empty(slot);
@@ -402,7 +402,7 @@ impl<T: Scalar> Layer<T> {
                 let memory = &mut memories[head];
                 let weight = match config.weighing() {
                     Weighing::One => T::one(),
-                    Weighing::Expected => config.expected_attention(near.slab.key(slot), &mut work.key),
+                    Weighing::Expected => config.expected_attention(near.slab.key(slot), &mut work.keys),
                     Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
                 };
                 let end = memory.len;
@@ -412,11 +412,12 @@ impl<T: Scalar> Layer<T> {
             }
             Store::Linear(_) | Store::Own(_) => {}
         }
-        work.key.resize(d);
+        let [key, _] = &mut work.keys;
+        key.resize(d);
         work.value.resize(dv);
-        work.key.iter_mut().zip(near.slab.key(slot)).for_each(|(to, x)| *to = x);
+        key.iter_mut().zip(near.slab.key(slot)).for_each(|(to, x)| *to = x);
         work.value.copy_from_slice(near.slab.value(slot));
-        let k = ArrayView1::from(&*work.key).insert_axis(Axis(0));
+        let k = ArrayView1::from(&**key).insert_axis(Axis(0));
         let v = ArrayView1::from(&*work.value).insert_axis(Axis(0));
         match &mut self.far {
             Store::Linear(memories) => memories[head].absorb_with(k, v, &mut work.linear),
