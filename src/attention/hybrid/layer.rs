@@ -387,6 +387,8 @@ impl<T: Scalar> Layer<T> {
         if let (Store::Merged(memories), FarKind::Merged { rule, .. }) = (&mut self.far, &config.far) {
             let heads = memories.len();
             let least = if heads > 1 { super::LEAST_ENTRIES } else { 1 };
+            work.pairs.clear();
+            work.pairs.reserve(heads * (rule.entries + rule.block));
             merged::reduce(memories, rule.entries * heads, least, rule.block, &mut work.pairs);
         }
         Ok(())
