@@ -403,15 +403,12 @@ impl<T: Scalar> HybridBuilder<T> {
             Kind::None => FarKind::None,
             Kind::Features(map) => {
                 check::size("map", "columns", head_dim, map.head_dim())?;
-                FarKind::Linear(Arc::clone(map))
+                FarKind::Linear(Arc::new(Arc::clone(map)))
             }
             Kind::Taylor(rank) => {
                 let calibration = calibration.as_ref().ok_or_else(|| missing("the Taylor map"))?;
-                FarKind::Linear(Arc::new(CalibratedTaylor::<T>::with_fit(
-                    *rank,
-                    calibration,
-                    far.fit.unwrap_or_default(),
-                )?))
+                let map = CalibratedTaylor::<T>::with_fit(*rank, calibration, far.fit.unwrap_or_default())?;
+                FarKind::Linear(Arc::new(Arc::new(map)))
             }
             Kind::Ward(entries) => {
                 let (metric, weighing) = match &calibration {
@@ -482,8 +479,12 @@ enum Weighing {
 #[derive(Clone)]
 enum FarKind<T: Scalar> {
     None,
-    Merged { rule: Rule, weighing: Weighing },
-    Linear(Arc<dyn FeatureMap<T>>),
+    Merged {
+        rule: Rule,
+        weighing: Weighing,
+    },
+    /// One for each kernel, so that its address tells kernels apart.
+    Linear(Arc<Arc<dyn FeatureMap<T>>>),
     Own(Arc<MakeMemory<T>>),
 }
 

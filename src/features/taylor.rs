@@ -1,8 +1,8 @@
 //! The second-order Taylor maps: exp(s) ≈ 1 + s + s²/2, as it stands and calibrated to data.
 
 use super::{ColumnMap, FeatureMap, check_map, map_by_columns};
-use crate::kernel::Buffer;
-use crate::views::{rows, rows_mut};
+use crate::kernel::{self, Buffer};
+use crate::views::rows;
 use crate::{Calibration, Error, Scalar, TaylorFit, check};
 use core::marker::PhantomData;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
@@ -137,7 +137,7 @@ impl<T: Scalar> TryFrom<usize> for TaylorFeatures<T> {
     }
 }
 
-/// Rows mapped at once, so that the working memory does not grow with the input.
+/// Columns that are centred at once, on the stack.
 const BLOCK: usize = 64;
 
 /// The Taylor expansion around the mean far score of a head, on the few coordinates that its scores vary most along:
@@ -292,62 +292,64 @@ impl<T: Scalar> CalibratedTaylor<T> {
     ) -> Result<(), Error> {
         check_map(basis.ncols(), self.num_features(), x, &values, &log_scale)?;
         let roots = self.coefficients.map(T::sqrt);
-        let one = T::one();
-        let mut centred = Array2::zeros((x.nrows().min(BLOCK), basis.ncols()));
-        let mut inverses = [one; BLOCK];
-        for start in (0..x.nrows()).step_by(BLOCK) {
-            let block = start..x.nrows().min(start + BLOCK);
-            let count = block.len();
-            // rows in units of max(1, |x|_∞), so that no coordinate overflows
-            for (i, mut row) in centred.outer_iter_mut().take(count).enumerate() {
-                let x = x.row(start + i);
-                inverses[i] = x.fold(one, |m, a| m.max(a.abs())).recip();
-                row.iter_mut().zip(x.iter().zip(mean)).for_each(|(c, (&x, &m))| *c = x * inverses[i] - m * inverses[i]);
-                let log = x.iter().zip(origin).zip(other).map(|((x, o), m)| (x.as_f64() - o.as_f64()) * m.as_f64());
-                log_scale[start + i] = T::from_f64(log.sum());
-            }
-            let mut coordinates = rows(centred.view(), 0..count).dot(&basis.t());
-            let mut values = rows_mut(values.view_mut(), block);
-            for (i, (mut x, mut values)) in coordinates.outer_iter_mut().zip(values.outer_iter_mut()).enumerate() {
-                // .. and these in units of max(1, |x|_∞), whatever the units of the rows
-                let largest = x.fold(T::zero(), |m, a| m.max(a.abs()));
-                let (inverse, factor) = if largest > inverses[i] {
-                    log_scale[start + i] += T::from_f64(2.0 * (largest.as_f64().ln() - inverses[i].as_f64().ln()));
-                    (inverses[i] / largest, largest.recip())
-                } else {
-                    (one, inverses[i].recip())
-                };
-                x.mapv_inplace(|x| x * factor);
-                if !(log_scale[start + i].is_finite() && x.iter().all(|x| x.is_finite())) {
-                    return Err(Error::Overflow { which: "a coordinate or log scale", row: start + i });
+        let (one, rank) = (T::one(), basis.nrows());
+        for (i, (x, mut values)) in x.outer_iter().zip(values.outer_iter_mut()).enumerate() {
+            let log: f64 =
+                x.iter().zip(origin).zip(other).map(|((x, o), m)| (x.as_f64() - o.as_f64()) * m.as_f64()).sum();
+            // in units of max(1, |x|_∞), so that no coordinate overflows
+            let inverse = x.fold(one, |m, a| m.max(a.abs())).recip();
+            // the coordinates stand where the linear features will
+            values.fill(T::zero());
+            for start in (0..x.len()).step_by(BLOCK) {
+                let part = start..x.len().min(start + BLOCK);
+                let mut centred = [T::zero(); BLOCK];
+                for (to, column) in centred.iter_mut().zip(part.clone()) {
+                    *to = x[column] * inverse - mean[column] * inverse;
                 }
-                write_features(x.view(), inverse, roots, values.view_mut());
+                for (l, row) in basis.outer_iter().enumerate() {
+                    let row = row.to_slice().unwrap_or_default();
+                    values[1 + l] += kernel::dot(&row[part.clone()], &centred[..part.len()]);
+                }
             }
+            // .. and these in units of max(1, |x|_∞), whatever the units of the rows
+            let largest = (1..=rank).fold(T::zero(), |m, l| m.max(values[l].abs()));
+            let mut scale = log;
+            let (unit, factor) = if largest > inverse {
+                scale += 2.0 * (largest.as_f64().ln() - inverse.as_f64().ln());
+                (inverse / largest, largest.recip())
+            } else {
+                (one, inverse.recip())
+            };
+            log_scale[i] = T::from_f64(scale);
+            if !(log_scale[i].is_finite() && largest.is_finite() && values.iter().all(|x| x.is_finite())) {
+                return Err(Error::Overflow { which: "a coordinate or log scale", row: i });
+            }
+            (1..=rank).for_each(|l| values[l] *= factor);
+            write_features(values, rank, unit, roots);
         }
         Ok(())
     }
 }
 
-/// The features of coordinates `x` in units of `1/inverse`, in units of its square.
+/// The features of the coordinates at `1..=rank`, which are in units of `1/unit`, in units of its square.
 fn write_features<T: Scalar>(
-    x: ArrayView1<'_, T>,
-    inverse: T,
-    [constant, linear, quadratic]: [T; 3],
     mut values: ArrayViewMut1<'_, T>,
+    rank: usize,
+    unit: T,
+    [constant, linear, quadratic]: [T; 3],
 ) {
     let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
-    let mut values = values.iter_mut();
-    let mut push = |x| {
-        if let Some(value) = values.next() {
-            *value = x;
+    let mut to = 1 + rank;
+    for l in 1..=rank {
+        let a = values[l];
+        values[to] = quadratic * half_root * a * a;
+        for m in l + 1..=rank {
+            values[to + m - l] = quadratic * a * values[m];
         }
-    };
-    push(constant * inverse * inverse);
-    x.iter().for_each(|&a| push(linear * a * inverse));
-    for (l, &a) in x.iter().enumerate() {
-        push(quadratic * half_root * a * a);
-        x.iter().skip(l + 1).for_each(|&b| push(quadratic * a * b));
+        to += 1 + rank - l;
     }
+    values[0] = constant * unit * unit;
+    (1..=rank).for_each(|l| values[l] *= linear * unit);
 }
 
 impl<T: Scalar> FeatureMap<T> for CalibratedTaylor<T> {

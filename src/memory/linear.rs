@@ -1074,6 +1074,11 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         core::iter::once(&self.state.log_scale).chain(self.state.rows().flatten()).copied().collect()
     }
 
+    /// Whether it was made for these.
+    pub(crate) fn is_of(&self, map: &Arc<F>, value_dim: usize) -> bool {
+        Arc::ptr_eq(&self.map, map) && self.state.value_dim == value_dim
+    }
+
     pub(crate) fn forget(&mut self) {
         self.state.reset(self.map.num_features(), self.state.value_dim);
     }

@@ -202,7 +202,14 @@ impl<T: Scalar> Store<T> {
                 }
             }
             FarKind::Linear(map) => {
-                let memory = || LinearMemory::new(Arc::new(Arc::clone(map)), value_dim, config.scale);
+                if let Self::Linear(all) = self
+                    && all.len() == heads
+                    && all.iter().all(|memory| memory.is_of(map, value_dim))
+                {
+                    all.iter_mut().for_each(LinearMemory::forget);
+                    return Ok(());
+                }
+                let memory = || LinearMemory::new(Arc::clone(map), value_dim, config.scale);
                 *self = Self::Linear((0..heads).map(|_| memory()).collect::<Result<_, _>>()?);
             }
             FarKind::Own(make) => {
