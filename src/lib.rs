@@ -113,6 +113,7 @@ mod kernel;
 mod memory;
 pub mod projection;
 mod scalar;
+mod selection;
 mod views;
 
 pub use attention::heads::{MultiHead, MultiHeadStream};
@@ -131,6 +132,7 @@ pub use features::taylor::{CalibratedTaylor, TaylorFeatures};
 pub use features::wpff::{Points, RadiusPoints, Wpff};
 pub use memory::{ExactMemory, LinearMemory, Memory, MergedMemory, Metric, Partial};
 pub use scalar::Scalar;
+pub use selection::{ExactHeads, HeadError, HeadErrors, HeadSample};
 
 /// The snippets of the README and the guide, as tests.
 #[cfg(doctest)]

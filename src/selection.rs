@@ -1,0 +1,286 @@
+//! Which heads of a model to keep exact, so that the others can have a memory of fixed size.
+
+use crate::{Attention, Error, Mask, MultiHead, Scalar, Scratch, check};
+use core::fmt;
+use ndarray::{Array3, ArrayView2, ArrayView3, Axis};
+use std::sync::Arc;
+
+/// Sampled queries, keys and values of one head of keys and values: the first tokens of ordinary text, in order.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadSample<'a, T> {
+    /// The layer.
+    pub layer: usize,
+    /// The head of keys and values in its layer.
+    pub kv_head: usize,
+    /// The queries of every query head it serves, `[group, n, d]`.
+    pub q: ArrayView3<'a, T>,
+    /// `[n, d]`
+    pub k: ArrayView2<'a, T>,
+    /// `[n, d_v]`
+    pub v: ArrayView2<'a, T>,
+}
+
+/// How far a kernel is from exact attention in one head.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct HeadError {
+    /// The layer.
+    pub layer: usize,
+    /// The head of keys and values in its layer.
+    pub kv_head: usize,
+    /// `‖ÂV − AV‖_F/‖AV‖_F` over all query heads of the group and all tokens behind the warm-up.
+    pub output_error: f64,
+}
+
+/// The errors of a kernel in every head of a model, the worst first: the table from which exact heads are chosen.
+///
+/// Constant memory in *every* head loses the recall of far facts; a tenth of the heads kept exact repairs most of it
+/// (`docs/guide.md` has what was measured). The heads in which the kernel itself errs most are those to keep.
+///
+/// ```
+/// use dijiang::{Attention, Far, HeadErrors, HeadSample, HybridAttention, SoftmaxAttention};
+/// use ndarray::{Array2, Array3};
+/// use std::sync::Arc;
+///
+/// let exact: Arc<dyn Attention<f32>> = Arc::new(SoftmaxAttention::new(8)?);
+/// let small: Arc<dyn Attention<f32>> = Arc::new(HybridAttention::builder(8).window(8).far(Far::merged(8)).build()?);
+/// // two layers of two kv heads, each for three query heads
+/// let q: Vec<_> = (0..4).map(|h| Array3::from_shape_fn((3, 50, 8), |(g, t, c)| ((h + g * 7 + t * 8 + c) as f32).sin())).collect();
+/// let kv: Vec<_> = (0..4).map(|h| Array2::from_shape_fn((50, 8), |(t, c)| ((h * 3 + t * 9 + c) as f32).cos())).collect();
+/// let samples: Vec<_> = (0..4)
+///     .map(|i| HeadSample { layer: i / 2, kv_head: i % 2, q: q[i].view(), k: kv[i].view(), v: kv[i].view() })
+///     .collect();
+///
+/// let errors = HeadErrors::measure(&*exact, &*small, &samples, 10)?;
+/// println!("{errors}"); // the table
+/// let choice = errors.keep(1);
+/// let layers: Vec<_> = (0..2).map(|layer| choice.layer(layer, 6, &exact, &small)).collect::<Result<_, _>>()?;
+/// assert_eq!(choice.heads().len(), 1);
+/// # let _ = layers;
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct HeadErrors {
+    /// The worst first.
+    ranked: Vec<HeadError>,
+    value_dim: usize,
+}
+
+impl HeadErrors {
+    /// Runs `kernel` and `exact` on the samples of every head, causally, and ranks the heads by the error of the first. The first
+    /// `warm_up` tokens are left out: as long as nothing has left the window, a hybrid is exact.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if there are no samples; [`Error::InvalidOption`] if a head appears twice or has no tokens behind the warm-up;
+    /// [`Error::Shape`] if the values of heads have different numbers of columns; the errors of both kernels.
+    pub fn measure<T: Scalar>(
+        exact: &dyn Attention<T>,
+        kernel: &dyn Attention<T>,
+        samples: &[HeadSample<'_, T>],
+        warm_up: usize,
+    ) -> Result<Self, Error> {
+        check::at_least_one("samples", samples.len())?;
+        let value_dim = samples[0].v.ncols();
+        for (i, sample) in samples.iter().enumerate() {
+            check::size("v", "columns", value_dim, sample.v.ncols())?;
+            if samples[..i].iter().any(|other| (other.layer, other.kv_head) == (sample.layer, sample.kv_head)) {
+                return Err(Error::InvalidOption {
+                    which: "samples",
+                    found: format!("kv head {} of layer {} twice", sample.kv_head, sample.layer),
+                    needed: "each head once",
+                });
+            }
+            if sample.k.nrows() <= warm_up {
+                return Err(Error::InvalidOption {
+                    which: "warm_up",
+                    found: warm_up.to_string(),
+                    needed: "fewer tokens than each sample has",
+                });
+            }
+        }
+        let mut ranked = each(samples, |scratch, sample| {
+            let output_error = output_error(exact, kernel, sample, warm_up, scratch)?;
+            Ok(HeadError { layer: sample.layer, kv_head: sample.kv_head, output_error })
+        })?;
+        ranked.sort_by(|a, b| {
+            let place = |error: &HeadError| (error.layer, error.kv_head);
+            b.output_error.total_cmp(&a.output_error).then(place(a).cmp(&place(b)))
+        });
+        Ok(Self { ranked, value_dim })
+    }
+
+    /// The table, the worst head first.
+    #[must_use]
+    pub fn ranked(&self) -> &[HeadError] {
+        &self.ranked
+    }
+
+    /// Keeps the `count` worst heads exact, or all if there are fewer.
+    #[must_use]
+    pub fn keep(&self, count: usize) -> ExactHeads {
+        let count = count.min(self.ranked.len());
+        let mut heads: Vec<_> = self.ranked[..count].iter().map(|error| (error.layer, error.kv_head)).collect();
+        heads.sort_unstable();
+        ExactHeads { heads, errors: self.clone() }
+    }
+
+    /// Keeps as many of the worst heads exact as `bytes` allow for the state of one sequence of `tokens` tokens, over all heads of the table.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if not even the memory without exact heads fits; those of [`Attention::state_floats`].
+    pub fn keep_within<T: Scalar>(
+        &self,
+        bytes: usize,
+        tokens: usize,
+        exact: &dyn Attention<T>,
+        kernel: &dyn Attention<T>,
+    ) -> Result<ExactHeads, Error> {
+        let of =
+            |kernel: &dyn Attention<T>| Ok(kernel.state_floats(self.value_dim, tokens)?.saturating_mul(size_of::<T>()));
+        let (exact, small): (usize, usize) = (of(exact)?, of(kernel)?);
+        let all = self.ranked.len();
+        if exact <= small && exact.saturating_mul(all) <= bytes {
+            return Ok(self.keep(all)); // so short a context needs no compression
+        }
+        let Some(rest) = bytes.checked_sub(small.saturating_mul(all)) else {
+            return Err(Error::InvalidOption {
+                which: "bytes",
+                found: bytes.to_string(),
+                needed: "at least the state of every head without exact ones",
+            });
+        };
+        Ok(self.keep(rest / (exact - small.min(exact)).max(1)))
+    }
+}
+
+/// A table for people.
+impl fmt::Display for HeadErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:>5} {:>6} {:>8} {:>13}", "rank", "layer", "kv head", "output error")?;
+        for (rank, error) in self.ranked.iter().enumerate() {
+            writeln!(f, "{:>5} {:>6} {:>8} {:>13.4}", rank + 1, error.layer, error.kv_head, error.output_error)?;
+        }
+        Ok(())
+    }
+}
+
+/// The heads that stay exact, and the table they were chosen from.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct ExactHeads {
+    heads: Vec<(usize, usize)>,
+    errors: HeadErrors,
+}
+
+impl ExactHeads {
+    /// Layer and kv head of each, in order.
+    #[must_use]
+    pub fn heads(&self) -> &[(usize, usize)] {
+        &self.heads
+    }
+
+    /// Whether this head stays exact.
+    #[must_use]
+    pub fn contains(&self, layer: usize, kv_head: usize) -> bool {
+        self.heads.binary_search(&(layer, kv_head)).is_ok()
+    }
+
+    /// The errors it was decided from.
+    #[must_use]
+    pub fn errors(&self) -> &HeadErrors {
+        &self.errors
+    }
+
+    /// Attention of one layer, for `query_heads` query heads: `exact` in the chosen kv heads, `kernel` in the others. The layer has as many kv heads as
+    /// the table has of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if the table has no head of this layer, or misses one between; those of [`MultiHead::per_kv_head`].
+    pub fn layer<T: Scalar>(
+        &self,
+        layer: usize,
+        query_heads: usize,
+        exact: &Arc<dyn Attention<T>>,
+        kernel: &Arc<dyn Attention<T>>,
+    ) -> Result<MultiHead<T>, Error> {
+        let mut heads: Vec<usize> =
+            self.errors.ranked.iter().filter(|error| error.layer == layer).map(|error| error.kv_head).collect();
+        heads.sort_unstable();
+        if heads.is_empty() || heads.iter().enumerate().any(|(i, &head)| i != head) {
+            return Err(Error::InvalidOption {
+                which: "layer",
+                found: format!("{layer}, with kv heads {heads:?}"),
+                needed: "one whose kv heads were all measured, numbered from 0",
+            });
+        }
+        let choose = |kv: usize| Arc::clone(if self.contains(layer, kv) { exact } else { kernel });
+        MultiHead::per_kv_head(heads.into_iter().map(choose).collect(), query_heads)
+    }
+
+    /// Bytes of the state of one sequence after `tokens` tokens, over all heads of the table.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::state_floats`].
+    pub fn state_bytes<T: Scalar>(
+        &self,
+        tokens: usize,
+        exact: &dyn Attention<T>,
+        kernel: &dyn Attention<T>,
+    ) -> Result<usize, Error> {
+        let floats = |kernel: &dyn Attention<T>| kernel.state_floats(self.errors.value_dim, tokens);
+        let (exact, small) = (floats(exact)?, floats(kernel)?);
+        let kept = self.heads.len();
+        Ok((kept * exact + (self.errors.ranked.len() - kept) * small) * size_of::<T>())
+    }
+}
+
+/// `‖ÂV − AV‖_F/‖AV‖_F` behind the warm-up.
+fn output_error<T: Scalar>(
+    exact: &dyn Attention<T>,
+    kernel: &dyn Attention<T>,
+    sample: &HeadSample<'_, T>,
+    warm_up: usize,
+    scratch: &mut Scratch<T>,
+) -> Result<f64, Error> {
+    let HeadSample { q, k, v, .. } = *sample;
+    let mut run = |kernel: &dyn Attention<T>| {
+        let mut out = Array3::zeros((q.len_of(Axis(0)), q.len_of(Axis(1)), v.ncols()));
+        kernel.forward_group(q, k, v, Mask::Causal, out.view_mut(), scratch)?;
+        Ok::<_, Error>(out)
+    };
+    let (exact, found) = (run(exact)?, run(kernel)?);
+    let (mut difference, mut size) = (0.0, 0.0);
+    for (exact, found) in exact.outer_iter().zip(found.outer_iter()) {
+        for (exact, found) in exact.outer_iter().zip(found.outer_iter()).skip(warm_up) {
+            for (exact, found) in exact.iter().zip(found) {
+                difference += (found.as_f64() - exact.as_f64()).powi(2);
+                size += exact.as_f64().powi(2);
+            }
+        }
+    }
+    Ok(if difference == 0.0 { 0.0 } else { (difference / size).sqrt() })
+}
+
+/// Runs `run` on every item, with feature `rayon` on the threads of the current pool; the first error, in order.
+fn each<T: Scalar, I: Sync, R: Send>(
+    items: &[I],
+    run: impl Fn(&mut Scratch<T>, &I) -> Result<R, Error> + Send + Sync,
+) -> Result<Vec<R>, Error> {
+    #[cfg(feature = "rayon")]
+    {
+        use rayon::prelude::*;
+        let results: Vec<_> = items.par_iter().map_init(Scratch::of_one_thread, run).collect();
+        results.into_iter().collect()
+    }
+    #[cfg(not(feature = "rayon"))]
+    {
+        let mut scratch = Scratch::new();
+        items.iter().map(|item| run(&mut scratch, item)).collect()
+    }
+}
