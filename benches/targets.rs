@@ -4,9 +4,10 @@
 //! contestants of a table are interleaved, so that a slow spell of the machine meets all of them, and medians are reported.
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of this crate and of `ndarray`.
-//! Name tables to run only these: `forward`, `decode`, `maps`, `crossover`, `threads`.
+//! Name tables to run only these: `forward`, `decode`, `maps`, `crossover`, `hybrids`, `threads`.
 //! `--strict` turns a missed target into a failing exit code; `--quick` (or `--test`) runs one short round.
 
+mod hybrids;
 mod oracle;
 
 use dijiang::{
@@ -227,7 +228,7 @@ fn main() -> ExitCode {
 
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
-    let named = ["forward", "decode", "maps", "crossover", "threads"].into_iter().any(has);
+    let named = ["forward", "decode", "maps", "crossover", "hybrids", "threads"].into_iter().any(has);
     let wanted = |table: &str| !named || has(table);
     if wanted("forward") {
         whole_sequences(&input, [&performer, &dct, &softmax], &performer_f64, rounds, quick, &mut targets);
@@ -240,6 +241,9 @@ fn main() -> ExitCode {
     }
     if wanted("crossover") {
         crossover(&input, [&performer, &dct, &softmax], rounds, &mut targets);
+    }
+    if wanted("hybrids") {
+        hybrids::hybrids(rounds, quick, &mut targets);
     }
     #[cfg(feature = "rayon")]
     if wanted("threads") {
