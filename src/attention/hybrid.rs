@@ -7,7 +7,7 @@ use crate::calibration::{Calibration, LEAST_ATTENTION, TaylorFit};
 use crate::features::FeatureMap;
 use crate::features::taylor::CalibratedTaylor;
 use crate::kernel::{self, Buffer, padded};
-use crate::memory::merged::{Distance, Metric, Rule};
+use crate::memory::merged::{self, Distance, Metric, Rule};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
 use core::ops::Range;
@@ -237,8 +237,9 @@ impl<T: Scalar> Far<T> {
         self
     }
 
-    /// Sets how many tokens leave the window at once: 1 unless set; with 8 a forward is faster, by matrix products, and the window holds up to
-    /// 7 tokens more. More than one are merged in rounds of mutual nearest pairs. For [`merged`](Self::merged) and [`ward`](Self::ward).
+    /// Sets how many tokens leave the window at once: 1 unless set. With more the window holds up to `block − 1` tokens more, that many tokens
+    /// are read by one matrix product, and entries are merged in rounds of mutual nearest pairs. For [`merged`](Self::merged) and
+    /// [`ward`](Self::ward).
     #[must_use]
     pub fn with_block(mut self, block: usize) -> Self {
         self.block = Some(block);
@@ -395,8 +396,7 @@ impl<T: Scalar> HybridBuilder<T> {
         check::at_least_one("block", block)?;
         let rule = |entries: usize, metric, value_weight| {
             check::at_least_one("entries", entries)?;
-            let rows = entries.saturating_add(block).saturating_add(T::PAD);
-            check::array("entries", rows, rows.max(head_dim))?;
+            merged::check_entries(entries.saturating_add(block))?;
             Ok::<_, Error>(Rule { entries, spare: block, block, metric, value_weight, value_columns: None, scale })
         };
         let kind = match &far.kind {

@@ -13,6 +13,18 @@ pub(crate) const METRIC_TOKENS: usize = 64;
 /// What a token that leaves the window weighs at least.
 const LEAST_WEIGHT: f64 = 1e-9;
 
+/// Where a number that is sorted holds its entry: there are no more of them, and 32 bits of the mantissa are left.
+const ENTRY_BITS: u64 = (1 << 20) - 1;
+
+/// Refuses more entries, of which every pair is looked at, than a memory can have.
+pub(crate) fn check_entries(entries: usize) -> Result<(), Error> {
+    check::at_least_one("entries", entries)?;
+    if entries < 1 << 20 {
+        return Ok(());
+    }
+    Err(Error::InvalidOption { which: "entries", found: entries.to_string(), needed: "fewer than a million" })
+}
+
 /// Rows that are answered at once.
 const QUERY_BLOCK: usize = 32;
 
@@ -101,7 +113,7 @@ pub struct MergedMemory<T> {
     distance: Buffer<T>,
     reciprocal: Buffer<T>,
     best: Buffer<T>,
-    order: Vec<(u64, usize)>,
+    order: Vec<u64>,
     places: Vec<usize>,
     /// Entries that are gone while pairs are merged in rounds.
     gaps: usize,
@@ -122,10 +134,11 @@ impl<T: Scalar> MergedMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and finite.
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and finite or there are a million entries.
     pub fn new(head_dim: usize, value_dim: usize, entries: usize, scale: f64) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("value_dim", value_dim)?;
+        check_entries(entries.saturating_add(1))?;
         check::at_least_one("entries", entries)?;
         let scale = check::scale::<T>(Some(scale), head_dim)?;
         let rule = Rule {
@@ -741,20 +754,21 @@ impl<T: Scalar> MergedMemory<T> {
         // The best of both entries is the affinity of the pair: they stand side by side in the order of the best.
         self.order.clear();
         for entry in (0..self.len).filter(|&entry| self.counts[entry] > 0.0) {
-            // bits of positive numbers have the order of the numbers; integers are sorted faster
-            self.order.push((!self.best[entry].as_f64().to_bits(), entry));
+            // bits of positive numbers have the order of the numbers, and integers are sorted faster; the last bits make room for the entry
+            self.order.push((!self.best[entry].as_f64().to_bits() & !ENTRY_BITS) | entry as u64);
         }
         self.order.sort_unstable();
         let mut from = 0;
         while from < self.order.len() && pairs.len() < start + most {
-            let enough = Self::tied(Self::tied(self.best[self.order[from].1]));
+            let at = |place: usize| (self.order[place] & ENTRY_BITS) as usize;
+            let enough = Self::tied(Self::tied(self.best[at(from)])) * T::from_f64(1.0 - 1e-9);
             let mut to = from + 1;
-            while to < self.order.len() && self.best[self.order[to].1] >= enough {
+            while to < self.order.len() && self.best[at(to)] >= enough {
                 to += 1;
             }
             if to > from + 1 {
-                for at in from..to {
-                    let i = self.order[at].1;
+                for place in from..to {
+                    let i = at(place);
                     let j = self.nearest(i);
                     if i < j && self.nearest(j) == i {
                         pairs.push(Pair { affinity: self.affinity_of(i, j), head, i, j });

@@ -609,7 +609,7 @@ impl<T: Scalar> Layer<T> {
                 }
             }
             let scores = &reading.scores[rows.start * width..];
-            pairs::receive(&mut near.received, decay, T::zero(), factors, scores, width);
+            pairs::receive(&mut near.received, decay, MergedMemory::<T>::least_weight(), factors, scores, width);
             memory.receive(decay, factors, &scores[own..], width);
         }
     }
