@@ -97,7 +97,8 @@ pub(crate) enum Distance {
 pub struct MergedMemory<T> {
     pub(crate) rule: Rule,
     pub(crate) slab: Slab<T>,
-    pub(crate) len: usize,
+    /// Entries now.
+    pub(crate) held: usize,
     counts: Vec<f64>,
     pub(crate) weights: Buffer<T>,
     absorbed: usize,
@@ -193,7 +194,7 @@ impl<T: Scalar> MergedMemory<T> {
             return Err(Error::InvalidOption { which: "weights", found, needed: "positive finite numbers" });
         }
         for ((k, v), &weight) in k.outer_iter().zip(v.outer_iter()).zip(weights) {
-            self.slab.put(self.len, k, v);
+            self.slab.put(self.held, k, v);
             self.enter(weight);
             if self.absorbed.is_multiple_of(self.rule.block) {
                 self.reduce();
@@ -205,40 +206,39 @@ impl<T: Scalar> MergedMemory<T> {
     /// Entries now.
     #[must_use]
     pub fn entries(&self) -> usize {
-        self.len
+        self.held
     }
 
     /// The mean keys `[entries, head_dim]`.
     #[must_use]
     pub fn keys(&self) -> Array2<T> {
-        let keys = (0..self.len).flat_map(|i| self.slab.key(i)).collect();
-        Array2::from_shape_vec((self.len, self.slab.head_dim), keys).expect("whole keys")
+        let number = |(i, c)| self.slab.key(i).nth(c).unwrap_or(T::zero());
+        Array2::from_shape_fn((self.held, self.slab.head_dim), number)
     }
 
     /// The mean values `[entries, value_dim]`.
     #[must_use]
     pub fn values(&self) -> Array2<T> {
-        let values = (0..self.len).flat_map(|i| self.slab.value(i)).copied().collect();
-        Array2::from_shape_vec((self.len, self.slab.value_dim), values).expect("whole values")
+        Array2::from_shape_fn((self.held, self.slab.value_dim), |(i, c)| self.slab.value(i)[c])
     }
 
     /// The number of tokens each entry stands for.
     #[must_use]
     pub fn counts(&self) -> &[f64] {
-        &self.counts[..self.len]
+        &self.counts[..self.held]
     }
 
     /// The weights of the entries where they are merged.
     #[must_use]
     pub fn weights(&self) -> &[T] {
-        &self.weights[..self.len]
+        &self.weights[..self.held]
     }
 
     pub(crate) fn with_rule(rule: Rule) -> Self {
         Self {
             rule,
             slab: Slab::new(),
-            len: 0,
+            held: 0,
             counts: Vec::new(),
             weights: Buffer::new(),
             absorbed: 0,
@@ -286,7 +286,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.counts.fill(0.0);
         self.units.squared_queries.fill(T::zero());
         (self.units.tokens, self.units.squared_values) = (0, T::zero());
-        (self.len, self.absorbed, self.fresh) = (0, 0, 0);
+        (self.held, self.absorbed, self.fresh) = (0, 0, 0);
         #[cfg(test)]
         self.merges.clear();
     }
@@ -311,7 +311,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
         (self.units.tokens, self.units.squared_values) = (other.units.tokens, other.units.squared_values);
-        (self.len, self.absorbed, self.fresh) = (other.len, other.absorbed, other.fresh);
+        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, other.fresh);
     }
 
     /// Coordinates of a point.
@@ -333,7 +333,7 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Slots to read: all entries and what pads them.
     pub(crate) fn used(&self) -> usize {
-        padded::<T>(self.len)
+        padded::<T>(self.held)
     }
 
     /// Whether distances depend on the first tokens.
@@ -359,10 +359,10 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// The slot behind the entries has been filled: makes it an entry.
     pub(crate) fn enter(&mut self, weight: T) {
-        debug_assert!(self.len < self.slab.capacity);
-        self.counts[self.len] = 1.0;
-        self.weights[self.len] = weight.max(Self::least_weight());
-        self.len += 1;
+        debug_assert!(self.held < self.slab.capacity);
+        self.counts[self.held] = 1.0;
+        self.weights[self.held] = weight.max(Self::least_weight());
+        self.held += 1;
         self.absorbed += 1;
     }
 
@@ -429,51 +429,51 @@ impl<T: Scalar> MergedMemory<T> {
         for (row, &x) in points.chunks_exact_mut(capacity).zip(&**point) {
             row[entry] = x;
         }
-        let used = padded::<T>(self.len);
+        let used = padded::<T>(self.held);
         pairs::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
         let largest = Self::largest_affinity();
         let least = largest.recip();
         for x in &mut distance[..used] {
             *x = x.max(least).recip();
         }
-        distance[self.len..].fill(T::zero());
+        distance[self.held..].fill(T::zero());
         distance[entry] = T::zero();
         if self.gaps > 0 {
             distance.iter_mut().zip(&self.counts).filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
         }
         affinity[entry * capacity..][..capacity].copy_from_slice(distance);
-        for (row, &x) in affinity.chunks_exact_mut(capacity).zip(&distance[..self.len]) {
+        for (row, &x) in affinity.chunks_exact_mut(capacity).zip(&distance[..self.held]) {
             row[entry] = x;
         }
     }
 
     /// Brings points and distances up to date.
     fn refresh_all(&mut self) {
-        if self.fresh == self.len {
+        if self.fresh == self.held {
             return;
         }
         if self.fresh == 0 {
             self.set_factors();
             self.affinity.fill(T::zero());
         }
-        for entry in self.fresh..self.len {
+        for entry in self.fresh..self.held {
             self.refresh(entry);
         }
-        self.fresh = self.len;
+        self.fresh = self.held;
     }
 
     /// Finds for each entry the largest `(1/a_i + 1/a_j)/distance²`: the inverse of the least cost of a pair.
     fn find_best(&mut self) {
         let used = self.used();
-        for (r, w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.len) {
+        for (r, w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.held) {
             *r = w.recip(); // of a gap as well, whose affinities are zero
         }
-        self.reciprocal[self.len..].fill(T::zero());
+        self.reciprocal[self.held..].fill(T::zero());
         pairs::largest_affinities(
             &self.reciprocal[..used],
             &self.affinity,
             self.slab.capacity,
-            &mut self.best[..self.len],
+            &mut self.best[..self.held],
         );
     }
 
@@ -488,16 +488,16 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// The pair of least cost; of equal ones the lowest first entry, then the lowest second. `None` if all but `least` entries are gone.
     fn best_pair(&mut self, least: usize) -> Option<(T, usize, usize)> {
-        if self.len - self.gaps <= least.max(1) {
+        if self.held - self.gaps <= least.max(1) {
             return None;
         }
         self.refresh_all();
         self.find_best();
-        let best = self.best[..self.len].iter().fold(T::zero(), |m, &x| m.max(x));
-        let i = self.best[..self.len].iter().position(|&x| x >= Self::tied(best))?;
+        let best = self.best[..self.held].iter().fold(T::zero(), |m, &x| m.max(x));
+        let i = self.best[..self.held].iter().position(|&x| x >= Self::tied(best))?;
         let (own, enough) = (self.reciprocal[i], Self::tied(best));
-        let row = &self.affinity[i * self.slab.capacity..][..self.len];
-        let mut all = row.iter().zip(&self.reciprocal[..self.len]).enumerate();
+        let row = &self.affinity[i * self.slab.capacity..][..self.held];
+        let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
         let (j, _) = all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough)?;
         Some((best, i.min(j), i.max(j)))
     }
@@ -546,14 +546,14 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Ends at `len` entries; what lies beyond is empty.
     fn truncate(&mut self, len: usize) {
-        for slot in len..self.len {
+        for slot in len..self.held {
             self.slab.empty(slot);
             self.weights[slot] = T::zero();
-            for row in self.affinity.chunks_exact_mut(self.slab.capacity).take(self.len) {
+            for row in self.affinity.chunks_exact_mut(self.slab.capacity).take(self.held) {
                 row[slot] = T::zero();
             }
         }
-        self.len = len;
+        self.held = len;
         self.fresh = self.fresh.min(len);
     }
 
@@ -561,11 +561,11 @@ impl<T: Scalar> MergedMemory<T> {
     fn merge_pair(&mut self, i: usize, j: usize) {
         self.note(i, j);
         self.merge_into(i, j);
-        let (last, capacity) = (self.len - 1, self.slab.capacity);
+        let (last, capacity) = (self.held - 1, self.slab.capacity);
         if j != last {
             self.move_entry(last, j);
             self.affinity.copy_within(last * capacity..(last + 1) * capacity, j * capacity);
-            for row in self.affinity.chunks_exact_mut(capacity).take(self.len) {
+            for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
                 row[j] = row[last];
             }
             self.affinity[j * capacity + j] = T::zero();
@@ -581,7 +581,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slab.empty(j);
         self.counts[j] = 0.0;
         self.affinity[j * capacity..(j + 1) * capacity].fill(T::zero());
-        for row in self.affinity.chunks_exact_mut(capacity).take(self.len) {
+        for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
             row[j] = T::zero();
         }
         self.gaps += 1;
@@ -592,7 +592,7 @@ impl<T: Scalar> MergedMemory<T> {
         if self.gaps == 0 {
             return;
         }
-        let (capacity, len) = (self.slab.capacity, self.len);
+        let (capacity, len) = (self.slab.capacity, self.held);
         let first = self.counts[..len].iter().position(|&count| count == 0.0).unwrap_or(len);
         let mut to = first;
         for entry in first..len {
@@ -622,12 +622,12 @@ impl<T: Scalar> MergedMemory<T> {
     pub(crate) fn receive(&mut self, decay: T, factors: &[T], p: &[T], ld: usize) {
         let used = self.used();
         pairs::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
-        self.weights[self.len..].fill(T::zero());
+        self.weights[self.held..].fill(T::zero());
     }
 
     /// What has to be kept to go on from here: the entries, then the sums that set the units.
     pub(crate) fn numbers(&self, out: &mut Vec<T>) {
-        for entry in 0..self.len {
+        for entry in 0..self.held {
             out.extend(self.slab.key(entry));
             out.extend(self.slab.value(entry));
             out.extend([T::from_f64(self.counts[entry]), self.weights[entry]]);
@@ -641,12 +641,15 @@ impl<T: Scalar> MergedMemory<T> {
         entries * (self.slab.head_dim + self.slab.value_dim + 2) + 1 + self.slab.head_dim
     }
 
-    /// The inverse; `seen` tokens have been observed.
-    pub(crate) fn set_numbers(&mut self, entries: usize, absorbed: usize, seen: usize, numbers: &[T]) {
+    /// The inverse; `seen` tokens have been observed. `false` if the numbers are none of a memory.
+    pub(crate) fn set_numbers(&mut self, entries: usize, absorbed: usize, seen: usize, numbers: &[T]) -> bool {
         self.clear();
         let (d, dv) = (self.slab.head_dim, self.slab.value_dim);
         let (all, units) = numbers.split_at(entries * (d + dv + 2));
         for (slot, entry) in all.chunks_exact(d + dv + 2).enumerate() {
+            if !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero()) {
+                return false;
+            }
             self.slab.put(slot, ArrayView1::from(&entry[..d]), ArrayView1::from(&entry[d..d + dv]));
             self.enter(entry[d + dv + 1]);
             self.counts[slot] = entry[d + dv].as_f64();
@@ -658,6 +661,7 @@ impl<T: Scalar> MergedMemory<T> {
             self.units.squared_queries.copy_from_slice(queries);
         }
         self.units.tokens = if self.has_units() { seen.min(METRIC_TOKENS) } else { 0 };
+        true
     }
 
     /// Numbers of the state: d + d_v + 2 of each entry, and the units of the metric.
@@ -685,7 +689,7 @@ pub(crate) fn reduce<T: Scalar>(
     block: usize,
     pairs: &mut Vec<Pair<T>>,
 ) {
-    let mut total: usize = heads.iter().map(|head| head.len).sum();
+    let mut total: usize = heads.iter().map(|head| head.held).sum();
     if block == 1 && total > budget {
         pairs.clear();
         let best = |head: usize, memory: &mut MergedMemory<T>| match memory.best_pair(least) {
@@ -744,7 +748,7 @@ fn descending<T: Scalar>(a: T, b: T) -> core::cmp::Ordering {
 impl<T: Scalar> MergedMemory<T> {
     /// Adds the pairs of entries that are the nearest to each other: the `most` that cost least, and no more than leave `least` entries.
     fn mutual_pairs(&mut self, head: usize, least: usize, most: usize, pairs: &mut Vec<Pair<T>>) {
-        let most = most.min((self.len - self.gaps).saturating_sub(least.max(1)));
+        let most = most.min((self.held - self.gaps).saturating_sub(least.max(1)));
         if most == 0 {
             return;
         }
@@ -753,7 +757,7 @@ impl<T: Scalar> MergedMemory<T> {
         let start = pairs.len();
         // The best of both entries is the affinity of the pair: they stand side by side in the order of the best.
         self.order.clear();
-        for entry in (0..self.len).filter(|&entry| self.counts[entry] > 0.0) {
+        for entry in (0..self.held).filter(|&entry| self.counts[entry] > 0.0) {
             // bits of positive numbers have the order of the numbers, and integers are sorted faster; the last bits make room for the entry
             self.order.push((!self.best[entry].as_f64().to_bits() & !ENTRY_BITS) | entry as u64);
         }
@@ -791,8 +795,8 @@ impl<T: Scalar> MergedMemory<T> {
     /// The entry that costs least to merge with this one; of equal ones the lowest.
     fn nearest(&self, i: usize) -> usize {
         let (own, enough) = (self.reciprocal[i], Self::tied(self.best[i]));
-        let row = &self.affinity[i * self.slab.capacity..][..self.len];
-        let mut all = row.iter().zip(&self.reciprocal[..self.len]).enumerate();
+        let row = &self.affinity[i * self.slab.capacity..][..self.held];
+        let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
         all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough).map_or(i, |(j, _)| j)
     }
 }

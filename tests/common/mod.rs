@@ -366,7 +366,7 @@ impl Subject {
             (Some((map, normalized)), _) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
             (_, Some(formula)) if mask == Mask::Full => formula.full(q, k, v, self.scale),
             (_, Some(formula)) => {
-                let (q, k, v) = (&[vec![q.clone()]], &[k.clone()], &[v.clone()]);
+                let (q, k, v) = (&[vec![q.clone()]], std::slice::from_ref(k), std::slice::from_ref(v));
                 formula.causal(q, k, v, self.scale, false).remove(0).remove(0)
             }
             _ => naive_softmax(q, k, v, self.scale, mask),

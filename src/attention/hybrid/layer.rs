@@ -3,6 +3,7 @@
 //! A step appends the token, moves the oldest tokens out of the window if they are due, and reads. Between two moves nothing but the
 //! window changes, and by new tokens only: those steps are computed at once, by matrix products. Every row of such a product gets the
 //! bits it would get alone, so that the cut of a sequence into pieces changes nothing at all.
+#![allow(clippy::cast_precision_loss)] // sizes of heads and memories
 
 use super::{Config, FarKind, HeadCall as Call, Weighing};
 use crate::features::FeatureMap;
@@ -414,7 +415,7 @@ impl<T: Scalar> Layer<T> {
                     Weighing::Expected => config.expected_attention(near.slab.key(slot), &mut work.keys),
                     Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
                 };
-                let end = memory.len;
+                let end = memory.held;
                 memory.slab.put_from(end, &near.slab, slot);
                 memory.enter(weight);
                 return Ok(());
@@ -599,7 +600,7 @@ impl<T: Scalar> Layer<T> {
                 }
                 if mass > T::zero() {
                     let unit = T::from_f64(group as f64) / mass;
-                    factors.iter_mut().for_each(|factor| *factor *= unit);
+                    kernel::scale(factors, unit);
                 }
             }
             for row in rows.clone() {
@@ -630,7 +631,7 @@ impl<T: Scalar> Layer<T> {
             match &self.far {
                 Store::None => {}
                 Store::Merged(memories) => {
-                    out.push(T::from_f64(memories[head].len as f64));
+                    out.push(T::from_f64(memories[head].held as f64));
                     memories[head].numbers(&mut out);
                 }
                 Store::Linear(memories) => out.extend(memories[head].numbers()),
@@ -665,13 +666,13 @@ impl<T: Scalar> Layer<T> {
                 Store::Merged(memories) => {
                     let memory = &mut memories[head];
                     let Some((&entries, rest)) = numbers.split_first() else { return false };
-                    let most = memory.slab.capacity as f64;
-                    let Some(entries) = (0..=most as usize).find(|&n| n as f64 == entries.as_f64()) else {
-                        return false;
-                    };
+                    let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
+                    let Some(entries) = (0..=memory.slab.capacity).find(is_it) else { return false };
                     let count = memory.count_numbers(entries);
                     let Some(own) = rest.get(..count) else { return false };
-                    memory.set_numbers(entries, gone - heavy, tokens.saturating_sub(config.sinks), own);
+                    if !memory.set_numbers(entries, gone - heavy, tokens.saturating_sub(config.sinks), own) {
+                        return false;
+                    }
                     count + 1
                 }
                 Store::Linear(memories) => {
