@@ -765,7 +765,7 @@ mod tests {
 
     #[track_caller]
     fn near(what: &str, found: &[f64], exact: &[f64]) {
-        let size = exact.iter().fold(1e-300_f64, |m, x| m.max(x.abs()));
+        let size = exact.iter().fold(1e-100_f64, |m, x| m.max(x.abs()));
         assert_eq!(found.len(), exact.len(), "{what}");
         for (a, b) in found.iter().zip(exact) {
             assert!((a - b).abs() <= 1e-11 * size, "{what}: {found:?}\ninstead of {exact:?}");
