@@ -1,9 +1,13 @@
-//! The kernels, all with about the same state: 17 thousand numbers.
+//! The kernels, most of them with about the same state: 17 thousand numbers.
 
-use crate::task::{HEAD_DIM, SINKS};
-use dijiang::{Attention, Error, Far, FeatureMap, HybridAttention, LinearAttention, Performer, SoftmaxAttention};
-use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use crate::task::{HEAD_DIM, SINKS, Sort, Task, Tokens};
+use dijiang::{
+    Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention, LinearAttention, Performer,
+    SoftmaxAttention,
+};
+use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use plotters::style::RGBColor;
+use std::sync::OnceLock;
 
 /// Makes a kernel from a seed, for what is drawn at random.
 type Build = fn(u64) -> Result<Box<dyn Attention<f32>>, Error>;
@@ -42,7 +46,7 @@ const ENTRIES: usize = 64;
 /// As many tokens as make up for the far memory.
 const EQUAL_WINDOW: usize = 129;
 
-pub const KERNELS: [Kernel; 8] = [
+pub const KERNELS: [Kernel; 10] = [
     Kernel {
         name: "softmax",
         about: "exact attention over everything; its state grows",
@@ -107,9 +111,37 @@ pub const KERNELS: [Kernel; 8] = [
         shape: Shape::Disc,
         build: |_| hybrid(WINDOW, Far::merged(ENTRIES).with_decay(1.0)),
     },
-    // Calibrated kernels (`Far::taylor(6)`, `Far::ward(64)` with expected attention) go here: `build` fits them to the tokens of a
-    // `Task` of a seed that no measured stream has.
+    Kernel {
+        name: "Ward 64, calibrated",
+        about: "Ward 64, with the metric and the expected attention of another stream",
+        kind: Kind::Memory,
+        colour: RGBColor(230, 159, 0),
+        shape: Shape::Ring,
+        build: |_| hybrid(WINDOW, Far::ward(ENTRIES).calibrated(calibration()?)),
+    },
+    Kernel {
+        name: "Taylor 6, calibrated",
+        about: "4 sinks, the last 64 tokens, and a second-order map of rank 6 fitted to another stream; a smaller state",
+        kind: Kind::Memory,
+        colour: RGBColor(0, 114, 178),
+        shape: Shape::Ring,
+        build: |_| hybrid(WINDOW, Far::taylor(6).calibrated(calibration()?)),
+    },
 ];
+
+/// Tokens of the stream that is fitted to: one that no kernel is asked about.
+const CALIBRATION_TOKENS: usize = 512;
+
+/// What a stream of refreshed pairs says of its far attention.
+fn calibration() -> Result<&'static Calibration, Error> {
+    static CALIBRATION: OnceLock<Result<Calibration, Error>> = OnceLock::new();
+    let fit = || {
+        let Tokens { q, k, .. } = Task::new(Sort::Refreshed, 8, &[512], u64::MAX).tokens;
+        let first = s![..CALIBRATION_TOKENS.min(q.nrows()), ..];
+        Calibration::from_samples(q.slice(first), k.slice(first), CalibrationOptions::new().with_sinks(SINKS))
+    };
+    CALIBRATION.get_or_init(fit).as_ref().map_err(Clone::clone)
+}
 
 fn hybrid(window: usize, far: Far<f32>) -> Result<Box<dyn Attention<f32>>, Error> {
     Ok(Box::new(HybridAttention::builder(HEAD_DIM).window(window).sinks(SINKS).far(far).build()?))
