@@ -107,7 +107,7 @@ fn reading(results: &Results, plan: &Plan) -> Option<String> {
         percent(silent(kernel)[point]),
     );
     if !unmoved.is_empty() {
-        sentence.push_str(&format!(" It changes nothing for {}.", unmoved.join(" and ")));
+        sentence.push_str(&format!(" It changes nothing for {}.", unmoved.join("; ")));
     }
     Some(sentence)
 }
