@@ -176,3 +176,34 @@ fn threads_change_nothing() {
         assert_eq!(out, exact);
     }
 }
+
+/// One state serves the query heads of a kv head where they share the kernel.
+#[test]
+fn groups_share_a_state() {
+    let [q, k, v] = [random((2, 6, 80, 8), 11), random((2, 2, 80, 8), 12), random((2, 2, 80, 5), 13)];
+    let linear: Arc<dyn Attention<f64>> = Arc::new(LinearAttention::new(Performer::new(8, 16, 3).unwrap()));
+    let unnormalized: Arc<dyn Attention<f64>> =
+        Arc::new(LinearAttention::new(Performer::new(8, 16, 3).unwrap()).unnormalized());
+    let softmax: Arc<dyn Attention<f64>> = Arc::new(SoftmaxAttention::new(8).unwrap());
+    for (kernel, floats) in [(linear, 2 * 16 * 6 + 1), (unnormalized, 2 * 16 * 6 + 1), (softmax, 80 * 13)] {
+        let layer = MultiHead::per_kv_head(vec![kernel.clone(), kernel], 6).unwrap();
+        let exact = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
+        let mut stream = layer.stream(2, 5).unwrap();
+        let mut found = Array4::zeros(exact.dim());
+        for (start, end) in [(0, 1), (1, 2), (2, 40), (40, 41), (41, 44), (44, 80)] {
+            let piece = |x: &Array4<f64>| x.slice(s![.., .., start..end, ..]).to_owned();
+            let (q, k, v) = (piece(&q), piece(&k), piece(&v));
+            let mut out = Array4::zeros((2, 6, end - start, 5));
+            // the last query head of the last sequence fails
+            let mut bad = q.clone();
+            bad[[1, 5, end - start - 1, 7]] = f64::NAN;
+            assert!(stream.extend(bad.view(), k.view(), v.view(), None, out.view_mut()).is_err());
+            assert_eq!(stream.lengths(), [start; 2]);
+            stream.extend(q.view(), k.view(), v.view(), None, out.view_mut()).unwrap();
+            found.slice_mut(s![.., .., start..end, ..]).assign(&out);
+        }
+        assert!((&found - &exact).iter().all(|e| e.abs() < 1e-12 * exact.iter().fold(1.0_f64, |m, x| m.max(x.abs()))));
+        assert_eq!(stream.state_floats(), 4 * floats);
+        assert_eq!(layer.state_bytes(5, 80).unwrap(), 2 * floats * 8);
+    }
+}

@@ -11,8 +11,8 @@ use std::sync::Arc;
 ///
 /// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another layout; nothing is
 /// copied). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and `v` have fewer heads: query head `h`
-/// uses kv head `h / (query_heads / kv_heads)`. Where the query heads of a kv head have the same kernel and that kernel can
-/// ([`Attention::group_stream`]: softmax and hybrids), one state serves them all; otherwise each has its own.
+/// uses kv head `h / (query_heads / kv_heads)`. Where the query heads of a kv head have the same kernel (the same `Arc`) and that
+/// kernel can ([`Attention::group_stream`], all kernels of this crate), one state serves them all; otherwise each has its own.
 ///
 /// With feature `rayon`, batch × heads are shared out over the threads of the current pool; the result is the same, bit
 /// for bit.

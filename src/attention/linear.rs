@@ -3,7 +3,7 @@
 use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
 use crate::memory::{Checkpoint, Engine, LinearMemory, Memory, Readout, Workspace};
 use crate::{Error, FeatureMap, Scalar, check};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Attention whose weight is a product of features (Katharopoulos et al., arXiv 2006.16236):
@@ -109,7 +109,7 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        Box::new(LinearStream { memory, readout: self.readout, work: Workspace::new(), checkpoint: Checkpoint::new() })
+        Box::new(LinearStream::new(memory, self.readout))
     }
 }
 
@@ -149,6 +149,15 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         Ok(self.stream_from(self.memory(value_dim)?))
     }
 
+    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+        check::at_least_one("group", group)?;
+        Ok(Some(Box::new(LinearStream { group, ..LinearStream::new(self.memory(value_dim)?, self.readout) })))
+    }
+
+    fn state_floats(&self, value_dim: usize, _tokens: usize) -> Result<usize, Error> {
+        Ok(self.memory(value_dim)?.state_floats())
+    }
+
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
         let memory = self.memory(1)?;
         check::queries(self.map.head_dim(), q)?;
@@ -162,6 +171,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
 #[derive(Debug)]
 struct LinearStream<T, F> {
     memory: LinearMemory<T, F>,
+    group: usize,
     readout: Readout,
     work: Workspace<T>,
     checkpoint: Checkpoint<T>,
@@ -170,6 +180,10 @@ struct LinearStream<T, F> {
 const KERNEL: &str = "linear";
 
 impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
+    fn new(memory: LinearMemory<T, F>, readout: Readout) -> Self {
+        Self { memory, group: 1, readout, work: Workspace::new(), checkpoint: Checkpoint::new() }
+    }
+
     fn shape(&self) -> [usize; 3] {
         [self.memory.head_dim(), self.memory.num_features(), self.memory.value_dim()]
     }
@@ -183,8 +197,30 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error> {
+        if self.group > 1 {
+            return self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)));
+        }
         check::extend(self.memory.head_dim(), self.memory.value_dim(), q, k, v, &out)?;
         self.memory.extend(q, k, v, out, self.readout, &mut self.work)
+    }
+
+    fn group(&self) -> usize {
+        self.group
+    }
+
+    fn extend_group(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
+        check::extend_group(self.memory.head_dim(), self.memory.value_dim(), self.group, q, k, v, &out)?;
+        if self.group == 1 {
+            let (q, out) = (q.index_axis_move(Axis(0), 0), out.index_axis_mut(Axis(0), 0));
+            return self.memory.extend(q, k, v, out, self.readout, &mut self.work);
+        }
+        self.memory.extend_group(q, k, v, out, self.readout, &mut self.work)
     }
 
     fn len(&self) -> usize {
@@ -196,12 +232,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self {
-            memory: self.memory.clone(),
-            readout: self.readout,
-            work: self.work.like(),
-            checkpoint: Checkpoint::new(),
-        })
+        Box::new(Self { group: self.group, work: self.work.like(), ..Self::new(self.memory.clone(), self.readout) })
     }
 
     fn reset(&mut self) {

@@ -6,7 +6,7 @@ use super::{Answer, Memory, Partial, Readout};
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Queries of a chunk whose masked scores meet the values at once.
@@ -488,6 +488,8 @@ pub(crate) struct Workspace<T> {
     pub(super) key_sums: Buffer<T>,
     pub(super) answer: Answer<T>,
     before: State<T>,
+    /// The state before a group of query heads.
+    group: State<T>,
     /// Whether long sequences may be shared out over threads, and the memory for that.
     #[cfg(feature = "rayon")]
     pub(crate) parallel: bool,
@@ -510,6 +512,7 @@ impl<T: Scalar> Workspace<T> {
             key_sums: Buffer::new(),
             answer: Answer::new(),
             before: State::new(),
+            group: State::new(),
             #[cfg(feature = "rayon")]
             parallel: true,
             #[cfg(feature = "rayon")]
@@ -615,6 +618,22 @@ impl<'a, T: Scalar> Engine<'a, T> {
             return parallel::inside(|| self.extend_blocks(state, q, k, v, out, readout, work, keep));
         }
         self.extend_in_order(state, q, k, v, &mut out, readout, work, 0..n, keep)
+    }
+
+    /// The output of a token as if it had been absorbed; the state stays as it is.
+    fn peek(
+        &self,
+        state: &State<T>,
+        [q, k, v]: [ArrayView2<'_, T>; 3],
+        out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        work.chunk.resize(1, self.num_features(), v.ncols());
+        self.map_one(q, k, work, 0)?;
+        work.chunk.set_values(v)?;
+        state.read_token(&work.chunk, &mut work.answer);
+        work.answer.write(0, readout, out)
     }
 
     /// As [`extend`](Self::extend), on several threads.
@@ -1142,6 +1161,39 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ) -> Result<(), Error> {
         // a single token leaves the state as it was by itself
         self.guarded(q.nrows() > 1, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
+    }
+
+    /// As [`extend`](Self::extend), of several query heads: `q [group, n, d]`, `out [group, n, d_v]`.
+    pub(crate) fn extend_group(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mut out: ArrayViewMut3<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        let heads = q.len_of(Axis(0));
+        let single = k.nrows() == 1;
+        let mut heads = q.outer_iter().zip(out.outer_iter_mut()).zip((1..=heads).rev());
+        if single {
+            // all but the last head only look
+            return heads.try_for_each(|((q, out), left)| match left {
+                1 => self.extend(q, k, v, out, readout, work),
+                _ => self.engine().peek(&self.state, [q, k, v], out, readout, work),
+            });
+        }
+        let mut before = core::mem::replace(&mut work.group, State::new());
+        before.copy_from(&self.state);
+        let result = heads.try_for_each(|((q, out), _)| {
+            self.state.copy_from(&before);
+            self.extend(q, k, v, out, readout, work)
+        });
+        if result.is_err() {
+            self.state.copy_from(&before);
+        }
+        work.group = before;
+        result
     }
 
     /// Copies the state.
