@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::hybrids::{Hybrid, Sizes};
 use crate::kernels::Kernel;
 use clap::Parser;
 use std::path::PathBuf;
@@ -17,11 +18,11 @@ YOUR OWN QUERIES, KEYS AND VALUES
     <head>/q   <head>/k   <head>/v        (or <head>/test/q, <head>/test/k, <head>/test/v)
 
 of shape [tokens, d] and type F32, F16, BF16 or F64; q and k as the model multiplies them, after the rotary embedding and \
-without the factor 1/sqrt(d). `wpff-weighted` is fitted to
+without the factor 1/sqrt(d). `wpff-weighted`, `hybrid-taylor`, `hybrid-heavy` and one `hybrid-ward` are fitted to
 
     <head>/calibration/q   <head>/calibration/k        (optional; v may be there too)
 
-of another text. The metadata entry `<head>/causal`, \"true\" or \"false\", tells whether a token sees later ones; without \
+of another text. If those are every third token, say, the metadata entry `<head>/calibration/stride` must be \"3\". The metadata entry `<head>/causal`, \"true\" or \"false\", tells whether a token sees later ones; without \
 it a head is causal. To dump a head from a PyTorch model:
 
     from safetensors.torch import save_file
@@ -39,7 +40,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
 
-    /// Kernels to measure, by name [default: all]
+    /// Kernels to measure, by name; `maps` and `hybrids` stand for all of a kind [default: all]
     #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
     kernels: Vec<String>,
 
@@ -72,6 +73,9 @@ pub struct Args {
 #[derive(Debug)]
 pub struct Plan {
     pub kernels: Vec<Kernel>,
+    pub hybrids: Vec<Hybrid>,
+    /// The sizes of the hybrids.
+    pub sizes: Sizes,
     pub features: Vec<usize>,
     pub seeds: u64,
     /// `Some` overrides what the file says.
@@ -92,7 +96,7 @@ const MOST_FEATURES: usize = 65_536;
 impl Args {
     /// Checks the arguments and fills in the defaults.
     pub fn plan(&self) -> Result<Plan, String> {
-        let kernels = self.chosen_kernels()?;
+        let (kernels, hybrids) = self.chosen_kernels()?;
         let mut features = match (self.features.is_empty(), self.quick) {
             (false, _) => self.features.clone(),
             (true, true) => vec![16, 64],
@@ -109,6 +113,8 @@ impl Args {
         }
         Ok(Plan {
             kernels,
+            hybrids,
+            sizes: if self.quick { Sizes::quick() } else { Sizes::standard() },
             features,
             seeds,
             causal: if self.causal { Some(true) } else { self.full.then_some(false) },
@@ -119,18 +125,24 @@ impl Args {
         })
     }
 
-    fn chosen_kernels(&self) -> Result<Vec<Kernel>, String> {
-        let mut kernels = Vec::new();
+    /// Each once, in the order they were named.
+    fn chosen_kernels(&self) -> Result<(Vec<Kernel>, Vec<Hybrid>), String> {
+        if self.kernels.is_empty() {
+            return Ok((Kernel::ALL.to_vec(), Hybrid::ALL.to_vec()));
+        }
+        let (mut kernels, mut hybrids) = (Vec::new(), Vec::new());
         for name in &self.kernels {
-            let Some(kernel) = Kernel::ALL.into_iter().find(|kernel| kernel.name() == name.trim()) else {
-                let names: Vec<_> = Kernel::ALL.iter().map(|kernel| kernel.name()).collect();
-                return Err(format!("`{name}` is not a kernel: choose from {}", names.join(", ")));
-            };
-            if !kernels.contains(&kernel) {
-                kernels.push(kernel);
+            let [maps, behind_windows] = ["maps", "hybrids"].map(|all| all == name.trim());
+            let before = kernels.len() + hybrids.len();
+            kernels.extend(Kernel::ALL.into_iter().filter(|kernel| maps || kernel.name() == name.trim()));
+            hybrids.extend(Hybrid::ALL.into_iter().filter(|hybrid| behind_windows || hybrid.name() == name.trim()));
+            if kernels.len() + hybrids.len() == before {
+                let names = Kernel::ALL.iter().map(|kernel| kernel.name());
+                let names: Vec<_> = names.chain(Hybrid::ALL.iter().map(|hybrid| hybrid.name())).collect();
+                return Err(format!("`{name}` is not a kernel: choose from maps, hybrids, {}", names.join(", ")));
             }
         }
-        Ok(if kernels.is_empty() { Kernel::ALL.to_vec() } else { kernels })
+        Ok((each_once(&kernels), each_once(&hybrids)))
     }
 
     fn command(&self) -> String {
@@ -155,4 +167,8 @@ impl Args {
         }
         command
     }
+}
+
+fn each_once<K: Copy + PartialEq>(all: &[K]) -> Vec<K> {
+    all.iter().enumerate().filter(|(i, kernel)| !all[..*i].contains(kernel)).map(|(_, kernel)| *kernel).collect()
 }

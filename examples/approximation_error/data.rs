@@ -8,6 +8,9 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
+/// More says nothing about attention.
+const MOST_STRIDE: usize = 65_536;
+
 static EMBEDDED: &[u8] = include_bytes!("../../data/heads.safetensors");
 
 /// One head.
@@ -22,6 +25,8 @@ pub struct Input {
     pub v: Array2<f32>,
     /// Queries and keys of another text.
     pub calibration: Option<(Array2<f32>, Array2<f32>)>,
+    /// Tokens from one row of the calibration split to the next.
+    pub calibration_stride: usize,
 }
 
 impl Input {
@@ -35,6 +40,11 @@ impl Input {
 
     pub fn value_dim(&self) -> usize {
         self.v.ncols()
+    }
+
+    /// The size of the keys and values themselves: the cache of exact attention.
+    pub fn exact_floats(&self) -> usize {
+        self.k.nrows() * (self.head_dim() + self.value_dim())
     }
 
     pub fn is_real(&self) -> bool {
@@ -52,7 +62,10 @@ impl Input {
 
 /// The heads that are part of the program.
 pub fn embedded(plan: &Plan) -> Result<Vec<Input>, String> {
-    heads(EMBEDDED, "the embedded file", plan)
+    let mut inputs = heads(EMBEDDED, "the embedded file", plan)?;
+    // data/README.md: every third token of the SmolLM2 heads
+    inputs.iter_mut().filter(|input| input.name.starts_with('L')).for_each(|input| input.calibration_stride = 3);
+    Ok(inputs)
 }
 
 /// The heads of a file.
@@ -95,6 +108,12 @@ fn head(
         Some(other) => return Err(format!("the metadata `{name}/causal` is `{other}`: write `true` or `false`")),
     };
     let mask = if plan.causal.unwrap_or(causal) { Mask::Causal } else { Mask::Full };
+    let calibration_stride = match metadata.get(&format!("{name}/calibration/stride")) {
+        None => 1,
+        Some(stride) => stride.parse().ok().filter(|stride| (1..=MOST_STRIDE).contains(stride)).ok_or_else(|| {
+            format!("the metadata `{name}/calibration/stride` is `{stride}`: write a number from 1 to {MOST_STRIDE}")
+        })?,
+    };
     let split = if ["q", "k", "v"].iter().any(|part| tensors.tensor(&format!("{name}/test/{part}")).is_ok()) {
         format!("{name}/test")
     } else {
@@ -131,6 +150,7 @@ fn head(
         k: first(k),
         v: first(v),
         calibration: calibration.map(|(q, k)| (first(q), first(k))),
+        calibration_stride,
     })
 }
 

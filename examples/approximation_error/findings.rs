@@ -1,6 +1,7 @@
 //! What was found, in sentences that are computed from the measurements.
 
 use crate::args::Plan;
+use crate::hybrids;
 use crate::kernels::{Claim, Kernel};
 use crate::measure::Results;
 use crate::summary::{Group, Row, best, kernel_error_rate, median, rows};
@@ -27,6 +28,7 @@ pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
     .collect();
     found.extend(slopes_at_small_norm(results, plan));
     found.extend([slopes_on_heads(results, &heads), weights(&head_rows), failures(results)].into_iter().flatten());
+    found.extend(hybrids::findings::findings(results, plan));
     found
 }
 

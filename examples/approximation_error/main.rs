@@ -9,9 +9,12 @@
 //! `measurements.csv` and `index.html` to `target/approximation_error/` (`--output DIR`). Uniform attention stands on top of
 //! every table: a map that does not beat it approximates nothing.
 //!
+//! Then come the hybrids, head by head: an exact window with each far memory of the crate behind it, beside the window that
+//! keeps as many floats, the same window with nothing behind it, and uniform attention. `--kernels hybrids` measures them alone.
+//!
 //! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`, `<head>/k`, `<head>/v` of shape
 //! `[tokens, d]`, raw after the rotary embedding. Optional: `<head>/calibration/q` and `/k` of another text, to which
-//! weights are fitted, and the metadata entry `<head>/causal`. From a PyTorch model:
+//! weights are fitted, and the metadata entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
 //!
 //! ```python
 //! from safetensors.torch import save_file
@@ -25,6 +28,7 @@
 mod args;
 mod data;
 mod findings;
+mod hybrids;
 mod kernels;
 mod measure;
 mod page;
@@ -76,7 +80,9 @@ fn run(args: &Args) -> Result<(), String> {
     };
     let head_dim = inputs.first().map_or(64, data::Input::head_dim);
     let tokens = if plan.quick { 64 } else { 256 };
-    inputs.extend(plan.norms.iter().map(|norm| synthetic::gaussian(*norm, tokens, head_dim)));
+    if !plan.kernels.is_empty() {
+        inputs.extend(plan.norms.iter().map(|norm| synthetic::gaussian(*norm, tokens, head_dim)));
+    }
     create(&args.output)?;
 
     let results = measure::measure(inputs, &plan)?;
@@ -102,18 +108,31 @@ fn create(output: &Path) -> Result<(), String> {
 fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
     let heads = Group::heads(results);
     let mut text = format!("Approximation error on real heads ({})\n", heads.name);
-    text.push_str(&table::terminal(&table::summary(results, &heads)));
+    text.push_str(&table::terminal(&table::HEADER, &table::summary(results, &heads), 1));
     text.push_str(&format!("\n{}\n", table::LEGEND));
-
-    let features = table::typical_features(&plan.features);
-    let (header, lines) = table::norms(results, &Group::synthetic(results), features);
-    text.push_str("\nOutput error on Gaussian q and k of growing norm (in brackets: no better than uniform)\n");
-    text.push_str(&table::terminal_norms(&header, &lines));
-    text.push_str("\n\n");
+    if !plan.kernels.is_empty() {
+        text.push_str(&norms(results, plan));
+    }
+    let hybrids = hybrids::table::lines(results);
+    if !hybrids.is_empty() {
+        text.push_str("\nHybrids, head by head\n");
+        text.push_str(&table::terminal(&hybrids::table::HEADER, &hybrids, 2));
+        text.push_str(&format!("\n{}\n", hybrids::table::legend(results, &plan.sizes)));
+    }
+    text.push('\n');
     for finding in findings {
         text.push_str(&wrapped(finding));
     }
     text
+}
+
+fn norms(results: &Results, plan: &Plan) -> String {
+    let features = table::typical_features(&plan.features);
+    let (header, lines) = table::norms(results, &Group::synthetic(results), features);
+    format!(
+        "\nOutput error on Gaussian q and k of growing norm (in brackets: no better than uniform)\n{}\n",
+        table::terminal_norms(&header, &lines)
+    )
 }
 
 /// A list item in lines of at most 110 characters.

@@ -2,6 +2,7 @@
 
 use crate::args::Plan;
 use crate::data::Input;
+use crate::hybrids;
 use crate::kernels::Kernel;
 use dijiang::fidelity::{Reference, Report};
 use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -37,6 +38,7 @@ pub struct Results {
     pub inputs: Vec<Input>,
     pub exact: Vec<Exact>,
     pub measurements: Vec<Measurement>,
+    pub hybrids: hybrids::measure::Results,
     times: Times,
 }
 
@@ -45,7 +47,7 @@ type Times = HashMap<(Shape, Option<&'static str>, usize), f64>;
 
 /// What the time of a forward depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Shape {
+pub struct Shape {
     queries: usize,
     keys: usize,
     head_dim: usize,
@@ -54,7 +56,7 @@ struct Shape {
 }
 
 impl Shape {
-    fn of(input: &Input) -> Self {
+    pub fn of(input: &Input) -> Self {
         Self {
             queries: input.tokens(),
             keys: input.k.nrows(),
@@ -118,16 +120,17 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
     progress.finish_and_clear();
     let place = |kernel| Kernel::ALL.iter().position(|other| *other == kernel);
     measurements.sort_by_key(|m| (m.input, place(m.kernel), m.features, m.seed));
+    let mut hybrids = hybrids::measure::errors(&inputs, &references, plan);
     drop(references);
 
     let times = times(&inputs, &measurements, plan)?;
-    Ok(Results { inputs, exact, measurements, times })
+    hybrids::measure::times(&inputs, &mut hybrids, plan);
+    Ok(Results { inputs, exact, measurements, hybrids, times })
 }
 
 fn exact(input: &Input, reference: &Reference<f32>) -> Result<Exact, dijiang::Error> {
     let kernel = SoftmaxAttention::new(input.head_dim())?;
-    let state_floats = input.k.nrows() * (input.head_dim() + input.value_dim());
-    Ok(Exact { report: reference.compare(&kernel)?, state_floats })
+    Ok(Exact { report: reference.compare(&kernel)?, state_floats: input.exact_floats() })
 }
 
 fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<Times, String> {
@@ -158,7 +161,7 @@ fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<
 }
 
 /// The shortest of a few forwards, on this thread alone.
-fn microseconds_per_token(kernel: &dyn Attention<f32>, input: &Input, quick: bool) -> Option<f64> {
+pub fn microseconds_per_token(kernel: &dyn Attention<f32>, input: &Input, quick: bool) -> Option<f64> {
     let (least_runs, budget) = if quick { (1, Duration::ZERO) } else { (3, Duration::from_millis(60)) };
     let mut out = ndarray::Array2::zeros((input.tokens(), input.value_dim()));
     let mut shortest = Duration::MAX;
@@ -174,7 +177,7 @@ fn microseconds_per_token(kernel: &dyn Attention<f32>, input: &Input, quick: boo
 }
 
 /// A progress bar on standard error; hidden where that is no terminal.
-fn progress(jobs: usize, what: &'static str) -> ProgressBar {
+pub fn progress(jobs: usize, what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new(jobs as u64).with_message(what);
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:40} {pos}/{len}, {eta} left") {
         bar.set_style(style);

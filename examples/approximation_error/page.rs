@@ -2,29 +2,21 @@
 
 use crate::args::Plan;
 use crate::findings::SMALL_NORM;
+use crate::hybrids;
 use crate::kernels::Kernel;
 use crate::measure::Results;
-use crate::plots;
+use crate::plots::{self, Failure};
 use crate::summary::{Group, describe};
 use crate::table::{self, Emphasis};
 
 const STYLE: &str = include_str!("page.css");
 
-/// The whole page.
-pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let heads = Group::heads(results);
-    let small = results.inputs.iter().position(|input| input.norm == Some(SMALL_NORM));
-    let features = table::typical_features(&plan.features);
-    let synthetic = Group::synthetic(results);
-    let mut panels: Vec<Group> = [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
-    panels.push(heads.clone());
-    let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
-    let uniform = ("reference", "uniform attention");
-    let estimates = |kernels: &[Kernel]| {
-        kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect()
-    };
-    let estimates: Vec<Kernel> = estimates(&plan.kernels);
+/// Plots of single heads that the page shows.
+const MOST_PANELS: usize = 12;
 
+/// The whole page.
+pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<String, Failure> {
+    let heads = Group::heads(results);
     let mut html = String::from(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -50,38 +42,104 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     html.push_str("</ul>\n");
 
     section(&mut html, &format!("Real heads ({})", heads.name));
-    html.push_str(&summary_table(&table::summary(results, &heads)));
+    html.push_str(&summary_table(&table::HEADER, &table::summary(results, &heads)));
     html.push_str(&format!("<p>{}</p>\n", escaped(table::LEGEND).replace('\n', "<br>")));
 
-    section(&mut html, "Error by head");
+    hybrid_sections(&mut html, results, plan)?;
+    if !plan.kernels.is_empty() {
+        map_sections(&mut html, results, plan, &heads)?;
+    }
+
+    section(&mut html, "What was measured");
+    html.push_str("<ul>\n");
+    for input in &results.inputs {
+        html.push_str(&format!("<li>{}</li>\n", escaped(&describe(input))));
+    }
+    html.push_str("</ul>\n<dl>\n");
+    for kernel in &plan.kernels {
+        html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", kernel.name(), kernel.description()));
+    }
+    for hybrid in &plan.hybrids {
+        html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", hybrid.name(), hybrid.description()));
+    }
+    html.push_str(&format!(
+        "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of one forward on one thread, \
+         and are the only numbers here that differ from run to run.</p>\n</body>\n</html>\n",
+        results.measurements.len() + results.hybrids.measurements.len()
+    ));
+    Ok(html)
+}
+
+/// The hybrids: a table, and for each head error against state.
+fn hybrid_sections(html: &mut String, results: &Results, plan: &Plan) -> Result<(), Failure> {
+    let lines = hybrids::table::lines(results);
+    if lines.is_empty() {
+        return Ok(());
+    }
+    section(html, "Hybrids, head by head");
+    html.push_str(&summary_table(&hybrids::table::HEADER, &lines));
+    let legend = hybrids::table::legend(results, &plan.sizes);
+    html.push_str(&format!("<p>{}</p>\n", escaped(&legend).replace('\n', "<br>")));
+
+    section(html, "Hybrids: error against the size of the state");
+    let lines = [("reference", "uniform attention"), ("guide", "cache of exact attention")];
+    html.push_str(&plots::key(hybrids::plot::marks(&plan.hybrids), &lines));
+    html.push_str("<div class=\"panels\">\n");
+    let heads = hybrids::rows::inputs(results);
+    for &input in heads.iter().take(MOST_PANELS) {
+        let plot = hybrids::plot::pareto(results, input)?;
+        figure(html, plot, &hybrids::findings::caption(results, input));
+    }
+    html.push_str("</div>\n");
+    if heads.len() > MOST_PANELS {
+        html.push_str(&format!("<p>The first {MOST_PANELS} of {} heads.</p>\n", heads.len()));
+    }
+    Ok(())
+}
+
+/// The feature maps: errors by head, features, state and norm.
+fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group) -> Result<(), Failure> {
+    let small = results.inputs.iter().position(|input| input.norm == Some(SMALL_NORM));
+    let features = table::typical_features(&plan.features);
+    let synthetic = Group::synthetic(results);
+    let mut panels: Vec<Group> = [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
+    panels.push(heads.clone());
+    let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
+    let uniform = ("reference", "uniform attention");
+    let estimates = |kernels: &[Kernel]| {
+        kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect()
+    };
+    let estimates: Vec<Kernel> = estimates(&plan.kernels);
+
+    section(html, "Error by head");
     let zeros = ("guide", "an output of zeros");
     html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform, zeros]));
     let by_head = plots::by_head(results, &heads.inputs, features)?;
     figure(
-        &mut html,
+        html,
         by_head,
         "Median over seeds, with the range over seeds. The dashed bar is uniform attention on that head: marks above it are \
          worse than looking at all keys alike. Marks at the upper edge may lie beyond it.",
     );
 
-    section(&mut html, "Error against the number of features");
+    section(html, "Error against the number of features");
     html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform]));
     html.push_str("<div class=\"panels\">\n");
     for group in &panels {
         let plot = plots::output_against_features(results, group)?;
-        figure(&mut html, plot, "");
+        figure(html, plot, "");
     }
     html.push_str(
         "</div>\n<p>Relative output error, median over seeds with the range over seeds, both axes logarithmic. Gaussian \
          q and k of the stated norm, then the real heads. Maps whose number of features follows from d are single marks.</p>\n",
     );
 
-    section(&mut html, "How fast the kernel error falls");
+    section(html, "How fast the kernel error falls");
     html.push_str(&plots::legend(estimates.iter().copied(), &[("guide", "slopes −½ and −1")]));
     html.push_str("<div class=\"panels\">\n");
     for group in &small_and_heads {
         let plot = plots::kernel_against_features(results, group)?;
-        figure(&mut html, plot, "");
+        figure(html, plot, "");
     }
     html.push_str(
         "</div>\n<p>Relative error of the unnormalised weights against exp(q̂·k̂). Monte Carlo falls with slope −½; \
@@ -92,7 +150,7 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
         let lines = [("reference", "−1, claimed for quasi-Monte Carlo"), ("guide", "−½, Monte Carlo")];
         html.push_str(&plots::legend([], &lines));
         figure(
-            &mut html,
+            html,
             slopes,
             &format!(
                 "Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the order listed below."
@@ -107,38 +165,23 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
         ));
     }
 
-    section(&mut html, "Error against the size of the state");
+    section(html, "Error against the size of the state");
     html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform, ("guide", "state of exact attention")]));
     html.push_str("<div class=\"panels\">\n");
     for group in &small_and_heads {
         let plot = plots::output_against_state(results, group)?;
-        figure(&mut html, plot, "");
+        figure(html, plot, "");
     }
     html.push_str(
         "</div>\n<p>A feature map keeps 2m·(d<sub>v</sub> + 1) + 1 numbers, sums and their rounding errors; exact attention keeps n·(d + d<sub>v</sub>), \
          the upright line.</p>\n",
     );
 
-    section(&mut html, "Growing norms");
+    section(html, "Growing norms");
     let (header, lines) = table::norms(results, &synthetic, features);
     html.push_str(&plain_table(&header, &lines));
     html.push_str("<p>Output error on Gaussian q and k; in brackets: no better than uniform attention.</p>\n");
-
-    section(&mut html, "What was measured");
-    html.push_str("<ul>\n");
-    for input in &results.inputs {
-        html.push_str(&format!("<li>{}</li>\n", escaped(&describe(input))));
-    }
-    html.push_str("</ul>\n<dl>\n");
-    for kernel in &plan.kernels {
-        html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", kernel.name(), kernel.description()));
-    }
-    html.push_str(&format!(
-        "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of one forward on one thread, \
-         and are the only numbers here that differ from run to run.</p>\n</body>\n</html>\n",
-        results.measurements.len()
-    ));
-    Ok(html)
+    Ok(())
 }
 
 fn section(html: &mut String, title: &str) {
@@ -155,9 +198,9 @@ fn figure(html: &mut String, plot: Option<String>, caption: &str) {
     }
 }
 
-fn summary_table(lines: &[table::Line]) -> String {
+fn summary_table(header: &[&str], lines: &[table::Line]) -> String {
     let mut html = String::from("<div class=\"scroll\"><table><thead><tr>");
-    for name in table::HEADER {
+    for name in header {
         html.push_str(&format!("<th>{}</th>", escaped(name).replace('\n', "<br>")));
     }
     html.push_str("</tr></thead><tbody>\n");

@@ -6,7 +6,7 @@
 use crate::kernels::Kernel;
 use crate::measure::Results;
 use crate::summary::{Group, Row, kernel_error_rate, median, rows};
-use crate::text::{short, slope};
+use crate::text::{short, shortened, slope};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::prelude::*;
@@ -16,9 +16,9 @@ use std::ops::Range;
 const INK: RGBColor = RGBColor(1, 2, 3);
 const GRID: RGBColor = RGBColor(1, 2, 4);
 /// Dashed by the style sheet.
-const REFERENCE: RGBColor = RGBColor(1, 2, 5);
+pub const REFERENCE: RGBColor = RGBColor(1, 2, 5);
 /// Dotted by the style sheet.
-const GUIDE: RGBColor = RGBColor(1, 2, 6);
+pub const GUIDE: RGBColor = RGBColor(1, 2, 6);
 
 const WIDTH: u32 = 560;
 const HEIGHT: u32 = 380;
@@ -27,22 +27,25 @@ const FONT: &str = "sans-serif";
 const MOST_HEADS: usize = 24;
 
 /// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each member.
-#[derive(Clone, Copy)]
-enum Shape {
+pub type Look = (RGBColor, Shape);
+
+#[derive(Clone, Copy, Debug)]
+pub enum Shape {
     Disc,
     Ring,
     Triangle,
     Cross,
 }
 
-fn look(kernel: Kernel) -> (RGBColor, Shape) {
-    const BLUE: RGBColor = RGBColor(0, 114, 178);
-    const SKY: RGBColor = RGBColor(86, 180, 233);
-    const VERMILLION: RGBColor = RGBColor(213, 94, 0);
-    const ORANGE: RGBColor = RGBColor(230, 159, 0);
-    const GREEN: RGBColor = RGBColor(0, 158, 115);
-    const PURPLE: RGBColor = RGBColor(204, 121, 167);
-    const GREY: RGBColor = RGBColor(140, 140, 140);
+pub const BLUE: RGBColor = RGBColor(0, 114, 178);
+pub const SKY: RGBColor = RGBColor(86, 180, 233);
+pub const VERMILLION: RGBColor = RGBColor(213, 94, 0);
+pub const ORANGE: RGBColor = RGBColor(230, 159, 0);
+pub const GREEN: RGBColor = RGBColor(0, 158, 115);
+pub const PURPLE: RGBColor = RGBColor(204, 121, 167);
+pub const GREY: RGBColor = RGBColor(140, 140, 140);
+
+fn look(kernel: Kernel) -> Look {
     match kernel {
         Kernel::Performer => (BLUE, Shape::Disc),
         Kernel::PerformerIid => (SKY, Shape::Triangle),
@@ -60,11 +63,11 @@ fn look(kernel: Kernel) -> (RGBColor, Shape) {
     }
 }
 
-type Failure = Box<dyn std::error::Error>;
+pub type Failure = Box<dyn std::error::Error>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// An axis in the units that are drawn: logarithms where `log`.
-struct Axis {
+pub struct Axis {
     label: &'static str,
     low: f64,
     high: f64,
@@ -73,7 +76,7 @@ struct Axis {
 
 impl Axis {
     /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten.
-    fn log(label: &'static str, values: &[f64]) -> Option<Self> {
+    pub fn log(label: &'static str, values: &[f64]) -> Option<Self> {
         let good = values.iter().copied().filter(|x| *x > 0.0 && x.is_finite()).map(f64::log10);
         let (low, high) = good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         if low > high {
@@ -177,14 +180,14 @@ fn tick(x: f64) -> String {
 }
 
 /// Points of one kernel, in drawn units.
-struct Series {
-    kernel: Kernel,
-    points: Vec<(f64, f64)>,
+pub struct Series {
+    pub look: Look,
+    pub points: Vec<(f64, f64)>,
     /// From, to.
-    bars: Vec<[(f64, f64); 2]>,
-    joined: bool,
-    size: i32,
-    alpha: f64,
+    pub bars: Vec<[(f64, f64); 2]>,
+    pub joined: bool,
+    pub size: i32,
+    pub alpha: f64,
 }
 
 /// A line that is no kernel's.
@@ -194,31 +197,31 @@ struct Reference {
     width: u32,
 }
 
-struct Panel {
+pub struct Panel {
     title: String,
     x: Axis,
     y: Axis,
-    series: Vec<Series>,
+    pub series: Vec<Series>,
     references: Vec<Reference>,
     left: u32,
     size: (u32, u32),
 }
 
 impl Panel {
-    fn new(title: impl Into<String>, x: Axis, y: Axis) -> Self {
+    pub fn new(title: impl Into<String>, x: Axis, y: Axis) -> Self {
         let (series, references) = (Vec::new(), Vec::new());
         Self { title: title.into(), x, y, series, references, left: 64, size: (WIDTH, HEIGHT) }
     }
 
-    fn across(&mut self, y: f64, colour: RGBColor) {
+    pub fn across(&mut self, y: f64, colour: RGBColor) {
         self.references.push(Reference { ends: [(self.x.low, y), (self.x.high, y)], colour, width: 2 });
     }
 
-    fn upright(&mut self, x: f64, colour: RGBColor) {
+    pub fn upright(&mut self, x: f64, colour: RGBColor) {
         self.references.push(Reference { ends: [(x, self.y.low), (x, self.y.high)], colour, width: 2 });
     }
 
-    fn draw(&self) -> Result<String, Failure> {
+    pub fn draw(&self) -> Result<String, Failure> {
         let mut svg = String::new();
         {
             let root = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
@@ -264,7 +267,7 @@ impl Panel {
             )))?;
         }
         for series in &self.series {
-            let (colour, shape) = look(series.kernel);
+            let (colour, shape) = series.look;
             let colour = colour.mix(series.alpha);
             if series.joined {
                 chart.draw_series(LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)))?;
@@ -288,14 +291,18 @@ impl Panel {
 
 /// A key of the kernels, as HTML.
 pub fn legend(kernels: impl IntoIterator<Item = Kernel>, references: &[(&str, &str)]) -> String {
+    key(kernels.into_iter().map(|kernel| (look(kernel), kernel.name())), references)
+}
+
+/// A key of marks and lines, as HTML.
+pub fn key(marks: impl IntoIterator<Item = (Look, &'static str)>, references: &[(&str, &str)]) -> String {
     let mut html = String::from("<p class=\"legend\">");
     for (class, text) in references {
         html.push_str(&format!(
             "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{text}</span> "
         ));
     }
-    for kernel in kernels {
-        let (RGBColor(r, g, b), shape) = look(kernel);
+    for ((RGBColor(r, g, b), shape), name) in marks {
         let colour = format!("#{r:02X}{g:02X}{b:02X}");
         let mark = match shape {
             Shape::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
@@ -305,7 +312,7 @@ pub fn legend(kernels: impl IntoIterator<Item = Kernel>, references: &[(&str, &s
             Shape::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
             Shape::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
         };
-        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{}</span> ", kernel.name()));
+        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> "));
     }
     html.push_str("</p>");
     html
@@ -323,7 +330,7 @@ fn joined(rows: &[Row], kernel: Kernel, x: impl Fn(&Row) -> f64, y: impl Fn(&Row
         }
     }
     let joined = points.len() > 1;
-    Series { kernel, points, bars, joined, size: 4, alpha: 1.0 }
+    Series { look: look(kernel), points, bars, joined, size: 4, alpha: 1.0 }
 }
 
 fn kernels(rows: &[Row]) -> Vec<Kernel> {
@@ -416,7 +423,7 @@ pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Resul
             let [from, to] = rate.confidence.map(|x| x.clamp(-2.0, 1.0));
             (low, high) = (low.min(from - 0.05), high.max(to + 0.05));
             series.push(Series {
-                kernel,
+                look: look(kernel),
                 points: vec![(rate.slope.clamp(-2.0, 1.0), y)],
                 bars: vec![[(from, y), (to, y)]],
                 joined: false,
@@ -448,7 +455,7 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
     let mut series: Vec<Series> = shown
         .iter()
         .map(|kernel| Series {
-            kernel: *kernel,
+            look: look(*kernel),
             points: Vec::new(),
             bars: Vec::new(),
             joined: false,
@@ -467,11 +474,9 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
             colour: REFERENCE,
             width: 3,
         });
-        for (place, series) in series.iter_mut().enumerate() {
-            let nearest = rows
-                .iter()
-                .filter(|row| row.kernel == series.kernel)
-                .min_by_key(|row| row.features[0].abs_diff(features));
+        for (place, (series, kernel)) in series.iter_mut().zip(&shown).enumerate() {
+            let nearest =
+                rows.iter().filter(|row| row.kernel == *kernel).min_by_key(|row| row.features[0].abs_diff(features));
             let Some(error) = nearest.map(|row| row.output_error) else { continue };
             let x = column + 0.12 + 0.76 * (place as f64 + 0.5) / shown.len() as f64;
             highest = highest.max(error.median.min(4.0));
@@ -500,10 +505,6 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
     panel.series = series;
     panel.references.extend(references);
     panel.draw().map(Some)
-}
-
-fn shortened(name: &str, width: usize) -> String {
-    if name.chars().count() <= width { name.to_owned() } else { name.chars().take(width - 1).chain(['…']).collect() }
 }
 
 /// The measured slopes as an HTML table: on `small`, and the range over heads.

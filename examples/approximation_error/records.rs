@@ -1,5 +1,6 @@
 //! The CSV file: one line for every measurement.
 
+use crate::hybrids::measure::Measurement;
 use crate::measure::Results;
 use dijiang::Mask;
 use dijiang::fidelity::Report;
@@ -31,6 +32,11 @@ struct Record<'a> {
     state_floats: usize,
     microseconds_per_token: Option<f64>,
     failure: &'a str,
+    variant: Option<String>,
+    equal_window: Option<usize>,
+    equal_window_error: Option<f64>,
+    dropped_error: Option<f64>,
+    far_share: Option<f64>,
 }
 
 /// Writes every measurement, the baselines included.
@@ -67,9 +73,32 @@ pub fn write(results: &Results, path: &Path) -> Result<(), csv::Error> {
                 ..record(results, i, m.report.as_ref().ok())
             })?;
         }
+        for m in results.hybrids.measurements.iter().filter(|m| m.input == i) {
+            writer.serialize(hybrid(results, m))?;
+        }
     }
     writer.flush()?;
     Ok(())
+}
+
+fn hybrid<'a>(results: &'a Results, m: &'a Measurement) -> Record<'a> {
+    let outcome = m.outcome.as_ref().ok();
+    let window = outcome.and_then(|outcome| outcome.equal_window);
+    let baseline = results.hybrids.baselines[m.input];
+    Record {
+        kernel: m.contestant.hybrid().name(),
+        features: m.contestant.features(),
+        seed: Some(m.seed).filter(|_| m.contestant.is_random()),
+        state_floats: m.state_floats,
+        microseconds_per_token: m.microseconds,
+        failure: m.outcome.as_ref().err().map_or("", String::as_str),
+        variant: Some(m.contestant.label()),
+        equal_window: window.map(|window| window.tokens),
+        equal_window_error: window.map(|window| window.error),
+        dropped_error: baseline.and_then(|baseline| baseline.dropped_error),
+        far_share: baseline.map(|baseline| baseline.far_share),
+        ..record(results, m.input, outcome.map(|outcome| &outcome.report))
+    }
 }
 
 fn record<'a>(results: &'a Results, i: usize, report: Option<&Report>) -> Record<'a> {
@@ -100,5 +129,10 @@ fn record<'a>(results: &'a Results, i: usize, report: Option<&Report>) -> Record
         state_floats: 0,
         microseconds_per_token: None,
         failure: "",
+        variant: None,
+        equal_window: None,
+        equal_window_error: None,
+        dropped_error: None,
+        far_share: None,
     }
 }

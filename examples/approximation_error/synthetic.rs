@@ -37,5 +37,6 @@ pub fn gaussian(norm: f64, tokens: usize, head_dim: usize) -> Input {
         k: matrix(factor),
         v: matrix(1.0),
         calibration: Some((matrix(factor), matrix(factor))),
+        calibration_stride: 1,
     }
 }

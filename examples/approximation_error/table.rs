@@ -31,7 +31,7 @@ pub enum Emphasis {
     Useless,
 }
 
-/// One line of the summary.
+/// One line of the summary, or of the table of hybrids.
 #[derive(Debug)]
 pub struct Line {
     pub cells: [String; 10],
@@ -154,10 +154,10 @@ pub fn typical_features(asked: &[usize]) -> usize {
     asked.iter().copied().min_by_key(|m| m.abs_diff(256)).unwrap_or(256)
 }
 
-/// The summary as text, at most 120 columns wide.
-pub fn terminal(lines: &[Line]) -> String {
+/// Lines as text, at most 120 columns wide; the first `names` columns hold no numbers.
+pub fn terminal(header: &[&str], lines: &[Line], names: usize) -> String {
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(HEADER);
+    table.load_style(UTF8_FULL_CONDENSED).set_header(header);
     for line in lines {
         table.add_row(line.cells.iter().map(|text| {
             let cell = Cell::new(text);
@@ -169,7 +169,7 @@ pub fn terminal(lines: &[Line]) -> String {
             }
         }));
     }
-    aligned(table, 1)
+    aligned(table, names)
 }
 
 /// The table of [`norms`] as text.

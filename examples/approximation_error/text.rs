@@ -23,6 +23,11 @@ pub fn short_or_dash(x: Option<f64>) -> String {
     x.map_or_else(|| "-".to_owned(), short)
 }
 
+/// The first characters of a name that is too long.
+pub fn shortened(name: &str, width: usize) -> String {
+    if name.chars().count() <= width { name.to_owned() } else { name.chars().take(width - 1).chain(['…']).collect() }
+}
+
 /// A count with thin spaces between thousands.
 pub fn count(x: f64) -> String {
     let digits = format!("{x:.0}");
@@ -40,4 +45,10 @@ pub fn count(x: f64) -> String {
 pub fn slope(x: f64) -> String {
     // no negative zero
     format!("{:.2}", (100.0 * x).round() / 100.0 + 0.0).replace('-', "−")
+}
+
+/// A share as a percentage.
+pub fn percent(x: f64) -> String {
+    let x = 100.0 * x;
+    if x < 9.95 { format!("{x:.1} %") } else { format!("{x:.0} %") }
 }

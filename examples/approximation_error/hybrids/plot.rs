@@ -1,0 +1,146 @@
+//! The plot of one head: output error against the size of the state, a line for each family.
+
+use super::rows::{Row, rows};
+use super::{Hybrid, Memory};
+use crate::measure::Results;
+use crate::plots::{
+    Axis, BLUE, Failure, GREEN, GREY, GUIDE, Look, PURPLE, Panel, REFERENCE, Series, Shape, VERMILLION,
+};
+use dijiang::Metric;
+
+/// A line of the plot, or single marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Window,
+    Features,
+    Taylor,
+    Heavy,
+    Ward,
+    CalibratedWard,
+    Merged,
+    Blocks,
+    PlainMetric,
+}
+
+impl Family {
+    const ALL: [Self; 9] = [
+        Self::Window,
+        Self::Features,
+        Self::Taylor,
+        Self::Heavy,
+        Self::Ward,
+        Self::CalibratedWard,
+        Self::Blocks,
+        Self::PlainMetric,
+        Self::Merged,
+    ];
+
+    fn of(memory: Memory) -> Self {
+        match memory {
+            Memory::Dropped => Self::Window,
+            Memory::Features(_) => Self::Features,
+            Memory::Taylor { heavy: 0, .. } => Self::Taylor,
+            Memory::Taylor { .. } => Self::Heavy,
+            Memory::Ward { calibrated: true, .. } => Self::CalibratedWard,
+            Memory::Ward { calibrated: false, .. } => Self::Ward,
+            Memory::Merged { block: 1, metric: Metric::QueryDiagonal, .. } => Self::Merged,
+            Memory::Merged { block: 1, .. } => Self::PlainMetric,
+            Memory::Merged { .. } => Self::Blocks,
+        }
+    }
+
+    fn hybrid(self) -> Hybrid {
+        match self {
+            Self::Window => Hybrid::Window,
+            Self::Features => Hybrid::Features,
+            Self::Taylor => Hybrid::Taylor,
+            Self::Heavy => Hybrid::Heavy,
+            Self::Ward | Self::CalibratedWard => Hybrid::Ward,
+            Self::Merged | Self::Blocks | Self::PlainMetric => Hybrid::Merged,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Window => "window alone",
+            Self::Features => "features",
+            Self::Taylor => "taylor",
+            Self::Heavy => "heavy, taylor",
+            Self::Ward => "ward",
+            Self::CalibratedWard => "ward, calibrated",
+            Self::Merged => "merged",
+            Self::Blocks => "merged, in blocks",
+            Self::PlainMetric => "merged, plain metric",
+        }
+    }
+
+    fn look(self) -> Look {
+        match self {
+            Self::Window => (GREY, Shape::Disc),
+            Self::Features => (BLUE, Shape::Triangle),
+            Self::Taylor => (PURPLE, Shape::Disc),
+            Self::Heavy => (PURPLE, Shape::Triangle),
+            Self::Ward => (GREEN, Shape::Ring),
+            Self::CalibratedWard => (GREEN, Shape::Disc),
+            Self::Merged => (VERMILLION, Shape::Disc),
+            Self::Blocks => (VERMILLION, Shape::Cross),
+            Self::PlainMetric => (VERMILLION, Shape::Ring),
+        }
+    }
+}
+
+/// The marks of the families that were chosen.
+pub fn marks(chosen: &[Hybrid]) -> impl Iterator<Item = (Look, &'static str)> {
+    // windows of equal size are always there
+    let shown = |family: &Family| *family == Family::Window || chosen.contains(&family.hybrid());
+    Family::ALL.into_iter().filter(move |family| shown(family)).map(|family| (family.look(), family.name()))
+}
+
+/// Output error against state floats on one head; upright the cache of exact attention, across uniform attention.
+pub fn pareto(results: &Results, input: usize) -> Result<Option<String>, Failure> {
+    let rows = rows(results, input);
+    let uniform = results.exact[input].report.uniform_error;
+    let exact = results.exact[input].state_floats as f64;
+    let all: Vec<Series> = Family::ALL.into_iter().filter_map(|family| series(results, input, &rows, family)).collect();
+    let back = |x: f64| 10_f64.powf(x);
+    let points = || all.iter().flat_map(|series| series.points.iter().chain(series.bars.iter().flatten()));
+    let states: Vec<f64> = points().map(|(x, _)| back(*x)).chain([exact]).collect();
+    let errors: Vec<f64> = points().map(|(_, y)| back(*y)).chain([uniform]).collect();
+    let (Some(x), Some(y)) = (Axis::log("state (floats)", &states), Axis::log("relative output error", &errors)) else {
+        return Ok(None);
+    };
+    if all.is_empty() {
+        return Ok(None);
+    }
+    let mut panel = Panel::new(&results.inputs[input].name, x, y);
+    panel.across(uniform.log10(), REFERENCE);
+    panel.upright(exact.log10(), GUIDE);
+    panel.series = all;
+    panel.draw().map(Some)
+}
+
+fn series(results: &Results, input: usize, rows: &[Row], family: Family) -> Option<Series> {
+    let mut values: Vec<(usize, [f64; 3])> = rows
+        .iter()
+        .filter(|row| Family::of(row.contestant.memory) == family)
+        .map(|row| (row.state_floats, [row.error.median, row.error.least, row.error.most]))
+        .collect();
+    if family == Family::Window {
+        let of_token = results.inputs[input].head_dim() + results.inputs[input].value_dim();
+        values.extend(rows.iter().filter_map(|row| {
+            let window = row.equal_window?;
+            Some(((window.tokens + row.contestant.sinks) * of_token, [window.error; 3]))
+        }));
+    }
+    values.sort_by_key(|(floats, _)| *floats);
+    values.dedup_by_key(|(floats, _)| *floats);
+    let drawn: Vec<(f64, [f64; 3])> = values
+        .into_iter()
+        .map(|(floats, errors)| ((floats as f64).log10(), errors.map(f64::log10)))
+        .filter(|(_, errors)| errors.iter().all(|y| y.is_finite()))
+        .collect();
+    let points: Vec<_> = drawn.iter().map(|(x, [median, ..])| (*x, *median)).collect();
+    let bars = drawn.iter().filter(|(_, [_, a, b])| a < b).map(|(x, [_, a, b])| [(*x, *a), (*x, *b)]).collect();
+    let (joined, size) = (points.len() > 1, if family == Family::Window { 3 } else { 4 });
+    (!points.is_empty()).then(|| Series { look: family.look(), points, bars, joined, size, alpha: 1.0 })
+}
