@@ -58,7 +58,9 @@ pub struct Sizes {
     ranks: [usize; 2],
     /// Entries of the merging memories, and features, in the table.
     entries: usize,
-    /// .. and in the plots.
+    /// Tokens that leave at once, where that is tried.
+    block: usize,
+    /// Entries in the plots.
     curve: Vec<usize>,
     windows: Vec<usize>,
 }
@@ -71,6 +73,7 @@ impl Sizes {
             heavy: 16,
             ranks: [6, 10],
             entries: 64,
+            block: 8,
             curve: vec![16, 32, 64, 128, 256],
             windows: vec![32, 64, 128, 256, 512],
         }
@@ -84,6 +87,7 @@ impl Sizes {
             heavy: 2,
             ranks: [2, 4],
             entries: 8,
+            block: 4,
             curve: vec![4, 8, 16],
             windows: vec![4, 8, 16, 32],
         }
@@ -131,7 +135,7 @@ impl Contestant {
                 Hybrid::Ward => vec![ward(standard)],
                 Hybrid::Merged => vec![
                     merged(standard),
-                    Memory::Merged { entries: standard, block: 8, metric: Metric::QueryDiagonal },
+                    Memory::Merged { entries: standard, block: sizes.block, metric: Metric::QueryDiagonal },
                     Memory::Merged { entries: standard, block: 1, metric: Metric::Identity },
                 ],
             };
@@ -217,7 +221,9 @@ impl Contestant {
             Memory::Taylor { rank, heavy } => builder.heavy(heavy).far(Far::taylor(rank)),
             Memory::Ward { entries, .. } => builder.far(Far::ward(entries)),
             Memory::Merged { entries, block, metric } => {
-                builder.far(Far::merged(entries).with_block(block).with_metric(metric))
+                // 16 behind a window of 64; a window of that age or less would collect nothing
+                let far = Far::merged(entries).with_min_age(self.window / 4);
+                builder.far(far.with_block(block).with_metric(metric))
             }
         };
         Ok(Box::new(builder.build()?))

@@ -42,7 +42,7 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     html.push_str("</ul>\n");
 
     section(&mut html, &format!("Real heads ({})", heads.name));
-    html.push_str(&summary_table(&table::HEADER, &table::summary(results, &heads)));
+    html.push_str(&summary_table(&table::HEADER, &table::summary(results, &heads), 1));
     html.push_str(&format!("<p>{}</p>\n", escaped(table::LEGEND).replace('\n', "<br>")));
 
     hybrid_sections(&mut html, results, plan)?;
@@ -77,7 +77,7 @@ fn hybrid_sections(html: &mut String, results: &Results, plan: &Plan) -> Result<
         return Ok(());
     }
     section(html, "Hybrids, head by head");
-    html.push_str(&summary_table(&hybrids::table::HEADER, &lines));
+    html.push_str(&summary_table(&hybrids::table::HEADER, &lines, 2));
     let legend = hybrids::table::legend(results, &plan.sizes);
     html.push_str(&format!("<p>{}</p>\n", escaped(&legend).replace('\n', "<br>")));
 
@@ -198,10 +198,12 @@ fn figure(html: &mut String, plot: Option<String>, caption: &str) {
     }
 }
 
-fn summary_table(header: &[&str], lines: &[table::Line]) -> String {
+/// The first `names` columns hold no numbers.
+fn summary_table(header: &[&str], lines: &[table::Line], names: usize) -> String {
     let mut html = String::from("<div class=\"scroll\"><table><thead><tr>");
-    for name in header {
-        html.push_str(&format!("<th>{}</th>", escaped(name).replace('\n', "<br>")));
+    for (i, name) in header.iter().enumerate() {
+        let class = if i < names { " class=\"name\"" } else { "" };
+        html.push_str(&format!("<th{class}>{}</th>", escaped(name).replace('\n', "<br>")));
     }
     html.push_str("</tr></thead><tbody>\n");
     for line in lines {
@@ -211,7 +213,7 @@ fn summary_table(header: &[&str], lines: &[table::Line]) -> String {
             Emphasis::Useless => "useless",
             Emphasis::Plain => "plain",
         };
-        html.push_str(&format!("<tr class=\"{class}\">{}</tr>\n", cells(&line.cells)));
+        html.push_str(&format!("<tr class=\"{class}\">{}</tr>\n", cells(&line.cells, names)));
     }
     html.push_str("</tbody></table></div>\n");
     html
@@ -219,14 +221,13 @@ fn summary_table(header: &[&str], lines: &[table::Line]) -> String {
 
 fn plain_table(header: &[String], lines: &[Vec<String>]) -> String {
     let head: String = header.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
-    let body: String = lines.iter().map(|line| format!("<tr>{}</tr>\n", cells(line))).collect();
+    let body: String = lines.iter().map(|line| format!("<tr>{}</tr>\n", cells(line, 1))).collect();
     format!("<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n")
 }
 
-/// The first is the line's name.
-fn cells(line: &[String]) -> String {
+fn cells(line: &[String], names: usize) -> String {
     let cell = |(i, text): (usize, &String)| {
-        let tag = if i == 0 { "th" } else { "td" };
+        let tag = if i < names { "th" } else { "td" };
         format!("<{tag}>{}</{tag}>", escaped(text))
     };
     line.iter().enumerate().map(cell).collect()

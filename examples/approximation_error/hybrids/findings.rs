@@ -68,7 +68,7 @@ pub fn caption(results: &Results, input: usize) -> String {
         return String::new();
     };
     let far = results.hybrids.baselines[input].map_or(1.0, |baseline| baseline.far_share);
-    let far = if far < 1.0 { format!("{} of attention is far", percent(far)) } else { "every key is far".to_owned() };
+    let far = if far < 1.0 { format!("{} of attention is far", percent(far)) } else { "Every key is far".to_owned() };
     let against = match (best.equal_window, best.gain()) {
         (Some(window), Some(gain)) if gain > 1.0 => {
             format!("{} times closer than the window of equal size ({})", short(gain), short(window.error))

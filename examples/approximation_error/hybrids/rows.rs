@@ -67,7 +67,7 @@ pub fn best(rows: &[Row]) -> Option<&Row> {
     hybrids.min_by(|a, b| a.error.median.total_cmp(&b.error.median))
 }
 
-/// The inputs on which some hybrid was measured.
+/// The inputs that are in the table.
 pub fn inputs(results: &Results) -> Vec<usize> {
-    (0..results.inputs.len()).filter(|i| !rows(results, *i).is_empty()).collect()
+    (0..results.inputs.len()).filter(|i| !table_rows(results, *i).is_empty()).collect()
 }
