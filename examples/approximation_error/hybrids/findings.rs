@@ -17,6 +17,7 @@ pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
     [
         closest(&heads),
         against_windows(&heads),
+        against_uniform(&heads),
         more_entries(&heads),
         options(&heads),
         too_short(results, plan, &heads),
@@ -134,24 +135,44 @@ fn one(head: &Head<'_>, row: &Row) -> String {
 
 /// What does not beat the window that costs as much.
 fn against_windows(heads: &[Head<'_>]) -> Option<String> {
-    let mut losers: Vec<(String, Vec<&str>, usize)> = Vec::new();
+    let (lost, won) = tally(heads, |_, row| row.gain().map(|gain| gain > 1.0))?;
+    Some(match (lost.is_empty(), won.is_empty()) {
+        (true, _) => format!("Closer to softmax than the window of equal size, on every causal head: {won}."),
+        (_, true) => format!("Not closer to softmax than the window of equal size: {lost}."),
+        _ => {
+            format!("Not closer to softmax than the window of equal size: {lost}. Closer on every causal head: {won}.")
+        }
+    })
+}
+
+/// What approximates nothing, windows included.
+fn against_uniform(heads: &[Head<'_>]) -> Option<String> {
+    let (lost, _) = tally(heads, |head, row| Some(row.error.median < head.uniform()))?;
+    (!lost.is_empty()).then(|| format!("Not closer to softmax than uniform attention: {lost}."))
+}
+
+/// The kernels of the table that failed somewhere, with the heads, and those that never did; `None` if `passes` says of none
+/// whether it did.
+fn tally(heads: &[Head<'_>], passes: impl Fn(&Head<'_>, &Row) -> Option<bool>) -> Option<(String, String)> {
+    let mut kernels: Vec<(String, Vec<&str>, usize)> = Vec::new();
     for head in heads {
-        for row in head.of_table.iter().filter(|row| row.equal_window.is_some()) {
+        for row in &head.of_table {
+            let Some(passed) = passes(head, row) else { continue };
             let label = row.contestant.label();
-            let place = losers.iter().position(|(other, ..)| *other == label).unwrap_or_else(|| {
-                losers.push((label, Vec::new(), 0));
-                losers.len() - 1
+            let place = kernels.iter().position(|(other, ..)| *other == label).unwrap_or_else(|| {
+                kernels.push((label, Vec::new(), 0));
+                kernels.len() - 1
             });
-            losers[place].2 += 1;
-            if !row.is_useful(head.uniform()) {
-                losers[place].1.push(head.name());
+            kernels[place].2 += 1;
+            if !passed {
+                kernels[place].1.push(head.name());
             }
         }
     }
-    if losers.is_empty() {
+    if kernels.is_empty() {
         return None;
     }
-    let (lost, won): (Vec<_>, Vec<_>) = losers.into_iter().partition(|(_, heads, _)| !heads.is_empty());
+    let (lost, won): (Vec<_>, Vec<_>) = kernels.into_iter().partition(|(_, heads, _)| !heads.is_empty());
     let lost: Vec<String> = lost
         .into_iter()
         .map(|(label, heads, of)| match heads.len() {
@@ -161,18 +182,7 @@ fn against_windows(heads: &[Head<'_>]) -> Option<String> {
         })
         .collect();
     let won: Vec<String> = won.into_iter().map(|(label, ..)| label).collect();
-    Some(match (lost.is_empty(), won.is_empty()) {
-        (true, _) => {
-            "Every hybrid of the table is closer to softmax than the window of equal size, on every causal head."
-                .to_owned()
-        }
-        (_, true) => format!("Not closer to softmax than the window of equal size: {}.", lost.join("; ")),
-        _ => format!(
-            "Not closer to softmax than the window of equal size: {}. Closer on every causal head: {}.",
-            lost.join("; "),
-            won.join("; ")
-        ),
-    })
+    Some((lost.join("; "), won.join("; ")))
 }
 
 /// How the error of the merging memory falls with its entries, beside that of windows of equal size.
