@@ -538,19 +538,21 @@ impl<T: Scalar> StaticScore<T> {
 
 /// The mean softmax weight of the calibrated queries on a key: see [`Calibration::expected_attention`].
 struct ExpectedAttention<T> {
-    /// `[queries, d]`
-    queries: Vec<T>,
+    /// Queries as columns `[d, padded queries]`, for scores to base 2.
+    queries: Buffer<T>,
     log2_normalizers: Vec<T>,
 }
 
 impl<T: Scalar> ExpectedAttention<T> {
     fn new(calibration: &Calibration) -> Self {
-        let (queries, log_normalizers) = calibration.queries();
+        let (exact, log_normalizers) = calibration.queries();
         let log2_e = core::f64::consts::LOG2_E;
-        Self {
-            queries: queries.iter().map(|&x| T::from_f64(x)).collect(),
-            log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect(),
+        let width = padded::<T>(exact.nrows());
+        let mut queries = Buffer::zeros(exact.ncols() * width);
+        for ((query, column), &x) in exact.indexed_iter() {
+            queries[column * width + query] = T::from_f64(x * log2_e);
         }
+        Self { queries, log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect() }
     }
 
     /// Of a scaled key.
@@ -558,7 +560,7 @@ impl<T: Scalar> ExpectedAttention<T> {
     fn of(&self, key: &[T], scratch: &mut Buffer<T>) -> T {
         let count = self.log2_normalizers.len();
         scratch.resize(count);
-        kernel::rows_dot(T::from_f64(core::f64::consts::LOG2_E), key, &self.queries, scratch);
+        kernel::row_times_matrix(key, &self.queries, padded::<T>(count), scratch);
         scratch.iter_mut().zip(&self.log2_normalizers).for_each(|(x, &log2)| *x -= log2);
         let largest = kernel::max(scratch);
         if !largest.is_finite() {

@@ -2,7 +2,7 @@
 
 use super::slab::{Reading, Slab, attend};
 use super::{Memory, Partial};
-use crate::kernel::{Buffer, padded, pairs};
+use crate::kernel::{self, Buffer, padded, pairs};
 use crate::{Error, Scalar, check, views};
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use std::sync::Arc;
@@ -108,6 +108,8 @@ pub struct MergedMemory<T> {
     points: Buffer<T>,
     affinity: Buffer<T>,
     fresh: usize,
+    /// `Rᵀ`, rows padded, if distances are taken through a matrix.
+    metric: Buffer<T>,
     /// Scratch: factors of the coordinates, a point, its distances, 1/a, the best of each row.
     factors: Buffer<T>,
     point: Buffer<T>,
@@ -246,6 +248,7 @@ impl<T: Scalar> MergedMemory<T> {
             points: Buffer::new(),
             affinity: Buffer::new(),
             fresh: 0,
+            metric: Buffer::new(),
             factors: Buffer::new(),
             point: Buffer::new(),
             distance: Buffer::new(),
@@ -266,11 +269,19 @@ impl<T: Scalar> MergedMemory<T> {
         self.weights.resize(capacity);
         self.points.resize(self.coordinates() * capacity);
         self.affinity.resize(capacity * capacity);
-        self.distance.resize(capacity);
+        self.distance.resize(capacity.max(head_dim));
         self.reciprocal.resize(capacity);
         self.best.resize(capacity);
         self.factors.resize(self.coordinates());
         self.point.resize(self.coordinates().max(head_dim));
+        if let Distance::Matrix(metric) = &self.rule.metric {
+            let rows = padded::<T>(metric.nrows());
+            self.metric.resize(head_dim * rows);
+            self.metric.fill(T::zero());
+            for ((row, column), &x) in metric.indexed_iter() {
+                self.metric[column * rows + row] = T::from_f64(x);
+            }
+        }
         self.counts.resize(capacity, 0.0);
         self.places.resize(capacity, 0);
         self.order.reserve(capacity);
@@ -302,6 +313,8 @@ impl<T: Scalar> MergedMemory<T> {
             to.resize(from.len());
             to.copy_from_slice(from);
         }
+        self.metric.resize(other.metric.len());
+        self.metric.copy_from_slice(&other.metric);
         self.distance.resize(other.distance.len());
         self.reciprocal.resize(other.reciprocal.len());
         self.best.resize(other.best.len());
@@ -408,18 +421,18 @@ impl<T: Scalar> MergedMemory<T> {
         // squares of numbers within this limit can be summed
         let limit = T::max_value().sqrt() * T::from_f64(1e-4);
         let clamp = |x: T| if x.is_nan() { T::zero() } else { x.max(-limit).min(limit) };
-        let Self { slab, points, point, factors, affinity, distance, .. } = self;
+        let Self { slab, points, point, factors, affinity, distance, metric, .. } = self;
         match &self.rule.metric {
             Distance::Identity | Distance::QueryDiagonal => {
                 for ((to, x), &factor) in point.iter_mut().zip(slab.key(entry)).zip(&**factors) {
                     *to = clamp(x * factor);
                 }
             }
-            Distance::Matrix(metric) => {
-                for (to, row) in point.iter_mut().zip(metric.outer_iter()) {
-                    let sum: f64 = row.iter().zip(slab.key(entry)).map(|(r, x)| r * x.as_f64()).sum();
-                    *to = clamp(T::from_f64(sum));
-                }
+            Distance::Matrix(_) => {
+                distance.iter_mut().zip(slab.key(entry)).for_each(|(to, x)| *to = clamp(x));
+                let rows = padded::<T>(keys);
+                kernel::row_times_matrix(&distance[..slab.head_dim], metric, rows, &mut point[..keys]);
+                point[..keys].iter_mut().for_each(|x| *x = clamp(*x));
             }
         }
         for ((to, &x), &factor) in point[keys..].iter_mut().zip(slab.value(entry)).zip(&factors[keys..]).take(columns) {
@@ -441,7 +454,7 @@ impl<T: Scalar> MergedMemory<T> {
         if self.gaps > 0 {
             distance.iter_mut().zip(&self.counts).filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
         }
-        affinity[entry * capacity..][..capacity].copy_from_slice(distance);
+        affinity[entry * capacity..][..capacity].copy_from_slice(&distance[..capacity]);
         for (row, &x) in affinity.chunks_exact_mut(capacity).zip(&distance[..self.held]) {
             row[entry] = x;
         }
