@@ -2,8 +2,8 @@
 //!
 //! The softmax attention of a transformer costs O(N²) and keeps a cache that grows for ever. This crate has kernels with a state of
 //! fixed size: linear attention over feature maps, among them the frequency-domain maps of DiJiang (arXiv 2403.19928)
-//! and the positive random features of the Performer (arXiv 2009.14794). Exact softmax attention is here as the honest reference,
-//! and [`fidelity`] *measures* how close each comes to it, on your own queries, keys and values.
+//! and the positive random features of the Performer (arXiv 2009.14794), and hybrids of an exact window and a merging memory. Exact softmax
+//! attention is here as the honest reference, and [`fidelity`] *measures* how close each comes to it, on your own queries, keys and values.
 //!
 //! # Quick start
 //!
@@ -53,6 +53,7 @@
 //! | kernel | for | error at norm 1 | error on trained heads |
 //! |---|---|---|---|
 //! | [`SoftmaxAttention`] | a trained softmax model, as it is; the reference | 0 | 0 |
+//! | [`HybridAttention`] with [`Far::merged`] | the same with a state of fixed size, in most heads | – | .029, four causal heads |
 //! | [`DctFeatures`] with [`Radii::Antithetic`] | small norms, no training; use m = 2d or more | .069 | 1.02 |
 //! | [`DctFeatures`] | as FAVOR+, with no matrix to store | .125 | 1.04 |
 //! | [`Performer`] | models trained with FAVOR+ | .123 | 1.04 |
@@ -63,7 +64,9 @@
 //!
 //! Read the last column again: **no feature map imitates the softmax attention of a trained model.** More features do not help
 //! there, since the variance of the estimate is of order `e^{|q̂ + k̂|²}/m`. The maps make sense at small norms and in models that were
-//! trained with them.
+//! trained with them. What does stand in for softmax is an exact window, the first tokens, and a memory that merges what leaves the window by the attention
+//! it receives ([`HybridAttention`]): 17 153 numbers where the cache of 768 tokens has 98 304; a window of equal size has an error of .21. It loses facts that
+//! nothing asks for (the example `needle`), so keep exact the heads where its own error is largest ([`HeadErrors`]).
 //!
 //! # Conventions
 //!
