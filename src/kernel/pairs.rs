@@ -23,6 +23,13 @@ impl<T: Lanes> Loop for Distances<'_, T> {
     fn run<L: Level>(mut self, level: L) {
         let (lanes, width) = (T::lanes::<L>(), self.out.len());
         let mut j = 0;
+        // rows are read from end to end where registers allow it, as with 64 entries and some to come
+        if L::REGISTER_COUNT >= 32 {
+            while j + 5 * lanes <= width {
+                self.strip::<L, 5>(level, j);
+                j += 5 * lanes;
+            }
+        }
         while j + 4 * lanes <= width {
             self.strip::<L, 4>(level, j);
             j += 4 * lanes;

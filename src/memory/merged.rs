@@ -420,28 +420,22 @@ impl<T: Scalar> MergedMemory<T> {
         let keys = self.factors.len() - columns;
         // squares of numbers within this limit can be summed
         let limit = T::max_value().sqrt() * T::from_f64(1e-4);
-        let clamp = |x: T| if x.is_nan() { T::zero() } else { x.max(-limit).min(limit) };
+        let clamp = |x: T| x.max(-limit).min(limit); // a NaN as well
         let Self { slab, points, point, factors, affinity, distance, metric, .. } = self;
         match &self.rule.metric {
             Distance::Identity | Distance::QueryDiagonal => {
-                for ((to, x), &factor) in point.iter_mut().zip(slab.key(entry)).zip(&**factors) {
-                    *to = clamp(x * factor);
-                }
+                point.iter_mut().zip(slab.key(entry)).for_each(|(to, x)| *to = x);
             }
             Distance::Matrix(_) => {
                 distance.iter_mut().zip(slab.key(entry)).for_each(|(to, x)| *to = clamp(x));
                 let rows = padded::<T>(keys);
                 kernel::row_times_matrix(&distance[..slab.head_dim], metric, rows, &mut point[..keys]);
-                point[..keys].iter_mut().for_each(|x| *x = clamp(*x));
             }
         }
-        for ((to, &x), &factor) in point[keys..].iter_mut().zip(slab.value(entry)).zip(&factors[keys..]).take(columns) {
-            *to = clamp(x * factor);
-        }
+        point[keys..keys + columns].copy_from_slice(&slab.value(entry)[..columns]);
+        point.iter_mut().zip(&**factors).for_each(|(x, &factor)| *x = clamp(*x * factor));
         let capacity = slab.capacity;
-        for (row, &x) in points.chunks_exact_mut(capacity).zip(&**point) {
-            row[entry] = x;
-        }
+        points[entry..].iter_mut().step_by(capacity).zip(&**point).for_each(|(to, &x)| *to = x);
         let used = padded::<T>(self.held);
         pairs::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
         let largest = Self::largest_affinity();
@@ -455,9 +449,7 @@ impl<T: Scalar> MergedMemory<T> {
             distance.iter_mut().zip(&self.counts).filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
         }
         affinity[entry * capacity..][..capacity].copy_from_slice(&distance[..capacity]);
-        for (row, &x) in affinity.chunks_exact_mut(capacity).zip(&distance[..self.held]) {
-            row[entry] = x;
-        }
+        affinity[entry..].iter_mut().step_by(capacity).zip(&distance[..self.held]).for_each(|(to, &x)| *to = x);
     }
 
     /// Brings points and distances up to date.
@@ -562,9 +554,8 @@ impl<T: Scalar> MergedMemory<T> {
         for slot in len..self.held {
             self.slab.empty(slot);
             self.weights[slot] = T::zero();
-            for row in self.affinity.chunks_exact_mut(self.slab.capacity).take(self.held) {
-                row[slot] = T::zero();
-            }
+            let column = self.affinity[slot..].iter_mut().step_by(self.slab.capacity);
+            column.take(self.held).for_each(|x| *x = T::zero());
         }
         self.held = len;
         self.fresh = self.fresh.min(len);
@@ -594,9 +585,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slab.empty(j);
         self.counts[j] = 0.0;
         self.affinity[j * capacity..(j + 1) * capacity].fill(T::zero());
-        for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
-            row[j] = T::zero();
-        }
+        self.affinity[j..].iter_mut().step_by(capacity).take(self.held).for_each(|x| *x = T::zero());
         self.gaps += 1;
     }
 
