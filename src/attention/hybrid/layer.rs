@@ -5,7 +5,8 @@
 //! bits it would get alone, so that the cut of a sequence into pieces changes nothing at all.
 #![allow(clippy::cast_precision_loss)] // sizes of heads and memories
 
-use super::{Config, FarKind, HeadCall as Call, Weighing};
+use super::config::{Config, FarKind, LEAST_ENTRIES, Weighing};
+use crate::attention::HeadCall as Call;
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded, pairs};
 use crate::memory::merged::{self, MergedMemory, Pair};
@@ -18,9 +19,6 @@ use std::sync::Arc;
 
 /// Queries that are answered at once: tokens times heads of the group.
 const MOST_ROWS: usize = 32;
-
-/// Tokens behind the window whose slots are not yet used again, where nothing but the window holds tokens.
-pub(super) const TRAIL: usize = 16;
 
 /// Tokens that are kept exactly: the sinks, the window (a ring), and the heavy keys.
 #[derive(Clone, Debug)]
@@ -394,7 +392,7 @@ impl<T: Scalar> Layer<T> {
         }
         if let (Store::Merged(memories), FarKind::Merged { rule, .. }) = (&mut self.far, &config.far) {
             let heads = memories.len();
-            let least = if heads > 1 { super::LEAST_ENTRIES } else { 1 };
+            let least = if heads > 1 { LEAST_ENTRIES } else { 1 };
             work.pairs.clear();
             work.pairs.reserve(heads * (rule.entries + rule.block));
             merged::reduce(memories, rule.entries * heads, least, rule.block, &mut work.pairs);

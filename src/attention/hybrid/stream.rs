@@ -1,0 +1,153 @@
+//! The stream of a hybrid kernel.
+
+use super::config::Config;
+use super::layer::{Layer, Work};
+use crate::attention::{HeadCall, NO_CHECKPOINT, Stream, StreamState};
+use crate::{Error, Scalar, check};
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use std::sync::Arc;
+
+/// The state of a hybrid kernel, for one or several heads of keys and values.
+#[derive(Debug)]
+pub(crate) struct HybridStream<T: Scalar> {
+    pub(super) config: Arc<Config<T>>,
+    pub(super) heads: usize,
+    pub(super) group: usize,
+    pub(super) value_dim: usize,
+    pub(super) layer: Layer<T>,
+    pub(super) work: Work<T>,
+    pub(super) checkpoint: Option<(Layer<T>, bool)>,
+}
+
+const KERNEL: &str = "hybrid";
+
+impl<T: Scalar> HybridStream<T> {
+    /// Absorbs tokens of every head, of checked shapes.
+    fn absorb(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        for call in &*calls {
+            for q in call.q.outer_iter() {
+                check::finite("q", q)?;
+            }
+            check::finite("k", call.k)?;
+            check::finite("v", call.v)?;
+        }
+        if calls[0].k.nrows() == 0 { Ok(()) } else { self.layer.extend(&self.config, calls, &mut self.work) }
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        let mut shape = self.config.shape(self.heads, self.value_dim);
+        shape.push(self.group);
+        shape
+    }
+}
+
+impl<T: Scalar> Clone for HybridStream<T> {
+    fn clone(&self) -> Self {
+        Self {
+            config: Arc::clone(&self.config),
+            heads: self.heads,
+            group: self.group,
+            value_dim: self.value_dim,
+            layer: self.layer.clone(),
+            work: Work::new(),
+            checkpoint: None,
+        }
+    }
+}
+
+impl<T: Scalar> Stream<T> for HybridStream<T> {
+    fn extend(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
+    }
+
+    fn group(&self) -> usize {
+        self.group
+    }
+
+    fn extend_group(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
+        self.extend_heads(&mut [HeadCall { q, k, v, out }])
+    }
+
+    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        check::size("q", "kv heads", self.heads, calls.len())?;
+        for HeadCall { q, k, v, out } in &*calls {
+            check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
+        }
+        self.absorb(calls)
+    }
+
+    fn len(&self) -> usize {
+        self.layer.tokens
+    }
+
+    fn state_floats(&self) -> usize {
+        self.layer.state_floats(&self.config)
+    }
+
+    fn clone_box(&self) -> Box<dyn Stream<T>> {
+        Box::new(self.clone())
+    }
+
+    fn reset(&mut self) {
+        self.layer.clear(&self.config);
+        if let Some((_, valid)) = &mut self.checkpoint {
+            *valid = false;
+        }
+    }
+
+    fn checkpoint(&mut self) -> bool {
+        let (copy, valid) = self.checkpoint.get_or_insert_with(|| (Layer::new(), true));
+        copy.copy_from(&self.layer);
+        *valid = true;
+        true
+    }
+
+    fn rollback(&mut self) -> Result<(), Error> {
+        match &self.checkpoint {
+            Some((copy, true)) => {
+                self.layer.copy_from(copy);
+                Ok(())
+            }
+            _ => Err(NO_CHECKPOINT),
+        }
+    }
+
+    fn save(&self) -> Result<StreamState<T>, Error> {
+        match self.layer.numbers(&self.config) {
+            Some(numbers) => Ok(StreamState::new(KERNEL, self.len(), self.shape(), numbers)),
+            None => Err(Error::Unsupported {
+                what: "saving this stream",
+                why: "only its far memory, a type of your own, knows its state",
+            }),
+        }
+    }
+
+    fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
+        let count = state.count();
+        let numbers = state.numbers(KERNEL, &self.shape(), count)?;
+        let mut layer = self.layer.clone();
+        if !layer.set_numbers(&self.config, state.tokens(), numbers) {
+            let found = count.to_string();
+            return Err(Error::State {
+                which: "size",
+                expected: "as many numbers as its tokens need".to_owned(),
+                found,
+            });
+        }
+        self.layer = layer;
+        self.checkpoint = None;
+        Ok(())
+    }
+}
