@@ -192,6 +192,12 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Whether each query head of a group gets what it would get alone. Where a kernel says so, [`MultiHead`](crate::MultiHead) answers the
+    /// query heads of a group one by one, on as many threads as there are; unless overridden, by [`forward_group`](Self::forward_group).
+    fn heads_are_independent(&self) -> bool {
+        false
+    }
+
     /// The kernel, if it is a hybrid: its heads may share one budget.
     #[doc(hidden)]
     fn as_hybrid(&self) -> Option<&hybrid::HybridAttention<T>> {
@@ -330,6 +336,13 @@ pub trait Stream<T: Scalar>: Debug + Send {
         check::size("q", "heads", 1, q.len_of(Axis(0)))?;
         check::size("out", "heads", 1, out.len_of(Axis(0)))?;
         self.extend(q.index_axis_move(Axis(0), 0), k, v, out.index_axis_move(Axis(0), 0))
+    }
+
+    /// Whether these calls are sure to succeed.
+    #[doc(hidden)]
+    fn cannot_fail(&self, calls: &[HeadCall<'_, T>]) -> bool {
+        let _ = calls;
+        false
     }
 
     /// As [`extend_group`](Self::extend_group), of several heads of keys and values that share one state.
@@ -481,6 +494,9 @@ impl<T: Scalar> StreamState<T> {
         }
         if self.shape != shape {
             return differs("shape", format!("{shape:?}"), format!("{:?}", self.shape));
+        }
+        if self.tokens > usize::MAX / 2 {
+            return differs("tokens", "a number that can be counted on".to_owned(), self.tokens.to_string());
         }
         if self.numbers.len() != count {
             return differs("size", count.to_string(), self.numbers.len().to_string());

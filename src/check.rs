@@ -1,5 +1,6 @@
 //! Checks of arguments, shared by every public function.
 
+use crate::attention::HeadCall;
 use crate::{Error, Mask, Scalar, kernel};
 use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
@@ -134,6 +135,16 @@ pub(crate) fn extend_group<T: Scalar>(
     size("out", "rows", q.len_of(Axis(1)), out.len_of(Axis(1)))?;
     size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
     size("k", "rows", q.len_of(Axis(1)), k.nrows())
+}
+
+/// The numbers of several heads must be finite.
+pub(crate) fn finite_calls<T: Scalar>(calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
+    for HeadCall { q, k, v, .. } in calls {
+        q.outer_iter().try_for_each(|q| finite("q", q))?;
+        finite("k", *k)?;
+        finite("v", *v)?;
+    }
+    Ok(())
 }
 
 /// Features that come in pairs.

@@ -88,7 +88,7 @@
 //! # Features
 //!
 //! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for bit.
-//! - `serde`: maps, kernels, [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
+//! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
 //!
 //! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives every formula.
 #![forbid(unsafe_code)]

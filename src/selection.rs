@@ -74,7 +74,7 @@ impl HeadErrors {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if there are no samples; [`Error::InvalidOption`] if a head appears twice or has no tokens behind the warm-up;
+    /// [`Error::ZeroSize`] if there are no samples, or one has no query heads; [`Error::InvalidOption`] if a head appears twice or has no tokens behind the warm-up;
     /// [`Error::Shape`] if the values of heads have different numbers of columns; the errors of both kernels.
     pub fn measure<T: Scalar>(
         exact: &dyn Attention<T>,
@@ -86,6 +86,7 @@ impl HeadErrors {
         let value_dim = samples[0].v.ncols();
         for (i, sample) in samples.iter().enumerate() {
             check::size("v", "columns", value_dim, sample.v.ncols())?;
+            check::at_least_one("q heads", sample.q.len_of(Axis(0)))?;
             if samples[..i].iter().any(|other| (other.layer, other.kv_head) == (sample.layer, sample.kv_head)) {
                 return Err(Error::InvalidOption {
                     which: "samples",
@@ -236,7 +237,8 @@ impl ExactHeads {
         let floats = |kernel: &dyn Attention<T>| kernel.state_floats(self.errors.value_dim, tokens);
         let (exact, small) = (floats(exact)?, floats(kernel)?);
         let kept = self.heads.len();
-        Ok((kept * exact + (self.errors.ranked.len() - kept) * small) * size_of::<T>())
+        let small = small.saturating_mul(self.errors.ranked.len() - kept);
+        Ok(exact.saturating_mul(kept).saturating_add(small).saturating_mul(size_of::<T>()))
     }
 }
 

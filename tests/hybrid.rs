@@ -4,8 +4,11 @@ mod common;
 
 use common::hybrid::{FarFormula, HybridFormula};
 use common::{RECEIVED, assert_close, hybrid, normal, tokens};
-use dijiang::{Attention, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer, SoftmaxAttention};
-use ndarray::{Array2, Array3, Array4, Axis, s};
+use dijiang::{
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer,
+    Scratch, SoftmaxAttention, Stream, StreamState,
+};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -232,4 +235,132 @@ fn a_memory_of_ones_own() {
     stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
     stream.rollback().unwrap();
     assert_eq!((stream.len(), stream.state_floats()), (40, 7 + 3 * 7 + 36 * 7));
+}
+
+/// Keys beyond all samples: weights at their bound, distances whose inverse vanishes. What is gone is not merged again.
+#[test]
+fn calibrated_ward_with_foreign_keys() {
+    let [q, k, _] = tokens::<f64>(200, 2, 1, 1.0, 20);
+    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+    for size in [1.0_f32, 1e12, 1e14, 1e15, 1e18] {
+        let [q, k, v] = tokens::<f32>(100, 2, 2, 1.0, 21);
+        let k = k.mapv(|x| (x + 2.0) * size);
+        let far = Far::ward(2).calibrated(&calibration).with_block(6);
+        let kernel = HybridAttention::builder(2).window(2).sinks(0).far(far).build().unwrap();
+        let mut stream = kernel.stream(2).unwrap();
+        let mut out = Array2::zeros((100, 2));
+        stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+        assert!(out.iter().all(|x| x.is_finite()));
+        stream.restore(&stream.save().unwrap()).unwrap(); // as many entries as there should be
+    }
+}
+
+/// Whatever a stream accepts, its state can be saved and restored.
+#[test]
+fn large_numbers_are_saved_and_restored() {
+    let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 22);
+    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new().with_window(8)).unwrap();
+    for (which, heavy) in [(0, 0), (1, 2), (2, 0)] {
+        let mut input = tokens::<f32>(60, 4, 3, 1.0, 23);
+        input[which].mapv_inplace(|x| x * 1e20);
+        if which < 2 {
+            input[1 - which].mapv_inplace(|x| x * 1e-20);
+        }
+        let builder = HybridAttention::builder(4).window(8).sinks(1).heavy(heavy).far(Far::merged(6));
+        let builder = if heavy > 0 { builder.calibrated(&calibration) } else { builder };
+        let kernel = builder.build().unwrap();
+        let [q, k, v] = &input;
+        let mut stream = kernel.stream(3).unwrap();
+        let mut out = Array2::zeros((60, 3));
+        stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+        let mut other = kernel.stream(3).unwrap();
+        other.restore(&stream.save().unwrap()).unwrap();
+        let mut again = out.clone();
+        stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+        other.extend(q.view(), k.view(), v.view(), again.view_mut()).unwrap();
+        assert_eq!(out, again, "input {which}");
+    }
+}
+
+/// States that no stream can have are refused, before anything depends on them.
+#[test]
+fn damaged_states() {
+    let [q, k, v] = tokens::<f64>(40, 3, 2, 1.0, 24);
+    for (far, block, kind) in [(Far::merged(4), 1, 2), (Far::ward(4).with_block(3), 3, 1)] {
+        let kernel = HybridAttention::builder(3).window(5).sinks(2).far(far).build().unwrap();
+        let mut stream = kernel.stream(2).unwrap();
+        stream.extend(q.view(), k.view(), v.view(), Array2::zeros((40, 2)).view_mut()).unwrap();
+        let saved = stream.save().unwrap();
+        let shape = vec![1, 3, 2, 5, 2, 0, block, 4, kind, 1];
+        let held = 2 + 5 + (40 - 2 - 5) % block;
+        let count = held * 6 + 1 + 4 * 7 + 1 + 3;
+        let numbers = saved.numbers("hybrid", &shape, count).unwrap().to_vec();
+        let refused = |tokens: usize, numbers: Vec<f64>| {
+            let state = StreamState::new("hybrid", tokens, shape.clone(), numbers);
+            let before = kernel.stream(2).unwrap().save().unwrap();
+            let mut stream = kernel.stream(2).unwrap();
+            assert!(matches!(stream.restore(&state), Err(Error::State { .. })));
+            assert_eq!(stream.save().unwrap(), before);
+        };
+        refused(usize::MAX, numbers.clone());
+        for (at, value) in [(5, -1.0), (held * 6, 5.0), (held * 6, -1.0), (held * 6, 3.5), (count - 1, -1.0)] {
+            let mut bad = numbers.clone();
+            bad[at] = value;
+            refused(40, bad);
+        }
+        for column in [5, 6] {
+            let mut bad = numbers.clone();
+            bad[held * 6 + 1 + column] = 0.0; // a count, a weight
+            refused(40, bad);
+        }
+        let mut more = numbers.clone();
+        let entry = more[held * 6 + 1..held * 6 + 8].to_vec();
+        more[held * 6] += 1.0;
+        more.splice(held * 6 + 1..held * 6 + 1, entry);
+        refused(40, more);
+    }
+}
+
+/// A kernel that hands its public methods on to a hybrid behaves as one in a layer.
+#[test]
+fn a_wrapped_hybrid() {
+    #[derive(Debug)]
+    struct Wrapped(HybridAttention<f64>);
+    impl Attention<f64> for Wrapped {
+        fn forward_into(
+            &self,
+            q: ArrayView2<'_, f64>,
+            k: ArrayView2<'_, f64>,
+            v: ArrayView2<'_, f64>,
+            mask: Mask,
+            out: ArrayViewMut2<'_, f64>,
+        ) -> Result<(), Error> {
+            self.0.forward_into(q, k, v, mask, out)
+        }
+        fn forward_group(
+            &self,
+            q: ArrayView3<'_, f64>,
+            k: ArrayView2<'_, f64>,
+            v: ArrayView2<'_, f64>,
+            mask: Mask,
+            out: ArrayViewMut3<'_, f64>,
+            scratch: &mut Scratch<f64>,
+        ) -> Result<(), Error> {
+            self.0.forward_group(q, k, v, mask, out, scratch)
+        }
+        fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<f64>>, Error> {
+            self.0.stream(value_dim)
+        }
+        fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<f64>>>, Error> {
+            self.0.group_stream(group, value_dim)
+        }
+    }
+    let [q, k, v] = [random((1, 4, 80, 8), 31), random((1, 2, 80, 8), 32), random((1, 2, 80, 8), 33)];
+    let layer = MultiHead::new(Wrapped(hybrid(&merged(8, 2, 1), 8, 0)), 4, 2).unwrap();
+    let whole = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
+    let mut out = Array4::zeros(whole.dim());
+    layer.stream(1, 8).unwrap().extend(q.view(), k.view(), v.view(), None, out.view_mut()).unwrap();
+    assert_eq!(out, whole);
+    let plain = MultiHead::new(hybrid::<f64>(&merged(8, 2, 1), 8, 0), 4, 2).unwrap();
+    assert_eq!(plain.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap(), whole);
 }

@@ -127,8 +127,9 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if fewer than two kv heads merge, or query heads of one kv head have different kernels;
-    /// [`Error::InvalidOption`] if the kernels that merge differ in an option, or keep heavy keys or fewer than 4 entries.
+    /// [`Error::Unsupported`] if fewer than two kv heads merge with one kernel for all their query heads (those with several are left as they
+    /// are), or they are pooled already; [`Error::InvalidOption`] if the kernels that merge differ in an option, keep heavy keys or fewer than
+    /// 4 entries, or have more than 16 384 of them together.
     pub fn pooled(mut self) -> Result<Self, Error> {
         let kernels = &self.kernels;
         let group = kernels.len() / self.kv_heads;
@@ -136,7 +137,7 @@ impl<T: Scalar> MultiHead<T> {
         let heads: Vec<usize> =
             (0..self.kv_heads).filter(|&kv| merging(kv).is_some() && self.units.contains(&Unit::Group(kv))).collect();
         if heads.len() < 2 {
-            let why = "it needs two kv heads with `Far::merged`, each with one kernel for all its query heads";
+            let why = "it needs two kv heads with `Far::merged` that are not pooled yet, each with one kernel for all its query heads";
             return Err(Error::Unsupported { what: "pooling the entries of heads", why });
         }
         let first = merging(heads[0]);
@@ -147,6 +148,7 @@ impl<T: Scalar> MultiHead<T> {
                 needed: "the same options in each, no heavy keys, at least 4 entries",
             });
         }
+        first.map_or(Ok(()), |kernel| kernel.config().check_pool(heads.len()))?;
         let mut units: Vec<Unit> =
             self.units.iter().filter(|unit| !matches!(unit, Unit::Group(kv) if heads.contains(kv))).cloned().collect();
         units.push(Unit::Pool(heads));
@@ -171,13 +173,15 @@ impl<T: Scalar> MultiHead<T> {
         let group = self.kernels.len() / self.kv_heads;
         let mut floats = 0_usize;
         for unit in &*self.units {
-            floats += match unit {
-                Unit::Query(h) => self.kernels[*h].state_floats(value_dim, tokens)?,
-                Unit::Group(kv) => self.kernels[kv * group].state_floats(value_dim, tokens)?,
-                Unit::Pool(heads) => heads.len() * self.kernels[heads[0] * group].state_floats(value_dim, tokens)?,
+            let (kernel, heads) = match unit {
+                Unit::Query(h) => (*h, 1),
+                Unit::Group(kv) => (kv * group, 1),
+                Unit::Pool(heads) => (heads[0] * group, heads.len()),
             };
+            let each = self.kernels[kernel].state_floats(value_dim, tokens)?;
+            floats = floats.saturating_add(each.saturating_mul(heads));
         }
-        Ok(floats * size_of::<T>())
+        Ok(floats.saturating_mul(size_of::<T>()))
     }
 
     /// Query heads.
@@ -243,7 +247,7 @@ impl<T: Scalar> MultiHead<T> {
         let group = self.kernels.len() / self.kv_heads;
         let coupled = |unit: &Unit| match unit {
             Unit::Query(_) => false,
-            Unit::Group(kv) => mask == Mask::Causal && self.kernels[kv * group].as_hybrid().is_some(),
+            Unit::Group(kv) => mask == Mask::Causal && !self.kernels[kv * group].heads_are_independent(),
             Unit::Pool(_) => true,
         };
         // query heads that do not depend on each other are tasks of their own
@@ -501,19 +505,25 @@ impl<T: Scalar> MultiHeadStream<T> {
         check::size("v", "columns", self.value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
         // A head that fails must not leave the others ahead of it.
-        self.copies.clear();
-        self.copies.extend(self.streams.iter_mut().map(|stream| (!stream.checkpoint()).then(|| stream.clone())));
         let group = heads.query_heads() / heads.kv_heads;
-        let tasks = tasks(out, &heads.units, group).into_iter().zip(&mut self.streams).collect();
-        let result = for_each(
-            tasks,
-            || (),
-            || (),
-            |(), (task, stream): (Task<'_, T>, &mut Box<dyn Stream<T>>)| {
-                let tokens = lengths.map_or(q.dim().2, |lengths| lengths[task.sequence]);
-                stream.extend_heads(&mut task.calls([&q, &k, &v], group, tokens, tokens))
-            },
-        );
+        let lengths = |sequence: usize| lengths.map_or(q.dim().2, |lengths| lengths[sequence]);
+        let mut work: Vec<(Vec<HeadCall<'_, T>>, &mut Box<dyn Stream<T>>)> = tasks(out, &heads.units, group)
+            .into_iter()
+            .zip(&mut self.streams)
+            .map(|(task, stream)| {
+                let tokens = lengths(task.sequence);
+                (task.calls([&q, &k, &v], group, tokens, tokens), stream)
+            })
+            .collect();
+        self.copies.clear();
+        if !work.iter().all(|(calls, stream)| stream.cannot_fail(calls)) {
+            // a head that fails must not leave the others ahead of it
+            self.copies.extend(work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())));
+        }
+        let extend = |(): &mut (), (mut calls, stream): (Vec<HeadCall<'_, T>>, &mut Box<dyn Stream<T>>)| {
+            stream.extend_heads(&mut calls)
+        };
+        let result = for_each(work, || (), || (), extend);
         if result.is_err() {
             for (stream, copy) in self.streams.iter_mut().zip(&mut self.copies) {
                 match copy.take() {

@@ -91,9 +91,7 @@ impl<T: Scalar> HybridAttention<T> {
         deciding_columns: Option<usize>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        for q in call.q.outer_iter() {
-            check::all_finite(q, call.k, call.v)?;
-        }
+        check::finite_calls(core::slice::from_ref(&call))?;
         if mask != Mask::Causal {
             if self.config.window > 0 {
                 let why = "a window has no meaning where every query sees every key; build the kernel with `window(0)`";
@@ -121,10 +119,8 @@ impl<T: Scalar> HybridAttention<T> {
             check::size("q", "columns", self.config.head_dim, q.len_of(Axis(2)))?;
             check::size("k", "columns", self.config.head_dim, k.ncols())?;
             check::at_least_one("v columns", v.ncols())?;
-            q.outer_iter().try_for_each(|q| check::finite("q", q))?;
-            check::finite("k", *k)?;
-            check::finite("v", *v)?;
         }
+        check::finite_calls(calls)?;
         if calls[0].k.nrows() == 0 {
             return Ok(());
         }
@@ -203,6 +199,10 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
 
     fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         Ok(Some(Box::new(self.heads_stream(1, group, value_dim)?)))
+    }
+
+    fn heads_are_independent(&self) -> bool {
+        !self.config.learns() && !matches!(self.config.far, config::FarKind::Own(_))
     }
 
     fn as_hybrid(&self) -> Option<&HybridAttention<T>> {

@@ -154,6 +154,10 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         Ok(Some(Box::new(LinearStream { group, ..LinearStream::new(self.memory(value_dim)?, self.readout) })))
     }
 
+    fn heads_are_independent(&self) -> bool {
+        true
+    }
+
     fn state_floats(&self, value_dim: usize, _tokens: usize) -> Result<usize, Error> {
         Ok(self.memory(value_dim)?.state_floats())
     }

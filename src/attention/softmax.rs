@@ -146,6 +146,10 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         Ok(Some(Box::new(SoftmaxStream { cache, group, tile: Tile::new(), checkpoint: None })))
     }
 
+    fn heads_are_independent(&self) -> bool {
+        true
+    }
+
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
         Ok(tokens.saturating_mul(self.head_dim + value_dim))

@@ -16,13 +16,16 @@ const LEAST_WEIGHT: f64 = 1e-9;
 /// Where a number that is sorted holds its entry: there are no more of them, and 32 bits of the mantissa are left.
 const ENTRY_BITS: u64 = (1 << 20) - 1;
 
-/// Refuses more entries, of which every pair is looked at, than a memory can have.
+/// A memory, or a pool of them, holds the distances of all pairs: at 2^14 entries a gigabyte of `f32`.
+const MOST_ENTRIES: usize = 1 << 14;
+
+/// Refuses more entries than a memory can have.
 pub(crate) fn check_entries(entries: usize) -> Result<(), Error> {
-    check::at_least_one("entries", entries)?;
-    if entries < 1 << 20 {
+    if entries <= MOST_ENTRIES {
         return Ok(());
     }
-    Err(Error::InvalidOption { which: "entries", found: entries.to_string(), needed: "fewer than a million" })
+    let needed = "at most 16384, with the tokens of a block and over all heads of a pool";
+    Err(Error::InvalidOption { which: "entries", found: entries.to_string(), needed })
 }
 
 /// Rows that are answered at once.
@@ -137,7 +140,7 @@ impl<T: Scalar> MergedMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and finite or there are a million entries.
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and finite or there are more than 16 384 entries.
     pub fn new(head_dim: usize, value_dim: usize, entries: usize, scale: f64) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("value_dim", value_dim)?;
@@ -198,9 +201,7 @@ impl<T: Scalar> MergedMemory<T> {
         for ((k, v), &weight) in k.outer_iter().zip(v.outer_iter()).zip(weights) {
             self.slab.put(self.held, k, v);
             self.enter(weight);
-            if self.absorbed.is_multiple_of(self.rule.block) {
-                self.reduce();
-            }
+            self.reduce();
         }
         Ok(())
     }
@@ -305,14 +306,11 @@ impl<T: Scalar> MergedMemory<T> {
     pub(crate) fn copy_from(&mut self, other: &Self) {
         self.rule.clone_from(&other.rule);
         self.slab.copy_from(&other.slab);
-        for (to, from) in [
-            (&mut self.weights, &other.weights),
-            (&mut self.points, &other.points),
-            (&mut self.affinity, &other.affinity),
-        ] {
-            to.resize(from.len());
-            to.copy_from_slice(from);
-        }
+        self.weights.resize(other.weights.len());
+        self.weights.copy_from_slice(&other.weights);
+        // points and distances follow from the entries, when they are next needed
+        self.points.resize(other.points.len());
+        self.affinity.resize(other.affinity.len());
         self.metric.resize(other.metric.len());
         self.metric.copy_from_slice(&other.metric);
         self.distance.resize(other.distance.len());
@@ -324,7 +322,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
         (self.units.tokens, self.units.squared_values) = (other.units.tokens, other.units.squared_values);
-        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, other.fresh);
+        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, 0);
     }
 
     /// Coordinates of a point.
@@ -361,10 +359,13 @@ impl<T: Scalar> MergedMemory<T> {
         }
         self.units.tokens += 1;
         let columns = self.value_columns();
-        self.units.squared_values += value.iter().take(columns).fold(T::zero(), |sum, &x| sum + x * x);
+        let squared = value.iter().take(columns).fold(T::zero(), |sum, &x| sum + x * x);
+        self.units.squared_values = (self.units.squared_values + squared).min(T::max_value());
         if matches!(self.rule.metric, Distance::QueryDiagonal) {
             for q in queries {
-                self.units.squared_queries.iter_mut().zip(q).for_each(|(sum, &x)| *sum += x * x);
+                for (sum, &x) in self.units.squared_queries.iter_mut().zip(q) {
+                    *sum = (*sum + x * x).min(T::max_value());
+                }
             }
         }
         self.fresh = 0; // other units, other distances
@@ -374,7 +375,7 @@ impl<T: Scalar> MergedMemory<T> {
     pub(crate) fn enter(&mut self, weight: T) {
         debug_assert!(self.held < self.slab.capacity);
         self.counts[self.held] = 1.0;
-        self.weights[self.held] = weight.max(Self::least_weight());
+        self.weights[self.held] = weight.max(Self::least_weight()).min(T::max_value().sqrt());
         self.held += 1;
         self.absorbed += 1;
     }
@@ -486,6 +487,11 @@ impl<T: Scalar> MergedMemory<T> {
         (self.reciprocal[i] + self.reciprocal[j]) * self.affinity[i * self.slab.capacity + j]
     }
 
+    /// Whether `j` is an entry, and not `i`.
+    fn is_other(&self, i: usize, j: usize) -> bool {
+        j != i && self.counts[j] > 0.0
+    }
+
     /// What is as good as `best` but for rounding.
     fn tied(best: T) -> T {
         best * (T::one() - T::epsilon() * T::from_f64(64.0))
@@ -499,11 +505,11 @@ impl<T: Scalar> MergedMemory<T> {
         self.refresh_all();
         self.find_best();
         let best = self.best[..self.held].iter().fold(T::zero(), |m, &x| m.max(x));
-        let i = self.best[..self.held].iter().position(|&x| x >= Self::tied(best))?;
+        let i = (0..self.held).find(|&i| self.counts[i] > 0.0 && self.best[i] >= Self::tied(best))?;
         let (own, enough) = (self.reciprocal[i], Self::tied(best));
         let row = &self.affinity[i * self.slab.capacity..][..self.held];
         let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
-        let (j, _) = all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough)?;
+        let (j, _) = all.find(|&(j, (&affinity, &other))| self.is_other(i, j) && (own + other) * affinity >= enough)?;
         Some((best, i.min(j), i.max(j)))
     }
 
@@ -525,7 +531,7 @@ impl<T: Scalar> MergedMemory<T> {
         }
         self.counts[i] += self.counts[j];
         let added = self.weights[j];
-        self.weights[i] += added;
+        self.weights[i] = (self.weights[i] + added).min(T::max_value().sqrt());
         slab.bias[i] = T::from_f64(libm::log2(self.counts[i]));
     }
 
@@ -649,7 +655,7 @@ impl<T: Scalar> MergedMemory<T> {
         let (d, dv) = (self.slab.head_dim, self.slab.value_dim);
         let (all, units) = numbers.split_at(entries * (d + dv + 2));
         for (slot, entry) in all.chunks_exact(d + dv + 2).enumerate() {
-            if !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero()) {
+            if slot >= self.slab.capacity || !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero()) {
                 return false;
             }
             self.slab.put(slot, ArrayView1::from(&entry[..d]), ArrayView1::from(&entry[d..d + dv]));
@@ -658,6 +664,9 @@ impl<T: Scalar> MergedMemory<T> {
             self.slab.bias[slot] = T::from_f64(libm::log2(self.counts[slot]));
         }
         self.absorbed = absorbed;
+        if units.iter().any(|&sum| sum < T::zero()) {
+            return false;
+        }
         if let Some((&values, queries)) = units.split_first() {
             self.units.squared_values = values;
             self.units.squared_queries.copy_from_slice(queries);
@@ -799,7 +808,8 @@ impl<T: Scalar> MergedMemory<T> {
         let (own, enough) = (self.reciprocal[i], Self::tied(self.best[i]));
         let row = &self.affinity[i * self.slab.capacity..][..self.held];
         let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
-        all.find(|&(j, (&affinity, &other))| j != i && (own + other) * affinity >= enough).map_or(i, |(j, _)| j)
+        all.find(|&(j, (&affinity, &other))| self.is_other(i, j) && (own + other) * affinity >= enough)
+            .map_or(i, |(j, _)| j)
     }
 }
 

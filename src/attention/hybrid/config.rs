@@ -1,11 +1,11 @@
 //! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when, and scores of single keys.
 
 use super::options::MakeMemory;
-use crate::Scalar;
 use crate::calibration::{Calibration, LEAST_ATTENTION};
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded};
-use crate::memory::merged::{Distance, Rule};
+use crate::memory::merged::{self, Distance, Rule};
+use crate::{Error, Scalar};
 use core::fmt;
 use core::ops::Range;
 use ndarray::ArrayView1;
@@ -81,7 +81,7 @@ impl<T: Scalar> StaticScore<T> {
         scratch.resize(stride);
         kernel::row_times_matrix(key, &self.covariance, stride, scratch);
         let score = kernel::dot(&self.query_mean, key) + T::from_f64(0.5) * kernel::dot(key, &scratch[..key.len()]);
-        if score.is_nan() { T::neg_infinity() } else { score }
+        if score.is_nan() { -T::max_value() } else { score.max(-T::max_value()).min(T::max_value()) }
     }
 }
 
@@ -181,6 +181,16 @@ impl<T: Scalar> Config<T> {
             && (x, m, self.scale, a.value_weight) == (y, n, other.scale, b.value_weight)
             && self.heavy == 0
             && a.entries >= LEAST_ENTRIES
+    }
+
+    /// Whether a pool of so many heads is not too large.
+    pub(crate) fn check_pool(&self, heads: usize) -> Result<(), Error> {
+        match &self.far {
+            FarKind::Merged { rule, .. } => {
+                merged::check_entries(rule.entries.saturating_mul(heads).saturating_add(rule.block))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Slots of exact tokens: sinks, window, heavy keys, and one for a change of places.

@@ -33,7 +33,7 @@ struct Near<T> {
 }
 
 /// What takes the tokens that leave, for each head.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Store<T: Scalar> {
     None,
     Merged(Vec<MergedMemory<T>>),
@@ -42,7 +42,7 @@ enum Store<T: Scalar> {
 }
 
 /// The state of some heads.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Layer<T: Scalar> {
     pub(crate) tokens: usize,
     value_dim: usize,
@@ -59,6 +59,7 @@ pub(crate) struct Work<T: Scalar> {
     linear: Workspace<T>,
     partial: Partial<T>,
     pairs: Vec<Pair<T>>,
+    log_normalizer: Vec<T>,
     inverse: Buffer<T>,
     keys: [Buffer<T>; 2],
     value: Buffer<T>,
@@ -73,28 +74,11 @@ impl<T: Scalar> Work<T> {
             linear: Workspace::new(),
             partial: Partial::empty(),
             pairs: Vec::new(),
+            log_normalizer: Vec::new(),
             inverse: Buffer::new(),
             keys: [Buffer::new(), Buffer::new()],
             value: Buffer::new(),
             before: None,
-        }
-    }
-}
-
-impl<T: Scalar> Clone for Layer<T> {
-    fn clone(&self) -> Self {
-        let far = match &self.far {
-            Store::None => Store::None,
-            Store::Merged(all) => Store::Merged(all.clone()),
-            Store::Linear(all) => Store::Linear(all.clone()),
-            Store::Own(all) => Store::Own(all.clone()),
-        };
-        Self {
-            tokens: self.tokens,
-            value_dim: self.value_dim,
-            deciding_columns: self.deciding_columns,
-            near: self.near.clone(),
-            far,
         }
     }
 }
@@ -268,7 +252,7 @@ impl<T: Scalar> Layer<T> {
             (Store::Linear(to), Store::Linear(from)) if to.len() == from.len() => {
                 to.iter_mut().zip(from).for_each(|(to, from)| to.copy_from(from));
             }
-            _ => self.far = other.clone().far,
+            (to, from) => to.clone_from(from),
         }
     }
 
@@ -289,38 +273,38 @@ impl<T: Scalar> Layer<T> {
         calls: &mut [Call<'_, T>],
         work: &mut Work<T>,
     ) -> Result<(), Error> {
-        let risky = match self.far {
-            Store::None | Store::Merged(_) => !self.in_range(config, calls),
-            Store::Linear(_) | Store::Own(_) => true,
-        };
-        if !risky {
-            return self.steps(config, calls, work);
+        if self.is_safe(config, calls) {
+            self.steps(config, calls, work)?;
+        } else {
+            let mut before = work.before.take().unwrap_or_else(Self::new);
+            before.copy_from(self);
+            let result = self.steps(config, calls, work);
+            if result.is_err() {
+                self.copy_from(&before);
+            }
+            work.before = Some(before);
+            result?;
         }
-        let mut before = work.before.take().unwrap_or_else(Self::new);
-        before.copy_from(self);
-        let result = self.steps(config, calls, work);
-        if result.is_err() {
-            self.copy_from(&before);
+        for (near, call) in self.near.iter_mut().zip(&*calls) {
+            near.largest_key = near.largest_key.max(largest(call.k));
+            near.largest_value = near.largest_value.max(largest(call.v));
         }
-        work.before = Some(before);
-        result
+        Ok(())
     }
 
-    /// Whether no score and no sum of values can leave the range of `T`. Notes the largest key and value.
-    fn in_range(&mut self, config: &Config<T>, calls: &[Call<'_, T>]) -> bool {
+    /// Whether nothing can fail half-way: exact tokens and merged entries, and no score and no sum of values that can leave the range of `T`.
+    pub(crate) fn is_safe(&self, config: &Config<T>, calls: &[Call<'_, T>]) -> bool {
         let limit = T::max_value() * T::from_f64(1.0 / 64.0);
         let slots = T::from_f64((config.near_slots() + config.far_slots(self.near.len())) as f64);
         let factor = T::from_f64(config.scale.max(1.0) * config.head_dim as f64 * 2.0);
-        let mut safe = true;
-        for (near, call) in self.near.iter_mut().zip(calls) {
-            near.largest_key = near.largest_key.max(largest(call.k));
-            near.largest_value = near.largest_value.max(largest(call.v));
-            let query = call.q.outer_iter().fold(T::zero(), |m, q| m.max(largest(q)));
-            // one factor after the other: none of these products may overflow into a NaN
-            let score = query * factor * near.largest_key.max(T::one());
-            safe &= score < limit && near.largest_key < limit && near.largest_value * slots < limit;
-        }
-        safe
+        matches!(self.far, Store::None | Store::Merged(_))
+            && self.near.iter().zip(calls).all(|(near, call)| {
+                let key = near.largest_key.max(largest(call.k));
+                let value = near.largest_value.max(largest(call.v));
+                let query = call.q.outer_iter().fold(T::zero(), |m, q| m.max(largest(q)));
+                // one factor after the other: none of these products may overflow into a NaN
+                query * factor * key.max(T::one()) < limit && key < limit && value * slots < limit
+            })
     }
 
     fn steps(&mut self, config: &Config<T>, calls: &mut [Call<'_, T>], work: &mut Work<T>) -> Result<(), Error> {
@@ -436,10 +420,6 @@ impl<T: Scalar> Layer<T> {
 
     /// Attention of every query to all keys, which are taken in first; of one head, which is empty.
     pub(crate) fn full(&mut self, config: &Config<T>, call: &mut Call<'_, T>, work: &mut Work<T>) -> Result<(), Error> {
-        let calls = core::slice::from_ref(call);
-        if !self.in_range(config, calls) {
-            // each row is then checked, as ever; nothing has to be put back
-        }
         for i in 0..call.k.nrows() {
             if config.trails() && i >= config.sinks {
                 break;
@@ -568,24 +548,21 @@ impl<T: Scalar> Layer<T> {
         work: &mut Work<T>,
     ) {
         let group = call.q.len_of(Axis(0));
-        let Work { reading, inverse, .. } = work;
-        let memory = match (&mut self.far, config.weighing()) {
-            (Store::Merged(memories), Weighing::Received { decay, min_age }) => (&mut memories[head], decay, min_age),
-            (Store::Own(memories), _) => {
-                let answer = &reading.answer;
-                let log_normalizer = (0..run * group)
-                    .map(|row| answer.denominator[row].ln() + answer.log_scale[row])
-                    .collect::<Vec<_>>();
-                memories[head].received(queries(call, start, run), ArrayView1::from(&log_normalizer));
-                return;
-            }
-            _ => return,
+        let Work { reading, inverse, log_normalizer, .. } = work;
+        if let Store::Own(memories) = &mut self.far {
+            let answer = &reading.answer;
+            log_normalizer.clear();
+            log_normalizer.extend((0..run * group).map(|row| answer.denominator[row].ln() + answer.log_scale[row]));
+            memories[head].received(queries(call, start, run), ArrayView1::from(&*log_normalizer));
+        }
+        let (Store::Merged(memories), Weighing::Received { decay, min_age }) = (&mut self.far, config.weighing())
+        else {
+            return;
         };
-        let (memory, decay, min_age) = memory;
-        let decay = T::from_f64(decay);
+        let (memory, decay) = (&mut memories[head], T::from_f64(decay));
+        let pooled = self.near.len() > 1;
         let near = &mut self.near[head];
-        let (own, width, pooled) = (near.slab.capacity, reading.width, self.near.len() > 1);
-        let near = &mut self.near[head];
+        let (own, width) = (near.slab.capacity, reading.width);
         for step in 0..run {
             let t = self.tokens - run + step;
             let rows = step * group..(step + 1) * group;
@@ -644,6 +621,7 @@ impl<T: Scalar> Layer<T> {
         self.clear(config);
         self.tokens = tokens;
         let (d, dv) = (config.head_dim, self.value_dim);
+        let (heads, mut all_entries) = (self.near.len(), 0);
         let gone = tokens.saturating_sub(config.sinks) - config.held(tokens).len();
         let heavy = if config.trails() { 0 } else { gone.min(config.heavy) };
         for (head, near) in self.near.iter_mut().enumerate() {
@@ -654,6 +632,9 @@ impl<T: Scalar> Layer<T> {
                 let Some((token, rest)) = numbers.split_at_checked(d + dv + 1) else { return false };
                 near.put(slot, ArrayView1::from(&token[..d]), ArrayView1::from(&token[d..d + dv]));
                 near.received[slot] = token[d + dv];
+                if near.received[slot] < T::zero() {
+                    return false;
+                }
                 numbers = rest;
             }
             let Some((scores, rest)) = numbers.split_at_checked(heavy) else { return false };
@@ -666,6 +647,7 @@ impl<T: Scalar> Layer<T> {
                     let Some((&entries, rest)) = numbers.split_first() else { return false };
                     let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
                     let Some(entries) = (0..=memory.slab.capacity).find(is_it) else { return false };
+                    all_entries += entries;
                     let count = memory.count_numbers(entries);
                     let Some(own) = rest.get(..count) else { return false };
                     if !memory.set_numbers(entries, gone - heavy, tokens.saturating_sub(config.sinks), own) {
@@ -689,7 +671,11 @@ impl<T: Scalar> Layer<T> {
                 near.largest_value = near.largest_value.max(largest(memories[head].values().view()));
             }
         }
-        numbers.is_empty()
+        let merged = match &config.far {
+            FarKind::Merged { rule, .. } => heads * rule.entries.min(gone - heavy),
+            _ => 0,
+        };
+        numbers.is_empty() && all_entries == merged
     }
 }
 

@@ -80,7 +80,8 @@ impl<T: Scalar> Far<T> {
     }
 
     /// Sums of the features of any map. The map's estimate of `exp(q̂·k̂)` must be right in absolute terms, since it stands beside exact
-    /// weights. With [`calibrated`](Self::calibrated) nothing changes: calibrate the map.
+    /// weights. To calibrate it, calibrate the map. A key beyond the range of the map is found out when it leaves the window: the call in
+    /// which it does then fails, as does every later one.
     #[must_use]
     pub fn features(map: impl FeatureMap<T> + 'static) -> Self {
         Self::of(Kind::Features(Arc::new(map)))

@@ -21,17 +21,18 @@ pub(crate) struct HybridStream<T: Scalar> {
 
 const KERNEL: &str = "hybrid";
 
+const OWN_MEMORY: Error = Error::Unsupported {
+    what: "saving and restoring this stream",
+    why: "only its far memory, a type of your own, knows its state",
+};
+
 impl<T: Scalar> HybridStream<T> {
-    /// Absorbs tokens of every head, of checked shapes.
-    fn absorb(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
-        for call in &*calls {
-            for q in call.q.outer_iter() {
-                check::finite("q", q)?;
-            }
-            check::finite("k", call.k)?;
-            check::finite("v", call.v)?;
+    fn check(&self, calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
+        check::size("q", "kv heads", self.heads, calls.len())?;
+        for HeadCall { q, k, v, out } in calls {
+            check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
         }
-        if calls[0].k.nrows() == 0 { Ok(()) } else { self.layer.extend(&self.config, calls, &mut self.work) }
+        check::finite_calls(calls)
     }
 
     fn shape(&self) -> Vec<usize> {
@@ -81,11 +82,12 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     }
 
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
-        check::size("q", "kv heads", self.heads, calls.len())?;
-        for HeadCall { q, k, v, out } in &*calls {
-            check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
-        }
-        self.absorb(calls)
+        self.check(calls)?;
+        if calls[0].k.nrows() == 0 { Ok(()) } else { self.layer.extend(&self.config, calls, &mut self.work) }
+    }
+
+    fn cannot_fail(&self, calls: &[HeadCall<'_, T>]) -> bool {
+        self.check(calls).is_ok() && self.layer.is_safe(&self.config, calls)
     }
 
     fn len(&self) -> usize {
@@ -127,16 +129,16 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     fn save(&self) -> Result<StreamState<T>, Error> {
         match self.layer.numbers(&self.config) {
             Some(numbers) => Ok(StreamState::new(KERNEL, self.len(), self.shape(), numbers)),
-            None => Err(Error::Unsupported {
-                what: "saving this stream",
-                why: "only its far memory, a type of your own, knows its state",
-            }),
+            None => Err(OWN_MEMORY),
         }
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let count = state.count();
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
+        if self.layer.numbers(&self.config).is_none() {
+            return Err(OWN_MEMORY);
+        }
         let mut layer = self.layer.clone();
         if !layer.set_numbers(&self.config, state.tokens(), numbers) {
             let found = count.to_string();
