@@ -357,6 +357,9 @@ struct Task<'a, T> {
     outputs: Vec<(usize, ArrayViewMut3<'a, T>)>,
 }
 
+/// The arguments of a unit, and its state.
+type Work<'a, 's, T> = (Vec<HeadCall<'a, T>>, &'s mut Box<dyn Stream<T>>);
+
 /// The work on every unit.
 fn tasks<'a, T>(mut out: ArrayViewMut4<'a, T>, units: &[Unit], group: usize) -> Vec<Task<'a, T>> {
     let (batch, query_heads, ..) = out.dim();
@@ -507,7 +510,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         // A head that fails must not leave the others ahead of it.
         let group = heads.query_heads() / heads.kv_heads;
         let lengths = |sequence: usize| lengths.map_or(q.dim().2, |lengths| lengths[sequence]);
-        let mut work: Vec<(Vec<HeadCall<'_, T>>, &mut Box<dyn Stream<T>>)> = tasks(out, &heads.units, group)
+        let mut work: Vec<Work<'_, '_, T>> = tasks(out, &heads.units, group)
             .into_iter()
             .zip(&mut self.streams)
             .map(|(task, stream)| {
@@ -520,9 +523,7 @@ impl<T: Scalar> MultiHeadStream<T> {
             // a head that fails must not leave the others ahead of it
             self.copies.extend(work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())));
         }
-        let extend = |(): &mut (), (mut calls, stream): (Vec<HeadCall<'_, T>>, &mut Box<dyn Stream<T>>)| {
-            stream.extend_heads(&mut calls)
-        };
+        let extend = |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);
         let result = for_each(work, || (), || (), extend);
         if result.is_err() {
             for (stream, copy) in self.streams.iter_mut().zip(&mut self.copies) {
