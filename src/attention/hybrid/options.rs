@@ -144,7 +144,8 @@ impl<T: Scalar> Far<T> {
         Self::of(Kind::Own(Arc::new(make)))
     }
 
-    /// Draws what it needs from a calibration: [`taylor`](Self::taylor) its map, [`ward`](Self::ward) its metric and weights.
+    /// Draws what it needs from a calibration: [`taylor`](Self::taylor) its map, [`ward`](Self::ward) its metric and weights. Make it with the
+    /// window and sinks of the kernel, which is not checked.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
         self.calibration = Some(Arc::new(calibration.clone()));
