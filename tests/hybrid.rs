@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
     let far = FarFormula::Merged(common::hybrid::Received { block, ..RECEIVED });
-    HybridFormula { window, sinks, heavy: 0, far, calibration: None }
+    HybridFormula { window, sinks, heavy: 0, far, calibration: None, metric: None }
 }
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {
@@ -174,6 +174,10 @@ fn options_that_cannot_be_used() {
     option(error(Far::merged(4).with_decay(f64::NAN)), "decay");
     option(error(Far::merged(4).with_value_weight(-1.0)), "value_weight");
     option(error(Far::taylor(2)), "calibration");
+    let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 1);
+    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+    option(error(Far::merged(4).with_metric(Metric::Identity).calibrated(&calibration)), "metric");
+    option(error(Far::none().calibrated(&calibration)), "calibration of the far memory");
     assert!(matches!(error(Far::merged(0)), Error::ZeroSize { .. }));
     assert!(matches!(error(Far::merged(4).with_block(0)), Error::ZeroSize { .. }));
     assert!(matches!(error(Far::features(Performer::new(5, 8, 0).unwrap())), Error::Shape { .. }));

@@ -165,3 +165,30 @@ fn calibrated_hybrids_have_the_known_errors() {
         }
     }
 }
+
+/// What the metric and the decay of merging memories do to the output error: `docs/theory.md` has what this prints.
+#[test]
+fn options_of_merging_memories() {
+    let mut worse = 0;
+    println!("{:>8}{:>10}{:>12}{:>10}{:>10}{:>10}", "head", "default", "calibrated", "γ = .99", "γ = .999", "γ = 1");
+    for head in heads().iter().filter(|head| head.mask == Mask::Causal) {
+        let [q, k, _] = &head.calibration;
+        let options = CalibrationOptions::new().with_stride(3);
+        let calibration = Calibration::from_samples(q.view(), k.view(), options).unwrap();
+        let reference = reference(head);
+        let error = |far| {
+            let kernel = HybridAttention::builder(64).far(far).build().unwrap();
+            reference.output_error(&kernel).unwrap()
+        };
+        let default = error(Far::merged(64));
+        let calibrated = error(Far::merged(64).calibrated(&calibration));
+        let decays = [0.99, 0.999, 1.0].map(|decay| error(Far::merged(64).with_decay(decay)));
+        println!(
+            "{:>8}{default:>10.4}{calibrated:>12.4}{:>10.4}{:>10.4}{:>10.4}",
+            head.name, decays[0], decays[1], decays[2]
+        );
+        assert!(calibrated < 1.3 * default && calibrated > 0.7 * default, "{}: rewrite the docs", head.name);
+        worse += usize::from(decays[2] > 1.5 * default);
+    }
+    assert_eq!(worse, 4, "rewrite the docs");
+}

@@ -42,6 +42,8 @@ pub struct HybridFormula {
     pub heavy: usize,
     pub far: FarFormula,
     pub calibration: Option<Arc<Calibration>>,
+    /// The calibrated metric of received-attention merging.
+    pub metric: Option<Array2<f64>>,
 }
 
 #[derive(Clone)]
@@ -158,7 +160,11 @@ impl HybridFormula {
                 let rho = state.value_squares / state.seen as f64;
                 let mean = state.query_squares.mean().unwrap();
                 let r = if received.diagonal { &state.query_squares / mean } else { Array1::ones(dk.len()) };
-                (&dk * &dk).dot(&r) + received.value_weight * dv.dot(&dv) / rho
+                let keys = match &self.metric {
+                    Some(metric) => metric.dot(&dk).mapv(|x| x * x).sum(),
+                    None => (&dk * &dk).dot(&r),
+                };
+                keys + received.value_weight * dv.dot(&dv) / rho
             }
             FarFormula::WardCalibrated { metric, .. } => {
                 let y = metric.dot(&dk);

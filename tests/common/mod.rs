@@ -227,19 +227,26 @@ fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
         FarFormula::Taylor(rank, _) => Far::taylor(*rank),
         FarFormula::Ward { entries, block } => Far::ward(*entries).with_block(*block),
         FarFormula::WardCalibrated { entries, .. } => Far::ward(*entries),
-        FarFormula::Merged(rule) => Far::merged(rule.entries)
-            .with_block(rule.block)
-            .with_decay(rule.gamma)
-            .with_min_age(rule.min_age)
-            .with_value_weight(rule.value_weight)
-            .with_metric(if rule.diagonal { Metric::QueryDiagonal } else { Metric::Identity }),
+        FarFormula::Merged(rule) => {
+            let far = Far::merged(rule.entries)
+                .with_block(rule.block)
+                .with_decay(rule.gamma)
+                .with_min_age(rule.min_age)
+                .with_value_weight(rule.value_weight);
+            if rule.diagonal { far } else { far.with_metric(Metric::Identity) }
+        }
     }
 }
 
 /// The kernel of a formula.
 pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridAttention<T> {
     let builder = HybridAttention::builder(d).window(formula.window).sinks(formula.sinks).heavy(formula.heavy);
-    let builder = builder.far(far(&formula.far, d, m));
+    let far = far(&formula.far, d, m);
+    let far = match (&formula.metric, &formula.calibration) {
+        (Some(_), Some(calibration)) => return builder.far(far.calibrated(calibration)).build().unwrap(),
+        _ => far,
+    };
+    let builder = builder.far(far);
     let builder = formula.calibration.iter().fold(builder, |builder, calibration| builder.calibrated(calibration));
     builder.build().unwrap()
 }
@@ -273,6 +280,7 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         (9, 2, 4, merged(|_| {})),
         (9, 2, 4, merged(|rule| rule.block = 4)),
         (6, 0, 3, FarFormula::None),
+        (9, 1, 0, merged(|rule| rule.min_age = 2)),
     ];
     let plain = [
         (9, 2, FarFormula::None),
@@ -299,7 +307,14 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         .chain(calibrated)
         .map(|(window, sinks, heavy, far, calibration)| {
             let name = format!("hybrid window {window} sinks {sinks} heavy {heavy} {far:.60?} d={d}");
-            let formula = HybridFormula { window, sinks, heavy, far, calibration };
+            // calibrated merging without heavy keys takes its metric from the calibration
+            let metric = calibration.as_ref().filter(|_| heavy == 0 && matches!(far, FarFormula::Merged(_)));
+            let metric = metric.map(|calibration| {
+                let metric = calibration.metric();
+                let mean = metric.mapv(|x| x * x).sum() / metric.nrows() as f64;
+                metric / mean.sqrt()
+            });
+            let formula = HybridFormula { window, sinks, heavy, far, calibration, metric };
             Subject {
                 name,
                 head_dim: d,
@@ -346,14 +361,15 @@ impl Subject {
         if let Some((map, _)) = &self.map {
             return 2 * map.num_features() * (dv + 1) + 1;
         }
-        let Some(HybridFormula { window, sinks, heavy, far, .. }) = &self.hybrid else { return tokens * token };
+        let Some(HybridFormula { window, sinks, heavy, far, metric, .. }) = &self.hybrid else { return tokens * token };
         let (received, block, far) = match far {
             FarFormula::None => (0, 1, 0),
             FarFormula::Features(map) | FarFormula::Taylor(_, map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
             FarFormula::Ward { entries, block } => (0, *block, entries * (token + 2)),
             FarFormula::WardCalibrated { entries, .. } => (0, 1, entries * (token + 2)),
             FarFormula::Merged(rule) => {
-                let units = if rule.diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
+                let diagonal = rule.diagonal && metric.is_none();
+                let units = if diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
                 (1, rule.block, rule.entries * (token + 2) + units)
             }
         };

@@ -8,6 +8,7 @@ use crate::features::taylor::CalibratedTaylor;
 use crate::memory::merged::{self, Distance, Metric, Rule};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
+use ndarray::Array2;
 use std::sync::Arc;
 
 /// What takes the tokens that leave the window.
@@ -18,7 +19,7 @@ use std::sync::Arc;
 /// | [`features`](Self::features) | sums of features | no | any feature map |
 /// | [`taylor`](Self::taylor) | sums of features | yes | broad far attention, smallest state |
 /// | [`ward`](Self::ward) | merged entries, static weights | better with | encoders; where reading must not write |
-/// | [`merged`](Self::merged) | merged entries, weighted by the attention received | no | the default |
+/// | [`merged`](Self::merged) | merged entries, weighted by the attention received | no; may have one | the default |
 /// | [`memory`](Self::memory) | yours | | |
 ///
 /// Options that a far memory does not have are an [`Error::InvalidOption`] of [`HybridBuilder::build`].
@@ -144,8 +145,9 @@ impl<T: Scalar> Far<T> {
         Self::of(Kind::Own(Arc::new(make)))
     }
 
-    /// Draws what it needs from a calibration: [`taylor`](Self::taylor) its map, [`ward`](Self::ward) its metric and weights. Make it with the
-    /// window and sinks of the kernel, which is not checked.
+    /// Draws what it needs from a calibration: [`taylor`](Self::taylor) its map, [`ward`](Self::ward) its metric R and weights,
+    /// [`merged`](Self::merged) the metric R, scaled to mean 1, in place of a [`Metric`]. Make it with the window and sinks of the kernel, which
+    /// is not checked.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
         self.calibration = Some(Arc::new(calibration.clone()));
@@ -212,12 +214,17 @@ impl<T: Scalar> Far<T> {
         refuse(self.metric.is_some(), merged, "metric", "`Far::merged`")?;
         refuse(self.block.is_some(), merged || ward, "block", "`Far::merged` or `Far::ward`")?;
         refuse(self.fit.is_some(), taylor, "fit", "`Far::taylor`")?;
+        let draws = taylor || ward || merged;
         refuse(
             self.calibration.is_some(),
-            taylor || ward,
+            draws,
             "calibration of the far memory",
-            "`Far::taylor` or `Far::ward`",
+            "`Far::taylor`, `ward` or `merged`",
         )?;
+        if self.calibration.is_some() && self.metric.is_some() {
+            let found = "one, and a calibration, which has its own".to_owned();
+            return Err(Error::InvalidOption { which: "metric", found, needed: "one of the two" });
+        }
         let out_of = |which, found: f64, needed| Err(Error::InvalidOption { which, found: found.to_string(), needed });
         match (self.decay, self.value_weight) {
             (Some(decay), _) if !(decay > 0.0 && decay <= 1.0) => out_of("decay", decay, "above 0 and at most 1"),
@@ -344,9 +351,10 @@ impl<T: Scalar> HybridBuilder<T> {
                 FarKind::Merged { rule: rule(*entries, metric, 0.0)?, weighing }
             }
             Kind::Merged(entries) => {
-                let metric = match far.metric.unwrap_or_default() {
-                    Metric::Identity => Distance::Identity,
-                    Metric::QueryDiagonal => Distance::QueryDiagonal,
+                let metric = match (&far.calibration, far.metric.unwrap_or_default()) {
+                    (Some(calibration), _) => Distance::Matrix(Arc::new(unit_metric(calibration))),
+                    (None, Metric::Identity) => Distance::Identity,
+                    (None, Metric::QueryDiagonal) => Distance::QueryDiagonal,
                 };
                 let weighing =
                     Weighing::Received { decay: far.decay.unwrap_or(0.98), min_age: far.min_age.unwrap_or(16) };
@@ -384,6 +392,14 @@ impl<T: Scalar> HybridBuilder<T> {
         };
         Ok(HybridAttention { config: Arc::new(config) })
     }
+}
+
+/// The metric of a calibration, scaled so that the mean of the squares it weighs with is 1: values are weighed against keys.
+#[allow(clippy::cast_precision_loss)]
+fn unit_metric(calibration: &Calibration) -> Array2<f64> {
+    let metric = calibration.metric();
+    let mean = metric.iter().map(|x| x * x).sum::<f64>() / metric.nrows() as f64;
+    if mean > 0.0 { metric / mean.sqrt() } else { metric }
 }
 
 fn missing(which: &'static str) -> Error {
