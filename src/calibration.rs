@@ -8,11 +8,12 @@ pub(crate) mod weights;
 pub use options::CalibrationOptions;
 pub use taylor::TaylorFit;
 
+use crate::features::Side;
 use crate::views::rows;
 use crate::{Error, FeatureMap, Mask, Scalar, check};
 use core::ops::Range;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, Axis};
-use weights::{Fit, Side, check_ridge, log_features, log_sum_exp};
+use weights::{Fit, RIDGE, check_ridge, log_features, log_sum_exp};
 
 /// Queries with fewer far keys than this say nothing about far attention.
 const LEAST_KEYS: usize = 4;
@@ -144,7 +145,8 @@ impl Calibration {
         for row in first_used..pairs.queries.nrows() {
             let far = pairs.far(row);
             let scores = pairs.scores(row, far.clone());
-            let mine = scores.mapv(|x| (x - log_sum_exp(scores.view())).exp());
+            let log_normalizer = log_sum_exp(scores.view());
+            let mine = scores.mapv(|x| (x - log_normalizer).exp());
             attention.iter_mut().skip(far.start).zip(&mine).for_each(|(a, x)| *a += x);
         }
         let used = rows(pairs.queries.view(), first_used..pairs.queries.nrows());
@@ -410,6 +412,18 @@ impl Calibration {
         };
         let range = first..self.pairs.queries.nrows();
         (rows(self.pairs.queries.view(), range), self.log_normalizers.view().split_at(Axis(0), first).1)
+    }
+
+    /// A map whose weights D are set by `with_weights`, fitted from D = 1.
+    pub(crate) fn refit<T: Scalar, F: FeatureMap<T>>(
+        &self,
+        map: F,
+        with_weights: impl Fn(F, Array1<T>) -> Result<F, Error>,
+    ) -> Result<F, Error> {
+        let ones = Array1::ones(map.num_features());
+        let map = with_weights(map, ones)?;
+        let weights = self.fit_weights(&map, RIDGE)?;
+        with_weights(map, weights)
     }
 
     /// Fits the weights D of a map of positive features, all one so far, to the far pairs, as [`fit_weights`](crate::fit_weights) does to

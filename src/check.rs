@@ -137,14 +137,20 @@ pub(crate) fn extend_group<T: Scalar>(
     size("k", "rows", q.len_of(Axis(1)), k.nrows())
 }
 
+/// The numbers of a group of query heads must be finite.
+pub(crate) fn finite_group<T: Scalar>(
+    q: ArrayView3<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(), Error> {
+    q.outer_iter().try_for_each(|q| finite("q", q))?;
+    finite("k", k)?;
+    finite("v", v)
+}
+
 /// The numbers of several heads must be finite.
 pub(crate) fn finite_calls<T: Scalar>(calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
-    for HeadCall { q, k, v, .. } in calls {
-        q.outer_iter().try_for_each(|q| finite("q", q))?;
-        finite("k", *k)?;
-        finite("v", *v)?;
-    }
-    Ok(())
+    calls.iter().try_for_each(|call| finite_group(call.q, call.k, call.v))
 }
 
 /// Features that come in pairs.

@@ -96,6 +96,36 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
     }
 }
 
+/// Whether queries or keys are mapped.
+#[derive(Clone, Copy)]
+pub(crate) enum Side {
+    Query,
+    Key,
+}
+
+impl Side {
+    /// The argument.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Query => "q",
+            Self::Key => "k",
+        }
+    }
+
+    pub(crate) fn map<T: Scalar>(
+        self,
+        map: &(impl FeatureMap<T> + ?Sized),
+        x: ArrayView2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        match self {
+            Self::Query => map.map_queries(x, values, log_scale),
+            Self::Key => map.map_keys(x, values, log_scale),
+        }
+    }
+}
+
 /// A map, the same for queries and keys, in the layout of the inner loops: tokens as columns.
 pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
     /// Maps the first `tokens` columns of `x [head_dim, width]` to those of `values [num_features, width]` and to `log_scale [width]`. The

@@ -149,20 +149,10 @@ impl<T: Scalar> Partial<T> {
 
     /// Adds one row of sums.
     pub(crate) fn add(&mut self, row: usize, numerator: &[T], denominator: T, log_scale: T) {
-        if log_scale == T::neg_infinity() {
-            return;
-        }
-        let common = self.log_scale[row].max(log_scale);
-        let (old, new) = ((self.log_scale[row] - common).exp(), (log_scale - common).exp());
         let mut sums = self.numerator.row_mut(row);
-        if let Some(sums) = sums.as_slice_mut() {
-            if old != T::one() {
-                kernel::scale(sums, old);
-            }
-            kernel::add_scaled(sums, new, numerator);
-        }
-        self.denominator[row] = self.denominator[row] * old + denominator * new;
-        self.log_scale[row] = common;
+        let sums = sums.as_slice_mut().unwrap_or_default();
+        let scalars = (&mut self.denominator[row], &mut self.log_scale[row]);
+        add_sums(sums, scalars, numerator, denominator, log_scale);
     }
 
     /// Writes numerator / denominator of each query to `out [n, value_dim]`.
@@ -259,19 +249,15 @@ impl<T: Scalar> Answer<T> {
 impl<T: Scalar> Answer<T> {
     /// Adds one row of sums of other tokens.
     pub(crate) fn add_row(&mut self, row: usize, numerator: &[T], denominator: T, log_scale: T) {
-        if log_scale == T::neg_infinity() {
-            return;
-        }
-        let common = self.log_scale[row].max(log_scale);
-        let (old, new) = ((self.log_scale[row] - common).exp(), (log_scale - common).exp());
         let stride = self.numerator.len() / self.tokens;
         let sums = &mut self.numerator[row * stride..(row + 1) * stride];
-        if old != T::one() {
-            kernel::scale(sums, old);
-        }
-        kernel::add_scaled(sums, new, numerator);
-        self.denominator[row] = self.denominator[row] * old + denominator * new;
-        self.log_scale[row] = common;
+        let scalars = (&mut self.denominator[row], &mut self.log_scale[row]);
+        add_sums(sums, scalars, numerator, denominator, log_scale);
+    }
+
+    /// The first row whose denominator is not finite: a score has overflowed.
+    pub(crate) fn first_overflow(&self) -> Option<usize> {
+        self.denominator.iter().take(self.tokens).position(|denominator| !denominator.is_finite())
     }
 
     /// Merges the rows into `answer` from row `first` on.
@@ -281,6 +267,27 @@ impl<T: Scalar> Answer<T> {
             answer.add(first + i, &numerator[..value_dim], self.denominator[i], self.log_scale[i]);
         }
     }
+}
+
+/// Adds sums of other tokens to those of a row: both are brought to the larger log scale.
+fn add_sums<T: Scalar>(
+    sums: &mut [T],
+    (sum_of_weights, unit): (&mut T, &mut T),
+    numerator: &[T],
+    denominator: T,
+    log_scale: T,
+) {
+    if log_scale == T::neg_infinity() {
+        return;
+    }
+    let common = unit.max(log_scale);
+    let (old, new) = ((*unit - common).exp(), (log_scale - common).exp());
+    if old != T::one() {
+        kernel::scale(sums, old);
+    }
+    kernel::add_scaled(sums, new, numerator);
+    *sum_of_weights = *sum_of_weights * old + denominator * new;
+    *unit = common;
 }
 
 /// Whether sums are divided by the sum of the weights.

@@ -34,6 +34,8 @@ mod measure;
 mod page;
 mod plots;
 mod records;
+#[path = "../shared/mod.rs"]
+mod shared;
 mod summary;
 mod synthetic;
 mod table;
@@ -121,7 +123,7 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
     }
     text.push('\n');
     for finding in findings {
-        text.push_str(&wrapped(finding));
+        text.push_str(&shared::wrapped(finding));
     }
     text
 }
@@ -133,21 +135,4 @@ fn norms(results: &Results, plan: &Plan) -> String {
         "\nOutput error on Gaussian q and k of growing norm (in brackets: no better than uniform)\n{}\n",
         table::terminal_norms(&header, &lines)
     )
-}
-
-/// A list item in lines of at most 110 characters.
-fn wrapped(sentence: &str) -> String {
-    let (mut text, mut length) = ("-".to_owned(), 1);
-    for word in sentence.split_whitespace() {
-        let size = word.chars().count() + 1;
-        if length + size > 110 {
-            text.push_str("\n ");
-            length = 1;
-        }
-        text.push(' ');
-        text.push_str(word);
-        length += size;
-    }
-    text.push('\n');
-    text
 }

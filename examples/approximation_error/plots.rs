@@ -5,12 +5,11 @@
 
 use crate::kernels::Kernel;
 use crate::measure::Results;
+use crate::shared::Scale;
 use crate::summary::{Group, Row, kernel_error_rate, median, rows};
 use crate::text::{short, shortened, slope};
 use plotters::coord::Shift;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::prelude::*;
-use std::ops::Range;
 
 /// Placeholders, see the style sheet in `page.rs`.
 const INK: RGBColor = RGBColor(1, 2, 3);
@@ -141,30 +140,6 @@ impl Axis {
     fn text(&self, x: f64) -> String {
         let near = |(a, _): &&(f64, String)| (a - x).abs() < 1e-9;
         self.ticks.iter().find(near).map_or_else(String::new, |(_, text)| text.clone())
-    }
-}
-
-/// A linear scale with ticks where an [`Axis`] has them.
-struct Scale {
-    range: Range<f64>,
-    ticks: Vec<f64>,
-}
-
-impl Ranged for Scale {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
-        let place = (value - self.range.start) / (self.range.end - self.range.start);
-        limit.0 + (place * f64::from(limit.1 - limit.0)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.range.clone()
     }
 }
 

@@ -14,6 +14,8 @@ mod kernels;
 mod measure;
 mod page;
 mod plots;
+#[path = "../shared/mod.rs"]
+mod shared;
 mod table;
 mod task;
 
@@ -84,7 +86,7 @@ fn run(args: &Args) -> Result<(), String> {
     }
     text.push_str(&format!("{}\n\n", table::legend(&plan)));
     for finding in &findings {
-        text.push_str(&table::wrapped(finding));
+        text.push_str(&shared::wrapped(finding));
     }
     // A closed pipe is no reason to lose the page.
     let _ = write!(std::io::stdout(), "{text}");

@@ -2,10 +2,9 @@
 
 use crate::kernels::{KERNELS, Kernel, Shape};
 use crate::measure::{Curve, Plan, Results};
+use crate::shared::Scale;
 use crate::task::{CLASSES, Sort};
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::prelude::*;
-use std::ops::Range;
 
 const INK: RGBColor = RGBColor(1, 2, 3);
 const GRID: RGBColor = RGBColor(1, 2, 4);
@@ -87,30 +86,6 @@ fn draw(
     }
     root.present()?;
     Ok(())
-}
-
-/// A linear scale with ticks at chosen places.
-struct Scale {
-    range: Range<f64>,
-    ticks: Vec<f64>,
-}
-
-impl Ranged for Scale {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
-        let place = (value - self.range.start) / (self.range.end - self.range.start);
-        limit.0 + (place * f64::from(limit.1 - limit.0)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.range.clone()
-    }
 }
 
 /// A key of the kernels, as HTML.

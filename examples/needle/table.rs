@@ -60,20 +60,3 @@ pub fn legend(plan: &Plan) -> String {
 fn count(x: usize) -> String {
     if x < 1000 { x.to_string() } else { format!("{} {:03}", count(x / 1000), x % 1000) }
 }
-
-/// A list item in lines of at most 110 characters.
-pub fn wrapped(sentence: &str) -> String {
-    let (mut text, mut length) = ("-".to_owned(), 1);
-    for word in sentence.split_whitespace() {
-        let size = word.chars().count() + 1;
-        if length + size > 110 {
-            text.push_str("\n ");
-            length = 1;
-        }
-        text.push(' ');
-        text.push_str(word);
-        length += size;
-    }
-    text.push('\n');
-    text
-}

@@ -35,7 +35,7 @@ pub struct MultiHead<T: Scalar> {
     /// One for each query head.
     kernels: Vec<Arc<dyn Attention<T>>>,
     kv_heads: usize,
-    /// What has a state of its own, in the order of heads.
+    /// What has a state of its own: in the order of heads, a pool last.
     units: Arc<Vec<Unit>>,
 }
 
@@ -170,7 +170,7 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// Those of [`Attention::state_floats`].
     pub fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
-        let group = self.kernels.len() / self.kv_heads;
+        let group = self.group();
         let mut floats = 0_usize;
         for unit in &*self.units {
             let (kernel, heads) = match unit {
@@ -196,8 +196,9 @@ impl<T: Scalar> MultiHead<T> {
         self.kv_heads
     }
 
-    fn kv_head(&self, query_head: usize) -> usize {
-        query_head / (self.kernels.len() / self.kv_heads)
+    /// Query heads of a kv head.
+    fn group(&self) -> usize {
+        self.kernels.len() / self.kv_heads
     }
 
     /// Attends in every head: `q [b, query_heads, n_q, d]`, `k [b, kv_heads, n_k, d]`, `v [b, kv_heads, n_k, d_v]` give
@@ -244,7 +245,7 @@ impl<T: Scalar> MultiHead<T> {
         if mask == Mask::Causal {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
-        let group = self.kernels.len() / self.kv_heads;
+        let group = self.group();
         let coupled = |unit: &Unit| match unit {
             Unit::Query(_) => false,
             Unit::Group(kv) => mask == Mask::Causal && !self.kernels[kv * group].heads_are_independent(),
@@ -280,7 +281,7 @@ impl<T: Scalar> MultiHead<T> {
     pub fn stream(&self, batch: usize, value_dim: usize) -> Result<MultiHeadStream<T>, Error> {
         check::at_least_one("batch", batch)?;
         check::array("batch", batch, self.kernels.len())?;
-        let group = self.kernels.len() / self.kv_heads;
+        let group = self.group();
         let mut streams = Vec::with_capacity(batch * self.units.len());
         for unit in (0..batch).flat_map(|_| &*self.units) {
             streams.push(match unit {
@@ -312,7 +313,7 @@ impl<T: Scalar> MultiHead<T> {
 
     /// The place of a query head among the units.
     fn unit_of(&self, query_head: usize) -> Option<usize> {
-        let kv = self.kv_head(query_head);
+        let kv = query_head / self.group();
         self.units.iter().position(|unit| match unit {
             Unit::Query(h) => *h == query_head,
             Unit::Group(of) => *of == kv,
@@ -507,8 +508,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", self.value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
-        // A head that fails must not leave the others ahead of it.
-        let group = heads.query_heads() / heads.kv_heads;
+        let group = heads.group();
         let lengths = |sequence: usize| lengths.map_or(q.dim().2, |lengths| lengths[sequence]);
         let mut work: Vec<Work<'_, '_, T>> = tasks(out, &heads.units, group)
             .into_iter()
@@ -519,8 +519,8 @@ impl<T: Scalar> MultiHeadStream<T> {
             })
             .collect();
         self.copies.clear();
-        if !work.iter().all(|(calls, stream)| stream.cannot_fail(calls)) {
-            // a head that fails must not leave the others ahead of it
+        // a head that fails must not leave the others ahead of it; alone it goes back by itself
+        if work.len() > 1 && !work.iter().all(|(calls, stream)| stream.cannot_fail(calls)) {
             self.copies.extend(work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())));
         }
         let extend = |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);

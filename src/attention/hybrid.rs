@@ -80,9 +80,7 @@ impl<T: Scalar> HybridAttention<T> {
     pub(crate) fn config(&self) -> &Arc<Config<T>> {
         &self.config
     }
-}
 
-impl<T: Scalar> HybridAttention<T> {
     /// Attention of checked shapes; of several heads of a causal group, or one.
     fn forward_checked(
         &self,
@@ -166,16 +164,15 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         check::size("out", "heads", q.len_of(Axis(0)), out.len_of(Axis(0)))?;
-        for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
-            check::forward(self.config.head_dim, q, k, v, mask, &out)?;
-            if mask != Mask::Causal {
-                self.forward_with(q, k, v, mask, out, scratch)?;
-            }
+        let mut heads = q.outer_iter().zip(out.outer_iter_mut());
+        if mask != Mask::Causal {
+            return heads.try_for_each(|(q, out)| self.forward_with(q, k, v, mask, out, scratch));
         }
-        if mask == Mask::Causal && !q.is_empty() {
-            self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)?;
+        heads.try_for_each(|(q, out)| check::forward(self.config.head_dim, q, k, v, mask, &out))?;
+        if q.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)
     }
 
     fn forward_probed(

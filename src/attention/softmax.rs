@@ -56,6 +56,13 @@ impl<T: Scalar> SoftmaxAttention<T> {
         self.scale = Some(scale);
         self
     }
+
+    /// An empty cache for so many query heads.
+    fn stream_of(&self, group: usize, value_dim: usize) -> Result<SoftmaxStream<T>, Error> {
+        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        let cache = ExactMemory::new(self.head_dim, value_dim, scale)?;
+        Ok(SoftmaxStream { cache, group, tile: Tile::new(), checkpoint: None })
+    }
 }
 
 /// With fewer scores than this, one thread answers.
@@ -130,20 +137,12 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        Ok(Box::new(SoftmaxStream {
-            cache: ExactMemory::new(self.head_dim, value_dim, scale)?,
-            group: 1,
-            tile: Tile::new(),
-            checkpoint: None,
-        }))
+        Ok(Box::new(self.stream_of(1, value_dim)?))
     }
 
     fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         check::at_least_one("group", group)?;
-        let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        let cache = ExactMemory::new(self.head_dim, value_dim, scale)?;
-        Ok(Some(Box::new(SoftmaxStream { cache, group, tile: Tile::new(), checkpoint: None })))
+        Ok(Some(Box::new(self.stream_of(group, value_dim)?)))
     }
 
     fn heads_are_independent(&self) -> bool {
@@ -201,11 +200,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     ) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
         check::extend_group(head_dim, value_dim, self.group, q, k, v, &out)?;
-        for q in q.outer_iter() {
-            check::finite("q", q)?;
-        }
-        check::finite("k", k)?;
-        check::finite("v", v)?;
+        check::finite_group(q, k, v)?;
         let before = self.cache.len();
         self.cache.push(k, v);
         let Self { cache, tile, .. } = self;

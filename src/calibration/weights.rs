@@ -1,5 +1,6 @@
 //! Weights D of the exponential maps, by non-negative least squares in attention space.
 
+use crate::features::Side;
 use crate::views::rows;
 use crate::{Error, FeatureMap, Mask, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
@@ -183,13 +184,6 @@ impl Fit {
     }
 }
 
-/// Which of its two vectors a map is given.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
-    Query,
-    Key,
-}
-
 /// Logarithms of the features of scaled vectors, `[n, m]`; −∞ where a feature is zero.
 pub(super) fn log_features<T: Scalar>(
     map: &(impl FeatureMap<T> + ?Sized),
@@ -198,10 +192,7 @@ pub(super) fn log_features<T: Scalar>(
 ) -> Result<Array2<f64>, Error> {
     let mut values = Array2::zeros((scaled.nrows(), map.num_features()));
     let mut log_scale = Array1::zeros(scaled.nrows());
-    match side {
-        Side::Query => map.map_queries(scaled, values.view_mut(), log_scale.view_mut())?,
-        Side::Key => map.map_keys(scaled, values.view_mut(), log_scale.view_mut())?,
-    }
+    side.map(map, scaled, values.view_mut(), log_scale.view_mut())?;
     if values.iter().any(|x| *x < T::zero()) {
         return Err(Error::Unsupported {
             what: "fitting the weights of a map with negative features",

@@ -2,7 +2,6 @@
 
 use super::dense::{Dense, Exponents};
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::calibration::weights::RIDGE;
 use crate::kernel::Buffer;
 use crate::kernel::lanes_dct::LanesDct;
 use crate::projection::{self, Generator};
@@ -278,10 +277,7 @@ impl<T: Scalar> DctFeatures<T> {
     ///
     /// Those of [`Calibration::fit_weights`], and [`Error::Unsupported`] for the official map, which has no weights.
     pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
-        let ones = Array1::ones(self.num_features());
-        let map = self.with_weights(ones)?;
-        let weights = calibration.fit_weights(&map, RIDGE)?;
-        map.with_weights(weights)
+        calibration.refit(self, Self::with_weights)
     }
 
     /// The radii `[num_features]`, in the order of the features.

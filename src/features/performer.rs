@@ -2,7 +2,6 @@
 
 use super::dense::Dense;
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::calibration::weights::RIDGE;
 use crate::{Calibration, Error, Scalar, check, projection};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
 
@@ -116,10 +115,7 @@ impl<T: Scalar> Performer<T> {
     ///
     /// Those of [`Calibration::fit_weights`].
     pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
-        let ones = Array1::ones(self.num_features());
-        let map = self.with_weights(ones)?;
-        let weights = calibration.fit_weights(&map, RIDGE)?;
-        map.with_weights(weights)
+        calibration.refit(self, Self::with_weights)
     }
 
     /// The projection `[num_features, head_dim]`.

@@ -2,7 +2,6 @@
 
 use super::performer::Performer;
 use super::{ColumnMap, FeatureMap};
-use crate::calibration::weights::RIDGE;
 use crate::projection::{self, Generator};
 use crate::{Calibration, Error, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -150,10 +149,7 @@ impl<T: Scalar> Wpff<T> {
     ///
     /// Those of [`Calibration::fit_weights`].
     pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
-        let ones = Array1::ones(self.num_features());
-        let map = self.with_weights(ones)?;
-        let weights = calibration.fit_weights(&map, RIDGE)?;
-        map.with_weights(weights)
+        calibration.refit(self, Self::with_weights)
     }
 
     /// The directions `[num_features, head_dim]`.

@@ -364,7 +364,7 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
             attend(q, self.keys(), self.values(), self.scale, None, &mut tile);
             let block = &tile.answer;
-            if let Some(i) = block.denominator[..q.nrows()].iter().position(|denominator| !denominator.is_finite()) {
+            if let Some(i) = block.first_overflow() {
                 return Err(Error::Overflow { which: "a score", row: start + i });
             }
             block.add_to(answer, start);

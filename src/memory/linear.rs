@@ -3,6 +3,7 @@
 #[cfg(feature = "rayon")]
 use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
+use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
@@ -557,22 +558,6 @@ impl<T: Scalar> Checkpoint<T> {
     }
 }
 
-/// Whether queries or keys are mapped.
-#[derive(Clone, Copy)]
-pub(super) enum Side {
-    Query,
-    Key,
-}
-
-impl Side {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Query => "q",
-            Self::Key => "k",
-        }
-    }
-}
-
 fn too_large(row: usize) -> Error {
     Error::Overflow { which: "the size of the vector", row }
 }
@@ -788,10 +773,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
         }
         let mut features = views::rows_mut(features.view_mut(), 0..tokens);
         let scales = ndarray::ArrayViewMut1::from(&mut log_scale[..tokens]);
-        match side {
-            Side::Query => self.map.map_queries(vectors.view(), features.view_mut(), scales),
-            Side::Key => self.map.map_keys(vectors.view(), features.view_mut(), scales),
-        }?;
+        side.map(self.map, vectors.view(), features.view_mut(), scales)?;
         let limit = T::from_f64(LARGEST_FEATURE);
         values.fill(T::zero());
         for (t, mut features) in features.outer_iter_mut().enumerate() {

@@ -487,11 +487,6 @@ impl<T: Scalar> MergedMemory<T> {
         (self.reciprocal[i] + self.reciprocal[j]) * self.affinity[i * self.slab.capacity + j]
     }
 
-    /// Whether `j` is an entry, and not `i`.
-    fn is_other(&self, i: usize, j: usize) -> bool {
-        j != i && self.counts[j] > 0.0
-    }
-
     /// What is as good as `best` but for rounding.
     fn tied(best: T) -> T {
         best * (T::one() - T::epsilon() * T::from_f64(64.0))
@@ -506,10 +501,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.find_best();
         let best = self.best[..self.held].iter().fold(T::zero(), |m, &x| m.max(x));
         let i = (0..self.held).find(|&i| self.counts[i] > 0.0 && self.best[i] >= Self::tied(best))?;
-        let (own, enough) = (self.reciprocal[i], Self::tied(best));
-        let row = &self.affinity[i * self.slab.capacity..][..self.held];
-        let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
-        let (j, _) = all.find(|&(j, (&affinity, &other))| self.is_other(i, j) && (own + other) * affinity >= enough)?;
+        let j = self.first_partner(i, best)?;
         Some((best, i.min(j), i.max(j)))
     }
 
@@ -805,11 +797,16 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// The entry that costs least to merge with this one; of equal ones the lowest.
     fn nearest(&self, i: usize) -> usize {
-        let (own, enough) = (self.reciprocal[i], Self::tied(self.best[i]));
+        self.first_partner(i, self.best[i]).unwrap_or(i)
+    }
+
+    /// The lowest entry whose affinity with this one is as good as `best`.
+    fn first_partner(&self, i: usize, best: T) -> Option<usize> {
+        let (own, enough) = (self.reciprocal[i], Self::tied(best));
+        let is_other = |j: usize| j != i && self.counts[j] > 0.0; // an entry, not a gap
         let row = &self.affinity[i * self.slab.capacity..][..self.held];
         let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
-        all.find(|&(j, (&affinity, &other))| self.is_other(i, j) && (own + other) * affinity >= enough)
-            .map_or(i, |(j, _)| j)
+        all.find(|&(j, (&affinity, &other))| is_other(j) && (own + other) * affinity >= enough).map(|(j, _)| j)
     }
 }
 
@@ -834,8 +831,7 @@ impl<T: Scalar> Memory<T> for MergedMemory<T> {
                 reading.row(row).copy_from_slice(&self.slab.bias[..used]);
             }
             attend(&[(&self.slab, used)], q.nrows(), &mut reading);
-            let finite = |row: &usize| !reading.answer.denominator[*row].is_finite();
-            if let Some(row) = (0..q.nrows()).find(finite) {
+            if let Some(row) = reading.answer.first_overflow() {
                 return Err(Error::Overflow { which: "a score", row: start + row });
             }
             reading.answer.add_to(answer, start);

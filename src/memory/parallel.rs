@@ -4,8 +4,9 @@
 //! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. A block
 //! with values near the largest number, or with log scales that jump within a chunk, is left to one thread.
 
-use super::linear::{Chunk, Engine, FEW_TOKENS, Side, State, Workspace, exp_difference, key_factors};
+use super::linear::{Chunk, Engine, FEW_TOKENS, State, Workspace, exp_difference, key_factors};
 use super::{Answer, Readout};
+use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, Scalar, views};
 use core::ops::Range;

@@ -49,8 +49,7 @@ impl<T: Scalar> Slab<T> {
         for (column, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(key) {
             *column = x;
         }
-        let stride = padded::<T>(self.value_dim);
-        let row = &mut self.values[slot * stride..][..self.value_dim];
+        let row = self.value_mut(slot);
         match value.to_slice() {
             Some(value) => row.copy_from_slice(value),
             None => row.iter_mut().zip(value).for_each(|(to, &x)| *to = x),

@@ -46,8 +46,6 @@ enum Store<T: Scalar> {
 pub(crate) struct Layer<T: Scalar> {
     pub(crate) tokens: usize,
     value_dim: usize,
-    /// Value columns that decide what is merged; `None` for all.
-    deciding_columns: Option<usize>,
     near: Vec<Near<T>>,
     far: Store<T>,
 }
@@ -164,7 +162,6 @@ impl<T: Scalar> Store<T> {
         &mut self,
         config: &Config<T>,
         heads: usize,
-        pooled: bool,
         value_dim: usize,
         deciding_columns: Option<usize>,
     ) -> Result<(), Error> {
@@ -178,9 +175,7 @@ impl<T: Scalar> Store<T> {
                 for memory in all {
                     memory.rule = rule.clone();
                     memory.rule.value_columns = deciding_columns;
-                    if pooled {
-                        memory.rule.spare += (heads - 1) * rule.entries;
-                    }
+                    memory.rule.spare += (heads - 1) * rule.entries; // of a pool, one head may take all
                     memory.prepare(config.head_dim, value_dim);
                 }
             }
@@ -205,10 +200,10 @@ impl<T: Scalar> Store<T> {
 
 impl<T: Scalar> Layer<T> {
     pub(crate) fn new() -> Self {
-        Self { tokens: 0, value_dim: 0, deciding_columns: None, near: Vec::new(), far: Store::None }
+        Self { tokens: 0, value_dim: 0, near: Vec::new(), far: Store::None }
     }
 
-    /// Makes it empty, for these sizes.
+    /// Makes it empty, for these sizes. What is merged is decided by the first `deciding_columns` of the values, or all.
     pub(crate) fn prepare(
         &mut self,
         config: &Config<T>,
@@ -216,12 +211,12 @@ impl<T: Scalar> Layer<T> {
         value_dim: usize,
         deciding_columns: Option<usize>,
     ) -> Result<(), Error> {
-        (self.tokens, self.value_dim, self.deciding_columns) = (0, value_dim, deciding_columns);
+        (self.tokens, self.value_dim) = (0, value_dim);
         self.near.resize_with(heads, Near::new);
         for near in &mut self.near {
             near.prepare(config, value_dim);
         }
-        self.far.prepare(config, heads, heads > 1, value_dim, deciding_columns)
+        self.far.prepare(config, heads, value_dim, deciding_columns)
     }
 
     /// Forgets every token.
@@ -239,8 +234,7 @@ impl<T: Scalar> Layer<T> {
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {
-        self.tokens = other.tokens;
-        (self.value_dim, self.deciding_columns) = (other.value_dim, other.deciding_columns);
+        (self.tokens, self.value_dim) = (other.tokens, other.value_dim);
         self.near.resize_with(other.near.len(), Near::new);
         for (to, from) in self.near.iter_mut().zip(&other.near) {
             to.copy_from(from);
@@ -478,14 +472,11 @@ impl<T: Scalar> Layer<T> {
             }
         }
         attend(&[(&near.slab, own), (memory.map_or(&near.slab, |memory| &memory.slab), far)], rows, reading);
-        if let Some(row) = (0..rows).find(|&row| !reading.answer.denominator[row].is_finite()) {
+        if let Some(row) = reading.answer.first_overflow() {
             return Err(Error::Overflow { which: "a score", row: start + row / group });
         }
         inverse.resize(rows);
-        let own_memory = matches!(self.far, Store::Linear(_) | Store::Own(_));
-        if own_memory {
-            self.add_far(head, call, start, run, work)?;
-        }
+        self.add_far(head, call, start, run, work)?;
         let Work { reading, inverse, .. } = &mut *work;
         for (row, inverse) in inverse.iter_mut().enumerate() {
             *inverse = divisor(reading.answer.denominator[row], start + row / group)?.recip();

@@ -1,6 +1,6 @@
 //! The stream of a hybrid kernel.
 
-use super::config::Config;
+use super::config::{Config, FarKind};
 use super::layer::{Layer, Work};
 use crate::attention::{HeadCall, NO_CHECKPOINT, Stream, StreamState};
 use crate::{Error, Scalar, check};
@@ -136,7 +136,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let count = state.count();
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
-        if self.layer.numbers(&self.config).is_none() {
+        if matches!(self.config.far, FarKind::Own(_)) {
             return Err(OWN_MEMORY);
         }
         let mut layer = self.layer.clone();
