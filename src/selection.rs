@@ -82,6 +82,20 @@ impl HeadErrors {
         samples: &[HeadSample<'_, T>],
         warm_up: usize,
     ) -> Result<Self, Error> {
+        Self::measure_each(exact, |_| kernel, samples, warm_up)
+    }
+
+    /// As [`measure`](Self::measure), with a kernel for each head: where kernels are calibrated, each to its own head.
+    ///
+    /// # Errors
+    ///
+    /// As [`measure`](Self::measure).
+    pub fn measure_each<'a, T: Scalar>(
+        exact: &dyn Attention<T>,
+        kernel: impl (Fn(&HeadSample<'_, T>) -> &'a dyn Attention<T>) + Send + Sync,
+        samples: &[HeadSample<'_, T>],
+        warm_up: usize,
+    ) -> Result<Self, Error> {
         check::at_least_one("samples", samples.len())?;
         let value_dim = samples[0].v.ncols();
         for (i, sample) in samples.iter().enumerate() {
@@ -103,7 +117,7 @@ impl HeadErrors {
             }
         }
         let mut ranked = each(samples, |scratch, sample| {
-            let output_error = output_error(exact, kernel, sample, warm_up, scratch)?;
+            let output_error = output_error(exact, kernel(sample), sample, warm_up, scratch)?;
             Ok(HeadError { layer: sample.layer, kv_head: sample.kv_head, output_error })
         })?;
         ranked.sort_by(|a, b| {
@@ -126,6 +140,26 @@ impl HeadErrors {
         let mut heads: Vec<_> = self.ranked[..count].iter().map(|error| (error.layer, error.kv_head)).collect();
         heads.sort_unstable();
         ExactHeads { heads, errors: self.clone() }
+    }
+
+    /// Keeps these heads exact, layer and kv head of each: a choice of one's own.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if a head is not in the table, or given twice.
+    pub fn choose(&self, heads: &[(usize, usize)]) -> Result<ExactHeads, Error> {
+        let mut sorted = heads.to_vec();
+        sorted.sort_unstable();
+        let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
+        let measured = |head: &(usize, usize)| self.ranked.iter().any(|e| (e.layer, e.kv_head) == *head);
+        match twice.or_else(|| sorted.iter().copied().find(|head| !measured(head))) {
+            Some((layer, kv_head)) => Err(Error::InvalidOption {
+                which: "heads",
+                found: format!("kv head {kv_head} of layer {layer}"),
+                needed: "heads of the table, each once",
+            }),
+            None => Ok(ExactHeads { heads: sorted, errors: self.clone() }),
+        }
     }
 
     /// Keeps as many of the worst heads exact as `bytes` allow for the state of one sequence of `tokens` tokens, over all heads of the table.
@@ -171,10 +205,28 @@ impl fmt::Display for HeadErrors {
 
 /// The heads that stay exact, and the table they were chosen from.
 #[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(try_from = "Parts"))]
 pub struct ExactHeads {
     heads: Vec<(usize, usize)>,
     errors: HeadErrors,
+}
+
+/// An [`ExactHeads`] as it is read, perhaps from a file that a person changed.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(rename = "ExactHeads")]
+struct Parts {
+    heads: Vec<(usize, usize)>,
+    errors: HeadErrors,
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Parts> for ExactHeads {
+    type Error = Error;
+
+    fn try_from(parts: Parts) -> Result<Self, Error> {
+        parts.errors.choose(&parts.heads)
+    }
 }
 
 impl ExactHeads {

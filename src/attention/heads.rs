@@ -131,11 +131,10 @@ impl<T: Scalar> MultiHead<T> {
     /// are), or they are pooled already; [`Error::InvalidOption`] if the kernels that merge differ in an option, keep heavy keys or fewer than
     /// 4 entries, or have more than 16 384 of them together.
     pub fn pooled(mut self) -> Result<Self, Error> {
+        let heads = self.poolable();
         let kernels = &self.kernels;
-        let group = kernels.len() / self.kv_heads;
-        let merging = |kv: usize| kernels[kv * group].as_hybrid().filter(|kernel| kernel.config().learns());
-        let heads: Vec<usize> =
-            (0..self.kv_heads).filter(|&kv| merging(kv).is_some() && self.units.contains(&Unit::Group(kv))).collect();
+        let group = self.group();
+        let merging = |kv: usize| kernels[kv * group].as_hybrid();
         if heads.len() < 2 {
             let why = "it needs two kv heads with `Far::merged` that are not pooled yet, each with one kernel for all its query heads";
             return Err(Error::Unsupported { what: "pooling the entries of heads", why });
@@ -154,6 +153,15 @@ impl<T: Scalar> MultiHead<T> {
         units.push(Unit::Pool(heads));
         self.units = Arc::new(units);
         Ok(self)
+    }
+
+    /// The kv heads that [`pooled`](Self::pooled) would let share their entries: those with [`Far::merged`](crate::Far::merged), one kernel for
+    /// all their query heads, and no pool yet. It needs two; where a choice of exact heads leaves a layer fewer, there is nothing to share.
+    #[must_use]
+    pub fn poolable(&self) -> Vec<usize> {
+        let group = self.group();
+        let merges = |kv: usize| self.kernels[kv * group].as_hybrid().is_some_and(|kernel| kernel.config().learns());
+        (0..self.kv_heads).filter(|&kv| merges(kv) && self.units.contains(&Unit::Group(kv))).collect()
     }
 
     /// Bytes of the state of one sequence after `tokens` tokens, for values of `value_dim` columns.

@@ -1,0 +1,214 @@
+//! Reading a model from a GGUF file: its sizes, its weights as `f32`.
+
+use crate::model::Config;
+use crate::rotary::Rotary;
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value};
+use ndarray::{Array1, Array2};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+/// An open GGUF file of the LLaMA architecture.
+pub struct Gguf {
+    content: Content,
+    file: BufReader<File>,
+}
+
+impl Gguf {
+    /// Reads the header. Says what is wrong with a file that is not GGUF, is cut off or holds another architecture.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let mut file = BufReader::new(file);
+        let content = caught(|| Content::read(&mut file))
+            .with_context(|| format!("{} is not a GGUF file that can be read: is it complete?", path.display()))?;
+        Ok(Self { content, file })
+    }
+
+    /// The values of the header, by key.
+    #[must_use]
+    pub fn metadata(&self) -> &HashMap<String, Value> {
+        &self.content.metadata
+    }
+
+    /// The sizes of the model, or why this program cannot run it.
+    pub fn config(&self) -> Result<Config> {
+        let architecture = match self.metadata().get("general.architecture") {
+            Some(Value::String(name)) => name.as_str(),
+            _ => bail!("the GGUF file does not say its architecture (`general.architecture`)"),
+        };
+        ensure!(
+            architecture == "llama",
+            "the architecture is `{architecture}`; this program runs `llama` (LLaMA, SmolLM, TinyLlama, Mistral, ...)"
+        );
+        ensure!(self.optional("expert_count")?.unwrap_or(0) == 0, "mixtures of experts are not supported");
+        let (width, heads) = (self.size("embedding_length")?, self.size("attention.head_count")?);
+        let kv_heads = self.optional("attention.head_count_kv")?.unwrap_or(heads);
+        ensure!(
+            kv_heads > 0 && heads.is_multiple_of(kv_heads),
+            "{heads} query heads cannot share {kv_heads} heads of keys and values"
+        );
+        let head_dim = match self.optional("attention.key_length")? {
+            Some(length) => length,
+            None => {
+                ensure!(width.is_multiple_of(heads), "an embedding of {width} does not divide into {heads} heads");
+                width / heads
+            }
+        };
+        let vocabulary = match self.content.tensor_infos.get("token_embd.weight") {
+            Some(tensor) => *tensor.shape.dims().first().unwrap_or(&0),
+            None => bail!("the GGUF file has no embedding (`token_embd.weight`)"),
+        };
+        let config = Config {
+            name: self.text("general.name").unwrap_or("unnamed").to_owned(),
+            layers: self.size("block_count")?,
+            width,
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim: self.optional("attention.value_length")?.unwrap_or(head_dim),
+            feed_forward: self.size("feed_forward_length")?,
+            context: self.size("context_length")?,
+            vocabulary,
+            rms_epsilon: self.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+        };
+        ensure!(
+            config.rms_epsilon.is_finite() && config.rms_epsilon >= 0.0,
+            "`llama.attention.layer_norm_rms_epsilon` is {}",
+            config.rms_epsilon
+        );
+        ensure!(config.vocabulary > 0, "the vocabulary is empty");
+        self.check_names(&config)?;
+        Ok(config)
+    }
+
+    /// The rotary embedding of the model.
+    pub fn rotary(&mut self, config: &Config) -> Result<Rotary> {
+        let dims = self.optional("rope.dimension_count")?.unwrap_or(config.head_dim);
+        let base = self.number("rope.freq_base")?.unwrap_or(10_000.0);
+        let stretch = match self.text("llama.rope.scaling.type") {
+            None | Some("none") => self.number("rope.scale_linear")?.unwrap_or(1.0),
+            Some("linear") => match self.number("rope.scaling.factor")? {
+                Some(factor) => factor,
+                None => bail!("`llama.rope.scaling.type` is linear, but its factor is missing"),
+            },
+            Some(other) => bail!("positions scaled by `{other}` are not supported; `linear` and `none` are"),
+        };
+        let factors = match self.content.tensor_infos.contains_key("rope_freqs.weight") {
+            true => Some(self.vector("rope_freqs.weight", dims / 2)?.to_vec()),
+            false => None,
+        };
+        Rotary::new(config.head_dim, dims, base, stretch, factors.as_deref())
+    }
+
+    /// Whether the file has a tensor of this name.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.content.tensor_infos.contains_key(name)
+    }
+
+    /// A weight of a linear layer `[out, in]`, turned to `[in, out]`.
+    pub fn matrix(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Array2<f32>> {
+        let values = self.values(name, &[outputs, inputs])?;
+        let stored = Array2::from_shape_vec((outputs, inputs), values)?;
+        Ok(stored.t().as_standard_layout().into_owned())
+    }
+
+    /// A vector.
+    pub fn vector(&mut self, name: &str, length: usize) -> Result<Array1<f32>> {
+        Ok(Array1::from(self.values(name, &[length])?))
+    }
+
+    /// A tensor, dequantised.
+    fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let Some(info) = self.content.tensor_infos.get(name) else { bail!("the GGUF file has no tensor `{name}`") };
+        let found = info.shape.dims();
+        ensure!(found == shape, "`{name}` has the shape {found:?}, but the header's sizes need {shape:?}");
+        let read = || {
+            let tensor = info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu)?;
+            tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
+        };
+        let values = caught(read).with_context(|| format!("cannot read `{name}`: is the file complete?"))?;
+        ensure!(values.iter().all(|x| x.is_finite()), "`{name}` holds values that are not finite");
+        Ok(values)
+    }
+
+    /// Every tensor must be one that the forward pass uses: a bias left out would give wrong numbers without a word.
+    fn check_names(&self, config: &Config) -> Result<()> {
+        let known = |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, part)) => layer.parse::<usize>().is_ok_and(|l| l < config.layers) && LAYER.contains(&part),
+            None => MODEL.contains(&name),
+        };
+        let mut unknown: Vec<_> = self.content.tensor_infos.keys().filter(|name| !known(name)).collect();
+        unknown.sort();
+        match unknown.first() {
+            Some(name) => bail!(
+                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): this variant is not supported",
+                config.layers,
+                unknown.len()
+            ),
+            None => Ok(()),
+        }
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        match self.metadata().get(key) {
+            Some(Value::String(text)) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// A size that must be there and positive.
+    fn size(&self, key: &str) -> Result<usize> {
+        match self.optional(key)? {
+            Some(0) => bail!("`llama.{key}` is 0"),
+            Some(size) => Ok(size),
+            None => bail!("the GGUF file does not say `llama.{key}`"),
+        }
+    }
+
+    fn optional(&self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.metadata().get(&format!("llama.{key}")) else { return Ok(None) };
+        let size = value.to_u64().ok().or_else(|| value.to_i32().ok().and_then(|x| x.try_into().ok()));
+        match size.and_then(|size| u32::try_from(size).ok()) {
+            Some(size) => Ok(Some(size as usize)),
+            None => bail!("`llama.{key}` is {value:?}: a single count was expected"),
+        }
+    }
+
+    fn number(&self, key: &str) -> Result<Option<f64>> {
+        let Some(value) = self.metadata().get(&format!("llama.{key}")) else { return Ok(None) };
+        match value {
+            Value::F32(x) => Ok(Some(f64::from(*x))),
+            Value::F64(x) => Ok(Some(*x)),
+            _ => bail!("`llama.{key}` is {value:?}: a number was expected"),
+        }
+    }
+}
+
+/// Tensors of the model as a whole.
+const MODEL: [&str; 4] = ["token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"];
+
+/// Tensors of a layer.
+const LAYER: [&str; 9] = [
+    "attn_norm.weight",
+    "attn_q.weight",
+    "attn_k.weight",
+    "attn_v.weight",
+    "attn_output.weight",
+    "ffn_norm.weight",
+    "ffn_gate.weight",
+    "ffn_up.weight",
+    "ffn_down.weight",
+];
+
+/// The reader panics on some damaged headers (an alignment of 0, sizes whose product overflows): an error like the others.
+fn caught<R>(read: impl FnOnce() -> candle_core::Result<R>) -> Result<R> {
+    match catch_unwind(AssertUnwindSafe(read)) {
+        Ok(result) => Ok(result?),
+        Err(_) => bail!("the header is damaged"),
+    }
+}

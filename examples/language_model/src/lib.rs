@@ -1,0 +1,7 @@
+//! A pretrained language model with any attention kernel of `dijiang` in any of its heads.
+
+pub mod capture;
+pub mod gguf;
+pub mod linear;
+pub mod model;
+pub mod rotary;

@@ -1,0 +1,328 @@
+//! A LLaMA (Touvron et al., arXiv 2302.13971): the forward pass, with any attention of this crate in its heads.
+
+use crate::gguf::Gguf;
+use crate::linear::Linear;
+use crate::rotary::Rotary;
+use anyhow::{Context, Result, ensure};
+use dijiang::{MultiHead, MultiHeadStream};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView3, Axis, Zip};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The sizes of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// As the file says.
+    pub name: String,
+    /// Layers of attention and feed-forward network.
+    pub layers: usize,
+    /// Columns of the residual stream.
+    pub width: usize,
+    /// Query heads of a layer.
+    pub heads: usize,
+    /// Heads of keys and values of a layer.
+    pub kv_heads: usize,
+    /// Columns of a query and a key.
+    pub head_dim: usize,
+    /// Columns of a value.
+    pub value_dim: usize,
+    /// Hidden columns of the feed-forward network.
+    pub feed_forward: usize,
+    /// Tokens it was trained on.
+    pub context: usize,
+    /// Tokens it knows.
+    pub vocabulary: usize,
+    /// ε of the norms.
+    pub rms_epsilon: f64,
+}
+
+impl Config {
+    /// Query heads of a kv head.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// The weights of a model, as `f32`.
+#[derive(Clone, Debug)]
+pub struct Model {
+    config: Config,
+    layers: Vec<Layer>,
+    norm: Array1<f32>,
+    rotary: Rotary,
+    /// `[width, vocabulary]`; its columns embed the tokens, also where the output head has a weight of its own.
+    embedding: Linear,
+    /// The output head, where it is not the embedding.
+    output: Option<Linear>,
+}
+
+#[derive(Clone, Debug)]
+struct Layer {
+    attention_norm: Array1<f32>,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    feed_forward_norm: Array1<f32>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// What a model remembers of the tokens it has read: one attention state for each layer.
+#[derive(Clone, Debug)]
+pub struct State {
+    attention: Vec<MultiHeadStream<f32>>,
+    position: usize,
+    /// An error left some layers ahead of others.
+    broken: bool,
+    time: Time,
+}
+
+/// Where the time went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Time {
+    /// In the kernels of this crate.
+    pub attention: Duration,
+    /// In the matrix products of the layers, the output head included.
+    pub products: Duration,
+    /// Norms, rotary embedding, activations, copies.
+    pub rest: Duration,
+}
+
+/// What the attention of a layer is given: queries `[heads, n, d]`, keys `[kv_heads, n, d]` after the rotary embedding, values
+/// `[kv_heads, n, d_v]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Projections<'a> {
+    /// The layer, from 0.
+    pub layer: usize,
+    /// Queries.
+    pub q: ArrayView3<'a, f32>,
+    /// Keys.
+    pub k: ArrayView3<'a, f32>,
+    /// Values.
+    pub v: ArrayView3<'a, f32>,
+}
+
+impl Model {
+    /// Reads a GGUF file.
+    pub fn load(path: &Path) -> Result<Self> {
+        Self::from_gguf(&mut Gguf::open(path)?).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// Reads the weights of an open file.
+    pub fn from_gguf(file: &mut Gguf) -> Result<Self> {
+        let config = file.config()?;
+        let Config { width, heads, kv_heads, head_dim, value_dim, feed_forward, .. } = config;
+        let (queries, keys, values) = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim);
+        let mut layers = Vec::new();
+        for l in 0..config.layers {
+            let mut linear = |name: &str, inputs, outputs| -> Result<Linear> {
+                Ok(Linear::new(file.matrix(&format!("blk.{l}.{name}.weight"), inputs, outputs)?))
+            };
+            let (query, key) = (linear("attn_q", width, queries)?, linear("attn_k", width, keys)?);
+            let (value, output) = (linear("attn_v", width, values)?, linear("attn_output", heads * value_dim, width)?);
+            let (gate, up) = (linear("ffn_gate", width, feed_forward)?, linear("ffn_up", width, feed_forward)?);
+            let down = linear("ffn_down", feed_forward, width)?;
+            let attention_norm = file.vector(&format!("blk.{l}.attn_norm.weight"), width)?;
+            let feed_forward_norm = file.vector(&format!("blk.{l}.ffn_norm.weight"), width)?;
+            layers.push(Layer { attention_norm, query, key, value, output, feed_forward_norm, gate, up, down });
+        }
+        let output = match file.has("output.weight") {
+            true => Some(Linear::new(file.matrix("output.weight", width, config.vocabulary)?)),
+            false => None,
+        };
+        Ok(Self {
+            layers,
+            norm: file.vector("output_norm.weight", width)?,
+            rotary: file.rotary(&config)?,
+            embedding: Linear::new(file.matrix("token_embd.weight", width, config.vocabulary)?),
+            output,
+            config,
+        })
+    }
+
+    /// The sizes.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// An empty state, with this attention in each layer.
+    pub fn state(&self, attention: &[MultiHead<f32>]) -> Result<State> {
+        let config = &self.config;
+        ensure!(attention.len() == config.layers, "{} layers of attention for {}", attention.len(), config.layers);
+        let attention = attention.iter().map(|heads| heads.stream(1, config.value_dim)).collect::<Result<_, _>>()?;
+        Ok(State { attention, position: 0, broken: false, time: Time::default() })
+    }
+
+    /// Reads tokens and returns the last hidden state of each, `[n, width]`. How the tokens are split over calls makes no difference.
+    pub fn extend(&self, state: &mut State, tokens: &[u32]) -> Result<Array2<f32>> {
+        self.extend_observed(state, tokens, &mut |_| Ok(()))
+    }
+
+    /// As [`extend`](Self::extend); shows what the attention of each layer is given.
+    pub fn extend_observed(
+        &self,
+        state: &mut State,
+        tokens: &[u32],
+        observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
+    ) -> Result<Array2<f32>> {
+        ensure!(!state.broken, "this state failed before: reset it");
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary) {
+            anyhow::bail!("token {token} is beyond the vocabulary of {}", self.config.vocabulary);
+        }
+        state.broken = true;
+        let hidden = self.forward(state, tokens, observe)?;
+        state.position += tokens.len();
+        state.broken = false;
+        Ok(hidden)
+    }
+
+    fn forward(
+        &self,
+        state: &mut State,
+        tokens: &[u32],
+        observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
+    ) -> Result<Array2<f32>> {
+        let State { attention, position, time, .. } = state;
+        let start = Instant::now();
+        let before = *time;
+        let angles = self.rotary.angles(*position..*position + tokens.len());
+        let mut x = self.embed(tokens);
+        for (l, (layer, attention)) in self.layers.iter().zip(attention).enumerate() {
+            // x ← x + W_o · Attention(q, k, v)
+            let h = self.rms_norm(&x, &layer.attention_norm);
+            let mut q = time.product(&layer.query, &h);
+            let mut k = time.product(&layer.key, &h);
+            let v = time.product(&layer.value, &h);
+            self.rotary.turn(&mut q, &angles);
+            self.rotary.turn(&mut k, &angles);
+            let mixed = self.attend(attention, l, [&q, &k, &v], time, observe)?;
+            x += &time.product(&layer.output, &mixed);
+            // x ← x + W_down · (silu(W_gate · h) ⊙ W_up · h)
+            let h = self.rms_norm(&x, &layer.feed_forward_norm);
+            let mut gated = time.product(&layer.gate, &h);
+            let up = time.product(&layer.up, &h);
+            Zip::from(&mut gated).and(&up).par_for_each(|gate, &up| *gate = silu(*gate) * up);
+            x += &time.product(&layer.down, &gated);
+        }
+        let hidden = self.rms_norm(&x, &self.norm);
+        let timed = time.attention + time.products - before.attention - before.products;
+        time.rest += start.elapsed().saturating_sub(timed);
+        Ok(hidden)
+    }
+
+    /// Scores of every token of the vocabulary, `[n, vocabulary]`, from hidden states.
+    pub fn logits(&self, state: &mut State, hidden: &Array2<f32>) -> Array2<f32> {
+        state.time.product(self.output.as_ref().unwrap_or(&self.embedding), hidden)
+    }
+
+    /// Attention of one layer, `[n, heads · d_v]`.
+    fn attend(
+        &self,
+        attention: &mut MultiHeadStream<f32>,
+        layer: usize,
+        [q, k, v]: [&Array2<f32>; 3],
+        time: &mut Time,
+        observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
+    ) -> Result<Array2<f32>> {
+        let Config { heads, kv_heads, head_dim, value_dim, .. } = self.config;
+        let n = q.nrows();
+        let mut mixed = Array2::zeros((n, heads * value_dim));
+        // [n, heads · d] seen as [heads, n, d]
+        let q = q.to_shape((n, heads, head_dim))?.permuted_axes([1, 0, 2]);
+        let k = k.to_shape((n, kv_heads, head_dim))?.permuted_axes([1, 0, 2]);
+        let v = v.to_shape((n, kv_heads, value_dim))?.permuted_axes([1, 0, 2]);
+        observe(Projections { layer, q: q.view(), k: k.view(), v: v.view() })?;
+        let out = mixed.view_mut().into_shape_with_order((n, heads, value_dim))?.permuted_axes([1, 0, 2]);
+        let start = Instant::now();
+        attention
+            .extend(
+                q.view().insert_axis(Axis(0)),
+                k.view().insert_axis(Axis(0)),
+                v.view().insert_axis(Axis(0)),
+                None,
+                out.insert_axis(Axis(0)),
+            )
+            .with_context(|| format!("attention of layer {layer}"))?;
+        time.attention += start.elapsed();
+        Ok(mixed)
+    }
+
+    /// The rows of the embedding.
+    fn embed(&self, tokens: &[u32]) -> Array2<f32> {
+        let embedding = self.embedding.weight();
+        let mut x = Array2::zeros((tokens.len(), self.config.width));
+        for (mut row, &token) in x.outer_iter_mut().zip(tokens) {
+            row.assign(&embedding.column(token as usize));
+        }
+        x
+    }
+
+    /// `x/√(mean x² + ε) ⊙ g` of every row (Zhang and Sennrich, arXiv 1910.07467).
+    fn rms_norm(&self, x: &Array2<f32>, gain: &Array1<f32>) -> Array2<f32> {
+        let scale = |row: ArrayView1<'_, f32>| {
+            let squares: f64 = row.iter().map(|&x| f64::from(x).powi(2)).sum();
+            (1.0 / (squares / row.len() as f64 + self.config.rms_epsilon).sqrt()) as f32
+        };
+        let mut y = x.clone();
+        Zip::from(y.rows_mut()).par_for_each(|mut row| {
+            let scale = scale(row.view());
+            Zip::from(&mut row).and(gain).for_each(|x, &gain| *x *= scale * gain);
+        });
+        y
+    }
+}
+
+impl State {
+    /// Tokens read.
+    #[must_use]
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Bytes of the attention states of all layers now.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.attention.iter().map(|heads| heads.state_floats() * size_of::<f32>()).sum()
+    }
+
+    /// Where the time went since [`restart_clock`](Self::restart_clock).
+    #[must_use]
+    pub fn time(&self) -> Time {
+        self.time
+    }
+
+    /// Times from here on.
+    pub fn restart_clock(&mut self) {
+        self.time = Time::default();
+    }
+
+    /// Forgets every token, and that it failed.
+    pub fn reset(&mut self) {
+        self.attention.iter_mut().for_each(MultiHeadStream::reset);
+        (self.position, self.broken) = (0, false);
+    }
+}
+
+impl Time {
+    fn product(&mut self, linear: &Linear, x: &Array2<f32>) -> Array2<f32> {
+        let start = Instant::now();
+        let y = linear.apply(x);
+        self.products += start.elapsed();
+        y
+    }
+
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.attention + self.products + self.rest
+    }
+}
+
+/// `x·σ(x)`
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
