@@ -1,0 +1,249 @@
+//! The texts that a model reads: three that come with the program, or files of text or of token ids.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::tokenizer::Tokenizer;
+
+/// A text as tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Text {
+    /// What to call it in tables.
+    pub name: String,
+    /// Its tokens, all of them in the model's vocabulary.
+    pub tokens: Vec<u32>,
+}
+
+/// The texts of one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Corpus {
+    /// What calibrated kernels see before they are evaluated.
+    pub calibration: Option<Text>,
+    /// What the model is evaluated on; never empty.
+    pub evaluation: Vec<Text>,
+}
+
+/// The texts of one file.
+#[derive(Deserialize)]
+struct Both {
+    calibration: Option<Text>,
+    #[serde(default)]
+    evaluation: Vec<Text>,
+}
+
+impl Corpus {
+    /// The three texts that come with the program.
+    pub fn embedded(tokenizer: &Tokenizer) -> Result<Self> {
+        let text = |name: &str, text: &str| -> Result<Text> {
+            let tokens = tokenizer.encode(text.trim_end()).with_context(|| format!("the text {name}"))?;
+            Ok(Text { name: name.to_owned(), tokens })
+        };
+        let calibration = text("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt"))?;
+        let evaluation = vec![
+            text("Opticks (Newton, 1730)", include_str!("../texts/newton_opticks.txt"))?,
+            text("Persuasion (Austen, 1817)", include_str!("../texts/austen_persuasion.txt"))?,
+        ];
+        Ok(Self { calibration: Some(calibration), evaluation })
+    }
+
+    /// Texts from files: `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
+    /// text. The calibration text comes from its own file, or else from a `.json` file that names one.
+    pub fn from_files(files: &[PathBuf], calibration: Option<&Path>, tokenizer: &Tokenizer) -> Result<Self> {
+        let mut evaluation = Vec::new();
+        let mut named = Vec::new();
+        for file in files {
+            let read = read(file, tokenizer).with_context(|| file.display().to_string())?;
+            evaluation.extend(read.evaluation);
+            named.extend(read.calibration.map(|text| (file, text)));
+        }
+        let calibration = match (calibration, named.as_slice()) {
+            (Some(file), _) => Some(only(file, tokenizer).with_context(|| file.display().to_string())?),
+            (None, [(one, _), (other, _), ..]) => bail!(
+                "both {} and {} name a calibration text: give a calibration file to choose",
+                one.display(),
+                other.display()
+            ),
+            (None, _) => named.pop().map(|(_, text)| text),
+        };
+        if evaluation.is_empty() {
+            bail!("there is no text to evaluate: give at least one file of text or of token ids");
+        }
+        Ok(Self { calibration, evaluation })
+    }
+}
+
+/// The one text of a file that is for calibration.
+fn only(file: &Path, tokenizer: &Tokenizer) -> Result<Text> {
+    let mut read = read(file, tokenizer)?;
+    match (read.calibration, read.evaluation.len()) {
+        (Some(text), _) => Ok(text),
+        (None, 1) => Ok(read.evaluation.remove(0)),
+        (None, count) => bail!("{count} texts, none named \"calibration\": give a file of one text"),
+    }
+}
+
+fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
+    let name = || file.file_stem().map_or_else(|| "text".to_owned(), |stem| stem.to_string_lossy().into_owned());
+    let bytes = fs::read(file).context("cannot be read")?;
+    let text = match String::from_utf8(bytes) {
+        Ok(text) => text,
+        Err(error) => bail!("not UTF-8 text at byte {}: convert it to UTF-8", error.utf8_error().valid_up_to()),
+    };
+    let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
+    let json = file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
+    let both = if json {
+        ids(text, name)?
+    } else if text.trim().is_empty() {
+        bail!("the file has no text in it")
+    } else {
+        Both { calibration: None, evaluation: vec![Text { name: name(), tokens: tokenizer.encode(text)? }] }
+    };
+    for text in both.calibration.iter().chain(&both.evaluation) {
+        if text.tokens.is_empty() {
+            bail!("the text {:?} has no tokens", text.name);
+        }
+        let size = tokenizer.vocab_size();
+        if let Some(place) = text.tokens.iter().position(|id| *id as usize >= size) {
+            let id = text.tokens[place];
+            bail!(
+                "token {place} of the text {:?} is {id}, but the model's vocabulary has {size} tokens: the ids are of \
+                 another tokenizer",
+                text.name
+            );
+        }
+    }
+    Ok(both)
+}
+
+/// Token ids in one of the three shapes.
+fn ids(text: &str, name: impl FnOnce() -> String) -> Result<Both> {
+    const SHAPES: &str = "expected [1, 2, 3], {\"name\": \"...\", \"tokens\": [1, 2, 3]}, or {\"calibration\": {...}, \
+                          \"evaluation\": [{...}]} with a name and tokens in each";
+    fn to<T: DeserializeOwned>(value: Value) -> Result<T> {
+        serde_json::from_value(value).context(SHAPES)
+    }
+    let value: Value = serde_json::from_str(text).context("not JSON")?;
+    let single = |text| Both { calibration: None, evaluation: vec![text] };
+    match &value {
+        Value::Array(_) => Ok(single(Text { name: name(), tokens: to(value)? })),
+        Value::Object(map) if map.contains_key("tokens") => Ok(single(to(value)?)),
+        Value::Object(map) if map.contains_key("evaluation") || map.contains_key("calibration") => to(value),
+        _ => bail!(SHAPES),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::byte_level;
+
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+            let path = self.0.path().join(name);
+            fs::write(&path, content).unwrap();
+            path
+        }
+    }
+
+    fn text(name: &str, tokens: &[u32]) -> Text {
+        Text { name: name.to_owned(), tokens: tokens.to_vec() }
+    }
+
+    fn error(files: &[PathBuf], calibration: Option<&Path>) -> String {
+        format!("{:#}", Corpus::from_files(files, calibration, &byte_level()).unwrap_err())
+    }
+
+    #[test]
+    fn the_texts_that_come_along_are_read_whole() {
+        let tokenizer = byte_level();
+        let corpus = Corpus::embedded(&tokenizer).unwrap();
+        assert_eq!(corpus.evaluation.len(), 2);
+        for text in corpus.calibration.iter().chain(&corpus.evaluation) {
+            let decoded = tokenizer.decode(&text.tokens).unwrap();
+            assert!((10_000..11_000).contains(&decoded.len()), "{}: {}", text.name, decoded.len());
+            assert!(decoded.ends_with('.') && !decoded.contains('\r') && decoded.is_ascii(), "{}", text.name);
+            assert!(decoded.split("\n\n").all(|paragraph| !paragraph.contains('\n')), "{}", text.name);
+        }
+    }
+
+    #[test]
+    fn files_of_every_shape() {
+        let files = Files::new();
+        let corpus = Corpus::from_files(
+            &[
+                files.file("plain.txt", "\u{FEFF}hello\n"),
+                files.file("bare.json", "[1, 2, 3]"),
+                files.file("one.JSON", r#"{"name": "One", "tokens": [4]}"#),
+                files.file(
+                    "both.json",
+                    r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#,
+                ),
+            ],
+            None,
+            &byte_level(),
+        );
+        let evaluation =
+            vec![text("plain", &[258, 111, 10]), text("bare", &[1, 2, 3]), text("One", &[4]), text("E", &[6])];
+        assert_eq!(corpus.unwrap(), Corpus { calibration: Some(text("C", &[5])), evaluation });
+    }
+
+    #[test]
+    fn the_calibration_file_decides() {
+        let files = Files::new();
+        let both = r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#;
+        let (one, other) = (files.file("one.json", both), files.file("other.json", both));
+        let plain = files.file("plain.txt", "a");
+        let calibration = |file: &Path| {
+            Corpus::from_files(&[one.clone(), other.clone()], Some(file), &byte_level()).unwrap().calibration
+        };
+        assert_eq!(calibration(&one), Some(text("C", &[5])));
+        assert_eq!(calibration(&plain), Some(text("plain", &[97])));
+        assert!(error(&[one.clone(), other.clone()], None).contains("name a calibration text"));
+        assert_eq!(Corpus::from_files(&[plain], None, &byte_level()).unwrap().calibration, None);
+        let two =
+            files.file("two.json", r#"{"evaluation": [{"name": "a", "tokens": [1]}, {"name": "b", "tokens": [1]}]}"#);
+        assert!(error(&[one], Some(&two)).contains("2 texts, none named \"calibration\""));
+    }
+
+    #[test]
+    fn bad_files_are_refused_by_name() {
+        let files = Files::new();
+        let cases: [(&str, &[u8], &str); 12] = [
+            ("a.txt", b"", "no text in it"),
+            ("b.txt", b" \n", "no text in it"),
+            ("c.txt", b"ab\xFF", "not UTF-8 text at byte 2"),
+            ("d.json", b"[1, 2", "not JSON"),
+            ("e.json", b"[]", "has no tokens"),
+            ("f.json", b"[1, 262]", "token 1 of the text \"f\" is 262, but the model's vocabulary has 262 tokens"),
+            ("g.json", b"[-1]", "expected [1, 2, 3]"),
+            ("h.json", b"[\"a\"]", "expected [1, 2, 3]"),
+            ("i.json", b"7", "expected [1, 2, 3]"),
+            ("j.json", b"{\"tokens\": [1]}", "missing field `name`"),
+            ("k.json", b"{\"words\": [1]}", "expected [1, 2, 3]"),
+            (
+                "l.json",
+                b"{\"calibration\": null, \"evaluation\": [{\"name\": \"x\", \"tokens\": []}]}",
+                "has no tokens",
+            ),
+        ];
+        for (name, content, expected) in cases {
+            let message = error(&[files.file(name, content)], None);
+            assert!(message.contains(name) && message.contains(expected), "{message} does not say {expected}");
+        }
+        assert!(error(&[files.0.path().join("none.txt")], None).contains("cannot be read"));
+        let only = files.file("m.json", r#"{"calibration": {"name": "C", "tokens": [5]}}"#);
+        assert!(error(&[only], None).contains("no text to evaluate"));
+        assert!(error(&[], None).contains("no text to evaluate"));
+    }
+}
