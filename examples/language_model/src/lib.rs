@@ -1,9 +1,16 @@
 //! A pretrained language model with any attention kernel of `dijiang` in any of its heads: what is lost, what is gained.
 
 pub mod capture;
+pub mod compare;
+pub mod decode;
 pub mod gguf;
+pub mod kernels;
 pub mod linear;
 pub mod model;
+pub mod perplexity;
+pub mod plan;
+pub mod recall;
 pub mod rotary;
+pub mod session;
 pub mod texts;
 pub mod tokenizer;

@@ -22,8 +22,8 @@ pub struct Text {
 /// The texts of one run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Corpus {
-    /// What calibrated kernels see before they are evaluated.
-    pub calibration: Option<Text>,
+    /// What kernels are calibrated to, and exact heads chosen by.
+    pub calibration: Text,
     /// What the model is evaluated on; never empty.
     pub evaluation: Vec<Text>,
 }
@@ -37,23 +37,11 @@ struct Both {
 }
 
 impl Corpus {
-    /// The three texts that come with the program.
-    pub fn embedded(tokenizer: &Tokenizer) -> Result<Self> {
-        let text = |name: &str, text: &str| -> Result<Text> {
-            let tokens = tokenizer.encode(text.trim_end()).with_context(|| format!("the text {name}"))?;
-            Ok(Text { name: name.to_owned(), tokens })
-        };
-        let calibration = text("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt"))?;
-        let evaluation = vec![
-            text("Opticks (Newton, 1730)", include_str!("../texts/newton_opticks.txt"))?,
-            text("Persuasion (Austen, 1817)", include_str!("../texts/austen_persuasion.txt"))?,
-        ];
-        Ok(Self { calibration: Some(calibration), evaluation })
-    }
-
-    /// Texts from files: `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
-    /// text. The calibration text comes from its own file, or else from a `.json` file that names one.
-    pub fn from_files(files: &[PathBuf], calibration: Option<&Path>, tokenizer: &Tokenizer) -> Result<Self> {
+    /// The texts of a run: those files and that calibration text, or what comes with the program in place of what is not given.
+    ///
+    /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8 text. A calibration text may also come
+    /// from a `.json` file that names one.
+    pub fn open(files: &[PathBuf], calibration: Option<&Path>, tokenizer: &Tokenizer) -> Result<Self> {
         let mut evaluation = Vec::new();
         let mut named = Vec::new();
         for file in files {
@@ -62,19 +50,37 @@ impl Corpus {
             named.extend(read.calibration.map(|text| (file, text)));
         }
         let calibration = match (calibration, named.as_slice()) {
-            (Some(file), _) => Some(only(file, tokenizer).with_context(|| file.display().to_string())?),
+            (Some(file), _) => only(file, tokenizer).with_context(|| file.display().to_string())?,
             (None, [(one, _), (other, _), ..]) => bail!(
                 "both {} and {} name a calibration text: give a calibration file to choose",
                 one.display(),
                 other.display()
             ),
-            (None, _) => named.pop().map(|(_, text)| text),
+            (None, [(_, text)]) => text.clone(),
+            (None, []) => embedded("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt"), tokenizer)?,
         };
+        if files.is_empty() {
+            for (name, text) in EVALUATION {
+                evaluation.push(embedded(name, text, tokenizer)?);
+            }
+        }
         if evaluation.is_empty() {
             bail!("there is no text to evaluate: give at least one file of text or of token ids");
         }
         Ok(Self { calibration, evaluation })
     }
+}
+
+/// The texts to evaluate on that come with the program.
+const EVALUATION: [(&str, &str); 2] = [
+    ("Opticks (Newton, 1730)", include_str!("../texts/newton_opticks.txt")),
+    ("Persuasion (Austen, 1817)", include_str!("../texts/austen_persuasion.txt")),
+];
+
+/// A text that comes with the program.
+fn embedded(name: &str, text: &str, tokenizer: &Tokenizer) -> Result<Text> {
+    let tokens = tokenizer.encode(text.trim_end()).with_context(|| format!("the text {name}"))?;
+    Ok(Text { name: name.to_owned(), tokens })
 }
 
 /// The one text of a file that is for calibration.
@@ -161,15 +167,15 @@ mod tests {
     }
 
     fn error(files: &[PathBuf], calibration: Option<&Path>) -> String {
-        format!("{:#}", Corpus::from_files(files, calibration, &byte_level()).unwrap_err())
+        format!("{:#}", Corpus::open(files, calibration, &byte_level()).unwrap_err())
     }
 
     #[test]
     fn the_texts_that_come_along_are_read_whole() {
         let tokenizer = byte_level();
-        let corpus = Corpus::embedded(&tokenizer).unwrap();
+        let corpus = Corpus::open(&[], None, &tokenizer).unwrap();
         assert_eq!(corpus.evaluation.len(), 2);
-        for text in corpus.calibration.iter().chain(&corpus.evaluation) {
+        for text in corpus.evaluation.iter().chain([&corpus.calibration]) {
             let decoded = tokenizer.decode(&text.tokens).unwrap();
             assert!((10_000..11_000).contains(&decoded.len()), "{}: {}", text.name, decoded.len());
             assert!(decoded.ends_with('.') && !decoded.contains('\r') && decoded.is_ascii(), "{}", text.name);
@@ -180,7 +186,7 @@ mod tests {
     #[test]
     fn files_of_every_shape() {
         let files = Files::new();
-        let corpus = Corpus::from_files(
+        let corpus = Corpus::open(
             &[
                 files.file("plain.txt", "\u{FEFF}hello\n"),
                 files.file("bare.json", "[1, 2, 3]"),
@@ -195,7 +201,7 @@ mod tests {
         );
         let evaluation =
             vec![text("plain", &[258, 111, 10]), text("bare", &[1, 2, 3]), text("One", &[4]), text("E", &[6])];
-        assert_eq!(corpus.unwrap(), Corpus { calibration: Some(text("C", &[5])), evaluation });
+        assert_eq!(corpus.unwrap(), Corpus { calibration: text("C", &[5]), evaluation });
     }
 
     #[test]
@@ -204,13 +210,12 @@ mod tests {
         let both = r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#;
         let (one, other) = (files.file("one.json", both), files.file("other.json", both));
         let plain = files.file("plain.txt", "a");
-        let calibration = |file: &Path| {
-            Corpus::from_files(&[one.clone(), other.clone()], Some(file), &byte_level()).unwrap().calibration
-        };
-        assert_eq!(calibration(&one), Some(text("C", &[5])));
-        assert_eq!(calibration(&plain), Some(text("plain", &[97])));
+        let calibration =
+            |file: &Path| Corpus::open(&[one.clone(), other.clone()], Some(file), &byte_level()).unwrap().calibration;
+        assert_eq!(calibration(&one), text("C", &[5]));
+        assert_eq!(calibration(&plain), text("plain", &[97]));
         assert!(error(&[one.clone(), other.clone()], None).contains("name a calibration text"));
-        assert_eq!(Corpus::from_files(&[plain], None, &byte_level()).unwrap().calibration, None);
+        assert!(Corpus::open(&[plain], None, &byte_level()).unwrap().calibration.name.contains("Roosevelt"));
         let two =
             files.file("two.json", r#"{"evaluation": [{"name": "a", "tokens": [1]}, {"name": "b", "tokens": [1]}]}"#);
         assert!(error(&[one], Some(&two)).contains("2 texts, none named \"calibration\""));
@@ -244,6 +249,5 @@ mod tests {
         assert!(error(&[files.0.path().join("none.txt")], None).contains("cannot be read"));
         let only = files.file("m.json", r#"{"calibration": {"name": "C", "tokens": [5]}}"#);
         assert!(error(&[only], None).contains("no text to evaluate"));
-        assert!(error(&[], None).contains("no text to evaluate"));
     }
 }

@@ -82,7 +82,9 @@ impl Tokenizer {
         let special = |token: &String| vocabulary.ids.get(token).map(|id| (token.clone(), *id));
         let mut special: Vec<_> = vocabulary.named(Kind::Control).filter_map(special).collect();
         special.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
-        let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", false)?;
+        // files made before the key existed rely on it
+        let default = model == "llama" && vocabulary.bos.is_some();
+        let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", default)?;
         if adds_bos && vocabulary.bos.is_none() {
             bail!("tokenizer.ggml.add_bos_token is set without tokenizer.ggml.bos_token_id: the file is damaged");
         }
@@ -95,6 +97,13 @@ impl Tokenizer {
     /// where the model wants one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.begin();
+        self.encode_part(text, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// The tokens of a text that goes on where another ended.
+    pub fn encode_more(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = Vec::new();
         self.encode_part(text, &mut ids)?;
         Ok(ids)
     }

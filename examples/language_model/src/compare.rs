@@ -1,0 +1,184 @@
+//! All measurements for a list of kernels.
+
+use crate::decode::{Decode, decode};
+use crate::kernels::{Kernel, state_bytes};
+use crate::perplexity::{Losses, losses, windows};
+use crate::recall::{Score, Task, copying};
+use crate::session::Session;
+use anyhow::{Context, Result};
+use dijiang::HeadErrors;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use std::time::Instant;
+
+/// What is measured of each kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// Predictions in a window of text.
+    pub context: usize,
+    /// Lists of names and codes.
+    pub tasks: Vec<Task>,
+    /// Prompts of each task, a seed each.
+    pub prompts: u64,
+    /// Tokens that are copied.
+    pub copied: usize,
+    /// Lengths of contexts at which decode steps are timed.
+    pub lengths: Vec<usize>,
+}
+
+/// Everything that was found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// The model, as its file names it.
+    pub model: String,
+    /// Its layers.
+    pub layers: usize,
+    /// Heads of keys and values of a layer.
+    pub kv_heads: usize,
+    /// Predictions in a window of text.
+    pub context: usize,
+    /// Names of the texts.
+    pub texts: Vec<String>,
+    /// Name of the calibration text.
+    pub calibration: String,
+    /// Threads that were used.
+    pub threads: usize,
+    /// Steps of positions by which losses are averaged.
+    pub bucket: usize,
+    /// One for each kernel; the first is what the others are compared to.
+    pub rows: Vec<Row>,
+    /// Seconds it all took.
+    pub seconds: f64,
+}
+
+/// What was found of a kernel.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Its name.
+    pub kernel: String,
+    /// Mean negative log likelihood over the first half of the context and over the second, in nats.
+    pub halves: [f64; 2],
+    /// The same for each step of positions.
+    pub by_position: Vec<f64>,
+    /// The share of the time of reading spent in attention.
+    pub attention_share: f64,
+    /// Tokens a second in reading.
+    pub tokens_per_second: f64,
+    /// Pairs, distance and score of each list.
+    pub recall: Vec<Recall>,
+    /// Tokens copied.
+    pub copying: Score,
+    /// Decode steps at each length.
+    pub decode: Vec<Decode>,
+    /// Bytes of the state at the end of the context, by the formula.
+    pub state_bytes: usize,
+    /// Tokens and bytes of the state by the formula, at each length.
+    pub state: Vec<(usize, usize)>,
+    /// The exact heads, if they were chosen, and the errors of all.
+    pub plan: Option<Chosen>,
+}
+
+/// The score of one kind of list.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recall {
+    /// Pairs of a list.
+    pub pairs: usize,
+    /// Tokens between the lists.
+    pub distance: usize,
+    /// Pairs recalled.
+    pub score: Score,
+}
+
+/// A choice of exact heads.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Chosen {
+    /// Layer and kv head of each.
+    pub exact: Vec<(usize, usize)>,
+    /// Errors of all heads.
+    pub errors: HeadErrors,
+}
+
+/// Positions over which losses are averaged.
+const BUCKET: usize = 128;
+
+/// Measures every kernel; `kernels` begins with the reference.
+pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Result<Comparison> {
+    let start = Instant::now();
+    let bar = ProgressBar::new(tokens(session, program)? * kernels.len() as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {msg}")?);
+    let mut rows = Vec::with_capacity(kernels.len());
+    for kernel in kernels {
+        bar.set_message(kernel.name().to_owned());
+        rows.push(row(session, kernel, program, &bar).with_context(|| format!("measuring `{kernel}`"))?);
+    }
+    bar.finish_and_clear();
+    let config = session.model.config();
+    Ok(Comparison {
+        model: config.name.clone(),
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        context: program.context,
+        texts: session.corpus.evaluation.iter().map(|text| text.name.clone()).collect(),
+        calibration: session.corpus.calibration.name.clone(),
+        threads: rayon::current_num_threads(),
+        bucket: BUCKET,
+        rows,
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}
+
+fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar) -> Result<Row> {
+    let (model, config) = (&session.model, session.model.config());
+    let attention = session.attention(kernel)?;
+    let layers = &attention.layers;
+    let found = losses(model, layers, &session.corpus.evaluation, program.context, bar)?;
+    let mut recall = Vec::new();
+    for task in &program.tasks {
+        let mut score = Score::default();
+        for seed in 0..program.prompts {
+            let prompt = task.prompt(&session.tokenizer, &session.corpus.calibration.tokens, seed)?;
+            score += prompt.score(model, layers, bar)?;
+        }
+        recall.push(Recall { pairs: task.pairs, distance: task.distance, score });
+    }
+    let text = &session.corpus.evaluation[0];
+    let copying = copying(text, program.copied.min(text.tokens.len()))?.score(model, layers, bar)?;
+    let decode = decode(model, layers, &text.tokens, &program.lengths, bar)?;
+    let read: usize = found.windows.iter().map(|(_, nats)| nats.len()).sum();
+    let length = found.longest();
+    let mean = |range| found.mean(range).unwrap_or(f64::NAN);
+    Ok(Row {
+        kernel: kernel.name().to_owned(),
+        halves: [mean(0..length / 2), mean(length / 2..length)],
+        by_position: by_position(&found),
+        attention_share: found.time.attention.as_secs_f64() / found.time.total().as_secs_f64(),
+        tokens_per_second: read as f64 / found.time.total().as_secs_f64(),
+        recall,
+        copying,
+        decode,
+        state_bytes: state_bytes(layers, config, length)?,
+        state: program.lengths.iter().map(|&n| Ok((n, state_bytes(layers, config, n)?))).collect::<Result<_>>()?,
+        plan: attention
+            .plan
+            .map(|plan| Chosen { exact: plan.heads.heads().to_vec(), errors: plan.heads.errors().clone() }),
+    })
+}
+
+/// Means over steps of [`BUCKET`] positions.
+fn by_position(found: &Losses) -> Vec<f64> {
+    let steps = found.longest().div_ceil(BUCKET);
+    (0..steps).filter_map(|i| found.mean(i * BUCKET..(i + 1) * BUCKET)).collect()
+}
+
+/// Tokens that are read for one kernel.
+fn tokens(session: &Session, program: &Program) -> Result<u64> {
+    let corpus = &session.corpus;
+    let read = |window: &&[u32]| window.len() - 1;
+    let mut sum: usize =
+        corpus.evaluation.iter().flat_map(|text| windows(text, program.context)).map(|window| read(&window)).sum();
+    for task in &program.tasks {
+        let prompt = task.prompt(&session.tokenizer, &corpus.calibration.tokens, 0)?;
+        sum += prompt.tokens.len() * program.prompts as usize;
+    }
+    Ok((sum + 2 * program.copied + program.lengths.last().unwrap_or(&0)) as u64)
+}

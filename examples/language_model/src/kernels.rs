@@ -1,0 +1,364 @@
+//! Kernels by name: `merged:64,pool,exact=9`.
+
+use crate::capture::Capture;
+use crate::model::Config;
+use crate::plan::Plan;
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use dijiang::{
+    Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
+    LinearAttention, Metric, MultiHead, Performer, ReluFeatures, SoftmaxAttention, Wpff, projection,
+};
+use ndarray::{Array1, s};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// What the command line says of names.
+pub const GRAMMAR: &str = "\
+A kernel is NAME[:SIZE][,OPTION]...
+
+  softmax            exact attention
+  window:W           the last W tokens and 4 sinks, nothing else
+  merged:S           a window of 64, 4 sinks, S entries merged by the attention they received
+  ward:S             the same, merged by Ward's rule
+  taylor:R           the same, a second-order Taylor map of rank R (always calibrated)
+  performer:M  dct:M  wpff:M
+                     linear attention with M features; with window=W, behind an exact window
+  official           the map of the released DiJiang code with fresh radii
+  elu  relu          linear attention with elementwise maps
+
+  window=W  sinks=N  heavy=N         of hybrids
+  decay=G  min-age=N  block=N  value-weight=X  metric=identity
+                                     of merged (block: of ward too)
+  calibrated         fit the kernel of each head to the calibration text (not official, elu, relu)
+  seed=N             of random maps
+  pool               merged: the kv heads of a layer share their entries
+  exact=N            keep the N kv heads exact in which this kernel is furthest from exact attention on the
+                     calibration text
+  plan=FILE          keep the heads exact that `plan` wrote to FILE";
+
+/// A kernel for every head of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    name: String,
+    family: Family,
+    options: Options,
+    exact: Exact,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Softmax,
+    Window,
+    Merged(usize),
+    Ward(usize),
+    Taylor(usize),
+    Map(Map),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Map {
+    Performer(usize),
+    Dct(usize),
+    Wpff(usize),
+    Official,
+    Elu,
+    Relu,
+}
+
+/// Options as given; what was not given is the default of the crate.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Options {
+    window: Option<usize>,
+    sinks: Option<usize>,
+    heavy: Option<usize>,
+    decay: Option<f64>,
+    min_age: Option<usize>,
+    block: Option<usize>,
+    value_weight: Option<f64>,
+    metric: Option<Metric>,
+    seed: Option<u64>,
+    calibrated: bool,
+    pool: bool,
+}
+
+/// Which kv heads stay exact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exact {
+    /// None beyond what the kernel is.
+    None,
+    /// So many, chosen on the calibration text.
+    Count(usize),
+    /// Those of a file.
+    Plan(PathBuf),
+}
+
+type AnyKernel = Arc<dyn Attention<f32>>;
+
+/// Rows of the calibration text that fits see; exact heads are chosen on all of it.
+const CALIBRATION_ROWS: usize = 512;
+
+impl FromStr for Kernel {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut parts = text.split(',').map(str::trim);
+        let head = parts.next().unwrap_or_default();
+        let (name, size) = match head.split_once(':') {
+            Some((name, size)) => (name, Some(number::<usize>("the size", size)?)),
+            None => (head, None),
+        };
+        let mut options = Options::default();
+        let mut exact = Exact::None;
+        let mut given = Vec::new();
+        for part in parts {
+            let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
+            ensure!(!given.contains(&key), "`{key}` is given twice in `{text}`");
+            given.push(key);
+            match (key, value) {
+                ("pool", None) => options.pool = true,
+                ("calibrated", None) => options.calibrated = true,
+                ("window", Some(x)) => options.window = Some(number(key, x)?),
+                ("sinks", Some(x)) => options.sinks = Some(number(key, x)?),
+                ("heavy", Some(x)) => options.heavy = Some(number(key, x)?),
+                ("decay", Some(x)) => options.decay = Some(number(key, x)?),
+                ("min-age", Some(x)) => options.min_age = Some(number(key, x)?),
+                ("block", Some(x)) => options.block = Some(number(key, x)?),
+                ("value-weight", Some(x)) => options.value_weight = Some(number(key, x)?),
+                ("metric", Some("identity")) => options.metric = Some(Metric::Identity),
+                ("metric", Some("query-diagonal")) => options.metric = Some(Metric::QueryDiagonal),
+                ("seed", Some(x)) => options.seed = Some(number(key, x)?),
+                ("exact", Some(x)) => exact = Exact::Count(number(key, x)?),
+                ("plan", Some(x)) => exact = Exact::Plan(PathBuf::from(x)),
+                _ => bail!("`{part}` is not an option of a kernel\n\n{GRAMMAR}"),
+            }
+        }
+        ensure!(!(given.contains(&"exact") && given.contains(&"plan")), "`exact` and `plan` are two choices of heads");
+        let sized = |default| size.unwrap_or(default);
+        let family = match name {
+            "softmax" => Family::Softmax,
+            "window" => Family::Window,
+            "merged" => Family::Merged(sized(64)),
+            "ward" => Family::Ward(sized(64)),
+            "taylor" => Family::Taylor(sized(6)),
+            "performer" => Family::Map(Map::Performer(sized(256))),
+            "dct" => Family::Map(Map::Dct(sized(128))),
+            "wpff" => Family::Map(Map::Wpff(sized(128))),
+            "official" => Family::Map(Map::Official),
+            "elu" => Family::Map(Map::Elu),
+            "relu" => Family::Map(Map::Relu),
+            _ => bail!("there is no kernel `{name}`\n\n{GRAMMAR}"),
+        };
+        let sizeless = matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
+        ensure!(size.is_none() || !sizeless, "`{name}` has no size");
+        if family == Family::Window {
+            ensure!(size.is_some() != options.window.is_some(), "`window` needs one size: `window:128`");
+            options.window = options.window.or(size);
+        }
+        if matches!(family, Family::Softmax) && exact != Exact::None {
+            bail!("`softmax` is exact in every head already");
+        }
+        let kernel =
+            Self { name: text.split(',').map(str::trim).collect::<Vec<_>>().join(","), family, options, exact };
+        for key in given.iter().filter(|key| !["exact", "plan"].contains(key)) {
+            ensure!(kernel.takes(key), "`{key}` means nothing to `{head}`{}", kernel.hint(key));
+        }
+        Ok(kernel)
+    }
+}
+
+impl Kernel {
+    /// The name it was made of.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Which heads stay exact.
+    #[must_use]
+    pub fn exact(&self) -> &Exact {
+        &self.exact
+    }
+
+    /// The kernel in heads that do not stay exact, each with a memory of its own: what exact heads are chosen by.
+    #[must_use]
+    pub fn alone(&self) -> Self {
+        let options = Options { pool: false, ..self.options.clone() };
+        let name = self
+            .name
+            .split(',')
+            .filter(|part| *part != "pool" && !part.starts_with("exact=") && !part.starts_with("plan="));
+        Self { name: name.collect::<Vec<_>>().join(","), family: self.family, options, exact: Exact::None }
+    }
+
+    /// Whether it needs the calibration text, apart from the choice of exact heads.
+    #[must_use]
+    pub fn is_fitted(&self) -> bool {
+        self.options.calibrated || matches!(self.family, Family::Taylor(_)) || self.options.heavy.is_some_and(|n| n > 0)
+    }
+
+    /// Whether an option has a meaning here.
+    fn takes(&self, key: &str) -> bool {
+        let fitted = matches!(self.family, Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)));
+        match key {
+            "window" => !matches!(self.family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu)),
+            "sinks" | "heavy" => self.is_hybrid(),
+            "decay" | "min-age" | "value-weight" | "metric" | "pool" => matches!(self.family, Family::Merged(_)),
+            "block" => matches!(self.family, Family::Merged(_) | Family::Ward(_)),
+            "seed" => fitted || self.family == Family::Map(Map::Official),
+            "calibrated" => fitted || matches!(self.family, Family::Merged(_) | Family::Ward(_) | Family::Taylor(_)),
+            _ => false,
+        }
+    }
+
+    fn hint(&self, key: &str) -> &'static str {
+        match (self.family, key) {
+            (Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)), "sinks" | "heavy") => {
+                ": give it a window first"
+            }
+            _ => "",
+        }
+    }
+
+    fn is_hybrid(&self) -> bool {
+        match self.family {
+            Family::Softmax => false,
+            Family::Window | Family::Merged(_) | Family::Ward(_) | Family::Taylor(_) => true,
+            Family::Map(_) => self.options.window.is_some(),
+        }
+    }
+
+    /// The kernel of every kv head, layer by layer.
+    pub fn heads(&self, config: &Config, capture: Option<&Capture>) -> Result<Vec<Vec<AnyKernel>>> {
+        let d = config.head_dim;
+        if !self.is_fitted() {
+            let kernel = self.build(d, None)?;
+            return Ok(vec![vec![kernel; config.kv_heads]; config.layers]);
+        }
+        let capture = capture.context("a calibrated kernel needs a calibration text")?;
+        let head = |layer, kv_head| -> Result<AnyKernel> {
+            let sample = capture.sample(layer, kv_head);
+            let stride = sample.k.nrows().div_ceil(CALIBRATION_ROWS).max(1);
+            let (window, sinks) = if self.is_hybrid() { (self.window(), self.sinks()) } else { (0, 0) };
+            let options = CalibrationOptions::new().with_window(window).with_sinks(sinks).with_stride(stride);
+            let (q, k) = (sample.q.slice(s![.., ..;stride, ..]), sample.k.slice(s![..;stride, ..]));
+            let calibration = Calibration::from_group(q, k, options);
+            let built = calibration.map_err(|error| anyhow!(error)).and_then(|fit| self.build(d, Some(&fit)));
+            built.with_context(|| format!("kv head {kv_head} of layer {layer}"))
+        };
+        (0..config.layers).map(|layer| (0..config.kv_heads).map(|kv| head(layer, kv)).collect()).collect()
+    }
+
+    /// The attention of every layer.
+    pub fn layers(
+        &self,
+        config: &Config,
+        capture: Option<&Capture>,
+        plan: Option<&Plan>,
+    ) -> Result<Vec<MultiHead<f32>>> {
+        ensure!(plan.is_some() == (self.exact != Exact::None), "`{}` and the plan do not belong together", self.name);
+        let exact: AnyKernel = Arc::new(SoftmaxAttention::new(config.head_dim)?);
+        let heads = self.heads(config, capture)?;
+        let layer = |(l, kernels): (usize, Vec<AnyKernel>)| -> Result<MultiHead<f32>> {
+            let choose = |(kv, kernel)| match plan {
+                Some(plan) if plan.heads.contains(l, kv) => Arc::clone(&exact),
+                _ => kernel,
+            };
+            let kernels = kernels.into_iter().enumerate().map(choose).collect();
+            let layer = MultiHead::per_kv_head(kernels, config.heads)?;
+            // where the plan leaves one head of a layer, it has nobody to share with
+            Ok(if self.options.pool && layer.poolable().len() > 1 { layer.pooled()? } else { layer })
+        };
+        heads.into_iter().enumerate().map(layer).collect()
+    }
+
+    /// The kernel of one head.
+    fn build(&self, d: usize, fit: Option<&Calibration>) -> Result<AnyKernel> {
+        let seed = self.options.seed.unwrap_or(0);
+        let fit_of_map = fit.filter(|_| self.options.calibrated);
+        Ok(match self.family {
+            Family::Softmax => Arc::new(SoftmaxAttention::new(d)?),
+            Family::Window => self.hybrid(d, Far::none(), fit)?,
+            Family::Merged(entries) => self.hybrid(d, self.merged(entries, fit), fit)?,
+            Family::Ward(entries) => {
+                let far = fit_of_map.iter().fold(Far::ward(entries), |far, fit| far.calibrated(fit));
+                self.hybrid(d, self.options.block.iter().fold(far, |far, &n| far.with_block(n)), fit)?
+            }
+            Family::Taylor(rank) => self.hybrid(d, Far::taylor(rank), fit)?,
+            Family::Map(Map::Performer(m)) => {
+                let map = Performer::new(d, m, seed)?;
+                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+            }
+            Family::Map(Map::Dct(m)) => {
+                let map = DctFeatures::new(d, m, seed)?;
+                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+            }
+            Family::Map(Map::Wpff(m)) => {
+                let map = Wpff::new(d, m, seed)?;
+                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+            }
+            Family::Map(Map::Official) => {
+                let mut random = ChaCha8Rng::seed_from_u64(seed);
+                let mut radius = || {
+                    let uniform = (f64::from(random.next_u32()) + 0.5) / 2_f64.powi(32);
+                    projection::normal_quantile(uniform).map(|x| x as f32)
+                };
+                let radii = (0..d).map(|_| radius()).collect::<Result<Array1<f32>, _>>()?;
+                Arc::new(LinearAttention::new(DctFeatures::official(radii)?).with_scale(1.0))
+            }
+            Family::Map(Map::Elu) => Arc::new(LinearAttention::new(EluFeatures::new(d)?)),
+            Family::Map(Map::Relu) => Arc::new(LinearAttention::new(ReluFeatures::new(d)?)),
+        })
+    }
+
+    /// A map in linear attention, or behind a window.
+    fn with_map(&self, d: usize, map: impl FeatureMap<f32> + 'static, fit: Option<&Calibration>) -> Result<AnyKernel> {
+        if self.is_hybrid() { self.hybrid(d, Far::features(map), fit) } else { Ok(Arc::new(LinearAttention::new(map))) }
+    }
+
+    fn merged(&self, entries: usize, fit: Option<&Calibration>) -> Far<f32> {
+        let Options { decay, min_age, block, value_weight, metric, calibrated, .. } = &self.options;
+        let far = Far::merged(entries);
+        let far = decay.iter().fold(far, |far, &x| far.with_decay(x));
+        let far = min_age.iter().fold(far, |far, &n| far.with_min_age(n));
+        let far = block.iter().fold(far, |far, &n| far.with_block(n));
+        let far = value_weight.iter().fold(far, |far, &x| far.with_value_weight(x));
+        let far = metric.iter().fold(far, |far, &metric| far.with_metric(metric));
+        fit.iter().filter(|_| *calibrated).fold(far, |far, fit| far.calibrated(fit))
+    }
+
+    fn hybrid(&self, d: usize, far: Far<f32>, fit: Option<&Calibration>) -> Result<AnyKernel> {
+        let builder = HybridAttention::builder(d).window(self.window()).sinks(self.sinks()).far(far);
+        let heavy = self.options.heavy.unwrap_or(0);
+        let needs = heavy > 0 || matches!(self.family, Family::Taylor(_));
+        let builder = builder.heavy(heavy);
+        let builder = fit.iter().filter(|_| needs).fold(builder, |builder, fit| builder.calibrated(fit));
+        Ok(Arc::new(builder.build()?))
+    }
+
+    fn window(&self) -> usize {
+        self.options.window.unwrap_or(64)
+    }
+
+    fn sinks(&self) -> usize {
+        self.options.sinks.unwrap_or(4)
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+/// Bytes of the states of all layers after so many tokens.
+pub fn state_bytes(layers: &[MultiHead<f32>], config: &Config, tokens: usize) -> Result<usize> {
+    layers.iter().try_fold(0_usize, |sum, layer| Ok(sum.saturating_add(layer.state_bytes(config.value_dim, tokens)?)))
+}
+
+fn number<N: FromStr>(what: &str, text: &str) -> Result<N> {
+    text.parse().map_err(|_| anyhow!("{what} is `{text}`, which is not a number that fits"))
+}
