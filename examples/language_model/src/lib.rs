@@ -1,8 +1,10 @@
 //! A pretrained language model with any attention kernel of `dijiang` in any of its heads: what is lost, what is gained.
 
+pub mod args;
 pub mod capture;
 pub mod compare;
 pub mod decode;
+pub mod generate;
 pub mod gguf;
 pub mod kernels;
 pub mod linear;

