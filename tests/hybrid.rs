@@ -85,7 +85,10 @@ fn mixtures() {
     let exact_kernel: Arc<dyn Attention<f64>> = Arc::new(SoftmaxAttention::new(8).unwrap());
     let kernel: Arc<dyn Attention<f64>> = Arc::new(hybrid::<f64>(&formula, 8, 0));
     let kernels = vec![kernel.clone(), exact_kernel.clone(), kernel.clone(), exact_kernel];
-    let layer = MultiHead::per_kv_head(kernels, 8).unwrap().pooled().unwrap();
+    let layer = MultiHead::per_kv_head(kernels, 8).unwrap();
+    assert_eq!(layer.poolable(), [0, 2]);
+    let layer = layer.pooled().unwrap();
+    assert_eq!(layer.poolable(), [0_usize; 0], "pooled already");
     let out = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
     let pick = |x: &Array4<f64>, of: &[usize]| x.select(Axis(1), of);
     let pool = exact(&formula, [&pick(&q, &[0, 1, 4, 5]), &pick(&k, &[0, 2]), &pick(&v, &[0, 2])], 0, true);

@@ -99,6 +99,54 @@ fn a_budget_keeps_as_many_as_fit() {
     assert_eq!(errors.keep_within(6 * 7 * 8 * 5, 5, &*exact, &*small).unwrap().heads().len(), 6);
 }
 
+/// A kernel for each head: the table takes each error from the kernel of its head.
+#[test]
+fn kernels_differ_by_head() {
+    let (exact, small) = kernels(4);
+    let model = Model::new();
+    let samples = model.samples();
+    let same = HeadErrors::measure(&*exact, &*small, &samples, 12).unwrap();
+    assert_eq!(HeadErrors::measure_each(&*exact, |_| &*small, &samples, 12).unwrap(), same);
+    let of = |head: &HeadSample<'_, f64>| if head.kv_head == 0 { &*small } else { &*exact };
+    let errors = HeadErrors::measure_each(&*exact, of, &samples, 12).unwrap();
+    assert!(errors.ranked()[..3].iter().all(|error| error.kv_head == 0 && same.ranked().contains(error)));
+    assert!(errors.ranked()[3..].iter().all(|error| error.kv_head == 1 && error.output_error == 0.0));
+}
+
+#[test]
+fn a_choice_of_ones_own() {
+    let (exact, small) = kernels(4);
+    let model = Model::new();
+    let errors = HeadErrors::measure(&*exact, &*small, &model.samples(), 12).unwrap();
+    let choice = errors.choose(&[(2, 1), (0, 1), (1, 0)]).unwrap();
+    assert_eq!(choice.heads(), [(0, 1), (1, 0), (2, 1)]);
+    assert!(choice.contains(2, 1) && !choice.contains(2, 0));
+    assert_eq!(errors.choose(errors.keep(4).heads()).unwrap(), errors.keep(4));
+    for bad in [&[(0, 2)][..], &[(3, 0)], &[(0, 1), (0, 1)]] {
+        assert!(matches!(errors.choose(bad), Err(Error::InvalidOption { which: "heads", .. })), "{bad:?}");
+    }
+}
+
+/// A file that a person changed is read with care.
+#[cfg(feature = "serde")]
+#[test]
+fn choices_are_checked_when_they_are_read() {
+    let (exact, small) = kernels(4);
+    let model = Model::new();
+    let choice =
+        HeadErrors::measure(&*exact, &*small, &model.samples(), 12).unwrap().choose(&[(0, 1), (2, 1)]).unwrap();
+    let json = serde_json::to_value(&choice).unwrap();
+    assert_eq!(serde_json::from_value::<dijiang::ExactHeads>(json.clone()).unwrap(), choice);
+    let with = |heads: &[[usize; 2]]| {
+        let mut json = json.clone();
+        json["heads"] = serde_json::json!(heads);
+        serde_json::from_value::<dijiang::ExactHeads>(json).map_err(|error| error.to_string())
+    };
+    assert_eq!(with(&[[2, 1], [0, 1]]).unwrap(), choice, "in any order");
+    assert!(with(&[[0, 1], [0, 1]]).unwrap_err().contains("kv head 1 of layer 0"));
+    assert!(with(&[[7, 0]]).unwrap_err().contains("kv head 0 of layer 7"));
+}
+
 #[test]
 fn bad_samples() {
     let (exact, small) = kernels(4);

@@ -428,6 +428,10 @@ impl<'a, T: Scalar> Task<'a, T> {
     }
 }
 
+/// Numbers of the states that the tokens of a call read, below which waking other threads takes longer than they save: a decode step of
+/// states of constant size, or over a few hundred keys.
+const WORTH_A_THREAD: usize = 1 << 18;
+
 /// Whether there are tasks enough for every thread, so that none need be shared out itself.
 fn enough_for_threads(tasks: usize) -> bool {
     #[cfg(feature = "rayon")]
@@ -532,7 +536,12 @@ impl<T: Scalar> MultiHeadStream<T> {
             self.copies.extend(work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())));
         }
         let extend = |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);
-        let result = for_each(work, || (), || (), extend);
+        let reads: usize = work.iter().map(|(_, stream)| stream.state_floats()).sum();
+        let result = if reads.saturating_mul(q.dim().2) < WORTH_A_THREAD {
+            work.into_iter().try_for_each(|work| extend(&mut (), work))
+        } else {
+            for_each(work, || (), || (), extend)
+        };
         if result.is_err() {
             for (stream, copy) in self.streams.iter_mut().zip(&mut self.copies) {
                 match copy.take() {

@@ -164,6 +164,6 @@ const DEFAULT: [&str; 10] = [
     "ward:64",
     "merged:64",
     "merged:64,pool",
-    "window:128,exact=9",
+    "window:128,exact=9,by=merged:64",
     "merged:64,pool,exact=9",
 ];

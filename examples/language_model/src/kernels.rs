@@ -38,6 +38,7 @@ A kernel is NAME[:SIZE][,OPTION]...
   pool               merged: the kv heads of a layer share their entries
   exact=N            keep the N kv heads exact in which this kernel is furthest from exact attention on the
                      calibration text
+  by=KERNEL          with exact: choose them by this kernel's errors instead (a name without options)
   plan=FILE          keep the heads exact that `plan` wrote to FILE";
 
 /// A kernel for every head of a model.
@@ -86,12 +87,12 @@ struct Options {
 }
 
 /// Which kv heads stay exact.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Exact {
     /// None beyond what the kernel is.
     None,
-    /// So many, chosen on the calibration text.
-    Count(usize),
+    /// So many, chosen on the calibration text by the errors of this kernel, or of the kernel itself.
+    Count(usize, Option<Box<Kernel>>),
     /// Those of a file.
     Plan(PathBuf),
 }
@@ -113,6 +114,7 @@ impl FromStr for Kernel {
         };
         let mut options = Options::default();
         let mut exact = Exact::None;
+        let mut by = None;
         let mut given = Vec::new();
         for part in parts {
             let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
@@ -131,12 +133,17 @@ impl FromStr for Kernel {
                 ("metric", Some("identity")) => options.metric = Some(Metric::Identity),
                 ("metric", Some("query-diagonal")) => options.metric = Some(Metric::QueryDiagonal),
                 ("seed", Some(x)) => options.seed = Some(number(key, x)?),
-                ("exact", Some(x)) => exact = Exact::Count(number(key, x)?),
+                ("exact", Some(x)) => exact = Exact::Count(number(key, x)?, None),
+                ("by", Some(x)) => by = Some(Box::new(x.parse()?)),
                 ("plan", Some(x)) => exact = Exact::Plan(PathBuf::from(x)),
                 _ => bail!("`{part}` is not an option of a kernel\n\n{GRAMMAR}"),
             }
         }
         ensure!(!(given.contains(&"exact") && given.contains(&"plan")), "`exact` and `plan` are two choices of heads");
+        if by.is_some() {
+            let Exact::Count(count, _) = exact else { bail!("`by` says how to choose heads: it needs `exact=N`") };
+            exact = Exact::Count(count, by);
+        }
         let sized = |default| size.unwrap_or(default);
         let family = match name {
             "softmax" => Family::Softmax,
@@ -163,7 +170,7 @@ impl FromStr for Kernel {
         }
         let kernel =
             Self { name: text.split(',').map(str::trim).collect::<Vec<_>>().join(","), family, options, exact };
-        for key in given.iter().filter(|key| !["exact", "plan"].contains(key)) {
+        for key in given.iter().filter(|key| !["exact", "by", "plan"].contains(key)) {
             ensure!(kernel.takes(key), "`{key}` means nothing to `{head}`{}", kernel.hint(key));
         }
         Ok(kernel)
@@ -187,10 +194,8 @@ impl Kernel {
     #[must_use]
     pub fn alone(&self) -> Self {
         let options = Options { pool: false, ..self.options.clone() };
-        let name = self
-            .name
-            .split(',')
-            .filter(|part| *part != "pool" && !part.starts_with("exact=") && !part.starts_with("plan="));
+        let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
+        let name = self.name.split(',').filter(|part| *part != "pool" && !about_heads(part));
         Self { name: name.collect::<Vec<_>>().join(","), family: self.family, options, exact: Exact::None }
     }
 

@@ -102,11 +102,12 @@ impl Session {
         let config = self.model.config();
         let plan = match kernel.exact() {
             Exact::None => None,
-            Exact::Count(count) => {
+            Exact::Count(count, by) => {
                 let heads = config.layers * config.kv_heads;
                 ensure!(*count <= heads, "`{kernel}` keeps {count} heads exact; the model has {heads} kv heads");
-                let choice = self.errors(kernel)?.keep(*count);
-                Some(Plan::new(config, kernel, &self.calibration(), self.warm_up(), choice))
+                let by = by.as_deref().unwrap_or(kernel);
+                let choice = self.errors(by)?.keep(*count);
+                Some(Plan::new(config, by, &self.calibration(), self.warm_up(), choice))
             }
             Exact::Plan(path) => Some(Plan::load(path, config)?),
         };
