@@ -1,7 +1,7 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864) on interleaved pairs, the order of GGUF files.
 
 use anyhow::{Result, ensure};
-use ndarray::{Array2, s};
+use ndarray::{Array2, Zip};
 use std::ops::Range;
 
 /// Turns the pair of columns `(2i, 2i + 1)` of a token at position `t` by the angle `t·θ_i`, `θ_i = base^(−2i/dims)/stretch`.
@@ -41,15 +41,13 @@ impl Rotary {
 
     /// Turns every head of `x [tokens, heads · head_dim]`.
     pub fn turn(&self, x: &mut Array2<f32>, angles: &Array2<(f32, f32)>) {
-        for (mut row, angles) in x.outer_iter_mut().zip(angles.outer_iter()) {
+        Zip::from(x.rows_mut()).and(angles.rows()).par_for_each(|mut row, angles| {
             for mut head in row.exact_chunks_mut(self.head_dim) {
-                let mut pairs = head.slice_mut(s![..2 * angles.len()]);
-                for (mut pair, &(cos, sin)) in pairs.exact_chunks_mut(2).into_iter().zip(angles) {
-                    let (a, b) = (pair[0], pair[1]);
-                    pair[0] = a * cos - b * sin;
-                    pair[1] = a * sin + b * cos;
+                for (i, &(cos, sin)) in angles.iter().enumerate() {
+                    let (a, b) = (head[2 * i], head[2 * i + 1]);
+                    (head[2 * i], head[2 * i + 1]) = (a * cos - b * sin, a * sin + b * cos);
                 }
             }
-        }
+        });
     }
 }
