@@ -4,7 +4,7 @@ mod common;
 
 use common::normal;
 use dijiang::{Attention, Error, LinearAttention, Mask, MultiHead, Performer, SoftmaxAttention};
-use ndarray::{Array2, Array4, s};
+use ndarray::{Array2, Array3, Array4, s};
 use std::sync::Arc;
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {
@@ -206,4 +206,51 @@ fn groups_share_a_state() {
         assert_eq!(stream.state_floats(), 4 * floats);
         assert_eq!(layer.state_bytes(5, 80).unwrap(), 2 * floats * 8);
     }
+}
+
+/// Rows with the heads side by side, contiguous or not, are the same heads.
+#[test]
+fn rows_of_projections() {
+    let (batch, heads, kv_heads, n, d) = (2, 4, 2, 12, 8);
+    let [q, k, v] =
+        [random((batch, n, heads, d), 1), random((batch, n, kv_heads, d), 2), random((batch, n, kv_heads, 3), 3)];
+    let order = [0, 2, 1, 3];
+    for kernel in kernels().into_iter().filter(|kernel| kernel.stream(3).is_ok()) {
+        let layer = MultiHead::per_kv_head(vec![kernel; kv_heads], heads).unwrap();
+        let mut expected = Array4::zeros((batch, n, heads, 3));
+        let mut stream = layer.stream(batch, 3).unwrap();
+        let [by_q, by_k, by_v] = [&q, &k, &v].map(|x| x.view().permuted_axes(order));
+        stream.extend(by_q, by_k, by_v, Some(&[12, 7]), expected.view_mut().permuted_axes(order)).unwrap();
+        let expected = expected.into_shape_with_order((batch, n, heads * 3)).unwrap();
+        let flat = |x: &Array4<f64>| {
+            let (b, n, heads, d) = x.dim();
+            x.clone().into_shape_with_order((b, n, heads * d)).unwrap()
+        };
+        let (q, k, v) = (flat(&q), flat(&k), flat(&v));
+        let mut stream = layer.stream(batch, 3).unwrap();
+        let mut out = Array3::from_elem((batch, n, heads * 3), f64::NAN);
+        stream.extend_rows(q.view(), k.view(), v.view(), Some(&[12, 7]), out.view_mut()).unwrap();
+        assert_eq!(out, expected);
+        // other strides: columns outermost, and every second row
+        let turned = |x: &Array3<f64>| x.view().permuted_axes([2, 1, 0]).as_standard_layout().into_owned();
+        let (q, k, v) = (turned(&q), turned(&k), turned(&v));
+        let mut out = Array3::from_elem((heads * 3, 2 * n, batch), f64::NAN);
+        let mut stream = layer.stream(batch, 3).unwrap();
+        let [q, k, v] = [&q, &k, &v].map(|x| x.view().permuted_axes([2, 1, 0]));
+        stream.extend_rows(q, k, v, Some(&[12, 7]), out.slice_mut(s![.., ..;2, ..]).permuted_axes([2, 1, 0])).unwrap();
+        let found = out.slice(s![.., ..;2, ..]).permuted_axes([2, 1, 0]);
+        assert!((&found - &expected).iter().all(|e| e.abs() < 1e-13), "other strides may add in another order");
+        assert!(out.slice(s![.., 1..;2, ..]).iter().all(|x| x.is_nan()), "what lies between is not touched");
+    }
+    let layer = MultiHead::new(SoftmaxAttention::<f64>::new(d).unwrap(), heads, kv_heads).unwrap();
+    let mut stream = layer.stream(1, 3).unwrap();
+    let (q, k, v) = (Array3::zeros((1, 1, 23)), Array3::zeros((1, 1, 16)), Array3::zeros((1, 1, 6)));
+    let mut out = Array3::zeros((1, 1, 12));
+    let error = stream.extend_rows(q.view(), k.view(), v.view(), None, out.view_mut()).unwrap_err();
+    assert!(matches!(error, Error::Shape { which: "q", axis: "columns", expected: 20, found: 23 }), "{error}");
+    let q = Array3::zeros((1, 1, 32));
+    let error = stream.extend_rows(q.view(), k.view(), v.view(), None, out.slice_mut(s![.., .., ..11])).unwrap_err();
+    assert!(matches!(error, Error::Shape { which: "out", axis: "columns", expected: 12, found: 11 }), "{error}");
+    assert_eq!(stream.lengths(), [0]);
+    stream.extend_rows(q.view(), k.view(), v.view(), None, out.view_mut()).unwrap();
 }

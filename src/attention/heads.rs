@@ -4,7 +4,7 @@ use super::hybrid::FULL_MERGED;
 use super::{Attention, HeadCall, Mask, Scratch, Stream};
 use crate::views::{head, heads};
 use crate::{Error, Scalar, check};
-use ndarray::{Array4, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{Array4, ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, CowArray, Ix4};
 use std::sync::Arc;
 
 /// Attention of a layer: one kernel for all query heads, or one for each.
@@ -347,6 +347,22 @@ fn check_heads<T: Scalar>(heads: &MultiHead<T>, q: Dim4, k: Dim4, v: Dim4, out: 
     Ok(())
 }
 
+/// Rows `[b, n, heads · d]` seen as `[b, n, heads, d]`.
+fn side_by_side<'a, T: Scalar>(
+    which: &'static str,
+    x: &'a ArrayView3<'_, T>,
+    heads: usize,
+) -> Result<CowArray<'a, T, Ix4>, Error> {
+    let (batch, n, columns) = x.dim();
+    let d = columns / heads;
+    x.to_shape((batch, n, heads, d)).map_err(|_| Error::Shape {
+        which,
+        axis: "columns",
+        expected: heads * d,
+        found: columns,
+    })
+}
+
 fn check_lengths(lengths: Option<&[usize]>, batch: usize, tokens: usize) -> Result<(), Error> {
     let Some(lengths) = lengths else { return Ok(()) };
     check::size("key_lengths", "elements", batch, lengths.len())?;
@@ -552,6 +568,54 @@ impl<T: Scalar> MultiHeadStream<T> {
         }
         self.copies.clear();
         result
+    }
+
+    /// As [`extend`](Self::extend), on rows as the projections of a model leave them, heads side by side: `q [b, n, query_heads · d]`,
+    /// `k [b, n, kv_heads · d]`, `v [b, n, kv_heads · value_dim]`, `out [b, n, query_heads · value_dim]`.
+    ///
+    /// Rows that are contiguous are seen as heads without a copy; others are copied.
+    ///
+    /// ```
+    /// use dijiang::{Far, HybridAttention, MultiHead};
+    /// use ndarray::Array3;
+    ///
+    /// let (heads, kv_heads, d) = (9, 3, 16);
+    /// let kernel = HybridAttention::<f32>::builder(d).window(8).far(Far::merged(8)).build()?;
+    /// let mut stream = MultiHead::new(kernel, heads, kv_heads)?.stream(1, d)?;
+    /// // q = x·W_q and so on, for 20 tokens of one sequence
+    /// let (q, k, v) = (Array3::zeros((1, 20, heads * d)), Array3::zeros((1, 20, kv_heads * d)), Array3::ones((1, 20, kv_heads * d)));
+    /// let mut out = Array3::zeros((1, 20, heads * d));
+    /// stream.extend_rows(q.view(), k.view(), v.view(), None, out.view_mut())?; // on to out·W_o
+    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`extend`](Self::extend); [`Error::Shape`] if the columns do not divide into the heads.
+    pub fn extend_rows(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView3<'_, T>,
+        v: ArrayView3<'_, T>,
+        lengths: Option<&[usize]>,
+        mut out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
+        let (query_heads, kv_heads) = (self.heads.query_heads(), self.heads.kv_heads);
+        let (q, k, v) =
+            (side_by_side("q", &q, query_heads)?, side_by_side("k", &k, kv_heads)?, side_by_side("v", &v, kv_heads)?);
+        let (batch, n, columns) = out.dim();
+        check::size("out", "columns", query_heads * self.value_dim, columns)?;
+        let shape = (batch, n, query_heads, self.value_dim);
+        let order = [0, 2, 1, 3]; // heads before tokens
+        let [q, k, v] = [q.view(), k.view(), v.view()].map(|x| x.permuted_axes(order));
+        if let Ok(out) = out.view_mut().into_shape_with_order(shape) {
+            return self.extend(q, k, v, lengths, out.permuted_axes(order));
+        }
+        let mut rows = Array4::zeros(shape);
+        self.extend(q, k, v, lengths, rows.view_mut().permuted_axes(order))?;
+        out.iter_mut().zip(rows).for_each(|(out, x)| *out = x); // both in the order of rows
+        Ok(())
     }
 
     /// Tokens absorbed by each sequence.
