@@ -51,7 +51,7 @@ impl Gguf {
             kv_heads > 0 && heads.is_multiple_of(kv_heads),
             "{heads} query heads cannot share {kv_heads} heads of keys and values"
         );
-        let head_dim = match self.optional("attention.key_length")? {
+        let head_dim = match self.positive("attention.key_length")? {
             Some(length) => length,
             None => {
                 ensure!(width.is_multiple_of(heads), "an embedding of {width} does not divide into {heads} heads");
@@ -69,7 +69,7 @@ impl Gguf {
             heads,
             kv_heads,
             head_dim,
-            value_dim: self.optional("attention.value_length")?.unwrap_or(head_dim),
+            value_dim: self.positive("attention.value_length")?.unwrap_or(head_dim),
             feed_forward: self.size("feed_forward_length")?,
             context: self.size("context_length")?,
             vocabulary,
@@ -81,6 +81,7 @@ impl Gguf {
             config.rms_epsilon
         );
         ensure!(config.vocabulary > 0, "the vocabulary is empty");
+        ensure!(u32::try_from(config.vocabulary).is_ok(), "a vocabulary of {} tokens is too large", config.vocabulary);
         self.check_names(&config)?;
         Ok(config)
     }
@@ -89,13 +90,19 @@ impl Gguf {
     pub fn rotary(&mut self, config: &Config) -> Result<Rotary> {
         let dims = self.optional("rope.dimension_count")?.unwrap_or(config.head_dim);
         let base = self.number("rope.freq_base")?.unwrap_or(10_000.0);
-        let stretch = match self.text("llama.rope.scaling.type") {
-            None | Some("none") => self.number("rope.scale_linear")?.unwrap_or(1.0),
-            Some("linear") => match self.number("rope.scaling.factor")? {
-                Some(factor) => factor,
-                None => bail!("`llama.rope.scaling.type` is linear, but its factor is missing"),
-            },
-            Some(other) => bail!("positions scaled by `{other}` are not supported; `linear` and `none` are"),
+        // a factor without a type is linear; old files have it by another name
+        let factor = self.number("rope.scaling.factor")?.or(self.number("rope.scale_linear")?);
+        let stretch = match (self.metadata().get("llama.rope.scaling.type"), factor) {
+            (None, factor) => factor.unwrap_or(1.0),
+            (Some(Value::String(kind)), _) if kind == "none" => 1.0,
+            (Some(Value::String(kind)), Some(factor)) if kind == "linear" => factor,
+            (Some(Value::String(kind)), None) if kind == "linear" => {
+                bail!("`llama.rope.scaling.type` is linear, but its factor is missing")
+            }
+            (Some(Value::String(kind)), _) => {
+                bail!("positions scaled by `{kind}` are not supported; `linear` and `none` are")
+            }
+            (Some(other), _) => bail!("`llama.rope.scaling.type` is {other:?}: a name was expected"),
         };
         let factors = match self.content.tensor_infos.contains_key("rope_freqs.weight") {
             true => Some(self.vector("rope_freqs.weight", dims / 2)?.to_vec()),
@@ -163,10 +170,14 @@ impl Gguf {
 
     /// A size that must be there and positive.
     fn size(&self, key: &str) -> Result<usize> {
+        self.positive(key)?.with_context(|| format!("the GGUF file does not say `llama.{key}`"))
+    }
+
+    /// A size that may be missing, but not 0.
+    fn positive(&self, key: &str) -> Result<Option<usize>> {
         match self.optional(key)? {
             Some(0) => bail!("`llama.{key}` is 0"),
-            Some(size) => Ok(size),
-            None => bail!("the GGUF file does not say `llama.{key}`"),
+            size => Ok(size),
         }
     }
 
