@@ -7,6 +7,7 @@ use crate::texts::Text;
 use anyhow::{Context, Result, ensure};
 use dijiang::{Attention, ExactHeads, HeadErrors, SoftmaxAttention};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -65,7 +66,9 @@ impl Plan {
         let plan: Self = serde_json::from_str(&text).with_context(|| format!("{} is not a plan", path.display()))?;
         let inside = |layer, kv_head| layer < config.layers && kv_head < config.kv_heads;
         let ranked = plan.heads.errors().ranked();
-        let fits = ranked.len() == config.layers * config.kv_heads && ranked.iter().all(|e| inside(e.layer, e.kv_head));
+        // each head once, too: a person may have changed the file
+        let heads: HashSet<_> = ranked.iter().map(|e| (e.layer, e.kv_head)).filter(|&(l, kv)| inside(l, kv)).collect();
+        let fits = [ranked.len(), heads.len()] == [config.layers * config.kv_heads; 2];
         ensure!(
             fits,
             "{} is a plan for `{}`, a model of other sizes: `{}` has {} layers of {} kv heads",
