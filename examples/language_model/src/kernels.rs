@@ -168,6 +168,9 @@ impl FromStr for Kernel {
         if matches!(family, Family::Softmax) && exact != Exact::None {
             bail!("`softmax` is exact in every head already");
         }
+        if options.pool && (options.calibrated || options.heavy.is_some_and(|n| n > 0)) {
+            bail!("heads that share their entries (`pool`) need one kernel: no `calibrated`, no `heavy`");
+        }
         let kernel =
             Self { name: text.split(',').map(str::trim).collect::<Vec<_>>().join(","), family, options, exact };
         for key in given.iter().filter(|key| !["exact", "by", "plan"].contains(key)) {
