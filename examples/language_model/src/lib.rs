@@ -12,6 +12,7 @@ pub mod model;
 pub mod perplexity;
 pub mod plan;
 pub mod recall;
+pub mod report;
 pub mod rotary;
 pub mod session;
 pub mod texts;

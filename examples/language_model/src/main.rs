@@ -13,6 +13,7 @@ use language_model::model::Time;
 use language_model::perplexity::{losses, windows};
 use language_model::plan::Plan;
 use language_model::recall::{Score, Task, copying};
+use language_model::report;
 use language_model::session::Session;
 use std::fs;
 use std::io::{Write, stdout};
@@ -259,7 +260,16 @@ fn all(
         let path = output.join(name);
         fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))
     };
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    let command = format!("cargo run --release -p language_model -- {}", command.join(" "));
     save("comparison.json", &serde_json::to_string_pretty(&found)?)?;
-    println!("{}", output.display());
+    save("comparison.csv", &report::csv(&found)?)?;
+    save("picture.svg", &report::picture(&found)?)?;
+    save("report.html", &report::page(&found, &command)?)?;
+    println!("{}", report::table(&found));
+    for finding in report::findings(&found) {
+        print!("{}", report::wrapped(&finding));
+    }
+    println!("\n{:.0} s; the page: {}", found.seconds, output.join("report.html").display());
     Ok(())
 }

@@ -60,6 +60,7 @@ fn sentence_piece_metadata(pieces: &[&str]) -> Metadata {
     set(&mut metadata, "token_type", Value::Array(types.into_iter().map(Value::I32).collect()));
     set(&mut metadata, "bos_token_id", Value::U32(1));
     set(&mut metadata, "eos_token_id", Value::U32(2));
+    set(&mut metadata, "add_bos_token", Value::Bool(false));
     metadata
 }
 
@@ -158,6 +159,10 @@ fn sentence_pieces_merge_by_score() {
     assert_eq!(tokenizer.encode_special("hel</s>").unwrap(), named(&["▁he", "l", "</s>"]));
     assert_eq!(tokenizer.decode(&tokenizer.encode("  hello é\n").unwrap()).unwrap(), "  hello é\n");
     assert!(tokenizer.is_end(2) && tokenizer.eos() == Some(2));
+    // a file that does not say begins its texts
+    let mut silent = sentence_piece_metadata(&PIECES);
+    silent.remove("tokenizer.ggml.add_bos_token");
+    assert_eq!(Tokenizer::from_metadata(&silent).unwrap().encode("hello").unwrap(), named(&["<s>", "▁he", "l", "lo"]));
 }
 
 #[test]

@@ -1,0 +1,25 @@
+//! A comparison as a page, a table, sentences, a CSV and a picture.
+
+mod axis;
+mod charts;
+mod facts;
+mod findings;
+mod heads;
+mod labels;
+mod numbers;
+mod page;
+mod picture;
+mod plot;
+mod records;
+#[path = "../../shared/mod.rs"]
+mod shared;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use findings::findings;
+pub use page::page;
+pub use picture::picture;
+pub use records::csv;
+pub use shared::wrapped;
+pub use table::table;

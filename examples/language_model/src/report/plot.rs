@@ -1,0 +1,215 @@
+//! Marks and lines of the plots. Colours of text, axes and reference lines are placeholders that the style sheet replaces.
+
+use super::axis::Axis;
+use super::labels::{self, Frame};
+use super::numbers::{escaped, shortened};
+use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+/// Text and axes.
+pub const INK: RGBColor = RGBColor(1, 2, 3);
+/// Lines behind the plot.
+pub const GRID: RGBColor = RGBColor(1, 2, 4);
+/// Dashed by the style sheet.
+pub const REFERENCE: RGBColor = RGBColor(1, 2, 5);
+
+const FONT: &str = "sans-serif";
+/// Longer names are cut in plots.
+const LONGEST_NAME: usize = 30;
+
+/// The mark of a kernel: Okabe and Ito's colours, then the same with other shapes.
+pub type Look = (RGBColor, Shape);
+
+/// The shape of a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// Filled.
+    Disc,
+    /// Filled.
+    Triangle,
+    /// Two strokes.
+    Cross,
+    /// Not filled.
+    Ring,
+}
+
+const COLOURS: [RGBColor; 7] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(230, 159, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(140, 140, 140),
+];
+
+/// The look of the reference.
+pub const OF_REFERENCE: Look = (INK, Shape::Disc);
+
+/// The look of the kernel at a place.
+pub fn look(place: usize) -> Look {
+    let shapes = [Shape::Disc, Shape::Triangle, Shape::Cross, Shape::Ring];
+    // neighbours differ in both; the first that is like another is the 29th
+    (COLOURS[place % COLOURS.len()], shapes[place % shapes.len()])
+}
+
+/// Points of one kernel, in drawn units.
+#[derive(Clone, Debug)]
+pub struct Series {
+    /// Colour and shape.
+    pub look: Look,
+    /// What is drawn; those beyond the axes are left out.
+    pub points: Vec<(f64, f64)>,
+    /// Beside the last point.
+    pub name: Option<String>,
+    /// Whether each point has a mark.
+    pub marks: bool,
+}
+
+/// A plot.
+#[derive(Clone, Debug)]
+pub struct Panel {
+    /// Above it.
+    pub title: String,
+    /// Below it.
+    pub x: Axis,
+    /// Left of it.
+    pub y: Axis,
+    /// From left to right.
+    pub series: Vec<Series>,
+    /// Dashed lines from side to side.
+    pub across: Vec<f64>,
+    /// Width and height.
+    pub size: (u32, u32),
+    /// Pixels of a letter, about.
+    pub letters: i32,
+}
+
+impl Panel {
+    /// A plot that holds nothing.
+    pub fn new(title: &str, x: Axis, y: Axis) -> Self {
+        let (series, across) = (Vec::new(), Vec::new());
+        Self { title: title.to_owned(), x, y, series, across, size: (560, 380), letters: 15 }
+    }
+
+    /// Moves the series side by side, so that none hides another.
+    pub fn spread(&mut self, share: f64) {
+        let of = self.series.len() as f64;
+        let step = (share * (self.x.high - self.x.low)).min(0.08 * (self.x.high - self.x.low) / of.max(1.0));
+        for (place, series) in self.series.iter_mut().enumerate() {
+            let shift = step * (place as f64 - 0.5 * (of - 1.0));
+            series.points.iter_mut().for_each(|point| point.0 += shift);
+        }
+    }
+
+    /// As inline SVG.
+    pub fn svg(&self) -> Result<String> {
+        let mut svg = String::new();
+        {
+            let root = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
+            self.draw_on(&root)?;
+            root.present()?;
+        }
+        // inline SVG needs no namespace; its size follows the page
+        let start = svg.find("<svg").ok_or_else(|| anyhow!("a plot without SVG"))?;
+        let end = svg[start..].find('>').map_or(start, |i| start + i + 1);
+        let (width, height) = self.size;
+        let label = escaped(&self.title);
+        Ok(format!("<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\">{}", &svg[end..]))
+    }
+
+    /// Draws it on some area.
+    pub fn draw_on(&self, root: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<()> {
+        let font = |size: i32| (FONT, size).into_font().color(&INK);
+        let mut chart = ChartBuilder::on(root)
+            .caption(&self.title, (FONT, self.letters + 3).into_font().style(FontStyle::Bold).color(&INK))
+            .margin(8)
+            .margin_right(18)
+            .x_label_area_size(46)
+            .y_label_area_size(64)
+            .build_cartesian_2d(self.x.scale(), self.y.scale())?;
+        let (x_text, y_text) = (|x: &f64| self.x.text(*x), |y: &f64| self.y.text(*y));
+        chart
+            .configure_mesh()
+            .axis_style(INK)
+            .bold_line_style(GRID)
+            .max_light_lines(0)
+            .x_labels(40)
+            .y_labels(40)
+            .x_label_formatter(&x_text)
+            .y_label_formatter(&y_text)
+            .label_style(font(self.letters))
+            .axis_desc_style(font(self.letters + 1))
+            .x_desc(&self.x.label)
+            .y_desc(&self.y.label)
+            .draw()?;
+        for y in self.across.iter().filter(|y| self.y.holds(**y)) {
+            let ends = vec![(self.x.low, *y), (self.x.high, *y)];
+            chart.draw_series([PathElement::new(ends, REFERENCE.stroke_width(2))])?;
+        }
+        let mut marks = Vec::new();
+        let mut names = Vec::new();
+        for series in &self.series {
+            let (colour, shape) = series.look;
+            let inside = |(x, y): &(f64, f64)| self.x.holds(*x) && self.y.holds(*y);
+            let points: Vec<(f64, f64)> = series.points.iter().copied().filter(inside).collect();
+            if points.len() > 1 {
+                chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
+            }
+            let at: Vec<(i32, i32)> = points.iter().map(|point| chart.backend_coord(point)).collect();
+            if let (Some(name), Some(last)) = (&series.name, at.last()) {
+                names.push((*last, shortened(name, LONGEST_NAME)));
+            }
+            if !series.marks {
+                continue;
+            }
+            marks.extend(at.into_iter().map(|at| Frame::around(at, 6)));
+            let points = points.into_iter();
+            match shape {
+                Shape::Disc => chart.draw_series(points.map(|p| Circle::new(p, 4, colour.filled())))?,
+                Shape::Ring => chart.draw_series(points.map(|p| Circle::new(p, 4, colour.stroke_width(2))))?,
+                Shape::Triangle => chart.draw_series(points.map(|p| TriangleMarker::new(p, 5, colour.filled())))?,
+                Shape::Cross => chart.draw_series(points.map(|p| Cross::new(p, 4, colour.stroke_width(2))))?,
+            };
+        }
+        let corner = |x, y| chart.backend_coord(&(x, y));
+        let ((left, bottom), (right, top)) = (corner(self.x.low, self.y.low), corner(self.x.high, self.y.high));
+        for y in self.across.iter().filter(|y| self.y.holds(**y)) {
+            let (_, y) = corner(self.x.low, *y);
+            marks.push(Frame { left, top: y - 2, right, bottom: y + 2 });
+        }
+        let places = labels::place(&names, self.letters - 1, &Frame { left, top, right, bottom }, &marks);
+        let base = root.get_base_pixel();
+        for ((_, name), (x, y)) in names.into_iter().zip(places) {
+            root.draw(&Text::new(name, (x - base.0, y - base.1), font(self.letters - 1)))?;
+        }
+        Ok(())
+    }
+}
+
+/// A key of marks, as HTML; `dashed` says what the dashed line is.
+pub fn key<'a>(marks: impl IntoIterator<Item = (Look, &'a str)>, dashed: Option<&str>) -> String {
+    let mut html = String::from("<p class=\"legend\">");
+    if let Some(text) = dashed {
+        html.push_str(&format!(
+            "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{}</span> ",
+            escaped(text)
+        ));
+    }
+    for ((RGBColor(r, g, b), shape), name) in marks {
+        let colour = format!("#{r:02X}{g:02X}{b:02X}");
+        let mark = match shape {
+            Shape::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
+            Shape::Ring => {
+                format!("<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
+            }
+            Shape::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
+            Shape::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
+        };
+        let name = escaped(&shortened(name, 60));
+        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> "));
+    }
+    html.push_str("</p>\n");
+    html
+}
