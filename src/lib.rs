@@ -142,6 +142,8 @@ pub use selection::{ExactHeads, HeadError, HeadErrors, HeadSample};
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/models.md")]
+    struct Models;
     #[doc = include_str!("../docs/guide.md")]
     struct Guide;
 }

@@ -232,20 +232,16 @@ impl Model {
         let n = q.nrows();
         let mut mixed = Array2::zeros((n, heads * value_dim));
         // [n, heads · d] seen as [heads, n, d]
-        let q = q.to_shape((n, heads, head_dim))?.permuted_axes([1, 0, 2]);
-        let k = k.to_shape((n, kv_heads, head_dim))?.permuted_axes([1, 0, 2]);
-        let v = v.to_shape((n, kv_heads, value_dim))?.permuted_axes([1, 0, 2]);
-        observe(Projections { layer, q: q.view(), k: k.view(), v: v.view() })?;
-        let out = mixed.view_mut().into_shape_with_order((n, heads, value_dim))?.permuted_axes([1, 0, 2]);
+        observe(Projections {
+            layer,
+            q: q.to_shape((n, heads, head_dim))?.view().permuted_axes([1, 0, 2]),
+            k: k.to_shape((n, kv_heads, head_dim))?.view().permuted_axes([1, 0, 2]),
+            v: v.to_shape((n, kv_heads, value_dim))?.view().permuted_axes([1, 0, 2]),
+        })?;
         let start = Instant::now();
+        let [q, k, v] = [q, k, v].map(|x| x.view().insert_axis(Axis(0)));
         attention
-            .extend(
-                q.view().insert_axis(Axis(0)),
-                k.view().insert_axis(Axis(0)),
-                v.view().insert_axis(Axis(0)),
-                None,
-                out.insert_axis(Axis(0)),
-            )
+            .extend_rows(q, k, v, None, mixed.view_mut().insert_axis(Axis(0)))
             .with_context(|| format!("attention of layer {layer}"))?;
         time.attention += start.elapsed();
         Ok(mixed)
