@@ -99,7 +99,8 @@ pub fn exact_heads(row: &Row) -> Option<usize> {
 
 /// The name without the choice of exact heads.
 pub fn without_exact(name: &str) -> String {
-    let parts = name.split(',').filter(|part| !part.starts_with("exact=") && !part.starts_with("plan="));
+    let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
+    let parts = name.split(',').filter(|part| !about_heads(part));
     parts.collect::<Vec<_>>().join(",")
 }
 
