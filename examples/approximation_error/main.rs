@@ -34,6 +34,8 @@ mod measure;
 mod page;
 mod plots;
 mod records;
+#[path = "../shared/reports.rs"]
+mod reports;
 #[path = "../shared/mod.rs"]
 mod shared;
 mod summary;

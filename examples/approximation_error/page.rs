@@ -6,6 +6,7 @@ use crate::hybrids;
 use crate::kernels::Kernel;
 use crate::measure::Results;
 use crate::plots::{self, Failure};
+use crate::shared::plots::escaped;
 use crate::summary::{Group, describe};
 use crate::table::{self, Emphasis};
 
@@ -231,8 +232,4 @@ fn cells(line: &[String], names: usize) -> String {
         format!("<{tag}>{}</{tag}>", escaped(text))
     };
     line.iter().enumerate().map(cell).collect()
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

@@ -1,40 +1,25 @@
 //! The plots of the page, as inline SVG.
-//!
-//! Colours of text, axes and reference lines are placeholders that the page's style sheet replaces, so that they follow
-//! the reader's light or dark theme.
 
 use crate::kernels::Kernel;
 use crate::measure::Results;
+use crate::reports::{log_ends, log_ticks, shortened};
 use crate::shared::Scale;
+use crate::shared::plots::{Area, Frame, inline};
+pub use crate::shared::plots::{REFERENCE, Shape};
 use crate::summary::{Group, Row, kernel_error_rate, median, rows};
-use crate::text::{short, shortened, slope};
-use plotters::coord::Shift;
+use crate::text::{short, slope};
 use plotters::prelude::*;
 
-/// Placeholders, see the style sheet in `page.rs`.
-const INK: RGBColor = RGBColor(1, 2, 3);
-const GRID: RGBColor = RGBColor(1, 2, 4);
-/// Dashed by the style sheet.
-pub const REFERENCE: RGBColor = RGBColor(1, 2, 5);
 /// Dotted by the style sheet.
 pub const GUIDE: RGBColor = RGBColor(1, 2, 6);
 
 const WIDTH: u32 = 560;
 const HEIGHT: u32 = 380;
-const FONT: &str = "sans-serif";
 /// More heads do not fit side by side.
 const MOST_HEADS: usize = 24;
 
 /// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each member.
 pub type Look = (RGBColor, Shape);
-
-#[derive(Clone, Copy, Debug)]
-pub enum Shape {
-    Disc,
-    Ring,
-    Triangle,
-    Cross,
-}
 
 pub const BLUE: RGBColor = RGBColor(0, 114, 178);
 pub const SKY: RGBColor = RGBColor(86, 180, 233);
@@ -63,7 +48,6 @@ fn look(kernel: Kernel) -> Look {
 }
 
 pub type Failure = Box<dyn std::error::Error>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// An axis in the units that are drawn: logarithms where `log`.
 pub struct Axis {
@@ -81,25 +65,8 @@ impl Axis {
         if low > high {
             return None;
         }
-        // At least half a decade: a flat line is to look flat.
-        let margin = (0.06 * (high - low)).max(0.25 - 0.5 * (high - low));
-        let (low, high) = (low - margin, high + margin);
-        let decades = high - low;
-        let steps: &[f64] = match decades {
-            d if d < 0.8 => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
-            d if d < 2.2 => &[1.0, 2.0, 5.0],
-            _ => &[1.0],
-        };
-        let stride = ((decades / 6.0).floor() as i32).max(1);
-        let mut ticks = Vec::new();
-        for power in low.floor() as i32..=high.ceil() as i32 {
-            for step in steps.iter().filter(|_| power.rem_euclid(stride) == 0) {
-                let value = step * 10_f64.powi(power);
-                if (low..=high).contains(&value.log10()) {
-                    ticks.push((value.log10(), tick(value)));
-                }
-            }
-        }
+        let (low, high) = log_ends(low, high);
+        let ticks = log_ticks(low, high, 2.2).into_iter().map(|value| (value.log10(), tick(value))).collect();
         Some(Self { label, low, high, ticks })
     }
 
@@ -203,38 +170,23 @@ impl Panel {
             self.draw_on(&root)?;
             root.present()?;
         }
-        // Inline SVG needs no namespace; its size follows the page.
-        let view = format!("viewBox=\"0 0 {} {}\"", self.size.0, self.size.1);
-        let start = svg.find("<svg").unwrap_or(0);
-        let end = svg[start..].find('>').map_or(start, |i| start + i + 1);
-        let label = self.title.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
-        Ok(format!("<svg {view} role=\"img\" aria-label=\"{label}\">{}", &svg[end..]))
+        Ok(inline(&svg, self.size, &self.title))
     }
 
     fn draw_on(&self, root: &Area<'_>) -> Result<(), Failure> {
-        let font = |size: i32| (FONT, size).into_font().color(&INK);
-        let mut chart = ChartBuilder::on(root)
-            .caption(&self.title, (FONT, 19).into_font().style(FontStyle::Bold).color(&INK))
-            .margin(8)
-            .margin_right(18)
-            .x_label_area_size(46)
-            .y_label_area_size(self.left)
-            .build_cartesian_2d(self.x.scale(), self.y.scale())?;
-        let (x_text, y_text) = (|x: &f64| self.x.text(*x), |y: &f64| self.y.text(*y));
-        chart
-            .configure_mesh()
-            .axis_style(INK)
-            .bold_line_style(GRID)
-            .max_light_lines(0)
-            .x_labels(40)
-            .y_labels(40)
-            .x_label_formatter(&x_text)
-            .y_label_formatter(&y_text)
-            .label_style(font(15))
-            .axis_desc_style(font(16))
-            .x_desc(self.x.label)
-            .y_desc(self.y.label)
-            .draw()?;
+        let mut chart = Frame {
+            title: &self.title,
+            x: self.x.scale(),
+            y: self.y.scale(),
+            x_label: self.x.label,
+            y_label: self.y.label,
+            x_text: &|x| self.x.text(*x),
+            y_text: &|y| self.y.text(*y),
+            left: self.left,
+            letters: 15,
+            title_letters: 19,
+        }
+        .draw(root)?;
         for reference in &self.references {
             chart.draw_series(std::iter::once(PathElement::new(
                 reference.ends.to_vec(),
@@ -250,15 +202,7 @@ impl Panel {
             chart.draw_series(
                 series.bars.iter().map(|bar| PathElement::new(bar.to_vec(), colour.mix(0.6).stroke_width(2))),
             )?;
-            let (points, size) = (series.points.iter().copied(), series.size);
-            match shape {
-                Shape::Disc => chart.draw_series(points.map(|p| Circle::new(p, size, colour.filled())))?,
-                Shape::Ring => chart.draw_series(points.map(|p| Circle::new(p, size, colour.stroke_width(2))))?,
-                Shape::Triangle => {
-                    chart.draw_series(points.map(|p| TriangleMarker::new(p, size + 1, colour.filled())))?
-                }
-                Shape::Cross => chart.draw_series(points.map(|p| Cross::new(p, size, colour.stroke_width(2))))?,
-            };
+            shape.draw(&mut chart, series.points.iter().copied(), colour, series.size)?;
         }
         Ok(())
     }
@@ -277,17 +221,8 @@ pub fn key(marks: impl IntoIterator<Item = (Look, &'static str)>, references: &[
             "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{text}</span> "
         ));
     }
-    for ((RGBColor(r, g, b), shape), name) in marks {
-        let colour = format!("#{r:02X}{g:02X}{b:02X}");
-        let mark = match shape {
-            Shape::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
-            Shape::Ring => {
-                format!("<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
-            }
-            Shape::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
-            Shape::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
-        };
-        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> "));
+    for ((colour, shape), name) in marks {
+        html.push_str(&shape.key(colour, name));
     }
     html.push_str("</p>");
     html

@@ -23,11 +23,6 @@ pub fn short_or_dash(x: Option<f64>) -> String {
     x.map_or_else(|| "-".to_owned(), short)
 }
 
-/// The first characters of a name that is too long.
-pub fn shortened(name: &str, width: usize) -> String {
-    if name.chars().count() <= width { name.to_owned() } else { name.chars().take(width - 1).chain(['…']).collect() }
-}
-
 /// A count with thin spaces between thousands.
 pub fn count(x: f64) -> String {
     let digits = format!("{x:.0}");

@@ -1,5 +1,6 @@
 //! The kernels, most of them with about the same state: 17 thousand numbers.
 
+use crate::shared::plots::Shape;
 use crate::task::{HEAD_DIM, SINKS, Sort, Task, Tokens};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention, LinearAttention, Performer,
@@ -31,14 +32,6 @@ pub enum Kind {
     /// Looks at nothing, or remembers nothing but the last tokens.
     Baseline,
     Memory,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub enum Shape {
-    Disc,
-    Ring,
-    Triangle,
-    Cross,
 }
 
 const WINDOW: usize = 64;

@@ -1,4 +1,6 @@
-//! What the reports share: axes of plots, lines of text.
+//! What the reports share: axes of plots, charts and marks, lines of text.
+
+pub mod plots;
 
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use std::ops::Range;

@@ -3,8 +3,9 @@
 use super::Sizes;
 use super::rows::{Row, best, inputs, table_rows};
 use crate::measure::Results;
+use crate::reports::shortened;
 use crate::table::{Emphasis, Line};
-use crate::text::{count, short, short_or_dash, shortened};
+use crate::text::{count, short, short_or_dash};
 use dijiang::Mask;
 
 /// Two lines each.

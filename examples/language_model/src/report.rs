@@ -11,6 +11,8 @@ mod page;
 mod picture;
 mod plot;
 mod records;
+#[path = "../../shared/reports.rs"]
+mod reports;
 #[path = "../../shared/mod.rs"]
 mod shared;
 mod table;

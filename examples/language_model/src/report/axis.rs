@@ -1,6 +1,7 @@
 //! Axes of the plots.
 
 use super::numbers::{count, extremes};
+use super::reports::{log_ends, log_ticks};
 use super::shared::Scale;
 
 /// An axis in the units that are drawn: logarithms where [`log`](Self::log).
@@ -19,25 +20,8 @@ impl Axis {
     /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten; `None` where nothing is positive.
     pub fn log(label: &str, values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let (low, high) = extremes(values.into_iter().filter(|x| *x > 0.0).map(f64::log10))?;
-        // at least half a decade: a flat line is to look flat
-        let margin = (0.06 * (high - low)).max(0.25 - 0.5 * (high - low));
-        let (low, high) = (low - margin, high + margin);
-        let decades = high - low;
-        let steps: &[f64] = match decades {
-            d if d < 0.8 => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
-            d if d < 2.5 => &[1.0, 2.0, 5.0],
-            _ => &[1.0],
-        };
-        let stride = ((decades / 6.0).floor() as i32).max(1);
-        let mut ticks = Vec::new();
-        for power in low.floor() as i32..=high.ceil() as i32 {
-            for step in steps.iter().filter(|_| power.rem_euclid(stride) == 0) {
-                let value = step * 10_f64.powi(power);
-                if (low..=high).contains(&value.log10()) {
-                    ticks.push((value.log10(), tick(value)));
-                }
-            }
-        }
+        let (low, high) = log_ends(low, high);
+        let ticks = log_ticks(low, high, 2.5).into_iter().map(|value| (value.log10(), tick(value))).collect();
         Some(Self { label: label.to_owned(), low, high, ticks })
     }
 

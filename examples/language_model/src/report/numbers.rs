@@ -1,5 +1,8 @@
 //! Numbers and names as text.
 
+pub use super::reports::shortened;
+pub use super::shared::plots::escaped;
+
 /// A count, with narrow spaces between thousands from 10 000 on.
 pub fn count(n: usize) -> String {
     let digits = n.to_string();
@@ -91,18 +94,4 @@ pub fn list<S: AsRef<str>>(names: &[S]) -> String {
             )
         }
     }
-}
-
-/// The first characters of a name that is too long.
-pub fn shortened(name: &str, width: usize) -> String {
-    if name.chars().count() <= width {
-        name.to_owned()
-    } else {
-        name.chars().take(width.saturating_sub(1)).chain(['…']).collect()
-    }
-}
-
-/// Text for HTML and its attributes.
-pub fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }

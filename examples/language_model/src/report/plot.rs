@@ -1,38 +1,18 @@
-//! Marks and lines of the plots. Colours of text, axes and reference lines are placeholders that the style sheet replaces.
+//! Marks and lines of the plots.
 
 use super::axis::Axis;
 use super::labels::{self, Frame};
 use super::numbers::{escaped, shortened};
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use super::shared;
+use super::shared::plots::{Area, FONT, INK, REFERENCE, Shape, inline};
+use anyhow::Result;
 use plotters::prelude::*;
 
-/// Text and axes.
-pub const INK: RGBColor = RGBColor(1, 2, 3);
-/// Lines behind the plot.
-pub const GRID: RGBColor = RGBColor(1, 2, 4);
-/// Dashed by the style sheet.
-pub const REFERENCE: RGBColor = RGBColor(1, 2, 5);
-
-const FONT: &str = "sans-serif";
 /// Longer names are cut in plots.
 const LONGEST_NAME: usize = 30;
 
 /// The mark of a kernel: Okabe and Ito's colours, then the same with other shapes.
 pub type Look = (RGBColor, Shape);
-
-/// The shape of a mark.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shape {
-    /// Filled.
-    Disc,
-    /// Filled.
-    Triangle,
-    /// Two strokes.
-    Cross,
-    /// Not filled.
-    Ring,
-}
 
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
@@ -111,39 +91,25 @@ impl Panel {
             self.draw_on(&root)?;
             root.present()?;
         }
-        // inline SVG needs no namespace; its size follows the page
-        let start = svg.find("<svg").ok_or_else(|| anyhow!("a plot without SVG"))?;
-        let end = svg[start..].find('>').map_or(start, |i| start + i + 1);
-        let (width, height) = self.size;
-        let label = escaped(&self.title);
-        Ok(format!("<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\">{}", &svg[end..]))
+        Ok(inline(&svg, self.size, &self.title))
     }
 
     /// Draws it on some area.
-    pub fn draw_on(&self, root: &DrawingArea<SVGBackend<'_>, Shift>) -> Result<()> {
+    pub fn draw_on(&self, root: &Area<'_>) -> Result<()> {
         let font = |size: i32| (FONT, size).into_font().color(&INK);
-        let mut chart = ChartBuilder::on(root)
-            .caption(&self.title, (FONT, self.letters + 3).into_font().style(FontStyle::Bold).color(&INK))
-            .margin(8)
-            .margin_right(18)
-            .x_label_area_size(46)
-            .y_label_area_size(64)
-            .build_cartesian_2d(self.x.scale(), self.y.scale())?;
-        let (x_text, y_text) = (|x: &f64| self.x.text(*x), |y: &f64| self.y.text(*y));
-        chart
-            .configure_mesh()
-            .axis_style(INK)
-            .bold_line_style(GRID)
-            .max_light_lines(0)
-            .x_labels(40)
-            .y_labels(40)
-            .x_label_formatter(&x_text)
-            .y_label_formatter(&y_text)
-            .label_style(font(self.letters))
-            .axis_desc_style(font(self.letters + 1))
-            .x_desc(&self.x.label)
-            .y_desc(&self.y.label)
-            .draw()?;
+        let mut chart = shared::plots::Frame {
+            title: &self.title,
+            x: self.x.scale(),
+            y: self.y.scale(),
+            x_label: &self.x.label,
+            y_label: &self.y.label,
+            x_text: &|x| self.x.text(*x),
+            y_text: &|y| self.y.text(*y),
+            left: 64,
+            letters: self.letters,
+            title_letters: self.letters + 3,
+        }
+        .draw(root)?;
         for y in self.across.iter().filter(|y| self.y.holds(**y)) {
             let ends = vec![(self.x.low, *y), (self.x.high, *y)];
             chart.draw_series([PathElement::new(ends, REFERENCE.stroke_width(2))])?;
@@ -165,13 +131,7 @@ impl Panel {
                 continue;
             }
             marks.extend(at.into_iter().map(|at| Frame::around(at, 6)));
-            let points = points.into_iter();
-            match shape {
-                Shape::Disc => chart.draw_series(points.map(|p| Circle::new(p, 4, colour.filled())))?,
-                Shape::Ring => chart.draw_series(points.map(|p| Circle::new(p, 4, colour.stroke_width(2))))?,
-                Shape::Triangle => chart.draw_series(points.map(|p| TriangleMarker::new(p, 5, colour.filled())))?,
-                Shape::Cross => chart.draw_series(points.map(|p| Cross::new(p, 4, colour.stroke_width(2))))?,
-            };
+            shape.draw(&mut chart, points.into_iter(), colour.to_rgba(), 4)?;
         }
         let corner = |x, y| chart.backend_coord(&(x, y));
         let ((left, bottom), (right, top)) = (corner(self.x.low, self.y.low), corner(self.x.high, self.y.high));
@@ -197,18 +157,8 @@ pub fn key<'a>(marks: impl IntoIterator<Item = (Look, &'a str)>, dashed: Option<
             escaped(text)
         ));
     }
-    for ((RGBColor(r, g, b), shape), name) in marks {
-        let colour = format!("#{r:02X}{g:02X}{b:02X}");
-        let mark = match shape {
-            Shape::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
-            Shape::Ring => {
-                format!("<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
-            }
-            Shape::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
-            Shape::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
-        };
-        let name = escaped(&shortened(name, 60));
-        html.push_str(&format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> "));
+    for ((colour, shape), name) in marks {
+        html.push_str(&shape.key(colour, &escaped(&shortened(name, 60))));
     }
     html.push_str("</p>\n");
     html
