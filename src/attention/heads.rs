@@ -268,17 +268,23 @@ impl<T: Scalar> MultiHead<T> {
                 _ => vec![unit.clone()],
             })
             .collect();
-        for_each(tasks(out, &units, group), Scratch::new, Scratch::of_one_thread, |scratch, task: Task<'_, T>| {
-            let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[task.sequence]);
-            let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
-            let kernel = &self.kernels[task.outputs[0].0];
-            let mut calls = task.calls([&q, &k, &v], group, queries, keys);
-            match (&mut *calls, kernel.as_hybrid()) {
-                ([call], _) => kernel.forward_group(call.q, call.k, call.v, mask, call.out.view_mut(), scratch),
-                (calls, Some(kernel)) if mask == Mask::Causal => kernel.forward_pool(calls, scratch),
-                _ => Err(FULL_MERGED),
-            }
-        })
+        for_each(
+            tasks(out, &units, group),
+            usize::MAX,
+            Scratch::new,
+            Scratch::of_one_thread,
+            |scratch, task: Task<'_, T>| {
+                let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[task.sequence]);
+                let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
+                let kernel = &self.kernels[task.outputs[0].0];
+                let mut calls = task.calls([&q, &k, &v], group, queries, keys);
+                match (&mut *calls, kernel.as_hybrid()) {
+                    ([call], _) => kernel.forward_group(call.q, call.k, call.v, mask, call.out.view_mut(), scratch),
+                    (calls, Some(kernel)) if mask == Mask::Causal => kernel.forward_pool(calls, scratch),
+                    _ => Err(FULL_MERGED),
+                }
+            },
+        )
     }
 
     /// Starts an empty causal stream of `batch` sequences.
@@ -444,8 +450,9 @@ impl<'a, T: Scalar> Task<'a, T> {
     }
 }
 
-/// Numbers of the states that the tokens of a call read, below which waking other threads takes longer than they save: a decode step of
-/// states of constant size, or over a few hundred keys.
+/// Numbers read, below which waking other threads takes longer than they save: a decode step of states of constant size, or over a few
+/// hundred keys.
+#[cfg(feature = "rayon")]
 const WORTH_A_THREAD: usize = 1 << 18;
 
 /// Whether there are tasks enough for every thread, so that none need be shared out itself.
@@ -457,16 +464,17 @@ fn enough_for_threads(tasks: usize) -> bool {
 }
 
 /// Runs every task in working memory, made by `alone` if tasks may use more threads themselves and by `among` if not; the error of
-/// the first that failed, in order.
+/// the first that failed, in order. Together they read so many numbers.
 #[cfg(feature = "rayon")]
 fn for_each<I: Send, W: Send>(
     tasks: Vec<I>,
+    reads: usize,
     alone: impl Fn() -> W + Send + Sync,
     among: impl Fn() -> W + Send + Sync,
     run: impl Fn(&mut W, I) -> Result<(), Error> + Send + Sync,
 ) -> Result<(), Error> {
     use rayon::prelude::*;
-    if tasks.len() == 1 {
+    if tasks.len() == 1 || reads < WORTH_A_THREAD {
         let mut memory = alone();
         return tasks.into_iter().try_for_each(|task| run(&mut memory, task));
     }
@@ -480,6 +488,7 @@ fn for_each<I: Send, W: Send>(
 #[cfg(not(feature = "rayon"))]
 fn for_each<I, W>(
     tasks: Vec<I>,
+    _reads: usize,
     alone: impl Fn() -> W,
     _among: impl Fn() -> W,
     run: impl Fn(&mut W, I) -> Result<(), Error>,
@@ -553,11 +562,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         }
         let extend = |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);
         let reads: usize = work.iter().map(|(_, stream)| stream.state_floats()).sum();
-        let result = if reads.saturating_mul(q.dim().2) < WORTH_A_THREAD {
-            work.into_iter().try_for_each(|work| extend(&mut (), work))
-        } else {
-            for_each(work, || (), || (), extend)
-        };
+        let result = for_each(work, reads.saturating_mul(q.dim().2), || (), || (), extend);
         if result.is_err() {
             for (stream, copy) in self.streams.iter_mut().zip(&mut self.copies) {
                 match copy.take() {

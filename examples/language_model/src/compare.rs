@@ -2,12 +2,13 @@
 
 use crate::decode::{Decode, decode};
 use crate::kernels::{Kernel, state_bytes};
-use crate::perplexity::{Losses, losses, windows};
-use crate::recall::{Score, Task, copying};
+use crate::perplexity::{Losses, losses, predicted};
+use crate::progress;
+use crate::recall::{Score, Task};
 use crate::session::Session;
 use anyhow::{Context, Result};
 use dijiang::HeadErrors;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
@@ -104,8 +105,7 @@ const BUCKET: usize = 128;
 /// Measures every kernel; `kernels` begins with the reference.
 pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Result<Comparison> {
     let start = Instant::now();
-    let bar = ProgressBar::new(tokens(session, program)? * kernels.len() as u64);
-    bar.set_style(ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {msg}")?);
+    let bar = progress::bar(tokens(session, program)? * kernels.len())?;
     let mut rows = Vec::with_capacity(kernels.len());
     for kernel in kernels {
         bar.set_message(kernel.name().to_owned());
@@ -132,31 +132,24 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
     let attention = session.attention(kernel)?;
     let layers = &attention.layers;
     let found = losses(model, layers, &session.corpus.evaluation, program.context, bar)?;
-    let mut recall = Vec::new();
-    for task in &program.tasks {
-        let mut score = Score::default();
-        for seed in 0..program.prompts {
-            let prompt = task.prompt(&session.tokenizer, &session.corpus.calibration.tokens, seed)?;
-            score += prompt.score(model, layers, bar)?;
-        }
-        recall.push(Recall { pairs: task.pairs, distance: task.distance, score });
-    }
-    let text = &session.corpus.evaluation[0];
-    let copying = copying(text, program.copied.min(text.tokens.len()))?.score(model, layers, bar)?;
-    let decode = decode(model, layers, &text.tokens, &program.lengths, bar)?;
-    let read: usize = found.windows.iter().map(|(_, nats)| nats.len()).sum();
-    let length = found.longest();
-    let mean = |range| found.mean(range).unwrap_or(f64::NAN);
+    let recall = |&task: &Task| -> Result<Recall> {
+        let score = session.recall(layers, task, program.prompts, bar)?;
+        Ok(Recall { pairs: task.pairs, distance: task.distance, score })
+    };
+    let recall = program.tasks.iter().map(recall).collect::<Result<_>>()?;
+    let copying = session.copying(layers, program.copied, bar)?;
+    let decode = decode(model, layers, &session.corpus.evaluation[0].tokens, &program.lengths, bar)?;
+    let read = predicted(&session.corpus.evaluation, program.context);
     Ok(Row {
         kernel: kernel.name().to_owned(),
-        halves: [mean(0..length / 2), mean(length / 2..length)],
+        halves: found.halves(),
         by_position: by_position(&found),
         attention_share: found.time.attention.as_secs_f64() / found.time.total().as_secs_f64(),
         tokens_per_second: read as f64 / found.time.total().as_secs_f64(),
         recall,
         copying,
         decode,
-        state_bytes: state_bytes(layers, config, length)?,
+        state_bytes: state_bytes(layers, config, found.longest())?,
         state: program.lengths.iter().map(|&n| Ok((n, state_bytes(layers, config, n)?))).collect::<Result<_>>()?,
         plan: attention
             .plan
@@ -171,14 +164,12 @@ fn by_position(found: &Losses) -> Vec<f64> {
 }
 
 /// Tokens that are read for one kernel.
-fn tokens(session: &Session, program: &Program) -> Result<u64> {
+fn tokens(session: &Session, program: &Program) -> Result<usize> {
     let corpus = &session.corpus;
-    let read = |window: &&[u32]| window.len() - 1;
-    let mut sum: usize =
-        corpus.evaluation.iter().flat_map(|text| windows(text, program.context)).map(|window| read(&window)).sum();
+    let mut sum = predicted(&corpus.evaluation, program.context);
     for task in &program.tasks {
         let prompt = task.prompt(&session.tokenizer, &corpus.calibration.tokens, 0)?;
         sum += prompt.tokens.len() * program.prompts as usize;
     }
-    Ok((sum + 2 * program.copied + program.lengths.last().unwrap_or(&0)) as u64)
+    Ok(sum + 2 * program.copied + program.lengths.last().unwrap_or(&0))
 }

@@ -1,11 +1,9 @@
 //! Writing text, token by token.
 
-use crate::gguf::Gguf;
 use crate::model::{Model, State, Time};
 use crate::perplexity::CHUNK;
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::quantized::gguf_file::Value;
 use dijiang::MultiHead;
 use minijinja::{Environment, ErrorKind, context};
 use ndarray::{ArrayView1, s};
@@ -102,11 +100,8 @@ fn draw(logits: ArrayView1<'_, f32>, sampling: Sampling, random: &mut ChaCha8Rng
     weights[kept - 1].0 as u32
 }
 
-/// The prompt of a conversation that a user has just begun, by the template in the file.
-pub fn chat(file: &Gguf, tokenizer: &Tokenizer, text: &str) -> Result<String> {
-    let Some(Value::String(template)) = file.metadata().get("tokenizer.chat_template") else {
-        bail!("the model has no template for conversations: leave `--chat` out");
-    };
+/// The prompt of a conversation that a user has just begun, by the template of the model.
+pub fn chat(template: &str, tokenizer: &Tokenizer, text: &str) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {

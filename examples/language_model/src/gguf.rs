@@ -161,7 +161,9 @@ impl Gguf {
         }
     }
 
-    fn text(&self, key: &str) -> Option<&str> {
+    /// A text of the header.
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<&str> {
         match self.metadata().get(key) {
             Some(Value::String(text)) => Some(text),
             _ => None,

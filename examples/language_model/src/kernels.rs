@@ -197,9 +197,15 @@ impl Kernel {
     #[must_use]
     pub fn alone(&self) -> Self {
         let options = Options { pool: false, ..self.options.clone() };
-        let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
-        let name = self.name.split(',').filter(|part| *part != "pool" && !about_heads(part));
-        Self { name: name.collect::<Vec<_>>().join(","), family: self.family, options, exact: Exact::None }
+        let name = without_choice(&self.name);
+        let name = name.split(',').filter(|part| *part != "pool").collect::<Vec<_>>().join(",");
+        Self { name, family: self.family, options, exact: Exact::None }
+    }
+
+    /// Whether it is linear attention, with no window and no exact heads beside it.
+    #[must_use]
+    pub fn is_map_alone(&self) -> bool {
+        matches!(self.family, Family::Map(_)) && !self.is_hybrid() && self.exact == Exact::None
     }
 
     /// Whether it needs the calibration text, apart from the choice of exact heads.
@@ -286,27 +292,42 @@ impl Kernel {
     /// The kernel of one head.
     fn build(&self, d: usize, fit: Option<&Calibration>) -> Result<AnyKernel> {
         let seed = self.options.seed.unwrap_or(0);
-        let fit_of_map = fit.filter(|_| self.options.calibrated);
+        let calibrated = fit.filter(|_| self.options.calibrated);
         Ok(match self.family {
             Family::Softmax => Arc::new(SoftmaxAttention::new(d)?),
             Family::Window => self.hybrid(d, Far::none(), fit)?,
-            Family::Merged(entries) => self.hybrid(d, self.merged(entries, fit), fit)?,
+            Family::Merged(entries) => self.hybrid(d, self.merged(entries, calibrated), fit)?,
             Family::Ward(entries) => {
-                let far = fit_of_map.iter().fold(Far::ward(entries), |far, fit| far.calibrated(fit));
-                self.hybrid(d, self.options.block.iter().fold(far, |far, &n| far.with_block(n)), fit)?
+                let mut far = Far::ward(entries);
+                if let Some(block) = self.options.block {
+                    far = far.with_block(block);
+                }
+                if let Some(fit) = calibrated {
+                    far = far.calibrated(fit);
+                }
+                self.hybrid(d, far, fit)?
             }
             Family::Taylor(rank) => self.hybrid(d, Far::taylor(rank), fit)?,
             Family::Map(Map::Performer(m)) => {
-                let map = Performer::new(d, m, seed)?;
-                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+                let mut map = Performer::new(d, m, seed)?;
+                if let Some(fit) = calibrated {
+                    map = map.calibrated(fit)?;
+                }
+                self.with_map(d, map, fit)?
             }
             Family::Map(Map::Dct(m)) => {
-                let map = DctFeatures::new(d, m, seed)?;
-                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+                let mut map = DctFeatures::new(d, m, seed)?;
+                if let Some(fit) = calibrated {
+                    map = map.calibrated(fit)?;
+                }
+                self.with_map(d, map, fit)?
             }
             Family::Map(Map::Wpff(m)) => {
-                let map = Wpff::new(d, m, seed)?;
-                self.with_map(d, fit_of_map.map_or(Ok(map.clone()), |fit| map.calibrated(fit))?, fit)?
+                let mut map = Wpff::new(d, m, seed)?;
+                if let Some(fit) = calibrated {
+                    map = map.calibrated(fit)?;
+                }
+                self.with_map(d, map, fit)?
             }
             Family::Map(Map::Official) => {
                 let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -327,23 +348,36 @@ impl Kernel {
         if self.is_hybrid() { self.hybrid(d, Far::features(map), fit) } else { Ok(Arc::new(LinearAttention::new(map))) }
     }
 
-    fn merged(&self, entries: usize, fit: Option<&Calibration>) -> Far<f32> {
-        let Options { decay, min_age, block, value_weight, metric, calibrated, .. } = &self.options;
-        let far = Far::merged(entries);
-        let far = decay.iter().fold(far, |far, &x| far.with_decay(x));
-        let far = min_age.iter().fold(far, |far, &n| far.with_min_age(n));
-        let far = block.iter().fold(far, |far, &n| far.with_block(n));
-        let far = value_weight.iter().fold(far, |far, &x| far.with_value_weight(x));
-        let far = metric.iter().fold(far, |far, &metric| far.with_metric(metric));
-        fit.iter().filter(|_| *calibrated).fold(far, |far, fit| far.calibrated(fit))
+    fn merged(&self, entries: usize, calibrated: Option<&Calibration>) -> Far<f32> {
+        let options = &self.options;
+        let mut far = Far::merged(entries);
+        if let Some(decay) = options.decay {
+            far = far.with_decay(decay);
+        }
+        if let Some(min_age) = options.min_age {
+            far = far.with_min_age(min_age);
+        }
+        if let Some(block) = options.block {
+            far = far.with_block(block);
+        }
+        if let Some(value_weight) = options.value_weight {
+            far = far.with_value_weight(value_weight);
+        }
+        if let Some(metric) = options.metric {
+            far = far.with_metric(metric);
+        }
+        if let Some(fit) = calibrated {
+            far = far.calibrated(fit);
+        }
+        far
     }
 
     fn hybrid(&self, d: usize, far: Far<f32>, fit: Option<&Calibration>) -> Result<AnyKernel> {
-        let builder = HybridAttention::builder(d).window(self.window()).sinks(self.sinks()).far(far);
         let heavy = self.options.heavy.unwrap_or(0);
-        let needs = heavy > 0 || matches!(self.family, Family::Taylor(_));
-        let builder = builder.heavy(heavy);
-        let builder = fit.iter().filter(|_| needs).fold(builder, |builder, fit| builder.calibrated(fit));
+        let mut builder = HybridAttention::builder(d).window(self.window()).sinks(self.sinks()).heavy(heavy).far(far);
+        if let Some(fit) = fit.filter(|_| heavy > 0 || matches!(self.family, Family::Taylor(_))) {
+            builder = builder.calibrated(fit);
+        }
         Ok(Arc::new(builder.build()?))
     }
 
@@ -360,6 +394,13 @@ impl fmt::Display for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
     }
+}
+
+/// A name without the choice of exact heads.
+#[must_use]
+pub fn without_choice(name: &str) -> String {
+    let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
+    name.split(',').filter(|part| !about_heads(part)).collect::<Vec<_>>().join(",")
 }
 
 /// Bytes of the states of all layers after so many tokens.

@@ -11,6 +11,7 @@ pub mod linear;
 pub mod model;
 pub mod perplexity;
 pub mod plan;
+pub mod progress;
 pub mod recall;
 pub mod report;
 pub mod rotary;

@@ -3,17 +3,17 @@
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use dijiang::{Attention, SoftmaxAttention};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use language_model::args::{Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
-use language_model::gguf::Gguf;
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::model::Time;
-use language_model::perplexity::{losses, windows};
+use language_model::perplexity::{losses, predicted};
 use language_model::plan::Plan;
-use language_model::recall::{Score, Task, copying};
-use language_model::report;
+use language_model::progress::bar;
+use language_model::recall::Task;
+use language_model::report::{self, mib};
 use language_model::session::Session;
 use std::fs;
 use std::io::{Write, stdout};
@@ -59,14 +59,9 @@ fn open(input: &Input) -> Result<Session> {
     Session::open(model(input)?, &input.texts, input.calibration.as_deref(), input.calibration_tokens)
 }
 
-fn bar(tokens: usize) -> Result<ProgressBar> {
-    let style = ProgressStyle::with_template("{bar:30} {percent:>3} %  {eta:>4} left  {msg}")?;
-    Ok(ProgressBar::new(tokens as u64).with_style(style))
-}
-
 fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<()> {
     let texts = &session.corpus.evaluation;
-    let read: usize = texts.iter().flat_map(|text| windows(text, context)).map(|window| window.len() - 1).sum();
+    let read = predicted(texts, context);
     let bar = bar(read * kernels.len())?;
     println!(
         "perplexity over windows of {context} predictions, {read} in all; time in attention, matrix products, the rest"
@@ -76,8 +71,7 @@ fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<(
         bar.set_message(kernel.name().to_owned());
         let attention = session.attention(kernel)?;
         let found = losses(&session.model, &attention.layers, texts, context, &bar)?;
-        let half = found.longest() / 2;
-        let halves = [0..half, half..found.longest()].map(|range| found.mean(range).unwrap_or(f64::NAN));
+        let halves = found.halves();
         let first = *reference.get_or_insert(halves);
         let change = |i: usize| 100.0 * ((halves[i] - first[i]).exp() - 1.0);
         let (attention, products, rest) = shares(found.time);
@@ -124,19 +118,13 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
         let attention = session.attention(kernel)?;
         let mut line = format!("{:28}", kernel.name());
         let hidden = ProgressBar::hidden();
-        for task in &all {
+        for &task in &all {
             bar.set_message(format!("{kernel}, {} pairs over {} tokens", task.pairs, task.distance));
-            let mut score = Score::default();
-            for seed in 0..asked.prompts {
-                let prompt = task.prompt(&session.tokenizer, &session.corpus.calibration.tokens, seed)?;
-                score += prompt.score(&session.model, &attention.layers, &hidden)?;
-            }
+            let score = session.recall(&attention.layers, task, asked.prompts, &hidden)?;
             line += &format!("  ({}, {}) {}/{}", task.pairs, task.distance, score.right, score.asked);
             bar.inc(1);
         }
-        let text = &session.corpus.evaluation[0];
-        let copied = copying(text, asked.copied.min(text.tokens.len()))?;
-        let score = copied.score(&session.model, &attention.layers, &hidden)?;
+        let score = session.copying(&attention.layers, asked.copied, &hidden)?;
         bar.suspend(|| println!("{line}  copied {:.3}", score.share()));
     }
     bar.finish_and_clear();
@@ -198,7 +186,10 @@ fn write(
     let session = open(input)?;
     let prompt = match as_message {
         true => {
-            let text = chat(&Gguf::open(model(input)?)?, &session.tokenizer, prompt)?;
+            let Some(template) = &session.template else {
+                bail!("the model has no template for conversations: leave `--chat` out");
+            };
+            let text = chat(template, &session.tokenizer, prompt)?;
             session.tokenizer.encode_special(&text)?
         }
         false => session.tokenizer.encode(prompt)?,
@@ -236,10 +227,6 @@ fn write(
 /// Bytes of the cache of exact attention in every head.
 fn softmax_bytes(session: &Session, tokens: usize) -> Result<usize> {
     state_bytes(&session.attention(&"softmax".parse()?)?.layers, session.model.config(), tokens)
-}
-
-fn mib(bytes: usize) -> f64 {
-    bytes as f64 / 1_048_576.0
 }
 
 fn all(

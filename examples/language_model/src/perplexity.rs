@@ -5,7 +5,7 @@ use crate::texts::Text;
 use anyhow::{Result, ensure};
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
-use ndarray::{ArrayView1, Axis, Zip, s};
+use ndarray::{Array2, ArrayView1, Axis, Zip};
 use std::ops::Range;
 
 /// Tokens that are read at once.
@@ -28,6 +28,12 @@ pub fn windows(text: &Text, context: usize) -> Vec<&[u32]> {
         return vec![tokens];
     }
     (0..(tokens.len() - 1) / context).map(|i| &tokens[i * context..=(i + 1) * context]).collect()
+}
+
+/// Predictions in the windows of all texts.
+#[must_use]
+pub fn predicted(texts: &[Text], context: usize) -> usize {
+    texts.iter().flat_map(|text| windows(text, context)).map(|window| window.len() - 1).sum()
 }
 
 /// Reads every window of every text from an empty state. Advances the bar by one for each prediction.
@@ -90,6 +96,13 @@ impl Losses {
         self.mean(positions).map(f64::exp)
     }
 
+    /// The means over the first half of the longest window and over the second, in nats; NaN where no window has predictions.
+    #[must_use]
+    pub fn halves(&self) -> [f64; 2] {
+        let length = self.longest();
+        [0..length / 2, length / 2..length].map(|half| self.mean(half).unwrap_or(f64::NAN))
+    }
+
     /// Predictions of the longest window.
     #[must_use]
     pub fn longest(&self) -> usize {
@@ -97,8 +110,8 @@ impl Losses {
     }
 }
 
-/// The token with the highest score in each chosen row.
-pub(crate) fn best(logits: &ndarray::Array2<f32>) -> Vec<u32> {
+/// The token with the highest score in each row.
+fn best(logits: &Array2<f32>) -> Vec<u32> {
     let best = |row: ArrayView1<'_, f32>| {
         let largest =
             row.iter().enumerate().fold((0, f32::NEG_INFINITY), |a, (i, &x)| if x > a.1 { (i, x) } else { a });
@@ -123,11 +136,7 @@ pub(crate) fn predictions(
         let rows: Vec<usize> =
             places.iter().filter(|&&p| (start..start + chunk.len()).contains(&p)).map(|p| p - start).collect();
         if !rows.is_empty() {
-            let hidden = hidden.select(Axis(0), &rows);
-            for rows in 0..hidden.nrows().div_ceil(CHUNK) {
-                let rows = hidden.slice(s![rows * CHUNK..((rows + 1) * CHUNK).min(hidden.nrows()), ..]).to_owned();
-                found.extend(best(&model.logits(&mut state, &rows)));
-            }
+            found.extend(best(&model.logits(&mut state, &hidden.select(Axis(0), &rows))));
         }
         bar.inc(chunk.len() as u64);
     }

@@ -20,6 +20,7 @@ mod table;
 mod tests;
 
 pub use findings::findings;
+pub use numbers::mib;
 pub use page::page;
 pub use picture::picture;
 pub use records::csv;

@@ -5,10 +5,12 @@ use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::model::Model;
 use crate::plan::{self, Plan};
+use crate::recall::{Score, Task, copying};
 use crate::texts::{Corpus, Text};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, ensure};
 use dijiang::{HeadErrors, MultiHead};
+use indicatif::ProgressBar;
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,6 +23,8 @@ pub struct Session {
     pub tokenizer: Tokenizer,
     /// The texts.
     pub corpus: Corpus,
+    /// The template of conversations, if the model has one.
+    pub template: Option<String>,
     /// Tokens of the calibration text that are used.
     calibration_tokens: usize,
     capture: OnceCell<Capture>,
@@ -54,14 +58,15 @@ impl Session {
             model.config().vocabulary
         );
         let corpus = Corpus::open(texts, calibration, &tokenizer)?;
-        Ok(Self::new(model, tokenizer, corpus, calibration_tokens))
+        let template = file.text("tokenizer.chat_template").map(str::to_owned);
+        Ok(Self { template, ..Self::new(model, tokenizer, corpus, calibration_tokens) })
     }
 
     /// A session of these parts.
     #[must_use]
     pub fn new(model: Model, tokenizer: Tokenizer, corpus: Corpus, calibration_tokens: usize) -> Self {
         let (capture, errors) = (OnceCell::new(), RefCell::new(HashMap::new()));
-        Self { model, tokenizer, corpus, calibration_tokens, capture, errors }
+        Self { model, tokenizer, corpus, template: None, calibration_tokens, capture, errors }
     }
 
     /// The calibration text, as much of it as is used.
@@ -89,6 +94,22 @@ impl Session {
         let errors = plan::measure(kernel, self.model.config(), self.capture()?, self.warm_up())?;
         self.errors.borrow_mut().insert(name, errors.clone());
         Ok(errors)
+    }
+
+    /// Pairs that a model with these layers recalls in the prompts of the first seeds. The prose between lists is of the calibration text.
+    pub fn recall(&self, layers: &[MultiHead<f32>], task: Task, prompts: u64, bar: &ProgressBar) -> Result<Score> {
+        let mut score = Score::default();
+        for seed in 0..prompts {
+            let prompt = task.prompt(&self.tokenizer, &self.corpus.calibration.tokens, seed)?;
+            score += prompt.score(&self.model, layers, bar)?;
+        }
+        Ok(score)
+    }
+
+    /// Tokens that it copies of the first text, of so many or of all there are.
+    pub fn copying(&self, layers: &[MultiHead<f32>], length: usize, bar: &ProgressBar) -> Result<Score> {
+        let text = &self.corpus.evaluation[0];
+        copying(text, length.min(text.tokens.len()))?.score(&self.model, layers, bar)
     }
 
     /// The first tokens of the calibration text, which do not count in errors; a quarter of a text that is short.

@@ -1,13 +1,12 @@
 //! The plots of a comparison.
 
 use super::axis::Axis;
-use super::facts::{
-    is_constant, lengths, lists, on_scale, recalled, reference, score, state_at, states, without_exact,
-};
+use super::facts::{is_constant, lengths, lists, on_scale, recalled, reference, score, state_at, states};
 use super::numbers::mib;
 use super::plot::{Look, OF_REFERENCE, Panel, Series, look};
 use crate::compare::{Comparison, Row};
 use crate::decode::Decode;
+use crate::kernels::without_choice;
 
 /// Every row and its look: those on the scale have the first colours.
 pub fn looks(comparison: &Comparison) -> Vec<(&Row, Look)> {
@@ -46,7 +45,7 @@ pub fn perplexity(comparison: &Comparison) -> Option<Panel> {
     // the same kernel with fewer and with more exact heads
     for (row, look) in drawn.iter().filter(|(row, _)| row.plan.is_none()) {
         let exact =
-            drawn.iter().filter(|(other, _)| other.plan.is_some() && without_exact(&other.kernel) == row.kernel);
+            drawn.iter().filter(|(other, _)| other.plan.is_some() && without_choice(&other.kernel) == row.kernel);
         let mut points: Vec<(f64, f64)> = exact.map(|(other, _)| point(other)).chain([point(row)]).collect();
         points.sort_by(|a, b| a.0.total_cmp(&b.0));
         panel.series.push(Series { look: *look, points, name: None, marks: false });

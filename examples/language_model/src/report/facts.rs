@@ -2,6 +2,7 @@
 
 use crate::compare::{Comparison, Row};
 use crate::decode::Decode;
+use crate::kernels::Kernel;
 use crate::recall::Score;
 
 /// Perplexities beyond this multiple of the reference's are off the scale.
@@ -97,13 +98,6 @@ pub fn exact_heads(row: &Row) -> Option<usize> {
     row.plan.as_ref().map(|plan| plan.exact.len())
 }
 
-/// The name without the choice of exact heads.
-pub fn without_exact(name: &str) -> String {
-    let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
-    let parts = name.split(',').filter(|part| !about_heads(part));
-    parts.collect::<Vec<_>>().join(",")
-}
-
 /// Whether it is a window and nothing else.
 pub fn is_window(row: &Row) -> bool {
     row.plan.is_none() && row.kernel.starts_with("window:")
@@ -111,11 +105,7 @@ pub fn is_window(row: &Row) -> bool {
 
 /// Whether it is linear attention, with no window and no exact heads beside it.
 pub fn is_map_alone(row: &Row) -> bool {
-    let mut parts = row.kernel.split(',');
-    let family = parts.next().and_then(|head| head.split(':').next()).unwrap_or_default();
-    row.plan.is_none()
-        && ["performer", "dct", "wpff", "official", "elu", "relu"].contains(&family)
-        && !parts.any(|part| part.starts_with("window="))
+    row.plan.is_none() && row.kernel.parse::<Kernel>().is_ok_and(|kernel| kernel.is_map_alone())
 }
 
 /// The row of constant memory with the lowest perplexity.

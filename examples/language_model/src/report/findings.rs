@@ -2,10 +2,11 @@
 
 use super::facts::{
     best_constant, change, decode_at, exact_heads, is_constant, is_map_alone, is_window, lengths, on_scale, others,
-    recalled, reference, state_at, state_share, without_exact,
+    recalled, reference, state_at, state_share,
 };
 use super::numbers::{self, count, extremes, list, mib, perplexity, plain, range, share};
 use crate::compare::{Comparison, Row};
+use crate::kernels::without_choice;
 
 mod cautions;
 
@@ -100,7 +101,7 @@ fn exact(comparison: &Comparison, first: &Row) -> Vec<String> {
     let of = comparison.layers.saturating_mul(comparison.kv_heads);
     let sentence = |row: &Row| {
         let heads = exact_heads(row)?;
-        let name = without_exact(&row.kernel);
+        let name = without_choice(&row.kernel);
         let base = comparison.rows.iter().find(|base| base.plan.is_none() && base.kernel == name);
         let (from, recall) = match base {
             Some(base) => {
