@@ -4,6 +4,7 @@ pub(crate) mod heads;
 pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod softmax;
+pub(crate) mod with_log_decay;
 
 use crate::memory::{State, Tile, Workspace};
 use crate::{Error, Scalar, check};
@@ -124,6 +125,37 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     ) -> Result<(), Error> {
         let _ = scratch;
         self.forward_into(q, k, v, mask, out)
+    }
+
+    /// As [`forward_with`](Self::forward_with) with [`Mask::Causal`], of a kernel whose tokens bring their decay: `log_decay [n, 1]`, or one for each
+    /// feature, `[n, num_features]`. Row `t` is the logarithm of what token `t` leaves of all that came before it: 0 keeps it, −∞ forgets it.
+    ///
+    /// A decay of this kind is data, computed from the token as its key and value are, so it is an argument of the call and not an option of
+    /// the kernel. It is a method of its own beside [`forward_with`](Self::forward_with), as [`Stream::extend_gated`] is beside
+    /// [`Stream::extend`], because most kernels have none: they say so, and their callers need not pass an empty one. What only knows `q`, `k` and
+    /// `v` ([`fidelity`](crate::fidelity), for example) takes a kernel together with the log decays of a sequence: [`WithLogDecay`](crate::WithLogDecay).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`forward_into`](Self::forward_into); [`Error::Unsupported`] unless the kernel is gated
+    /// ([`LinearAttention::gated`](crate::LinearAttention::gated)); [`Error::Shape`] if `log_decay` has other rows or columns;
+    /// [`Error::InvalidOption`] if one is positive or NaN.
+    fn forward_gated(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let _ = (q, k, v, log_decay, out, scratch);
+        Err(NOT_GATED)
+    }
+
+    /// Whether calls must bring log decays: [`forward_gated`](Self::forward_gated).
+    fn is_gated(&self) -> bool {
+        false
     }
 
     /// Attends with the query heads of one head of keys and values (grouped-query attention): `q [group, n_q, d]`, `out [group, n_q, d_v]`.
@@ -271,6 +303,8 @@ pub struct HeadCall<'a, T> {
     pub(crate) q: ArrayView3<'a, T>,
     pub(crate) k: ArrayView2<'a, T>,
     pub(crate) v: ArrayView2<'a, T>,
+    /// `[n, 1 or num_features]`, of gated kernels
+    pub(crate) log_decay: Option<ArrayView2<'a, T>>,
     /// `[group, n, d_v]`
     pub(crate) out: ArrayViewMut3<'a, T>,
 }
@@ -315,6 +349,24 @@ pub trait Stream<T: Scalar>: Debug + Send {
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
 
+    /// As [`extend`](Self::extend), of a stream of a gated kernel, with the log decays of the tokens: `[n, 1]` or `[n, num_features]`; see
+    /// [`Attention::forward_gated`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Attention::forward_gated`]. On an error the state is what it was before the call.
+    fn extend_gated(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let _ = (q, k, v, log_decay, out);
+        Err(NOT_GATED)
+    }
+
     /// Query heads this stream serves: 1 unless it is a [group stream](Attention::group_stream).
     fn group(&self) -> usize {
         1
@@ -348,13 +400,11 @@ pub trait Stream<T: Scalar>: Debug + Send {
     /// As [`extend_group`](Self::extend_group), of several heads of keys and values that share one state.
     #[doc(hidden)]
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
-        match calls {
-            [call] => self.extend_group(call.q, call.k, call.v, call.out.view_mut()),
-            _ => Err(Error::Unsupported {
-                what: "several heads in one stream",
-                why: "the stream is one of a single head",
-            }),
-        }
+        let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(ONE_HEAD) };
+        let Some(log_decay) = log_decay else { return self.extend_group(*q, *k, *v, out.view_mut()) };
+        check::size("q", "heads", 1, q.len_of(Axis(0)))?;
+        check::size("out", "heads", 1, out.len_of(Axis(0)))?;
+        self.extend_gated(q.index_axis_move(Axis(0), 0), *k, *v, *log_decay, out.index_axis_mut(Axis(0), 0))
     }
 
     /// Tokens absorbed so far.
@@ -442,6 +492,17 @@ pub trait Stream<T: Scalar>: Debug + Send {
         Err(Error::Unsupported { what: "restoring this stream", why: "its type does not implement `Stream::restore`" })
     }
 }
+
+pub(crate) const NOT_GATED: Error =
+    Error::Unsupported { what: "a log decay of each token", why: "this kernel is not one of `LinearAttention::gated`" };
+
+pub(crate) const NO_FULL_DECAY: Error = Error::Unsupported {
+    what: "full attention with decay",
+    why: "a decay needs an order of tokens; use `Mask::Causal`",
+};
+
+const ONE_HEAD: Error =
+    Error::Unsupported { what: "several heads in one stream", why: "the stream is one of a single head" };
 
 pub(crate) const NO_CHECKPOINT: Error =
     Error::Unsupported { what: "rolling this stream back", why: "it has no checkpoint; call `checkpoint` first" };

@@ -103,19 +103,6 @@ pub(crate) fn all_finite<T: Scalar>(
     finite("v", v)
 }
 
-/// The shapes of all arguments of [`crate::Stream::extend`].
-pub(crate) fn extend<T: Scalar>(
-    head_dim: usize,
-    value_dim: usize,
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    out: &ArrayViewMut2<'_, T>,
-) -> Result<(), Error> {
-    size("v", "columns", value_dim, v.ncols())?;
-    forward(head_dim, q, k, v, Mask::Causal, out)
-}
-
 /// The shapes of all arguments of [`crate::Stream::extend_group`].
 pub(crate) fn extend_group<T: Scalar>(
     head_dim: usize,

@@ -326,6 +326,47 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
     }
 }
 
+/// `sum_i ← (kept_i + change_i)·sum_i + factor_i·x` for every row of `sum`, as wide as `x`, with the rounding errors in `low`; what is added
+/// to `kept_i·sum_i` is compensated, see [`add_compensated`].
+#[derive(Debug)]
+pub struct FadeAndAdd<'a, T> {
+    pub(crate) kept: &'a [T],
+    pub(crate) change: &'a [T],
+    pub(crate) factors: &'a [T],
+    pub(crate) x: &'a [T],
+    pub(crate) sum: &'a mut [T],
+    pub(crate) low: &'a mut [T],
+}
+
+impl<T: Compiled> FadeAndAdd<'_, T> {
+    pub(crate) fn run(self) {
+        debug_assert!(self.x.len().is_multiple_of(T::PAD));
+        T::run_fade_and_add(self);
+    }
+}
+
+impl<T: Lanes> Loop for FadeAndAdd<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let width = self.x.len();
+        let x = T::vectors::<L>(self.x);
+        let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
+        let scalars = self.kept.iter().zip(self.change).zip(self.factors);
+        for ((sum, low), ((&kept, &change), &factor)) in rows.zip(scalars) {
+            let (both, factor) = (T::splat(level, kept + change), T::splat(level, factor));
+            let (kept, change) = (T::splat(level, kept), T::splat(level, change));
+            for ((sum, low), x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x) {
+                let addend = T::vfma(level, factor, *x, T::vmul(level, both, *low));
+                let addend = T::vfma(level, change, *sum, addend);
+                *sum = T::vmul(level, kept, *sum);
+                compensate_with::<T, L>(level, sum, low, addend);
+            }
+        }
+    }
+}
+
 /// `to = factor·from`; Σ to·0, which is 0 if every number is finite.
 pub(crate) fn scale_into<T: Compiled>(factor: T, from: &[T], to: &mut [T]) -> T {
     T::run_scale_into(ScaleInto { factor, from, to })

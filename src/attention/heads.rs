@@ -444,7 +444,7 @@ impl<'a, T: Scalar> Task<'a, T> {
             let of_group = first..first + out.len_of(Axis(0));
             let kv = first / group;
             let q = heads(q, sequence, of_group, queries);
-            HeadCall { q, k: head(k, sequence, kv, keys), v: head(v, sequence, kv, keys), out }
+            HeadCall { q, k: head(k, sequence, kv, keys), v: head(v, sequence, kv, keys), log_decay: None, out }
         };
         self.outputs.into_iter().map(call).collect()
     }

@@ -151,7 +151,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
     ) -> Result<(), Error> {
         check::forward(self.config.head_dim, q, k, v, mask, &out)?;
         let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
-        self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)
+        self.forward_checked(HeadCall { q, k, v, log_decay: None, out }, mask, None, scratch)
     }
 
     fn forward_group(
@@ -172,7 +172,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         if q.is_empty() {
             return Ok(());
         }
-        self.forward_checked(HeadCall { q, k, v, out }, mask, None, scratch)
+        self.forward_checked(HeadCall { q, k, v, log_decay: None, out }, mask, None, scratch)
     }
 
     fn forward_probed(
@@ -185,7 +185,8 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
     ) -> Result<Array2<T>, Error> {
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         check::forward(self.config.head_dim, q, k, v, mask, &out.view_mut())?;
-        let call = HeadCall { q: q.insert_axis(Axis(0)), k, v, out: out.view_mut().insert_axis(Axis(0)) };
+        let call =
+            HeadCall { q: q.insert_axis(Axis(0)), k, v, log_decay: None, out: out.view_mut().insert_axis(Axis(0)) };
         self.forward_checked(call, mask, Some(value_dim), &mut Scratch::new())?;
         Ok(out)
     }

@@ -1,9 +1,9 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
-use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{Checkpoint, Engine, LinearMemory, Memory, Readout, Workspace};
+use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
+use crate::memory::{Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace};
 use crate::{Error, FeatureMap, Scalar, check};
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Attention whose weight is a product of features (Katharopoulos et al., arXiv 2006.16236):
@@ -18,6 +18,41 @@ use std::sync::Arc;
 ///
 /// Sums are kept in units of a running maximum of the keys' log scales, which only looks back; nothing is added to the
 /// denominator.
+///
+/// # Decay
+///
+/// The sums may forget. With `S_t [num_features, value_dim]` and `z_t` the sums after token `t`,
+///
+/// ```text
+/// S_t = diag(α_t) S_{t−1} + φ(k̂_t) v_tᵀ,    z_t = α_t ⊙ z_{t−1} + φ(k̂_t),    o_t = φ(q̂_t)ᵀ S_t / φ(q̂_t)ᵀ z_t,
+/// ```
+///
+/// where token `t` itself has not decayed in `o_t`, and `α_t` is
+///
+/// - one number for every token, γ: [`with_decay`](Self::with_decay) (RetNet, Sun et al., arXiv 2307.08621, equation 6; the released DiJiang code);
+/// - one number for each feature: [`with_channel_decay`](Self::with_channel_decay) (xPos in retention);
+/// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, equation 16) or one for each feature (gated linear attention, Yang et al.,
+///   arXiv 2312.06635, equation 3): [`gated`](Self::gated), and log decays with every call of [`Attention::forward_gated`] or
+///   [`Stream::extend_gated`].
+///
+/// They multiply where several are set. Most models of this kind have no denominator: [`unnormalized`](Self::unnormalized). Decays are kept as
+/// logarithms, and only the decay from one token to a later one is ever formed, so that nothing over- or underflows: one number for all features moves
+/// the log scale of the sums, at no cost, and features that decay differently do so relative to the slowest. The state has one number
+/// more than without decay, what rounding leaves of the log scale. A decay needs an order of tokens, so there is none with [`Mask::Full`].
+/// One long sequence stays on one thread.
+///
+/// ```
+/// use dijiang::{Attention, EluFeatures, LinearAttention, Mask};
+/// use ndarray::array;
+///
+/// let kernel = LinearAttention::new(EluFeatures::<f64>::new(1)?).unnormalized().with_decay(0.5);
+/// let zero = array![[0.0], [0.0], [0.0]]; // φ(0) = 1
+/// let out = kernel.forward(zero.view(), zero.view(), array![[1.0], [1.0], [1.0]].view(), Mask::Causal)?;
+/// assert!((out - array![[1.0], [1.5], [1.75]]).iter().all(|e| e.abs() < 1e-14));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+///
+/// # Example
 ///
 /// ```
 /// use dijiang::{Attention, DctFeatures, LinearAttention, Mask};
@@ -36,18 +71,20 @@ pub struct LinearAttention<F> {
     map: Arc<F>,
     scale: Option<f64>,
     readout: Readout,
+    #[cfg_attr(feature = "serde", serde(default))]
+    decay: Decay,
 }
 
 impl<F> Clone for LinearAttention<F> {
     fn clone(&self) -> Self {
-        Self { map: Arc::clone(&self.map), scale: self.scale, readout: self.readout }
+        Self { map: Arc::clone(&self.map), scale: self.scale, readout: self.readout, decay: self.decay.clone() }
     }
 }
 
 impl<F> LinearAttention<F> {
     /// Linear attention with the features of `map`.
     pub fn new(map: F) -> Self {
-        Self { map: Arc::new(map), scale: None, readout: Readout::Normalized }
+        Self { map: Arc::new(map), scale: None, readout: Readout::Normalized, decay: Decay::default() }
     }
 
     /// Sets the scale of `q·k`, `1/√head_dim` unless set; the map is given `√scale·x`. One that is not positive and
@@ -65,6 +102,44 @@ impl<F> LinearAttention<F> {
         self
     }
 
+    /// Lets the sums decay by γ with every token, from 0 (nothing is kept) to 1 (nothing is lost); see [Decay](Self#decay). Another γ is
+    /// reported by the first call that would use it.
+    #[must_use]
+    pub fn with_decay(mut self, decay: f64) -> Self {
+        self.decay.common = decay;
+        self
+    }
+
+    /// Lets the sums of each feature decay by a γ of its own with every token: `decay [num_features]`, each from 0 to 1; see
+    /// [Decay](Self#decay). Other numbers, or another number of them, are reported by the first call that would use them.
+    #[must_use]
+    pub fn with_channel_decay(mut self, decay: Array1<f64>) -> Self {
+        self.decay.channels = Some(decay.to_vec());
+        self
+    }
+
+    /// Lets the sums decay by what comes with each token: every call is then one of [`Attention::forward_gated`] or
+    /// [`Stream::extend_gated`], which take log decays; those without give [`Error::Unsupported`]. See [Decay](Self#decay).
+    ///
+    /// ```
+    /// use dijiang::{Attention, EluFeatures, LinearAttention, Scratch};
+    /// use ndarray::{Array2, array};
+    ///
+    /// let kernel = LinearAttention::new(EluFeatures::<f64>::new(1)?).unnormalized().gated();
+    /// let (zero, ones) = (array![[0.0], [0.0], [0.0]], array![[1.0], [1.0], [1.0]]); // φ(0) = 1
+    /// // the second token halves what came before it, the third forgets it
+    /// let log_decay = array![[0.0], [0.5_f64.ln()], [f64::NEG_INFINITY]];
+    /// let mut out = Array2::zeros((3, 1));
+    /// kernel.forward_gated(zero.view(), zero.view(), ones.view(), log_decay.view(), out.view_mut(), &mut Scratch::new())?;
+    /// assert!((out - array![[1.0], [1.5], [1.0]]).iter().all(|e| e.abs() < 1e-14));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn gated(mut self) -> Self {
+        self.decay.gated = true;
+        self
+    }
+
     /// The feature map.
     #[must_use]
     pub fn map(&self) -> &F {
@@ -76,8 +151,19 @@ impl<F> LinearAttention<F> {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::stream`].
+    /// Those of [`Attention::stream`]; [`Error::Unsupported`] if the sums decay: those of two ranges of tokens do not add up then.
     pub fn memory<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
+    where
+        F: FeatureMap<T>,
+    {
+        if self.decay.prepare::<T>(self.map.num_features())?.is_some() {
+            let why = "each token changes the sums of those before it; use a stream";
+            return Err(Error::Unsupported { what: "a memory whose sums decay", why });
+        }
+        self.empty(value_dim)
+    }
+
+    fn empty<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
     where
         F: FeatureMap<T>,
     {
@@ -109,7 +195,63 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        Box::new(LinearStream::new(memory, self.readout))
+        let decay = self.decay.prepare(self.map.num_features()).map(|decay| decay.map(Arc::new));
+        Box::new(LinearStream::new(memory, self.readout, decay))
+    }
+}
+
+impl<F> LinearAttention<F> {
+    fn new_stream<T: Scalar>(&self, value_dim: usize) -> Result<LinearStream<T, F>, Error>
+    where
+        F: FeatureMap<T> + 'static,
+    {
+        let decay = self.decay.prepare(self.map.num_features())?;
+        Ok(LinearStream::new(self.empty(value_dim)?, self.readout, Ok(decay.map(Arc::new))))
+    }
+
+    /// Arguments of checked shapes, but for the log decays.
+    fn forward_checked<T: Scalar>(
+        &self,
+        tokens: Tokens<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error>
+    where
+        F: FeatureMap<T>,
+    {
+        let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
+        let (features, value_dim) = (self.map.num_features(), tokens.v.ncols());
+        let decay = self.decay.prepare(features)?;
+        check_gates(decay.as_ref(), features, tokens)?;
+        let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay.as_ref());
+        let Scratch { state, work, .. } = scratch;
+        state.reset(features, value_dim);
+        match mask {
+            Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
+            Mask::Full if decay.is_some() => Err(super::NO_FULL_DECAY),
+            Mask::Full => engine.full(state, tokens.q, tokens.k, tokens.v, out, self.readout, work),
+        }
+    }
+}
+
+/// Gated kernels need log decays `[n, 1 or features]`, others take none.
+fn check_gates<T: Scalar>(decay: Option<&LogDecay<T>>, features: usize, tokens: Tokens<'_, T>) -> Result<(), Error> {
+    match (decay.is_some_and(|decay| decay.gated), tokens.log_decay) {
+        (false, None) => Ok(()),
+        (false, Some(_)) => Err(super::NOT_GATED),
+        (true, None) => Err(Error::Unsupported {
+            what: "a call of a gated kernel without log decays",
+            why: "use `forward_gated` or `extend_gated`",
+        }),
+        (true, Some(log_decay)) => {
+            check::size("log_decay", "rows", tokens.q.nrows(), log_decay.nrows())?;
+            if log_decay.ncols() == 1 {
+                Ok(())
+            } else {
+                check::size("log_decay", "columns", features, log_decay.ncols())
+            }
+        }
     }
 }
 
@@ -135,23 +277,33 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         check::forward(self.map.head_dim(), q, k, v, mask, &out)?;
-        let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
-        let engine = Engine::new(&*self.map, v.ncols(), scale)?;
-        let Scratch { state, work, .. } = scratch;
-        state.reset(engine.num_features(), v.ncols());
-        match mask {
-            Mask::Causal => engine.extend(state, q, k, v, out, self.readout, work, false),
-            Mask::Full => engine.full(state, q, k, v, out, self.readout, work),
-        }
+        self.forward_checked(Tokens { q, k, v, log_decay: None }, mask, out, scratch)
+    }
+
+    fn forward_gated(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        check::forward(self.map.head_dim(), q, k, v, Mask::Causal, &out)?;
+        self.forward_checked(Tokens { q, k, v, log_decay: Some(log_decay) }, Mask::Causal, out, scratch)
+    }
+
+    fn is_gated(&self) -> bool {
+        self.decay.gated
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(self.stream_from(self.memory(value_dim)?))
+        Ok(Box::new(self.new_stream(value_dim)?))
     }
 
     fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         check::at_least_one("group", group)?;
-        Ok(Some(Box::new(LinearStream { group, ..LinearStream::new(self.memory(value_dim)?, self.readout) })))
+        Ok(Some(Box::new(LinearStream { group, ..self.new_stream(value_dim)? })))
     }
 
     fn heads_are_independent(&self) -> bool {
@@ -159,11 +311,14 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
     }
 
     fn state_floats(&self, value_dim: usize, _tokens: usize) -> Result<usize, Error> {
-        Ok(self.memory(value_dim)?.state_floats())
+        Ok(self.new_stream(value_dim)?.state_floats())
     }
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
-        let memory = self.memory(1)?;
+        let memory = self.empty(1)?;
+        if self.decay.prepare::<T>(self.map.num_features())?.is_some() {
+            return Ok(None); // the weight depends on the distance as well
+        }
         check::queries(self.map.head_dim(), q)?;
         check::size("k", "columns", self.map.head_dim(), k.ncols())?;
         check::finite("k", k)?;
@@ -177,6 +332,7 @@ struct LinearStream<T, F> {
     memory: LinearMemory<T, F>,
     group: usize,
     readout: Readout,
+    decay: Result<Option<Arc<LogDecay<T>>>, Error>,
     work: Workspace<T>,
     checkpoint: Checkpoint<T>,
 }
@@ -184,8 +340,12 @@ struct LinearStream<T, F> {
 const KERNEL: &str = "linear";
 
 impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
-    fn new(memory: LinearMemory<T, F>, readout: Readout) -> Self {
-        Self { memory, group: 1, readout, work: Workspace::new(), checkpoint: Checkpoint::new() }
+    fn new(memory: LinearMemory<T, F>, readout: Readout, decay: Result<Option<Arc<LogDecay<T>>>, Error>) -> Self {
+        Self { memory, group: 1, readout, decay, work: Workspace::new(), checkpoint: Checkpoint::new() }
+    }
+
+    fn decays(&self) -> bool {
+        !matches!(self.decay, Ok(None))
     }
 
     fn shape(&self) -> [usize; 3] {
@@ -201,11 +361,19 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error> {
-        if self.group > 1 {
-            return self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)));
-        }
-        check::extend(self.memory.head_dim(), self.memory.value_dim(), q, k, v, &out)?;
-        self.memory.extend(q, k, v, out, self.readout, &mut self.work)
+        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
+    }
+
+    fn extend_gated(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
+        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: Some(log_decay), out }])
     }
 
     fn group(&self) -> usize {
@@ -217,14 +385,24 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
         q: ArrayView3<'_, T>,
         k: ArrayView2<'_, T>,
         v: ArrayView2<'_, T>,
-        mut out: ArrayViewMut3<'_, T>,
+        out: ArrayViewMut3<'_, T>,
     ) -> Result<(), Error> {
-        check::extend_group(self.memory.head_dim(), self.memory.value_dim(), self.group, q, k, v, &out)?;
+        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: None, out }])
+    }
+
+    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(super::ONE_HEAD) };
+        let (q, k, v, log_decay) = (*q, *k, *v, *log_decay);
+        check::extend_group(self.memory.head_dim(), self.memory.value_dim(), self.group, q, k, v, out)?;
+        let tokens = |q| Tokens { q, k, v, log_decay };
+        let decay = self.decay.as_ref().map_err(Error::clone)?.as_deref();
+        check_gates(decay, self.memory.num_features(), tokens(q.index_axis_move(Axis(0), 0)))?;
         if self.group == 1 {
-            let (q, out) = (q.index_axis_move(Axis(0), 0), out.index_axis_mut(Axis(0), 0));
-            return self.memory.extend(q, k, v, out, self.readout, &mut self.work);
+            let tokens = tokens(q.index_axis_move(Axis(0), 0));
+            return self.memory.extend(tokens, decay, out.index_axis_mut(Axis(0), 0), self.readout, &mut self.work);
         }
-        self.memory.extend_group(q, k, v, out, self.readout, &mut self.work)
+        let heads = q.outer_iter().map(tokens);
+        self.memory.extend_group(heads, decay, out.view_mut(), self.readout, &mut self.work)
     }
 
     fn len(&self) -> usize {
@@ -232,11 +410,12 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     }
 
     fn state_floats(&self) -> usize {
-        self.memory.state_floats()
+        self.memory.state_floats() + usize::from(self.decays())
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { group: self.group, work: self.work.like(), ..Self::new(self.memory.clone(), self.readout) })
+        let fresh = Self::new(self.memory.clone(), self.readout, self.decay.clone());
+        Box::new(Self { group: self.group, work: self.work.like(), ..fresh })
     }
 
     fn reset(&mut self) {
@@ -258,13 +437,23 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     }
 
     fn save(&self) -> Result<StreamState<T>, Error> {
-        Ok(StreamState::new(KERNEL, self.len(), self.shape().to_vec(), self.memory.numbers()))
+        let mut numbers = self.memory.numbers();
+        if self.decays() && !numbers.is_empty() {
+            numbers.push(self.memory.log_scale_low());
+        }
+        Ok(StreamState::new(KERNEL, self.len(), self.shape().to_vec(), numbers))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
-        self.memory.set_numbers(state.tokens(), numbers);
+        match numbers {
+            [numbers @ .., low] if self.decays() => {
+                self.memory.set_numbers(state.tokens(), numbers);
+                self.memory.set_log_scale_low(*low);
+            }
+            numbers => self.memory.set_numbers(state.tokens(), numbers),
+        }
         self.checkpoint.clear();
         Ok(())
     }

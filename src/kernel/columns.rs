@@ -271,6 +271,34 @@ impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
     }
 }
 
+/// `f = 2^x`, `queries ← f·queries`, `keys ← keys/f`, and `x ← f`, element by element, for x from −100 to 0.
+pub(crate) fn fade<T: Compiled>(x: &mut [T], queries: &mut [T], keys: &mut [T]) {
+    T::run_fade(Fade { x, queries, keys });
+}
+
+pub struct Fade<'a, T> {
+    x: &'a mut [T],
+    queries: &'a mut [T],
+    keys: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for Fade<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let zero = T::splat(level, T::zero());
+        let queries = T::vectors_mut::<L>(self.queries);
+        let keys = T::vectors_mut::<L>(self.keys);
+        for ((x, query), key) in T::vectors_mut::<L>(self.x).iter_mut().zip(queries).zip(keys) {
+            let (factor, inverse) = (T::vexp2(level, *x), T::vexp2(level, T::vsub(level, zero, *x)));
+            *query = T::vmul(level, *query, factor);
+            *key = T::vmul(level, *key, inverse);
+            *x = factor;
+        }
+    }
+}
+
 /// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and sums their squares,
 /// `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
 pub(crate) fn transpose<'a, T: Compiled>(
@@ -408,6 +436,17 @@ mod tests {
                     let row: Vec<f64> = (0..width).map(|t| wide_x[i * width + t] * factors[t]).collect();
                     (0..width).for_each(|t| close("scaled", y[i * width + t], row[t]));
                     close("row sum", sums[i], row.iter().sum());
+                }
+
+                let mut factors: Vec<T> = x.iter().map(|&x| T::from(40.0).unwrap() * (x - T::one())).collect();
+                let exponents = wide(&factors);
+                let (mut queries, mut keys) = (x.clone(), x.clone());
+                machine.run(Fade { x: &mut factors, queries: &mut queries, keys: &mut keys });
+                for (i, &exponent) in exponents.iter().enumerate() {
+                    let relative = |found: T, expected: f64| found / T::from(expected).unwrap();
+                    close("factor", relative(factors[i], exponent.exp2()), 1.0);
+                    close("faded query", relative(queries[i], wide_x[i] * exponent.exp2()), 1.0);
+                    close("faded key", relative(keys[i], wide_x[i] * (-exponent).exp2()), 1.0);
                 }
 
                 if rows <= T::PAD {

@@ -49,6 +49,7 @@ compiled! {
     run_mask_and_add_rows: columns::MaskAndAddRows;
     run_scale_rows: columns::ScaleRows -> Self;
     run_scale_rows_in_place: columns::ScaleRowsInPlace;
+    run_fade: columns::Fade;
     run_transpose: columns::Transpose;
     run_sum_of: super::SumOf -> Self;
     run_max_of: super::MaxOf -> Self;
@@ -59,6 +60,7 @@ compiled! {
     run_rows_dot: super::RowsDot;
     run_scale_in_place: super::ScaleInPlace;
     run_add_outer: super::AddOuter;
+    run_fade_and_add: super::FadeAndAdd;
     run_scale_into: super::ScaleInto -> Self;
     run_exp2_one: super::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: super::DecodeStep -> Self;

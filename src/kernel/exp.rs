@@ -1,4 +1,4 @@
-//! The exponential of numbers that are not positive, as vectors.
+//! The exponential of numbers up to 100, as vectors. (Most are not positive.)
 //!
 //! 2ˣ = 2ⁿ·2ᶠ with n the integer next to x and |f| ≤ ½. The integer is read off the low bits of x + 1.5·2^(mantissa bits), 2ᶠ is a
 //! polynomial, and n is added to the exponent's bits. The polynomials are minimax in relative error with the constant 1, so that 2⁰
@@ -26,7 +26,7 @@ const F64: [f64; 11] = [
     4.434_737_455_636_01e-10,
 ];
 
-/// 2ˣ for x ≤ 0.
+/// 2ˣ for x up to 100.
 #[inline(always)]
 pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
@@ -41,7 +41,7 @@ pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(0.0), y)
 }
 
-/// 2ˣ for x ≤ 0.
+/// 2ˣ for x up to 100.
 #[inline(always)]
 pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
     const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52

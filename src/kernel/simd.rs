@@ -58,7 +58,7 @@ pub trait Lanes: num_traits::Float + 'static {
     fn vmax<S: Simd>(s: S, a: Self::V<S>, b: Self::V<S>) -> Self::V<S>;
     /// |a|.
     fn vabs<S: Simd>(s: S, a: Self::V<S>) -> Self::V<S>;
-    /// 2ˣ for x ≤ 0, see [`super::exp`].
+    /// 2ˣ for x up to 100, see [`super::exp`].
     fn vexp2<S: Simd>(s: S, x: Self::V<S>) -> Self::V<S>;
     /// Sum of the lanes.
     fn vsum<S: Simd>(s: S, a: Self::V<S>) -> Self;

@@ -1,5 +1,6 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
+use super::decay::{Gates, LogDecay};
 #[cfg(feature = "rayon")]
 use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
@@ -7,7 +8,7 @@ use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
 /// Queries of a chunk whose masked scores meet the values at once.
@@ -19,6 +20,10 @@ pub(super) const FEW_TOKENS: usize = 6;
 /// The most that the running maximum of the log scales may rise within tokens that share one unit, in natural-log
 /// units. Larger jumps begin a new group, so that a huge later key cannot push the sums of earlier queries out of range.
 const GROUP_RISE: f64 = 16.0;
+
+/// The most that the log scale of a single token may lie above that of a state whose sums decay, before they are brought to it, in
+/// natural-log units: a decode step then changes sums only now and then.
+const STEP_RISE: f64 = 8.0;
 
 /// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of one, so that their
 /// products stay in range.
@@ -79,6 +84,8 @@ pub(crate) struct State<T> {
     pub(super) normalizer: Buffer<T>,
     pub(super) normalizer_low: Buffer<T>,
     pub(super) log_scale: T,
+    /// What rounding left of the log scale when the sums decayed.
+    log_scale_low: T,
     pub(super) tokens: usize,
     /// Whether huge values have been absorbed, so that a sum of sums may overflow.
     may_be_large: bool,
@@ -93,6 +100,7 @@ impl<T: Scalar> State<T> {
             normalizer: Buffer::new(),
             normalizer_low: Buffer::new(),
             log_scale: T::neg_infinity(),
+            log_scale_low: T::zero(),
             tokens: 0,
             may_be_large: false,
         }
@@ -106,7 +114,7 @@ impl<T: Scalar> State<T> {
         self.normalizer.resize(features);
         self.normalizer_low.resize(features);
         self.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
-        self.log_scale = T::neg_infinity();
+        self.set_scale([T::neg_infinity(), T::zero()]);
         self.tokens = 0;
         self.may_be_large = false;
     }
@@ -119,7 +127,7 @@ impl<T: Scalar> State<T> {
         self.normalizer.resize(other.normalizer.len());
         self.normalizer_low.resize(other.normalizer_low.len());
         self.parts_mut().into_iter().zip(other.parts()).for_each(|(part, other)| part.copy_from_slice(other));
-        self.log_scale = other.log_scale;
+        self.set_scale(other.scale());
         self.tokens = other.tokens;
         self.may_be_large = other.may_be_large;
     }
@@ -170,14 +178,44 @@ impl<T: Scalar> State<T> {
         if large && self.is_too_large() { Err(Error::Overflow { which: "the sum of values", row }) } else { Ok(()) }
     }
 
+    /// The log scale and what rounding left of it.
+    fn scale(&self) -> [T; 2] {
+        [self.log_scale, self.log_scale_low]
+    }
+
+    fn set_scale(&mut self, [log_scale, low]: [T; 2]) {
+        (self.log_scale, self.log_scale_low) = (log_scale, low);
+    }
+
     /// Brings the sums to a unit that is at least as large.
     fn raise(&mut self, log_scale: T) {
         if log_scale > self.log_scale {
             if self.tokens > 0 {
-                let factor = (self.log_scale - log_scale).exp();
+                let factor = unit_ratio(self.scale(), log_scale);
                 self.parts_mut().into_iter().for_each(|part| kernel::scale(part, factor));
             }
-            self.log_scale = log_scale;
+            self.set_scale([log_scale, T::zero()]);
+        }
+    }
+
+    /// Lets the sums decay: one log decay for all of them, or one for each feature.
+    fn fade(&mut self, log_decay: &[T]) {
+        let slowest = kernel::max(log_decay);
+        self.set_scale(decayed(self.scale(), slowest));
+        if log_decay.len() == 1 || slowest == T::neg_infinity() {
+            return;
+        }
+        let stride = self.stride();
+        let [sums, sums_low, normalizer, normalizer_low] = self.parts_mut();
+        for part in [sums, sums_low] {
+            for (row, &log_decay) in part.chunks_exact_mut(stride).zip(log_decay) {
+                if log_decay < slowest {
+                    kernel::scale(row, (log_decay - slowest).exp());
+                }
+            }
+        }
+        for part in [normalizer, normalizer_low] {
+            part.iter_mut().zip(log_decay).for_each(|(sum, &log_decay)| *sum *= (log_decay - slowest).exp());
         }
     }
 
@@ -201,13 +239,34 @@ impl<T: Scalar> State<T> {
         self.tokens += group.tokens;
     }
 
-    /// Adds a single token; its features are overwritten.
-    fn absorb_token(&mut self, token: &mut Chunk<T>) {
-        self.raise(token.key_scale[0]);
-        let factor = (token.key_scale[0] - self.log_scale).exp();
+    /// The unit for a state and a token of this log scale, after the sums have decayed to `scale`.
+    fn unit_with(scale: [T; 2], key_scale: T, gates: &Gates<T>) -> T {
+        let rise = if gates.width == 0 { T::zero() } else { T::from_f64(STEP_RISE) };
+        if key_scale <= scale[0] + rise { scale[0] } else { key_scale }
+    }
+
+    /// Adds a single token, after what [`Gates::fade_one`] found of its decay, where that is not in the sums already; its features are
+    /// overwritten.
+    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>, faded: Faded) {
+        self.raise(Self::unit_with(self.scale(), token.key_scale[0], gates));
+        let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
         let keys = &mut token.keys[..self.normalizer.len()];
         if factor != T::one() {
             kernel::scale(keys, factor);
+        }
+        if faded == Faded::Later {
+            let (kept, change) = (&*gates.kept, &*gates.change);
+            let (sum, low) = (&mut *self.sums, &mut *self.sums_low);
+            kernel::FadeAndAdd { kept, change, factors: keys, x: &token.values, sum, low }.run();
+            let sums = self.normalizer.iter_mut().zip(&mut *self.normalizer_low);
+            for ((sum, low), ((&kept, &change), &key)) in sums.zip(kept.iter().zip(change).zip(&*keys)) {
+                let addend = change * *sum + (key + (kept + change) * *low);
+                let before = kept * *sum;
+                *sum = before + addend;
+                *low = addend - (*sum - before);
+            }
+            self.tokens += 1;
+            return;
         }
         kernel::add_outer(&mut self.sums, &mut self.sums_low, keys, &token.values);
         kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), keys);
@@ -216,9 +275,16 @@ impl<T: Scalar> State<T> {
 
     /// Answers a single token and adds it, in one pass over the sums, if that can neither fail half-way nor needs another unit: `false`
     /// says that nothing was done.
-    fn read_and_absorb_token(&mut self, token: &mut Chunk<T>, readout: Readout, answer: &mut Answer<T>) -> bool {
+    fn read_and_absorb_token(
+        &mut self,
+        token: &mut Chunk<T>,
+        gates: &Gates<T>,
+        readout: Readout,
+        answer: &mut Answer<T>,
+    ) -> bool {
         let risky = self.may_be_large || token.large_values || readout == Readout::Unnormalized;
-        if risky || self.tokens == 0 || token.key_scale[0] > self.log_scale {
+        let unit = Self::unit_with(self.scale(), token.key_scale[0], gates);
+        if risky || self.tokens == 0 || gates.width > 1 || unit != self.log_scale {
             return false;
         }
         let features = self.features();
@@ -226,7 +292,7 @@ impl<T: Scalar> State<T> {
         // with such a denominator the quotient of any sums of ordinary values stays in range
         let least = T::from_f64(1.0 / LARGEST_FEATURE);
         let denominator = kernel::DecodeStep {
-            factor: exp_difference(token.key_scale[0], self.log_scale),
+            factor: unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale),
             least,
             q: &token.queries[..features],
             k: &mut token.keys[..features],
@@ -247,13 +313,16 @@ impl<T: Scalar> State<T> {
         true
     }
 
-    /// Answers a single token from the state and itself.
-    fn read_token(&self, token: &Chunk<T>, answer: &mut Answer<T>) {
+    /// Answers a single token from the state, its sums decayed to `scale`, and itself.
+    fn read_token(&self, token: &Chunk<T>, scale: [T; 2], gates: &Gates<T>, faded: Faded, answer: &mut Answer<T>) {
         let features = self.features();
         let (query, key) = (&token.queries[..features], &token.keys[..features]);
-        let unit = self.log_scale.max(token.key_scale[0]);
-        let own = exp_difference(token.key_scale[0], unit) * kernel::dot(query, key);
-        let old = exp_difference(self.log_scale, unit);
+        let unit = Self::unit_with(scale, token.key_scale[0], gates);
+        // relative to the sums, whose log scale has digits that the unit lacks
+        let low = if unit == scale[0] { scale[1] } else { T::zero() };
+        let own = unit_ratio([token.key_scale[0], -low], unit) * kernel::dot(query, key);
+        let old = if unit == scale[0] { T::one() } else { unit_ratio(scale, unit) };
+        let query = if faded == Faded::Later { &*gates.query } else { query };
         answer.resize(1, 1, self.stride());
         answer.denominator[0] = own + old * kernel::dot(query, &self.normalizer);
         if old == T::one() {
@@ -295,12 +364,39 @@ impl<T: Scalar> State<T> {
         }
         .run();
         kernel::row_times_matrix(&self.normalizer, &group.queries, group.width, &mut answer.denominator);
-        let old = exp_difference(self.log_scale, unit);
+        let old = unit_ratio(self.scale(), unit);
         if old != T::one() {
             kernel::scale(&mut answer.numerator, old);
             kernel::scale(&mut answer.denominator, old);
         }
     }
+}
+
+/// Whether the sums have decayed with a token, or will when it is absorbed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Faded {
+    Already,
+    Later,
+}
+
+/// `e^{scale − unit}` of a log scale in two parts.
+fn unit_ratio<T: Scalar>([log_scale, low]: [T; 2], unit: T) -> T {
+    if low == T::zero() {
+        return exp_difference(log_scale, unit);
+    }
+    T::from_f64(libm::exp((log_scale.as_f64() - unit.as_f64()) + low.as_f64()))
+}
+
+/// A log scale in two parts, and what is added to it.
+fn decayed<T: Scalar>([log_scale, low]: [T; 2], log_decay: T) -> [T; 2] {
+    let sum = log_scale + log_decay;
+    if sum == T::neg_infinity() {
+        return [sum, T::zero()];
+    }
+    // what was lost of either (Knuth's two-sum)
+    let of_decay = sum - log_scale;
+    let lost = (log_scale - (sum - of_decay)) + (log_decay - of_decay);
+    [sum, low + lost]
 }
 
 /// `e^{a − b}` for a ≤ b.
@@ -360,6 +456,24 @@ impl<T: Scalar> Chunk<T> {
         let mut stop = start;
         while stop < self.tokens && self.key_scale[stop] <= limit {
             unit = unit.max(self.key_scale[stop]);
+            stop += 1;
+        }
+        (stop, unit)
+    }
+
+    /// As [`group`](Self::group), of tokens that decay: scales count as seen from the first of them.
+    fn group_that_fades(&self, start: usize, log_scale: T, gates: &mut Gates<T>) -> (usize, T) {
+        let last = gates.sum_from(start);
+        let one = gates.width == 1;
+        let mut unit = log_scale.max(self.key_scale[start]);
+        let limit = unit + T::from_f64(GROUP_RISE);
+        let mut stop = start + 1;
+        while stop < last {
+            let scale = self.key_scale[stop] - if one { gates.since(stop)[0] } else { T::zero() };
+            if scale > limit {
+                break;
+            }
+            unit = unit.max(scale);
             stop += 1;
         }
         (stop, unit)
@@ -482,6 +596,7 @@ pub(crate) struct Workspace<T> {
     /// For maps that take tokens as rows.
     rows: [Array2<T>; 2],
     pub(super) chunk: Chunk<T>,
+    gates: Gates<T>,
     /// A part of a chunk.
     part: Chunk<T>,
     pub(super) scores: Buffer<T>,
@@ -507,6 +622,7 @@ impl<T: Scalar> Workspace<T> {
             map: [Buffer::new(), Buffer::new()],
             rows: [Array2::zeros((0, 0)), Array2::zeros((0, 0))],
             chunk: Chunk::new(),
+            gates: Gates::new(),
             part: Chunk::new(),
             scores: Buffer::new(),
             factors: Buffer::new(),
@@ -558,8 +674,35 @@ impl<T: Scalar> Checkpoint<T> {
     }
 }
 
+/// The log scale to which the decay of a single token takes the sums, and whether features have still to fade.
+fn fade_one<T: Scalar>(state: &State<T>, token: &Chunk<T>, gates: &mut Gates<T>) -> ([T; 2], Faded) {
+    match gates.width {
+        0 => (state.scale(), Faded::Already),
+        width => {
+            let slowest = gates.fade_one(&token.queries);
+            (decayed(state.scale(), slowest), if width > 1 { Faded::Later } else { Faded::Already })
+        }
+    }
+}
+
 fn too_large(row: usize) -> Error {
     Error::Overflow { which: "the size of the vector", row }
+}
+
+/// New tokens: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`, and log decays `[n, 1 or num_features]` if they have gates.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tokens<'a, T> {
+    pub(crate) q: ArrayView2<'a, T>,
+    pub(crate) k: ArrayView2<'a, T>,
+    pub(crate) v: ArrayView2<'a, T>,
+    pub(crate) log_decay: Option<ArrayView2<'a, T>>,
+}
+
+impl<T> Tokens<'_, T> {
+    fn rows(&self, range: Range<usize>) -> Self {
+        let part = |x| views::rows(x, range.clone());
+        Self { q: part(self.q), k: part(self.k), v: part(self.v), log_decay: self.log_decay.map(part) }
+    }
 }
 
 /// Linear attention by a map; the sums are elsewhere.
@@ -567,6 +710,7 @@ fn too_large(row: usize) -> Error {
 pub(crate) struct Engine<'a, T> {
     map: &'a dyn FeatureMap<T>,
     scale_root: T,
+    decay: Option<&'a LogDecay<T>>,
 }
 
 impl<'a, T: Scalar> Engine<'a, T> {
@@ -576,7 +720,12 @@ impl<'a, T: Scalar> Engine<'a, T> {
         check::features(map.head_dim(), map.num_features())?;
         check::array("value_dim", value_dim, map.num_features())?;
         let scale = check::scale::<T>(Some(scale), map.head_dim())?;
-        Ok(Self { map, scale_root: T::from_f64(scale.sqrt()) })
+        Ok(Self { map, scale_root: T::from_f64(scale.sqrt()), decay: None })
+    }
+
+    /// The same, of sums that decay.
+    pub(crate) fn with_decay(self, decay: Option<&'a LogDecay<T>>) -> Self {
+        Self { decay, ..self }
     }
 
     pub(crate) fn num_features(&self) -> usize {
@@ -585,62 +734,71 @@ impl<'a, T: Scalar> Engine<'a, T> {
 
     /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own. The shapes have been
     /// checked. On an error with several tokens the state is left half-way.
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn extend(
         &self,
         state: &mut State<T>,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        tokens: Tokens<'_, T>,
         mut out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
         keep: bool,
     ) -> Result<(), Error> {
-        let n = q.nrows();
+        let n = tokens.q.nrows();
         #[cfg(feature = "rayon")]
-        if work.parallel && parallel::pays(n) {
-            return parallel::inside(|| self.extend_blocks(state, q, k, v, out, readout, work, keep));
+        if work.parallel && parallel::pays(n) && self.decay.is_none() {
+            return parallel::inside(|| self.extend_blocks(state, tokens, out, readout, work, keep));
         }
-        self.extend_in_order(state, q, k, v, &mut out, readout, work, 0..n, keep)
+        self.extend_in_order(state, tokens, &mut out, readout, work, 0..n, keep)
     }
 
     /// The output of a token as if it had been absorbed; the state stays as it is.
     fn peek(
         &self,
         state: &State<T>,
-        [q, k, v]: [ArrayView2<'_, T>; 3],
+        tokens: Tokens<'_, T>,
         out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        work.chunk.resize(1, self.num_features(), v.ncols());
-        self.map_one(q, k, work, 0)?;
-        work.chunk.set_values(v)?;
-        state.read_token(&work.chunk, &mut work.answer);
-        work.answer.write(0, readout, out)
+        self.map_tokens(tokens, work, 0)?;
+        let Workspace { chunk, gates, answer, .. } = work;
+        let (scale, faded) = fade_one(state, chunk, gates);
+        state.read_token(chunk, scale, gates, faded, answer);
+        answer.write(0, readout, out)
+    }
+
+    /// Takes tokens of a chunk in: maps queries and keys, copies values and log decays.
+    fn map_tokens(&self, tokens: Tokens<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
+        let Tokens { q, k, v, log_decay } = tokens;
+        work.chunk.resize(q.nrows(), self.num_features(), v.ncols());
+        if q.nrows() == 1 {
+            self.map_one(q, k, work, first_row)?;
+        } else {
+            self.map(Side::Query, q, work, first_row)?;
+            self.map(Side::Key, k, work, first_row)?;
+        }
+        work.chunk.set_values(v).map_err(|error| error.in_chunk(first_row))?;
+        work.gates.set(self.decay, log_decay, q.nrows(), first_row)
     }
 
     /// As [`extend`](Self::extend), on several threads.
     #[cfg(feature = "rayon")]
-    #[allow(clippy::too_many_arguments)]
     fn extend_blocks(
         &self,
         state: &mut State<T>,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        tokens: Tokens<'_, T>,
         mut out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
         keep: bool,
     ) -> Result<(), Error> {
         let mut lanes = core::mem::take(&mut work.lanes);
-        let done = parallel::extend(*self, state, [q, k, v], &mut out, readout, &mut lanes, |state, out, tokens| {
-            self.extend_in_order(state, q, k, v, out, readout, work, tokens, true)
+        let Tokens { q, k, v, .. } = tokens;
+        let done = parallel::extend(*self, state, [q, k, v], &mut out, readout, &mut lanes, |state, out, range| {
+            self.extend_in_order(state, tokens, out, readout, work, range, true)
         });
         work.lanes = lanes;
-        self.extend_in_order(state, q, k, v, &mut out, readout, work, done?..q.nrows(), keep)
+        self.extend_in_order(state, tokens, &mut out, readout, work, done?..q.nrows(), keep)
     }
 
     /// As [`extend`](Self::extend), some of the tokens, chunk after chunk.
@@ -648,28 +806,17 @@ impl<'a, T: Scalar> Engine<'a, T> {
     fn extend_in_order(
         &self,
         state: &mut State<T>,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        tokens: Tokens<'_, T>,
         out: &mut ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
-        tokens: Range<usize>,
+        all: Range<usize>,
         keep: bool,
     ) -> Result<(), Error> {
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let range = start..tokens.end.min(start + chunk_len::<T>());
-            let last = range.end == tokens.end;
-            let (q, k, v) =
-                (views::rows(q, range.clone()), views::rows(k, range.clone()), views::rows(v, range.clone()));
-            work.chunk.resize(range.len(), self.num_features(), v.ncols());
-            if range.len() == 1 {
-                self.map_one(q, k, work, start)?;
-            } else {
-                self.map(Side::Query, q, work, start)?;
-                self.map(Side::Key, k, work, start)?;
-            }
-            work.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
+        for start in all.clone().step_by(chunk_len::<T>()) {
+            let range = start..all.end.min(start + chunk_len::<T>());
+            let last = range.end == all.end;
+            self.map_tokens(tokens.rows(range.clone()), work, start)?;
             let out = views::rows_mut(out.view_mut(), range);
             self.extend_chunk(state, out, readout, work, start, keep || !last)?;
         }
@@ -804,16 +951,23 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         let (n, features, value_dim) = (out.nrows(), self.num_features(), out.ncols());
         if n == 1 {
-            let Workspace { chunk, answer, before, .. } = work;
-            if state.read_and_absorb_token(chunk, readout, answer) {
+            let Workspace { chunk, gates, answer, before, .. } = work;
+            let old_scale = state.scale();
+            let (scale, faded) = fade_one(state, chunk, gates);
+            state.set_scale(scale);
+            if state.read_and_absorb_token(chunk, gates, readout, answer) {
                 return answer.write(first_row, readout, out);
             }
-            state.read_token(chunk, answer);
-            answer.write(first_row, readout, out)?;
+            state.read_token(chunk, scale, gates, faded, answer);
+            if let Err(error) = answer.write(first_row, readout, out) {
+                state.set_scale(old_scale);
+                return Err(error);
+            }
             if chunk.large_values && first_row == 0 {
                 before.copy_from(state);
+                before.set_scale(old_scale);
             }
-            state.absorb_token(chunk);
+            state.absorb_token(chunk, gates, faded);
             let result = state.check_size(chunk.large_values, first_row);
             if result.is_err() && first_row == 0 {
                 state.copy_from(before);
@@ -823,36 +977,57 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let mut start = 0;
         let mut one_by_one_until = 0;
         while start < n {
-            let (mut end, unit) = work.chunk.group(start, state.log_scale);
+            let decays = work.gates.width;
+            let (mut end, unit) = if decays == 0 {
+                work.chunk.group(start, state.log_scale)
+            } else {
+                state.fade(work.gates.row(start));
+                work.chunk.group_that_fades(start, state.log_scale, &mut work.gates)
+            };
             let mut grouped = end - start >= FEW_TOKENS && start >= one_by_one_until;
+            // features that fade differently do so in a copy
+            let whole = start == 0 && end == n && decays <= 1;
             if grouped {
-                let whole = start == 0 && end == n;
                 if !whole {
                     work.part.copy_tokens(&work.chunk, start..end, features, value_dim);
                 }
-                let Workspace { chunk, part, scores, factors, key_sums, answer, .. } = work;
+                let Workspace { chunk, part, gates, scores, factors, key_sums, answer, .. } = work;
                 let group = if whole { chunk } else { part };
+                if decays > 0 {
+                    gates.fade(group, features, start..end);
+                }
                 group.bring_keys_to(unit, features, factors, key_sums);
                 if !state.read_group(group, unit, scores, answer) && readout == Readout::Normalized {
                     // The unit of the group, set by its largest key, may be too large for an early query.
                     one_by_one_until = end;
                     grouped = false;
                     if whole {
+                        if decays > 0 {
+                            work.gates.restore_query_scales(&mut work.chunk);
+                        }
                         self.map_again(Side::Key, work).map_err(|error| error.in_chunk(first_row))?;
                     }
                 }
             }
-            let Workspace { chunk, part, key_sums, answer, .. } = work;
+            let Workspace { chunk, part, gates, key_sums, answer, .. } = work;
             if !grouped {
                 end = start + 1;
                 part.copy_tokens(chunk, start..end, features, value_dim);
-                state.read_token(part, answer);
+                state.read_token(part, state.scale(), gates, Faded::Already, answer);
             }
             answer.write(first_row + start, readout, views::rows_mut(out.view_mut(), start..end))?;
             if !grouped {
-                state.absorb_token(part);
+                state.absorb_token(part, gates, Faded::Already);
             } else if keep || end < n {
-                state.absorb_group(if start == 0 && end == n { chunk } else { part }, unit, key_sums);
+                let group = if whole { chunk } else { part };
+                if decays > 1 {
+                    state.fade(gates.since(end - 1));
+                    gates.bring_keys_to_end(group, key_sums);
+                }
+                state.absorb_group(group, unit, key_sums);
+                if decays == 1 {
+                    state.fade(gates.since(end - 1));
+                }
             }
             state.check_size(work.chunk.large_values, first_row + start)?;
             start = end;
@@ -900,9 +1075,10 @@ impl<'a, T: Scalar> Engine<'a, T> {
             work.chunk.resize(k.nrows(), self.num_features(), v.ncols());
             self.map(Side::Key, k, work, start)?;
             work.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
-            let Workspace { chunk, factors, key_sums, .. } = work;
+            let Workspace { chunk, gates, factors, key_sums, .. } = work;
             if chunk.tokens == 1 {
-                state.absorb_token(chunk);
+                gates.width = 0;
+                state.absorb_token(chunk, gates, Faded::Already);
             } else {
                 let unit = chunk.key_scale[..chunk.tokens].iter().fold(state.log_scale, |m, &scale| m.max(scale));
                 chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
@@ -1052,7 +1228,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     }
 
     fn engine(&self) -> Engine<'_, T> {
-        Engine { map: &*self.map, scale_root: self.scale_root }
+        Engine { map: &*self.map, scale_root: self.scale_root, decay: None }
     }
 
     pub(crate) fn value_dim(&self) -> usize {
@@ -1075,6 +1251,16 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         core::iter::once(&self.state.log_scale).chain(self.state.rows().flatten()).copied().collect()
     }
 
+    /// What rounding left of the log scale, which sums that decay need beside [`numbers`](Self::numbers).
+    pub(crate) fn log_scale_low(&self) -> T {
+        self.state.log_scale_low
+    }
+
+    /// Sets it, after [`set_numbers`](Self::set_numbers).
+    pub(crate) fn set_log_scale_low(&mut self, low: T) {
+        self.state.log_scale_low = low;
+    }
+
     /// Whether it was made for these.
     pub(crate) fn is_of(&self, map: &Arc<F>, value_dim: usize) -> bool {
         Arc::ptr_eq(&self.map, map) && self.state.value_dim == value_dim
@@ -1091,7 +1277,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         v: ArrayView2<'_, T>,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        Engine { map: &*self.map, scale_root: self.scale_root }.absorb(&mut self.state, k, v, work)
+        Engine { map: &*self.map, scale_root: self.scale_root, decay: None }.absorb(&mut self.state, k, v, work)
     }
 
     /// As [`Memory::read`] of what has been checked, in the caller's working memory; `each` is given the first row of a chunk and its answer.
@@ -1134,42 +1320,42 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// Causal attention of new tokens; the shapes have been checked. On an error the state is what it was.
     pub(crate) fn extend(
         &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        tokens: Tokens<'_, T>,
+        decay: Option<&LogDecay<T>>,
         out: ArrayViewMut2<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
         // a single token leaves the state as it was by itself
-        self.guarded(q.nrows() > 1, work, |engine, state, work| engine.extend(state, q, k, v, out, readout, work, true))
+        self.guarded(tokens.q.nrows() > 1, work, |engine, state, work| {
+            engine.with_decay(decay).extend(state, tokens, out, readout, work, true)
+        })
     }
 
-    /// As [`extend`](Self::extend), of several query heads: `q [group, n, d]`, `out [group, n, d_v]`.
-    pub(crate) fn extend_group(
+    /// As [`extend`](Self::extend), of several query heads, each with the same keys and values: `out [group, n, d_v]`.
+    pub(crate) fn extend_group<'a>(
         &mut self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: impl ExactSizeIterator<Item = Tokens<'a, T>>,
+        decay: Option<&LogDecay<T>>,
         mut out: ArrayViewMut3<'_, T>,
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        let heads = q.len_of(Axis(0));
-        let single = k.nrows() == 1;
-        let mut heads = q.outer_iter().zip(out.outer_iter_mut()).zip((1..=heads).rev());
+        let single = out.len_of(Axis(1)) == 1;
+        let left = (1..=heads.len()).rev();
+        let mut heads = heads.zip(out.outer_iter_mut()).zip(left);
         if single {
             // all but the last head only look
-            return heads.try_for_each(|((q, out), left)| match left {
-                1 => self.extend(q, k, v, out, readout, work),
-                _ => self.engine().peek(&self.state, [q, k, v], out, readout, work),
+            return heads.try_for_each(|((tokens, out), left)| match left {
+                1 => self.extend(tokens, decay, out, readout, work),
+                _ => self.engine().with_decay(decay).peek(&self.state, tokens, out, readout, work),
             });
         }
         let mut before = core::mem::replace(&mut work.group, State::new());
         before.copy_from(&self.state);
-        let result = heads.try_for_each(|((q, out), _)| {
+        let result = heads.try_for_each(|((tokens, out), _)| {
             self.state.copy_from(&before);
-            self.extend(q, k, v, out, readout, work)
+            self.extend(tokens, decay, out, readout, work)
         });
         if result.is_err() {
             self.state.copy_from(&before);
@@ -1202,7 +1388,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         if risky {
             work.before.copy_from(&self.state);
         }
-        let engine = Engine { map: &*self.map, scale_root: self.scale_root };
+        let engine = Engine { map: &*self.map, scale_root: self.scale_root, decay: None };
         let result = run(engine, &mut self.state, work);
         if result.is_err() && risky {
             self.state.copy_from(&work.before);

@@ -29,7 +29,7 @@ const OWN_MEMORY: Error = Error::Unsupported {
 impl<T: Scalar> HybridStream<T> {
     fn check(&self, calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
         check::size("q", "kv heads", self.heads, calls.len())?;
-        for HeadCall { q, k, v, out } in calls {
+        for HeadCall { q, k, v, out, .. } in calls {
             check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
         }
         check::finite_calls(calls)
@@ -78,7 +78,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut3<'_, T>,
     ) -> Result<(), Error> {
-        self.extend_heads(&mut [HeadCall { q, k, v, out }])
+        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: None, out }])
     }
 
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
