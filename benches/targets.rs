@@ -4,9 +4,10 @@
 //! contestants of a table are interleaved, so that a slow spell of the machine meets all of them, and medians are reported.
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of this crate and of `ndarray`.
-//! Name tables to run only these: `forward`, `decode`, `maps`, `crossover`, `hybrids`, `threads`.
+//! Name tables to run only these: `forward`, `decode`, `maps`, `crossover`, `decay`, `hybrids`, `threads`.
 //! `--strict` turns a missed target into a failing exit code; `--quick` (or `--test`) runs one short round.
 
+mod decay;
 mod hybrids;
 mod oracle;
 
@@ -95,6 +96,11 @@ impl Targets {
         };
         self.passed &= found >= needed;
         println!("  {verdict:<14} {what}: {found:.2} (at least {needed}, aim {aim})");
+    }
+
+    fn at_most(&mut self, what: &str, found: f64, allowed: f64) {
+        self.passed &= found <= allowed;
+        println!("  {:<14} {what}: {found:.2} (at most {allowed})", if found <= allowed { "PASS" } else { "FAIL" });
     }
 }
 
@@ -228,7 +234,7 @@ fn main() -> ExitCode {
 
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
-    let named = ["forward", "decode", "maps", "crossover", "hybrids", "threads"].into_iter().any(has);
+    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "threads"].into_iter().any(has);
     let wanted = |table: &str| !named || has(table);
     if wanted("forward") {
         whole_sequences(&input, [&performer, &dct, &softmax], &performer_f64, rounds, quick, &mut targets);
@@ -241,6 +247,9 @@ fn main() -> ExitCode {
     }
     if wanted("crossover") {
         crossover(&input, [&performer, &dct, &softmax], rounds, &mut targets);
+    }
+    if wanted("decay") {
+        decay::decay(rounds, quick, &mut targets);
     }
     if wanted("hybrids") {
         hybrids::hybrids(rounds, quick, &mut targets);

@@ -402,6 +402,9 @@ pub trait Stream<T: Scalar>: Debug + Send {
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(ONE_HEAD) };
         let Some(log_decay) = log_decay else { return self.extend_group(*q, *k, *v, out.view_mut()) };
+        if self.group() > 1 {
+            return Err(NOT_GATED);
+        }
         check::size("q", "heads", 1, q.len_of(Axis(0)))?;
         check::size("out", "heads", 1, out.len_of(Axis(0)))?;
         self.extend_gated(q.index_axis_move(Axis(0), 0), *k, *v, *log_decay, out.index_axis_mut(Axis(0), 0))

@@ -573,6 +573,18 @@ mod tests {
             for i in 0..n {
                 close(sum[i], b[i] + 2.0 * a[i]);
             }
+            let (kept, change, key) = (numbers::<T>(3, 1.0), numbers::<T>(3, 2.0), numbers::<T>(3, 3.0));
+            let width = n / T::PAD * T::PAD;
+            if width > 0 {
+                let (old, mut low) = (numbers::<T>(3 * width, 4.0), vec![T::zero(); 3 * width]);
+                let (mut sum, x) = (old.clone(), &x[..width]);
+                let (kept, change, factors) = (&kept[..], &change[..], &key[..]);
+                machine.run(FadeAndAdd { kept, change, factors, x, sum: &mut sum, low: &mut low });
+                let (old, kept, change, key) = (wide(&old), wide(kept), wide(change), wide(&key));
+                for i in 0..3 * width {
+                    close(sum[i], (kept[i / width] + change[i / width]) * old[i] + key[i / width] * a[i % width]);
+                }
+            }
             let mut scaled = vec![T::nan(); n];
             assert!(machine.run(ScaleInto { factor: factors[0], from: &x, to: &mut scaled }) == T::zero());
             assert!(scaled.iter().zip(&x).all(|(s, &x)| *s == factors[0] * x));

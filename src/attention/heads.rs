@@ -248,7 +248,51 @@ impl<T: Scalar> MultiHead<T> {
         key_lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
+        self.forward_all([q, k, v], None, mask, key_lengths, out)
+    }
+
+    /// As [`forward_into`](Self::forward_into) with [`Mask::Causal`], of gated kernels: `log_decay [b, kv_heads, n, 1 or num_features]`; see
+    /// [`Attention::forward_gated`].
+    ///
+    /// ```
+    /// use dijiang::{EluFeatures, LinearAttention, MultiHead};
+    /// use ndarray::Array4;
+    ///
+    /// let layer = MultiHead::new(LinearAttention::new(EluFeatures::<f32>::new(16)?).gated(), 4, 2)?;
+    /// let q = Array4::zeros((1, 4, 10, 16));
+    /// let (k, v) = (Array4::zeros((1, 2, 10, 16)), Array4::ones((1, 2, 10, 8)));
+    /// let log_decay = Array4::from_elem((1, 2, 10, 1), -0.1);
+    /// let mut out = Array4::zeros((1, 4, 10, 8));
+    /// layer.forward_gated(q.view(), k.view(), v.view(), log_decay.view(), None, out.view_mut())?;
+    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6)); // a weighted mean of ones
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`forward`](Self::forward), and those of [`Attention::forward_gated`]. After an error the content of `out` is unspecified.
+    pub fn forward_gated(
+        &self,
+        q: ArrayView4<'_, T>,
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+        log_decay: ArrayView4<'_, T>,
+        key_lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        self.forward_all([q, k, v], Some(log_decay), Mask::Causal, key_lengths, out)
+    }
+
+    fn forward_all(
+        &self,
+        [q, k, v]: [ArrayView4<'_, T>; 3],
+        log_decay: Option<ArrayView4<'_, T>>,
+        mask: Mask,
+        key_lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
         check_heads(self, q.dim(), k.dim(), v.dim(), out.dim())?;
+        check_log_decay(k.dim(), log_decay)?;
         check_lengths(key_lengths, q.dim().0, k.dim().2)?;
         if mask == Mask::Causal {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
@@ -277,8 +321,12 @@ impl<T: Scalar> MultiHead<T> {
                 let keys = key_lengths.map_or(k.dim().2, |lengths| lengths[task.sequence]);
                 let queries = if mask == Mask::Causal { keys } else { q.dim().2 };
                 let kernel = &self.kernels[task.outputs[0].0];
-                let mut calls = task.calls([&q, &k, &v], group, queries, keys);
+                let mut calls = task.calls([&q, &k, &v], log_decay.as_ref(), group, queries, keys);
                 match (&mut *calls, kernel.as_hybrid()) {
+                    ([HeadCall { q, k, v, log_decay: Some(log_decay), out }], _) => {
+                        let mut heads = q.outer_iter().zip(out.outer_iter_mut());
+                        heads.try_for_each(|(q, out)| kernel.forward_gated(q, *k, *v, *log_decay, out, scratch))
+                    }
                     ([call], _) => kernel.forward_group(call.q, call.k, call.v, mask, call.out.view_mut(), scratch),
                     (calls, Some(kernel)) if mask == Mask::Causal => kernel.forward_pool(calls, scratch),
                     _ => Err(FULL_MERGED),
@@ -337,6 +385,16 @@ impl<T: Scalar> MultiHead<T> {
 }
 
 type Dim4 = (usize, usize, usize, usize);
+
+/// Log decays of the tokens of every kv head.
+fn check_log_decay<T>(k: Dim4, log_decay: Option<ArrayView4<'_, T>>) -> Result<(), Error> {
+    let Some(log_decay) = log_decay else { return Ok(()) };
+    let found = log_decay.dim();
+    for (axis, expected, found) in [("sequences", k.0, found.0), ("heads", k.1, found.1), ("rows", k.2, found.2)] {
+        check::size("log_decay", axis, expected, found)?;
+    }
+    Ok(())
+}
 
 fn check_heads<T: Scalar>(heads: &MultiHead<T>, q: Dim4, k: Dim4, v: Dim4, out: Dim4) -> Result<(), Error> {
     check::size("q", "heads", heads.query_heads(), q.1)?;
@@ -430,6 +488,7 @@ impl<'a, T: Scalar> Task<'a, T> {
     fn calls<'b>(
         self,
         [q, k, v]: [&ArrayView4<'b, T>; 3],
+        log_decay: Option<&ArrayView4<'b, T>>,
         group: usize,
         queries: usize,
         keys: usize,
@@ -444,7 +503,13 @@ impl<'a, T: Scalar> Task<'a, T> {
             let of_group = first..first + out.len_of(Axis(0));
             let kv = first / group;
             let q = heads(q, sequence, of_group, queries);
-            HeadCall { q, k: head(k, sequence, kv, keys), v: head(v, sequence, kv, keys), log_decay: None, out }
+            HeadCall {
+                q,
+                k: head(k, sequence, kv, keys),
+                v: head(v, sequence, kv, keys),
+                log_decay: log_decay.map(|x| head(x, sequence, kv, keys)),
+                out,
+            }
         };
         self.outputs.into_iter().map(call).collect()
     }
@@ -539,8 +604,36 @@ impl<T: Scalar> MultiHeadStream<T> {
         lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
+        self.extend_all([q, k, v], None, lengths, out)
+    }
+
+    /// As [`extend`](Self::extend), of gated kernels: `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Attention::forward_gated`].
+    ///
+    /// # Errors
+    ///
+    /// As [`MultiHead::forward_gated`]. On an error no head of any sequence has moved.
+    pub fn extend_gated(
+        &mut self,
+        q: ArrayView4<'_, T>,
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+        log_decay: ArrayView4<'_, T>,
+        lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        self.extend_all([q, k, v], Some(log_decay), lengths, out)
+    }
+
+    fn extend_all(
+        &mut self,
+        [q, k, v]: [ArrayView4<'_, T>; 3],
+        log_decay: Option<ArrayView4<'_, T>>,
+        lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
         let heads = &self.heads;
         check_heads(heads, q.dim(), k.dim(), v.dim(), out.dim())?;
+        check_log_decay(k.dim(), log_decay)?;
         check::size("q", "sequences", self.streams.len() / heads.units.len(), q.dim().0)?;
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", self.value_dim, v.dim().3)?;
@@ -552,7 +645,7 @@ impl<T: Scalar> MultiHeadStream<T> {
             .zip(&mut self.streams)
             .map(|(task, stream)| {
                 let tokens = lengths(task.sequence);
-                (task.calls([&q, &k, &v], group, tokens, tokens), stream)
+                (task.calls([&q, &k, &v], log_decay.as_ref(), group, tokens, tokens), stream)
             })
             .collect();
         self.copies.clear();

@@ -112,7 +112,8 @@ impl<T: Scalar> Gates<T> {
             }
             let Some(gates) = gates else { continue };
             let gates = views::row(gates, t);
-            if let Some((column, bad)) = gates.iter().enumerate().find(|(_, gate)| !(**gate <= T::zero())) {
+            if let Some((column, bad)) = gates.iter().enumerate().find(|(_, gate)| gate.is_nan() || **gate > T::zero())
+            {
                 return Err(Error::InvalidOption {
                     which: "log_decay",
                     found: format!("{bad} at row {}, column {column}", first_row + t),

@@ -775,7 +775,7 @@ mod tests {
                 let rows = |x: &'_ Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
                 let (k, v) = (rows(&k), rows(&v));
                 let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
-                let call = Call { q, k: k.view(), v: v.view(), out: out.view_mut() };
+                let call = Call { q, k: k.view(), v: v.view(), log_decay: None, out: out.view_mut() };
                 layer.extend(config, &mut [call], &mut work).unwrap();
                 let Store::Merged(memories) = &mut layer.far else { panic!() };
                 let what = format!("{name} t={t}");

@@ -2,7 +2,7 @@
 
 use super::config::{Config, FarKind};
 use super::layer::{Layer, Work};
-use crate::attention::{HeadCall, NO_CHECKPOINT, Stream, StreamState};
+use crate::attention::{HeadCall, NO_CHECKPOINT, NOT_GATED, Stream, StreamState};
 use crate::{Error, Scalar, check};
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
@@ -29,7 +29,10 @@ const OWN_MEMORY: Error = Error::Unsupported {
 impl<T: Scalar> HybridStream<T> {
     fn check(&self, calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
         check::size("q", "kv heads", self.heads, calls.len())?;
-        for HeadCall { q, k, v, out, .. } in calls {
+        for HeadCall { q, k, v, log_decay, out } in calls {
+            if log_decay.is_some() {
+                return Err(NOT_GATED);
+            }
             check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
         }
         check::finite_calls(calls)
