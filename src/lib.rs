@@ -131,7 +131,7 @@ pub use calibration::{Calibration, CalibrationOptions, TaylorFit};
 pub use error::Error;
 pub use features::FeatureMap;
 pub use features::dct::{DctFeatures, Radii};
-pub use features::elementwise::{EluFeatures, ReluFeatures};
+pub use features::elementwise::{EluFeatures, IdentityFeatures, ReluFeatures};
 pub use features::performer::Performer;
 pub use features::taylor::{CalibratedTaylor, TaylorFeatures};
 pub use features::wpff::{Points, RadiusPoints, Wpff};

@@ -7,9 +7,9 @@ use common::normal;
 use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, LinearAttention, LinearMemory, Mask, Memory,
-    Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, SoftmaxAttention, StreamState, TaylorFeatures,
-    WeightFit, Wpff, fit_weights,
+    Attention, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
+    LinearMemory, Mask, Memory, Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, SoftmaxAttention,
+    StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;
@@ -37,6 +37,7 @@ fn sizes_of_maps() {
     zero(TaylorFeatures::<f32>::new(0));
     option(TaylorFeatures::<f32>::new(HUGE));
     zero(EluFeatures::<f32>::new(0));
+    zero(IdentityFeatures::<f32>::new(0));
     zero(ReluFeatures::<f32>::new(0));
     for (d, m) in [(0, 4), (4, 0), (0, 0)] {
         zero(Performer::<f32>::new(d, m, 0));

@@ -3,7 +3,7 @@
 mod common;
 
 use common::checker::{check_attention, check_feature_map, feed};
-use common::{MAPS, map, subjects, tokens};
+use common::{MAPS, SIGNED_MAPS, map, subjects, tokens};
 use dijiang::{Attention, LinearAttention, Mask};
 use proptest::prelude::*;
 
@@ -19,7 +19,7 @@ fn every_attention_keeps_its_promises() {
 #[test]
 fn every_map_keeps_its_promises() {
     for (d, m) in [(1, 1), (1, 5), (3, 7), (8, 8), (8, 50), (80, 33), (96, 192), (100, 64), (128, 130)] {
-        for name in MAPS {
+        for name in MAPS.into_iter().chain(SIGNED_MAPS) {
             if name == "taylor" && d > 16 {
                 continue; // thousands of features: once is enough, below
             }

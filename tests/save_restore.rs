@@ -7,8 +7,8 @@ mod common;
 use common::{checker::feed, normal, official, tokens};
 use dijiang::fidelity::{Rate, Report, compare, rate};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, ExactMemory, FeatureMap, LinearAttention, Mask, Memory, Performer, Points,
-    Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
+    Attention, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention, Mask, Memory,
+    Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
 };
 use ndarray::{Array1, Array2};
 use serde::{Serialize, de::DeserializeOwned};
@@ -56,6 +56,7 @@ fn check_all<T: Scalar + Serialize + DeserializeOwned>() {
     check::<T, _>(Wpff::with_sampling(5, 12, 1, Points::Sobol, RadiusPoints::Sobol).unwrap());
     check::<T, _>(TaylorFeatures::new(5).unwrap());
     check::<T, _>(EluFeatures::new(5).unwrap());
+    check::<T, _>(IdentityFeatures::new(5).unwrap());
     check::<T, _>(ReluFeatures::new(5).unwrap().with_epsilon(0.1).unwrap());
     check::<T, _>(ReluFeatures::from_projection(normal(7, 5, 1.0, 1)).unwrap());
 }

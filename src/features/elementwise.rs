@@ -1,4 +1,4 @@
-//! Element-wise maps: elu + 1 and ReLU. They do not estimate `exp(x·y)`; they are here for comparison.
+//! Element-wise maps: elu + 1, ReLU and the identity. They do not estimate `exp(x·y)`; they are kernels that models are trained with.
 
 use super::{ColumnMap, FeatureMap, largest_of_columns, map_by_columns};
 use crate::kernel::{self, Buffer, Into, Matrix, Product};
@@ -6,15 +6,20 @@ use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
-/// Brings columns to a maximum near one and adds the logarithm of what was taken out.
+/// Brings columns to a largest absolute value near one and adds the logarithm of what was taken out; a column of zeros stays as it is.
 fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut Buffer<T>) {
     scratch.resize(log_scale.len());
-    largest_of_columns(values, scratch);
+    scratch.fill(T::zero());
+    for row in values.chunks_exact(scratch.len()) {
+        scratch.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x.abs()));
+    }
     let smallest = T::from_f64(1.0 / 1024.0);
     for (factor, log_scale) in scratch.iter_mut().zip(log_scale) {
         if *factor > T::one() || (*factor > T::zero() && *factor < smallest) {
-            *log_scale += factor.ln();
-            *factor = factor.recip();
+            // the inverse of a number below the normal ones is infinite
+            let normal = factor.max(T::min_positive_value());
+            *log_scale += normal.ln();
+            *factor = normal.recip();
         } else {
             *factor = T::one();
         }
@@ -288,5 +293,99 @@ impl<T: Scalar> TryFrom<ReluParts<T>> for ReluFeatures<T> {
         check::size("projection", "columns", parts.head_dim, map.head_dim)?;
         // checked through f64, kept as it is
         Ok(Self { epsilon: parts.epsilon, ..map.with_epsilon(parts.epsilon.as_f64())? })
+    }
+}
+
+/// `φ(x) = x`: the features of retention ([RetNet](https://arxiv.org/abs/2307.08621), equation 5), of gated linear attention
+/// (Yang et al., arXiv 2312.06635, section 4.1) and of the state space duality of Mamba-2 (Dao and Gu, arXiv 2405.21060, section 5).
+///
+/// Their products `q·k` have either sign, and so has their sum, which is no normaliser: use
+/// [`unnormalized`](crate::LinearAttention::unnormalized). It does not aim at softmax attention.
+///
+/// ```
+/// use dijiang::{Attention, IdentityFeatures, LinearAttention, Mask};
+/// use ndarray::array;
+///
+/// let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(2)?).with_scale(1.0).unnormalized();
+/// let (q, k, v) = (array![[1.0, 2.0]], array![[3.0, -1.0], [0.0, 5.0]], array![[1.0], [10.0]]);
+/// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
+/// assert!((out[[0, 0]] - (1.0 * 1.0 + 10.0 * 10.0)).abs() < 1e-12); // Σ (q·k) v
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "usize", into = "usize", bound = "T: Scalar"))]
+pub struct IdentityFeatures<T> {
+    head_dim: usize,
+    number: PhantomData<T>,
+}
+
+impl<T: Scalar> IdentityFeatures<T> {
+    /// The map of vectors of `head_dim` columns, to as many features.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        Ok(Self { head_dim, number: PhantomData })
+    }
+}
+
+impl<T: Scalar> FeatureMap<T> for IdentityFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.head_dim
+    }
+
+    fn map_queries(
+        &self,
+        x: ArrayView2<'_, T>,
+        values: ArrayViewMut2<'_, T>,
+        log_scale: ArrayViewMut1<'_, T>,
+    ) -> Result<(), Error> {
+        map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
+    }
+
+    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for IdentityFeatures<T> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        _squares: &[T],
+        _width: usize,
+        _tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        let values = &mut values[..x.len()];
+        values.copy_from_slice(x);
+        log_scale.fill(T::zero());
+        take_maxima(values, log_scale, &mut scratch[0]);
+        Ok(())
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T> From<IdentityFeatures<T>> for usize {
+    fn from(map: IdentityFeatures<T>) -> Self {
+        map.head_dim
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<usize> for IdentityFeatures<T> {
+    type Error = Error;
+
+    fn try_from(head_dim: usize) -> Result<Self, Error> {
+        Self::new(head_dim)
     }
 }

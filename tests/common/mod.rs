@@ -7,8 +7,8 @@ pub mod hybrid;
 
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, LinearAttention, Mask, Metric, Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar,
-    SoftmaxAttention, TaylorFeatures, Wpff,
+    HybridAttention, IdentityFeatures, LinearAttention, Mask, Metric, Performer, Points, Radii, RadiusPoints,
+    ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -118,12 +118,31 @@ pub struct Subject {
     pub head_dim: usize,
     pub f64: Arc<dyn Attention<f64>>,
     pub f32: Arc<dyn Attention<f32>>,
-    /// The map in f64 and whether its outputs are normalised; `None` for softmax and hybrids.
-    pub map: Option<(Arc<dyn FeatureMap<f64>>, bool)>,
-    pub hybrid: Option<HybridFormula>,
+    pub formula: Formula,
     /// Weights are positive: outputs stay in the hull of the values.
     pub positive: bool,
     pub scale: f64,
+}
+
+/// What a kernel computes.
+pub enum Formula {
+    Softmax,
+    /// The map in f64 and whether its outputs are normalised.
+    Linear(Arc<dyn FeatureMap<f64>>, bool),
+    Hybrid(HybridFormula),
+    Written(Written),
+}
+
+/// A formula as a function, in f64, and what its kernel promises.
+pub struct Written {
+    pub output: Box<dyn Fn([&Array2<f64>; 3], Mask) -> Array2<f64>>,
+    /// The masks the kernel has a meaning for; without `Causal` it has no streams.
+    pub masks: &'static [Mask],
+    pub normalized: bool,
+    /// Whether large norms may leave the range of f32.
+    pub has_features: bool,
+    /// The documented size of the state for a value dimension and a number of tokens.
+    pub state: Box<dyn Fn(usize, usize) -> usize>,
 }
 
 /// A map in one number type by its name.
@@ -155,6 +174,7 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
         "elu" => Arc::new(EluFeatures::new(d).unwrap()),
         "relu" => Arc::new(ReluFeatures::new(d).unwrap()),
         "relu-projected" => Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap()),
+        "identity" => Arc::new(IdentityFeatures::new(d).unwrap()),
         _ => panic!("no map {name}"),
     }
 }
@@ -177,6 +197,9 @@ pub const MAPS: [&str; 15] = [
     "relu-projected",
 ];
 
+/// Maps whose products have either sign, so that nothing can be divided by their sum.
+pub const SIGNED_MAPS: [&str; 1] = ["identity"];
+
 /// The released code's map, with radii drawn as it draws them.
 pub fn official<T: Scalar>(d: usize, seed: u64) -> DctFeatures<T> {
     let radii = normal::<f64>(1, d, 1.0, seed).row(0).mapv(T::from_f64);
@@ -191,14 +214,16 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
         head_dim: d,
         f64: Arc::new(SoftmaxAttention::new(d).unwrap()),
         f32: Arc::new(SoftmaxAttention::new(d).unwrap()),
-        map: None,
-        hybrid: None,
+        formula: Formula::Softmax,
         positive: true,
         scale: default,
     }];
     all.extend(hybrids(d, m));
-    for name in MAPS {
+    for name in MAPS.into_iter().chain(SIGNED_MAPS) {
         for normalized in [true, false] {
+            if normalized && SIGNED_MAPS.contains(&name) {
+                continue;
+            }
             let (wide, narrow) = (map::<f64>(name, d, m, 5), map::<f32>(name, d, m, 5));
             let scale = if name == "official" { 1.0 } else { default };
             let build = |unnormalized| if unnormalized { " unnormalized" } else { "" };
@@ -209,8 +234,7 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
                 head_dim: d,
                 f64: Arc::new(a.with_scale(scale)),
                 f32: Arc::new(b.with_scale(scale)),
-                map: Some((wide, normalized)),
-                hybrid: None,
+                formula: Formula::Linear(wide, normalized),
                 positive: true,
                 scale,
             });
@@ -320,10 +344,9 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
                 head_dim: d,
                 f64: Arc::new(hybrid::<f64>(&formula, d, m)),
                 f32: Arc::new(hybrid::<f32>(&formula, d, m)),
-                map: None,
                 positive: true,
                 scale: 1.0 / (d as f64).sqrt(),
-                hybrid: Some(formula),
+                formula: Formula::Hybrid(formula),
             }
         })
         .collect()
@@ -331,37 +354,49 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
 
 impl Subject {
     pub fn normalized(&self) -> bool {
-        self.map.as_ref().is_none_or(|(_, normalized)| *normalized)
+        match &self.formula {
+            Formula::Linear(_, normalized) | Formula::Written(Written { normalized, .. }) => *normalized,
+            Formula::Softmax | Formula::Hybrid(_) => true,
+        }
     }
 
     /// The masks the kernel has a meaning for.
     pub fn masks(&self) -> &'static [Mask] {
-        match &self.hybrid {
-            Some(HybridFormula { window, far, .. }) if *window > 0 || matches!(far, FarFormula::Merged(_)) => {
+        match &self.formula {
+            Formula::Hybrid(HybridFormula { window, far, .. })
+                if *window > 0 || matches!(far, FarFormula::Merged(_)) =>
+            {
                 &[Mask::Causal]
             }
             // with sinks alone, a token that is none of them sees nothing
-            Some(HybridFormula { sinks: 0, heavy: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
+            Formula::Hybrid(HybridFormula { sinks: 0, heavy: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
+            Formula::Written(written) => written.masks,
             _ => &[Mask::Causal, Mask::Full],
         }
     }
 
     pub fn has_features(&self) -> bool {
-        self.map.is_some()
-            || self.hybrid.as_ref().is_some_and(|h| matches!(h.far, FarFormula::Features(_) | FarFormula::Taylor(..)))
+        match &self.formula {
+            Formula::Softmax => false,
+            Formula::Linear(..) => true,
+            Formula::Hybrid(hybrid) => matches!(hybrid.far, FarFormula::Features(_) | FarFormula::Taylor(..)),
+            Formula::Written(written) => written.has_features,
+        }
     }
 
     pub fn grows(&self) -> bool {
-        self.map.is_none() && self.hybrid.is_none()
+        self.state_floats(1, 1000) > self.state_floats(1, 999)
     }
 
     /// The documented size of the state.
     pub fn state_floats(&self, dv: usize, tokens: usize) -> usize {
         let token = self.head_dim + dv;
-        if let Some((map, _)) = &self.map {
-            return 2 * map.num_features() * (dv + 1) + 1;
-        }
-        let Some(HybridFormula { window, sinks, heavy, far, metric, .. }) = &self.hybrid else { return tokens * token };
+        let HybridFormula { window, sinks, heavy, far, metric, .. } = match &self.formula {
+            Formula::Softmax => return tokens * token,
+            Formula::Linear(map, _) => return 2 * map.num_features() * (dv + 1) + 1,
+            Formula::Written(written) => return (written.state)(dv, tokens),
+            Formula::Hybrid(hybrid) => hybrid,
+        };
         let (received, block, far) = match far {
             FarFormula::None => (0, 1, 0),
             FarFormula::Features(map) | FarFormula::Taylor(_, map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
@@ -378,14 +413,15 @@ impl Subject {
 
     /// The kernel's formula, naively, in f64.
     pub fn oracle(&self, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, mask: Mask) -> Array2<f64> {
-        match (&self.map, &self.hybrid) {
-            (Some((map, normalized)), _) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
-            (_, Some(formula)) if mask == Mask::Full => formula.full(q, k, v, self.scale),
-            (_, Some(formula)) => {
+        match &self.formula {
+            Formula::Softmax => naive_softmax(q, k, v, self.scale, mask),
+            Formula::Linear(map, normalized) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
+            Formula::Hybrid(formula) if mask == Mask::Full => formula.full(q, k, v, self.scale),
+            Formula::Hybrid(formula) => {
                 let (q, k, v) = (&[vec![q.clone()]], std::slice::from_ref(k), std::slice::from_ref(v));
                 formula.causal(q, k, v, self.scale, false).remove(0).remove(0)
             }
-            _ => naive_softmax(q, k, v, self.scale, mask),
+            Formula::Written(written) => (written.output)([q, k, v], mask),
         }
     }
 }
