@@ -116,6 +116,7 @@ pub mod fidelity;
 mod kernel;
 mod memory;
 pub mod projection;
+mod rotary;
 mod scalar;
 mod selection;
 mod views;
@@ -136,6 +137,7 @@ pub use features::performer::Performer;
 pub use features::taylor::{CalibratedTaylor, TaylorFeatures};
 pub use features::wpff::{Points, RadiusPoints, Wpff};
 pub use memory::{ExactMemory, LinearMemory, Memory, MergedMemory, Metric, Partial};
+pub use rotary::{Rotary, RotaryAngles, RotaryPairs};
 pub use scalar::Scalar;
 pub use selection::{ExactHeads, HeadError, HeadErrors, HeadSample};
 

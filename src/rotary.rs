@@ -1,0 +1,373 @@
+//! Rotary position embedding: positions as angles, which a product of queries and keys sees as differences.
+
+use crate::{Error, Scalar, check};
+use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
+
+/// Which two columns of a head turn together.
+///
+/// The two orders are the same embedding of permuted columns: a checkpoint is of one of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum RotaryPairs {
+    /// `(i, i + dims/2)`: GPT-NeoX, and the LLaMA of Hugging Face (`rotate_half`).
+    Halves,
+    /// `(2i, 2i + 1)`: the paper, Meta's LLaMA, GGUF files, GPT-J, RetNet.
+    Interleaved,
+}
+
+/// Rotary position embedding (Su et al., arXiv 2104.09864, section 3.2.2), for queries and keys before a kernel gets them.
+///
+/// A token at position `t` has each pair `(a, b)` of its first `dims` columns turned by the angle `t·θ_i`; the other columns stay:
+///
+/// ```text
+/// a' = a·cos(t·θ_i) − b·sin(t·θ_i),    b' = a·sin(t·θ_i) + b·cos(t·θ_i),    θ_i = base^(−2i/dims)
+/// ```
+///
+/// so a query at `m` and a key at `n` have a product that depends on `m − n` alone. Angles, cosines and sines are computed in `f64` whatever
+/// the number type, and depend on nothing but the position: a sequence in pieces gets the bits of the whole.
+///
+/// ```
+/// use dijiang::Rotary;
+/// use ndarray::{Array2, array};
+///
+/// let rotary = Rotary::new(4)?;
+/// let (q, k) = (array![[0.3, -0.5, 1.0, 0.2]], array![[0.1, 0.7, -0.4, 0.9]]);
+/// let at = |x: &Array2<f64>, position| {
+///     let mut turned = x.clone();
+///     rotary.rotate_in_place(turned.view_mut(), position)?;
+///     Ok::<_, dijiang::Error>(turned)
+/// };
+/// let product = |m, n| Ok::<_, dijiang::Error>(at(&q, m)?.row(0).dot(&at(&k, n)?.row(0)));
+/// assert!((product(7, 5)? - product(1002, 1000)?).abs() < 1e-12);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Parts", into = "Parts"))]
+pub struct Rotary {
+    head_dim: usize,
+    base: f64,
+    /// `θ_i`, one for each pair.
+    frequencies: Vec<f64>,
+    pairs: RotaryPairs,
+}
+
+/// Beyond it an angle says nothing, and below it no position makes an angle infinite.
+const LARGEST_FREQUENCY: f64 = 1e9;
+
+impl Rotary {
+    /// Turns all `head_dim` columns, in [`RotaryPairs::Halves`], with base 10 000.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is odd; [`partial`](Self::partial) leaves a column over.
+    pub fn new(head_dim: usize) -> Result<Self, Error> {
+        Self::partial(head_dim, head_dim)
+    }
+
+    /// Turns the first `dims` columns of `head_dim`, in [`RotaryPairs::Halves`], with base 10 000. With `dims` 0 nothing turns.
+    ///
+    /// ```
+    /// use dijiang::{Rotary, RotaryPairs};
+    ///
+    /// let gpt_j = Rotary::partial(256, 64)?.with_pairs(RotaryPairs::Interleaved);
+    /// assert_eq!((gpt_j.head_dim(), gpt_j.dims()), (256, 64));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if `dims` is odd or larger than `head_dim`.
+    pub fn partial(head_dim: usize, dims: usize) -> Result<Self, Error> {
+        check::at_least_one("head_dim", head_dim)?;
+        check::array("head_dim", head_dim, 1)?;
+        check_dims(head_dim, dims)?;
+        let mut rotary = Self { head_dim, base: 10_000.0, frequencies: Vec::new(), pairs: RotaryPairs::Halves };
+        rotary.frequencies = formula(rotary.base, dims);
+        Ok(rotary)
+    }
+
+    /// As GPT-NeoX has it: turns the first `int(head_dim·rotary_pct)` columns, in [`RotaryPairs::Halves`]. Pythia has a `rotary_pct` of 0.25.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `rotary_pct` is not from 0 to 1, or gives an odd number of columns; [`Error::ZeroSize`] if `head_dim` is 0.
+    pub fn gpt_neox(head_dim: usize, rotary_pct: f64) -> Result<Self, Error> {
+        if !(0.0..=1.0).contains(&rotary_pct) {
+            let found = rotary_pct.to_string();
+            return Err(Error::InvalidOption { which: "rotary_pct", found, needed: "a number from 0 to 1" });
+        }
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let dims = (head_dim as f64 * rotary_pct) as usize;
+        Self::partial(head_dim, dims)
+    }
+
+    /// Sets the base (`rope_theta` of configurations), and the frequencies to `θ_i = base^(−2i/dims)`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `base` is not a finite number of at least 1.
+    pub fn with_base(mut self, base: f64) -> Result<Self, Error> {
+        if !(base.is_finite() && base >= 1.0) {
+            let found = base.to_string();
+            return Err(Error::InvalidOption { which: "base", found, needed: "a finite number of at least 1" });
+        }
+        self.base = base;
+        self.frequencies = formula(base, self.dims());
+        Ok(self)
+    }
+
+    /// Sets the frequencies `θ_i` of the pairs themselves, for models that depart from the formula: stretched positions, the factors of
+    /// LLaMA 3, RetNet. They turn the first `2·frequencies.len()` columns.
+    ///
+    /// ```
+    /// use dijiang::Rotary;
+    ///
+    /// // positions stretched by four (linear interpolation)
+    /// let rotary = Rotary::new(64)?;
+    /// let frequencies = rotary.frequencies().iter().map(|frequency| frequency / 4.0).collect();
+    /// let stretched = rotary.with_frequencies(frequencies)?;
+    /// assert_eq!(stretched.frequencies()[0], 0.25);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if there are more than `head_dim/2`, or one is not a number of at most 10⁹ in absolute value.
+    pub fn with_frequencies(mut self, frequencies: Vec<f64>) -> Result<Self, Error> {
+        check_dims(self.head_dim, frequencies.len().saturating_mul(2))?;
+        let usable = -LARGEST_FREQUENCY..=LARGEST_FREQUENCY; // NaN is not in it
+        if let Some(bad) = frequencies.iter().find(|frequency| !usable.contains(*frequency)) {
+            let needed = "a number of at most 10^9 in absolute value";
+            return Err(Error::InvalidOption { which: "frequencies", found: bad.to_string(), needed });
+        }
+        self.frequencies = frequencies;
+        Ok(self)
+    }
+
+    /// Sets which columns turn together, [`RotaryPairs::Halves`] unless set.
+    #[must_use]
+    pub fn with_pairs(mut self, pairs: RotaryPairs) -> Self {
+        self.pairs = pairs;
+        self
+    }
+
+    /// Columns of a head.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// How many of them turn, the first.
+    #[must_use]
+    pub fn dims(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
+    /// `θ_i` of the pairs `[dims/2]`.
+    #[must_use]
+    pub fn frequencies(&self) -> &[f64] {
+        &self.frequencies
+    }
+
+    /// Which columns turn together.
+    #[must_use]
+    pub fn pairs(&self) -> RotaryPairs {
+        self.pairs
+    }
+
+    /// Writes `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`, turned over whatever `out` held.
+    ///
+    /// Numbers are not looked at: NaN in a token stays in that token, and the kernel reports it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `x` has not `head_dim` columns or `out` another shape, [`Error::InvalidOption`] if `n·dims/2` is over 2³².
+    pub fn rotate<T: Scalar>(
+        &self,
+        x: ArrayView2<'_, T>,
+        first_position: usize,
+        mut out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        check::size("x", "columns", self.head_dim, x.ncols())?;
+        check::size("out", "rows", x.nrows(), out.nrows())?;
+        check::size("out", "columns", x.ncols(), out.ncols())?;
+        out.assign(&x);
+        self.rotate_in_place(out, first_position)
+    }
+
+    /// Turns `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`, in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`rotate`](Self::rotate).
+    pub fn rotate_in_place<T: Scalar>(&self, x: ArrayViewMut2<'_, T>, first_position: usize) -> Result<(), Error> {
+        self.angles(first_position, x.nrows())?.rotate_in_place(x)
+    }
+
+    /// Cosines and sines of the positions `first_position..first_position + tokens`, once for all heads, layers and sequences.
+    ///
+    /// ```
+    /// use dijiang::Rotary;
+    /// use ndarray::Array2;
+    ///
+    /// let (n, heads, d) = (10, 4, 16);
+    /// let angles = Rotary::new(d)?.angles(0, n)?;
+    /// for layer in 0..2 {
+    ///     let mut q = Array2::<f32>::ones((n, heads * d)); // x·W_q
+    ///     if let Ok(q) = q.view_mut().into_shape_with_order((n, heads, d)) {
+    ///         angles.rotate_heads_in_place(q)?;
+    ///     }
+    ///     assert!(q.iter().any(|&x| x != 1.0));
+    /// }
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `tokens·dims/2` is over 2³².
+    pub fn angles<T: Scalar>(&self, first_position: usize, tokens: usize) -> Result<RotaryAngles<T>, Error> {
+        check::array("tokens", tokens, self.frequencies.len())?;
+        let mut angles = RotaryAngles {
+            head_dim: self.head_dim,
+            pairs: self.pairs,
+            tokens,
+            cos: Vec::with_capacity(tokens * self.frequencies.len()),
+            sin: Vec::with_capacity(tokens * self.frequencies.len()),
+        };
+        for token in 0..tokens {
+            #[allow(clippy::cast_precision_loss)] // exact up to 2^53, and unlike the sum of integers never out of range
+            let position = first_position as f64 + token as f64;
+            for frequency in &self.frequencies {
+                let (sin, cos) = libm::sincos(position * frequency);
+                angles.cos.push(T::from_f64(cos));
+                angles.sin.push(T::from_f64(sin));
+            }
+        }
+        Ok(angles)
+    }
+}
+
+/// `θ_i = base^(−2i/dims)`.
+#[allow(clippy::cast_precision_loss)]
+fn formula(base: f64, dims: usize) -> Vec<f64> {
+    (0..dims / 2).map(|i| libm::pow(base, -((2 * i) as f64) / dims as f64)).collect()
+}
+
+fn check_dims(head_dim: usize, dims: usize) -> Result<(), Error> {
+    if dims.is_multiple_of(2) && dims <= head_dim {
+        return Ok(());
+    }
+    Err(Error::InvalidOption {
+        which: "the number of columns that turn",
+        found: format!("{dims} of {head_dim}"),
+        needed: "even, since they turn in pairs, and at most `head_dim`",
+    })
+}
+
+/// Cosines and sines of some positions, made by [`Rotary::angles`]: what the heads of a layer, and the layers of a model, share.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RotaryAngles<T> {
+    head_dim: usize,
+    pairs: RotaryPairs,
+    tokens: usize,
+    /// `[tokens, dims/2]`, as the sines.
+    cos: Vec<T>,
+    sin: Vec<T>,
+}
+
+impl<T: Scalar> RotaryAngles<T> {
+    /// How many positions these are.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Turns one head `x [tokens, head_dim]` in place.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `x` has another shape.
+    pub fn rotate_in_place(&self, x: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        self.rotate_heads_in_place(x.insert_axis(Axis(1)))
+    }
+
+    /// Turns many heads `x [tokens, heads, head_dim]` in place, of any strides: permute the axes of another layout.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `x` has another number of tokens or columns.
+    pub fn rotate_heads_in_place(&self, mut x: ArrayViewMut3<'_, T>) -> Result<(), Error> {
+        let (tokens, _, columns) = x.dim();
+        check::size("x", "rows", self.tokens, tokens)?;
+        check::size("x", "columns", self.head_dim, columns)?;
+        let half = self.cos.len().checked_div(self.tokens).unwrap_or(0);
+        if half == 0 {
+            return Ok(());
+        }
+        let mut copy = Vec::new();
+        let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
+        for (mut heads, (cos, sin)) in x.outer_iter_mut().zip(angles) {
+            for head in heads.outer_iter_mut() {
+                self.turn(head, cos, sin, &mut copy);
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns one token of one head; columns that are not contiguous are copied out and back.
+    fn turn(&self, mut head: ArrayViewMut1<'_, T>, cos: &[T], sin: &[T], copy: &mut Vec<T>) {
+        let dims = 2 * cos.len();
+        if let Some(head) = head.as_slice_mut() {
+            return self.turn_slice(&mut head[..dims], cos, sin);
+        }
+        copy.clear();
+        copy.extend(head.iter().take(dims));
+        self.turn_slice(copy, cos, sin);
+        head.iter_mut().zip(&*copy).for_each(|(x, &turned)| *x = turned);
+    }
+
+    fn turn_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
+        let turn = |a: &mut T, b: &mut T, cos: T, sin: T| (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        match self.pairs {
+            RotaryPairs::Halves => {
+                let (first, second) = x.split_at_mut(cos.len());
+                for (((a, b), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                    turn(a, b, cos, sin);
+                }
+            }
+            RotaryPairs::Interleaved => {
+                for (([a, b], &cos), &sin) in x.as_chunks_mut().0.iter_mut().zip(cos).zip(sin) {
+                    turn(a, b, cos, sin);
+                }
+            }
+        }
+    }
+}
+
+/// What is stored.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Parts {
+    head_dim: usize,
+    base: f64,
+    frequencies: Vec<f64>,
+    pairs: RotaryPairs,
+}
+
+#[cfg(feature = "serde")]
+impl From<Rotary> for Parts {
+    fn from(Rotary { head_dim, base, frequencies, pairs }: Rotary) -> Self {
+        Self { head_dim, base, frequencies, pairs }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Parts> for Rotary {
+    type Error = Error;
+
+    fn try_from(Parts { head_dim, base, frequencies, pairs }: Parts) -> Result<Self, Error> {
+        Ok(Self::partial(head_dim, 0)?.with_base(base)?.with_frequencies(frequencies)?.with_pairs(pairs))
+    }
+}
