@@ -1,8 +1,12 @@
 //! The traits: [`Attention`], what a model holds, and [`Stream`], what a decoder keeps.
 
+pub(crate) mod cosformer;
 pub(crate) mod heads;
 pub(crate) mod hybrid;
 pub(crate) mod linear;
+pub(crate) mod linformer;
+pub(crate) mod positional;
+pub(crate) mod rotary;
 pub(crate) mod softmax;
 pub(crate) mod with_log_decay;
 
@@ -31,6 +35,8 @@ pub enum Mask {
 /// ```
 ///
 /// and the kernels differ in the weight `w`. Softmax attention has `w(q, k) = exp(scale·q·k)`.
+///
+/// `Arc<A>` and `Box<A>` are kernels where `A` is one.
 ///
 /// # Shapes
 ///
@@ -259,6 +265,10 @@ pub struct Scratch<T: Scalar> {
     pub(crate) state: State<T>,
     pub(crate) work: Workspace<T>,
     pub(crate) tile: Tile<T>,
+    /// Of kernels with positions inside, the outermost last.
+    pub(crate) placed: Vec<positional::Placed<T>>,
+    /// Projected keys and values.
+    pub(crate) projected: [linformer::Projected<T>; 2],
     hybrid: Option<Box<(hybrid::Layer<T>, hybrid::Work<T>)>>,
 }
 
@@ -266,7 +276,14 @@ impl<T: Scalar> Scratch<T> {
     /// Memory that has allocated nothing yet.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: State::new(), work: Workspace::new(), tile: Tile::new(), hybrid: None }
+        Self {
+            state: State::new(),
+            work: Workspace::new(),
+            tile: Tile::new(),
+            placed: Vec::new(),
+            projected: [linformer::Projected::new(), linformer::Projected::new()],
+            hybrid: None,
+        }
     }
 
     /// What hybrids need.

@@ -54,6 +54,20 @@ pub(crate) fn default_scale(head_dim: usize) -> f64 {
     1.0 / (head_dim as f64).sqrt()
 }
 
+/// A number that is added to features: finite in `T`, not negative.
+pub(crate) fn epsilon<T: Scalar>(epsilon: f64) -> Result<(), Error> {
+    if epsilon >= 0.0 && T::from_f64(epsilon).is_finite() {
+        return Ok(());
+    }
+    let found = epsilon.to_string();
+    Err(Error::InvalidOption { which: "epsilon", found, needed: "a finite number that is not negative" })
+}
+
+/// A sequence must not be longer than the kernel can take.
+pub(crate) fn length(max_len: usize, found: usize) -> Result<(), Error> {
+    if found <= max_len { Ok(()) } else { Err(Error::TooLong { max_len, found }) }
+}
+
 /// Keys and values: `k [n, d]`, `v [n, d_v]`, finite.
 pub(crate) fn keys_values<T: Scalar>(head_dim: usize, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
     size("k", "columns", head_dim, k.ncols())?;

@@ -69,6 +69,13 @@ pub enum Error {
         /// The row (token) of the query.
         row: usize,
     },
+    /// A sequence is longer than the kernel was made for.
+    TooLong {
+        /// The most tokens it takes.
+        max_len: usize,
+        /// The tokens of the sequence, in a stream with those before.
+        found: usize,
+    },
     /// The kernel has no such operation.
     Unsupported {
         /// The operation.
@@ -118,6 +125,11 @@ impl fmt::Display for Error {
                 f,
                 "the normaliser of query row {row} is zero within the range of the number type: \
                  use f64, smaller norms, or a map whose features are never zero"
+            ),
+            Self::TooLong { max_len, found } => write!(
+                f,
+                "the sequence has {found} tokens where the kernel takes at most {max_len}: \
+                 build it with a larger `max_len`, or begin anew"
             ),
             Self::Unsupported { what, why } => write!(f, "{what} is not supported: {why}"),
             Self::State { which, expected, found } => write!(

@@ -121,9 +121,12 @@ mod scalar;
 mod selection;
 mod views;
 
+pub use attention::cosformer::CosFormer;
 pub use attention::heads::{MultiHead, MultiHeadStream};
 pub use attention::hybrid::{Far, HybridAttention, HybridBuilder};
 pub use attention::linear::LinearAttention;
+pub use attention::linformer::Linformer;
+pub use attention::rotary::RotaryAttention;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::with_log_decay::WithLogDecay;
 pub use attention::{Attention, Mask, Scratch, Stream, StreamState};

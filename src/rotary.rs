@@ -228,24 +228,35 @@ impl Rotary {
     ///
     /// [`Error::InvalidOption`] if `tokens·dims/2` is over 2³².
     pub fn angles<T: Scalar>(&self, first_position: usize, tokens: usize) -> Result<RotaryAngles<T>, Error> {
+        let mut angles = RotaryAngles::new();
+        self.set_angles(&mut angles, first_position, tokens)?;
+        Ok(angles)
+    }
+
+    /// As [`angles`](Self::angles), in the memory of others.
+    pub(crate) fn set_angles<T: Scalar>(
+        &self,
+        angles: &mut RotaryAngles<T>,
+        first_position: usize,
+        tokens: usize,
+    ) -> Result<(), Error> {
         check::array("tokens", tokens, self.frequencies.len())?;
-        let mut angles = RotaryAngles {
-            head_dim: self.head_dim,
-            pairs: self.pairs,
-            tokens,
-            cos: Vec::with_capacity(tokens * self.frequencies.len()),
-            sin: Vec::with_capacity(tokens * self.frequencies.len()),
-        };
+        (angles.head_dim, angles.pairs, angles.tokens) = (self.head_dim, self.pairs, tokens);
+        let RotaryAngles { cos, sin, .. } = angles;
+        for part in [&mut *cos, &mut *sin] {
+            part.clear();
+            part.reserve_exact(tokens * self.frequencies.len());
+        }
         for token in 0..tokens {
             #[allow(clippy::cast_precision_loss)] // exact up to 2^53, and unlike the sum of integers never out of range
             let position = first_position as f64 + token as f64;
             for frequency in &self.frequencies {
-                let (sin, cos) = libm::sincos(position * frequency);
-                angles.cos.push(T::from_f64(cos));
-                angles.sin.push(T::from_f64(sin));
+                let (s, c) = libm::sincos(position * frequency);
+                cos.push(T::from_f64(c));
+                sin.push(T::from_f64(s));
             }
         }
-        Ok(angles)
+        Ok(())
     }
 }
 
@@ -278,6 +289,16 @@ pub struct RotaryAngles<T> {
 }
 
 impl<T: Scalar> RotaryAngles<T> {
+    /// Of no position.
+    pub(crate) fn new() -> Self {
+        Self { head_dim: 0, pairs: RotaryPairs::Halves, tokens: 0, cos: Vec::new(), sin: Vec::new() }
+    }
+
+    /// Cosines and sines `[tokens, dims/2]`.
+    pub(crate) fn parts(&self) -> (&[T], &[T]) {
+        (&self.cos, &self.sin)
+    }
+
     /// How many positions these are.
     #[must_use]
     pub fn tokens(&self) -> usize {

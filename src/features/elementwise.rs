@@ -190,13 +190,7 @@ impl<T: Scalar> ReluFeatures<T> {
     ///
     /// [`Error::InvalidOption`] if it is negative or not finite.
     pub fn with_epsilon(mut self, epsilon: f64) -> Result<Self, Error> {
-        if !(epsilon >= 0.0 && T::from_f64(epsilon).is_finite()) {
-            return Err(Error::InvalidOption {
-                which: "epsilon",
-                found: epsilon.to_string(),
-                needed: "a finite number that is not negative",
-            });
-        }
+        check::epsilon::<T>(epsilon)?;
         self.epsilon = T::from_f64(epsilon);
         Ok(self)
     }

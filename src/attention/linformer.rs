@@ -1,0 +1,276 @@
+//! Linformer: softmax attention over projected keys and values.
+
+use super::softmax::SoftmaxAttention;
+use super::{Attention, Mask, Scratch, Stream};
+use crate::kernel::{Buffer, Into, Matrix, Product, all_finite, chunk_len, padded};
+use crate::{Error, Scalar, check, projection, views};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use std::sync::Arc;
+
+/// Softmax attention over `rank` projected keys and values in place of all of them (Linformer, Wang et al., arXiv 2006.04768, equation 7):
+///
+/// ```text
+/// O = softmax(scale·Q (E K)ᵀ) (F V),    E, F [rank, max_len],    scale = 1/√head_dim unless set
+/// ```
+///
+/// so time is O(n·rank·(d + d_v)). A sequence of `n ≤ max_len` tokens uses the first `n` columns of E and F, as if padded with zeros; a longer
+/// one gives [`Error::TooLong`]. Sums over tokens carry their rounding errors along.
+///
+/// Every projected key mixes all positions, so there is no causal form: with [`Mask::Causal`] a query would see the future. That mask and
+/// [`stream`](Attention::stream) give [`Error::Unsupported`].
+///
+/// The matrices belong to a trained model ([`from_projections`](Self::from_projections)); random ones are where training begins. Outputs are
+/// weighted means of the rows of F V, not of the values: they leave the hull of the values, and values of ones give ones only if the rows of F sum to one.
+///
+/// ```
+/// use dijiang::{Attention, Linformer, Mask};
+/// use ndarray::{Array2, array};
+///
+/// // two projected tokens, the means of the first and of the second half
+/// let halves = array![[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]];
+/// let kernel = Linformer::<f64>::from_projections(1, halves.clone(), halves)?;
+/// let (q, k, v) = (array![[50.0]], array![[1.0], [1.0], [-1.0], [-1.0]], array![[1.0], [2.0], [3.0], [4.0]]);
+/// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
+/// assert!((out[[0, 0]] - 1.5).abs() < 1e-12);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+)]
+pub struct Linformer<T> {
+    /// E and F, in rows: the same one where they are shared.
+    projections: [Arc<Array2<T>>; 2],
+    head_dim: usize,
+    scale: Option<f64>,
+    softmax: SoftmaxAttention<T>,
+}
+
+impl<T: Scalar> Linformer<T> {
+    /// Random projections: entries of E, then those of F, independent, N(0, 1/rank) (theorem 2 of the paper).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if one is too large for an array.
+    pub fn new(head_dim: usize, rank: usize, max_len: usize, seed: u64) -> Result<Self, Error> {
+        check_sizes(head_dim, rank, max_len)?;
+        let both = random(rank, 2 * rank, max_len, seed)?;
+        let (e, f) = both.view().split_at(Axis(0), rank);
+        Self::from_projections(head_dim, e.to_owned(), f.to_owned())
+    }
+
+    /// One random projection for keys and values, E = F (key-value sharing in the paper): the E of [`new`](Self::new).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn shared(head_dim: usize, rank: usize, max_len: usize, seed: u64) -> Result<Self, Error> {
+        check_sizes(head_dim, rank, max_len)?;
+        let e = Arc::new(random(rank, rank, max_len, seed)?);
+        Self::of(head_dim, [Arc::clone(&e), e])
+    }
+
+    /// The projections of a trained model: E of the keys and F of the values, both `[rank, max_len]`, over queries and keys of `head_dim`
+    /// columns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::Shape`] if F has another shape than E, [`Error::NotFinite`] if one holds NaN or infinity.
+    pub fn from_projections(head_dim: usize, e: Array2<T>, f: Array2<T>) -> Result<Self, Error> {
+        check::size("f", "rows", e.nrows(), f.nrows())?;
+        check::size("f", "columns", e.ncols(), f.ncols())?;
+        Self::of(head_dim, [e, f].map(|projection| Arc::new(projection.as_standard_layout().into_owned())))
+    }
+
+    fn of(head_dim: usize, projections: [Arc<Array2<T>>; 2]) -> Result<Self, Error> {
+        let [e, f] = &projections;
+        check_sizes(head_dim, e.nrows(), e.ncols())?;
+        check::finite("e", e.view())?;
+        check::finite("f", f.view())?;
+        Ok(Self { projections, head_dim, scale: None, softmax: SoftmaxAttention::new(head_dim)? })
+    }
+
+    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite is reported by the first call that would
+    /// use it.
+    #[must_use]
+    pub fn with_scale(mut self, scale: f64) -> Self {
+        self.scale = Some(scale);
+        self.softmax = self.softmax.with_scale(scale);
+        self
+    }
+
+    /// E and F `[rank, max_len]`.
+    #[must_use]
+    pub fn projections(&self) -> [ArrayView2<'_, T>; 2] {
+        self.projections.each_ref().map(|projection| projection.view())
+    }
+
+    /// The longest sequence of keys.
+    #[must_use]
+    pub fn max_len(&self) -> usize {
+        self.projections[0].ncols()
+    }
+}
+
+fn check_sizes(head_dim: usize, rank: usize, max_len: usize) -> Result<(), Error> {
+    check::at_least_one("head_dim", head_dim)?;
+    check::at_least_one("rank", rank)?;
+    check::at_least_one("max_len", max_len)?;
+    check::array("rank", rank, head_dim)
+}
+
+/// `[rows, max_len]` numbers of variance 1/rank.
+#[allow(clippy::cast_precision_loss)]
+fn random<T: Scalar>(rank: usize, rows: usize, max_len: usize, seed: u64) -> Result<Array2<T>, Error> {
+    let factor = 1.0 / (rank as f64).sqrt();
+    Ok(projection::gaussian(max_len, rows, seed)?.mapv(|x| T::from_f64(x * factor)))
+}
+
+/// A projection times the rows of a call, `[rank, columns]`, and what it takes. Grows to the largest call.
+#[derive(Debug)]
+pub(crate) struct Projected<T> {
+    /// Some rows, each as wide as whole vectors.
+    rows: Buffer<T>,
+    sums: Buffer<T>,
+    /// The rounding errors of the sums.
+    low: Buffer<T>,
+}
+
+impl<T: Scalar> Projected<T> {
+    pub(crate) fn new() -> Self {
+        Self { rows: Buffer::new(), sums: Buffer::new(), low: Buffer::new() }
+    }
+
+    /// Sets the sums to `projection[.., ..n]·x`, `x [n, columns]`.
+    fn set(&mut self, which: &'static str, projection: &Array2<T>, x: ArrayView2<'_, T>) -> Result<(), Error> {
+        let ((rank, max_len), stride) = (projection.dim(), padded::<T>(x.ncols()));
+        let (weights, block) = (projection.as_slice().unwrap_or_default(), chunk_len::<T>());
+        self.sums.resize(rank * stride);
+        self.low.resize(rank * stride);
+        self.sums.fill(T::zero());
+        self.low.fill(T::zero());
+        for (start, x) in x.axis_chunks_iter(Axis(0), block).enumerate().map(|(i, x)| (i * block, x)) {
+            self.rows.resize(x.nrows() * stride);
+            for (row, x) in self.rows.chunks_exact_mut(stride).zip(x.outer_iter()) {
+                let (numbers, padding) = row.split_at_mut(x.len());
+                numbers.iter_mut().zip(x).for_each(|(to, &x)| *to = x);
+                padding.fill(T::zero());
+            }
+            Product {
+                m: rank,
+                n: stride,
+                k: x.nrows(),
+                a: Matrix::rows(&weights[start..], max_len),
+                b: &self.rows,
+                ldb: stride,
+                c: &mut self.sums,
+                ldc: stride,
+                into: Into::Compensated(&mut self.low),
+            }
+            .run();
+        }
+        match self.sums.chunks_exact(stride).position(|row| !all_finite(row)) {
+            Some(row) => Err(Error::Overflow { which, row }),
+            None => Ok(()),
+        }
+    }
+
+    fn view(&self, rank: usize, columns: usize) -> ArrayView2<'_, T> {
+        let all = ArrayView2::from_shape((rank, padded::<T>(columns)), &self.sums).expect("set for these");
+        views::columns(all, 0..columns)
+    }
+}
+
+impl<T: Scalar> Attention<T> for Linformer<T> {
+    fn forward_into(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
+    }
+
+    fn forward_with(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        check::forward(self.head_dim, q, k, v, mask, &out)?;
+        if mask != Mask::Full {
+            return Err(NOT_CAUSAL);
+        }
+        check::length(self.max_len(), k.nrows())?;
+        check::all_finite(q, k, v)?;
+        let [e, f] = &self.projections;
+        // taken out, so that the softmax can have the rest
+        let [mut keys, mut values] = core::mem::replace(&mut scratch.projected, [Projected::new(), Projected::new()]);
+        let result =
+            keys.set("a projected key", e, k).and_then(|()| values.set("a projected value", f, v)).and_then(|()| {
+                let (k, v) = (keys.view(e.nrows(), k.ncols()), values.view(f.nrows(), v.ncols()));
+                self.softmax.forward_with(q, k, v, Mask::Full, out, scratch)
+            });
+        scratch.projected = [keys, values];
+        result
+    }
+
+    fn stream(&self, _value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
+        Err(NOT_CAUSAL)
+    }
+
+    fn heads_are_independent(&self) -> bool {
+        true
+    }
+}
+
+const NOT_CAUSAL: Error = Error::Unsupported {
+    what: "causal attention with Linformer",
+    why: "each projected key mixes all positions, so a query would see the future; use `Mask::Full`, or another kernel",
+};
+
+/// What is saved; F is left out where it is E.
+#[cfg(feature = "serde")]
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Parts<T> {
+    head_dim: usize,
+    scale: Option<f64>,
+    e: Array2<T>,
+    f: Option<Array2<T>>,
+}
+
+#[cfg(feature = "serde")]
+impl<T: Clone> From<Linformer<T>> for Parts<T> {
+    fn from(kernel: Linformer<T>) -> Self {
+        let [e, f] = &kernel.projections;
+        let f = if Arc::ptr_eq(e, f) { None } else { Some((**f).clone()) };
+        Self { head_dim: kernel.head_dim, scale: kernel.scale, e: (**e).clone(), f }
+    }
+}
+
+#[cfg(feature = "serde")]
+impl<T: Scalar> TryFrom<Parts<T>> for Linformer<T> {
+    type Error = Error;
+
+    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+        let kernel = match parts.f {
+            Some(f) => Self::from_projections(parts.head_dim, parts.e, f)?,
+            None => {
+                let e = Arc::new(parts.e.as_standard_layout().into_owned());
+                Self::of(parts.head_dim, [Arc::clone(&e), e])?
+            }
+        };
+        Ok(match parts.scale {
+            Some(scale) => kernel.with_scale(scale),
+            None => kernel,
+        })
+    }
+}
