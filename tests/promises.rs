@@ -3,7 +3,7 @@
 mod common;
 
 use common::checker::{check_attention, check_feature_map, feed};
-use common::{MAPS, SIGNED_MAPS, map, subjects, tokens};
+use common::{MAPS, SIGNED_MAPS, map, subjects, tokens, written_subjects};
 use dijiang::{Attention, LinearAttention, Mask};
 use proptest::prelude::*;
 
@@ -11,6 +11,15 @@ use proptest::prelude::*;
 fn every_attention_keeps_its_promises() {
     for (d, m) in [(8, 20), (1, 1), (3, 7), (16, 16)] {
         for subject in subjects(d, m) {
+            check_attention(&subject);
+        }
+    }
+}
+
+#[test]
+fn every_attention_with_positions_keeps_its_promises() {
+    for (d, m) in [(8, 20), (1, 1), (3, 7), (16, 16)] {
+        for subject in written_subjects(d, m) {
             check_attention(&subject);
         }
     }

@@ -16,14 +16,19 @@ pub fn check_attention(subject: &Subject) {
         check_against_oracle::<f64>(subject, &*subject.f64, n);
         check_against_oracle::<f32>(subject, &*subject.f32, n);
     }
+    check_layouts::<f32>(subject, &*subject.f32);
+    check_layouts::<f64>(subject, &*subject.f64);
+    if !subject.has_streams() {
+        check_full_only::<f32>(subject, &*subject.f32);
+        check_full_only::<f64>(subject, &*subject.f64);
+        return;
+    }
     check_splits::<f64>(subject, &*subject.f64);
     check_splits::<f32>(subject, &*subject.f32);
     check_no_future::<f64>(subject, &*subject.f64);
     check_no_future::<f32>(subject, &*subject.f32);
     check_ones_and_hull::<f64>(subject, &*subject.f64);
     check_ones_and_hull::<f32>(subject, &*subject.f32);
-    check_layouts::<f32>(subject, &*subject.f32);
-    check_layouts::<f64>(subject, &*subject.f64);
     check_stream_life::<f32>(subject, &*subject.f32);
     check_stream_life::<f64>(subject, &*subject.f64);
     check_bad_input::<f32>(subject, &*subject.f32);
@@ -171,6 +176,9 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
                 let out = buffer.slice(s![..;2, ..;3]).to_owned();
                 assert_close(&format!("{} {what} {mask:?}", subject.name), &out, &exact, 64.0);
             }
+            if !subject.has_streams() {
+                return;
+            }
             let exact = wide(&run(kernel, input, Mask::Causal));
             let mut stream = kernel.stream(3).unwrap();
             let mut out = Array2::from_elem((n, 3), T::nan());
@@ -252,6 +260,45 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     assert!(stream.is_empty());
     let mut other = kernel.stream(3).unwrap();
     assert!(matches!(other.restore(&saved), Err(Error::State { which: "shape", .. })), "{}", subject.name);
+}
+
+/// A kernel that has no causal form says so, and takes bad input as the others do.
+fn check_full_only<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
+    let name = &subject.name;
+    let [q, k, v] = tokens::<T>(70, subject.head_dim, 2, 0.7, 7);
+    let unsupported = |error: Error| assert!(matches!(error, Error::Unsupported { .. }), "{name}: {error}");
+    unsupported(kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err());
+    unsupported(kernel.stream(2).unwrap_err());
+    unsupported(kernel.state_floats(2, 70).unwrap_err());
+    assert!(!matches!(kernel.group_stream(2, 2), Ok(Some(_))), "{name}");
+    for (which, argument) in ["q", "k", "v"].into_iter().enumerate() {
+        let call = |change: &dyn Fn(&mut Array2<T>)| {
+            let mut changed = [q.clone(), k.clone(), v.clone()];
+            change(&mut changed[which]);
+            let [q, k, v] = &changed;
+            kernel.forward(q.view(), k.view(), v.view(), Mask::Full)
+        };
+        for (row, bad) in [(0, T::nan()), (66, T::infinity()), (69, T::neg_infinity())] {
+            let error = call(&|x| x[[row, 0]] = bad).unwrap_err();
+            assert_eq!(error, Error::NotFinite { which: argument, row, column: 0 }, "{name}");
+        }
+        if argument != "v" {
+            let error = call(&|x| *x = Array2::zeros((70, subject.head_dim + 1))).unwrap_err();
+            assert!(matches!(error, Error::Shape { which, .. } if which == argument), "{name}: {error}");
+        }
+        // finite, but beyond the range of the type: an error or a finite result
+        for size in [1e10, 1e30, 1e37] {
+            let size = T::from_f64(if T::NAME == "f64" { 1e270 * size } else { size });
+            match call(&|x| x.row_mut(66).mapv_inplace(|x| x * size)) {
+                Ok(out) => assert!(out.iter().all(|x| x.is_finite()), "{name}: {argument} times {size}"),
+                Err(error) => {
+                    assert!(matches!(error, Error::Overflow { .. } | Error::NotFinite { .. }), "{name}: {error}")
+                }
+            }
+        }
+    }
+    let nothing = (Array2::zeros((0, subject.head_dim)), Array2::zeros((0, 2)));
+    assert!(kernel.forward(q.view(), nothing.0.view(), nothing.1.view(), Mask::Full).is_err(), "{name}: no keys");
 }
 
 /// Bad input gives the documented error, and the stream is bit for bit what it was.

@@ -4,6 +4,7 @@
 
 pub mod checker;
 pub mod hybrid;
+pub mod written;
 
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
@@ -243,6 +244,25 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
     all
 }
 
+/// Some of them, behind positions, and those that are made with positions.
+pub fn written_subjects(d: usize, m: usize) -> Vec<Subject> {
+    let chosen = [
+        "softmax",
+        "elu d",
+        "performer d",
+        "identity unnormalized",
+        "hybrid window 9 sinks 2 heavy 0 None",
+        "hybrid window 8 sinks 2 heavy 0 Features",
+        "hybrid window 7 sinks 1 heavy 0 Ward",
+        "hybrid window 0 sinks 4 heavy 0 Ward",
+        "hybrid window 20 sinks 4 heavy 0 Merged",
+    ];
+    let is_chosen = |subject: &Subject| chosen.iter().any(|start| subject.name.starts_with(start));
+    let others: Vec<Subject> = subjects(d, m).into_iter().filter(is_chosen).collect();
+    assert!(others.len() > chosen.len(), "names have changed: {} are left", others.len());
+    written::written(d, others)
+}
+
 /// A far memory in one number type, of `entries` entries.
 fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
     match formula {
@@ -373,6 +393,10 @@ impl Subject {
             Formula::Written(written) => written.masks,
             _ => &[Mask::Causal, Mask::Full],
         }
+    }
+
+    pub fn has_streams(&self) -> bool {
+        self.masks().contains(&Mask::Causal)
     }
 
     pub fn has_features(&self) -> bool {

@@ -1,0 +1,142 @@
+//! Kernels whose formula is written out as a function: those that know positions, and Linformer.
+
+use super::{Formula, Subject, Written, naive_softmax, normal, visible};
+use dijiang::{Attention, CosFormer, Linformer, Mask, Rotary, RotaryAttention, RotaryPairs, Scalar};
+use ndarray::Array2;
+use std::f64::consts::PI;
+use std::sync::Arc;
+
+/// Every kernel of this kind, around some of the others.
+pub fn written(d: usize, others: Vec<Subject>) -> Vec<Subject> {
+    let even = d - d % 2;
+    let rotaries = [
+        Rotary::partial(d, even).unwrap(),
+        Rotary::partial(d, even).unwrap().with_base(20.0).unwrap().with_pairs(RotaryPairs::Interleaved),
+        Rotary::partial(d, even / 2 - even / 2 % 2).unwrap().with_base(100.0).unwrap(),
+    ];
+    let others = others.into_iter().chain([cosformer(d, 1000, 0.1)]);
+    let turned = others.enumerate().map(|(i, other)| turned(rotaries[i % 3].clone(), other));
+    let cosines = [cosformer(d, 200, 1e-6), cosformer(d, 1_000_000, 0.001), cosformer(d, 180, 0.5)];
+    let linformers = [linformer(d, 1, 130, 0.7), linformer(d, 5, 200, 0.1), linformer(d, 40, 131, 2.0)];
+    turned.chain(cosines).chain(linformers).collect()
+}
+
+/// Each pair of columns of token t turned by t·base^(−2i/dims).
+pub fn naive_rotation(x: &Array2<f64>, dims: usize, base: f64, pairs: RotaryPairs) -> Array2<f64> {
+    let mut turned = x.clone();
+    for t in 0..x.nrows() {
+        for i in 0..dims / 2 {
+            let (a, b) = if pairs == RotaryPairs::Halves { (i, i + dims / 2) } else { (2 * i, 2 * i + 1) };
+            let angle = t as f64 * base.powf(-2.0 * i as f64 / dims as f64);
+            turned[[t, a]] = x[[t, a]] * angle.cos() - x[[t, b]] * angle.sin();
+            turned[[t, b]] = x[[t, a]] * angle.sin() + x[[t, b]] * angle.cos();
+        }
+    }
+    turned
+}
+
+/// A kernel with rotary position embedding inside.
+fn turned(rotary: Rotary, other: Subject) -> Subject {
+    let name = format!("rotary {} of {} {:?} {}", rotary.dims(), rotary.head_dim(), rotary.pairs(), other.name);
+    let (dims, pairs) = (rotary.dims(), rotary.pairs());
+    // θ_1 = base^(−2/dims)
+    let base = rotary.frequencies().get(1).map_or(1.0, |second| second.powf(-0.5 * dims as f64));
+    let other = Arc::new(other);
+    let inner = Arc::clone(&other);
+    Subject {
+        name,
+        head_dim: other.head_dim,
+        f64: Arc::new(RotaryAttention::new(rotary.clone(), other.f64.clone())),
+        f32: Arc::new(RotaryAttention::new(rotary, other.f32.clone())),
+        positive: other.positive,
+        scale: other.scale,
+        formula: Formula::Written(Written {
+            masks: other.masks(),
+            normalized: other.normalized(),
+            has_features: other.has_features(),
+            state: Box::new(move |dv, tokens| other.state_floats(dv, tokens)),
+            output: Box::new(move |[q, k, v], mask| {
+                let [q, k] = [q, k].map(|x| naive_rotation(x, dims, base, pairs));
+                inner.oracle(&q, &k, v, mask)
+            }),
+        }),
+    }
+}
+
+/// Attention with the weight of each pair as it is written.
+pub fn naive_weights(
+    v: &Array2<f64>,
+    queries: usize,
+    mask: Mask,
+    weight: impl Fn(usize, usize) -> f64,
+    normalized: bool,
+) -> Array2<f64> {
+    let mut out = Array2::zeros((queries, v.ncols()));
+    for i in 0..queries {
+        let weights: Vec<f64> = (0..visible(mask, i, v.nrows())).map(|j| weight(i, j)).collect();
+        let total: f64 = if normalized { weights.iter().sum() } else { 1.0 };
+        for (j, w) in weights.iter().enumerate() {
+            out.row_mut(i).scaled_add(w / total, &v.row(j));
+        }
+    }
+    out
+}
+
+fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
+    fn kernel<T: Scalar>(d: usize, max_len: usize, epsilon: f64) -> Arc<dyn Attention<T>> {
+        Arc::new(CosFormer::new(d, max_len).unwrap().with_epsilon(epsilon).unwrap())
+    }
+    Subject {
+        name: format!("cosformer d={d} max_len={max_len} epsilon={epsilon}"),
+        head_dim: d,
+        f64: kernel(d, max_len, epsilon),
+        f32: kernel(d, max_len, epsilon),
+        positive: true,
+        scale: 1.0,
+        formula: Formula::Written(Written {
+            masks: &[Mask::Causal, Mask::Full],
+            normalized: true,
+            has_features: true,
+            state: Box::new(move |dv, _| 2 * (2 * d) * (dv + 1) + 1),
+            output: Box::new(move |[q, k, v], mask| {
+                let [q, k] = [q, k].map(|x| x.mapv(|x| x.max(0.0) + epsilon));
+                let distance = |i: usize, j: usize| (i as f64 - j as f64) / max_len as f64;
+                let weight = |i: usize, j: usize| q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance(i, j)).cos();
+                naive_weights(v, q.nrows(), mask, weight, true)
+            }),
+        }),
+    }
+}
+
+fn linformer(d: usize, rank: usize, max_len: usize, scale: f64) -> Subject {
+    let [e, f] = [1, 2].map(|seed| normal::<f64>(rank, max_len, 0.3, seed));
+    // rounded to f32 first, so that both number types have the same
+    let [e, f] = [e, f].map(|x| x.mapv(|x| x as f32));
+    fn kernel<T: Scalar>(d: usize, [e, f]: [&Array2<f32>; 2], scale: f64) -> Arc<dyn Attention<T>> {
+        let [e, f] = [e, f].map(|x| x.mapv(|x| T::from_f64(x.as_f64())));
+        Arc::new(Linformer::from_projections(d, e, f).unwrap().with_scale(scale))
+    }
+    Subject {
+        name: format!("linformer d={d} rank={rank} max_len={max_len}"),
+        head_dim: d,
+        f64: kernel(d, [&e, &f], scale),
+        f32: kernel(d, [&e, &f], scale),
+        positive: false,
+        scale,
+        formula: Formula::Written(Written {
+            masks: &[Mask::Full],
+            normalized: false,
+            has_features: false,
+            state: Box::new(|_, _| 0),
+            output: Box::new(move |[q, k, v], mask| {
+                // padded to the length of the projections
+                let project = |p: &Array2<f32>, x: &Array2<f64>| {
+                    let mut padded = Array2::zeros((max_len, x.ncols()));
+                    padded.slice_mut(ndarray::s![..x.nrows(), ..]).assign(x);
+                    p.mapv(f64::from).dot(&padded)
+                };
+                naive_softmax(q, &project(&e, k), &project(&f, v), scale, mask)
+            }),
+        }),
+    }
+}
