@@ -6,6 +6,7 @@ pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod linformer;
 pub(crate) mod positional;
+pub(crate) mod retention;
 pub(crate) mod rotary;
 pub(crate) mod softmax;
 pub(crate) mod with_log_decay;

@@ -126,6 +126,7 @@ pub use attention::heads::{MultiHead, MultiHeadStream};
 pub use attention::hybrid::{Far, HybridAttention, HybridBuilder};
 pub use attention::linear::LinearAttention;
 pub use attention::linformer::Linformer;
+pub use attention::retention::Retention;
 pub use attention::rotary::RotaryAttention;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::with_log_decay::WithLogDecay;

@@ -1,6 +1,6 @@
 //! Kernels whose queries and keys are changed by their positions before a kernel inside gets them.
 
-use super::{Attention, Mask, Scratch, Stream, StreamState};
+use super::{Attention, HeadCall, Mask, ONE_HEAD, Scratch, Stream, StreamState};
 use crate::rotary::RotaryAngles;
 use crate::{Error, Rotary, Scalar, check, kernel};
 use core::fmt::Debug;
@@ -202,6 +202,25 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         })
     }
 
+    fn forward_gated(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        check::forward(self.positions.head_dim(), q, k, v, Mask::Causal, &out)?;
+        self.placed(q.insert_axis(Axis(0)), k, scratch, |q, k, scratch| {
+            self.kernel.forward_gated(q.index_axis_move(Axis(0), 0), k, v, log_decay, out, scratch)
+        })
+    }
+
+    fn is_gated(&self) -> bool {
+        self.kernel.is_gated()
+    }
+
     fn forward_group(
         &self,
         q: ArrayView3<'_, T>,
@@ -283,6 +302,18 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
         self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
     }
 
+    fn extend_gated(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
+        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: Some(log_decay), out }])
+    }
+
     fn group(&self) -> usize {
         self.stream.group()
     }
@@ -294,9 +325,14 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
         v: ArrayView2<'_, T>,
         out: ArrayViewMut3<'_, T>,
     ) -> Result<(), Error> {
-        check::extend_group(self.positions.head_dim(), self.value_dim, self.stream.group(), q, k, v, &out)?;
-        let (q, k) = self.placed.place(&*self.positions, self.stream.len(), q, k)?;
-        self.stream.extend_group(q, k, v, out)
+        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: None, out }])
+    }
+
+    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
+        let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(ONE_HEAD) };
+        check::extend_group(self.positions.head_dim(), self.value_dim, self.stream.group(), *q, *k, *v, out)?;
+        let (q, k) = self.placed.place(&*self.positions, self.stream.len(), *q, *k)?;
+        self.stream.extend_heads(&mut [HeadCall { q, k, v: *v, log_decay: *log_decay, out: out.view_mut() }])
     }
 
     fn len(&self) -> usize {
@@ -377,6 +413,24 @@ macro_rules! attention_by {
             ) -> Result<(), $crate::Error> {
                 let $this = self;
                 $kernel.forward_with(q, k, v, mask, out, scratch)
+            }
+
+            fn forward_gated(
+                &self,
+                q: ndarray::ArrayView2<'_, T>,
+                k: ndarray::ArrayView2<'_, T>,
+                v: ndarray::ArrayView2<'_, T>,
+                log_decay: ndarray::ArrayView2<'_, T>,
+                out: ndarray::ArrayViewMut2<'_, T>,
+                scratch: &mut $crate::Scratch<T>,
+            ) -> Result<(), $crate::Error> {
+                let $this = self;
+                $kernel.forward_gated(q, k, v, log_decay, out, scratch)
+            }
+
+            fn is_gated(&self) -> bool {
+                let $this = self;
+                $kernel.is_gated()
             }
 
             fn forward_group(

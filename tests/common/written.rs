@@ -1,7 +1,7 @@
 //! Kernels whose formula is written out as a function: those that know positions, and Linformer.
 
 use super::{Formula, Subject, Written, naive_softmax, normal, visible};
-use dijiang::{Attention, CosFormer, Linformer, Mask, Rotary, RotaryAttention, RotaryPairs, Scalar};
+use dijiang::{Attention, CosFormer, Linformer, Mask, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar};
 use ndarray::Array2;
 use std::f64::consts::PI;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ pub fn written(d: usize, others: Vec<Subject>) -> Vec<Subject> {
     let turned = others.enumerate().map(|(i, other)| turned(rotaries[i % 3].clone(), other));
     let cosines = [cosformer(d, 200, 1e-6), cosformer(d, 1_000_000, 0.001), cosformer(d, 180, 0.5)];
     let linformers = [linformer(d, 1, 130, 0.7), linformer(d, 5, 200, 0.1), linformer(d, 40, 131, 2.0)];
-    turned.chain(cosines).chain(linformers).collect()
+    turned.chain(cosines).chain(linformers).chain(retentions(d)).collect()
 }
 
 /// Each pair of columns of token t turned by t·base^(−2i/dims).
@@ -104,6 +104,100 @@ fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
                 let weight = |i: usize, j: usize| q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance(i, j)).cos();
                 naive_weights(v, q.nrows(), mask, weight, true)
             }),
+        }),
+    }
+}
+
+/// What retention is made of, and its formula pair by pair.
+#[derive(Clone)]
+pub struct RetentionFormula {
+    pub decay: f64,
+    pub scale: f64,
+    /// Angle per token and, for xPos, ζ, of each pair of columns.
+    pub pairs: Vec<([usize; 2], f64, f64)>,
+    pub head_dim: usize,
+}
+
+impl RetentionFormula {
+    /// Columns (2i, 2i + 1) or (i, i + d/2), of a dimension that is even or leaves the last column alone.
+    pub fn new(d: usize, decay: f64, scale: f64, pairs: RotaryPairs, xpos: bool, theta: impl Fn(usize) -> f64) -> Self {
+        let half = d / 2;
+        let pair = |i| {
+            let columns = if pairs == RotaryPairs::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
+            let zeta = if xpos { (2.0 * i as f64 / (2 * half) as f64 + 0.4) / 1.4 } else { 1.0 };
+            (columns, theta(i), zeta)
+        };
+        Self { decay, scale, head_dim: d, pairs: (0..half).map(pair).collect() }
+    }
+
+    /// The queries times ζ^{n/512} or the keys times ζ^{−n/512}, turned: good for short sequences, in f64.
+    fn place(&self, x: &Array2<f64>, power: f64) -> Array2<f64> {
+        let mut placed = x.clone();
+        for (n, mut row) in placed.outer_iter_mut().enumerate() {
+            let n = n as f64;
+            for &([a, b], theta, zeta) in &self.pairs {
+                let (cos, sin) = ((n * theta).cos(), (n * theta).sin());
+                let size = zeta.powf(power * n / 512.0);
+                (row[a], row[b]) = (size * (row[a] * cos - row[b] * sin), size * (row[a] * sin + row[b] * cos));
+            }
+        }
+        placed
+    }
+
+    pub fn output(&self, [q, k, v]: [&Array2<f64>; 3], mask: Mask) -> Array2<f64> {
+        let (placed_q, placed_k) = (self.place(q, 1.0), self.place(k, -1.0));
+        let weight = |n: usize, m: usize| {
+            let kept = if n >= m { self.decay.powi((n - m) as i32) } else { 1.0 };
+            kept * self.scale * placed_q.row(n).dot(&placed_k.row(m))
+        };
+        naive_weights(v, q.nrows(), mask, weight, false)
+    }
+}
+
+fn retentions(d: usize) -> Vec<Subject> {
+    let (even, usual) = (d - d % 2, 1.0 / (d as f64).sqrt());
+    let released = move |i: usize| 10_000_f64.powf(-(i as f64) / ((d / 2).max(2) - 1) as f64);
+    let su = move |i: usize| 300_f64.powf(-2.0 * i as f64 / even as f64);
+    let rotary = |pairs| Rotary::partial(d, even).unwrap().with_base(300.0).unwrap().with_pairs(pairs);
+    let interleaved = RotaryPairs::Interleaved;
+    let formula = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, released);
+    let own = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, su);
+    vec![
+        retention(formula(0.9, usual, interleaved, false), None, false),
+        retention(formula(0.9375, 0.5, interleaved, true), None, true),
+        retention(formula(0.0, 1.0, interleaved, true), None, true),
+        retention(formula(1.0, 1.0, interleaved, false), None, false),
+        retention(own(1.0, usual, RotaryPairs::Halves, true), Some(rotary(RotaryPairs::Halves)), true),
+        retention(own(0.98, usual, RotaryPairs::Halves, false), Some(rotary(RotaryPairs::Halves)), false),
+        retention(own(0.999, 2.0, interleaved, true), Some(rotary(interleaved)), true),
+    ]
+}
+
+/// The kernel of a formula.
+pub fn retention_kernel<T: Scalar>(formula: &RetentionFormula, rotary: Option<&Rotary>, xpos: bool) -> Retention<T> {
+    let kernel = Retention::new(formula.head_dim, formula.decay).unwrap().with_scale(formula.scale);
+    let kernel = if xpos { kernel.with_xpos() } else { kernel };
+    match rotary {
+        Some(rotary) => kernel.with_rotary(rotary.clone()).unwrap(),
+        None => kernel,
+    }
+}
+
+fn retention(formula: RetentionFormula, rotary: Option<Rotary>, xpos: bool) -> Subject {
+    let (d, decays) = (formula.head_dim, formula.decay < 1.0 || xpos);
+    Subject {
+        name: format!("retention d={d} decay={} xpos={xpos} {rotary:?}", formula.decay),
+        head_dim: d,
+        f64: Arc::new(retention_kernel(&formula, rotary.as_ref(), xpos)),
+        f32: Arc::new(retention_kernel(&formula, rotary.as_ref(), xpos)),
+        positive: false,
+        scale: formula.scale,
+        formula: Formula::Written(Written {
+            masks: if decays { &[Mask::Causal] } else { &[Mask::Causal, Mask::Full] },
+            normalized: false,
+            has_features: true,
+            state: Box::new(move |dv, _| 2 * d * (dv + 1) + if decays { 2 } else { 1 }),
+            output: Box::new(move |inputs, mask| formula.output(inputs, mask)),
         }),
     }
 }
