@@ -326,42 +326,45 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
     }
 }
 
-/// `sum_i ← (kept_i + change_i)·sum_i + factor_i·x` for every row of `sum`, as wide as `x`, with the rounding errors in `low`; what is added
-/// to `kept_i·sum_i` is compensated, see [`add_compensated`].
+/// `sum_i ← kept_i·sum_i + change_i·sum_i` for every row of `sum`, of which there are as many as factors; what is added to `kept_i·sum_i` is
+/// compensated, see [`add_compensated`].
 #[derive(Debug)]
-pub struct FadeAndAdd<'a, T> {
+pub struct FadeRows<'a, T> {
     pub(crate) kept: &'a [T],
     pub(crate) change: &'a [T],
-    pub(crate) factors: &'a [T],
-    pub(crate) x: &'a [T],
     pub(crate) sum: &'a mut [T],
     pub(crate) low: &'a mut [T],
 }
 
-impl<T: Compiled> FadeAndAdd<'_, T> {
+impl<T: Compiled> FadeRows<'_, T> {
     pub(crate) fn run(self) {
-        debug_assert!(self.x.len().is_multiple_of(T::PAD));
-        T::run_fade_and_add(self);
+        T::run_fade_rows(self);
     }
 }
 
-impl<T: Lanes> Loop for FadeAndAdd<'_, T> {
+impl<T: Lanes> Loop for FadeRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let width = self.x.len();
-        let x = T::vectors::<L>(self.x);
+        let width = self.sum.len() / self.kept.len();
+        let whole = width / T::lanes::<L>() * T::lanes::<L>();
         let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
-        let scalars = self.kept.iter().zip(self.change).zip(self.factors);
-        for ((sum, low), ((&kept, &change), &factor)) in rows.zip(scalars) {
-            let (both, factor) = (T::splat(level, kept + change), T::splat(level, factor));
-            let (kept, change) = (T::splat(level, kept), T::splat(level, change));
-            for ((sum, low), x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x) {
-                let addend = T::vfma(level, factor, *x, T::vmul(level, both, *low));
-                let addend = T::vfma(level, change, *sum, addend);
-                *sum = T::vmul(level, kept, *sum);
+        for ((sum, low), (&kept, &change)) in rows.zip(self.kept.iter().zip(self.change)) {
+            let (sum, sum_rest) = sum.split_at_mut(whole);
+            let (low, low_rest) = low.split_at_mut(whole);
+            let both = T::splat(level, kept + change);
+            let (v_kept, v_change) = (T::splat(level, kept), T::splat(level, change));
+            for (sum, low) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)) {
+                let addend = T::vfma(level, v_change, *sum, T::vmul(level, both, *low));
+                *sum = T::vmul(level, v_kept, *sum);
                 compensate_with::<T, L>(level, sum, low, addend);
+            }
+            for (sum, low) in sum_rest.iter_mut().zip(low_rest) {
+                let addend = change * *sum + (kept + change) * *low;
+                let before = kept * *sum;
+                *sum = before + addend;
+                *low = addend - (*sum - before);
             }
         }
     }
@@ -573,16 +576,14 @@ mod tests {
             for i in 0..n {
                 close(sum[i], b[i] + 2.0 * a[i]);
             }
-            let (kept, change, key) = (numbers::<T>(3, 1.0), numbers::<T>(3, 2.0), numbers::<T>(3, 3.0));
-            let width = n / T::PAD * T::PAD;
-            if width > 0 {
-                let (old, mut low) = (numbers::<T>(3 * width, 4.0), vec![T::zero(); 3 * width]);
-                let (mut sum, x) = (old.clone(), &x[..width]);
-                let (kept, change, factors) = (&kept[..], &change[..], &key[..]);
-                machine.run(FadeAndAdd { kept, change, factors, x, sum: &mut sum, low: &mut low });
-                let (old, kept, change, key) = (wide(&old), wide(kept), wide(change), wide(&key));
-                for i in 0..3 * width {
-                    close(sum[i], (kept[i / width] + change[i / width]) * old[i] + key[i / width] * a[i % width]);
+            if n > 0 {
+                let (kept, change) = (numbers::<T>(3, 1.0), numbers::<T>(3, 2.0));
+                let (old, mut low) = (numbers::<T>(3 * n, 4.0), vec![T::zero(); 3 * n]);
+                let mut sum = old.clone();
+                machine.run(FadeRows { kept: &kept, change: &change, sum: &mut sum, low: &mut low });
+                let (old, kept, change) = (wide(&old), wide(&kept), wide(&change));
+                for i in 0..3 * n {
+                    close(sum[i], (kept[i / n] + change[i / n]) * old[i]);
                 }
             }
             let mut scaled = vec![T::nan(); n];

@@ -2,10 +2,13 @@
 
 mod common;
 
-use common::{assert_close, features, golden, map, matrix, normal, tokens, wide};
-use dijiang::{Attention, Error, FeatureMap, LinearAttention, Mask, Scalar, Scratch, Stream};
-use ndarray::{Array1, Array2, ArrayView2, Axis, s};
+use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
+use dijiang::{
+    Attention, DctFeatures, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Mask, Scalar, Scratch, Stream,
+};
+use ndarray::{Array1, Array2, Axis, s};
 use proptest::prelude::*;
+use serde_json::Value;
 use std::sync::Arc;
 
 /// `S_t = diag(α_t) S_{t−1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t`, as the formula stands, with the features in absolute terms, in f64;
@@ -212,10 +215,143 @@ proptest! {
     }
 }
 
+/// The state, read by queries of one token that is nothing itself: keys and values of zero.
+fn final_state(stream: &mut dyn Stream<f64>, gated: bool, gamma: f64, d: usize, dv: usize) -> Array2<f64> {
+    let (key, value, keep) = (Array2::zeros((1, d)), Array2::zeros((1, dv)), Array2::zeros((1, 1)));
+    let mut state = Array2::zeros((d, dv));
+    for (i, mut row) in state.outer_iter_mut().enumerate() {
+        let query = Array2::from_shape_fn((1, d), |(_, j)| f64::from(i == j));
+        let mut copy = stream.clone_box();
+        let out = row.view_mut().insert_axis(Axis(0));
+        if gated {
+            copy.extend_gated(query.view(), key.view(), value.view(), keep.view(), out).unwrap();
+        } else {
+            copy.extend(query.view(), key.view(), value.view(), out).unwrap();
+            row /= gamma;
+        }
+    }
+    state
+}
+
 #[test]
 fn golden_values() {
     let file = golden("golden/decay");
+    let units = 1e-12 / f64::EPSILON;
     for case in file["cases"].as_array().unwrap() {
-        println!("{case}");
+        let name = case["name"].as_str().unwrap();
+        let (q, k, v) = (matrix(&case["q"]), matrix(&case["k"]), matrix(&case["v"]));
+        let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(4).unwrap()).unnormalized().with_scale(1.0);
+        let gamma = case["gamma"].as_f64();
+        let gates = match (&case["a"], &case["alpha"]) {
+            (Value::Null, Value::Null) => None,
+            (Value::Null, alpha) => Some(matrix(alpha).mapv(f64::ln)),
+            (a, _) => Some(vector(a).mapv(f64::ln).insert_axis(Axis(1))),
+        };
+        let kernel = match gamma {
+            Some(gamma) => kernel.with_decay(gamma),
+            None => kernel.gated(),
+        };
+        for size in [11, 4, 1] {
+            let mut stream = Attention::<f64>::stream(&kernel, 3).unwrap();
+            let mut out = Array2::from_elem((11, 3), f64::NAN);
+            for start in (0..11).step_by(size) {
+                let rows = s![start..11.min(start + size), ..];
+                let (q, k, v, out) = (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows));
+                match &gates {
+                    Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
+                    None => stream.extend(q, k, v, out),
+                }
+                .unwrap();
+            }
+            assert_close(name, &out, &matrix(&case["output"]), units);
+            let state = final_state(&mut *stream, gates.is_some(), gamma.unwrap_or(1.0), 4, 3);
+            assert_close(name, &state, &matrix(&case["final_state"]), units);
+        }
+    }
+}
+
+#[test]
+fn golden_official_dijiang() {
+    for case in golden("golden/official_dijiang")["cases"].as_array().unwrap() {
+        let radii = vector(&case["radii_t"]);
+        for (h, gamma) in vector(&case["gamma"]).into_iter().enumerate() {
+            let heads = case["heads"].as_u64().unwrap() as usize;
+            assert!((dijiang::decay::dijiang(heads)[h] - gamma).abs() < 1e-15);
+            let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x][h]));
+            let map = DctFeatures::official(radii.clone()).unwrap();
+            let kernel = LinearAttention::new(map).with_scale(1.0).unnormalized().with_decay(gamma);
+            let exact = matrix(&case["output_unnormalised_decay"][h]);
+            let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+            assert_close("official", &out, &exact, 1e-12 / f64::EPSILON);
+            let mut stream = Attention::<f64>::stream(&kernel, 8).unwrap();
+            let steps = common::checker::feed(&mut *stream, &[q, k, v], &[1; 12]);
+            assert_close("official, step by step", &steps, &exact, 1e-12 / f64::EPSILON);
+        }
+    }
+}
+
+/// A million tokens in `f32`, by chunks and token by token, stay within 1e-4 of the recurrence in `f64`.
+#[test]
+fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
+    let (n, d, dv, period) = (1_000_000, 4, 3, 4096);
+    let [q, k, v] =
+        [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed).mapv(|x| x + 0.5));
+    let scalar = normal::<f32>(period, 1, 0.002, 3).mapv(|x| -x.abs());
+    let each = normal::<f32>(period, d, 0.002, 4).mapv(|x| -x.abs());
+    let channels = Array1::from_vec(vec![1.0 - 1.0 / 32.0, 0.9999, 1.0, 1.0 - 1e-6]);
+    let plain = || LinearAttention::new(EluFeatures::<f32>::new(d).unwrap()).with_scale(1.0);
+    type Case<'a> = (&'a str, LinearAttention<EluFeatures<f32>>, Option<&'a Array2<f32>>, f64);
+    let kernels: Vec<Case> = vec![
+        ("1/32", plain().with_decay(1.0 - 1.0 / 32.0), None, 1.0 - 1.0 / 32.0),
+        ("1/32, not normalised", plain().with_decay(1.0 - 1.0 / 32.0).unnormalized(), None, 1.0 - 1.0 / 32.0),
+        ("1e-5", plain().with_decay(1.0 - 1e-5).unnormalized(), None, 1.0 - 1e-5),
+        ("each feature", plain().with_channel_decay(channels.clone()).unnormalized(), None, 1.0),
+        ("each token", plain().gated().unnormalized(), Some(&scalar), 1.0),
+        ("each token and feature", plain().gated(), Some(&each), 1.0),
+    ];
+    let feature = |x: f32| if x > 0.0 { f64::from(x) + 1.0 } else { f64::from(x).exp() };
+    for (name, kernel, gates, gamma) in kernels {
+        let normalized = !format!("{kernel:?}").contains("Unnormalized");
+        let mut streams = [64, 1].map(|size| (size, kernel.stream(dv).unwrap()));
+        let mut out = Array2::<f32>::zeros((64, dv));
+        let (mut sums, mut normalizer) = (Array2::<f64>::zeros((d, dv)), Array1::<f64>::zeros(d));
+        let mut worst = [0.0_f64; 2];
+        for start in (0..n).step_by(64) {
+            let first = start % period;
+            let mut exact = Array2::<f64>::zeros((64, dv));
+            for t in 0..64 {
+                let row = first + t;
+                for i in 0..d {
+                    let gate = gates.map_or(0.0, |gates| f64::from(gates[[row, i.min(gates.ncols() - 1)]]));
+                    let own = if name == "each feature" { channels[i] } else { 1.0 };
+                    let kept = gamma * own * gate.exp();
+                    let key = feature(k[[row, i]]);
+                    normalizer[i] = kept * normalizer[i] + key;
+                    for c in 0..dv {
+                        sums[[i, c]] = kept * sums[[i, c]] + key * f64::from(v[[row, c]]);
+                    }
+                }
+                let query = q.row(row).mapv(feature);
+                let divisor = if normalized { query.dot(&normalizer) } else { 1.0 };
+                exact.row_mut(t).assign(&(query.dot(&sums) / divisor));
+            }
+            for ((size, stream), worst) in streams.iter_mut().zip(&mut worst) {
+                for t in (0..64).step_by(*size) {
+                    let (rows, here) = (s![first + t..first + t + *size, ..], s![t..t + *size, ..]);
+                    let (q, k, v, out) = (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(here));
+                    match gates {
+                        Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
+                        None => stream.extend(q, k, v, out),
+                    }
+                    .unwrap();
+                }
+                let size = exact.fold(0.0_f64, |m, x| m.max(x.abs()));
+                let error =
+                    ndarray::Zip::from(&out).and(&exact).fold(0.0_f64, |m, &a, &b| m.max((f64::from(a) - b).abs()));
+                *worst = worst.max(error / size);
+            }
+        }
+        println!("{name}: {:.1e} by chunks, {:.1e} token by token", worst[0], worst[1]);
+        assert!(worst.iter().all(|&error| error < 1e-4), "{name}: {worst:?}");
     }
 }

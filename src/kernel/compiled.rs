@@ -60,7 +60,7 @@ compiled! {
     run_rows_dot: super::RowsDot;
     run_scale_in_place: super::ScaleInPlace;
     run_add_outer: super::AddOuter;
-    run_fade_and_add: super::FadeAndAdd;
+    run_fade_rows: super::FadeRows;
     run_scale_into: super::ScaleInto -> Self;
     run_exp2_one: super::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: super::DecodeStep -> Self;

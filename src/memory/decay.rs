@@ -56,6 +56,52 @@ pub(crate) struct LogDecay<T> {
     pub(crate) gated: bool,
 }
 
+/// Every log decay must be 0 or less.
+fn check_gates<T: Scalar>(gates: ArrayView2<'_, T>, first_row: usize) -> Result<(), Error> {
+    // one comparison after the other, with no way out: that is fast
+    let usable = |all: bool, gate: &T| all & (*gate <= T::zero());
+    if gates.as_slice().map_or_else(|| gates.iter().fold(true, usable), |gates| gates.iter().fold(true, usable)) {
+        return Ok(());
+    }
+    match gates.indexed_iter().find(|(_, gate)| !usable(true, gate)) {
+        Some(((row, column), bad)) => Err(Error::InvalidOption {
+            which: "log_decay",
+            found: format!("{bad} at row {}, column {column}", first_row + row),
+            needed: "0 or less; −∞ forgets all that came before",
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Whether the features of a group may have faded so far.
+fn in_range<T: Scalar>(log_decay: &[T]) -> bool {
+    kernel::max_abs(log_decay) <= T::from_f64(GROUP_FADE)
+}
+
+/// What decay leaves of sums: as much of all as of the slowest feature, and of each `kept + change` beyond that, which are empty if all are the same.
+#[derive(Debug)]
+pub(super) struct Fade<T> {
+    /// In logarithms.
+    pub(super) slowest: T,
+    pub(super) kept: Buffer<T>,
+    pub(super) change: Buffer<T>,
+}
+
+impl<T: Scalar> Fade<T> {
+    fn set(&mut self, log_decay: &[T]) {
+        self.slowest = kernel::max(log_decay);
+        let differ = if log_decay.len() > 1 { log_decay.len() } else { 0 };
+        self.kept.resize(differ);
+        self.change.resize(differ);
+        for ((kept, change), &log_decay) in self.kept.iter_mut().zip(self.change.iter_mut()).zip(log_decay) {
+            // equal too where both are −∞
+            let beyond = if log_decay == self.slowest { T::zero() } else { log_decay - self.slowest };
+            // a small change is to be added, with its own digits; a large one leaves few of the sum
+            (*kept, *change) = if beyond > -T::one() { (T::one(), beyond.exp_m1()) } else { (beyond.exp(), T::zero()) };
+        }
+    }
+}
+
 /// Log decays of the tokens of a chunk, each of all that came before its token.
 #[derive(Debug)]
 pub(crate) struct Gates<T> {
@@ -63,13 +109,12 @@ pub(crate) struct Gates<T> {
     pub(super) width: usize,
     /// `[tokens, width]`.
     values: Buffer<T>,
-    /// `[tokens, width]`: what has been forgotten since the first token of a group, which is taken as 0.
+    /// `[tokens, width]`: what has been forgotten since a group began.
     since: Buffer<T>,
     /// The log scales of queries before they were shifted.
     query_scale: Buffer<T>,
-    /// What one token leaves of each feature, see [`kernel::FadeAndAdd`].
-    pub(super) kept: Buffer<T>,
-    pub(super) change: Buffer<T>,
+    /// What is to be done to sums.
+    pub(super) fade: Fade<T>,
     /// One query, of which features have faded.
     pub(super) query: Buffer<T>,
     squares: Buffer<T>,
@@ -83,8 +128,7 @@ impl<T: Scalar> Gates<T> {
             values: Buffer::new(),
             since: Buffer::new(),
             query_scale: Buffer::new(),
-            kept: Buffer::new(),
-            change: Buffer::new(),
+            fade: Fade { slowest: T::zero(), kept: Buffer::new(), change: Buffer::new() },
             query: Buffer::new(),
             squares: Buffer::new(),
             factors: Buffer::new(),
@@ -105,6 +149,9 @@ impl<T: Scalar> Gates<T> {
         };
         self.width = gates.map_or(1, |gates| gates.ncols()).max(decay.channels.len());
         self.values.resize(tokens * self.width);
+        if let Some(gates) = gates {
+            check_gates(gates, first_row)?;
+        }
         for (t, row) in self.values.chunks_exact_mut(self.width).enumerate() {
             match &*decay.channels {
                 [] => row.fill(decay.common),
@@ -112,23 +159,30 @@ impl<T: Scalar> Gates<T> {
             }
             let Some(gates) = gates else { continue };
             let gates = views::row(gates, t);
-            if let Some((column, bad)) = gates.iter().enumerate().find(|(_, gate)| gate.is_nan() || **gate > T::zero())
-            {
-                return Err(Error::InvalidOption {
-                    which: "log_decay",
-                    found: format!("{bad} at row {}, column {column}", first_row + t),
-                    needed: "0 or less; −∞ forgets all that came before",
-                });
+            match gates.to_slice() {
+                _ if gates.len() < row.len() => row.iter_mut().for_each(|value| *value += gates[0]),
+                Some(gates) => row.iter_mut().zip(gates).for_each(|(value, &gate)| *value += gate),
+                None => row.iter_mut().zip(gates).for_each(|(value, &gate)| *value += gate),
             }
-            let last = gates.len() - 1;
-            row.iter_mut().enumerate().for_each(|(i, value)| *value += gates[i.min(last)]);
         }
         Ok(())
     }
 
     /// The log decays of one token.
-    pub(super) fn row(&self, token: usize) -> &[T] {
+    fn row(&self, token: usize) -> &[T] {
         &self.values[token * self.width..(token + 1) * self.width]
+    }
+
+    /// Sets [`fade`](Self::fade) to the decay of one token.
+    pub(super) fn fade_before(&mut self, token: usize) -> &Fade<T> {
+        self.fade.set(&self.values[token * self.width..(token + 1) * self.width]);
+        &self.fade
+    }
+
+    /// Sets [`fade`](Self::fade) to the decay up to the last token of a group.
+    pub(super) fn fade_since(&mut self, token: usize) -> &Fade<T> {
+        self.fade.set(&self.since[token * self.width..(token + 1) * self.width]);
+        &self.fade
     }
 
     /// What has been forgotten between the first token of a group and this one.
@@ -136,19 +190,28 @@ impl<T: Scalar> Gates<T> {
         &self.since[token * self.width..(token + 1) * self.width]
     }
 
-    /// Sums the log decays from after `start` on, as far as the features stay in range; returns the token after the last.
-    pub(super) fn sum_from(&mut self, start: usize) -> usize {
-        let (width, limit) = (self.width, T::from_f64(GROUP_FADE));
+    /// Whether what one token lets fade is little enough for the features of a group.
+    pub(super) fn is_mild(&self, token: usize) -> bool {
+        self.width > 1 && in_range(self.row(token))
+    }
+
+    /// Sums the log decays from `start` on, its own with them or without, see [`since`](Self::since).
+    pub(super) fn sum_from(&mut self, start: usize, with_first: bool) {
+        let width = self.width;
         self.since.resize(self.values.len());
         let (values, since) = (&self.values[start * width..], &mut self.since[start * width..]);
-        since[..width].fill(T::zero());
+        if with_first {
+            since[..width].copy_from_slice(&values[..width]);
+        } else {
+            since[..width].fill(T::zero());
+        }
         if width == 1 {
-            let mut sum = T::zero();
+            let mut sum = since[0];
             for (since, &value) in since.iter_mut().zip(values).skip(1) {
                 sum += value;
                 *since = sum;
             }
-            return start + values.len(); // the scales tell where it ends
+            return;
         }
         for t in 1..values.len() / width {
             let (before, after) = since.split_at_mut(t * width);
@@ -157,20 +220,21 @@ impl<T: Scalar> Gates<T> {
                 *after = before + value;
             }
         }
-        // sums only fall, so the last one tells whether a search is needed
-        let in_range = |row: &[T]| kernel::max_abs(row) <= limit;
-        let rows = || since.chunks_exact(width);
-        let tokens = if rows().next_back().is_some_and(in_range) {
-            rows().len()
-        } else {
-            rows().take_while(|row| in_range(row)).count()
-        };
-        start + tokens
     }
 
-    /// Writes the decay of a group into its queries and keys, as seen from its first token: into their log scales, or where features differ,
+    /// The end of the tokens from `start` on whose features stay in range, of a chunk of so many; where all features are the same, log scales
+    /// tell.
+    pub(super) fn last(&self, start: usize, tokens: usize) -> usize {
+        // sums only fall, so the last one tells whether a search is needed
+        if self.width == 1 || in_range(self.since(tokens - 1)) {
+            return tokens;
+        }
+        (start..tokens).find(|&t| !in_range(self.since(t))).unwrap_or(tokens)
+    }
+
+    /// Writes the decay of a group into its queries and keys, as seen from where its sums begin: into their log scales, or where features differ,
     /// into these.
-    pub(super) fn fade(&mut self, group: &mut Chunk<T>, features: usize, tokens: Range<usize>) {
+    pub(super) fn fade_group(&mut self, group: &mut Chunk<T>, features: usize, tokens: Range<usize>) {
         let width = self.width;
         let since = &self.since[tokens.start * width..tokens.end * width];
         if width == 1 {
@@ -192,12 +256,12 @@ impl<T: Scalar> Gates<T> {
         columns::fade(&mut self.factors, &mut group.queries[..size], &mut group.keys[..size]);
     }
 
-    /// Takes [`fade`](Self::fade) back from the log scales of queries.
+    /// Takes [`fade_group`](Self::fade_group) back from the log scales of queries.
     pub(super) fn restore_query_scales(&self, group: &mut Chunk<T>) {
         group.query_scale[..self.query_scale.len()].copy_from_slice(&self.query_scale);
     }
 
-    /// After [`fade`](Self::fade) of features: the keys and their sums as seen from the last token.
+    /// After [`fade_group`](Self::fade_group) of features: the keys and their sums as seen from the last token.
     pub(super) fn bring_keys_to_end(&self, group: &mut Chunk<T>, key_sums: &mut [T]) {
         let (width, last) = (group.width, group.tokens - 1);
         let rows = group.keys.chunks_exact_mut(width).zip(self.factors.chunks_exact(width));
@@ -207,24 +271,15 @@ impl<T: Scalar> Gates<T> {
         }
     }
 
-    /// For a chunk of one token: sets [`kept`](Self::kept), [`change`](Self::change) and [`query`](Self::query) to what the slowest feature
-    /// decays less than the others, and returns by how much that one does.
-    pub(super) fn fade_one(&mut self, query: &[T]) -> T {
-        let slowest = kernel::max(&self.values);
-        if self.width > 1 {
-            self.kept.resize(self.width);
-            self.change.resize(self.width);
-            self.query.resize(self.width);
-            let kept = self.kept.iter_mut().zip(self.change.iter_mut());
-            for (((kept, change), faded), (&value, &query)) in
-                kept.zip(self.query.iter_mut()).zip(self.values.iter().zip(query))
-            {
-                let fade = if value == slowest { T::zero() } else { value - slowest };
-                // a small change is added, with its own digits; a large one leaves few of the sum
-                (*kept, *change) = if fade > -T::one() { (T::one(), fade.exp_m1()) } else { (fade.exp(), T::zero()) };
-                *faded = query * (*kept + *change);
-            }
+    /// For a chunk of one token: sets [`fade`](Self::fade) to its decay, and [`query`](Self::query) to what that leaves of a query. Returns whether
+    /// features differ.
+    pub(super) fn fade_one(&mut self, query: &[T]) -> bool {
+        self.fade.set(&self.values);
+        self.query.resize(self.fade.kept.len());
+        let left = self.fade.kept.iter().zip(&*self.fade.change);
+        for ((faded, &query), (&kept, &change)) in self.query.iter_mut().zip(query).zip(left) {
+            *faded = query * (kept + change);
         }
-        slowest
+        self.width > 1
     }
 }

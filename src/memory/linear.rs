@@ -1,6 +1,6 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
-use super::decay::{Gates, LogDecay};
+use super::decay::{Fade, Gates, LogDecay};
 #[cfg(feature = "rayon")]
 use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
@@ -198,24 +198,17 @@ impl<T: Scalar> State<T> {
         }
     }
 
-    /// Lets the sums decay: one log decay for all of them, or one for each feature.
-    fn fade(&mut self, log_decay: &[T]) {
-        let slowest = kernel::max(log_decay);
-        self.set_scale(decayed(self.scale(), slowest));
-        if log_decay.len() == 1 || slowest == T::neg_infinity() {
-            return;
-        }
-        let stride = self.stride();
-        let [sums, sums_low, normalizer, normalizer_low] = self.parts_mut();
-        for part in [sums, sums_low] {
-            for (row, &log_decay) in part.chunks_exact_mut(stride).zip(log_decay) {
-                if log_decay < slowest {
-                    kernel::scale(row, (log_decay - slowest).exp());
-                }
-            }
-        }
-        for part in [normalizer, normalizer_low] {
-            part.iter_mut().zip(log_decay).for_each(|(sum, &log_decay)| *sum *= (log_decay - slowest).exp());
+    /// Lets the sums decay.
+    fn fade(&mut self, fade: &Fade<T>) {
+        self.set_scale(decayed(self.scale(), fade.slowest));
+        self.fade_features(fade);
+    }
+
+    /// Lets features decay by what they do more than the slowest.
+    fn fade_features(&mut self, Fade { kept, change, .. }: &Fade<T>) {
+        if !kept.is_empty() {
+            kernel::FadeRows { kept, change, sum: &mut self.sums, low: &mut self.sums_low }.run();
+            kernel::FadeRows { kept, change, sum: &mut self.normalizer, low: &mut self.normalizer_low }.run();
         }
     }
 
@@ -239,34 +232,28 @@ impl<T: Scalar> State<T> {
         self.tokens += group.tokens;
     }
 
+    /// The log scale to which the decay of a single token takes the sums, and whether features have still to fade.
+    fn scale_before(&self, token: &Chunk<T>, gates: &mut Gates<T>) -> ([T; 2], bool) {
+        if gates.width == 0 {
+            return (self.scale(), false);
+        }
+        let differ = gates.fade_one(&token.queries);
+        (decayed(self.scale(), gates.fade.slowest), differ)
+    }
+
     /// The unit for a state and a token of this log scale, after the sums have decayed to `scale`.
     fn unit_with(scale: [T; 2], key_scale: T, gates: &Gates<T>) -> T {
         let rise = if gates.width == 0 { T::zero() } else { T::from_f64(STEP_RISE) };
         if key_scale <= scale[0] + rise { scale[0] } else { key_scale }
     }
 
-    /// Adds a single token, after what [`Gates::fade_one`] found of its decay, where that is not in the sums already; its features are
-    /// overwritten.
-    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>, faded: Faded) {
+    /// Adds a single token; its features are overwritten.
+    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>) {
         self.raise(Self::unit_with(self.scale(), token.key_scale[0], gates));
         let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
         let keys = &mut token.keys[..self.normalizer.len()];
         if factor != T::one() {
             kernel::scale(keys, factor);
-        }
-        if faded == Faded::Later {
-            let (kept, change) = (&*gates.kept, &*gates.change);
-            let (sum, low) = (&mut *self.sums, &mut *self.sums_low);
-            kernel::FadeAndAdd { kept, change, factors: keys, x: &token.values, sum, low }.run();
-            let sums = self.normalizer.iter_mut().zip(&mut *self.normalizer_low);
-            for ((sum, low), ((&kept, &change), &key)) in sums.zip(kept.iter().zip(change).zip(&*keys)) {
-                let addend = change * *sum + (key + (kept + change) * *low);
-                let before = kept * *sum;
-                *sum = before + addend;
-                *low = addend - (*sum - before);
-            }
-            self.tokens += 1;
-            return;
         }
         kernel::add_outer(&mut self.sums, &mut self.sums_low, keys, &token.values);
         kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), keys);
@@ -313,8 +300,16 @@ impl<T: Scalar> State<T> {
         true
     }
 
-    /// Answers a single token from the state, its sums decayed to `scale`, and itself.
-    fn read_token(&self, token: &Chunk<T>, scale: [T; 2], gates: &Gates<T>, faded: Faded, answer: &mut Answer<T>) {
+    /// Answers a single token from itself and the state, whose sums have decayed to `scale`; where features differ in that, so has `faded`, the
+    /// query of the sums.
+    fn read_token(
+        &self,
+        token: &Chunk<T>,
+        scale: [T; 2],
+        gates: &Gates<T>,
+        faded: Option<&[T]>,
+        answer: &mut Answer<T>,
+    ) {
         let features = self.features();
         let (query, key) = (&token.queries[..features], &token.keys[..features]);
         let unit = Self::unit_with(scale, token.key_scale[0], gates);
@@ -322,7 +317,7 @@ impl<T: Scalar> State<T> {
         let low = if unit == scale[0] { scale[1] } else { T::zero() };
         let own = unit_ratio([token.key_scale[0], -low], unit) * kernel::dot(query, key);
         let old = if unit == scale[0] { T::one() } else { unit_ratio(scale, unit) };
-        let query = if faded == Faded::Later { &*gates.query } else { query };
+        let query = faded.unwrap_or(query);
         answer.resize(1, 1, self.stride());
         answer.denominator[0] = own + old * kernel::dot(query, &self.normalizer);
         if old == T::one() {
@@ -372,13 +367,6 @@ impl<T: Scalar> State<T> {
     }
 }
 
-/// Whether the sums have decayed with a token, or will when it is absorbed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Faded {
-    Already,
-    Later,
-}
-
 /// `e^{scale − unit}` of a log scale in two parts.
 fn unit_ratio<T: Scalar>([log_scale, low]: [T; 2], unit: T) -> T {
     if low == T::zero() {
@@ -395,8 +383,9 @@ fn decayed<T: Scalar>([log_scale, low]: [T; 2], log_decay: T) -> [T; 2] {
     }
     // what was lost of either (Knuth's two-sum)
     let of_decay = sum - log_scale;
-    let lost = (log_scale - (sum - of_decay)) + (log_decay - of_decay);
-    [sum, low + lost]
+    let low = low + (log_scale - (sum - of_decay)) + (log_decay - of_decay);
+    let whole = sum + low;
+    [whole, low - (whole - sum)]
 }
 
 /// `e^{a − b}` for a ≤ b.
@@ -461,9 +450,9 @@ impl<T: Scalar> Chunk<T> {
         (stop, unit)
     }
 
-    /// As [`group`](Self::group), of tokens that decay: scales count as seen from the first of them.
-    fn group_that_fades(&self, start: usize, log_scale: T, gates: &mut Gates<T>) -> (usize, T) {
-        let last = gates.sum_from(start);
+    /// As [`group`](Self::group), of sums that decay: scales count as seen from the first token, and features must stay in range.
+    fn group_that_fades(&self, start: usize, log_scale: T, gates: &Gates<T>) -> (usize, T) {
+        let last = gates.last(start, self.tokens);
         let one = gates.width == 1;
         let mut unit = log_scale.max(self.key_scale[start]);
         let limit = unit + T::from_f64(GROUP_RISE);
@@ -674,17 +663,6 @@ impl<T: Scalar> Checkpoint<T> {
     }
 }
 
-/// The log scale to which the decay of a single token takes the sums, and whether features have still to fade.
-fn fade_one<T: Scalar>(state: &State<T>, token: &Chunk<T>, gates: &mut Gates<T>) -> ([T; 2], Faded) {
-    match gates.width {
-        0 => (state.scale(), Faded::Already),
-        width => {
-            let slowest = gates.fade_one(&token.queries);
-            (decayed(state.scale(), slowest), if width > 1 { Faded::Later } else { Faded::Already })
-        }
-    }
-}
-
 fn too_large(row: usize) -> Error {
     Error::Overflow { which: "the size of the vector", row }
 }
@@ -762,8 +740,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         self.map_tokens(tokens, work, 0)?;
         let Workspace { chunk, gates, answer, .. } = work;
-        let (scale, faded) = fade_one(state, chunk, gates);
-        state.read_token(chunk, scale, gates, faded, answer);
+        let (scale, faded) = state.scale_before(chunk, gates);
+        state.read_token(chunk, scale, gates, faded.then_some(&*gates.query), answer);
         answer.write(0, readout, out)
     }
 
@@ -953,12 +931,12 @@ impl<'a, T: Scalar> Engine<'a, T> {
         if n == 1 {
             let Workspace { chunk, gates, answer, before, .. } = work;
             let old_scale = state.scale();
-            let (scale, faded) = fade_one(state, chunk, gates);
+            let (scale, faded) = state.scale_before(chunk, gates);
             state.set_scale(scale);
             if state.read_and_absorb_token(chunk, gates, readout, answer) {
                 return answer.write(first_row, readout, out);
             }
-            state.read_token(chunk, scale, gates, faded, answer);
+            state.read_token(chunk, scale, gates, faded.then_some(&*gates.query), answer);
             if let Err(error) = answer.write(first_row, readout, out) {
                 state.set_scale(old_scale);
                 return Err(error);
@@ -967,7 +945,10 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 before.copy_from(state);
                 before.set_scale(old_scale);
             }
-            state.absorb_token(chunk, gates, faded);
+            if faded {
+                state.fade_features(&gates.fade);
+            }
+            state.absorb_token(chunk, gates);
             let result = state.check_size(chunk.large_values, first_row);
             if result.is_err() && first_row == 0 {
                 state.copy_from(before);
@@ -978,11 +959,16 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let mut one_by_one_until = 0;
         while start < n {
             let decays = work.gates.width;
+            // the decay before a group is that of its sums, or if there is little that of its features
+            let mild = work.gates.is_mild(start);
             let (mut end, unit) = if decays == 0 {
                 work.chunk.group(start, state.log_scale)
             } else {
-                state.fade(work.gates.row(start));
-                work.chunk.group_that_fades(start, state.log_scale, &mut work.gates)
+                if !mild {
+                    state.fade(work.gates.fade_before(start));
+                }
+                work.gates.sum_from(start, mild);
+                work.chunk.group_that_fades(start, state.log_scale, &work.gates)
             };
             let mut grouped = end - start >= FEW_TOKENS && start >= one_by_one_until;
             // features that fade differently do so in a copy
@@ -994,7 +980,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 let Workspace { chunk, part, gates, scores, factors, key_sums, answer, .. } = work;
                 let group = if whole { chunk } else { part };
                 if decays > 0 {
-                    gates.fade(group, features, start..end);
+                    gates.fade_group(group, features, start..end);
                 }
                 group.bring_keys_to(unit, features, factors, key_sums);
                 if !state.read_group(group, unit, scores, answer) && readout == Readout::Normalized {
@@ -1013,20 +999,23 @@ impl<'a, T: Scalar> Engine<'a, T> {
             if !grouped {
                 end = start + 1;
                 part.copy_tokens(chunk, start..end, features, value_dim);
-                state.read_token(part, state.scale(), gates, Faded::Already, answer);
+                if mild {
+                    state.fade(gates.fade_before(start));
+                }
+                state.read_token(part, state.scale(), gates, None, answer);
             }
             answer.write(first_row + start, readout, views::rows_mut(out.view_mut(), start..end))?;
             if !grouped {
-                state.absorb_token(part, gates, Faded::Already);
+                state.absorb_token(part, gates);
             } else if keep || end < n {
                 let group = if whole { chunk } else { part };
                 if decays > 1 {
-                    state.fade(gates.since(end - 1));
+                    state.fade(gates.fade_since(end - 1));
                     gates.bring_keys_to_end(group, key_sums);
                 }
                 state.absorb_group(group, unit, key_sums);
                 if decays == 1 {
-                    state.fade(gates.since(end - 1));
+                    state.fade(gates.fade_since(end - 1));
                 }
             }
             state.check_size(work.chunk.large_values, first_row + start)?;
@@ -1078,7 +1067,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
             let Workspace { chunk, gates, factors, key_sums, .. } = work;
             if chunk.tokens == 1 {
                 gates.width = 0;
-                state.absorb_token(chunk, gates, Faded::Already);
+                state.absorb_token(chunk, gates);
             } else {
                 let unit = chunk.key_scale[..chunk.tokens].iter().fold(state.log_scale, |m, &scale| m.max(scale));
                 chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
