@@ -4,8 +4,9 @@ mod common;
 
 use common::normal;
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
-    LinearAttention, Mask, Performer, Radii, Scratch, SoftmaxAttention, TaylorFeatures,
+    Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
+    LinearAttention, Linformer, Mask, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
+    TaylorFeatures,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -104,6 +105,16 @@ fn steady_calls_allocate_nothing() {
         let [q, k] = [1, 2].map(|seed| normal::<f32>(200, d, 0.5, seed));
         let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
         let builder = || HybridAttention::builder(d).window(20).sinks(3);
+        let rotary = || Rotary::new(d).unwrap();
+        check_kernel("cosformer", &CosFormer::new(d, 10_000).unwrap(), d, false);
+        check_kernel("rotary softmax", &RotaryAttention::new(rotary(), SoftmaxAttention::new(d).unwrap()), d, true);
+        let nested = RotaryAttention::new(rotary(), CosFormer::new(d, 10_000).unwrap());
+        check_kernel("rotary cosformer", &nested, d, false);
+        check_masks("linformer", &Linformer::new(d, 8, 300, 0).unwrap(), d, true, &[Mask::Full]);
+        // a decay is brought to logarithms in every forward pass; its streams allocate nothing
+        for retention in [Retention::new(d, 0.9).unwrap(), Retention::new(d, 0.9).unwrap().with_xpos()] {
+            check_masks("retention", &retention, d, false, &[]);
+        }
         let hybrids = [
             builder().far(Far::none()),
             builder().far(Far::merged(12)),

@@ -7,9 +7,9 @@ use common::normal;
 use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
-    LinearMemory, Mask, Memory, Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, SoftmaxAttention,
-    StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
+    LinearMemory, Linformer, Mask, Memory, Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, Retention,
+    Rotary, SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;
@@ -59,6 +59,38 @@ fn sizes_of_maps() {
 }
 
 #[test]
+fn sizes_of_kernels() {
+    const HUGE: usize = usize::MAX;
+    zero(CosFormer::<f32>::new(0, 4));
+    zero(CosFormer::<f32>::new(4, 0));
+    option(CosFormer::<f32>::new(HUGE, 4));
+    CosFormer::<f32>::new(4, HUGE).unwrap();
+    for epsilon in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
+        option(CosFormer::<f32>::new(4, 4).unwrap().with_epsilon(epsilon));
+    }
+    for (d, rank, max_len) in [(0, 2, 4), (2, 0, 4), (2, 4, 0)] {
+        zero(Linformer::<f32>::new(d, rank, max_len, 0));
+        zero(Linformer::<f32>::shared(d, rank, max_len, 0));
+        zero(Linformer::<f32>::from_projections(d, Array2::zeros((rank, max_len)), Array2::zeros((rank, max_len))));
+    }
+    for (d, rank, max_len) in [(HUGE, 2, 2), (2, HUGE, 2), (2, 2, HUGE), (2, 1 << 20, 1 << 20)] {
+        option(Linformer::<f32>::new(d, rank, max_len, 0));
+        option(Linformer::<f32>::shared(d, rank, max_len, 0));
+    }
+    let parts = |f| Linformer::<f32>::from_projections(2, Array2::zeros((3, 4)), f);
+    shape(parts(Array2::zeros((2, 4))));
+    shape(parts(Array2::zeros((3, 5))));
+    not_finite(parts(Array2::from_elem((3, 4), f32::NAN)));
+    not_finite(Linformer::from_projections(2, array![[f32::INFINITY]], array![[1.0]]));
+    zero(Retention::<f32>::new(0, 0.5));
+    option(Retention::<f32>::new(HUGE, 0.5));
+    for decay in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
+        option(Retention::<f32>::new(4, decay));
+    }
+    shape(Retention::<f32>::new(4, 0.5).unwrap().with_rotary(Rotary::new(6).unwrap()));
+}
+
+#[test]
 fn numbers_of_maps() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         not_finite(Performer::from_projection(array![[1.0, bad]]));
@@ -98,9 +130,12 @@ fn scales() {
     let x = normal::<f32>(3, 4, 1.0, 0);
     let map = || Performer::<f32>::new(4, 8, 0).unwrap();
     for scale in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e300, 1e-300] {
-        let kernels: [Box<dyn Attention<f32>>; 2] = [
+        let linformer = Linformer::new(4, 2, 3, 0).unwrap().with_scale(scale);
+        option(linformer.forward(x.view(), x.view(), x.view(), Mask::Full));
+        let kernels: [Box<dyn Attention<f32>>; 3] = [
             Box::new(SoftmaxAttention::new(4).unwrap().with_scale(scale)),
             Box::new(LinearAttention::new(map()).with_scale(scale)),
+            Box::new(Retention::new(4, 0.5).unwrap().with_scale(scale)),
         ];
         for kernel in kernels {
             option(kernel.forward(x.view(), x.view(), x.view(), Mask::Causal));

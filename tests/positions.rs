@@ -3,10 +3,11 @@
 mod common;
 
 use common::checker::feed;
+use common::written::{RetentionFormula, retention_kernel};
 use common::{assert_close, normal, tokens, wide};
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask, MultiHead, Rotary,
-    RotaryAttention, Scratch, SoftmaxAttention,
+    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask, MultiHead, Retention,
+    Rotary, RotaryAttention, RotaryPairs, Scratch, SoftmaxAttention, WithLogDecay,
 };
 use ndarray::{Array2, Array4, Axis, array, s};
 use std::sync::Arc;
@@ -22,6 +23,8 @@ fn kernels(d: usize) -> Vec<Arc<dyn Attention<f64>>> {
         Arc::new(RotaryAttention::new(rotary(), SoftmaxAttention::new(d).unwrap())),
         Arc::new(RotaryAttention::new(rotary(), CosFormer::new(d, 100).unwrap())),
         Arc::new(CosFormer::new(d, 100).unwrap()),
+        Arc::new(Retention::new(d, 0.9).unwrap()),
+        Arc::new(Retention::new(d, 0.99).unwrap().with_xpos()),
     ]
 }
 
@@ -35,6 +38,9 @@ fn groups_are_their_heads() {
         let k = Array4::from_shape_fn((2, 2, n, d), |(b, h, t, i)| (b + 5 * h + t * d + 2 * i) as f64).mapv(f64::cos);
         let layer = MultiHead::per_head(vec![kernel.clone(); 2 * group], 2).unwrap();
         for mask in [Mask::Causal, Mask::Full] {
+            if mask == Mask::Full && format!("{kernel:?}").starts_with("Retention") {
+                continue;
+            }
             let out = layer.forward(q.view(), k.view(), k.view(), mask, None).unwrap();
             for (b, h) in [(0, 0), (1, 2), (1, 3), (0, 5)] {
                 let (q, k) = (q.slice(s![b, h, .., ..]), k.slice(s![b, h / group, .., ..]));
@@ -100,8 +106,12 @@ fn log_weights_know_positions() {
     let [q, k, _] = tokens::<f64>(9, 4, 1, 1.0, 3);
     let identity = Array2::eye(9);
     for kernel in kernels(4) {
+        let Some(weights) = kernel.log_weights(q.view(), k.view()).unwrap() else {
+            assert!(format!("{kernel:?}").starts_with("Retention")); // its weights have either sign
+            continue;
+        };
+        let mut weights = weights.mapv(f64::exp);
         let out = kernel.forward(q.view(), k.view(), identity.view(), Mask::Full).unwrap();
-        let mut weights = kernel.log_weights(q.view(), k.view()).unwrap().unwrap().mapv(f64::exp);
         for mut row in weights.rows_mut() {
             let total = row.sum();
             row /= total;
@@ -226,4 +236,101 @@ fn identity_features_of_zeros_and_of_the_smallest_numbers() {
         assert_close("tiny", &out, &exact, 64.0);
     }
     assert_eq!(wide(&k)[[0, 0]], 0.0);
+}
+
+/// Over 100 000 tokens in f32, of which xPos would multiply keys by up to e^245, retention is the recurrence in f64.
+#[test]
+fn long_retention_stays_accurate() {
+    let (n, d, dv, period) = (100_000, 8, 3, 1024);
+    let [q, k, v] = tokens::<f32>(period, d, dv, 1.0, 8);
+    for (decay, pairs) in
+        [(1.0, RotaryPairs::Interleaved), (1.0, RotaryPairs::Halves), (0.9995, RotaryPairs::Interleaved)]
+    {
+        let theta = |i: usize| 10_000_f64.powf(-2.0 * i as f64 / d as f64);
+        let formula = RetentionFormula::new(d, decay, 0.5, pairs, true, theta);
+        let rotary = Rotary::new(d).unwrap().with_pairs(pairs);
+        let kernel = retention_kernel::<f32>(&formula, Some(&rotary), true);
+        let mut stream = kernel.stream(dv).unwrap();
+        let floats = stream.state_floats();
+        let mut out = Array2::<f32>::zeros((period, dv));
+        let mut sums = Array2::<f64>::zeros((d, dv));
+        let (mut worst, mut size) = (0.0_f64, 0.0_f64);
+        let mut t = 0;
+        // prefills of many lengths, and single tokens
+        for piece in [700, 1, 1, 130, 1, 64, 127].into_iter().cycle() {
+            let start = t % period;
+            let count = usize::min(piece, period - start).min(n - t);
+            let rows = s![start..start + count, ..];
+            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+            for row in start..start + count {
+                let turned = |x: &Array2<f32>| {
+                    let mut x = x.row(row).mapv(f64::from);
+                    for &([a, b], theta, _) in &formula.pairs {
+                        let (sin, cos) = (t as f64 * theta).sin_cos();
+                        (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[a] * sin + x[b] * cos);
+                    }
+                    x
+                };
+                let (q, k) = (turned(&q), turned(&k));
+                for &([a, b], _, zeta) in &formula.pairs {
+                    for column in [a, b] {
+                        let kept = decay * zeta.powf(1.0 / 512.0);
+                        sums.row_mut(column).mapv_inplace(|x| kept * x);
+                        sums.row_mut(column).scaled_add(k[column], &v.row(row).mapv(f64::from));
+                    }
+                }
+                let exact = q.dot(&sums) * formula.scale;
+                size = size.max(exact.iter().fold(0.0, |m, x| m.max(x.abs())));
+                worst = worst.max((&exact - &out.row(row).mapv(f64::from)).iter().fold(0.0, |m, x| m.max(x.abs())));
+                t += 1;
+            }
+            if t == n {
+                break;
+            }
+        }
+        assert_eq!((stream.len(), stream.state_floats()), (n, floats));
+        let units = worst / size / f64::from(f32::EPSILON);
+        assert!(units < 32.0, "decay {decay} {pairs:?}: {units} units of epsilon");
+    }
+}
+
+/// Retention without rotation and decay is linear attention over the products; with decay it has no full form.
+#[test]
+fn retention_without_positions_is_products() {
+    let [q, k, v] = tokens::<f64>(20, 5, 2, 1.0, 3);
+    let still = Rotary::partial(5, 0).unwrap();
+    let kernel = Retention::new(5, 1.0).unwrap().with_rotary(still.clone()).unwrap();
+    assert_eq!((kernel.decay(), kernel.rotary()), (1.0, &still));
+    let products = LinearAttention::new(IdentityFeatures::<f64>::new(5).unwrap()).unnormalized();
+    for mask in [Mask::Causal, Mask::Full] {
+        let exact = products.forward(q.view(), k.view(), v.view(), mask).unwrap();
+        let out = kernel.forward(q.view(), k.view(), v.view(), mask).unwrap();
+        assert_close("products", &out, &exact, 4.0);
+    }
+    for kernel in [Retention::new(5, 0.9).unwrap(), Retention::new(5, 1.0).unwrap().with_xpos()] {
+        let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Full).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+}
+
+/// A gated kernel inside a rotation gets the log decays of its tokens.
+#[test]
+fn gated_kernels_turn() {
+    let (n, d) = (70, 4);
+    let [q, k, v] = tokens::<f64>(n, d, 2, 1.0, 5);
+    let log_decay = normal::<f64>(n, d, 0.1, 9).mapv(|x| -x.abs());
+    let rotary = Rotary::new(d).unwrap();
+    let turned = [&q, &k].map(|x| {
+        let mut x = x.clone();
+        rotary.rotate_in_place(x.view_mut(), 0).unwrap();
+        x
+    });
+    let exact = WithLogDecay::new(elu(d).gated(), log_decay.clone());
+    let exact = exact.forward(turned[0].view(), turned[1].view(), v.view(), Mask::Causal).unwrap();
+    let kernel = RotaryAttention::new(rotary, elu(d).gated());
+    assert!(Attention::<f64>::is_gated(&kernel));
+    let kernel = WithLogDecay::new(kernel, log_decay);
+    assert_close("forward", &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(), &exact, 4.0);
+    let out = feed(&mut *kernel.stream(2).unwrap(), &[q, k, v], &[3, 1, 1, 60, 5]);
+    assert_close("a stream", &out, &exact, 256.0);
 }

@@ -7,8 +7,9 @@ mod common;
 use common::{checker::feed, normal, official, tokens};
 use dijiang::fidelity::{Rate, Report, compare, rate};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention, Mask, Memory,
-    Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
+    Attention, CosFormer, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
+    Linformer, Mask, Memory, Performer, Points, Radii, RadiusPoints, ReluFeatures, Retention, Rotary, RotaryAttention,
+    Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
 };
 use ndarray::{Array1, Array2};
 use serde::{Serialize, de::DeserializeOwned};
@@ -65,6 +66,40 @@ fn check_all<T: Scalar + Serialize + DeserializeOwned>() {
 fn maps_and_streams() {
     check_all::<f32>();
     check_all::<f64>();
+}
+
+/// A kernel, and a stream of it, saved in the middle, that goes on in one of the copy.
+fn check_kernel<A: Attention<f32> + Serialize + DeserializeOwned>(kernel: &A) {
+    let copy: A = round_trip(kernel);
+    assert_eq!(format!("{copy:?}"), format!("{kernel:?}"));
+    let input = tokens::<f32>(30, 5, 2, 0.7, 1);
+    let rows = |rows| input.each_ref().map(|x| x.slice(ndarray::s![rows, ..]).to_owned());
+    let (first, rest) = (rows(ndarray::Slice::from(..20)), rows(ndarray::Slice::from(20..)));
+    let (mut stream, mut continued) = (kernel.stream(2).unwrap(), copy.stream(2).unwrap());
+    feed(&mut *stream, &first, &[7; 3]);
+    continued.restore(&round_trip(&stream.save().unwrap())).unwrap();
+    assert_eq!(feed(&mut *continued, &rest, &[1, 9]), feed(&mut *stream, &rest, &[1, 9]));
+}
+
+#[test]
+fn kernels_with_positions() {
+    let rotary = || Rotary::partial(5, 4).unwrap().with_base(50.0).unwrap();
+    check_kernel(&RotaryAttention::new(rotary(), SoftmaxAttention::<f32>::new(5).unwrap()));
+    check_kernel(&RotaryAttention::new(rotary(), LinearAttention::new(EluFeatures::<f32>::new(5).unwrap())));
+    check_kernel(&CosFormer::<f32>::new(5, 50).unwrap().with_epsilon(0.25).unwrap());
+    check_kernel(&Retention::<f32>::new(5, 0.9).unwrap());
+    let retention = Retention::<f32>::new(5, 0.9).unwrap().with_rotary(rotary()).unwrap().with_scale(0.3).with_xpos();
+    check_kernel(&retention);
+    let bad = serde_json::to_string(&retention).unwrap().replace("0.9", "1.9");
+    assert!(serde_json::from_str::<Retention<f32>>(&bad).is_err());
+
+    let [q, k, v] = tokens::<f32>(9, 5, 2, 0.7, 1);
+    for kernel in [Linformer::<f32>::new(5, 3, 12, 1).unwrap().with_scale(0.2), Linformer::shared(5, 3, 12, 1).unwrap()]
+    {
+        let copy = round_trip(&kernel);
+        let out = |kernel: &Linformer<f32>| kernel.forward(q.view(), k.view(), v.view(), Mask::Full).unwrap();
+        assert_eq!(out(&copy), out(&kernel));
+    }
 }
 
 #[test]
