@@ -3,7 +3,7 @@
 
 mod common;
 
-use dijiang::{DctFeatures, Performer, Points, Radii, RadiusPoints, Wpff};
+use dijiang::{DctFeatures, Linformer, Performer, Points, Radii, RadiusPoints, Wpff};
 use ndarray::{Array2, ArrayView2};
 
 /// The first two and the last number, and the sum of all absolute values, to 1e-13.
@@ -98,6 +98,15 @@ fn wpff() {
         map.points(),
         [-0.046165368889649075, 0.05359989874735321, 0.001049674149441842, 27.43184744111649],
     );
+}
+
+/// E is the independent projection of the same seed, divided by √rank.
+#[test]
+fn linformer() {
+    let kernel = Linformer::<f64>::new(3, 5, 7, 42).unwrap();
+    let [e, f] = kernel.projections();
+    check("keys", e, [0.21153551828819533, 0.7367977506935084, 0.3236809892824685, 12.093333087179031]);
+    check("values", f, [0.22956698116273813, -0.08533460732116525, -0.32732524667210705, 12.084813844602618]);
 }
 
 /// The same seed, the same map in f32 as in f64, rounded.

@@ -261,12 +261,11 @@ impl<T: Scalar> TryFrom<Parts<T>> for Linformer<T> {
     type Error = Error;
 
     fn try_from(parts: Parts<T>) -> Result<Self, Error> {
-        let kernel = match parts.f {
-            Some(f) => Self::from_projections(parts.head_dim, parts.e, f)?,
-            None => {
-                let e = Arc::new(parts.e.as_standard_layout().into_owned());
-                Self::of(parts.head_dim, [Arc::clone(&e), e])?
-            }
+        let kernel = if let Some(f) = parts.f {
+            Self::from_projections(parts.head_dim, parts.e, f)?
+        } else {
+            let e = Arc::new(parts.e.as_standard_layout().into_owned());
+            Self::of(parts.head_dim, [Arc::clone(&e), e])?
         };
         Ok(match parts.scale {
             Some(scale) => kernel.with_scale(scale),

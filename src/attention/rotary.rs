@@ -14,9 +14,9 @@ use crate::{Rotary, Scalar};
 /// queries and keys both count from 0, so with `n_q ≠ n_k` row `i` of both is at the same position; turn them with [`Rotary::rotate`] where
 /// that is not meant. Streams have the size, checkpoints and saved states of the kernel's own.
 ///
-/// A layer with several heads on one kernel turns the keys once for all query heads of a group, but computes the angles once for each head
-/// of keys and values; with many of them, [`Rotary::angles`] and [`RotaryAngles::rotate_heads_in_place`](crate::RotaryAngles::rotate_heads_in_place)
-/// before the kernels are cheaper. Memory beyond the kernel's own is one copy of `q` and `k` of a call.
+/// Each head computes the angles of its tokens again, and one copy of `q` and `k` of a call; in a layer of many heads
+/// [`Rotary::angles`] and [`RotaryAngles::rotate_heads_in_place`](crate::RotaryAngles::rotate_heads_in_place) before the kernels are cheaper.
+/// [Gated](Attention::forward_gated) kernels get the log decays of their tokens.
 ///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, Rotary, RotaryAttention};

@@ -134,9 +134,12 @@ pub enum Formula {
     Written(Written),
 }
 
+/// The output of queries, keys and values.
+type Output = dyn Fn([&Array2<f64>; 3], Mask) -> Array2<f64>;
+
 /// A formula as a function, in f64, and what its kernel promises.
 pub struct Written {
-    pub output: Box<dyn Fn([&Array2<f64>; 3], Mask) -> Array2<f64>>,
+    pub output: Box<Output>,
     /// The masks the kernel has a meaning for; without `Causal` it has no streams.
     pub masks: &'static [Mask],
     pub normalized: bool,

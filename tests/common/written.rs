@@ -4,6 +4,7 @@ use super::{Formula, Subject, Written, naive_softmax, normal, visible};
 use dijiang::{Attention, CosFormer, Linformer, Mask, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar};
 use ndarray::Array2;
 use std::f64::consts::PI;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Every kernel of this kind, around some of the others.
@@ -41,8 +42,8 @@ fn turned(rotary: Rotary, other: Subject) -> Subject {
     let (dims, pairs) = (rotary.dims(), rotary.pairs());
     // θ_1 = base^(−2/dims)
     let base = rotary.frequencies().get(1).map_or(1.0, |second| second.powf(-0.5 * dims as f64));
-    let other = Arc::new(other);
-    let inner = Arc::clone(&other);
+    let other = Rc::new(other);
+    let inner = Rc::clone(&other);
     Subject {
         name,
         head_dim: other.head_dim,
