@@ -232,6 +232,48 @@ impl<T: Scalar> DctFeatures<T> {
         Ok(Self::plan(head_dim, radii, Kind::Official { norms }))
     }
 
+    /// The [official](Self::official) map of the matrix `P = C·diag(t)`, `[d, d]`, that each layer of a released checkpoint stores as
+    /// `proj_matrix`; the radii are `t_i = (CᵀP)_ii`.
+    ///
+    /// Numbers stored in half precision are allowed for: those of a column may differ from `C·diag(t)` by 1 % of its largest.
+    ///
+    /// ```
+    /// use dijiang::DctFeatures;
+    /// use ndarray::array;
+    ///
+    /// let stored = DctFeatures::<f32>::official(array![0.5, -1.5, 0.0])?.projection().reversed_axes();
+    /// let map = DctFeatures::official_from_projection(stored.view())?;
+    /// assert!((map.radii() - &array![0.5, -1.5, 0.0]).iter().all(|e| e.abs() < 1e-6));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the matrix is not square, [`Error::ZeroSize`] if it is empty, [`Error::NotFinite`] if a number is NaN or infinite,
+    /// [`Error::InvalidOption`] if it is not of the form `C·diag(t)`: it was trained away from it, or it is transposed.
+    pub fn official_from_projection(projection: ArrayView2<'_, T>) -> Result<Self, Error> {
+        check::projection(projection)?;
+        let head_dim = projection.nrows();
+        check::size("projection", "columns", head_dim, projection.ncols())?;
+        let directions = Self::official(Array1::ones(head_dim))?.projection();
+        let mut radii = Array1::zeros(head_dim);
+        for (i, (column, direction)) in projection.columns().into_iter().zip(directions.rows()).enumerate() {
+            let pairs = || column.iter().zip(direction).map(|(p, c)| (p.as_f64(), c.as_f64()));
+            let radius: f64 = pairs().map(|(p, c)| p * c).sum();
+            let largest = pairs().fold(0.0, |m: f64, (_, c)| m.max((radius * c).abs()));
+            let difference = pairs().fold(0.0, |m: f64, (p, c)| m.max((p - radius * c).abs()));
+            if difference > 0.01 * largest + 1e-6 {
+                return Err(Error::InvalidOption {
+                    which: "projection",
+                    found: format!("a matrix with a difference of {difference:.1e} in column {i}"),
+                    needed: "C·diag(t), the orthonormal DCT-II matrix with a radius for each column",
+                });
+            }
+            radii[i] = T::from_f64(radius);
+        }
+        Self::official(radii)
+    }
+
     /// The same directions with other radii, and D = 1 again.
     ///
     /// # Errors
