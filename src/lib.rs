@@ -107,6 +107,7 @@
 mod attention;
 #[doc(hidden)]
 pub mod bench;
+mod block;
 mod calibration;
 mod check;
 pub mod decay;
@@ -131,6 +132,7 @@ pub use attention::rotary::RotaryAttention;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::with_log_decay::WithLogDecay;
 pub use attention::{Attention, Mask, Scratch, Stream, StreamState};
+pub use block::{DijiangBlock, DijiangBlockStream, DijiangWeights};
 pub use calibration::weights::{WeightFit, fit_weights};
 pub use calibration::{Calibration, CalibrationOptions, TaylorFit};
 pub use error::Error;

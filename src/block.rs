@@ -1,0 +1,411 @@
+//! The attention block of the released DiJiang models: projections, rotary embedding, decaying linear attention, group norm, gate.
+
+use crate::attention::heads::{MultiHead, MultiHeadStream};
+use crate::views;
+use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay};
+use ndarray::linalg::{general_mat_mul, general_mat_vec_mul};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis};
+use std::sync::Arc;
+
+/// The weights of a [`DijiangBlock`], in the layouts of the released checkpoints. With `d = hidden/heads`:
+#[derive(Clone, Debug, PartialEq)]
+pub struct DijiangWeights<T> {
+    /// `[3·hidden, hidden]`, as `torch.nn.Linear` has it: rows are outputs, of head 0 its `d` queries, `d` keys, `d` values, then of head 1.
+    pub query_key_value: Array2<T>,
+    /// `[3·hidden]`
+    pub query_key_value_bias: Array1<T>,
+    /// The output projection `[hidden, hidden]`: rows are outputs.
+    pub dense: Array2<T>,
+    /// `[hidden]`
+    pub dense_bias: Array1<T>,
+    /// `W_G [hidden, hidden]`: *columns* are outputs, it is no `Linear`.
+    pub gate: Array2<T>,
+    /// `[hidden]`
+    pub group_norm_weight: Array1<T>,
+    /// `[hidden]`
+    pub group_norm_bias: Array1<T>,
+    /// The radii `t [d]` of the feature map, which all heads share. A checkpoint has `proj_matrix = C·diag(t)`:
+    /// [`DctFeatures::official_from_projection`] finds them.
+    pub radii: Array1<T>,
+}
+
+/// The attention block of the released DiJiang models (Chen et al., arXiv 2403.19928; `GPTNeoXAttention` in the code at
+/// github.com/YuchuanTian/DiJiang), with the decay, gate and norm of RetNet (Sun et al., arXiv 2307.08621):
+///
+/// ```text
+/// [q | k | v] of each head = x W_qkvᵀ + b_qkv,    then q and k turned by their position (Rotary)
+/// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t)),    γ from decay::dijiang
+/// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o,    swish(z) = z/(1 + e^{−z})
+/// ```
+///
+/// Queries and keys are raw (scale 1), and nothing divides by the sum of weights: the norm takes its place.
+///
+/// The norm is that of the released code, per token, with the biased variance. It has `d` groups, not one for each head: a group is `heads`
+/// *neighbouring* columns, which are not those of a head.
+///
+/// `x` is what the layer norm before gives: `[n, hidden]`, and so is the output; the residual is the caller's. The [stream](Self::stream) has
+/// a state of fixed size, where a model with softmax attention keeps `2·hidden` numbers for every token.
+///
+/// ```
+/// use dijiang::{DijiangBlock, DijiangWeights, Rotary};
+/// use ndarray::{Array1, Array2};
+///
+/// let (hidden, heads) = (16, 2);
+/// let matrix = |rows, phase: f32| Array2::from_shape_fn((rows, hidden), |(i, j)| 0.2 * (phase + (7 * i + 3 * j) as f32).sin());
+/// let weights = DijiangWeights {
+///     query_key_value: matrix(3 * hidden, 0.0),
+///     query_key_value_bias: Array1::zeros(3 * hidden),
+///     dense: matrix(hidden, 1.0),
+///     dense_bias: Array1::zeros(hidden),
+///     gate: matrix(hidden, 2.0),
+///     group_norm_weight: Array1::ones(hidden),
+///     group_norm_bias: Array1::zeros(hidden),
+///     radii: Array1::linspace(-1.5, 1.5, hidden / heads),
+/// };
+/// let block = DijiangBlock::new(weights, heads, Rotary::gpt_neox(hidden / heads, 0.25)?)?;
+///
+/// let x = matrix(10, 3.0);
+/// let whole = block.forward(x.view())?;
+/// let mut stream = block.stream()?;
+/// for (token, expected) in x.rows().into_iter().zip(whole.rows()) {
+///     let mut out = Array2::zeros((1, hidden));
+///     stream.extend(token.insert_axis(ndarray::Axis(0)), out.view_mut())?;
+///     assert!((&out.row(0) - &expected).iter().all(|e| e.abs() < 1e-5));
+/// }
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct DijiangBlock<T: Scalar> {
+    parts: Arc<Parts<T>>,
+    heads: MultiHead<T>,
+    rotary: Rotary,
+    epsilon: f64,
+}
+
+/// What copies of a block share.
+#[derive(Debug)]
+struct Parts<T> {
+    query_key_value: Linear<T>,
+    gate: Linear<T>,
+    dense: Linear<T>,
+    norm_weight: Array1<T>,
+    norm_bias: Array1<T>,
+    /// The largest each column can be after the norm.
+    norm_bounds: Vec<f64>,
+    /// The largest bias and weight of `dense`.
+    dense_bounds: [f64; 2],
+}
+
+impl<T: Scalar> DijiangBlock<T> {
+    /// A block of `heads` heads; `rotary` is [`Rotary::gpt_neox`] of the model's `rotary_pct` (Pythia: 0.25).
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::ZeroSize`]: `heads` or the hidden size is 0;
+    /// - [`Error::InvalidOption`]: the hidden size, the columns of `query_key_value`, is not a multiple of `heads`;
+    /// - [`Error::Shape`]: a weight has another shape than [`DijiangWeights`] says, or `rotary` is for another head dimension;
+    /// - [`Error::NotFinite`]: NaN or infinity in a weight.
+    pub fn new(weights: DijiangWeights<T>, heads: usize, rotary: Rotary) -> Result<Self, Error> {
+        let head_dim = check_weights(&weights, heads)?;
+        check::size("rotary", "columns", head_dim, rotary.head_dim())?;
+        let kernel = LinearAttention::new(DctFeatures::official(weights.radii)?).with_scale(1.0).unnormalized();
+        let kernels = decay::dijiang(heads)
+            .into_iter()
+            .map(|decay| Arc::new(kernel.clone().with_decay(decay)) as Arc<dyn Attention<T>>)
+            .collect();
+        let gate = weights.gate.t().as_standard_layout().into_owned();
+        let largest = |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
+        #[allow(clippy::cast_precision_loss)]
+        let deviation = (heads as f64).sqrt(); // of one number among as many, in units of their standard deviation
+        let norm = weights.group_norm_weight.iter().zip(&weights.group_norm_bias);
+        let parts = Parts {
+            norm_bounds: norm.map(|(w, b)| deviation * w.as_f64().abs() + b.as_f64().abs()).collect(),
+            dense_bounds: [
+                largest(weights.dense_bias.view()),
+                weights.dense.rows().into_iter().map(largest).fold(0.0, f64::max),
+            ],
+            query_key_value: Linear { weight: weights.query_key_value, bias: Some(weights.query_key_value_bias) },
+            gate: Linear { weight: gate, bias: None },
+            dense: Linear { weight: weights.dense, bias: Some(weights.dense_bias) },
+            norm_weight: weights.group_norm_weight,
+            norm_bias: weights.group_norm_bias,
+        };
+        Ok(Self { parts: Arc::new(parts), heads: MultiHead::per_head(kernels, heads)?, rotary, epsilon: 1e-5 })
+    }
+
+    /// Sets what the norm adds to the variance, 10⁻⁵ unless set.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if it is not positive and finite.
+    pub fn with_epsilon(mut self, epsilon: f64) -> Result<Self, Error> {
+        if !(epsilon > 0.0 && epsilon.is_finite()) {
+            let found = epsilon.to_string();
+            return Err(Error::InvalidOption { which: "epsilon", found, needed: "a positive finite number" });
+        }
+        self.epsilon = epsilon;
+        Ok(self)
+    }
+
+    /// Columns of a token.
+    #[must_use]
+    pub fn hidden(&self) -> usize {
+        self.parts.norm_weight.len()
+    }
+
+    /// Heads.
+    #[must_use]
+    pub fn heads(&self) -> usize {
+        self.heads.query_heads()
+    }
+
+    /// Columns of a head, and groups of the norm.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.hidden() / self.heads()
+    }
+
+    /// The output `[n, hidden]` of a whole sequence `x [n, hidden]`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DijiangBlockStream::extend`].
+    pub fn forward(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
+        let mut out = Array2::zeros(x.dim());
+        self.forward_into(x, out.view_mut())?;
+        Ok(out)
+    }
+
+    /// As [`forward`](Self::forward), over whatever `out` held.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DijiangBlockStream::extend`].
+    pub fn forward_into(&self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        self.stream()?.extend(x, out)
+    }
+
+    /// An empty stream: what a decoder keeps of this block. It shares the weights.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`MultiHead::stream`].
+    pub fn stream(&self) -> Result<DijiangBlockStream<T>, Error> {
+        Ok(DijiangBlockStream { block: self.clone(), state: self.heads.stream(1, self.head_dim())? })
+    }
+
+    /// Queries, keys and values `[n, heads·3d]` of tokens at the positions from `first_position` on, queries and keys turned.
+    fn query_key_value(&self, x: ArrayView2<'_, T>, first_position: usize) -> Result<Array2<T>, Error> {
+        let mut rows = self.parts.query_key_value.apply(x);
+        let angles = self.rotary.angles(first_position, x.nrows())?;
+        let [queries, keys, _] = thirds(as_heads(&mut rows, self.heads())?);
+        angles.rotate_heads_in_place(queries)?;
+        angles.rotate_heads_in_place(keys)?;
+        in_range("the projection to queries, keys and values", &rows)?;
+        Ok(rows)
+    }
+
+    /// `swish(x W_G)`; an error if numbers behind the attention might overflow with it, since nothing may fail there.
+    fn gate(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
+        let parts = &*self.parts;
+        let mut gate = parts.gate.apply(x);
+        in_range("the gate", &gate)?;
+        gate.mapv_inplace(|z| z / (T::one() + (-z).exp()));
+        let limit = 0.25 * T::max_value().as_f64();
+        for (row, gate) in gate.rows().into_iter().enumerate() {
+            let gated: f64 = gate.iter().zip(&parts.norm_bounds).map(|(z, bound)| z.as_f64().abs() * bound).sum();
+            if !(gated < limit && parts.dense_bounds[0] + gated * parts.dense_bounds[1] < limit) {
+                return Err(Error::Overflow { which: "the gated output", row });
+            }
+        }
+        Ok(gate)
+    }
+
+    /// What is left once the heads are done: `(gate ⊙ GroupNorm(mixed)) W_oᵀ + b_o`. It cannot fail.
+    fn finish(&self, mut mixed: Array2<T>, gate: &Array2<T>, out: ArrayViewMut2<'_, T>) {
+        let group = self.heads();
+        let Parts { norm_weight, norm_bias, .. } = &*self.parts;
+        for (mut row, gate) in mixed.rows_mut().into_iter().zip(gate.rows()) {
+            let gates = gate.into_iter().zip(norm_weight.iter().zip(norm_bias));
+            let mut gates = gates.map(|(gate, (weight, bias))| [gate, weight, bias].map(|x| x.as_f64()));
+            for group in row.exact_chunks_mut(group) {
+                let (mean, factor, unit) = moments(group.view(), self.epsilon);
+                for (x, [gate, weight, bias]) in group.into_iter().zip(&mut gates) {
+                    *x = T::from_f64(gate * ((x.as_f64() / unit - mean) * factor * weight + bias));
+                }
+            }
+        }
+        self.parts.dense.apply_into(mixed.view(), out);
+    }
+}
+
+/// The state of a [`DijiangBlock`] over the tokens seen so far, made by [`DijiangBlock::stream`].
+///
+/// A sequence in any pieces gives what [`DijiangBlock::forward`] gives for the whole, up to rounding.
+#[derive(Clone, Debug)]
+pub struct DijiangBlockStream<T: Scalar> {
+    block: DijiangBlock<T>,
+    state: MultiHeadStream<T>,
+}
+
+impl<T: Scalar> DijiangBlockStream<T> {
+    /// Absorbs `n` tokens `x [n, hidden]` and writes their outputs, `out [n, hidden]`, over whatever it held.
+    ///
+    /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing. Working memory is six times the size of `x`.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::Shape`]: `x` has not [`hidden`](DijiangBlock::hidden) columns, or `out` another shape;
+    /// - [`Error::NotFinite`]: NaN or infinity in `x`;
+    /// - [`Error::Overflow`]: finite input led out of the range of `T`, or might have behind the attention.
+    ///
+    /// On an error the state is what it was before the call; the content of `out` is unspecified.
+    pub fn extend(&mut self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        let first_position = self.len();
+        let Self { block, state } = self;
+        check::size("x", "columns", block.hidden(), x.ncols())?;
+        check::size("out", "rows", x.nrows(), out.nrows())?;
+        check::size("out", "columns", x.ncols(), out.ncols())?;
+        check::finite("x", x)?;
+        if x.nrows() == 0 {
+            return Ok(());
+        }
+        let x = x.as_standard_layout();
+        let gate = block.gate(x.view())?;
+        let mut mixed = Array2::zeros(x.dim());
+        {
+            let mut rows = block.query_key_value(x.view(), first_position)?;
+            let [q, k, v] = thirds(as_heads(&mut rows, block.heads())?).map(heads_first);
+            let mixed = heads_first(as_heads(&mut mixed, block.heads())?);
+            state.extend(q.view(), k.view(), v.view(), None, mixed)?;
+        }
+        block.finish(mixed, &gate, out);
+        Ok(())
+    }
+
+    /// Tokens absorbed so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.state.lengths().first().copied().unwrap_or(0)
+    }
+
+    /// Whether no token has been absorbed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The size of the state, in numbers of type `T`. It does not grow.
+    #[must_use]
+    pub fn state_floats(&self) -> usize {
+        self.state.state_floats()
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        self.state.reset();
+    }
+}
+
+/// `x Wᵀ + b`, `W [outputs, inputs]`.
+#[derive(Debug)]
+struct Linear<T> {
+    weight: Array2<T>,
+    bias: Option<Array1<T>>,
+}
+
+impl<T: Scalar> Linear<T> {
+    fn apply(&self, x: ArrayView2<'_, T>) -> Array2<T> {
+        let mut out = Array2::zeros((x.nrows(), self.weight.nrows()));
+        self.apply_into(x, out.view_mut());
+        out
+    }
+
+    fn apply_into(&self, x: ArrayView2<'_, T>, mut out: ArrayViewMut2<'_, T>) {
+        match &self.bias {
+            Some(bias) => out.assign(bias),
+            None => out.fill(T::zero()),
+        }
+        if x.nrows() == 1 {
+            let (x, mut out) = (views::row(x, 0), out.row_mut(0));
+            general_mat_vec_mul(T::one(), &self.weight, &x, T::one(), &mut out);
+        } else {
+            general_mat_mul(T::one(), &x, &self.weight.t(), T::one(), &mut out);
+        }
+    }
+}
+
+/// The mean and the factor `1/√(variance + ε)` of a group in units of `unit`, which keeps squares within range.
+#[allow(clippy::cast_precision_loss)]
+fn moments<T: Scalar>(group: ArrayView1<'_, T>, epsilon: f64) -> (f64, f64, f64) {
+    let count = group.len() as f64;
+    let largest = group.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
+    let unit = if largest > 1e150 { largest } else { 1.0 };
+    let mean = group.iter().map(|x| x.as_f64() / unit).sum::<f64>() / count;
+    let squares: f64 = group.iter().map(|x| x.as_f64() / unit - mean).map(|x| x * x).sum();
+    let variance = squares / count + epsilon / unit / unit;
+    (mean, variance.max(f64::MIN_POSITIVE).sqrt().recip(), unit)
+}
+
+/// `[n, heads·columns]` as `[n, heads, columns]`.
+fn as_heads<T>(rows: &mut Array2<T>, heads: usize) -> Result<ArrayViewMut3<'_, T>, Error> {
+    let (n, columns) = rows.dim();
+    let shape = (n, heads, columns / heads);
+    let error = Error::Shape { which: "x", axis: "columns", expected: shape.1 * shape.2, found: columns };
+    rows.view_mut().into_shape_with_order(shape).map_err(|_| error)
+}
+
+/// `[n, heads, d]` as `[1, heads, n, d]`, one sequence.
+fn heads_first<T>(x: ArrayViewMut3<'_, T>) -> ArrayViewMut4<'_, T> {
+    x.permuted_axes([1, 0, 2]).insert_axis(Axis(0))
+}
+
+/// Queries, keys and values of heads that have them side by side.
+fn thirds<T>(heads: ArrayViewMut3<'_, T>) -> [ArrayViewMut3<'_, T>; 3] {
+    let d = heads.len_of(Axis(2)) / 3;
+    let (queries, rest) = heads.split_at(Axis(2), d);
+    let (keys, values) = rest.split_at(Axis(2), d);
+    [queries, keys, values]
+}
+
+/// Finite numbers led to these.
+fn in_range<T: Scalar>(which: &'static str, x: &Array2<T>) -> Result<(), Error> {
+    check::finite(which, x.view()).map_err(|error| match error {
+        Error::NotFinite { row, .. } => Error::Overflow { which, row },
+        other => other,
+    })
+}
+
+/// Every shape, and that numbers are finite; returns the head dimension.
+fn check_weights<T: Scalar>(weights: &DijiangWeights<T>, heads: usize) -> Result<usize, Error> {
+    let hidden = weights.query_key_value.ncols();
+    check::at_least_one("heads", heads)?;
+    check::at_least_one("query_key_value columns", hidden)?;
+    if !hidden.is_multiple_of(heads) {
+        let found = format!("{heads} with a hidden size of {hidden}");
+        return Err(Error::InvalidOption { which: "heads", found, needed: "a divisor of the hidden size" });
+    }
+    let head_dim = hidden / heads;
+    let matrices = [
+        ("query_key_value", weights.query_key_value.view(), 3 * hidden),
+        ("dense", weights.dense.view(), hidden),
+        ("gate", weights.gate.view(), hidden),
+    ];
+    for (which, matrix, rows) in matrices {
+        check::size(which, "rows", rows, matrix.nrows())?;
+        check::size(which, "columns", hidden, matrix.ncols())?;
+        check::finite(which, matrix)?;
+    }
+    let vectors = [
+        ("query_key_value_bias", weights.query_key_value_bias.view(), 3 * hidden),
+        ("dense_bias", weights.dense_bias.view(), hidden),
+        ("group_norm_weight", weights.group_norm_weight.view(), hidden),
+        ("group_norm_bias", weights.group_norm_bias.view(), hidden),
+        ("radii", weights.radii.view(), head_dim),
+    ];
+    for (which, vector, len) in vectors {
+        check::size(which, "elements", len, vector.len())?;
+        check::finite(which, vector.insert_axis(Axis(0)))?;
+    }
+    Ok(head_dim)
+}
