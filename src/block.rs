@@ -1,5 +1,8 @@
 //! The attention block of the released DiJiang models: projections, rotary embedding, decaying linear attention, group norm, gate.
 
+#[cfg(feature = "safetensors")]
+mod load;
+
 use crate::attention::heads::{MultiHead, MultiHeadStream};
 use crate::views;
 use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay};

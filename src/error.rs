@@ -92,6 +92,15 @@ pub enum Error {
         /// The value of the saved state.
         found: String,
     },
+    /// A tensor of a checkpoint is missing, or not what it must be.
+    Tensor {
+        /// Its full name.
+        name: String,
+        /// What it is.
+        found: String,
+        /// What is needed.
+        needed: String,
+    },
 }
 
 impl Error {
@@ -136,6 +145,11 @@ impl fmt::Display for Error {
                 f,
                 "the saved state has {which} {found} where this stream has {expected}: \
                  restore it into a stream of the kernel that saved it"
+            ),
+            Self::Tensor { name, found, needed } => write!(
+                f,
+                "tensor `{name}` is {found} where {needed} is needed: \
+                 check the file, the prefix of the names and the number of heads"
             ),
         }
     }

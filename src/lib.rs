@@ -89,6 +89,7 @@
 //!
 //! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for bit.
 //! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
+//! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with `DijiangBlock::from_safetensors`.
 //!
 //! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives every formula.
 #![forbid(unsafe_code)]
@@ -110,6 +111,8 @@ pub mod bench;
 mod block;
 mod calibration;
 mod check;
+#[cfg(feature = "safetensors")]
+mod checkpoint;
 pub mod decay;
 mod error;
 mod features;
