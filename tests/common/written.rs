@@ -1,7 +1,10 @@
 //! Kernels whose formula is written out as a function: those that know positions, and Linformer.
 
-use super::{Formula, Subject, Written, naive_softmax, normal, visible};
-use dijiang::{Attention, CosFormer, Linformer, Mask, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar};
+use super::{Formula, Subject, Written, features, map, naive_softmax, normal, visible};
+use dijiang::{
+    Attention, CosFormer, LinearAttention, Linformer, Mask, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar,
+    WithLogDecay,
+};
 use ndarray::Array2;
 use std::f64::consts::PI;
 use std::rc::Rc;
@@ -19,7 +22,74 @@ pub fn written(d: usize, others: Vec<Subject>) -> Vec<Subject> {
     let turned = others.enumerate().map(|(i, other)| turned(rotaries[i % 3].clone(), other));
     let cosines = [cosformer(d, 200, 1e-6), cosformer(d, 1_000_000, 0.001), cosformer(d, 180, 0.5)];
     let linformers = [linformer(d, 1, 130, 0.7), linformer(d, 5, 200, 0.1), linformer(d, 40, 131, 2.0)];
-    turned.chain(cosines).chain(linformers).chain(retentions(d)).collect()
+    turned.chain(cosines).chain(linformers).chain(retentions(d)).chain(decays(d)).collect()
+}
+
+/// Linear attention whose sums decay, by one number, by one for each feature, and by what comes with the tokens.
+fn decays(d: usize) -> Vec<Subject> {
+    let gates = |columns, strength| {
+        let mut gates = normal::<f64>(200, columns, strength, 9).mapv(|x| f64::from((-x.abs()) as f32));
+        gates.row_mut(3).fill(f64::NEG_INFINITY);
+        gates.row_mut(67)[0] = f64::NEG_INFINITY;
+        gates.row_mut(68).fill(0.0);
+        gates
+    };
+    let constant = Array2::from_elem((1, 1), (1.0 - 1.0 / 32.0_f64).ln());
+    let channels = normal::<f64>(1, d, 0.1, 8).mapv(|x| -x.abs());
+    let all = |name, normalized: bool| {
+        [
+            decayed(name, d, normalized, constant.clone()),
+            decayed(name, d, normalized, channels.clone()),
+            decayed(name, d, normalized, gates(1, 0.1)),
+            decayed(name, d, normalized, gates(d, 0.1)),
+            decayed(name, d, normalized, gates(d, 4.0)),
+        ]
+    };
+    ["elu", "relu"].into_iter().flat_map(|name| all(name, true)).chain(all("identity", false)).collect()
+}
+
+/// With log decays `[1 or tokens, 1 or d]`: a single row is one of the kernel.
+fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Subject {
+    fn kernel<T: Scalar>(name: &str, d: usize, normalized: bool, log_decay: &Array2<f64>) -> Arc<dyn Attention<T>> {
+        let kernel = LinearAttention::new(map::<T>(name, d, d, 5)).with_scale(1.0);
+        let kernel = if normalized { kernel } else { kernel.unnormalized() };
+        match log_decay.dim() {
+            (1, 1) => Arc::new(kernel.with_decay(log_decay[[0, 0]].exp())),
+            (1, _) => Arc::new(kernel.with_channel_decay(log_decay.row(0).mapv(f64::exp))),
+            _ => Arc::new(WithLogDecay::new(kernel.gated(), log_decay.mapv(T::from_f64))),
+        }
+    }
+    let map = map::<f64>(name, d, d, 5);
+    Subject {
+        name: format!("decayed {name} d={d} normalized={normalized} {:?}", log_decay.dim()),
+        head_dim: d,
+        f64: kernel(name, d, normalized, &log_decay),
+        f32: kernel(name, d, normalized, &log_decay),
+        positive: normalized,
+        scale: 1.0,
+        formula: Formula::Written(Written {
+            masks: &[Mask::Causal],
+            normalized,
+            has_features: true,
+            state: Box::new(move |dv, _| 2 * d * (dv + 1) + 2),
+            output: Box::new(move |[q, k, v], _| {
+                let absolute = |x: &Array2<f64>, keys| {
+                    let (values, log_scale) = features(&*map, x, 1.0, keys);
+                    values * log_scale.mapv(f64::exp).insert_axis(ndarray::Axis(1))
+                };
+                let (fq, fk) = (absolute(q, false), absolute(k, true));
+                let own = |t: usize, i: usize| {
+                    let (rows, columns) = log_decay.dim();
+                    log_decay[[t.min(rows - 1), i.min(columns - 1)]]
+                };
+                let weight = |t: usize, j: usize| {
+                    let kept = |i: usize| (j + 1..=t).map(|s| own(s, i)).sum::<f64>().exp();
+                    (0..d).map(|i| fq[[t, i]] * fk[[j, i]] * kept(i)).sum()
+                };
+                naive_weights(v, q.nrows(), Mask::Causal, weight, normalized)
+            }),
+        }),
+    }
 }
 
 /// Each pair of columns of token t turned by t·base^(−2i/dims).
