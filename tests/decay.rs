@@ -4,9 +4,10 @@ mod common;
 
 use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Mask, Scalar, Scratch, Stream,
+    Attention, DctFeatures, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask,
+    Memory, MultiHead, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
 };
-use ndarray::{Array1, Array2, Axis, s};
+use ndarray::{Array1, Array2, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
 use serde_json::Value;
 use std::sync::Arc;
@@ -353,5 +354,226 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
         }
         println!("{name}: {:.1e} by chunks, {:.1e} token by token", worst[0], worst[1]);
         assert!(worst.iter().all(|&error| error < 1e-4), "{name}: {worst:?}");
+    }
+}
+
+/// A gated kernel with 5 features, tokens, and their log decays, one for each feature or one for all.
+fn gated(columns: usize) -> (LinearAttention<EluFeatures<f32>>, [Array2<f32>; 3], Array2<f32>) {
+    let kernel = LinearAttention::new(EluFeatures::<f32>::new(5).unwrap()).gated();
+    (kernel, tokens::<f32>(140, 5, 2, 0.7, 3), normal::<f32>(140, columns, 0.1, 4).mapv(|x| -x.abs()))
+}
+
+#[test]
+fn bad_log_decays_are_refused_and_leave_the_state() {
+    for columns in [1, 5] {
+        let (kernel, [q, k, v], gates) = gated(columns);
+        let mut stream = kernel.stream(2).unwrap();
+        let mut out = Array2::zeros((140, 2));
+        stream.extend_gated(q.view(), k.view(), v.view(), gates.view(), out.view_mut()).unwrap();
+        let state = stream.save().unwrap();
+        let mut refuse = |rows: core::ops::Range<usize>, gates: &Array2<f32>, which: &str| {
+            let part = s![rows, ..];
+            let (q, k, v, out) = (q.slice(part), k.slice(part), v.slice(part), out.slice_mut(part));
+            let error = stream.extend_gated(q, k, v, gates.view(), out).unwrap_err();
+            assert!(error.to_string().contains(which), "{error}");
+            assert_eq!(stream.save().unwrap(), state, "{error}");
+        };
+        for bad in [0.1, f32::NAN, f32::INFINITY, f32::MIN_POSITIVE] {
+            for row in [0, 63, 64, 139] {
+                let mut changed = gates.clone();
+                changed[[row, columns - 1]] = bad;
+                refuse(0..140, &changed, &format!("{bad} at row {row}, column {}", columns - 1));
+                refuse(row..row + 1, &changed.slice(s![row..=row, ..]).to_owned(), "at row 0");
+            }
+        }
+        refuse(0..140, &Array2::zeros((139, columns)), "139 rows");
+        refuse(0..140, &Array2::zeros((140, 3)), "3 columns");
+        refuse(0..140, &Array2::zeros((140, 0)), "0 columns");
+        refuse(0..1, &Array2::zeros((0, columns)), "0 rows");
+        // without them, and where there are none
+        let error = stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains("extend_gated"), "{error}");
+        let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        assert_eq!(stream.save().unwrap(), state);
+        let none = s![..0, ..];
+        stream
+            .extend_gated(q.slice(none), k.slice(none), v.slice(none), gates.slice(none), out.slice_mut(none))
+            .unwrap();
+        assert_eq!(stream.save().unwrap(), state);
+    }
+    let (kernel, [q, k, v], gates) = gated(1);
+    let plain = LinearAttention::new(EluFeatures::<f32>::new(5).unwrap()).with_decay(0.9);
+    let window = HybridAttention::<f32>::builder(5).window(4).build().unwrap();
+    let kernels: [&dyn Attention<f32>; 4] =
+        [&SoftmaxAttention::new(5).unwrap(), &plain, &window, &Retention::new(5, 0.9).unwrap()];
+    for kernel in kernels {
+        assert!(!kernel.is_gated());
+        let mut out = Array2::zeros((140, 2));
+        let [q, k, v] = [&q, &k, &v].map(|x| x.view());
+        let error = kernel.forward_gated(q, k, v, gates.view(), out.view_mut(), &mut Scratch::new()).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        let error = kernel.stream(2).unwrap().extend_gated(q, k, v, gates.view(), out.view_mut()).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+    assert!(kernel.is_gated());
+}
+
+#[test]
+fn unusable_decays_are_reported_by_the_first_call() {
+    let kernel = || LinearAttention::new(EluFeatures::<f64>::new(3).unwrap());
+    let x = Array2::<f64>::ones((2, 3));
+    let refused = |kernel: LinearAttention<EluFeatures<f64>>| {
+        let errors = [
+            kernel.forward(x.view(), x.view(), x.view(), Mask::Causal).unwrap_err(),
+            Attention::<f64>::stream(&kernel, 3).unwrap_err(),
+            kernel.memory::<f64>(3).unwrap_err(),
+            Attention::<f64>::state_floats(&kernel, 3, 7).unwrap_err(),
+            kernel.log_weights(x.view(), x.view()).unwrap_err(),
+        ];
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        errors[0].clone()
+    };
+    for bad in [-0.1, 1.0 + f64::EPSILON, f64::NAN, f64::INFINITY] {
+        assert!(matches!(refused(kernel().with_decay(bad)), Error::InvalidOption { which: "decay", .. }));
+        let one = Array1::from_vec(vec![0.5, bad, 1.0]);
+        assert!(matches!(refused(kernel().with_channel_decay(one)), Error::InvalidOption { which: "decay", .. }));
+    }
+    let short = refused(kernel().with_channel_decay(Array1::ones(2)));
+    assert_eq!(short, Error::Shape { which: "decay", axis: "elements", expected: 3, found: 2 });
+    // a decay of 1 is none
+    let plain = kernel().forward(x.view(), x.view(), x.view(), Mask::Full).unwrap();
+    assert_eq!(kernel().with_decay(1.0).forward(x.view(), x.view(), x.view(), Mask::Full).unwrap(), plain);
+    let decays = kernel().with_decay(0.5);
+    for error in
+        [decays.forward(x.view(), x.view(), x.view(), Mask::Full).unwrap_err(), decays.memory::<f64>(3).unwrap_err()]
+    {
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+    assert!(decays.log_weights(x.view(), x.view()).unwrap().is_none());
+    // nothing is kept: every token sees itself alone
+    let v = normal::<f64>(2, 3, 1.0, 1);
+    let own = kernel().with_decay(0.0).forward(x.view(), x.view(), v.view(), Mask::Causal).unwrap();
+    assert_close("decay 0", &own, &v, 4.0);
+}
+
+#[test]
+fn a_stream_goes_on_from_a_memory_and_then_decays() {
+    let kernel = LinearAttention::new(EluFeatures::<f64>::new(3).unwrap()).unnormalized();
+    let [q, k, v] = tokens::<f64>(9, 3, 2, 0.7, 1);
+    let mut memory = kernel.memory(2).unwrap();
+    memory.absorb(k.slice(s![..8, ..]), v.slice(s![..8, ..])).unwrap();
+    let mut exact = Array2::zeros((1, 2));
+    kernel.stream_from(memory.clone()).extend(row(&q), row(&(&k * 0.0)), row(&(&v * 0.0)), exact.view_mut()).unwrap();
+    let mut out = Array2::zeros((1, 2));
+    let mut stream = kernel.clone().with_decay(0.25).stream_from(memory.clone());
+    assert_eq!(stream.state_floats(), memory.state_floats() + 1);
+    stream.extend(row(&q), row(&(&k * 0.0)), row(&(&v * 0.0)), out.view_mut()).unwrap();
+    assert_close("decayed memory", &out, &(exact * 0.25), 16.0);
+    let mut bad = kernel.with_decay(2.0).stream_from(memory);
+    let error = bad.extend(row(&q), row(&k), row(&v), out.view_mut()).unwrap_err();
+    assert!(matches!(error, Error::InvalidOption { which: "decay", .. }), "{error}");
+}
+
+/// The last row.
+fn row(x: &Array2<f64>) -> ArrayView2<'_, f64> {
+    x.slice(s![x.nrows() - 1.., ..])
+}
+
+#[test]
+fn layouts_of_log_decays_do_not_matter() {
+    for columns in [1, 5] {
+        let (kernel, [q, k, v], gates) = gated(columns);
+        let forward = |gates: ArrayView2<'_, f32>| {
+            let mut out = Array2::from_elem((140, 2), f32::NAN);
+            kernel.forward_gated(q.view(), k.view(), v.view(), gates, out.view_mut(), &mut Scratch::new()).unwrap();
+            out
+        };
+        let exact = forward(gates.view());
+        let large = common::strided(gates.view());
+        assert_eq!(forward(large.slice(s![..;2, ..;3])), exact);
+        assert_eq!(forward(gates.t().as_standard_layout().t()), exact);
+        let reversed = gates.slice(s![..;-1, ..]).to_owned();
+        assert_eq!(forward(reversed.slice(s![..;-1, ..])), exact);
+        // one number for all is the same as the same number for each
+        let first = gates.slice(s![.., ..1]);
+        let each = forward(first.broadcast((140, 5)).unwrap());
+        assert_close("broadcast", &forward(first), &wide(&each), 64.0);
+    }
+}
+
+#[test]
+fn layers_of_gated_heads_are_their_heads() {
+    let (batch, heads, kv_heads, n, d, dv) = (2, 6, 2, 75, 5, 3);
+    for columns in [1, d] {
+        let random = |heads, columns, seed| {
+            let flat = normal::<f64>(batch * heads * n, columns, 0.7, seed);
+            flat.into_shape_with_order((batch, heads, n, columns)).unwrap()
+        };
+        let (q, k, v) = (random(heads, d, 1), random(kv_heads, d, 2), random(kv_heads, dv, 3));
+        let gates = random(kv_heads, columns, 4).mapv(|x| -x.abs());
+        let kernel = LinearAttention::new(EluFeatures::<f64>::new(d).unwrap()).gated();
+        let layer = MultiHead::new(kernel.clone(), heads, kv_heads).unwrap();
+        let lengths = [n, 40];
+        let mut out = Array4::from_elem((batch, heads, n, dv), f64::NAN);
+        layer.forward_gated(q.view(), k.view(), v.view(), gates.view(), Some(&lengths), out.view_mut()).unwrap();
+        for b in 0..batch {
+            for h in 0..heads {
+                let kv = h / (heads / kv_heads);
+                let part = |x: &Array4<f64>, h| x.slice(s![b, h, ..lengths[b], ..]).to_owned();
+                let mut exact = Array2::zeros((lengths[b], dv));
+                let (q, k, v, gates) = (part(&q, h), part(&k, kv), part(&v, kv), part(&gates, kv));
+                kernel
+                    .forward_gated(q.view(), k.view(), v.view(), gates.view(), exact.view_mut(), &mut Scratch::new())
+                    .unwrap();
+                assert_close("head", &part(&out, h), &exact, 1.0);
+                assert!(out.slice(s![b, h, lengths[b].., ..]).iter().all(|x| *x == 0.0));
+            }
+        }
+        // any split, one state for each kv head, and an error moves none
+        let mut stream = layer.stream(batch, dv).unwrap();
+        let mut steps = Array4::from_elem(out.dim(), f64::NAN);
+        let mut start = 0;
+        for size in [1, 64, 2, 8] {
+            let part = s![.., .., start..start + size, ..];
+            let lengths = lengths.map(|length| size.min(length.saturating_sub(start)));
+            let [q, k, v] = [&q, &k, &v].map(|x| x.slice(part));
+            let mut bad = gates.slice(part).to_owned();
+            bad[[0, kv_heads - 1, size - 1, columns - 1]] = 1.0;
+            let floats = stream.clone();
+            let error = stream.extend_gated(q, k, v, bad.view(), Some(&lengths), steps.slice_mut(part)).unwrap_err();
+            assert!(matches!(error, Error::InvalidOption { which: "log_decay", .. }), "{error}");
+            for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+                let save = |stream: &dijiang::MultiHeadStream<f64>| stream.head(b, h).unwrap().save().unwrap();
+                assert_eq!(save(&stream), save(&floats));
+            }
+            stream.extend_gated(q, k, v, gates.slice(part), Some(&lengths), steps.slice_mut(part)).unwrap();
+            start += size;
+        }
+        assert_eq!(stream.lengths(), lengths);
+        assert_eq!(stream.state_floats(), batch * kv_heads * (2 * d * (dv + 1) + 2));
+        let flat = |x: &Array4<f64>| x.clone().into_shape_with_order((batch * heads * n, dv)).unwrap();
+        assert_close("stream", &flat(&steps), &flat(&out), 4096.0);
+
+        let wrong = Array4::zeros((batch, kv_heads, n - 1, columns));
+        let error = layer.forward_gated(q.view(), k.view(), v.view(), wrong.view(), None, out.view_mut()).unwrap_err();
+        assert_eq!(error, Error::Shape { which: "log_decay", axis: "rows", expected: n, found: n - 1 });
+        let error = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        for group in [1, 3] {
+            let window = HybridAttention::<f64>::builder(d).window(4).build().unwrap();
+            let others: [Arc<dyn Attention<f64>>; 2] = [Arc::new(SoftmaxAttention::new(d).unwrap()), Arc::new(window)];
+            for other in others {
+                let layer = MultiHead::new(other, 2 * group, 2).unwrap();
+                let q = q.slice(s![.., ..2 * group, .., ..]);
+                let mut out = out.slice_mut(s![.., ..2 * group, .., ..]);
+                let (k, v, gates) = (k.view(), v.view(), gates.view());
+                let errors = [
+                    layer.forward_gated(q, k, v, gates, None, out.view_mut()).unwrap_err(),
+                    layer.stream(batch, dv).unwrap().extend_gated(q, k, v, gates, None, out).unwrap_err(),
+                ];
+                assert!(errors.iter().all(|error| matches!(error, Error::Unsupported { .. })), "{errors:?}");
+            }
+        }
     }
 }
