@@ -7,7 +7,7 @@ pub(crate) mod performer;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
 
-use crate::kernel::{Buffer, chunk_len, columns, padded};
+use crate::kernel::{self, Buffer, chunk_len, columns, padded};
 use crate::{Error, Scalar, check, views};
 use core::fmt::Debug;
 use ndarray::{Array1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -255,6 +255,10 @@ fn check_map<T: Scalar>(
 
 /// The largest element of every column.
 fn largest_of_columns<T: Scalar>(x: &[T], out: &mut [T]) {
+    if let [largest] = out {
+        *largest = kernel::max(x);
+        return;
+    }
     out.fill(T::neg_infinity());
     for row in x.chunks_exact(out.len()) {
         out.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x));

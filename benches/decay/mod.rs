@@ -1,7 +1,7 @@
 //! What decay costs: sums that forget against the same sums without, whole sequences and decode steps.
 
 use super::{Contestant, D, D_V, Input, M, Targets, decode, oracle, race, race_for};
-use dijiang::{Attention, EluFeatures, FeatureMap, LinearAttention, Performer, WithLogDecay};
+use dijiang::{Attention, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Performer, WithLogDecay};
 use ndarray::{Array1, Array2};
 
 /// The decay of the first head of retention and of the released DiJiang code.
@@ -12,39 +12,34 @@ fn gates(n: usize, columns: usize) -> Array2<f32> {
     oracle::normal(n, columns, 12).mapv(|x| 0.04 * -x.abs())
 }
 
-/// `Σ_i φ_i(q_t) φ_i(k_j) e^{Σ_{s=j+1..t} g_si} v_j` over its sum without v, for the features of [`oracle::linear`].
+/// `Σ_j Σ_i φ_i(q_t) φ_i(k_j) e^{Σ_{s=j+1..t} g_si} v_j` for features `[fq, fk]`, over its sum without v if `normalized`.
 fn formula(
-    projection: &Array2<f32>,
-    [q, k, v]: &[Array2<f32>; 3],
+    [fq, fk]: [Vec<Vec<f64>>; 2],
+    v: &Array2<f32>,
+    normalized: bool,
     log_decay: impl Fn(usize, usize) -> f64,
 ) -> Array2<f64> {
-    let shrink = (D as f32).powf(-0.25);
-    let projection = oracle::wide_rows(projection.view());
-    let features = |x: &Array2<f32>| -> Vec<Vec<f64>> {
-        let rows = oracle::wide_rows(x.mapv(|x| x * shrink).view());
-        rows.iter().map(|x| oracle::log_exponential_features(&projection, x)).collect()
-    };
-    let (fq, fk) = (features(q), features(k));
     let mut out = Array2::zeros(v.dim());
-    for t in 0..q.nrows() {
+    for t in 0..fq.len() {
         let mut total = 0.0;
-        let mut faded = vec![0.0; projection.len()];
+        let mut faded = vec![0.0; M];
         for j in (0..=t).rev() {
-            let weight: f64 = (0..faded.len()).map(|i| (fq[t][i] + fk[j][i] + faded[i]).exp()).sum();
+            let weight: f64 = (0..M).map(|i| fq[t][i] * fk[j][i] * f64::exp(faded[i])).sum();
             total += weight;
             out.row_mut(t).scaled_add(weight, &v.row(j).mapv(f64::from));
             faded.iter_mut().enumerate().for_each(|(i, faded)| *faded += log_decay(j, i));
         }
-        out.row_mut(t).mapv_inplace(|x| x / total);
+        if normalized {
+            out.row_mut(t).mapv_inplace(|x| x / total);
+        }
     }
     out
 }
 
 type Kernel<F> = (&'static str, LinearAttention<F>, Option<Array2<f32>>);
 
-/// One map with every kind of decay; the first has none.
-fn kinds<F: FeatureMap<f32> + 'static>(map: F, n: usize) -> Vec<Kernel<F>> {
-    let plain = LinearAttention::new(map);
+/// One kernel with every kind of decay; the first has none.
+fn kinds<F: FeatureMap<f32> + 'static>(plain: LinearAttention<F>, n: usize) -> Vec<Kernel<F>> {
     let kernel = || plain.clone();
     let channels = Array1::from_shape_fn(M, |i| 1.0 - (1.0 - GAMMA) * (i as f64 + 0.5) / M as f64);
     vec![
@@ -64,12 +59,14 @@ fn attention<F: FeatureMap<f32> + 'static>((_, kernel, gates): &Kernel<F>) -> Bo
 }
 
 /// Refuses to go on if a kernel does not compute its formula.
-fn check(kernels: &[Kernel<Performer<f32>>], projection: &Array2<f32>) {
+fn check<F: FeatureMap<f32> + 'static>(kernels: &[Kernel<F>], normalized: bool, features: impl Fn(&[f64]) -> Vec<f64>) {
     let sample = [2, 3, 4].map(|seed| oracle::normal(200, D, seed));
+    let shrink = (D as f32).powf(-0.25);
+    let of = |x: &Array2<f32>| oracle::wide_rows(x.mapv(|x| x * shrink).view()).iter().map(|x| features(x)).collect();
     for (index, kernel) in kernels.iter().enumerate() {
         let channel = |i: usize| (1.0 - (1.0 - GAMMA) * (i as f64 + 0.5) / M as f64).ln();
         let gates = &kernel.2;
-        let exact = formula(projection, &sample, |t, i| match (index, gates) {
+        let exact = formula([of(&sample[0]), of(&sample[1])], &sample[2], normalized, |t, i| match (index, gates) {
             (_, Some(gates)) => f64::from(gates[[t, i.min(gates.ncols() - 1)]]),
             (1, _) => GAMMA.ln(),
             (2, _) => channel(i),
@@ -83,12 +80,19 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
     let n = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(n);
     let performer = Performer::<f32>::new(D, M, 1).expect("sizes are positive");
-    let projection = performer.projection().to_owned();
-    let performer = kinds(performer, n);
-    check(&performer, &projection);
-    let elu = kinds(EluFeatures::<f32>::new(D).expect("sizes are positive"), n);
-    let rows: [(&str, Vec<Box<dyn Attention<f32>>>); 2] =
-        [("Performer", performer.iter().map(attention).collect()), ("elu + 1", elu.iter().map(attention).collect())];
+    let projection = oracle::wide_rows(performer.projection().view());
+    let performer = kinds(LinearAttention::new(performer), n);
+    check(&performer, true, |x| oracle::log_exponential_features(&projection, x).iter().map(|x| x.exp()).collect());
+    let elu = kinds(LinearAttention::new(EluFeatures::<f32>::new(D).expect("sizes are positive")), n);
+    check(&elu, true, |x| x.iter().map(|&x| if x > 0.0 { x + 1.0 } else { x.exp() }).collect());
+    let identity = IdentityFeatures::<f32>::new(D).expect("sizes are positive");
+    let identity = kinds(LinearAttention::new(identity).unnormalized(), n);
+    check(&identity, false, <[f64]>::to_vec);
+    let rows: [(&str, Vec<Box<dyn Attention<f32>>>); 3] = [
+        ("Performer", performer.iter().map(attention).collect()),
+        ("elu + 1", elu.iter().map(attention).collect()),
+        ("identity, no denominator", identity.iter().map(attention).collect()),
+    ];
     for (name, kernels) in &rows {
         let mut whole: Vec<Contestant> =
             kernels.iter().map(|kernel| Contestant::new("", input.run(&**kernel, n))).collect();
@@ -98,26 +102,16 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
             .map(|kernel| Contestant::new("", decode(kernel.stream(D_V).expect("sizes are positive"), &input, 64)))
             .collect();
         race(&mut steps, rounds);
-        println!(
-            "{:<30}{:>12}{:>12}{:>12}{:>12}",
-            format!("decay, {name}, n = {n}"),
-            "ms",
-            "ratio",
-            "step ns",
-            "ratio"
-        );
-        for ((kind, whole_), step) in performer.iter().map(|kernel| kernel.0).zip(&whole).zip(&steps) {
-            let (ms, ns) = (whole_.seconds() * 1e3, step.seconds() * 1e9);
-            let (ratio, step_ratio) = (whole_.seconds() / whole[0].seconds(), step.seconds() / steps[0].seconds());
+        println!("{:<30}{:>12}{:>12}{:>12}{:>12}", *name, "ms", "ratio", "step ns", "ratio");
+        for ((kind, whole_time), step) in performer.iter().map(|kernel| kernel.0).zip(&whole).zip(&steps) {
+            let (ms, ns) = (whole_time.seconds() * 1e3, step.seconds() * 1e9);
+            let (ratio, step_ratio) = (whole_time.seconds() / whole[0].seconds(), step.seconds() / steps[0].seconds());
             println!("{kind:<30}{ms:>12.3}{ratio:>12.3}{ns:>12.0}{step_ratio:>12.2}");
         }
         println!();
-        for (i, what) in [(1, "one decay for all"), (3, "one decay for each token")] {
-            targets.at_most(
-                &format!("{what} against none, {name}, n = {n}"),
-                whole[i].seconds() / whole[0].seconds(),
-                1.15,
-            );
+        for (i, what) in [(1, "one decay for all"), (3, "one for each token")] {
+            let ratio = whole[i].seconds() / whole[0].seconds();
+            targets.at_most(&format!("{what} against none, {name}, n = {n}"), ratio, 1.15);
         }
         println!();
     }

@@ -6,23 +6,33 @@ use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
+/// What brings a largest absolute value near one, and the logarithm of its inverse.
+fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
+    if largest <= T::one() && (largest >= T::from_f64(1.0 / 1024.0) || largest == T::zero()) {
+        return (T::one(), T::zero());
+    }
+    // the inverse of a number below the normal ones is infinite
+    let normal = largest.max(T::min_positive_value());
+    (normal.recip(), normal.ln())
+}
+
 /// Brings columns to a largest absolute value near one and adds the logarithm of what was taken out; a column of zeros stays as it is.
 fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut Buffer<T>) {
+    if let [log_scale] = log_scale {
+        let (factor, log) = normal_factor(kernel::max_abs(values));
+        kernel::scale(values, factor);
+        *log_scale += log;
+        return;
+    }
     scratch.resize(log_scale.len());
     scratch.fill(T::zero());
     for row in values.chunks_exact(scratch.len()) {
         scratch.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x.abs()));
     }
-    let smallest = T::from_f64(1.0 / 1024.0);
     for (factor, log_scale) in scratch.iter_mut().zip(log_scale) {
-        if *factor > T::one() || (*factor > T::zero() && *factor < smallest) {
-            // the inverse of a number below the normal ones is infinite
-            let normal = factor.max(T::min_positive_value());
-            *log_scale += normal.ln();
-            *factor = normal.recip();
-        } else {
-            *factor = T::one();
-        }
+        let log;
+        (*factor, log) = normal_factor(*factor);
+        *log_scale += log;
     }
     for row in values.chunks_exact_mut(scratch.len()) {
         row.iter_mut().zip(&**scratch).for_each(|(value, &factor)| *value *= factor);
@@ -106,9 +116,14 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         for shift in log_scale.iter_mut() {
             *shift = shift.min(T::zero());
         }
-        for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-            for ((value, &x), &shift) in values.iter_mut().zip(x).zip(&*log_scale) {
-                *value = (x.min(T::zero()) - shift) * log2_e;
+        let exponent = |x: T, shift: T| (x.min(T::zero()) - shift) * log2_e;
+        if let [shift] = *log_scale {
+            values.iter_mut().zip(x).for_each(|(value, &x)| *value = exponent(x, shift));
+        } else {
+            for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                for ((value, &x), &shift) in values.iter_mut().zip(x).zip(&*log_scale) {
+                    *value = exponent(x, shift);
+                }
             }
         }
         kernel::exp2_slice(values, T::zero());
