@@ -61,6 +61,9 @@
 //! | [`TaylorFeatures`] | scores below 1; (d + 1)(d + 2)/2 features | .001 | .970 |
 //! | [`DctFeatures::official`] | models trained with the released DiJiang code | .124 | .924 |
 //! | [`EluFeatures`], [`ReluFeatures`] | models trained with them | .129, .249 | .949, .916 |
+//! | [`Retention`], [`CosFormer`], [`LinearAttention`] with decay or gates | models trained with them: they do not aim at softmax | – | – |
+//! | [`DijiangBlock`] | the attention block of the released DiJiang models | – | – |
+//! | [`Linformer`] | bidirectional models trained with it | – | – |
 //!
 //! Read the last column again: **no feature map imitates the softmax attention of a trained model.** More features do not help
 //! there, since the variance of the estimate is of order `e^{|q̂ + k̂|²}/m`. The maps make sense at small norms and in models that were
@@ -90,6 +93,8 @@
 //! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for bit.
 //! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
 //! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with `DijiangBlock::from_safetensors`.
+//!
+//! - `safetensors`: [`DijiangBlock`] from the checkpoints of the released models.
 //!
 //! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives every formula.
 #![forbid(unsafe_code)]

@@ -66,6 +66,22 @@ fn a_later_key_does_not_make_an_earlier_query_fail() {
     assert_close("before", &after.slice(rows).to_owned(), &wide(&before.slice(rows).to_owned()), 64.0);
 }
 
+/// Decay as γ^n on queries and γ^{−m} on keys, as in the released code, leaves f32 after 2 794 tokens at γ = 1 − 1/32.
+#[test]
+fn decay_does_not_overflow_however_long_the_sequence() {
+    let (n, gamma) = (6000, 1.0 - 1.0 / 32.0);
+    assert!((gamma as f32).powi(-2_794).is_infinite());
+    let [q, k, v] = tokens::<f32>(n, 8, 3, 0.7, 1);
+    let map = common::official::<f32>(8, 5);
+    let kernel = LinearAttention::new(map).with_scale(1.0).unnormalized().with_decay(gamma);
+    let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    // what is 1000 tokens away has lost all but 1.6e-14
+    let last = s![n - 1000.., ..];
+    let alone = kernel.forward(q.slice(last), k.slice(last), v.slice(last), Mask::Causal).unwrap();
+    let end = s![900.., ..];
+    assert_close("the end", &out.slice(last).slice(end).to_owned(), &wide(&alone.slice(end).to_owned()), 256.0);
+}
+
 /// Absolute powers γ^{−m} overflow f32 after 2 794 tokens. Units here are relative to the running maximum: log scales
 /// that rise by thousands over a sequence, or fall, do no harm.
 #[test]
