@@ -25,6 +25,19 @@ const GROUP_RISE: f64 = 16.0;
 /// natural-log units: a decode step then changes sums only now and then.
 const STEP_RISE: f64 = 8.0;
 
+/// Values up to this are small: as many of them as there will be, times the largest features, at the largest log scale, leave sums that can be
+/// read without a denominator, up to [`MOST_FEATURES`] of them and [`LARGEST_SCALE`].
+const SMALL_VALUE: f64 = 1e6;
+
+/// What 2⁴⁰ small values may sum to.
+const SMALL_SUM: f64 = 1e24;
+
+/// See [`SMALL_VALUE`].
+const MOST_FEATURES: usize = 1 << 13;
+
+/// See [`SMALL_VALUE`]; in natural-log units.
+const LARGEST_SCALE: f64 = 12.0;
+
 /// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of one, so that their
 /// products stay in range.
 const LARGEST_FEATURE: f64 = 1024.0;
@@ -75,6 +88,27 @@ impl<T: Clone, F> Clone for LinearMemory<T, F> {
     }
 }
 
+/// The largest of the values that have been absorbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Size {
+    /// No output can overflow.
+    Small,
+    /// No sum can overflow.
+    Ordinary,
+    /// Sums may overflow: see [`State::is_too_large`].
+    Large,
+}
+
+impl Size {
+    fn of(largest: f64, small: f64, ordinary: f64) -> Self {
+        match largest {
+            x if x <= small => Self::Small,
+            x if x <= ordinary => Self::Ordinary,
+            _ => Self::Large,
+        }
+    }
+}
+
 /// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty. Rows of the sums are padded.
 #[derive(Clone, Debug)]
 pub(crate) struct State<T> {
@@ -87,8 +121,8 @@ pub(crate) struct State<T> {
     /// What rounding left of the log scale when the sums decayed.
     log_scale_low: T,
     pub(super) tokens: usize,
-    /// Whether huge values have been absorbed, so that a sum of sums may overflow.
-    may_be_large: bool,
+    /// Of the values absorbed.
+    pub(super) size: Size,
 }
 
 impl<T: Scalar> State<T> {
@@ -102,7 +136,7 @@ impl<T: Scalar> State<T> {
             log_scale: T::neg_infinity(),
             log_scale_low: T::zero(),
             tokens: 0,
-            may_be_large: false,
+            size: Size::Small,
         }
     }
 
@@ -116,7 +150,7 @@ impl<T: Scalar> State<T> {
         self.parts_mut().into_iter().for_each(|part| part.fill(T::zero()));
         self.set_scale([T::neg_infinity(), T::zero()]);
         self.tokens = 0;
-        self.may_be_large = false;
+        self.size = Size::Small;
     }
 
     /// As [`Clone::clone_from`], into the memory there is.
@@ -129,7 +163,7 @@ impl<T: Scalar> State<T> {
         self.parts_mut().into_iter().zip(other.parts()).for_each(|(part, other)| part.copy_from_slice(other));
         self.set_scale(other.scale());
         self.tokens = other.tokens;
-        self.may_be_large = other.may_be_large;
+        self.size = other.size;
     }
 
     pub(super) fn features(&self) -> usize {
@@ -172,10 +206,14 @@ impl<T: Scalar> State<T> {
         self.parts().into_iter().any(|part| !kernel::all_finite(part) || kernel::max_abs(part) > limit)
     }
 
-    /// Fails if the values were `large` and their sum has become so.
-    fn check_size(&mut self, large: bool, row: usize) -> Result<(), Error> {
-        self.may_be_large |= large;
-        if large && self.is_too_large() { Err(Error::Overflow { which: "the sum of values", row }) } else { Ok(()) }
+    /// Fails if the values were large and their sum has become so.
+    fn check_size(&mut self, values: Size, row: usize) -> Result<(), Error> {
+        self.size = self.size.max(values);
+        if values == Size::Large && self.is_too_large() {
+            Err(Error::Overflow { which: "the sum of values", row })
+        } else {
+            Ok(())
+        }
     }
 
     /// The log scale and what rounding left of it.
@@ -269,15 +307,25 @@ impl<T: Scalar> State<T> {
         readout: Readout,
         answer: &mut Answer<T>,
     ) -> bool {
-        let risky = self.may_be_large || token.large_values || readout == Readout::Unnormalized;
         let unit = Self::unit_with(self.scale(), token.key_scale[0], gates);
-        if risky || self.tokens == 0 || gates.width > 1 || unit != self.log_scale {
+        if self.tokens == 0 || gates.width > 1 || unit != self.log_scale {
             return false;
         }
         let features = self.features();
+        let size = self.size.max(token.values_size);
+        let log_scale = token.query_scale[0] + self.log_scale;
+        let (safe, least) = match readout {
+            // with such a denominator the quotient of any sums of ordinary values stays in range
+            Readout::Normalized => (size < Size::Large, T::from_f64(1.0 / LARGEST_FEATURE)),
+            Readout::Unnormalized => {
+                let in_range = features <= MOST_FEATURES && log_scale <= T::from_f64(LARGEST_SCALE);
+                (size == Size::Small && in_range, T::neg_infinity())
+            }
+        };
+        if !safe {
+            return false;
+        }
         answer.resize(1, 1, self.stride());
-        // with such a denominator the quotient of any sums of ordinary values stays in range
-        let least = T::from_f64(1.0 / LARGEST_FEATURE);
         let denominator = kernel::DecodeStep {
             factor: unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale),
             least,
@@ -295,7 +343,8 @@ impl<T: Scalar> State<T> {
             return false;
         }
         answer.denominator[0] = denominator;
-        answer.log_scale[0] = token.query_scale[0] + self.log_scale;
+        answer.log_scale[0] = log_scale;
+        self.size = size;
         self.tokens += 1;
         true
     }
@@ -404,8 +453,7 @@ pub(crate) struct Chunk<T> {
     pub(super) keys: Buffer<T>,
     pub(super) key_scale: Buffer<T>,
     pub(super) values: Buffer<T>,
-    /// Values so large that sums of them may overflow: see [`State::is_too_large`].
-    pub(super) large_values: bool,
+    pub(super) values_size: Size,
 }
 
 impl<T: Scalar> Chunk<T> {
@@ -418,7 +466,7 @@ impl<T: Scalar> Chunk<T> {
             keys: Buffer::new(),
             key_scale: Buffer::new(),
             values: Buffer::new(),
-            large_values: false,
+            values_size: Size::Small,
         }
     }
 
@@ -487,7 +535,7 @@ impl<T: Scalar> Chunk<T> {
                 largest + mark
             }
         };
-        self.large_values = largest > T::from_f64(T::SAFE_VALUE);
+        self.values_size = Size::of(largest.as_f64(), SMALL_VALUE, T::SAFE_VALUE);
         if largest.is_finite() { Ok(()) } else { check::finite("v", v) }
     }
 
@@ -505,7 +553,7 @@ impl<T: Scalar> Chunk<T> {
         self.key_scale[..tokens.len()].copy_from_slice(&from.key_scale[tokens.clone()]);
         let stride = padded::<T>(value_dim);
         self.values.copy_from_slice(&from.values[tokens.start * stride..tokens.end * stride]);
-        self.large_values = from.large_values;
+        self.values_size = from.values_size;
     }
 
     /// Answers the queries from the keys and values of this chunk that each sees, the keys in `unit`; sets the numerators or adds to
@@ -941,7 +989,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 state.set_scale(old_scale);
                 return Err(error);
             }
-            if chunk.large_values && first_row == 0 {
+            if chunk.values_size == Size::Large && first_row == 0 {
                 before.copy_from(state);
                 before.set_scale(old_scale);
             }
@@ -949,7 +997,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 state.fade_features(&gates.fade);
             }
             state.absorb_token(chunk, gates);
-            let result = state.check_size(chunk.large_values, first_row);
+            let result = state.check_size(chunk.values_size, first_row);
             if result.is_err() && first_row == 0 {
                 state.copy_from(before);
             }
@@ -1018,7 +1066,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                     state.fade(gates.fade_since(end - 1));
                 }
             }
-            state.check_size(work.chunk.large_values, first_row + start)?;
+            state.check_size(work.chunk.values_size, first_row + start)?;
             start = end;
         }
         Ok(())
@@ -1073,7 +1121,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
                 state.absorb_group(chunk, unit, key_sums);
             }
-            state.check_size(chunk.large_values, start)?;
+            state.check_size(chunk.values_size, start)?;
         }
         Ok(())
     }
@@ -1209,7 +1257,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         self.state.add(factor, sums, normalizer);
         self.state.add(factor, sums_low, normalizer_low);
         self.state.tokens += other.state.tokens;
-        let result = self.state.check_size(true, 0);
+        let result = self.state.check_size(Size::Large, 0);
         if result.is_err() {
             self.state = before;
         }
@@ -1302,7 +1350,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             take(normalizer_low);
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
-            self.state.may_be_large = true; // who knows; it changes no result
+            let largest = self.state.parts().into_iter().map(kernel::max_abs).fold(T::zero(), T::max);
+            self.state.size = Size::of(largest.as_f64(), SMALL_SUM, 0.0);
         }
     }
 

@@ -4,7 +4,7 @@
 //! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. A block
 //! with values near the largest number, or with log scales that jump within a chunk, is left to one thread.
 
-use super::linear::{Chunk, Engine, FEW_TOKENS, State, Workspace, exp_difference, key_factors};
+use super::linear::{Chunk, Engine, FEW_TOKENS, Size, State, Workspace, exp_difference, key_factors};
 use super::{Answer, Readout};
 use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
@@ -210,7 +210,7 @@ fn units<T: Scalar>(state: &State<T>, lanes: &[Chunk<T>]) -> Option<Vec<T>> {
     let mut units = Vec::with_capacity(lanes.len());
     for chunk in lanes {
         let (end, reached) = chunk.group(0, unit);
-        if end < chunk.tokens || chunk.tokens < FEW_TOKENS || chunk.large_values {
+        if end < chunk.tokens || chunk.tokens < FEW_TOKENS || chunk.values_size == Size::Large {
             return None;
         }
         unit = reached;
@@ -237,6 +237,7 @@ fn absorb<T: Scalar>(
     let mut keys: Vec<Vec<&mut [T]>> = (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
     let mut rest: Vec<(&Buffer<T>, &Buffer<T>)> = Vec::with_capacity(chunks);
     for chunk in lanes {
+        state.size = state.size.max(chunk.values_size);
         let parts = chunk.keys[..features * chunk.width].chunks_mut(height * chunk.width);
         keys.iter_mut().zip(parts).for_each(|(keys, part)| keys.push(part));
         rest.push((&chunk.key_scale, &chunk.values));
@@ -346,7 +347,7 @@ pub(crate) fn absorb_only<T: Scalar>(
     if let Err(error) = mapped.into_iter().collect::<Result<(), Error>>() {
         return Some(Err(error));
     }
-    if lanes.iter().any(|chunk| chunk.large_values) {
+    if lanes.iter().any(|chunk| chunk.values_size == Size::Large) {
         return None;
     }
     let mut unit = state.log_scale;
