@@ -69,10 +69,11 @@ fn main() -> Result<(), Error> {
 
     let state: usize = layers.iter().map(DijiangBlockStream::state_floats).sum();
     let of_token = blocks.len() * 2 * HIDDEN; // keys and values
+    println!("state:               {state} numbers, however long the text");
     println!(
-        "state: {state} numbers, however long the text; keys and values of {TOKENS} tokens would be {}, and",
-        of_token * TOKENS
+        "as keys and values:  {} numbers for {TOKENS} tokens, the same as the state at {}",
+        of_token * TOKENS,
+        state / of_token
     );
-    println!("from {} tokens on more than the state", state / of_token + 1);
     Ok(())
 }
