@@ -4,9 +4,8 @@
 mod load;
 
 use crate::attention::heads::{MultiHead, MultiHeadStream};
-use crate::views;
-use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay};
-use ndarray::linalg::{general_mat_mul, general_mat_vec_mul};
+use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay, kernel};
+use ndarray::linalg::general_mat_mul;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis};
 use std::sync::Arc;
 
@@ -116,7 +115,6 @@ impl<T: Scalar> DijiangBlock<T> {
             .into_iter()
             .map(|decay| Arc::new(kernel.clone().with_decay(decay)) as Arc<dyn Attention<T>>)
             .collect();
-        let gate = weights.gate.t().as_standard_layout().into_owned();
         let largest = |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
         #[allow(clippy::cast_precision_loss)]
         let deviation = (heads as f64).sqrt(); // of one number among as many, in units of their standard deviation
@@ -127,9 +125,9 @@ impl<T: Scalar> DijiangBlock<T> {
                 largest(weights.dense_bias.view()),
                 weights.dense.rows().into_iter().map(largest).fold(0.0, f64::max),
             ],
-            query_key_value: Linear { weight: weights.query_key_value, bias: Some(weights.query_key_value_bias) },
-            gate: Linear { weight: gate, bias: None },
-            dense: Linear { weight: weights.dense, bias: Some(weights.dense_bias) },
+            query_key_value: Linear::new(weights.query_key_value.t(), Some(weights.query_key_value_bias)),
+            gate: Linear::new(weights.gate.view(), None),
+            dense: Linear::new(weights.dense.t(), Some(weights.dense_bias)),
             norm_weight: weights.group_norm_weight,
             norm_bias: weights.group_norm_bias,
         };
@@ -310,16 +308,21 @@ impl<T: Scalar> DijiangBlockStream<T> {
     }
 }
 
-/// `x Wᵀ + b`, `W [outputs, inputs]`.
+/// `x W + b`.
 #[derive(Debug)]
 struct Linear<T> {
+    /// `[inputs, outputs]`, in the order of rows: one token is then a sum of rows.
     weight: Array2<T>,
     bias: Option<Array1<T>>,
 }
 
 impl<T: Scalar> Linear<T> {
+    fn new(weight: ArrayView2<'_, T>, bias: Option<Array1<T>>) -> Self {
+        Self { weight: weight.as_standard_layout().into_owned(), bias }
+    }
+
     fn apply(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let mut out = Array2::zeros((x.nrows(), self.weight.nrows()));
+        let mut out = Array2::zeros((x.nrows(), self.weight.ncols()));
         self.apply_into(x, out.view_mut());
         out
     }
@@ -329,11 +332,12 @@ impl<T: Scalar> Linear<T> {
             Some(bias) => out.assign(bias),
             None => out.fill(T::zero()),
         }
-        if x.nrows() == 1 {
-            let (x, mut out) = (views::row(x, 0), out.row_mut(0));
-            general_mat_vec_mul(T::one(), &self.weight, &x, T::one(), &mut out);
+        if x.nrows() == 1
+            && let (Some(x), Some(weight), Some(out)) = (x.as_slice(), self.weight.as_slice(), out.as_slice_mut())
+        {
+            kernel::add_row_times_matrix(x, weight, self.weight.ncols(), out);
         } else {
-            general_mat_mul(T::one(), &x, &self.weight.t(), T::one(), &mut out);
+            general_mat_mul(T::one(), &x, &self.weight, T::one(), &mut out);
         }
     }
 }
