@@ -71,6 +71,10 @@
 //! it receives ([`HybridAttention`]): 17 153 numbers where the cache of 768 tokens has 98 304; a window of equal size has an error of .21. It loses facts that
 //! nothing asks for (the example `needle`), so keep exact the heads where its own error is largest ([`HeadErrors`]).
 //!
+//! Other kernels do not aim at softmax and are for models trained with them: [`Retention`] (RetNet), [`CosFormer`], [`Linformer`] (no causal
+//! form), and with [`IdentityFeatures`] and decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2. [`RotaryAttention`]
+//! puts rotary position embedding into any of them.
+//!
 //! # Conventions
 //!
 //! - Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, output `[n_q, d_v]`; [`MultiHead`] takes `[batch, heads, n, d]`. Views

@@ -334,3 +334,31 @@ fn gated_kernels_turn() {
     let out = feed(&mut *kernel.stream(2).unwrap(), &[q, k, v], &[3, 1, 1, 60, 5]);
     assert_close("a stream", &out, &exact, 256.0);
 }
+
+/// The same for the query heads of a group, in a layer and in its streams.
+#[test]
+fn gated_groups_turn() {
+    let (n, d, group) = (40, 4, 3);
+    let q = Array4::from_shape_fn((1, group, n, d), |(_, h, t, i)| ((7 * h + t * d + i) as f64).sin());
+    let [_, k, v] = tokens::<f64>(n, d, 2, 1.0, 6);
+    let log_decay = normal::<f64>(n, 1, 0.1, 9).mapv(|x| -x.abs());
+    let kernel = RotaryAttention::new(Rotary::new(d).unwrap(), elu(d).gated());
+    let layer = MultiHead::new(kernel.clone(), group, 1).unwrap();
+    let head = |x: &Array2<f64>| x.clone().insert_axis(Axis(0)).insert_axis(Axis(0));
+    let (k4, v4, decay4) = (head(&k), head(&v), head(&log_decay));
+    let [mut whole, mut parts] = [(); 2].map(|()| Array4::<f64>::zeros((1, group, n, 2)));
+    layer.forward_gated(q.view(), k4.view(), v4.view(), decay4.view(), None, whole.view_mut()).unwrap();
+    let mut stream = layer.stream(1, 2).unwrap();
+    for rows in [0..1, 1..30, 30..40] {
+        let at = s![.., .., rows, ..];
+        let (q, k, v, decay) = (q.slice(&at), k4.slice(&at), v4.slice(&at), decay4.slice(&at));
+        stream.extend_gated(q, k, v, decay, None, parts.slice_mut(&at)).unwrap();
+    }
+    let alone = WithLogDecay::new(kernel, log_decay);
+    for h in 0..group {
+        let at = s![0, h, .., ..];
+        let exact = alone.forward(q.slice(at), k.view(), v.view(), Mask::Causal).unwrap();
+        assert_close("a layer", &whole.slice(at).to_owned(), &exact, 4.0);
+        assert_close("its streams", &parts.slice(at).to_owned(), &exact, 256.0);
+    }
+}

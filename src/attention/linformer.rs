@@ -50,7 +50,7 @@ pub struct Linformer<T> {
 }
 
 impl<T: Scalar> Linformer<T> {
-    /// Random projections: entries of E, then those of F, independent, N(0, 1/rank) (theorem 2 of the paper).
+    /// Random projections: entries of E, then those of F, independent, N(0, 1/rank) (the distribution of the paper's theorem 2).
     ///
     /// # Errors
     ///

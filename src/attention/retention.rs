@@ -94,7 +94,7 @@ impl<T: Scalar> Retention<T> {
         Ok(self.with(|options| options.rotary = rotary))
     }
 
-    /// Lets the products of pair i decay by `ζ_i^{(n−m)/512}` as well (xPos, Sun et al., arXiv 2212.10554, section 3.2):
+    /// Lets the products of pair i decay by `ζ_i^{(n−m)/512}` as well (xPos, Sun et al., arXiv 2212.10554, with the 512 of its code):
     ///
     /// ```text
     /// ζ_i = (2i/dims + 0.4)/1.4,    i = 0 .. dims/2,    for the columns that turn; others do not decay
