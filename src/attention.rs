@@ -11,7 +11,7 @@ pub(crate) mod rotary;
 pub(crate) mod softmax;
 pub(crate) mod with_log_decay;
 
-use crate::memory::{State, Tile, Workspace};
+use crate::memory::{LogDecay, State, Tile, Workspace};
 use crate::{Error, Scalar, check};
 use core::fmt::Debug;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -266,6 +266,7 @@ pub struct Scratch<T: Scalar> {
     pub(crate) state: State<T>,
     pub(crate) work: Workspace<T>,
     pub(crate) tile: Tile<T>,
+    pub(crate) log_decay: LogDecay<T>,
     /// Of kernels with positions inside, the outermost last.
     pub(crate) placed: Vec<positional::Placed<T>>,
     /// Projected keys and values.
@@ -281,6 +282,7 @@ impl<T: Scalar> Scratch<T> {
             state: State::new(),
             work: Workspace::new(),
             tile: Tile::new(),
+            log_decay: LogDecay::new(),
             placed: Vec::new(),
             projected: [linformer::Projected::new(), linformer::Projected::new()],
             hybrid: None,

@@ -5,8 +5,8 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
-    LinearAttention, Linformer, Mask, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
-    TaylorFeatures,
+    IdentityFeatures, LinearAttention, Linformer, Mask, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
+    SoftmaxAttention, TaylorFeatures, WithLogDecay,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -111,9 +111,13 @@ fn steady_calls_allocate_nothing() {
         let nested = RotaryAttention::new(rotary(), CosFormer::new(d, 10_000).unwrap());
         check_kernel("rotary cosformer", &nested, d, false);
         check_masks("linformer", &Linformer::new(d, 8, 300, 0).unwrap(), d, true, &[Mask::Full]);
-        // a decay is brought to logarithms in every forward pass; its streams allocate nothing
         for retention in [Retention::new(d, 0.9).unwrap(), Retention::new(d, 0.9).unwrap().with_xpos()] {
-            check_masks("retention", &retention, d, false, &[]);
+            check_causal("retention", &retention, d, false);
+        }
+        for columns in [1, d] {
+            let log_decay = normal::<f32>(10_000, columns, 0.1, 9).mapv(|x| -x.abs());
+            let gated = LinearAttention::new(IdentityFeatures::new(d).unwrap()).unnormalized().gated();
+            check_causal("gated", &WithLogDecay::new(gated, log_decay), d, false);
         }
         let hybrids = [
             builder().far(Far::none()),

@@ -20,11 +20,11 @@ fn formula(
     log_decay: impl Fn(usize, usize) -> f64,
 ) -> Array2<f64> {
     let mut out = Array2::zeros(v.dim());
-    for t in 0..fq.len() {
+    for (t, query) in fq.iter().enumerate() {
         let mut total = 0.0;
         let mut faded = vec![0.0; M];
         for j in (0..=t).rev() {
-            let weight: f64 = (0..M).map(|i| fq[t][i] * fk[j][i] * f64::exp(faded[i])).sum();
+            let weight: f64 = (0..M).map(|i| query[i] * fk[j][i] * f64::exp(faded[i])).sum();
             total += weight;
             out.row_mut(t).scaled_add(weight, &v.row(j).mapv(f64::from));
             faded.iter_mut().enumerate().for_each(|(i, faded)| *faded += log_decay(j, i));
@@ -88,7 +88,8 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
     let identity = IdentityFeatures::<f32>::new(D).expect("sizes are positive");
     let identity = kinds(LinearAttention::new(identity).unnormalized(), n);
     check(&identity, false, <[f64]>::to_vec);
-    let rows: [(&str, Vec<Box<dyn Attention<f32>>>); 3] = [
+    type Row<'a> = (&'a str, Vec<Box<dyn Attention<f32>>>);
+    let rows: [Row; 3] = [
         ("Performer", performer.iter().map(attention).collect()),
         ("elu + 1", elu.iter().map(attention).collect()),
         ("identity, no denominator", identity.iter().map(attention).collect()),

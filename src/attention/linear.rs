@@ -156,7 +156,8 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T>,
     {
-        if self.decay.prepare::<T>(self.map.num_features())?.is_some() {
+        self.decay.check(self.map.num_features())?;
+        if !self.decay.is_none() {
             let why = "each token changes the sums of those before it; use a stream";
             return Err(Error::Unsupported { what: "a memory whose sums decay", why });
         }
@@ -195,7 +196,7 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        let decay = self.decay.prepare(self.map.num_features()).map(|decay| decay.map(Arc::new));
+        let decay = LogDecay::of(&self.decay, self.map.num_features()).map(|decay| decay.map(Arc::new));
         Box::new(LinearStream::new(memory, self.readout, decay))
     }
 }
@@ -205,7 +206,7 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        let decay = self.decay.prepare(self.map.num_features())?;
+        let decay = LogDecay::of(&self.decay, self.map.num_features())?;
         Ok(LinearStream::new(self.empty(value_dim)?, self.readout, Ok(decay.map(Arc::new))))
     }
 
@@ -222,10 +223,10 @@ impl<F> LinearAttention<F> {
     {
         let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
         let (features, value_dim) = (self.map.num_features(), tokens.v.ncols());
-        let decay = self.decay.prepare(features)?;
-        check_gates(decay.as_ref(), features, tokens)?;
-        let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay.as_ref());
-        let Scratch { state, work, .. } = scratch;
+        let Scratch { state, work, log_decay, .. } = scratch;
+        let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
+        check_gates(decay, features, tokens)?;
+        let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay);
         state.reset(features, value_dim);
         match mask {
             Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
@@ -316,7 +317,8 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
 
     fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
         let memory = self.empty(1)?;
-        if self.decay.prepare::<T>(self.map.num_features())?.is_some() {
+        self.decay.check(self.map.num_features())?;
+        if !self.decay.is_none() {
             return Ok(None); // the weight depends on the distance as well
         }
         check::queries(self.map.head_dim(), q)?;

@@ -29,21 +29,24 @@ impl Default for Decay {
 }
 
 impl Decay {
-    /// In logarithms, or `None` if nothing is forgotten.
-    pub(crate) fn prepare<T: Scalar>(&self, features: usize) -> Result<Option<LogDecay<T>>, Error> {
-        if *self == Self::default() {
-            return Ok(None);
-        }
+    /// Whether nothing is forgotten.
+    pub(crate) fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Fails unless it can be used.
+    pub(crate) fn check(&self, features: usize) -> Result<(), Error> {
         let channels = self.channels.as_deref().unwrap_or_default();
         if self.channels.is_some() {
             check::size("decay", "elements", features, channels.len())?;
         }
-        if let Some(bad) = channels.iter().chain([&self.common]).find(|&&decay| !(0.0..=1.0).contains(&decay)) {
-            return Err(Error::InvalidOption { which: "decay", found: bad.to_string(), needed: "from 0 to 1" });
+        match channels.iter().chain([&self.common]).find(|&&decay| !(0.0..=1.0).contains(&decay)) {
+            Some(bad) => {
+                let found = bad.to_string();
+                Err(Error::InvalidOption { which: "decay", found, needed: "from 0 to 1" })
+            }
+            None => Ok(()),
         }
-        let log = |decay: f64| T::from_f64(libm::log(decay));
-        let channels = channels.iter().map(|decay| log(decay * self.common)).collect();
-        Ok(Some(LogDecay { common: log(self.common), channels, gated: self.gated }))
     }
 }
 
@@ -54,6 +57,29 @@ pub(crate) struct LogDecay<T> {
     /// With the common one; empty if all are the same.
     channels: Vec<T>,
     pub(crate) gated: bool,
+}
+
+impl<T: Scalar> LogDecay<T> {
+    pub(crate) fn new() -> Self {
+        Self { common: T::zero(), channels: Vec::new(), gated: false }
+    }
+
+    /// Takes that of a kernel of so many features; returns whether anything is forgotten.
+    pub(crate) fn set(&mut self, decay: &Decay, features: usize) -> Result<bool, Error> {
+        decay.check(features)?;
+        let log = |decay: f64| T::from_f64(libm::log(decay));
+        self.common = log(decay.common);
+        self.channels.clear();
+        self.channels.extend(decay.channels.iter().flatten().map(|channel| log(channel * decay.common)));
+        self.gated = decay.gated;
+        Ok(!decay.is_none())
+    }
+
+    /// That of a kernel, if anything is forgotten.
+    pub(crate) fn of(decay: &Decay, features: usize) -> Result<Option<Self>, Error> {
+        let mut log_decay = Self::new();
+        Ok(log_decay.set(decay, features)?.then_some(log_decay))
+    }
 }
 
 /// Every log decay must be 0 or less.
