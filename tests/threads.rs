@@ -3,7 +3,10 @@
 mod common;
 
 use common::normal;
-use dijiang::{Attention, DctFeatures, Error, LinearAttention, Mask, MultiHead, Performer, SoftmaxAttention};
+use dijiang::{
+    Attention, DctFeatures, EluFeatures, Error, LinearAttention, Mask, MultiHead, Performer, Retention,
+    SoftmaxAttention, WithLogDecay,
+};
 use ndarray::{Array2, Array4, ArrayView4, s};
 
 /// Runs `work` in a pool of so many threads.
@@ -17,7 +20,26 @@ fn kernels() -> Vec<(&'static str, Box<dyn Attention<f32>>)> {
         ("dct", Box::new(LinearAttention::new(DctFeatures::new(64, 64, 0).unwrap()))),
         ("unnormalized", Box::new(LinearAttention::new(Performer::new(8, 16, 0).unwrap()).unnormalized())),
         ("softmax", Box::new(SoftmaxAttention::new(8).unwrap())),
+        ("decay", Box::new(LinearAttention::new(Performer::new(8, 37, 0).unwrap()).with_decay(1.0 - 1.0 / 32.0))),
+        ("retention", Box::new(Retention::new(8, 0.99).unwrap())),
+        ("gates", gated(1, false)),
+        ("gates and resets", gated(1, true)),
+        ("gates of each feature", gated(8, false)),
     ]
+}
+
+/// ELU features with gates of each token.
+fn gated(columns: usize, resets: bool) -> Box<dyn Attention<f32>> {
+    let mut log_decay = normal::<f32>(2 * N, columns, 0.05, 9).mapv(|x| -x.abs());
+    for row in [100, 3000, 3001, 6016, 8000].into_iter().filter(|_| resets) {
+        log_decay.row_mut(row).fill(f32::NEG_INFINITY);
+    }
+    Box::new(WithLogDecay::new(LinearAttention::new(EluFeatures::<f32>::new(8).unwrap()).gated(), log_decay))
+}
+
+/// Sums that decay have an order.
+fn has_full(name: &str) -> bool {
+    !["decay", "retention", "gates", "gates and resets", "gates of each feature"].contains(&name)
 }
 
 fn head_dim(name: &str) -> usize {
@@ -44,7 +66,7 @@ fn a_long_head_on_many_threads_is_that_on_one() {
     for (name, kernel) in kernels() {
         for (input, [q, k, v]) in inputs(head_dim(name)) {
             for mask in [Mask::Causal, Mask::Full] {
-                if name == "softmax" && input != "ordinary" {
+                if (name == "softmax" && input != "ordinary") || (mask == Mask::Full && !has_full(name)) {
                     continue; // n² scores: once is enough
                 }
                 let forward = || kernel.forward(q.view(), k.view(), v.view(), mask).unwrap();

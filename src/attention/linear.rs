@@ -39,7 +39,7 @@ use std::sync::Arc;
 /// logarithms, and only the decay from one token to a later one is ever formed, so that nothing over- or underflows: one number for all features moves
 /// the log scale of the sums, at no cost, and features that decay differently do so relative to the slowest. The state has one number
 /// more than without decay, what rounding leaves of the log scale. A decay needs an order of tokens, so there is none with [`Mask::Full`].
-/// One long sequence stays on one thread.
+/// One long sequence stays on one thread where features decay differently.
 ///
 /// ```
 /// use dijiang::{Attention, EluFeatures, LinearAttention, Mask};

@@ -75,6 +75,12 @@ impl<T: Scalar> LogDecay<T> {
         Ok(!decay.is_none())
     }
 
+    /// Whether all features decay alike, with these gates.
+    #[cfg(feature = "rayon")]
+    pub(crate) fn is_common(&self, gates: Option<ArrayView2<'_, T>>) -> bool {
+        self.channels.is_empty() && gates.is_none_or(|gates| gates.ncols() == 1)
+    }
+
     /// That of a kernel, if anything is forgotten.
     pub(crate) fn of(decay: &Decay, features: usize) -> Result<Option<Self>, Error> {
         let mut log_decay = Self::new();
@@ -195,7 +201,7 @@ impl<T: Scalar> Gates<T> {
     }
 
     /// The log decays of one token.
-    fn row(&self, token: usize) -> &[T] {
+    pub(super) fn row(&self, token: usize) -> &[T] {
         &self.values[token * self.width..(token + 1) * self.width]
     }
 

@@ -217,11 +217,11 @@ impl<T: Scalar> State<T> {
     }
 
     /// The log scale and what rounding left of it.
-    fn scale(&self) -> [T; 2] {
+    pub(super) fn scale(&self) -> [T; 2] {
         [self.log_scale, self.log_scale_low]
     }
 
-    fn set_scale(&mut self, [log_scale, low]: [T; 2]) {
+    pub(super) fn set_scale(&mut self, [log_scale, low]: [T; 2]) {
         (self.log_scale, self.log_scale_low) = (log_scale, low);
     }
 
@@ -417,7 +417,7 @@ impl<T: Scalar> State<T> {
 }
 
 /// `e^{scale − unit}` of a log scale in two parts.
-fn unit_ratio<T: Scalar>([log_scale, low]: [T; 2], unit: T) -> T {
+pub(super) fn unit_ratio<T: Scalar>([log_scale, low]: [T; 2], unit: T) -> T {
     if low == T::zero() {
         return exp_difference(log_scale, unit);
     }
@@ -425,7 +425,7 @@ fn unit_ratio<T: Scalar>([log_scale, low]: [T; 2], unit: T) -> T {
 }
 
 /// A log scale in two parts, and what is added to it.
-fn decayed<T: Scalar>([log_scale, low]: [T; 2], log_decay: T) -> [T; 2] {
+pub(super) fn decayed<T: Scalar>([log_scale, low]: [T; 2], log_decay: T) -> [T; 2] {
     let sum = log_scale + log_decay;
     if sum == T::neg_infinity() {
         return [sum, T::zero()];
@@ -438,7 +438,7 @@ fn decayed<T: Scalar>([log_scale, low]: [T; 2], log_decay: T) -> [T; 2] {
 }
 
 /// `e^{a − b}` for a ≤ b.
-pub(super) fn exp_difference<T: Scalar>(a: T, b: T) -> T {
+fn exp_difference<T: Scalar>(a: T, b: T) -> T {
     if a == b { T::one() } else { (a - b).exp() }
 }
 
@@ -454,6 +454,9 @@ pub(crate) struct Chunk<T> {
     pub(super) key_scale: Buffer<T>,
     pub(super) values: Buffer<T>,
     pub(super) values_size: Size,
+    /// The log decays before the first token and from there to the last, if the scales have been shifted by them.
+    #[cfg(feature = "rayon")]
+    pub(super) faded: Option<[T; 2]>,
 }
 
 impl<T: Scalar> Chunk<T> {
@@ -467,6 +470,8 @@ impl<T: Scalar> Chunk<T> {
             key_scale: Buffer::new(),
             values: Buffer::new(),
             values_size: Size::Small,
+            #[cfg(feature = "rayon")]
+            faded: None,
         }
     }
 
@@ -684,6 +689,18 @@ impl<T: Scalar> Workspace<T> {
         }
     }
 
+    /// Shifts the scales of the chunk by the decay of its tokens, the same for all features.
+    #[cfg(feature = "rayon")]
+    pub(super) fn fade_chunk(&mut self, features: usize) {
+        let Self { chunk, gates, .. } = self;
+        chunk.faded = None;
+        if gates.width == 1 {
+            gates.sum_from(0, false);
+            gates.fade_group(chunk, features, 0..chunk.tokens);
+            chunk.faded = Some([gates.row(0)[0], gates.since(chunk.tokens - 1)[0]]);
+        }
+    }
+
     /// Leaves the threads to others.
     #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
     pub(crate) fn stay_on_one_thread(&mut self) {
@@ -725,7 +742,7 @@ pub(crate) struct Tokens<'a, T> {
 }
 
 impl<T> Tokens<'_, T> {
-    fn rows(&self, range: Range<usize>) -> Self {
+    pub(super) fn rows(&self, range: Range<usize>) -> Self {
         let part = |x| views::rows(x, range.clone());
         Self { q: part(self.q), k: part(self.k), v: part(self.v), log_decay: self.log_decay.map(part) }
     }
@@ -771,7 +788,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         let n = tokens.q.nrows();
         #[cfg(feature = "rayon")]
-        if work.parallel && parallel::pays(n) && self.decay.is_none() {
+        if work.parallel && parallel::pays(n) && self.decay.is_none_or(|decay| decay.is_common(tokens.log_decay)) {
             return parallel::inside(|| self.extend_blocks(state, tokens, out, readout, work, keep));
         }
         self.extend_in_order(state, tokens, &mut out, readout, work, 0..n, keep)
@@ -794,7 +811,12 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// Takes tokens of a chunk in: maps queries and keys, copies values and log decays.
-    fn map_tokens(&self, tokens: Tokens<'_, T>, work: &mut Workspace<T>, first_row: usize) -> Result<(), Error> {
+    pub(super) fn map_tokens(
+        &self,
+        tokens: Tokens<'_, T>,
+        work: &mut Workspace<T>,
+        first_row: usize,
+    ) -> Result<(), Error> {
         let Tokens { q, k, v, log_decay } = tokens;
         work.chunk.resize(q.nrows(), self.num_features(), v.ncols());
         if q.nrows() == 1 {
@@ -819,12 +841,11 @@ impl<'a, T: Scalar> Engine<'a, T> {
         keep: bool,
     ) -> Result<(), Error> {
         let mut lanes = core::mem::take(&mut work.lanes);
-        let Tokens { q, k, v, .. } = tokens;
-        let done = parallel::extend(*self, state, [q, k, v], &mut out, readout, &mut lanes, |state, out, range| {
+        let done = parallel::extend(*self, state, tokens, &mut out, readout, &mut lanes, |state, out, range| {
             self.extend_in_order(state, tokens, out, readout, work, range, true)
         });
         work.lanes = lanes;
-        self.extend_in_order(state, tokens, &mut out, readout, work, done?..q.nrows(), keep)
+        self.extend_in_order(state, tokens, &mut out, readout, work, done?..tokens.q.nrows(), keep)
     }
 
     /// As [`extend`](Self::extend), some of the tokens, chunk after chunk.

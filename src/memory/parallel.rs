@@ -2,9 +2,10 @@
 //!
 //! Blocks of [`BLOCK`] chunks go through two steps, each shared out over the threads: run through the mapped chunks with a part of the
 //! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. A block
-//! with values near the largest number, or with log scales that jump within a chunk, is left to one thread.
+//! with values near the largest number, or with log scales that jump within a chunk, is left to one thread; so are sums whose features decay
+//! differently.
 
-use super::linear::{Chunk, Engine, FEW_TOKENS, Size, State, Workspace, exp_difference, key_factors};
+use super::linear::{Chunk, Engine, FEW_TOKENS, Size, State, Tokens, Workspace, decayed, key_factors, unit_ratio};
 use super::{Answer, Readout};
 use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
@@ -79,24 +80,22 @@ struct Snapshots<T> {
 pub(crate) fn extend<T: Scalar>(
     engine: Engine<'_, T>,
     state: &mut State<T>,
-    [q, k, v]: [ArrayView2<'_, T>; 3],
+    tokens: Tokens<'_, T>,
     out: &mut ArrayViewMut2<'_, T>,
     readout: Readout,
     lanes: &mut Lanes<T>,
     mut in_order: impl FnMut(&mut State<T>, &mut ArrayViewMut2<'_, T>, Range<usize>) -> Result<(), Error>,
 ) -> Result<usize, Error> {
-    let (features, value_dim) = (engine.num_features(), v.ncols());
-    let chunks = q.nrows() / chunk_len::<T>();
+    let (features, value_dim) = (engine.num_features(), tokens.v.ncols());
+    let chunks = tokens.q.nrows() / chunk_len::<T>();
     lanes.reserve(chunks.min(BLOCK));
     let Lanes { chunks: lanes, threads, snapshots, before } = lanes;
     let map = |work: &mut Workspace<T>, c: usize, lane: &mut Chunk<T>| {
         let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
-        let part = |x| views::rows(x, rows.clone());
         with_chunk(lane, work, |work| {
-            work.chunk.resize(chunk_len::<T>(), features, value_dim);
-            engine.map(Side::Query, part(q), work, rows.start)?;
-            engine.map(Side::Key, part(k), work, rows.start)?;
-            work.chunk.set_values(part(v)).map_err(|error| error.in_chunk(rows.start))
+            engine.map_tokens(tokens.rows(rows.clone()), work, rows.start)?;
+            work.fade_chunk(features);
+            Ok(())
         })
     };
     let mut mapped = share(threads, lanes.iter_mut().take(chunks), map);
@@ -104,30 +103,30 @@ pub(crate) fn extend<T: Scalar>(
         mapped.into_iter().collect::<Result<(), Error>>()?;
         let count = BLOCK.min(chunks - first);
         let next = BLOCK.min(chunks - first - count);
-        let tokens = first * chunk_len::<T>()..(first + count) * chunk_len::<T>();
+        let range = first * chunk_len::<T>()..(first + count) * chunk_len::<T>();
         before.copy_from(state);
         let units = units(state, &lanes[..count]);
         if let Some(units) = &units {
             absorb(state, &mut lanes[..count], units, snapshots, threads, true);
         }
-        let mut block = views::rows_mut(out.view_mut(), tokens.clone());
+        let mut block = views::rows_mut(out.view_mut(), range.clone());
         let outputs = block.axis_chunks_iter_mut(Axis(0), chunk_len::<T>());
         let snapshots = &*snapshots;
         // answers, and the next block mapped into the memory that has done its work
         let steps = share(threads, lanes.iter_mut().take(count).zip(outputs), |work, c, (lane, out)| {
             let answered = match &units {
                 Some(units) => {
-                    let old = if c == 0 { before.log_scale } else { units[c - 1] };
+                    let Unit { before: old, unit } = units[c];
                     let has_past = before.tokens > 0 || c > 0;
                     let (chunk, Workspace { scores, answer, factors, .. }) = (&*lane, &mut *work);
                     answer.resize(chunk_len::<T>(), chunk.width, padded::<T>(value_dim));
                     if has_past {
                         read_snapshots(snapshots, c, chunk, factors, answer);
-                        scale_answer(answer, exp_difference(old, units[c]));
+                        scale_answer(answer, unit_ratio(old, unit));
                     } else {
                         answer.denominator.fill(T::zero());
                     }
-                    if chunk.answer_itself(features, value_dim, has_past, units[c], scores, answer)
+                    if chunk.answer_itself(features, value_dim, has_past, unit, scores, answer)
                         || readout == Readout::Unnormalized
                     {
                         answer.write((first + c) * chunk_len::<T>(), readout, out).map(|()| true)
@@ -149,7 +148,7 @@ pub(crate) fn extend<T: Scalar>(
         }
         if !all_answered {
             state.copy_from(before);
-            in_order(state, out, tokens)?;
+            in_order(state, out, range)?;
         }
     }
     Ok(chunks * chunk_len::<T>())
@@ -204,17 +203,35 @@ fn share<T: Scalar, I: Send, R: Send>(
     results.into_iter().map(|(_, result)| result).collect()
 }
 
+/// What happens to the log scale of the sums in a chunk.
+#[derive(Clone, Copy)]
+struct Unit<T> {
+    /// In two parts, after the decay of the first token.
+    before: [T; 2],
+    /// In which the chunk is answered and absorbed.
+    unit: T,
+}
+
+impl<T: Scalar> Unit<T> {
+    /// The log scale after the chunk, which lets the sums decay by what its tokens after the first do.
+    fn after(self, chunk: &Chunk<T>) -> [T; 2] {
+        let scale = if self.unit > self.before[0] { [self.unit, T::zero()] } else { self.before };
+        chunk.faded.map_or(scale, |[_, rest]| decayed(scale, rest))
+    }
+}
+
 /// The unit of every chunk, if each is one group and no value is large.
-fn units<T: Scalar>(state: &State<T>, lanes: &[Chunk<T>]) -> Option<Vec<T>> {
-    let mut unit = state.log_scale;
+fn units<T: Scalar>(state: &State<T>, lanes: &[Chunk<T>]) -> Option<Vec<Unit<T>>> {
+    let mut scale = state.scale();
     let mut units = Vec::with_capacity(lanes.len());
     for chunk in lanes {
-        let (end, reached) = chunk.group(0, unit);
+        let before = chunk.faded.map_or(scale, |[first, _]| decayed(scale, first));
+        let (end, unit) = chunk.group(0, before[0]);
         if end < chunk.tokens || chunk.tokens < FEW_TOKENS || chunk.values_size == Size::Large {
             return None;
         }
-        unit = reached;
-        units.push(unit);
+        units.push(Unit { before, unit });
+        scale = units[units.len() - 1].after(chunk);
     }
     Some(units)
 }
@@ -223,13 +240,13 @@ fn units<T: Scalar>(state: &State<T>, lanes: &[Chunk<T>]) -> Option<Vec<T>> {
 fn absorb<T: Scalar>(
     state: &mut State<T>,
     lanes: &mut [Chunk<T>],
-    units: &[T],
+    units: &[Unit<T>],
     snapshots: &mut Vec<Snapshots<T>>,
     threads: &mut [Workspace<T>],
     keep: bool,
 ) {
     let (features, stride, chunks) = (state.features(), state.stride(), lanes.len());
-    let old_units: Vec<T> = core::iter::once(state.log_scale).chain(units.iter().copied()).collect();
+    let after = units.iter().zip(&*lanes).next_back().map(|(unit, chunk)| unit.after(chunk));
     let had_tokens = state.tokens > 0;
     // whole tiles of a product, several for each thread
     let height = features.div_ceil(4 * threads.len()).next_multiple_of(8);
@@ -260,13 +277,14 @@ fn absorb<T: Scalar>(
                 snapshots.sums[c * count * stride..(c + 1) * count * stride].copy_from_slice(sums);
                 snapshots.normalizer[c * count..(c + 1) * count].copy_from_slice(normalizer);
             }
-            if units[c] > old_units[c] && (had_tokens || c > 0) {
-                let factor = (old_units[c] - units[c]).exp();
+            let Unit { before, unit } = units[c];
+            if unit > before[0] && (had_tokens || c > 0) {
+                let factor = unit_ratio(before, unit);
                 for part in [&mut *sums, &mut *low, &mut *normalizer, &mut *normalizer_low] {
                     kernel::scale(part, factor);
                 }
             }
-            key_factors(key_scale, units[c], values.len() / stride, factors);
+            key_factors(key_scale, unit, values.len() / stride, factors);
             columns::scale_and_sum_rows(keys, factors, key_sums);
             Product {
                 m: count,
@@ -283,7 +301,7 @@ fn absorb<T: Scalar>(
             kernel::add_compensated(normalizer, normalizer_low, T::one(), key_sums);
         }
     });
-    state.log_scale = old_units[chunks];
+    state.set_scale(after.unwrap_or(state.scale()));
     state.tokens += chunks * chunk_len::<T>();
 }
 
@@ -340,6 +358,7 @@ pub(crate) fn absorb_only<T: Scalar>(
         let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
         with_chunk(lane, work, |work| {
             work.chunk.resize(chunk_len::<T>(), engine.num_features(), v.ncols());
+            work.chunk.faded = None;
             engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
             work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
         })
@@ -350,12 +369,14 @@ pub(crate) fn absorb_only<T: Scalar>(
     if lanes.iter().any(|chunk| chunk.values_size == Size::Large) {
         return None;
     }
-    let mut unit = state.log_scale;
+    let mut scale = state.scale();
     let raise = |chunk: &Chunk<T>| {
-        unit = chunk.key_scale[..chunk_len::<T>()].iter().fold(unit, |m, &scale| m.max(scale));
+        let unit = chunk.key_scale[..chunk_len::<T>()].iter().fold(scale[0], |m, &scale| m.max(scale));
+        let unit = Unit { before: scale, unit };
+        scale = unit.after(chunk);
         unit
     };
-    let units: Vec<T> = lanes.iter().map(raise).collect();
+    let units: Vec<Unit<T>> = lanes.iter().map(raise).collect();
     absorb(state, lanes, &units, snapshots, threads, false);
     Some(Ok(()))
 }
