@@ -115,6 +115,8 @@ fn bad_files_get_one_sentence() {
 #[test]
 fn bad_options_get_one_sentence() {
     refused(&["--kernels", "performer,performr"], "performr");
+    refused(&["--kernels", "retention"], "maps, hybrids, rivals, performer, ");
+    refused(&["--kernels", "retention"], "retention-first");
     refused(&["--features", "0"], "--features 0");
     refused(&["--features", "many"], "many");
     refused(&["--seeds", "0"], "--seeds 0");
@@ -171,9 +173,9 @@ fn number(record: &HashMap<String, String>, column: &str) -> f64 {
     record[column].parse().unwrap_or_else(|_| panic!("{column}: {record:?}"))
 }
 
-/// Runs the report on hybrids and returns what it printed, its records and its page.
+/// Runs the report and returns what it printed, its records and its page.
 #[track_caller]
-fn hybrids(folder: &Path, arguments: &[&str]) -> (String, Vec<HashMap<String, String>>, String) {
+fn report(folder: &Path, arguments: &[&str]) -> (String, Vec<HashMap<String, String>>, String) {
     let output = folder.join("report");
     let result = run(&[&["--output", output.to_str().unwrap()], arguments].concat());
     assert!(result.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&result.stderr));
@@ -187,7 +189,7 @@ fn hybrids_stand_beside_windows_of_equal_size() {
     let path = folder.join("heads.safetensors");
     write(&path, &long_head());
     let input = ["--quick", "--input", path.to_str().unwrap()];
-    let (printed, records, page) = hybrids(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
+    let (printed, records, page) = report(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
 
     assert!(printed.contains("Hybrids, head by head"), "{printed}");
     for label in ["window 8", "features 8", "taylor 4", "heavy 2, taylor 2", "ward 8, calibrated", "merged 8, block 4"]
@@ -225,24 +227,24 @@ fn hybrids_stand_beside_windows_of_equal_size() {
     }
 
     // where every query sees every key, only some of them have a meaning
-    let (printed, records, _) = hybrids(&folder, &[&input[..], &["--kernels", "hybrids", "--full"]].concat());
+    let (printed, records, _) = report(&folder, &[&input[..], &["--kernels", "hybrids", "--full"]].concat());
     let measured = |name: &str| records.iter().any(|record| record["kernel"] == name);
     assert_eq!(names.map(measured), [false, false, true, true, true, false], "{printed}");
     assert!(records.iter().all(|record| record["equal_window"].is_empty()));
 
     // one by name; and none beside maps that were named
-    let (_, records, _) = hybrids(&folder, &[&input[..], &["--kernels", "relu,hybrid-ward"]].concat());
+    let (_, records, _) = report(&folder, &[&input[..], &["--kernels", "relu,hybrid-ward"]].concat());
     let kernels: Vec<_> = records.iter().filter(|r| r["input"] == "h").map(|record| record["kernel"].clone()).collect();
     assert!(kernels.contains(&"relu".to_owned()) && kernels.contains(&"hybrid-ward".to_owned()), "{kernels:?}");
     assert!(!kernels.contains(&"window".to_owned()) && !kernels.contains(&"dct".to_owned()), "{kernels:?}");
-    let (printed, records, page) = hybrids(&folder, &[&input[..], &["--kernels", "relu"]].concat());
+    let (printed, records, page) = report(&folder, &[&input[..], &["--kernels", "relu"]].concat());
     assert!(!printed.contains("Hybrids") && !page.contains("Hybrids"));
     assert!(records.iter().all(|record| record["variant"].is_empty()));
 
     // a hybrid that is no smaller than the cache is no hybrid
     let short = |(name, dtype, _, x): Tensor| (name, dtype, vec![9, D], x[..9 * D].to_vec());
     write(&path, &long_head().into_iter().take(3).map(short).collect::<Vec<_>>());
-    let (printed, ..) = hybrids(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
+    let (printed, ..) = report(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
     assert!(printed.contains("No hybrid was measured on 1 of 1 heads"), "{printed}");
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -251,7 +253,7 @@ fn hybrids_stand_beside_windows_of_equal_size() {
 #[test]
 fn hybrids_have_the_known_errors() {
     let folder = folder("known");
-    let (_, records, _) = hybrids(&folder, &["--kernels", "window,hybrid-taylor,hybrid-ward,hybrid-merged"]);
+    let (_, records, _) = report(&folder, &["--kernels", "window,hybrid-taylor,hybrid-ward,hybrid-merged"]);
     let text = include_str!("data/reference_errors.json");
     let known: serde_json::Value = serde_json::from_str(text).unwrap();
     let mut compared = 0;
@@ -275,5 +277,175 @@ fn hybrids_have_the_known_errors() {
         }
     }
     assert_eq!(compared, 4 * 7 + 3 + 1 + 2);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+const RIVALS: [&str; 11] = [
+    "elu",
+    "relu",
+    "cosformer",
+    "dijiang-decay-first",
+    "dijiang-decay-last",
+    "retention-first",
+    "retention-last",
+    "retention-xpos",
+    "ssd",
+    "gla",
+    "linformer",
+];
+
+#[test]
+fn rivals_stand_in_a_section_of_their_own() {
+    let folder = folder("rivals");
+    let path = folder.join("heads.safetensors");
+    write(&path, &long_head());
+    let input = ["--quick", "--input", path.to_str().unwrap(), "--kernels"];
+    let (printed, records, page) = report(&folder, &[&input[..], &["taylor,dct,rivals"]].concat());
+
+    let title = "Rivals: kernels that models are trained with, not ranked";
+    let (summary, rest) = printed.split_once("Output error on Gaussian").unwrap();
+    let rivals = rest.split_once(title).unwrap().1;
+    // as the first cell of a line
+    let has = |text: &str, name: &str| text.lines().any(|line| line.starts_with(&format!("│ {name} ")));
+    assert!(has(summary, "taylor *") && !has(rivals, "taylor"), "{printed}");
+    for name in RIVALS {
+        assert!(!has(summary, name), "{name}: {printed}");
+        // the head is causal
+        assert_eq!(has(rivals, name), name != "linformer", "{name}: {printed}");
+        assert!(page.contains(&format!("<dt>{name}</dt>")), "{name}");
+    }
+    let findings = printed.rsplit_once("\n\n- ").unwrap().1;
+    assert!(RIVALS.iter().all(|name| !findings.split_whitespace().any(|word| word == *name)), "{findings}");
+    assert!(page.contains(&format!("<h2>{title}</h2>")) && page.contains("<h2>Rivals by head</h2>"));
+
+    for record in &records {
+        let is_rival = RIVALS.contains(&record["kernel"].as_str());
+        assert_eq!(record["kind"] == "rival", is_rival, "{record:?}");
+        if !is_rival {
+            assert_eq!(record["best_factor_error"], "", "{record:?}");
+            continue;
+        }
+        assert!(record["failure"].is_empty(), "{record:?}");
+        assert_eq!(record["estimates_softmax"] == "true", record["kernel"] == "linformer", "{record:?}");
+        // one and zero are factors too
+        let of = |best: &str, error: &str| number(record, best) <= number(record, error).min(1.0) + 1e-6;
+        assert!(of("best_factor_error", "output_error"), "{record:?}");
+        assert!(of("uniform_best_factor_error", "uniform_error"), "{record:?}");
+        if record["input"] == "h" {
+            let floats = match record["kernel"].as_str() {
+                "elu" | "relu" => 2 * D * (D + 1) + 1,
+                "cosformer" => 4 * D * (D + 1) + 1,
+                _ => 2 * D * (D + 1) + 2,
+            };
+            assert_eq!(number(record, "state_floats") as usize, floats, "{record:?}");
+        }
+    }
+
+    // where every query sees every key nothing decays, and keys can be projected
+    let (printed, records, _) = report(&folder, &[&input[..], &["rivals", "--full"]].concat());
+    let measured = |name: &str| records.iter().any(|record| record["input"] == "h" && record["kernel"] == name);
+    let full: Vec<_> = RIVALS.into_iter().filter(|name| measured(name)).collect();
+    assert_eq!(full, ["elu", "relu", "cosformer", "linformer"], "{printed}");
+    let linformer = records.iter().find(|record| record["kernel"] == "linformer" && record["input"] == "h").unwrap();
+    assert_eq!(number(linformer, "state_floats") as usize, 64 * 2 * D);
+    assert!(printed.contains(title) && !printed.contains("No exponential map"), "{printed}");
+
+    // one by name
+    let (_, records, page) = report(&folder, &[&input[..], &["gla"]].concat());
+    assert!(records.iter().all(|record| ["uniform", "softmax", "gla"].contains(&record["kernel"].as_str())));
+    assert!(!page.contains("Growing norms"), "the norms are of bidirectional inputs");
+    let (printed, _, page) = report(&folder, &[&input[..], &["taylor"]].concat());
+    assert!(!printed.contains("Rivals") && !page.contains("Rivals"));
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// The weight of key `j` for query `t`, of queries and keys in rows of `D`.
+type Weight = fn(&[f64], &[f64], usize, usize) -> f64;
+
+fn row(x: &[f64], t: usize) -> &[f64] {
+    &x[t * D..(t + 1) * D]
+}
+
+fn product(q: &[f64], k: &[f64], t: usize, j: usize) -> f64 {
+    row(q, t).iter().zip(row(k, j)).map(|(q, k)| q * k).sum::<f64>() / (D as f64).sqrt()
+}
+
+fn of_features(q: &[f64], k: &[f64], t: usize, j: usize, map: impl Fn(f64) -> f64) -> f64 {
+    row(q, t).iter().zip(row(k, j)).map(|(q, k)| map(*q) * map(*k)).sum()
+}
+
+/// x̂ of section "Conventions" in the crate's documentation.
+fn scaled(x: f64) -> f64 {
+    x / (D as f64).powf(0.25)
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// The weighted sums of the values of one causal head.
+fn outputs(weight: Weight, normalized: bool, [q, k, v]: &[Vec<f64>; 3]) -> Vec<f64> {
+    let output = |t: usize| {
+        let weights: Vec<f64> = (0..=t).map(|j| weight(q, k, t, j)).collect();
+        let total = if normalized { weights.iter().sum() } else { 1.0 };
+        (0..D).map(move |c| weights.iter().enumerate().map(|(j, w)| w * v[j * D + c]).sum::<f64>() / total)
+    };
+    (0..TOKENS).flat_map(output).collect()
+}
+
+/// The kernels with no random part are those of their papers, written out.
+#[test]
+fn rivals_have_the_errors_of_their_formulas() {
+    let folder = folder("formulas");
+    let path = folder.join("heads.safetensors");
+    write(&path, &good(Dtype::F64));
+    let (_, records, _) = report(&folder, &["--quick", "--input", path.to_str().unwrap(), "--kernels", "rivals"]);
+
+    let formulas: [(&str, bool, Weight); 7] = [
+        ("elu", true, |q, k, t, j| {
+            let elu = |x: f64| if x > 0.0 { x } else { x.exp() - 1.0 };
+            of_features(q, k, t, j, |x| elu(scaled(x)) + 1.0)
+        }),
+        ("relu", true, |q, k, t, j| of_features(q, k, t, j, |x| (scaled(x)).max(0.0) + 0.001)),
+        ("cosformer", true, |q, k, t, j| {
+            let angle = std::f64::consts::FRAC_PI_2 * (t - j) as f64 / TOKENS as f64;
+            of_features(q, k, t, j, |x| x.max(0.0) + 1e-6) * angle.cos()
+        }),
+        ("retention-first", false, |q, k, t, j| (31.0_f64 / 32.0).powi((t - j) as i32) * product(q, k, t, j)),
+        ("retention-last", false, |q, k, t, j| (4095.0_f64 / 4096.0).powi((t - j) as i32) * product(q, k, t, j)),
+        ("retention-xpos", false, |q, k, t, j| {
+            let decay = |c: usize| {
+                let zeta = ((c / 2 * 2) as f64 / D as f64 + 0.4) / 1.4;
+                (4095.0 / 4096.0 * zeta.powf(1.0 / 512.0)).powi((t - j) as i32)
+            };
+            (0..D).map(|c| decay(c) * row(q, t)[c] * row(k, j)[c]).sum::<f64>() / (D as f64).sqrt()
+        }),
+        ("gla", false, |q, k, t, j| {
+            let gates = |c: usize| (j + 1..=t).map(|u| sigmoid(row(k, u)[c]).powf(1.0 / 16.0)).product::<f64>();
+            (0..D).map(|c| gates(c) * row(q, t)[c] * row(k, j)[c]).sum::<f64>() / (D as f64).sqrt()
+        }),
+    ];
+    let head = [0, 1, 2].map(numbers);
+    let exact = outputs(|q, k, t, j| product(q, k, t, j).exp(), true, &head);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let distance = |a: &[f64], factor: f64| {
+        let square: f64 = a.iter().zip(&exact).map(|(a, b)| (factor * a - b).powi(2)).sum();
+        (square / dot(&exact, &exact)).sqrt()
+    };
+    for (name, normalized, weight) in formulas {
+        let output = outputs(weight, normalized, &head);
+        let best = dot(&output, &exact) / dot(&output, &output);
+        let record = records.iter().find(|record| record["kernel"] == name && record["input"] == "h").unwrap();
+        for (column, expected) in
+            [("output_error", distance(&output, 1.0)), ("best_factor_error", distance(&output, best))]
+        {
+            let found = number(record, column);
+            assert!((found / expected - 1.0).abs() < 1e-4, "{name}: {column} {found}, not {expected}");
+        }
+    }
+    let uniform = outputs(|_, _, _, _| 1.0, true, &head);
+    let best = dot(&uniform, &exact) / dot(&uniform, &uniform);
+    let record = records.iter().find(|record| record["kernel"] == "elu" && record["input"] == "h").unwrap();
+    assert!((number(record, "uniform_best_factor_error") / distance(&uniform, best) - 1.0).abs() < 1e-4);
     std::fs::remove_dir_all(folder).unwrap();
 }

@@ -2,6 +2,7 @@
 
 use crate::hybrids::{Hybrid, Sizes};
 use crate::kernels::Kernel;
+use crate::rivals::Rival;
 use clap::Parser;
 use std::path::PathBuf;
 
@@ -40,7 +41,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
 
-    /// Kernels to measure, by name; `maps` and `hybrids` stand for all of a kind [default: all]
+    /// Kernels to measure, by name; `maps`, `hybrids` and `rivals` stand for all of a kind [default: all]
     #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
     kernels: Vec<String>,
 
@@ -74,6 +75,7 @@ pub struct Args {
 pub struct Plan {
     pub kernels: Vec<Kernel>,
     pub hybrids: Vec<Hybrid>,
+    pub rivals: Vec<Rival>,
     /// The sizes of the hybrids.
     pub sizes: Sizes,
     pub features: Vec<usize>,
@@ -89,6 +91,9 @@ pub struct Plan {
     pub command: String,
 }
 
+/// What was named, by kind.
+type Chosen = (Vec<Kernel>, Vec<Hybrid>, Vec<Rival>);
+
 /// More tokens would need gigabytes for the exact attention matrix.
 pub const MOST_TOKENS: usize = 8192;
 const MOST_FEATURES: usize = 65_536;
@@ -96,7 +101,7 @@ const MOST_FEATURES: usize = 65_536;
 impl Args {
     /// Checks the arguments and fills in the defaults.
     pub fn plan(&self) -> Result<Plan, String> {
-        let (kernels, hybrids) = self.chosen_kernels()?;
+        let (kernels, hybrids, rivals) = self.chosen_kernels()?;
         let mut features = match (self.features.is_empty(), self.quick) {
             (false, _) => self.features.clone(),
             (true, true) => vec![16, 64],
@@ -114,6 +119,7 @@ impl Args {
         Ok(Plan {
             kernels,
             hybrids,
+            rivals,
             sizes: if self.quick { Sizes::quick() } else { Sizes::standard() },
             features,
             seeds,
@@ -126,23 +132,28 @@ impl Args {
     }
 
     /// Each once, in the order they were named.
-    fn chosen_kernels(&self) -> Result<(Vec<Kernel>, Vec<Hybrid>), String> {
+    fn chosen_kernels(&self) -> Result<Chosen, String> {
         if self.kernels.is_empty() {
-            return Ok((Kernel::ALL.to_vec(), Hybrid::ALL.to_vec()));
+            return Ok((Kernel::ALL.to_vec(), Hybrid::ALL.to_vec(), Rival::ALL.to_vec()));
         }
-        let (mut kernels, mut hybrids) = (Vec::new(), Vec::new());
+        let (mut kernels, mut hybrids, mut rivals) = (Vec::new(), Vec::new(), Vec::new());
         for name in &self.kernels {
-            let [maps, behind_windows] = ["maps", "hybrids"].map(|all| all == name.trim());
-            let before = kernels.len() + hybrids.len();
-            kernels.extend(Kernel::ALL.into_iter().filter(|kernel| maps || kernel.name() == name.trim()));
-            hybrids.extend(Hybrid::ALL.into_iter().filter(|hybrid| behind_windows || hybrid.name() == name.trim()));
-            if kernels.len() + hybrids.len() == before {
+            let chosen = |kind: &str, kernel: &str| [kind, kernel].contains(&name.trim());
+            let before = kernels.len() + hybrids.len() + rivals.len();
+            kernels.extend(Kernel::ALL.into_iter().filter(|kernel| chosen("maps", kernel.name())));
+            hybrids.extend(Hybrid::ALL.into_iter().filter(|hybrid| chosen("hybrids", hybrid.name())));
+            rivals.extend(Rival::ALL.into_iter().filter(|rival| chosen("rivals", rival.name())));
+            if kernels.len() + hybrids.len() + rivals.len() == before {
                 let names = Kernel::ALL.iter().map(|kernel| kernel.name());
-                let names: Vec<_> = names.chain(Hybrid::ALL.iter().map(|hybrid| hybrid.name())).collect();
-                return Err(format!("`{name}` is not a kernel: choose from maps, hybrids, {}", names.join(", ")));
+                let names = names.chain(Hybrid::ALL.iter().map(|hybrid| hybrid.name()));
+                let names: Vec<_> = names.chain(Rival::ALL.iter().map(|rival| rival.name())).collect();
+                return Err(format!(
+                    "`{name}` is not a kernel: choose from maps, hybrids, rivals, {}",
+                    names.join(", ")
+                ));
             }
         }
-        Ok((each_once(&kernels), each_once(&hybrids)))
+        Ok((each_once(&kernels), each_once(&hybrids), each_once(&rivals)))
     }
 
     fn command(&self) -> String {

@@ -21,13 +21,14 @@ pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
         against_uniform(results, &heads, &head_rows),
         more_features(&head_rows, heads.inputs.len()),
         small_norms(results, plan),
-        norms_that_work(results),
+        norms_that_work(results, plan),
     ]
     .into_iter()
     .flatten()
     .collect();
     found.extend(slopes_at_small_norm(results, plan));
-    found.extend([slopes_on_heads(results, &heads), weights(&head_rows), failures(results)].into_iter().flatten());
+    found.extend([slopes_on_heads(results, &heads), weights(&head_rows)].into_iter().flatten());
+    found.extend(failures(results).into_iter().flatten());
     found.extend(hybrids::findings::findings(results, plan));
     found
 }
@@ -121,15 +122,17 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     ))
 }
 
-fn norms_that_work(results: &Results) -> Option<String> {
+fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+    let is_exponential = |kernel: Kernel| kernel.is_random() && kernel.aims_at_softmax();
+    if !plan.kernels.iter().any(|kernel| is_exponential(*kernel)) {
+        return None;
+    }
     let mut largest = None;
     let mut norms = Vec::new();
     for input in results.inputs.iter().filter_map(|input| input.norm) {
         let group = Group::norm(results, input)?;
         norms.push(input);
-        let useful = rows(results, &group)
-            .into_iter()
-            .filter(|row| row.kernel.is_random() && row.kernel.aims_at_softmax() && row.is_useful());
+        let useful = rows(results, &group).into_iter().filter(|row| is_exponential(row.kernel) && row.is_useful());
         if let Some(row) = useful.min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median)) {
             largest = Some((input, row, group.uniform(results)));
         }
@@ -228,16 +231,24 @@ fn best_of(rows: &[Row], kernel: Kernel) -> Option<&Row> {
         .min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median))
 }
 
-fn failures(results: &Results) -> Option<String> {
-    let failed: Vec<_> = results.measurements.iter().filter_map(|m| Some((m, m.report.as_ref().err()?))).collect();
-    let (first, why) = failed.first()?;
-    Some(format!(
-        "{} of {} measurements failed and are left out; the first is {} on {}: {why}.",
-        failed.len(),
-        results.measurements.len(),
-        first.kernel.name(),
-        results.inputs[first.input].name,
-    ))
+fn failures(results: &Results) -> [Option<String>; 2] {
+    let maps = results.measurements.iter().map(|m| (m.kernel.name().to_owned(), m.input, m.report.as_ref().err()));
+    let rivals = &results.rivals.measurements;
+    let rivals = rivals.iter().map(|m| (m.rival.name().to_owned(), m.input, m.outcome.as_ref().err()));
+    [failures_of("measurements", results, maps), failures_of("measurements of rivals", results, rivals)]
+}
+
+/// How many failed, of measurements with a name, an input and perhaps a reason.
+pub fn failures_of<'a>(
+    what: &str,
+    results: &Results,
+    measurements: impl ExactSizeIterator<Item = (String, usize, Option<&'a String>)>,
+) -> Option<String> {
+    let all = measurements.len();
+    let failed: Vec<_> = measurements.filter_map(|(name, input, why)| Some((name, input, why?))).collect();
+    let (name, input, why) = failed.first()?;
+    let input = &results.inputs[*input].name;
+    Some(format!("{} of {all} {what} failed and are left out; the first is {name} on {input}: {why}.", failed.len()))
 }
 
 /// `a, b and c`, each once.

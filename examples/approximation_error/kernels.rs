@@ -3,8 +3,8 @@
 use crate::data::Input;
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii, RadiusPoints,
-    ReluFeatures, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, DctFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii, RadiusPoints, TaylorFeatures,
+    WeightFit, Wpff, fit_weights,
 };
 use ndarray::Array1;
 
@@ -21,8 +21,6 @@ pub enum Kernel {
     WpffSobol,
     WpffWeighted,
     Taylor,
-    Elu,
-    Relu,
 }
 
 /// What the literature says of the kernel error.
@@ -54,7 +52,7 @@ const FIT_ROWS: usize = 256;
 const MOST_TAYLOR_FEATURES: usize = 20_000;
 
 impl Kernel {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 11] = [
         Self::Performer,
         Self::PerformerIid,
         Self::PerformerHyperbolic,
@@ -66,8 +64,6 @@ impl Kernel {
         Self::WpffSobol,
         Self::WpffWeighted,
         Self::Taylor,
-        Self::Elu,
-        Self::Relu,
     ];
 
     pub fn name(self) -> &'static str {
@@ -83,8 +79,6 @@ impl Kernel {
             Self::WpffSobol => "wpff-sobol",
             Self::WpffWeighted => "wpff-weighted",
             Self::Taylor => "taylor",
-            Self::Elu => "elu",
-            Self::Relu => "relu",
         }
     }
 
@@ -101,37 +95,35 @@ impl Kernel {
             Self::WpffSobol => "the same with Sobol directions and radii",
             Self::WpffWeighted => "wpff with weights fitted on the calibration split",
             Self::Taylor => "second-order Taylor expansion, m = (d + 1)(d + 2)/2",
-            Self::Elu => "elu + 1, m = d",
-            Self::Relu => "ReLU, m = d",
         }
     }
 
     /// Whether its weights are meant to estimate exp(q̂·k̂).
     pub fn aims_at_softmax(self) -> bool {
-        !matches!(self, Self::DctNormal | Self::Official | Self::Elu | Self::Relu)
+        !matches!(self, Self::DctNormal | Self::Official)
     }
 
     pub fn claim(self) -> Claim {
         match self {
             Self::Performer | Self::PerformerIid | Self::PerformerHyperbolic => Claim::InverseRoot,
             Self::Dct | Self::DctAntithetic | Self::Wpff | Self::WpffSobol | Self::WpffWeighted => Claim::Inverse,
-            Self::DctNormal | Self::Official | Self::Taylor | Self::Elu | Self::Relu => Claim::None,
+            Self::DctNormal | Self::Official | Self::Taylor => Claim::None,
         }
     }
 
     pub fn is_random(self) -> bool {
-        !matches!(self, Self::Taylor | Self::Elu | Self::Relu)
+        self != Self::Taylor
     }
 
     /// Whether its number of features follows from `head_dim`.
     pub fn is_fixed(self) -> bool {
-        matches!(self, Self::Official | Self::Taylor | Self::Elu | Self::Relu)
+        matches!(self, Self::Official | Self::Taylor)
     }
 
     /// The numbers of features it is measured at, of those asked for; its own number where that is fixed.
     pub fn features(self, head_dim: usize, asked: &[usize]) -> Vec<usize> {
         match self {
-            Self::Official | Self::Elu | Self::Relu => vec![head_dim],
+            Self::Official => vec![head_dim],
             Self::Taylor => {
                 let m = (head_dim + 1).saturating_mul(head_dim + 2) / 2;
                 if m <= MOST_TAYLOR_FEATURES { vec![m] } else { Vec::new() }
@@ -159,23 +151,24 @@ impl Kernel {
             Self::Dct => linear(DctFeatures::new(d, m, seed)?),
             Self::DctAntithetic => linear(DctFeatures::new(d, m, seed)?.with_radii(Radii::Antithetic)?),
             Self::DctNormal => linear(DctFeatures::new(d, m, seed)?.with_radii(Radii::Normal)?),
-            Self::Official => {
-                let mut normal = Normal::new(seed);
-                let radii = Array1::from_shape_simple_fn(d, || normal.sample());
-                Box::new(LinearAttention::new(DctFeatures::official(radii)?).with_scale(1.0))
-            }
+            Self::Official => Box::new(official(d, seed)?),
             Self::Wpff => linear(Wpff::new(d, m, seed)?),
             Self::WpffSobol => linear(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol)?),
             Self::WpffWeighted => linear(fitted(input, m, seed)?),
             Self::Taylor => linear(TaylorFeatures::new(d)?),
-            Self::Elu => linear(EluFeatures::new(d)?),
-            Self::Relu => linear(ReluFeatures::new(d)?),
         })
     }
 }
 
-fn linear(map: impl FeatureMap<f32> + 'static) -> Box<dyn Attention<f32>> {
+pub fn linear(map: impl FeatureMap<f32> + 'static) -> Box<dyn Attention<f32>> {
     Box::new(LinearAttention::new(map))
+}
+
+/// The map of the released DiJiang code, with random radii.
+pub fn official(head_dim: usize, seed: u64) -> Result<LinearAttention<DctFeatures<f32>>, Error> {
+    let mut normal = Normal::new(seed);
+    let radii = Array1::from_shape_simple_fn(head_dim, || normal.sample());
+    Ok(LinearAttention::new(DctFeatures::official(radii)?).with_scale(1.0))
 }
 
 fn fitted(input: &Input, m: usize, seed: u64) -> Result<Wpff<f32>, Error> {

@@ -12,6 +12,9 @@
 //! Then come the hybrids, head by head: an exact window with each far memory of the crate behind it, beside the window that
 //! keeps as many floats, the same window with nothing behind it, and uniform attention. `--kernels hybrids` measures them alone.
 //!
+//! Last come the rivals, kernels that models are trained with (the linear Transformer, cosFormer, retention, Mamba-2 and others), in a table
+//! of their own and not ranked: `--kernels rivals`.
+//!
 //! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`, `<head>/k`, `<head>/v` of shape
 //! `[tokens, d]`, raw after the rotary embedding. Optional: `<head>/calibration/q` and `/k` of another text, to which
 //! weights are fitted, and the metadata entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
@@ -36,6 +39,7 @@ mod plots;
 mod records;
 #[path = "../shared/reports.rs"]
 mod reports;
+mod rivals;
 #[path = "../shared/mod.rs"]
 mod shared;
 mod summary;
@@ -84,7 +88,7 @@ fn run(args: &Args) -> Result<(), String> {
     };
     let head_dim = inputs.first().map_or(64, data::Input::head_dim);
     let tokens = if plan.quick { 64 } else { 256 };
-    if !plan.kernels.is_empty() {
+    if !plan.kernels.is_empty() || !plan.rivals.is_empty() {
         inputs.extend(plan.norms.iter().map(|norm| synthetic::gaussian(*norm, tokens, head_dim)));
     }
     create(&args.output)?;
@@ -114,14 +118,18 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
     let mut text = format!("Approximation error on real heads ({})\n", heads.name);
     text.push_str(&table::terminal(&table::HEADER, &table::summary(results, &heads), 1));
     text.push_str(&format!("\n{}\n", table::LEGEND));
-    if !plan.kernels.is_empty() {
-        text.push_str(&norms(results, plan));
-    }
+    text.push_str(&norms(results, plan));
     let hybrids = hybrids::table::lines(results);
     if !hybrids.is_empty() {
         text.push_str("\nHybrids, head by head\n");
         text.push_str(&table::terminal(&hybrids::table::HEADER, &hybrids, 2));
         text.push_str(&format!("\n{}\n", hybrids::table::legend(results, &plan.sizes)));
+    }
+    let rivals = rivals::table::lines(results, &heads);
+    if !rivals.is_empty() {
+        text.push_str(&format!("\n{}\n", rivals::table::TITLE));
+        text.push_str(&table::terminal(&rivals::table::HEADER, &rivals, 1));
+        text.push_str(&format!("\n{}\n", rivals::table::legend(results, &heads, plan)));
     }
     text.push('\n');
     for finding in findings {
@@ -133,6 +141,9 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
 fn norms(results: &Results, plan: &Plan) -> String {
     let features = table::typical_features(&plan.features);
     let (header, lines) = table::norms(results, &Group::synthetic(results), features);
+    if let [] | [_] = lines[..] {
+        return String::new(); // uniform attention alone
+    }
     format!(
         "\nOutput error on Gaussian q and k of growing norm (in brackets: no better than uniform)\n{}\n",
         table::terminal_norms(&header, &lines)

@@ -4,6 +4,7 @@ use crate::args::Plan;
 use crate::data::Input;
 use crate::hybrids;
 use crate::kernels::Kernel;
+use crate::rivals;
 use dijiang::fidelity::{Reference, Report};
 use dijiang::{Attention, Mask, SoftmaxAttention};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -39,6 +40,7 @@ pub struct Results {
     pub exact: Vec<Exact>,
     pub measurements: Vec<Measurement>,
     pub hybrids: hybrids::measure::Results,
+    pub rivals: rivals::measure::Results,
     times: Times,
 }
 
@@ -121,11 +123,14 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
     let place = |kernel| Kernel::ALL.iter().position(|other| *other == kernel);
     measurements.sort_by_key(|m| (m.input, place(m.kernel), m.features, m.seed));
     let mut hybrids = hybrids::measure::errors(&inputs, &references, plan);
+    let mut rivals =
+        rivals::measure::errors(&inputs, &references, plan).map_err(|error| format!("uniform attention: {error}"))?;
     drop(references);
 
     let times = times(&inputs, &measurements, plan)?;
     hybrids::measure::times(&inputs, &mut hybrids, plan);
-    Ok(Results { inputs, exact, measurements, hybrids, times })
+    rivals::measure::times(&inputs, &mut rivals, plan);
+    Ok(Results { inputs, exact, measurements, hybrids, rivals, times })
 }
 
 fn exact(input: &Input, reference: &Reference<f32>) -> Result<Exact, dijiang::Error> {

@@ -6,6 +6,7 @@ use crate::hybrids;
 use crate::kernels::Kernel;
 use crate::measure::Results;
 use crate::plots::{self, Failure};
+use crate::rivals;
 use crate::shared::plots::escaped;
 use crate::summary::{Group, describe};
 use crate::table::{self, Emphasis};
@@ -50,6 +51,8 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     if !plan.kernels.is_empty() {
         map_sections(&mut html, results, plan, &heads)?;
     }
+    norms_section(&mut html, results, plan);
+    rival_sections(&mut html, results, plan, &heads);
 
     section(&mut html, "What was measured");
     html.push_str("<ul>\n");
@@ -63,10 +66,13 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     for hybrid in &plan.hybrids {
         html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", hybrid.name(), hybrid.description()));
     }
+    for rival in &plan.rivals {
+        html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", rival.name(), rival.description()));
+    }
     html.push_str(&format!(
         "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of one forward on one thread, \
          and are the only numbers here that differ from run to run.</p>\n</body>\n</html>\n",
-        results.measurements.len() + results.hybrids.measurements.len()
+        results.measurements.len() + results.hybrids.measurements.len() + results.rivals.measurements.len()
     ));
     Ok(html)
 }
@@ -102,7 +108,6 @@ fn hybrid_sections(html: &mut String, results: &Results, plan: &Plan) -> Result<
 fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group) -> Result<(), Failure> {
     let small = results.inputs.iter().position(|input| input.norm == Some(SMALL_NORM));
     let features = table::typical_features(&plan.features);
-    let synthetic = Group::synthetic(results);
     let mut panels: Vec<Group> = [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
     panels.push(heads.clone());
     let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
@@ -177,12 +182,37 @@ fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group
         "</div>\n<p>A feature map keeps 2m·(d<sub>v</sub> + 1) + 1 numbers, sums and their rounding errors; exact attention keeps n·(d + d<sub>v</sub>), \
          the upright line.</p>\n",
     );
-
-    section(html, "Growing norms");
-    let (header, lines) = table::norms(results, &synthetic, features);
-    html.push_str(&plain_table(&header, &lines));
-    html.push_str("<p>Output error on Gaussian q and k; in brackets: no better than uniform attention.</p>\n");
     Ok(())
+}
+
+fn norms_section(html: &mut String, results: &Results, plan: &Plan) {
+    let (header, lines) = table::norms(results, &Group::synthetic(results), table::typical_features(&plan.features));
+    if let [] | [_] = lines[..] {
+        return; // uniform attention alone
+    }
+    section(html, "Growing norms");
+    html.push_str(&plain_table(&header, &lines));
+    html.push_str(
+        "<p>Output error on Gaussian q and k; in brackets: no better than uniform attention. † not made to estimate \
+         exp(q·k).</p>\n",
+    );
+}
+
+/// The rivals: a table of medians, and their errors by head.
+fn rival_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group) {
+    let lines = rivals::table::lines(results, heads);
+    if lines.is_empty() {
+        return;
+    }
+    section(html, rivals::table::TITLE);
+    html.push_str(&summary_table(&rivals::table::HEADER, &lines, 1));
+    let legend = rivals::table::legend(results, heads, plan);
+    html.push_str(&format!("<p>{}</p>\n", escaped(&legend).replace('\n', "<br>")));
+
+    section(html, "Rivals by head");
+    let (header, lines) = rivals::table::by_head(results, heads);
+    html.push_str(&plain_table(&header, &lines));
+    html.push_str("<p>Output error, median over seeds; in brackets after the best factor. A dash: the kernel has no meaning on that head.</p>\n");
 }
 
 fn section(html: &mut String, title: &str) {

@@ -42,8 +42,6 @@ fn look(kernel: Kernel) -> Look {
         Kernel::WpffSobol => (GREEN, Shape::Triangle),
         Kernel::WpffWeighted => (GREEN, Shape::Cross),
         Kernel::Taylor => (PURPLE, Shape::Disc),
-        Kernel::Elu => (GREY, Shape::Ring),
-        Kernel::Relu => (GREY, Shape::Cross),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::hybrids::measure::Measurement;
 use crate::measure::Results;
+use crate::rivals;
 use dijiang::Mask;
 use dijiang::fidelity::Report;
 use serde::Serialize;
@@ -37,6 +38,10 @@ struct Record<'a> {
     equal_window_error: Option<f64>,
     dropped_error: Option<f64>,
     far_share: Option<f64>,
+    /// Rivals are not ranked.
+    kind: &'static str,
+    best_factor_error: Option<f64>,
+    uniform_best_factor_error: Option<f64>,
 }
 
 /// Writes every measurement, the baselines included.
@@ -63,6 +68,7 @@ pub fn write(results: &Results, path: &Path) -> Result<(), csv::Error> {
         })?;
         for m in results.measurements.iter().filter(|m| m.input == i) {
             writer.serialize(Record {
+                kind: "map",
                 kernel: m.kernel.name(),
                 features: Some(m.features),
                 seed: Some(m.seed).filter(|_| m.kernel.is_random()),
@@ -76,6 +82,9 @@ pub fn write(results: &Results, path: &Path) -> Result<(), csv::Error> {
         for m in results.hybrids.measurements.iter().filter(|m| m.input == i) {
             writer.serialize(hybrid(results, m))?;
         }
+        for m in results.rivals.measurements.iter().filter(|m| m.input == i) {
+            writer.serialize(rival(results, m))?;
+        }
     }
     writer.flush()?;
     Ok(())
@@ -86,6 +95,7 @@ fn hybrid<'a>(results: &'a Results, m: &'a Measurement) -> Record<'a> {
     let window = outcome.and_then(|outcome| outcome.equal_window);
     let baseline = results.hybrids.baselines[m.input];
     Record {
+        kind: "hybrid",
         kernel: m.contestant.hybrid().name(),
         features: m.contestant.features(),
         seed: Some(m.seed).filter(|_| m.contestant.is_random()),
@@ -97,6 +107,23 @@ fn hybrid<'a>(results: &'a Results, m: &'a Measurement) -> Record<'a> {
         equal_window_error: window.map(|window| window.error),
         dropped_error: baseline.and_then(|baseline| baseline.dropped_error),
         far_share: baseline.map(|baseline| baseline.far_share),
+        ..record(results, m.input, outcome.map(|outcome| &outcome.report))
+    }
+}
+
+fn rival<'a>(results: &'a Results, m: &'a rivals::measure::Measurement) -> Record<'a> {
+    let outcome = m.outcome.as_ref().ok();
+    Record {
+        kind: "rival",
+        kernel: m.rival.name(),
+        features: m.rival.features(results.inputs[m.input].head_dim()),
+        seed: Some(m.seed).filter(|_| m.rival.is_random()),
+        estimates_softmax: m.rival.aims_at_softmax(),
+        state_floats: m.state_floats,
+        microseconds_per_token: m.microseconds,
+        failure: m.outcome.as_ref().err().map_or("", String::as_str),
+        best_factor_error: outcome.map(|outcome| outcome.factor_error),
+        uniform_best_factor_error: Some(results.rivals.uniform_factor_errors[m.input]),
         ..record(results, m.input, outcome.map(|outcome| &outcome.report))
     }
 }
@@ -134,5 +161,8 @@ fn record<'a>(results: &'a Results, i: usize, report: Option<&Report>) -> Record
         equal_window_error: None,
         dropped_error: None,
         far_share: None,
+        kind: "baseline",
+        best_factor_error: None,
+        uniform_best_factor_error: None,
     }
 }

@@ -126,12 +126,8 @@ fn row(results: &Results, measurements: &[&Measurement]) -> Option<Row> {
     let kernel = good.first()?.0.kernel;
     let mut inputs: Vec<_> = good.iter().map(|(m, _)| m.input).collect();
     inputs.dedup();
-    let over_seeds = |value: &dyn Fn(&Report) -> Option<f64>| -> Vec<f64> {
-        let mut seeds: Vec<_> = good.iter().map(|(m, _)| m.seed).collect();
-        seeds.sort_unstable();
-        seeds.dedup();
-        let of_seed = |seed| median(good.iter().filter(|(m, _)| m.seed == seed).filter_map(|(_, r)| value(r)));
-        seeds.into_iter().filter_map(of_seed).collect()
+    let over_seeds = |value: &dyn Fn(&Report) -> Option<f64>| {
+        over_seeds(good.iter().filter_map(|(m, report)| Some((m.seed, value(report)?))))
     };
     let beats = |input: &&usize| {
         let errors = good.iter().filter(|(m, _)| m.input == **input).map(|(_, r)| r.output_error);
@@ -184,6 +180,15 @@ pub fn describe(input: &Input) -> String {
         input.tokens(),
         input.head_dim()
     )
+}
+
+/// The median of the values of each seed.
+pub fn over_seeds(values: impl Iterator<Item = (u64, f64)>) -> Vec<f64> {
+    let mut of_seeds: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (seed, value) in values {
+        of_seeds.entry(seed).or_default().push(value);
+    }
+    of_seeds.into_values().filter_map(median).collect()
 }
 
 pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {

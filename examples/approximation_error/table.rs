@@ -2,6 +2,7 @@
 
 use crate::kernels::Kernel;
 use crate::measure::Results;
+use crate::rivals::{self, Rival};
 use crate::summary::{Group, Row, best, best_rows, median, rows};
 use crate::text::{count, short, short_or_dash};
 use comfy_table::presets::UTF8_FULL_CONDENSED;
@@ -110,8 +111,11 @@ fn line(row: &Row, is_best: bool) -> Line {
 }
 
 fn name(kernel: Kernel) -> String {
-    let mark = if kernel.aims_at_softmax() { "" } else { "†" };
-    format!("{}{mark}", kernel.name())
+    marked(kernel.name(), kernel.aims_at_softmax())
+}
+
+fn marked(name: &str, aims_at_softmax: bool) -> String {
+    format!("{name}{}", if aims_at_softmax { "" } else { "†" })
 }
 
 /// What the marks of the summary mean.
@@ -143,6 +147,26 @@ pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<Strin
             None => "-".to_owned(),
             Some(row) if row.is_useful() => short(row.output_error.median),
             Some(row) => format!("({})", short(row.output_error.median)),
+        }));
+        lines.push(line);
+    }
+    let of_groups: Vec<Vec<rivals::rows::Row>> =
+        groups.iter().map(|group| rivals::rows::rows(results, group)).collect();
+    for rival in Rival::ALL {
+        let rows = of_groups.iter().map(|rows| rows.iter().find(|row| row.rival == rival));
+        let errors: Vec<_> = rows.map(|row| row.map(|row| (row.errors[0].median, row.uniform[0]))).collect();
+        if errors.iter().all(Option::is_none) {
+            continue;
+        }
+        let head_dim = results.inputs[groups[0].inputs[0]].head_dim();
+        let mut line = vec![
+            marked(rival.name(), rival.aims_at_softmax()),
+            rival.features(head_dim).map_or_else(|| "-".to_owned(), |m| m.to_string()),
+        ];
+        line.extend(errors.into_iter().map(|error| match error {
+            None => "-".to_owned(),
+            Some((error, uniform)) if error < uniform => short(error),
+            Some((error, _)) => format!("({})", short(error)),
         }));
         lines.push(line);
     }

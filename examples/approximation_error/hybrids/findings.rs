@@ -3,6 +3,7 @@
 use super::rows::{Row, best, inputs, rows, table_rows};
 use super::{Contestant, Hybrid, Memory};
 use crate::args::Plan;
+use crate::findings::failures_of;
 use crate::measure::Results;
 use crate::summary::median;
 use crate::text::{count, percent, short};
@@ -280,14 +281,7 @@ fn too_short(results: &Results, plan: &Plan, heads: &[Head<'_>]) -> Option<Strin
 }
 
 fn failures(results: &Results) -> Option<String> {
-    let measurements = &results.hybrids.measurements;
-    let failed: Vec<_> = measurements.iter().filter_map(|m| Some((m, m.outcome.as_ref().err()?))).collect();
-    let (first, why) = failed.first()?;
-    Some(format!(
-        "{} of {} measurements of hybrids failed and are left out; the first is {} on {}: {why}.",
-        failed.len(),
-        measurements.len(),
-        first.contestant.label(),
-        results.inputs[first.input].name,
-    ))
+    let measurements = results.hybrids.measurements.iter();
+    let measurements = measurements.map(|m| (m.contestant.label(), m.input, m.outcome.as_ref().err()));
+    failures_of("measurements of hybrids", results, measurements)
 }
