@@ -326,14 +326,22 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
     }
 }
 
-/// `sum_i ← kept_i·sum_i + change_i·sum_i` for every row of `sum`, of which there are as many as factors; what is added to `kept_i·sum_i` is
-/// compensated, see [`add_compensated`].
+/// `sum_i ← kept_i·sum_i + (change_i·sum_i + factor_i·x)` for every row of `sum`, of which there are as many as kept numbers; what is added to
+/// `kept_i·sum_i` is compensated, see [`add_compensated`]. No factors add nothing.
 #[derive(Debug)]
 pub struct FadeRows<'a, T> {
-    pub(crate) kept: &'a [T],
-    pub(crate) change: &'a [T],
+    pub(crate) fade: Fading<'a, T>,
+    pub(crate) factors: &'a [T],
+    pub(crate) x: &'a [T],
     pub(crate) sum: &'a mut [T],
     pub(crate) low: &'a mut [T],
+}
+
+/// What is left of rows: `kept + change` of each.
+#[derive(Clone, Copy, Debug)]
+pub struct Fading<'a, T> {
+    pub(crate) kept: &'a [T],
+    pub(crate) change: &'a [T],
 }
 
 impl<T: Compiled> FadeRows<'_, T> {
@@ -347,26 +355,60 @@ impl<T: Lanes> Loop for FadeRows<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let width = self.sum.len() / self.kept.len();
+        let Fading { kept, change } = self.fade;
+        let width = self.sum.len() / kept.len().max(1);
+        if width == 0 {
+            return;
+        }
         let whole = width / T::lanes::<L>() * T::lanes::<L>();
         let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
-        for ((sum, low), (&kept, &change)) in rows.zip(self.kept.iter().zip(self.change)) {
+        for (i, ((sum, low), (&kept, &change))) in rows.zip(kept.iter().zip(change)).enumerate() {
             let (sum, sum_rest) = sum.split_at_mut(whole);
             let (low, low_rest) = low.split_at_mut(whole);
-            let both = T::splat(level, kept + change);
-            let (v_kept, v_change) = (T::splat(level, kept), T::splat(level, change));
-            for (sum, low) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)) {
-                let addend = T::vfma(level, v_change, *sum, T::vmul(level, both, *low));
-                *sum = T::vmul(level, v_kept, *sum);
-                compensate_with::<T, L>(level, sum, low, addend);
+            let row = FadedRow::<T, L>::new(level, kept, change);
+            let (sum, low) = (T::vectors_mut::<L>(sum), T::vectors_mut::<L>(low));
+            let factor = if self.factors.is_empty() { T::zero() } else { self.factors[i] };
+            if self.factors.is_empty() {
+                for (sum, low) in sum.iter_mut().zip(low) {
+                    row.add(level, sum, low, T::vmul(level, row.both, *low));
+                }
+            } else {
+                let splat = T::splat(level, factor);
+                for ((sum, low), x) in sum.iter_mut().zip(low).zip(T::vectors::<L>(self.x)) {
+                    row.add(level, sum, low, T::vfma(level, splat, *x, T::vmul(level, row.both, *low)));
+                }
             }
-            for (sum, low) in sum_rest.iter_mut().zip(low_rest) {
-                let addend = change * *sum + (kept + change) * *low;
+            for (j, (sum, low)) in sum_rest.iter_mut().zip(low_rest).enumerate() {
+                let x = self.x.get(whole + j).copied().unwrap_or(T::zero());
+                let addend = change * *sum + (factor * x + (kept + change) * *low);
                 let before = kept * *sum;
                 *sum = before + addend;
                 *low = addend - (*sum - before);
             }
         }
+    }
+}
+
+/// The numbers of a row that fades.
+struct FadedRow<T: Lanes, L: Level> {
+    kept: T::V<L>,
+    change: T::V<L>,
+    both: T::V<L>,
+}
+
+impl<T: Lanes, L: Level> FadedRow<T, L> {
+    #[inline(always)]
+    fn new(level: L, kept: T, change: T) -> Self {
+        let [kept, change, both] = [T::splat(level, kept), T::splat(level, change), T::splat(level, kept + change)];
+        Self { kept, change, both }
+    }
+
+    /// Lets a sum fade and adds to it, `addend` being what is added and `both·low`.
+    #[inline(always)]
+    fn add(&self, level: L, sum: &mut T::V<L>, low: &mut T::V<L>, addend: T::V<L>) {
+        let addend = T::vfma(level, self.change, *sum, addend);
+        *sum = T::vmul(level, self.kept, *sum);
+        compensate_with::<T, L>(level, sum, low, addend);
     }
 }
 
@@ -433,12 +475,13 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
 /// ```
 ///
 /// Rows of the sums are as wide as `v`, whole vectors of it, and every number is loaded once; for `low` and `z_low` see [`add_compensated`].
-/// Returns the denominator; if it is not finite, or below `least`, nothing is changed.
+/// If rows fade, they do so before `k·v` is added, as in [`FadeRows`]; the sums are read before that, by a query of their own. Returns the denominator; if it is not finite, or below `least`, nothing is changed.
 #[derive(Debug)]
 pub struct DecodeStep<'a, T> {
     pub(crate) factor: T,
     pub(crate) least: T,
     pub(crate) q: &'a [T],
+    pub(crate) fade: Option<(&'a [T], Fading<'a, T>)>,
     pub(crate) k: &'a mut [T],
     pub(crate) v: &'a [T],
     pub(crate) z: &'a mut [T],
@@ -461,6 +504,9 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
     #[inline(always)]
     fn run<L: Level>(mut self, level: L) -> T {
         let own = self.factor * dot_at(level, self.q, self.k);
+        if let Some((query, _)) = self.fade {
+            self.q = query;
+        }
         let denominator = own + dot_at(level, self.q, self.z);
         if !(denominator >= self.least && denominator.is_finite()) {
             return denominator;
@@ -468,7 +514,13 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
         if self.factor != T::one() {
             ScaleInPlace { x: &mut *self.k, factor: self.factor }.run(level);
         }
-        AddOuter { sum: &mut *self.z, low: &mut *self.z_low, factors: &[T::one()], x: &*self.k }.run(level);
+        match self.fade {
+            None => AddOuter { sum: &mut *self.z, low: &mut *self.z_low, factors: &[T::one()], x: &*self.k }.run(level),
+            Some((_, fade)) => {
+                FadeRows { fade, factors: &*self.k, x: &[T::one()], sum: &mut *self.z, low: &mut *self.z_low }
+                    .run(level);
+            }
+        }
         let (lanes, width) = (T::lanes::<L>(), self.v.len());
         let mut j = 0;
         while j + 4 * lanes <= width {
@@ -493,14 +545,29 @@ impl<T: Lanes> DecodeStep<'_, T> {
             total[i] = T::vmul(level, total[i], v[i]);
         }
         let rows = self.sum.chunks_exact_mut(width).zip(self.low.chunks_exact_mut(width));
-        for ((sum, low), (&q, &k)) in rows.zip(self.q.iter().zip(&*self.k)) {
-            let sum = T::vectors_mut::<L>(&mut sum[j..j + strip]);
-            let low = T::vectors_mut::<L>(&mut low[j..j + strip]);
-            let (q, k) = (T::splat(level, q), T::splat(level, k));
-            for i in 0..V {
-                total[i] = T::vfma(level, q, sum[i], total[i]);
-                let addend = T::vfma(level, k, v[i], low[i]);
-                compensate_with::<T, L>(level, &mut sum[i], &mut low[i], addend);
+        let rows = rows.zip(self.q.iter().zip(&*self.k));
+        if let Some((_, Fading { kept, change })) = self.fade {
+            for (((sum, low), (&q, &k)), (&kept, &change)) in rows.zip(kept.iter().zip(change)) {
+                let sum = T::vectors_mut::<L>(&mut sum[j..j + strip]);
+                let low = T::vectors_mut::<L>(&mut low[j..j + strip]);
+                let (q, k) = (T::splat(level, q), T::splat(level, k));
+                let row = FadedRow::<T, L>::new(level, kept, change);
+                for i in 0..V {
+                    total[i] = T::vfma(level, q, sum[i], total[i]);
+                    let addend = T::vfma(level, k, v[i], T::vmul(level, row.both, low[i]));
+                    row.add(level, &mut sum[i], &mut low[i], addend);
+                }
+            }
+        } else {
+            for ((sum, low), (&q, &k)) in rows {
+                let sum = T::vectors_mut::<L>(&mut sum[j..j + strip]);
+                let low = T::vectors_mut::<L>(&mut low[j..j + strip]);
+                let (q, k) = (T::splat(level, q), T::splat(level, k));
+                for i in 0..V {
+                    total[i] = T::vfma(level, q, sum[i], total[i]);
+                    let addend = T::vfma(level, k, v[i], low[i]);
+                    compensate_with::<T, L>(level, &mut sum[i], &mut low[i], addend);
+                }
             }
         }
         T::vectors_mut::<L>(&mut self.answer[j..j + strip])[..V].copy_from_slice(&total);
@@ -578,12 +645,16 @@ mod tests {
             }
             if n > 0 {
                 let (kept, change) = (numbers::<T>(3, 1.0), numbers::<T>(3, 2.0));
-                let (old, mut low) = (numbers::<T>(3 * n, 4.0), vec![T::zero(); 3 * n]);
-                let mut sum = old.clone();
-                machine.run(FadeRows { kept: &kept, change: &change, sum: &mut sum, low: &mut low });
-                let (old, kept, change) = (wide(&old), wide(&kept), wide(&change));
-                for i in 0..3 * n {
-                    close(sum[i], (kept[i / n] + change[i / n]) * old[i]);
+                let old = numbers::<T>(3 * n, 4.0);
+                let fade = Fading { kept: &kept, change: &change };
+                for (factors, addend) in [(&[][..], &[][..]), (&kept[..], &x[..])] {
+                    let (mut sum, mut low) = (old.clone(), vec![T::zero(); 3 * n]);
+                    machine.run(FadeRows { fade, factors, x: addend, sum: &mut sum, low: &mut low });
+                    let (old, kept, change) = (wide(&old), wide(&kept), wide(&change));
+                    for i in 0..3 * n {
+                        let added = if addend.is_empty() { 0.0 } else { kept[i / n] * a[i % n] };
+                        close(sum[i], (kept[i / n] + change[i / n]) * old[i] + added);
+                    }
                 }
             }
             let mut scaled = vec![T::nan(); n];
@@ -617,13 +688,16 @@ mod tests {
         let (q, key, v) = (numbers::<T>(n, 0.7), numbers::<T>(n, 1.3), numbers::<T>(width, 0.9));
         let (z, sum) = (numbers::<T>(n, 0.51), numbers::<T>(n * width, 0.31));
         let half = T::one() / (T::one() + T::one());
-        for least in [T::neg_infinity(), T::infinity()] {
+        let (faded_q, kept, change) = (numbers::<T>(n, 0.2), numbers::<T>(n, 0.6), numbers::<T>(n, 0.8));
+        let fading = Some((&faded_q[..], Fading { kept: &kept, change: &change }));
+        for (least, fade) in [(T::neg_infinity(), None), (T::infinity(), None), (T::neg_infinity(), fading)] {
             let (mut k, mut new_z, mut z_low) = (key.clone(), z.clone(), vec![T::zero(); n]);
             let (mut new_sum, mut low, mut answer) = (sum.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
             let denominator = machine.run(DecodeStep {
                 factor: half,
                 least,
                 q: &q,
+                fade,
                 k: &mut k,
                 v: &v,
                 z: &mut new_z,
@@ -641,22 +715,31 @@ mod tests {
             };
             let (a, b, c, d, e) = (wide(&q), wide(&key), wide(&z), wide(&sum), wide(&v));
             let own = 0.5 * a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>();
-            close(denominator, own + a.iter().zip(&c).map(|(a, c)| a * c).sum::<f64>());
+            let query = if fade.is_some() { &faded_q } else { &q };
+            let left = |p: usize| if fade.is_some() { (kept[p] + change[p]).to_f64().unwrap() } else { 1.0 };
+            let f = wide(query);
+            close(denominator, own + f.iter().zip(&c).map(|(f, c)| f * c).sum::<f64>());
             if least > T::zero() {
                 assert!(k == key && new_z == z && new_sum == sum && answer.iter().all(|x| x.is_nan()));
                 continue;
             }
             for p in 0..n {
                 close(k[p], 0.5 * b[p]);
-                close(new_z[p], c[p] + 0.5 * b[p]);
-                (0..width).for_each(|j| close(new_sum[p * width + j], d[p * width + j] + 0.5 * b[p] * e[j]));
+                close(new_z[p], left(p) * c[p] + 0.5 * b[p]);
+                (0..width).for_each(|j| close(new_sum[p * width + j], left(p) * d[p * width + j] + 0.5 * b[p] * e[j]));
             }
             let mut read = vec![T::nan(); width];
             let own_ = half * machine.run(Dot { x: &q, y: &key });
-            machine.run(ReadSums { own: own_, q: &q, v: &v, sum: &sum, answer: &mut read });
+            machine.run(ReadSums { own: own_, q: query, v: &v, sum: &sum, answer: &mut read });
             assert!(read == answer, "{machine:?} {n} {width}: another rounding");
             for j in 0..width {
-                close(answer[j], own * e[j] + (0..n).map(|p| a[p] * d[p * width + j]).sum::<f64>());
+                close(answer[j], own * e[j] + (0..n).map(|p| f[p] * d[p * width + j]).sum::<f64>());
+            }
+            if let Some((_, fade)) = fade {
+                // in two steps, with the same rounding
+                let (mut sum, mut low_) = (sum.clone(), vec![T::zero(); n * width]);
+                machine.run(FadeRows { fade, factors: &k, x: &v, sum: &mut sum, low: &mut low_ });
+                assert!(sum == new_sum && low_ == low, "{machine:?} {n} {width}: another rounding");
             }
         }
     }

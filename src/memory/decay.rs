@@ -1,7 +1,7 @@
 //! What a linear memory forgets before it absorbs a token: decays of the kernel, and log decays that come with the tokens.
 
 use super::linear::Chunk;
-use crate::kernel::{self, Buffer, columns};
+use crate::kernel::{self, Buffer, Fading, columns};
 use crate::{Error, Scalar, check, views};
 use core::ops::Range;
 use ndarray::ArrayView2;
@@ -115,23 +115,70 @@ fn in_range<T: Scalar>(log_decay: &[T]) -> bool {
 pub(super) struct Fade<T> {
     /// In logarithms.
     pub(super) slowest: T,
-    pub(super) kept: Buffer<T>,
-    pub(super) change: Buffer<T>,
+    kept: Buffer<T>,
+    change: Buffer<T>,
 }
 
 impl<T: Scalar> Fade<T> {
+    /// If they differ.
+    pub(super) fn of_features(&self) -> Option<Fading<'_, T>> {
+        (!self.kept.is_empty()).then(|| Fading { kept: &self.kept, change: &self.change })
+    }
+
     fn set(&mut self, log_decay: &[T]) {
         self.slowest = kernel::max(log_decay);
         let differ = if log_decay.len() > 1 { log_decay.len() } else { 0 };
         self.kept.resize(differ);
         self.change.resize(differ);
-        for ((kept, change), &log_decay) in self.kept.iter_mut().zip(self.change.iter_mut()).zip(log_decay) {
-            // equal too where both are −∞
-            let beyond = if log_decay == self.slowest { T::zero() } else { log_decay - self.slowest };
-            // a small change is to be added, with its own digits; a large one leaves few of the sum
-            (*kept, *change) = if beyond > -T::one() { (T::one(), beyond.exp_m1()) } else { (beyond.exp(), T::zero()) };
+        self.kept.fill(T::one());
+        if differ == 0 || self.slowest == T::neg_infinity() {
+            self.change.fill(T::zero());
+            return;
+        }
+        // a small change is to be added, with its own digits; a large one leaves few of the sum
+        let mut all_small = true;
+        for (change, &log_decay) in self.change.iter_mut().zip(log_decay) {
+            let beyond = log_decay - self.slowest;
+            all_small &= beyond > -T::one();
+            *change = exp_minus_one(beyond.max(-T::one()));
+        }
+        if !all_small {
+            for ((kept, change), &log_decay) in self.kept.iter_mut().zip(self.change.iter_mut()).zip(log_decay) {
+                let beyond = log_decay - self.slowest;
+                if beyond <= -T::one() {
+                    (*kept, *change) = (beyond.exp(), T::zero());
+                }
+            }
         }
     }
+}
+
+/// `e^x − 1` for x from −1 to 0, to a few units in the last place: the series at x/8, and `e^{2y} − 1 = (e^y − 1)(e^y − 1 + 2)` three times.
+/// Without branches, so that loops over it become vectors.
+#[inline]
+fn exp_minus_one<T: Scalar>(x: T) -> T {
+    const INVERSE_FACTORIALS: [f64; 10] = [
+        1.0 / 39_916_800.0,
+        1.0 / 3_628_800.0,
+        1.0 / 362_880.0,
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+    ];
+    let y = x * T::from_f64(0.125);
+    let mut series = T::zero();
+    for inverse in INVERSE_FACTORIALS {
+        series = (series + T::from_f64(inverse)) * y;
+    }
+    let mut result = y + y * series;
+    for _ in 0..3 {
+        result = result * (result + T::from_f64(2.0));
+    }
+    result
 }
 
 /// Log decays of the tokens of a chunk, each of all that came before its token.
@@ -303,15 +350,38 @@ impl<T: Scalar> Gates<T> {
         }
     }
 
-    /// For a chunk of one token: sets [`fade`](Self::fade) to its decay, and [`query`](Self::query) to what that leaves of a query. Returns whether
-    /// features differ.
-    pub(super) fn fade_one(&mut self, query: &[T]) -> bool {
+    /// What features of a single token decay beyond the slowest, after [`fade_one`](Self::fade_one).
+    pub(super) fn of_features(&self) -> Option<Fading<'_, T>> {
+        if self.width > 1 { self.fade.of_features() } else { None }
+    }
+
+    /// For a chunk of one token: sets [`fade`](Self::fade) to its decay, and [`query`](Self::query) to what that leaves of a query.
+    pub(super) fn fade_one(&mut self, query: &[T]) {
         self.fade.set(&self.values);
         self.query.resize(self.fade.kept.len());
         let left = self.fade.kept.iter().zip(&*self.fade.change);
         for ((faded, &query), (&kept, &change)) in self.query.iter_mut().zip(query).zip(left) {
             *faded = query * (kept + change);
         }
-        self.width > 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_changes_keep_their_digits() {
+        for i in 0..2000 {
+            let x = -f64::from(i) / 2000.0;
+            for x in [x, x * 1e-3, x * 1e-9, x * 1e-300] {
+                let (found, exact) = (exp_minus_one(x), x.exp_m1());
+                assert!((found - exact).abs() <= 8.0 * f64::EPSILON * exact.abs(), "{x}: {found} {exact}");
+            }
+            #[allow(clippy::cast_possible_truncation)]
+            let narrow = x as f32;
+            let (found, exact) = (f64::from(exp_minus_one(narrow)), f64::from(narrow).exp_m1());
+            assert!((found - exact).abs() <= 8.0 * f64::from(f32::EPSILON) * exact.abs(), "{x}: {found} {exact}");
+        }
     }
 }

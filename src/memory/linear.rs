@@ -5,7 +5,7 @@ use super::decay::{Fade, Gates, LogDecay};
 use super::parallel;
 use super::{Answer, Memory, Partial, Readout};
 use crate::features::Side;
-use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
+use crate::kernel::{self, Buffer, Fading, Into, Matrix, Product, chunk_len, columns, padded};
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -239,14 +239,10 @@ impl<T: Scalar> State<T> {
     /// Lets the sums decay.
     fn fade(&mut self, fade: &Fade<T>) {
         self.set_scale(decayed(self.scale(), fade.slowest));
-        self.fade_features(fade);
-    }
-
-    /// Lets features decay by what they do more than the slowest.
-    fn fade_features(&mut self, Fade { kept, change, .. }: &Fade<T>) {
-        if !kept.is_empty() {
-            kernel::FadeRows { kept, change, sum: &mut self.sums, low: &mut self.sums_low }.run();
-            kernel::FadeRows { kept, change, sum: &mut self.normalizer, low: &mut self.normalizer_low }.run();
+        if let Some(fade) = fade.of_features() {
+            for (sum, low) in [(&mut self.sums, &mut self.sums_low), (&mut self.normalizer, &mut self.normalizer_low)] {
+                kernel::FadeRows { fade, factors: &[], x: &[], sum, low }.run();
+            }
         }
     }
 
@@ -270,13 +266,13 @@ impl<T: Scalar> State<T> {
         self.tokens += group.tokens;
     }
 
-    /// The log scale to which the decay of a single token takes the sums, and whether features have still to fade.
-    fn scale_before(&self, token: &Chunk<T>, gates: &mut Gates<T>) -> ([T; 2], bool) {
+    /// The log scale to which the decay of a single token takes the sums.
+    fn scale_before(&self, token: &Chunk<T>, gates: &mut Gates<T>) -> [T; 2] {
         if gates.width == 0 {
-            return (self.scale(), false);
+            return self.scale();
         }
-        let differ = gates.fade_one(&token.queries);
-        (decayed(self.scale(), gates.fade.slowest), differ)
+        gates.fade_one(&token.queries);
+        decayed(self.scale(), gates.fade.slowest)
     }
 
     /// The unit for a state and a token of this log scale, after the sums have decayed to `scale`.
@@ -285,16 +281,24 @@ impl<T: Scalar> State<T> {
         if key_scale <= scale[0] + rise { scale[0] } else { key_scale }
     }
 
-    /// Adds a single token; its features are overwritten.
-    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>) {
+    /// Adds a single token, after its features have faded where they differ in that; its own are overwritten.
+    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>, fade: Option<Fading<'_, T>>) {
         self.raise(Self::unit_with(self.scale(), token.key_scale[0], gates));
         let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
         let keys = &mut token.keys[..self.normalizer.len()];
         if factor != T::one() {
             kernel::scale(keys, factor);
         }
-        kernel::add_outer(&mut self.sums, &mut self.sums_low, keys, &token.values);
-        kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), keys);
+        let (sums, sums_low) = (&mut self.sums, &mut self.sums_low);
+        let (normalizer, normalizer_low) = (&mut self.normalizer, &mut self.normalizer_low);
+        if let Some(fade) = fade {
+            kernel::FadeRows { fade, factors: keys, x: &token.values, sum: sums, low: sums_low }.run();
+            let one = &[T::one()];
+            kernel::FadeRows { fade, factors: keys, x: one, sum: normalizer, low: normalizer_low }.run();
+        } else {
+            kernel::add_outer(sums, sums_low, keys, &token.values);
+            kernel::add_compensated(normalizer, normalizer_low, T::one(), keys);
+        }
         self.tokens += 1;
     }
 
@@ -308,7 +312,7 @@ impl<T: Scalar> State<T> {
         answer: &mut Answer<T>,
     ) -> bool {
         let unit = Self::unit_with(self.scale(), token.key_scale[0], gates);
-        if self.tokens == 0 || gates.width > 1 || unit != self.log_scale {
+        if self.tokens == 0 || unit != self.log_scale {
             return false;
         }
         let features = self.features();
@@ -330,6 +334,7 @@ impl<T: Scalar> State<T> {
             factor: unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale),
             least,
             q: &token.queries[..features],
+            fade: gates.of_features().map(|fade| (&*gates.query, fade)),
             k: &mut token.keys[..features],
             v: &token.values,
             z: &mut self.normalizer,
@@ -805,8 +810,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         self.map_tokens(tokens, work, 0)?;
         let Workspace { chunk, gates, answer, .. } = work;
-        let (scale, faded) = state.scale_before(chunk, gates);
-        state.read_token(chunk, scale, gates, faded.then_some(&*gates.query), answer);
+        let scale = state.scale_before(chunk, gates);
+        state.read_token(chunk, scale, gates, gates.of_features().map(|_| &*gates.query), answer);
         answer.write(0, readout, out)
     }
 
@@ -1000,12 +1005,13 @@ impl<'a, T: Scalar> Engine<'a, T> {
         if n == 1 {
             let Workspace { chunk, gates, answer, before, .. } = work;
             let old_scale = state.scale();
-            let (scale, faded) = state.scale_before(chunk, gates);
+            let scale = state.scale_before(chunk, gates);
             state.set_scale(scale);
             if state.read_and_absorb_token(chunk, gates, readout, answer) {
                 return answer.write(first_row, readout, out);
             }
-            state.read_token(chunk, scale, gates, faded.then_some(&*gates.query), answer);
+            let fade = gates.of_features();
+            state.read_token(chunk, scale, gates, fade.map(|_| &*gates.query), answer);
             if let Err(error) = answer.write(first_row, readout, out) {
                 state.set_scale(old_scale);
                 return Err(error);
@@ -1014,10 +1020,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 before.copy_from(state);
                 before.set_scale(old_scale);
             }
-            if faded {
-                state.fade_features(&gates.fade);
-            }
-            state.absorb_token(chunk, gates);
+            state.absorb_token(chunk, gates, fade);
             let result = state.check_size(chunk.values_size, first_row);
             if result.is_err() && first_row == 0 {
                 state.copy_from(before);
@@ -1075,7 +1078,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
             }
             answer.write(first_row + start, readout, views::rows_mut(out.view_mut(), start..end))?;
             if !grouped {
-                state.absorb_token(part, gates);
+                state.absorb_token(part, gates, None);
             } else if keep || end < n {
                 let group = if whole { chunk } else { part };
                 if decays > 1 {
@@ -1136,7 +1139,7 @@ impl<'a, T: Scalar> Engine<'a, T> {
             let Workspace { chunk, gates, factors, key_sums, .. } = work;
             if chunk.tokens == 1 {
                 gates.width = 0;
-                state.absorb_token(chunk, gates);
+                state.absorb_token(chunk, gates, None);
             } else {
                 let unit = chunk.key_scale[..chunk.tokens].iter().fold(state.log_scale, |m, &scale| m.max(scale));
                 chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
