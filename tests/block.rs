@@ -342,6 +342,67 @@ fn heads_are_those_of_the_released_code() {
     }
 }
 
+/// The whole block, as modules of PyTorch and the class of the released code compute it.
+#[test]
+fn is_the_released_block() {
+    for case in golden("golden/dijiang_block")["cases"].as_array().unwrap() {
+        let d = case["radii"].as_array().unwrap().len();
+        let heads = case["heads"].as_u64().unwrap() as usize;
+        let rotary = || Rotary::gpt_neox(d, case["rotary_pct"].as_f64().unwrap()).unwrap();
+        let weights = DijiangWeights {
+            query_key_value: matrix(&case["query_key_value.weight"]),
+            query_key_value_bias: vector(&case["query_key_value.bias"]),
+            dense: matrix(&case["dense.weight"]),
+            dense_bias: vector(&case["dense.bias"]),
+            gate: matrix(&case["W_G"]),
+            group_norm_weight: vector(&case["group_norm.weight"]),
+            group_norm_bias: vector(&case["group_norm.bias"]),
+            radii: vector(&case["radii"]),
+        };
+        let (x, output) = (matrix(&case["x"]), matrix(&case["output"]));
+        let check = |block: &DijiangBlock<f64>| {
+            let mut stream = block.stream().unwrap();
+            let mut pieces = Array2::from_elem(x.dim(), f64::NAN);
+            for t in 0..x.nrows() {
+                stream.extend(x.slice(s![t..=t, ..]), pieces.slice_mut(s![t..=t, ..])).unwrap();
+            }
+            for (which, found) in [("whole", block.forward(x.view()).unwrap()), ("token by token", pieces)] {
+                let found = difference(&found, &output);
+                assert!(found <= 1e-12, "{} {which}: {found:.1e}", case["name"]);
+            }
+        };
+        check(&DijiangBlock::new(weights, heads, rotary()).unwrap());
+        #[cfg(feature = "safetensors")]
+        {
+            let bytes = checkpoint(case);
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            check(&DijiangBlock::from_safetensors(&file, LAYER, heads, rotary()).unwrap());
+        }
+    }
+}
+
+#[cfg(feature = "safetensors")]
+const LAYER: &str = "gpt_neox.layers.0.attention";
+
+/// A checkpoint with the weights of a golden case, under the names that it has for them.
+#[cfg(feature = "safetensors")]
+fn checkpoint(case: &serde_json::Value) -> Vec<u8> {
+    use safetensors::tensor::{Dtype, TensorView, serialize};
+    let bytes = |numbers: &mut dyn Iterator<Item = &f64>| numbers.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let matrices = ["query_key_value.weight", "dense.weight", "W_G", "proj_matrix"].map(|name| {
+        let x = matrix(&case[name]);
+        (name, x.shape().to_vec(), bytes(&mut x.iter()))
+    });
+    let vectors = ["query_key_value.bias", "dense.bias", "group_norm.weight", "group_norm.bias"].map(|name| {
+        let x = vector(&case[name]);
+        (name, x.shape().to_vec(), bytes(&mut x.iter()))
+    });
+    let tensors = matrices.iter().chain(&vectors).map(|(name, shape, bytes)| {
+        (format!("{LAYER}.{name}"), TensorView::new(Dtype::F64, shape.clone(), bytes).unwrap())
+    });
+    serialize(tensors, None).unwrap()
+}
+
 #[test]
 fn radii_are_found_in_a_projection_of_that_form_only() {
     for d in [1, 3, 8, 64, 80] {
