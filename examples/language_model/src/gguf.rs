@@ -1,10 +1,10 @@
 //! Reading a model from a GGUF file: its sizes, its weights as `f32`.
 
 use crate::model::Config;
-use crate::rotary::Rotary;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value};
+use dijiang::{Rotary, RotaryPairs};
 use ndarray::{Array1, Array2};
 use std::collections::HashMap;
 use std::fs::File;
@@ -108,7 +108,15 @@ impl Gguf {
             true => Some(self.vector("rope_freqs.weight", dims / 2)?.to_vec()),
             false => None,
         };
-        Rotary::new(config.head_dim, dims, base, stretch, factors.as_deref())
+        ensure!(stretch.is_finite() && stretch > 0.0, "the scale of the positions is {stretch}");
+        let rotary = Rotary::partial(config.head_dim, dims)
+            .and_then(|rotary| rotary.with_base(base))
+            .context("the rotary embedding cannot be used")?;
+        let factor = |i: usize| factors.as_ref().map_or(1.0, |factors| f64::from(factors[i]));
+        let frequencies = rotary.frequencies().iter().enumerate();
+        let frequencies = frequencies.map(|(i, frequency)| frequency / stretch / factor(i)).collect();
+        let rotary = rotary.with_frequencies(frequencies).context("the factors of the rotary embedding are damaged")?;
+        Ok(rotary.with_pairs(RotaryPairs::Interleaved))
     }
 
     /// Whether the file has a tensor of this name.

@@ -14,7 +14,6 @@ pub mod plan;
 pub mod progress;
 pub mod recall;
 pub mod report;
-pub mod rotary;
 pub mod session;
 pub mod texts;
 pub mod tokenizer;

@@ -2,9 +2,8 @@
 
 use crate::gguf::Gguf;
 use crate::linear::Linear;
-use crate::rotary::Rotary;
 use anyhow::{Context, Result, ensure};
-use dijiang::{MultiHead, MultiHeadStream};
+use dijiang::{MultiHead, MultiHeadStream, Rotary, RotaryAngles};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView3, Axis, Zip};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -189,7 +188,7 @@ impl Model {
         let State { attention, position, time, .. } = state;
         let start = Instant::now();
         let before = *time;
-        let angles = self.rotary.angles(*position..*position + tokens.len());
+        let angles = self.rotary.angles(*position, tokens.len())?;
         let mut x = self.embed(tokens);
         for (l, (layer, attention)) in self.layers.iter().zip(attention).enumerate() {
             // x ← x + W_o · Attention(q, k, v)
@@ -197,8 +196,8 @@ impl Model {
             let mut q = time.product(&layer.query, &h);
             let mut k = time.product(&layer.key, &h);
             let v = time.product(&layer.value, &h);
-            self.rotary.turn(&mut q, &angles);
-            self.rotary.turn(&mut k, &angles);
+            turn(&mut q, &angles, self.config.head_dim)?;
+            turn(&mut k, &angles, self.config.head_dim)?;
             let mixed = self.attend(attention, l, [&q, &k, &v], time, observe)?;
             x += &time.product(&layer.output, &mixed);
             // x ← x + W_down · (silu(W_gate · h) ⊙ W_up · h)
@@ -316,6 +315,13 @@ impl Time {
     pub fn total(&self) -> Duration {
         self.attention + self.products + self.rest
     }
+}
+
+/// Turns every head of `x [tokens, heads · head_dim]`.
+fn turn(x: &mut Array2<f32>, angles: &RotaryAngles<f32>, head_dim: usize) -> Result<()> {
+    let (tokens, columns) = x.dim();
+    let heads = x.view_mut().into_shape_with_order((tokens, columns / head_dim, head_dim))?;
+    Ok(angles.rotate_heads_in_place(heads)?)
 }
 
 /// `x·σ(x)`
