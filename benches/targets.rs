@@ -450,6 +450,7 @@ fn threads(performer: &LinearAttention<Performer<f32>>, rounds: usize, quick: bo
     let long = Input::<f32>::new(n);
     let heads = Array4::from_shape_fn((1, 8, 2048, D), |(_, h, t, i)| long.q[[(h * 311 + t) % n, i]]);
     let layer = MultiHead::new(performer.clone(), 8, 8).expect("eight heads");
+    let decaying = performer.clone().with_decay(1.0 - 1.0 / 32.0);
     let mut racers = Vec::new();
     for pool in &pools {
         let mut out = Array4::zeros((1, 8, 2048, D_V));
@@ -459,13 +460,15 @@ fn threads(performer: &LinearAttention<Performer<f32>>, rounds: usize, quick: bo
             pool.install(|| layer.forward_into(x, x, x, Mask::Causal, None, out.view_mut())).expect("finite");
         }));
     }
-    for pool in &pools {
-        let (long, mut out, mut scratch) = (&long, Array2::zeros((n, D_V)), Scratch::new());
-        racers.push(Contestant::new("one head", move || {
-            let (q, k, v) = (long.q.view(), long.k.view(), long.v.view());
-            pool.install(|| performer.forward_with(q, k, v, Mask::Causal, out.view_mut(), &mut scratch))
-                .expect("finite");
-        }));
+    for (name, kernel) in [("one head", performer), ("one head that decays", &decaying)] {
+        for pool in &pools {
+            let (long, mut out, mut scratch) = (&long, Array2::zeros((n, D_V)), Scratch::new());
+            racers.push(Contestant::new(name, move || {
+                let (q, k, v) = (long.q.view(), long.k.view(), long.v.view());
+                pool.install(|| kernel.forward_with(q, k, v, Mask::Causal, out.view_mut(), &mut scratch))
+                    .expect("finite");
+            }));
+        }
     }
     // a core that has slept needs some milliseconds to come back, on virtual machines above all: rounds are longer here
     race_for(if quick { 0.004 } else { 0.6 }, &mut racers, rounds.min(5));
