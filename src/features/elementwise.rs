@@ -39,6 +39,64 @@ fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut B
     }
 }
 
+/// A map with nothing but a number of columns, and as many features: all but its [`ColumnMap`].
+macro_rules! map_of_columns {
+    ($map:ident) => {
+        impl<T: Scalar> $map<T> {
+            /// The map of vectors of `head_dim` columns, to as many features.
+            ///
+            /// # Errors
+            ///
+            /// [`Error::ZeroSize`] if `head_dim` is 0.
+            pub fn new(head_dim: usize) -> Result<Self, Error> {
+                check::at_least_one("head_dim", head_dim)?;
+                Ok(Self { head_dim, number: PhantomData })
+            }
+        }
+
+        impl<T: Scalar> FeatureMap<T> for $map<T> {
+            fn head_dim(&self) -> usize {
+                self.head_dim
+            }
+
+            fn num_features(&self) -> usize {
+                self.head_dim
+            }
+
+            fn map_queries(
+                &self,
+                x: ArrayView2<'_, T>,
+                values: ArrayViewMut2<'_, T>,
+                log_scale: ArrayViewMut1<'_, T>,
+            ) -> Result<(), Error> {
+                map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
+            }
+
+            fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+                Some(self)
+            }
+        }
+
+        #[cfg(feature = "serde")]
+        impl<T> From<$map<T>> for usize {
+            fn from(map: $map<T>) -> Self {
+                map.head_dim
+            }
+        }
+
+        #[cfg(feature = "serde")]
+        impl<T: Scalar> TryFrom<usize> for $map<T> {
+            type Error = Error;
+
+            fn try_from(head_dim: usize) -> Result<Self, Error> {
+                Self::new(head_dim)
+            }
+        }
+    };
+}
+map_of_columns!(EluFeatures);
+map_of_columns!(IdentityFeatures);
+
 /// `φ(x)_i = elu(x_i) + 1`: `x + 1` for x > 0, `e^x` otherwise (Katharopoulos et al., arXiv 2006.16236, equation 7).
 ///
 /// The paper's code takes raw vectors: use [`with_scale(1.0)`](crate::LinearAttention::with_scale) for that. It is a
@@ -61,41 +119,6 @@ fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut B
 pub struct EluFeatures<T> {
     head_dim: usize,
     number: PhantomData<T>,
-}
-
-impl<T: Scalar> EluFeatures<T> {
-    /// The map of vectors of `head_dim` columns, to as many features.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0.
-    pub fn new(head_dim: usize) -> Result<Self, Error> {
-        check::at_least_one("head_dim", head_dim)?;
-        Ok(Self { head_dim, number: PhantomData })
-    }
-}
-
-impl<T: Scalar> FeatureMap<T> for EluFeatures<T> {
-    fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
-    fn num_features(&self) -> usize {
-        self.head_dim
-    }
-
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(self)
-    }
 }
 
 impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
@@ -130,22 +153,6 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         values.iter_mut().zip(x).for_each(|(value, &x)| *value += x.max(T::zero()));
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
-    }
-}
-
-#[cfg(feature = "serde")]
-impl<T> From<EluFeatures<T>> for usize {
-    fn from(map: EluFeatures<T>) -> Self {
-        map.head_dim
-    }
-}
-
-#[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<usize> for EluFeatures<T> {
-    type Error = Error;
-
-    fn try_from(head_dim: usize) -> Result<Self, Error> {
-        Self::new(head_dim)
     }
 }
 
@@ -329,41 +336,6 @@ pub struct IdentityFeatures<T> {
     number: PhantomData<T>,
 }
 
-impl<T: Scalar> IdentityFeatures<T> {
-    /// The map of vectors of `head_dim` columns, to as many features.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0.
-    pub fn new(head_dim: usize) -> Result<Self, Error> {
-        check::at_least_one("head_dim", head_dim)?;
-        Ok(Self { head_dim, number: PhantomData })
-    }
-}
-
-impl<T: Scalar> FeatureMap<T> for IdentityFeatures<T> {
-    fn head_dim(&self) -> usize {
-        self.head_dim
-    }
-
-    fn num_features(&self) -> usize {
-        self.head_dim
-    }
-
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(self)
-    }
-}
-
 impl<T: Scalar> ColumnMap<T> for IdentityFeatures<T> {
     fn map_columns(
         &self,
@@ -380,21 +352,5 @@ impl<T: Scalar> ColumnMap<T> for IdentityFeatures<T> {
         log_scale.fill(T::zero());
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
-    }
-}
-
-#[cfg(feature = "serde")]
-impl<T> From<IdentityFeatures<T>> for usize {
-    fn from(map: IdentityFeatures<T>) -> Self {
-        map.head_dim
-    }
-}
-
-#[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<usize> for IdentityFeatures<T> {
-    type Error = Error;
-
-    fn try_from(head_dim: usize) -> Result<Self, Error> {
-        Self::new(head_dim)
     }
 }
