@@ -247,6 +247,9 @@ impl Rotary {
             part.clear();
             part.reserve_exact(tokens * self.frequencies.len());
         }
+        if self.frequencies.is_empty() {
+            return Ok(()); // of any number of tokens
+        }
         for token in 0..tokens {
             #[allow(clippy::cast_precision_loss)] // exact up to 2^53, and unlike the sum of integers never out of range
             let position = first_position as f64 + token as f64;

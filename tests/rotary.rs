@@ -105,6 +105,9 @@ fn own_frequencies() {
 
 #[test]
 fn no_position_and_no_size_panics() {
+    // where nothing turns, any number of tokens takes no time
+    let still = Rotary::partial(8, 0).unwrap();
+    assert_eq!(still.angles::<f32>(0, usize::MAX).unwrap().tokens(), usize::MAX);
     let rotary = Rotary::new(4).unwrap();
     let mut x = Array2::<f32>::ones((3, 4));
     rotary.rotate_in_place(x.view_mut(), usize::MAX).unwrap();
