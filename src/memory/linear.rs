@@ -275,15 +275,17 @@ impl<T: Scalar> State<T> {
         decayed(self.scale(), gates.fade.slowest)
     }
 
-    /// The unit for a state and a token of this log scale, after the sums have decayed to `scale`.
-    fn unit_with(scale: [T; 2], key_scale: T, gates: &Gates<T>) -> T {
-        let rise = if gates.width == 0 { T::zero() } else { T::from_f64(STEP_RISE) };
-        if key_scale <= scale[0] + rise { scale[0] } else { key_scale }
+    /// The unit for a state and a token, after the sums have decayed to `scale`.
+    fn unit_with(scale: [T; 2], token: &Chunk<T>, gates: &Gates<T>) -> T {
+        // sums of large values leave no room
+        let exact = gates.width == 0 || token.values_size == Size::Large;
+        let rise = if exact { T::zero() } else { T::from_f64(STEP_RISE) };
+        if token.key_scale[0] <= scale[0] + rise { scale[0] } else { token.key_scale[0] }
     }
 
     /// Adds a single token, after its features have faded where they differ in that; its own are overwritten.
     fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>, fade: Option<Fading<'_, T>>) {
-        self.raise(Self::unit_with(self.scale(), token.key_scale[0], gates));
+        self.raise(Self::unit_with(self.scale(), token, gates));
         let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
         let keys = &mut token.keys[..self.normalizer.len()];
         if factor != T::one() {
@@ -311,7 +313,7 @@ impl<T: Scalar> State<T> {
         readout: Readout,
         answer: &mut Answer<T>,
     ) -> bool {
-        let unit = Self::unit_with(self.scale(), token.key_scale[0], gates);
+        let unit = Self::unit_with(self.scale(), token, gates);
         if self.tokens == 0 || unit != self.log_scale {
             return false;
         }
@@ -366,7 +368,7 @@ impl<T: Scalar> State<T> {
     ) {
         let features = self.features();
         let (query, key) = (&token.queries[..features], &token.keys[..features]);
-        let unit = Self::unit_with(scale, token.key_scale[0], gates);
+        let unit = Self::unit_with(scale, token, gates);
         // relative to the sums, whose log scale has digits that the unit lacks
         let low = if unit == scale[0] { scale[1] } else { T::zero() };
         let own = unit_ratio([token.key_scale[0], -low], unit) * kernel::dot(query, key);
