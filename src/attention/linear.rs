@@ -31,8 +31,8 @@ use std::sync::Arc;
 ///
 /// - one number for every token, γ: [`with_decay`](Self::with_decay) (RetNet, Sun et al., arXiv 2307.08621, equation 6; the released DiJiang code);
 /// - one number for each feature: [`with_channel_decay`](Self::with_channel_decay) (xPos in retention);
-/// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, equation 16) or one for each feature (gated linear attention, Yang et al.,
-///   arXiv 2312.06635, equation 3): [`gated`](Self::gated), and log decays with every call of [`Attention::forward_gated`] or
+/// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, its structured masked attention) or one for each feature (gated linear attention, Yang et al.,
+///   arXiv 2312.06635, section 4): [`gated`](Self::gated), and log decays with every call of [`Attention::forward_gated`] or
 ///   [`Stream::extend_gated`].
 ///
 /// They multiply where several are set. Most models of this kind have no denominator: [`unnormalized`](Self::unnormalized). Decays are kept as

@@ -313,7 +313,7 @@ impl<T: Scalar> TryFrom<ReluParts<T>> for ReluFeatures<T> {
 }
 
 /// `φ(x) = x`: the features of retention (Sun et al., arXiv 2307.08621, equation 5; [`Retention`](crate::Retention)), of gated linear attention
-/// (Yang et al., arXiv 2312.06635, equation 3) and of the state space duality of Mamba-2 (Dao and Gu, arXiv 2405.21060, equation 16).
+/// (Yang et al., arXiv 2312.06635, section 4) and of the state space duality of Mamba-2 (Dao and Gu, arXiv 2405.21060, its structured masked attention).
 ///
 /// Their products `q·k` have either sign, and so has their sum, which is no normaliser: use
 /// [`unnormalized`](crate::LinearAttention::unnormalized). It does not aim at softmax attention.
