@@ -4,21 +4,23 @@ mod oracle;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dijiang::{
-    DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii, RadiusPoints, ReluFeatures,
-    TaylorFeatures, Wpff,
+    DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii,
+    RadiusPoints, ReluFeatures, TaylorFeatures, Wpff,
 };
 use ndarray::{Array1, Array2, ArrayView2};
 
 const TOKENS: usize = 512;
 
-/// An exponential map and its projection, whose rows are ω; the oracle computes its attention from that alone.
+/// An exponential map and its projection, whose rows are ω; the oracle computes its attention from
+/// that alone.
 type Exponential = (&'static str, Box<dyn FeatureMap<f32>>, Array2<f32>);
 
 fn exponential(d: usize, m: usize) -> Vec<Exponential> {
     let performer = Performer::new(d, m, 1).expect("sizes are positive");
     let dct = DctFeatures::new(d, m, 1).expect("sizes are positive");
     let antithetic = dct.clone().with_radii(Radii::Antithetic).expect("m is even");
-    let wpff = Wpff::with_sampling(d, m, 1, Points::Sobol, RadiusPoints::Sobol).expect("sizes are positive");
+    let wpff = Wpff::with_sampling(d, m, 1, Points::Sobol, RadiusPoints::Sobol)
+        .expect("sizes are positive");
     let wpff_projection = &wpff.points() * &wpff.radii().view().insert_axis(ndarray::Axis(1));
     let (omega, dct_omega, antithetic_omega) =
         (performer.projection().to_owned(), dct.projection(), antithetic.projection());
@@ -35,7 +37,9 @@ fn check(name: &str, map: Box<dyn FeatureMap<f32>>, omega: ArrayView2<f32>) {
     use dijiang::Attention;
     let d = omega.ncols();
     let [q, k, v] = [2, 3, 4].map(|seed| oracle::normal(40, d, seed));
-    let found = LinearAttention::new(map).forward(q.view(), k.view(), v.view(), Mask::Causal).expect("finite input");
+    let found = LinearAttention::new(map)
+        .forward(q.view(), k.view(), v.view(), Mask::Causal)
+        .expect("finite input");
     let expected = oracle::linear(omega, q.view(), k.view(), v.view(), Mask::Causal);
     oracle::assert_close(name, found.view(), &expected, oracle::TOLERANCE);
 }
@@ -45,7 +49,9 @@ fn maps(c: &mut Criterion) {
         for m in [64, 256] {
             let mut group = c.benchmark_group(format!("d={d} m={m}"));
             group.throughput(Throughput::Elements(TOKENS as u64)).sample_size(20);
-            for ((name, map, _), (_, copy, omega)) in exponential(d, m).into_iter().zip(exponential(d, m)) {
+            for ((name, map, _), (_, copy, omega)) in
+                exponential(d, m).into_iter().zip(exponential(d, m))
+            {
                 check(name, copy, omega.view());
                 time(&mut group, name, &*map);
             }
@@ -58,25 +64,36 @@ fn maps(c: &mut Criterion) {
         time(&mut group, "taylor", &taylor);
         let elu = EluFeatures::new(d).expect("d is positive");
         let elu_plus_one = |x: f64| if x > 0.0 { x + 1.0 } else { x.exp() };
-        check_product("elu", &elu, |_, x, y| x.iter().zip(y).map(|(a, b)| elu_plus_one(*a) * elu_plus_one(*b)).sum());
+        check_product("elu", &elu, |_, x, y| {
+            x.iter().zip(y).map(|(a, b)| elu_plus_one(*a) * elu_plus_one(*b)).sum()
+        });
         time(&mut group, "elu", &elu);
         let relu = ReluFeatures::new(d).expect("d is positive");
         let relu_plus = |x: f64| x.max(0.0) + 0.001;
-        check_product("relu", &relu, |_, x, y| x.iter().zip(y).map(|(a, b)| relu_plus(*a) * relu_plus(*b)).sum());
+        check_product("relu", &relu, |_, x, y| {
+            x.iter().zip(y).map(|(a, b)| relu_plus(*a) * relu_plus(*b)).sum()
+        });
         time(&mut group, "relu", &relu);
         group.finish();
     }
 }
 
 /// Refuses to time a map whose products are not those of its formula, given `x·y`, `x` and `y`.
-fn check_product(name: &str, map: &dyn FeatureMap<f32>, product: impl Fn(f64, &[f64], &[f64]) -> f64) {
+fn check_product(
+    name: &str,
+    map: &dyn FeatureMap<f32>,
+    product: impl Fn(f64, &[f64], &[f64]) -> f64,
+) {
     let x = oracle::normal(6, map.head_dim(), 1).mapv(|x| 0.3 * x);
     let (mut values, mut log_scale) = (Array2::zeros((6, map.num_features())), Array1::zeros(6));
     map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).expect("finite input");
     let wide = oracle::wide_rows(x.view());
-    let expected = Array2::from_shape_fn((6, 6), |(i, j)| product(oracle::dot(&wide[i], &wide[j]), &wide[i], &wide[j]));
-    let found =
-        Array2::from_shape_fn((6, 6), |(i, j)| values.row(i).dot(&values.row(j)) * (log_scale[i] + log_scale[j]).exp());
+    let expected = Array2::from_shape_fn((6, 6), |(i, j)| {
+        product(oracle::dot(&wide[i], &wide[j]), &wide[i], &wide[j])
+    });
+    let found = Array2::from_shape_fn((6, 6), |(i, j)| {
+        values.row(i).dot(&values.row(j)) * (log_scale[i] + log_scale[j]).exp()
+    });
     oracle::assert_close(name, found.view(), &expected, oracle::TOLERANCE);
 }
 
@@ -86,9 +103,13 @@ fn time(
     map: &dyn FeatureMap<f32>,
 ) {
     let x = oracle::normal(TOKENS, map.head_dim(), 5).mapv(|x| 0.3 * x);
-    let (mut values, mut log_scale) = (Array2::zeros((TOKENS, map.num_features())), Array1::zeros(TOKENS));
+    let (mut values, mut log_scale) =
+        (Array2::zeros((TOKENS, map.num_features())), Array1::zeros(TOKENS));
     group.bench_function(name, |b| {
-        b.iter(|| map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).expect("finite input"));
+        b.iter(|| {
+            map.map_queries(x.view(), values.view_mut(), log_scale.view_mut())
+                .expect("finite input")
+        });
     });
 }
 

@@ -1,4 +1,5 @@
-//! Whole sequences by length, causal and full, and the decode step: `cargo bench --bench forward`. f32, d = d_v = m = 64.
+//! Whole sequences by length, causal and full, and the decode step: `cargo bench --bench forward`.
+//! f32, d = d_v = m = 64.
 
 mod oracle;
 
@@ -25,8 +26,12 @@ fn check(name: &str, kernel: &dyn Attention<f32>) {
         let expected = match name {
             "softmax" => oracle::softmax(q.view(), k.view(), v.view(), mask),
             _ => {
-                let performer = Performer::<f32>::new(D, D, 1).expect("sizes are positive").projection().to_owned();
-                let dct = DctFeatures::<f32>::new(D, D, 1).expect("sizes are positive").projection();
+                let performer = Performer::<f32>::new(D, D, 1)
+                    .expect("sizes are positive")
+                    .projection()
+                    .to_owned();
+                let dct =
+                    DctFeatures::<f32>::new(D, D, 1).expect("sizes are positive").projection();
                 let omega = if name == "dct" { dct } else { performer };
                 oracle::linear(omega.view(), q.view(), k.view(), v.view(), mask)
             }
@@ -38,7 +43,9 @@ fn check(name: &str, kernel: &dyn Attention<f32>) {
             let mut found = Array2::zeros((200, D));
             for t in 0..200 {
                 let row = s![t..=t, ..];
-                stream.extend(q.slice(row), k.slice(row), v.slice(row), found.slice_mut(row)).expect("finite input");
+                stream
+                    .extend(q.slice(row), k.slice(row), v.slice(row), found.slice_mut(row))
+                    .expect("finite input");
             }
             oracle::assert_close(name, found.view(), &expected, oracle::TOLERANCE);
         }
@@ -57,7 +64,11 @@ fn forward(c: &mut Criterion) {
             group.throughput(Throughput::Elements(n as u64));
             for (name, kernel) in &kernels {
                 group.bench_function(BenchmarkId::new(*name, n), |b| {
-                    b.iter(|| kernel.forward_into(q.view(), k.view(), v.view(), mask, out.view_mut()).expect("finite"));
+                    b.iter(|| {
+                        kernel
+                            .forward_into(q.view(), k.view(), v.view(), mask, out.view_mut())
+                            .expect("finite")
+                    });
                 });
             }
         }
@@ -78,7 +89,11 @@ fn decode(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter_batched_ref(
                 || prefilled.clone(),
-                |stream| stream.extend(token.view(), token.view(), token.view(), out.view_mut()).expect("finite input"),
+                |stream| {
+                    stream
+                        .extend(token.view(), token.view(), token.view(), out.view_mut())
+                        .expect("finite input")
+                },
                 criterion::BatchSize::SmallInput,
             );
         });

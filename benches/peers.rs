@@ -1,6 +1,8 @@
-//! The crate's side of the comparison with Python peers: a server that `benches/peers/peers.py` builds and drives.
+//! The crate's side of the comparison with Python peers: a server that `benches/peers/peers.py`
+//! builds and drives.
 //!
-//! With `--serve` it reads a request per line from standard input and answers each with one line on standard output:
+//! With `--serve` it reads a request per line from standard input and answers each with one line on
+//! standard output:
 //!
 //! ```text
 //! load DIR N D               q.bin, k.bin, v.bin [N, D], omega.bin [m, D], raw little-endian f32   → ok
@@ -10,9 +12,10 @@
 //! write-decode KIND FILE     the outputs of the last `decode`, raw                                → ok
 //! ```
 //!
-//! `KIND` is `linear` (the Performer map of omega), `elu` (elu + 1, scale 1) or `softmax`; file names have no spaces. Decoded
-//! tokens are the loaded ones again, from the first. A request that cannot be served is answered by `error` and a sentence.
-//! The script checks what is written before it believes a time.
+//! `KIND` is `linear` (the Performer map of omega), `elu` (elu + 1, scale 1) or `softmax`; file
+//! names have no spaces. Decoded tokens are the loaded ones again, from the first. A request that
+//! cannot be served is answered by `error` and a sentence. The script checks what is written before
+//! it believes a time.
 
 use dijiang::{Attention, EluFeatures, LinearAttention, Mask, Performer, SoftmaxAttention};
 use ndarray::{Array2, Axis, s};
@@ -51,7 +54,9 @@ fn answer(request: &str, loaded: &mut Option<Loaded>) -> Result<String, Box<dyn 
         ["run", kind, repeats] => Ok(loaded.run(kind, repeats.parse()?)?.to_string()),
         ["decode", kind, steps] => Ok(loaded.decode(kind, steps.parse()?)?.to_string()),
         ["write", kind, file] => write_array(Path::new(file), &loaded.contestant(kind)?.out),
-        ["write-decode", kind, file] => write_array(Path::new(file), &loaded.contestant(kind)?.decoded),
+        ["write-decode", kind, file] => {
+            write_array(Path::new(file), &loaded.contestant(kind)?.decoded)
+        }
         _ => Err(format!("`{request}` is no request; see the head of benches/peers.rs").into()),
     }
 }
@@ -79,7 +84,11 @@ impl Loaded {
         let sequence = |name| -> Result<Array2<f32>, Box<dyn Error>> {
             let array = read_array(&directory.join(name), d)?;
             let rows = array.nrows();
-            if rows == n { Ok(array) } else { Err(format!("{name} has {rows} rows where {n} were announced").into()) }
+            if rows == n {
+                Ok(array)
+            } else {
+                Err(format!("{name} has {rows} rows where {n} were announced").into())
+            }
         };
         let (q, k, v) = (sequence("q.bin")?, sequence("k.bin")?, sequence("v.bin")?);
         let map = Performer::from_projection(read_array(&directory.join("omega.bin"), d)?)?;
@@ -91,7 +100,10 @@ impl Loaded {
         };
         let contestants = [
             contestant("linear", Box::new(LinearAttention::new(map))),
-            contestant("elu", Box::new(LinearAttention::new(EluFeatures::<f32>::new(d)?).with_scale(1.0))),
+            contestant(
+                "elu",
+                Box::new(LinearAttention::new(EluFeatures::<f32>::new(d)?).with_scale(1.0)),
+            ),
             contestant("softmax", Box::new(SoftmaxAttention::<f32>::new(d)?)),
         ];
         Ok(Self { q, k, v, contestants })
@@ -108,7 +120,13 @@ impl Loaded {
         let Contestant { kernel, out, .. } = find(contestants, kind)?;
         let start = Instant::now();
         for _ in 0..repeats {
-            kernel.forward_into(black_box(q.view()), k.view(), v.view(), Mask::Causal, out.view_mut())?;
+            kernel.forward_into(
+                black_box(q.view()),
+                k.view(),
+                v.view(),
+                Mask::Causal,
+                out.view_mut(),
+            )?;
         }
         Ok(start.elapsed().as_secs_f64() / f64::from(repeats))
     }
@@ -131,7 +149,10 @@ impl Loaded {
     }
 }
 
-fn find<'a>(contestants: &'a mut [Contestant], kind: &str) -> Result<&'a mut Contestant, Box<dyn Error>> {
+fn find<'a>(
+    contestants: &'a mut [Contestant],
+    kind: &str,
+) -> Result<&'a mut Contestant, Box<dyn Error>> {
     let found = contestants.iter_mut().find(|contestant| contestant.kind == kind);
     found.ok_or_else(|| format!("`{kind}` is no kind: say linear, elu or softmax").into())
 }
@@ -144,7 +165,12 @@ fn read_array(path: &Path, columns: usize) -> Result<Array2<f32>, Box<dyn Error>
     let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let (numbers, rest) = bytes.as_chunks();
     if columns == 0 || numbers.len() % columns != 0 || !rest.is_empty() {
-        return Err(format!("{}: {} bytes are no whole rows of {columns} f32", path.display(), bytes.len()).into());
+        return Err(format!(
+            "{}: {} bytes are no whole rows of {columns} f32",
+            path.display(),
+            bytes.len()
+        )
+        .into());
     }
     let numbers: Vec<f32> = numbers.iter().map(|&number| f32::from_le_bytes(number)).collect();
     Ok(Array2::from_shape_vec((numbers.len() / columns, columns), numbers)?)

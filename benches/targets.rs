@@ -1,18 +1,22 @@
-//! The speed targets of the crate, in one run: `cargo bench --bench targets`; with `--features rayon` also those of two threads.
+//! The speed targets of the crate, in one run: `cargo bench --bench targets`; with
+//! `--features rayon` also those of two threads.
 //!
-//! d = m = d_v = 64, `f32` and one thread unless said otherwise. Every kernel is compared with its formula first. Then rounds of all
-//! contestants of a table are interleaved, so that a slow spell of the machine meets all of them, and medians are reported.
+//! d = m = d_v = 64, `f32` and one thread unless said otherwise. Every kernel is compared with its
+//! formula first. Then rounds of all contestants of a table are interleaved, so that a slow spell
+//! of the machine meets all of them, and medians are reported.
 //!
-//! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of this crate and of `ndarray`.
-//! Name tables to run only these: `forward`, `decode`, `maps`, `crossover`, `decay`, `hybrids`, `threads`.
-//! `--strict` turns a missed target into a failing exit code; `--quick` (or `--test`) runs one short round.
+//! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of
+//! this crate and of `ndarray`. Name tables to run only these: `forward`, `decode`, `maps`,
+//! `crossover`, `decay`, `hybrids`, `threads`. `--strict` turns a missed target into a failing exit
+//! code; `--quick` (or `--test`) runs one short round.
 
 mod decay;
 mod hybrids;
 mod oracle;
 
 use dijiang::{
-    Attention, DctFeatures, FeatureMap, LinearAttention, Mask, Performer, Scalar, Scratch, SoftmaxAttention, Stream,
+    Attention, DctFeatures, FeatureMap, LinearAttention, Mask, Performer, Scalar, Scratch,
+    SoftmaxAttention, Stream,
 };
 use ndarray::{Array1, Array2, ArrayView1, linalg::general_mat_mul, s};
 use std::hint::black_box;
@@ -23,9 +27,10 @@ const D: usize = 64;
 const M: usize = 64;
 const D_V: usize = 64;
 
-/// Floating-point operations of linear attention that any chunked causal kernel does for one token: the map of a query
-/// and a key as dense products, the read-out, the state update, and scores and values within a chunk of 64 tokens, of which
-/// a token sees 32½ on average. A kernel with other chunks or a fast transform is measured by the same count.
+/// Floating-point operations of linear attention that any chunked causal kernel does for one token:
+/// the map of a query and a key as dense products, the read-out, the state update, and scores and
+/// values within a chunk of 64 tokens, of which a token sees 32½ on average. A kernel with other
+/// chunks or a fast transform is measured by the same count.
 fn linear_flops() -> f64 {
     let (d, m, d_v) = (D as f64, M as f64, D_V as f64);
     4.0 * d * m + 4.0 * m * d_v + 32.5 * (2.0 * m + 2.0 * d_v)
@@ -100,7 +105,10 @@ impl Targets {
 
     fn at_most(&mut self, what: &str, found: f64, allowed: f64) {
         self.passed &= found <= allowed;
-        println!("  {:<14} {what}: {found:.2} (at most {allowed})", if found <= allowed { "PASS" } else { "FAIL" });
+        println!(
+            "  {:<14} {what}: {found:.2} (at most {allowed})",
+            if found <= allowed { "PASS" } else { "FAIL" }
+        );
     }
 }
 
@@ -112,7 +120,8 @@ struct Input<T> {
 
 impl<T: Scalar> Input<T> {
     fn new(n: usize) -> Self {
-        let [q, k, v] = [5, 6, 7].map(|seed| oracle::normal(n, D, seed).mapv(|x| T::from_f64(f64::from(x))));
+        let [q, k, v] =
+            [5, 6, 7].map(|seed| oracle::normal(n, D, seed).mapv(|x| T::from_f64(f64::from(x))));
         Self { q, k, v }
     }
 
@@ -129,7 +138,8 @@ impl<T: Scalar> Input<T> {
     }
 }
 
-/// The same decode step through `ndarray`'s `dot` and `std`'s `exp`: what a user would write without this crate.
+/// The same decode step through `ndarray`'s `dot` and `std`'s `exp`: what a user would write
+/// without this crate.
 struct PlainDecode {
     omega: Array2<f32>,
     sums: Array2<f32>,
@@ -140,7 +150,12 @@ struct PlainDecode {
 impl PlainDecode {
     fn new(omega: Array2<f32>) -> Self {
         let m = omega.nrows();
-        Self { omega, sums: Array2::zeros((m, D_V)), normalizer: Array1::zeros(m), log_scale: f32::NEG_INFINITY }
+        Self {
+            omega,
+            sums: Array2::zeros((m, D_V)),
+            normalizer: Array1::zeros(m),
+            log_scale: f32::NEG_INFINITY,
+        }
     }
 
     fn features(&self, x: ArrayView1<f32>) -> (Array1<f32>, f32) {
@@ -155,7 +170,8 @@ impl PlainDecode {
         let (key, scale) = self.features(k);
         let new = self.log_scale.max(scale);
         let (old, own) = ((self.log_scale - new).exp(), (scale - new).exp());
-        let (key_column, v) = (key.view().insert_axis(ndarray::Axis(1)), v.insert_axis(ndarray::Axis(0)));
+        let (key_column, v) =
+            (key.view().insert_axis(ndarray::Axis(1)), v.insert_axis(ndarray::Axis(0)));
         general_mat_mul(own, &key_column, &v, old, &mut self.sums);
         self.normalizer = &self.normalizer * old + &key * own;
         self.log_scale = new;
@@ -164,19 +180,31 @@ impl PlainDecode {
 }
 
 /// Refuses to go on if a kernel does not compute its formula, at once and token by token.
-fn check(name: &str, kernel: &dyn Attention<f32>, expected: &Array2<f64>, [q, k, v]: &[Array2<f32>; 3]) {
-    let found = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).expect("the input is finite");
+fn check(
+    name: &str,
+    kernel: &dyn Attention<f32>,
+    expected: &Array2<f64>,
+    [q, k, v]: &[Array2<f32>; 3],
+) {
+    let found =
+        kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).expect("the input is finite");
     oracle::assert_close(name, found.view(), expected, oracle::TOLERANCE);
     let mut stream = kernel.stream(D_V).expect("sizes are positive");
     let mut found = Array2::zeros(found.dim());
     for t in 0..q.nrows() {
         let row = s![t..=t, ..];
-        stream.extend(q.slice(row), k.slice(row), v.slice(row), found.slice_mut(row)).expect("the input is finite");
+        stream
+            .extend(q.slice(row), k.slice(row), v.slice(row), found.slice_mut(row))
+            .expect("the input is finite");
     }
     oracle::assert_close(name, found.view(), expected, oracle::TOLERANCE);
 }
 
-fn decode<'a>(mut stream: Box<dyn Stream<f32>>, input: &'a Input<f32>, prefill: usize) -> impl FnMut() + 'a {
+fn decode<'a>(
+    mut stream: Box<dyn Stream<f32>>,
+    input: &'a Input<f32>,
+    prefill: usize,
+) -> impl FnMut() + 'a {
     let mut out = Array2::zeros((input.q.nrows(), D_V));
     let rows = s![..prefill, ..];
     stream
@@ -187,7 +215,9 @@ fn decode<'a>(mut stream: Box<dyn Stream<f32>>, input: &'a Input<f32>, prefill: 
     move || {
         let row = s![t..=t, ..];
         let out = out.slice_mut(row);
-        stream.extend(input.q.slice(row), input.k.slice(row), input.v.slice(row), out).expect("the input is finite");
+        stream
+            .extend(input.q.slice(row), input.k.slice(row), input.v.slice(row), out)
+            .expect("the input is finite");
         t += 1;
         if t == 64 {
             // the cache of a softmax stays near its length
@@ -210,7 +240,8 @@ fn main() -> ExitCode {
     let performer = LinearAttention::new(performer_map);
     let dct = LinearAttention::new(dct_map);
     let softmax = SoftmaxAttention::<f32>::new(D).expect("sizes are positive");
-    let performer_f64 = LinearAttention::new(Performer::<f64>::new(D, M, 1).expect("sizes are positive"));
+    let performer_f64 =
+        LinearAttention::new(Performer::<f64>::new(D, M, 1).expect("sizes are positive"));
 
     // 200 tokens: three whole chunks and a piece
     let sample = [2, 3, 4].map(|seed| oracle::normal(200, D, seed));
@@ -229,15 +260,26 @@ fn main() -> ExitCode {
             oracle::TOLERANCE,
         );
     }
-    println!("d = m = d_v = 64, f32, one thread unless said otherwise, medians of {rounds} interleaved rounds\n");
+    println!(
+        "d = m = d_v = 64, f32, one thread unless said otherwise, medians of {rounds} interleaved rounds\n"
+    );
     let mut targets = Targets { passed: true };
 
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
-    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "threads"].into_iter().any(has);
+    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "threads"]
+        .into_iter()
+        .any(has);
     let wanted = |table: &str| !named || has(table);
     if wanted("forward") {
-        whole_sequences(&input, [&performer, &dct, &softmax], &performer_f64, rounds, quick, &mut targets);
+        whole_sequences(
+            &input,
+            [&performer, &dct, &softmax],
+            &performer_f64,
+            rounds,
+            quick,
+            &mut targets,
+        );
     }
     if wanted("decode") {
         decode_steps(&input, &performer, &dct, &softmax, plain, rounds, &mut targets);
@@ -282,19 +324,32 @@ fn whole_sequences(
         let [a, b] = [8, 9].map(|seed| oracle::normal(size, size, seed));
         let mut c = Array2::zeros((size, size));
         let run = move || general_mat_mul(1.0, black_box(&a), &b, 0.0, &mut c);
-        contestants.push((Contestant::new(format!("ndarray dot, {size}³"), run), 2.0 * (size * size * size) as f64));
+        contestants.push((
+            Contestant::new(format!("ndarray dot, {size}³"), run),
+            2.0 * (size * size * size) as f64,
+        ));
     }
     for [m, n, k] in [[64, 64, 64], [128, 64, 64], [512, 64, 64], [64, 64, 256]] {
         let mut product = dijiang::bench::Product::new(m, n, k);
         let run = move || product.run();
-        contestants.push((Contestant::new(format!("product, {m}×{n}×{k}"), run), 2.0 * (m * n * k) as f64));
+        contestants.push((
+            Contestant::new(format!("product, {m}×{n}×{k}"), run),
+            2.0 * (m * n * k) as f64,
+        ));
     }
     let peaks = contestants.len();
-    contestants
-        .push((Contestant::new(format!("Performer, n = {n}"), input.run(performer, n)), n as f64 * linear_flops()));
-    contestants.push((Contestant::new(format!("DctFeatures, n = {n}"), input.run(dct, n)), n as f64 * linear_flops()));
-    contestants
-        .push((Contestant::new(format!("softmax, n = {n}"), input.run(softmax, n)), n as f64 * softmax_flops(n)));
+    contestants.push((
+        Contestant::new(format!("Performer, n = {n}"), input.run(performer, n)),
+        n as f64 * linear_flops(),
+    ));
+    contestants.push((
+        Contestant::new(format!("DctFeatures, n = {n}"), input.run(dct, n)),
+        n as f64 * linear_flops(),
+    ));
+    contestants.push((
+        Contestant::new(format!("softmax, n = {n}"), input.run(softmax, n)),
+        n as f64 * softmax_flops(n),
+    ));
     contestants.push((
         Contestant::new(format!("Performer f64, n = {n}"), input_f64.run(performer_f64, n)),
         n as f64 * linear_flops(),
@@ -313,9 +368,13 @@ fn whole_sequences(
     ));
     let (mut racers, flops): (Vec<Contestant>, Vec<f64>) = contestants.into_iter().unzip();
     race_for(if quick { 0.004 } else { 0.03 }, &mut racers, if quick { 1 } else { rounds });
-    let gflops: Vec<f64> = racers.iter().zip(&flops).map(|(racer, flops)| flops / racer.seconds() / 1e9).collect();
+    let gflops: Vec<f64> =
+        racers.iter().zip(&flops).map(|(racer, flops)| flops / racer.seconds() / 1e9).collect();
     let peak = gflops[..peaks].iter().copied().fold(0.0, f64::max);
-    println!("{:<30}{:>12}{:>12}{:>10}{:>12}", "causal forward", "ms", "tokens/s", "GFLOP/s", "% of peak");
+    println!(
+        "{:<30}{:>12}{:>12}{:>10}{:>12}",
+        "causal forward", "ms", "tokens/s", "GFLOP/s", "% of peak"
+    );
     for (i, racer) in racers.iter().enumerate() {
         let tokens = if i < peaks {
             String::new()
@@ -328,7 +387,12 @@ fn whole_sequences(
     }
     println!();
     targets.at_least("Performer, n = 2048, share of the peak", gflops[peaks] / peak, 0.70, 0.85);
-    targets.at_least("DctFeatures, n = 2048, share of the peak", gflops[peaks + 1] / peak, 0.70, 0.85);
+    targets.at_least(
+        "DctFeatures, n = 2048, share of the peak",
+        gflops[peaks + 1] / peak,
+        0.70,
+        0.85,
+    );
     targets.at_least(
         "f64 against f32, Performer, n = 2048",
         racers[peaks].seconds() / racers[peaks + 3].seconds(),
@@ -336,7 +400,10 @@ fn whole_sequences(
         0.5,
     );
     let speedup = racers[peaks + 6].seconds() / racers[peaks + 4].seconds();
-    println!("  {:<14} Performer is {speedup:.1} times as fast as exact softmax at n = {long}\n", "");
+    println!(
+        "  {:<14} Performer is {speedup:.1} times as fast as exact softmax at n = {long}\n",
+        ""
+    );
 }
 
 /// One token at a time.
@@ -360,16 +427,29 @@ fn decode_steps(
         Contestant::new("Performer", decode(stream(performer), input, 64)),
         Contestant::new("DctFeatures", decode(stream(dct), input, 64)),
         Contestant::new("Performer by ndarray dot", plain_step),
-        Contestant::new(format!("softmax, cache of {cache}"), decode(stream(softmax), input, cache)),
+        Contestant::new(
+            format!("softmax, cache of {cache}"),
+            decode(stream(softmax), input, cache),
+        ),
     ];
     race(&mut racers, rounds);
     println!("{:<30}{:>12}{:>12}", "decode step", "ns", "ratio");
     for racer in &racers {
-        println!("{:<30}{:>12.0}{:>12.2}", racer.name, racer.seconds() * 1e9, racer.seconds() / racers[0].seconds());
+        println!(
+            "{:<30}{:>12.0}{:>12.2}",
+            racer.name,
+            racer.seconds() * 1e9,
+            racer.seconds() / racers[0].seconds()
+        );
     }
     println!();
     let ratio = racers[2].seconds() / racers[0].seconds();
-    targets.at_least("decode step against the same through ndarray dot and std exp", ratio, 8.0, 12.0);
+    targets.at_least(
+        "decode step against the same through ndarray dot and std exp",
+        ratio,
+        8.0,
+        12.0,
+    );
     println!();
 }
 
@@ -383,11 +463,17 @@ fn maps(rounds: usize, targets: &mut Targets) {
         let x = oracle::normal(512, d, 5).mapv(|x| 0.3 * x);
         let mapped = |map: &dyn FeatureMap<f32>| {
             let (mut values, mut scale) = (Array2::<f32>::zeros((512, d)), Array1::zeros(512));
-            map.map_queries(x.view(), values.view_mut(), scale.view_mut()).expect("the input is finite");
+            map.map_queries(x.view(), values.view_mut(), scale.view_mut())
+                .expect("the input is finite");
             values
         };
         // exponents of some dozens, rounded in `f32`
-        oracle::assert_close("DCT map", mapped(&dct).view(), &mapped(&dense).mapv(f64::from), 10.0 * oracle::TOLERANCE);
+        oracle::assert_close(
+            "DCT map",
+            mapped(&dct).view(),
+            &mapped(&dense).mapv(f64::from),
+            10.0 * oracle::TOLERANCE,
+        );
         let run = |map: Box<dyn FeatureMap<f32>>| {
             let mut chunk = dijiang::bench::Map::new(map, x.view());
             move || assert!(chunk.run(), "the input is in range")
@@ -417,7 +503,8 @@ fn crossover(
     println!("{:<30}{:>12}{:>12}{:>12}", "causal, ns/token", "Performer", "DctFeatures", "softmax");
     let mut first = [usize::MAX; 2];
     for n in [32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512] {
-        let mut racers = [performer, dct, softmax].map(|kernel| Contestant::new("", input.run(kernel, n)));
+        let mut racers =
+            [performer, dct, softmax].map(|kernel| Contestant::new("", input.run(kernel, n)));
         race(&mut racers, rounds);
         let ns = racers.each_ref().map(|racer| racer.seconds() / n as f64 * 1e9);
         println!("{:<30}{:>12.0}{:>12.0}{:>12.0}", format!("n = {n}"), ns[0], ns[1], ns[2]);
@@ -442,13 +529,20 @@ fn crossover(
 
 /// Two threads against one.
 #[cfg(feature = "rayon")]
-fn threads(performer: &LinearAttention<Performer<f32>>, rounds: usize, quick: bool, targets: &mut Targets) {
+fn threads(
+    performer: &LinearAttention<Performer<f32>>,
+    rounds: usize,
+    quick: bool,
+    targets: &mut Targets,
+) {
     use dijiang::MultiHead;
     use ndarray::Array4;
-    let pools = [1, 2].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads"));
+    let pools =
+        [1, 2].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("threads"));
     let n = if quick { 4096 } else { 65_536 };
     let long = Input::<f32>::new(n);
-    let heads = Array4::from_shape_fn((1, 8, 2048, D), |(_, h, t, i)| long.q[[(h * 311 + t) % n, i]]);
+    let heads =
+        Array4::from_shape_fn((1, 8, 2048, D), |(_, h, t, i)| long.q[[(h * 311 + t) % n, i]]);
     let layer = MultiHead::new(performer.clone(), 8, 8).expect("eight heads");
     let decaying = performer.clone().with_decay(1.0 - 1.0 / 32.0);
     let mut racers = Vec::new();
@@ -457,7 +551,8 @@ fn threads(performer: &LinearAttention<Performer<f32>>, rounds: usize, quick: bo
         let (heads, layer) = (&heads, &layer);
         racers.push(Contestant::new("8 heads", move || {
             let x = heads.view();
-            pool.install(|| layer.forward_into(x, x, x, Mask::Causal, None, out.view_mut())).expect("finite");
+            pool.install(|| layer.forward_into(x, x, x, Mask::Causal, None, out.view_mut()))
+                .expect("finite");
         }));
     }
     for (name, kernel) in [("one head", performer), ("one head that decays", &decaying)] {
@@ -465,12 +560,15 @@ fn threads(performer: &LinearAttention<Performer<f32>>, rounds: usize, quick: bo
             let (long, mut out, mut scratch) = (&long, Array2::zeros((n, D_V)), Scratch::new());
             racers.push(Contestant::new(name, move || {
                 let (q, k, v) = (long.q.view(), long.k.view(), long.v.view());
-                pool.install(|| kernel.forward_with(q, k, v, Mask::Causal, out.view_mut(), &mut scratch))
-                    .expect("finite");
+                pool.install(|| {
+                    kernel.forward_with(q, k, v, Mask::Causal, out.view_mut(), &mut scratch)
+                })
+                .expect("finite");
             }));
         }
     }
-    // a core that has slept needs some milliseconds to come back, on virtual machines above all: rounds are longer here
+    // a core that has slept needs some milliseconds to come back, on virtual machines above all:
+    // rounds are longer here
     race_for(if quick { 0.004 } else { 0.6 }, &mut racers, rounds.min(5));
     println!("{:<30}{:>12}{:>12}{:>12}", "threads, ms", "one", "two", "ratio");
     let mut ratios = Vec::new();

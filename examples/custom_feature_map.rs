@@ -1,5 +1,5 @@
-//! Writing your own feature map: two methods say its sizes, one maps rows. Streams, chunks, log scales and errors come with
-//! `LinearAttention`.
+//! Writing your own feature map: two methods say its sizes, one maps rows. Streams, chunks, log
+//! scales and errors come with `LinearAttention`.
 //!
 //! `cargo run --example custom_feature_map`
 
@@ -27,9 +27,11 @@ impl FeatureMap<f32> for BothSigns {
         mut values: ArrayViewMut2<'_, f32>,
         mut log_scale: ArrayViewMut1<'_, f32>,
     ) -> Result<(), Error> {
-        for ((x, mut values), log_scale) in x.outer_iter().zip(values.outer_iter_mut()).zip(&mut log_scale) {
-            // Take the largest exponent out of each row: then nothing overflows, whatever the norm. A row may depend on
-            // itself only, or the future would leak into the past.
+        for ((x, mut values), log_scale) in
+            x.outer_iter().zip(values.outer_iter_mut()).zip(&mut log_scale)
+        {
+            // Take the largest exponent out of each row: then nothing overflows, whatever the norm.
+            // A row may depend on itself only, or the future would leak into the past.
             let largest = x.fold(0.0_f32, |m, a| m.max(a.abs()));
             for (i, &a) in x.iter().enumerate() {
                 values[i] = (a - largest).exp();
@@ -51,7 +53,10 @@ fn main() -> Result<(), Error> {
     ];
     for (name, kernel) in &kernels {
         let report = fidelity::compare(&**kernel, q.view(), k.view(), v.view(), Mask::Causal)?;
-        println!("{name:<12}error {:.3}, uniform attention {:.3}", report.output_error, report.uniform_error);
+        println!(
+            "{name:<12}error {:.3}, uniform attention {:.3}",
+            report.output_error, report.uniform_error
+        );
     }
     Ok(())
 }

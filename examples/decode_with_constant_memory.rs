@@ -1,4 +1,5 @@
-//! Token-by-token decoding: the cache of softmax attention grows, the state of linear attention does not.
+//! Token-by-token decoding: the cache of softmax attention grows, the state of linear attention
+//! does not.
 //!
 //! `cargo run --release --example decode_with_constant_memory`
 
@@ -21,19 +22,31 @@ fn main() -> Result<(), dijiang::Error> {
     println!("kernel    tokens    numbers kept");
     for (name, kernel) in &kernels {
         let mut stream: Box<dyn Stream<f32>> = kernel.stream(head_dim)?;
-        let report = |stream: &dyn Stream<f32>| println!("{name:<10}{:<10}{}", stream.len(), stream.state_floats());
+        let report = |stream: &dyn Stream<f32>| {
+            println!("{name:<10}{:<10}{}", stream.len(), stream.state_floats())
+        };
 
         // Decode ten tokens, one call each.
         for t in 0..10 {
             let row = s![t..=t, ..];
-            stream.extend(prompt.slice(row), prompt.slice(row), prompt.slice(row), out.view_mut())?;
+            stream.extend(
+                prompt.slice(row),
+                prompt.slice(row),
+                prompt.slice(row),
+                out.view_mut(),
+            )?;
         }
         report(&*stream);
 
         // Many tokens in one call are a prefill: the same numbers, much faster.
         for calls in [1, 9] {
             for _ in 0..calls {
-                stream.extend(prompt.view(), prompt.view(), prompt.view(), prompt_out.view_mut())?;
+                stream.extend(
+                    prompt.view(),
+                    prompt.view(),
+                    prompt.view(),
+                    prompt_out.view_mut(),
+                )?;
             }
             report(&*stream);
         }

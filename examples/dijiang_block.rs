@@ -1,5 +1,6 @@
-//! The attention blocks of a DiJiang model, a whole text at once and token by token. The weights are random; those of a released model are
-//! loaded with `DijiangBlock::from_safetensors` (feature `safetensors`).
+//! The attention blocks of a DiJiang model, a whole text at once and token by token. The weights
+//! are random; those of a released model are loaded with `DijiangBlock::from_safetensors` (feature
+//! `safetensors`).
 //!
 //! `cargo run --release --example dijiang_block`
 
@@ -33,8 +34,12 @@ fn layer(seed: u64) -> Result<DijiangBlock<f32>, Error> {
     DijiangBlock::new(weights, HEADS, Rotary::gpt_neox(HEAD_DIM, 0.25)?)
 }
 
-/// New tokens through every layer, each with its residual. (A model also has a layer norm before and a feed-forward part beside the block.)
-fn run(layers: &mut [DijiangBlockStream<f32>], x: ArrayView2<'_, f32>) -> Result<Array2<f32>, Error> {
+/// New tokens through every layer, each with its residual. (A model also has a layer norm before
+/// and a feed-forward part beside the block.)
+fn run(
+    layers: &mut [DijiangBlockStream<f32>],
+    x: ArrayView2<'_, f32>,
+) -> Result<Array2<f32>, Error> {
     let mut x = x.to_owned();
     let mut out = Array2::zeros(x.dim());
     for layer in layers {

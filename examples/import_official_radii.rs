@@ -1,5 +1,5 @@
-//! Importing the feature map of a trained official DiJiang checkpoint: each layer stores P = C·diag(t), with C the orthonormal DCT-II
-//! matrix and t the radii.
+//! Importing the feature map of a trained official DiJiang checkpoint: each layer stores P =
+//! C·diag(t), with C the orthonormal DCT-II matrix and t the radii.
 //!
 //! `cargo run --example import_official_radii`
 
@@ -26,7 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let file = checkpoint(64)?;
     let tensors = SafeTensors::deserialize(&file)?;
     let tensor = tensors.tensor(NAME)?;
-    let numbers: Vec<f32> = tensor.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let numbers: Vec<f32> =
+        tensor.data().as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     let p = ArrayView2::from_shape((tensor.shape()[0], tensor.shape()[1]), &numbers)?;
     let d = p.ncols();
 

@@ -27,7 +27,8 @@ pub enum Mask {
     Causal,
 }
 
-/// An attention kernel: every kernel of the crate implements it, and a model holds it as `Box<dyn Attention<T>>`.
+/// An attention kernel: every kernel of the crate implements it, and a model holds it as
+/// `Box<dyn Attention<T>>`.
 ///
 /// The output is a weighted mean of the values,
 ///
@@ -41,7 +42,8 @@ pub enum Mask {
 ///
 /// # Shapes
 ///
-/// Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, `out [n_q, d_v]`. Views may have any strides.
+/// Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, `out [n_q, d_v]`. Views may have
+/// any strides.
 ///
 /// # Example
 ///
@@ -80,15 +82,18 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Ok(out)
     }
 
-    /// Attends to `k` and `v` with every row of `q`, and writes the output over whatever `out` held.
+    /// Attends to `k` and `v` with every row of `q`, and writes the output over whatever `out`
+    /// held.
     ///
     /// # Errors
     ///
-    /// - [`Error::Shape`]: the shapes do not fit together, or `mask` is [`Mask::Causal`] and `n_q ≠ n_k`;
+    /// - [`Error::Shape`]: the shapes do not fit together, or `mask` is [`Mask::Causal`] and
+    ///   `n_q ≠ n_k`;
     /// - [`Error::ZeroSize`]: there are queries but no keys, or `v` has no columns;
     /// - [`Error::NotFinite`]: NaN or infinity in `q`, `k` or `v`;
     /// - [`Error::Overflow`], [`Error::Normalizer`]: finite input led out of the range of `T`;
-    /// - [`Error::InvalidOption`]: an option of the kernel cannot be used, such as a scale that is not positive.
+    /// - [`Error::InvalidOption`]: an option of the kernel cannot be used, such as a scale that is
+    ///   not positive.
     ///
     /// After an error the content of `out` is unspecified.
     fn forward_into(
@@ -100,8 +105,9 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
 
-    /// As [`forward_into`](Self::forward_into), in working memory of the caller: a kernel of this crate allocates nothing once the memory
-    /// has met arguments of these sizes. Any kernel may use the memory of any other.
+    /// As [`forward_into`](Self::forward_into), in working memory of the caller: a kernel of this
+    /// crate allocates nothing once the memory has met arguments of these sizes. Any kernel may use
+    /// the memory of any other.
     ///
     /// ```
     /// use dijiang::{Attention, LinearAttention, Mask, Performer, Scratch};
@@ -112,7 +118,14 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// let mut out = Array2::zeros((100, 8));
     /// for layer in 0..3 {
     ///     let x = Array2::from_elem((100, 8), layer as f32);
-    ///     kernel.forward_with(x.view(), x.view(), x.view(), Mask::Causal, out.view_mut(), &mut scratch)?;
+    ///     kernel.forward_with(
+    ///         x.view(),
+    ///         x.view(),
+    ///         x.view(),
+    ///         Mask::Causal,
+    ///         out.view_mut(),
+    ///         &mut scratch,
+    ///     )?;
     ///     assert!(out.iter().all(|y| (y - layer as f32).abs() < 1e-5));
     /// }
     /// # Ok::<(), dijiang::Error>(())
@@ -134,19 +147,24 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         self.forward_into(q, k, v, mask, out)
     }
 
-    /// As [`forward_with`](Self::forward_with) with [`Mask::Causal`], of a kernel whose tokens bring their decay: `log_decay [n, 1]`, or one for each
-    /// feature, `[n, num_features]`. Row `t` is the logarithm of what token `t` leaves of all that came before it: 0 keeps it, −∞ forgets it.
+    /// As [`forward_with`](Self::forward_with) with [`Mask::Causal`], of a kernel whose tokens
+    /// bring their decay: `log_decay [n, 1]`, or one for each feature, `[n, num_features]`. Row `t`
+    /// is the logarithm of what token `t` leaves of all that came before it: 0 keeps it, −∞ forgets
+    /// it.
     ///
-    /// A decay of this kind is data, computed from the token as its key and value are, so it is an argument of the call and not an option of
-    /// the kernel. It is a method of its own beside [`forward_with`](Self::forward_with), as [`Stream::extend_gated`] is beside
-    /// [`Stream::extend`], because most kernels have none: they say so, and their callers need not pass an empty one. What only knows `q`, `k` and
-    /// `v` ([`fidelity`](crate::fidelity), for example) takes a kernel together with the log decays of a sequence: [`WithLogDecay`](crate::WithLogDecay).
+    /// A decay of this kind is data, computed from the token as its key and value are, so it is an
+    /// argument of the call and not an option of the kernel. It is a method of its own beside
+    /// [`forward_with`](Self::forward_with), as [`Stream::extend_gated`] is beside
+    /// [`Stream::extend`], because most kernels have none: they say so, and their callers need not
+    /// pass an empty one. What only knows `q`, `k` and `v` ([`fidelity`](crate::fidelity), for
+    /// example) takes a kernel together with the log decays of a sequence:
+    /// [`WithLogDecay`](crate::WithLogDecay).
     ///
     /// # Errors
     ///
-    /// Those of [`forward_into`](Self::forward_into); [`Error::Unsupported`] unless the kernel is gated
-    /// ([`LinearAttention::gated`](crate::LinearAttention::gated)); [`Error::Shape`] if `log_decay` has other rows or columns;
-    /// [`Error::InvalidOption`] if one is positive or NaN.
+    /// Those of [`forward_into`](Self::forward_into); [`Error::Unsupported`] unless the kernel is
+    /// gated ([`LinearAttention::gated`](crate::LinearAttention::gated)); [`Error::Shape`] if
+    /// `log_decay` has other rows or columns; [`Error::InvalidOption`] if one is positive or NaN.
     fn forward_gated(
         &self,
         q: ArrayView2<'_, T>,
@@ -165,8 +183,9 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         false
     }
 
-    /// Attends with the query heads of one head of keys and values (grouped-query attention): `q [group, n_q, d]`, `out [group, n_q, d_v]`.
-    /// A kernel that learns from what is read sums over them.
+    /// Attends with the query heads of one head of keys and values (grouped-query attention):
+    /// `q [group, n_q, d]`, `out [group, n_q, d_v]`. A kernel that learns from what is read sums
+    /// over them.
     ///
     /// # Errors
     ///
@@ -187,8 +206,9 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Ok(())
     }
 
-    /// As [`forward`](Self::forward), for values to which columns were added that only show the weights: `v [n_k, d_v + more]`, of which no
-    /// decision of the kernel may depend on more than the first `d_v`.
+    /// As [`forward`](Self::forward), for values to which columns were added that only show the
+    /// weights: `v [n_k, d_v + more]`, of which no decision of the kernel may depend on more than
+    /// the first `d_v`.
     #[doc(hidden)]
     fn forward_probed(
         &self,
@@ -202,8 +222,9 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         self.forward(q, k, v, mask)
     }
 
-    /// The size of the state of a stream that has absorbed `tokens` tokens, in numbers of type `T`: what [`Stream::state_floats`] will say. To
-    /// be overridden where it depends on the number of tokens.
+    /// The size of the state of a stream that has absorbed `tokens` tokens, in numbers of type `T`:
+    /// what [`Stream::state_floats`] will say. To be overridden where it depends on the number of
+    /// tokens.
     ///
     /// # Errors
     ///
@@ -217,22 +238,29 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `value_dim` is 0, [`Error::InvalidOption`] if an option of the kernel cannot be used.
+    /// [`Error::ZeroSize`] if `value_dim` is 0, [`Error::InvalidOption`] if an option of the kernel
+    /// cannot be used.
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error>;
 
-    /// Starts an empty causal stream that serves the `group` query heads of one head of keys and values with one state (grouped-query
-    /// attention); feed it with [`Stream::extend_group`]. `None`, unless overridden: each query head needs a stream of its own.
+    /// Starts an empty causal stream that serves the `group` query heads of one head of keys and
+    /// values with one state (grouped-query attention); feed it with [`Stream::extend_group`].
+    /// `None`, unless overridden: each query head needs a stream of its own.
     ///
     /// # Errors
     ///
     /// As [`stream`](Self::stream); [`Error::ZeroSize`] if `group` is 0.
-    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+    fn group_stream(
+        &self,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         let _ = (group, value_dim);
         Ok(None)
     }
 
-    /// Whether each query head of a group gets what it would get alone. Where a kernel says so, [`MultiHead`](crate::MultiHead) answers the
-    /// query heads of a group one by one, on as many threads as there are; unless overridden, by [`forward_group`](Self::forward_group).
+    /// Whether each query head of a group gets what it would get alone. Where a kernel says so,
+    /// [`MultiHead`](crate::MultiHead) answers the query heads of a group one by one, on as many
+    /// threads as there are; unless overridden, by [`forward_group`](Self::forward_group).
     fn heads_are_independent(&self) -> bool {
         false
     }
@@ -243,22 +271,27 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         None
     }
 
-    /// The natural logarithm of the unnormalised weight `w(q_i, k_j)` of every pair, `[n_q, n_k]`, for kernels whose
-    /// weight depends on the pair alone; weights that are not positive give −∞.
+    /// The natural logarithm of the unnormalised weight `w(q_i, k_j)` of every pair, `[n_q, n_k]`,
+    /// for kernels whose weight depends on the pair alone; weights that are not positive give −∞.
     ///
-    /// This shows how well a kernel estimates `exp(scale·q·k)` before the normaliser hides a common factor. The default
-    /// is `None`. It is a tool for measuring: it takes O(n_q·n_k) memory.
+    /// This shows how well a kernel estimates `exp(scale·q·k)` before the normaliser hides a common
+    /// factor. The default is `None`. It is a tool for measuring: it takes O(n_q·n_k) memory.
     ///
     /// # Errors
     ///
     /// As [`forward_into`](Self::forward_into).
-    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+    fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Option<Array2<f64>>, Error> {
         let _ = (q, k);
         Ok(None)
     }
 }
 
-/// Working memory for [`Attention::forward_with`]: it grows to what the largest call needed and says nothing about any call.
+/// Working memory for [`Attention::forward_with`]: it grows to what the largest call needed and
+/// says nothing about any call.
 ///
 /// One for each thread that computes; a stream has its own.
 #[derive(Debug)]
@@ -291,8 +324,9 @@ impl<T: Scalar> Scratch<T> {
 
     /// What hybrids need.
     pub(crate) fn hybrid(&mut self) -> (&mut hybrid::Layer<T>, &mut hybrid::Work<T>) {
-        let (layer, work) =
-            &mut **self.hybrid.get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
+        let (layer, work) = &mut **self
+            .hybrid
+            .get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
         (layer, work)
     }
 
@@ -331,8 +365,8 @@ pub struct HeadCall<'a, T> {
 
 /// The state of causal attention over the tokens seen so far.
 ///
-/// Feeding a sequence in any pieces gives what [`Attention::forward`] gives for the whole with [`Mask::Causal`], up to
-/// rounding.
+/// Feeding a sequence in any pieces gives what [`Attention::forward`] gives for the whole with
+/// [`Mask::Causal`], up to rounding.
 ///
 /// ```
 /// use dijiang::{Attention, LinearAttention, Mask, Performer};
@@ -353,14 +387,15 @@ pub struct HeadCall<'a, T> {
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 pub trait Stream<T: Scalar>: Debug + Send {
-    /// Absorbs `n` tokens and writes their outputs: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`, `out [n, value_dim]`.
+    /// Absorbs `n` tokens and writes their outputs: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`,
+    /// `out [n, value_dim]`.
     ///
     /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing.
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::forward_into`]. On an error the state is what it was before the call; the content of
-    /// `out` is unspecified.
+    /// Those of [`Attention::forward_into`]. On an error the state is what it was before the call;
+    /// the content of `out` is unspecified.
     fn extend(
         &mut self,
         q: ArrayView2<'_, T>,
@@ -369,8 +404,8 @@ pub trait Stream<T: Scalar>: Debug + Send {
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
 
-    /// As [`extend`](Self::extend), of a stream of a gated kernel, with the log decays of the tokens: `[n, 1]` or `[n, num_features]`; see
-    /// [`Attention::forward_gated`].
+    /// As [`extend`](Self::extend), of a stream of a gated kernel, with the log decays of the
+    /// tokens: `[n, 1]` or `[n, num_features]`; see [`Attention::forward_gated`].
     ///
     /// # Errors
     ///
@@ -392,12 +427,13 @@ pub trait Stream<T: Scalar>: Debug + Send {
         1
     }
 
-    /// Absorbs `n` tokens and writes the outputs of every query head: `q [group, n, d]`, `k [n, d]`, `v [n, value_dim]`,
-    /// `out [group, n, value_dim]`.
+    /// Absorbs `n` tokens and writes the outputs of every query head: `q [group, n, d]`,
+    /// `k [n, d]`, `v [n, value_dim]`, `out [group, n, value_dim]`.
     ///
     /// # Errors
     ///
-    /// As [`extend`](Self::extend); [`Error::Shape`] if the stream serves another number of query heads.
+    /// As [`extend`](Self::extend); [`Error::Shape`] if the stream serves another number of query
+    /// heads.
     fn extend_group(
         &mut self,
         q: ArrayView3<'_, T>,
@@ -417,17 +453,26 @@ pub trait Stream<T: Scalar>: Debug + Send {
         false
     }
 
-    /// As [`extend_group`](Self::extend_group), of several heads of keys and values that share one state.
+    /// As [`extend_group`](Self::extend_group), of several heads of keys and values that share one
+    /// state.
     #[doc(hidden)]
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(ONE_HEAD) };
-        let Some(log_decay) = log_decay else { return self.extend_group(*q, *k, *v, out.view_mut()) };
+        let Some(log_decay) = log_decay else {
+            return self.extend_group(*q, *k, *v, out.view_mut());
+        };
         if self.group() > 1 {
             return Err(NOT_GATED);
         }
         check::size("q", "heads", 1, q.len_of(Axis(0)))?;
         check::size("out", "heads", 1, out.len_of(Axis(0)))?;
-        self.extend_gated(q.index_axis_move(Axis(0), 0), *k, *v, *log_decay, out.index_axis_mut(Axis(0), 0))
+        self.extend_gated(
+            q.index_axis_move(Axis(0), 0),
+            *k,
+            *v,
+            *log_decay,
+            out.index_axis_mut(Axis(0), 0),
+        )
     }
 
     /// Tokens absorbed so far.
@@ -438,7 +483,8 @@ pub trait Stream<T: Scalar>: Debug + Send {
         self.len() == 0
     }
 
-    /// The size of the state now, in numbers of type `T`. Constants of the kernel and working memory do not count.
+    /// The size of the state now, in numbers of type `T`. Constants of the kernel and working
+    /// memory do not count.
     fn state_floats(&self) -> usize;
 
     /// A copy of this stream with a state of its own. `Box<dyn Stream<T>>` is [`Clone`] through it.
@@ -451,8 +497,9 @@ pub trait Stream<T: Scalar>: Debug + Send {
     #[doc(hidden)]
     fn stay_on_one_thread(&mut self) {}
 
-    /// Remembers the state as it is now, for [`rollback`](Self::rollback); returns whether this stream can. It takes the place of an
-    /// earlier checkpoint. A fixed-size state is copied, a growing cache only measured; nothing is allocated after the first time.
+    /// Remembers the state as it is now, for [`rollback`](Self::rollback); returns whether this
+    /// stream can. It takes the place of an earlier checkpoint. A fixed-size state is copied, a
+    /// growing cache only measured; nothing is allocated after the first time.
     ///
     /// ```
     /// use dijiang::{Attention, LinearAttention, Performer};
@@ -474,7 +521,8 @@ pub trait Stream<T: Scalar>: Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if there is none, or the stream was reset or restored since. The stream is then unchanged.
+    /// [`Error::Unsupported`] if there is none, or the stream was reset or restored since. The
+    /// stream is then unchanged.
     fn rollback(&mut self) -> Result<(), Error> {
         Err(NO_CHECKPOINT)
     }
@@ -483,12 +531,17 @@ pub trait Stream<T: Scalar>: Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] for a stream that has not implemented it; every stream of this crate has.
+    /// [`Error::Unsupported`] for a stream that has not implemented it; every stream of this crate
+    /// has.
     fn save(&self) -> Result<StreamState<T>, Error> {
-        Err(Error::Unsupported { what: "saving this stream", why: "its type does not implement `Stream::save`" })
+        Err(Error::Unsupported {
+            what: "saving this stream",
+            why: "its type does not implement `Stream::save`",
+        })
     }
 
-    /// Replaces the state by a saved one; the stream then continues bit for bit as the saved one would have.
+    /// Replaces the state by a saved one; the stream then continues bit for bit as the saved one
+    /// would have.
     ///
     /// ```
     /// use dijiang::{Attention, SoftmaxAttention};
@@ -508,27 +561,37 @@ pub trait Stream<T: Scalar>: Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if the state was saved by another kind of stream or another shape, [`Error::NotFinite`] if it
-    /// holds NaN or infinity, [`Error::Unsupported`] as for [`save`](Self::save). The stream is then unchanged.
+    /// [`Error::State`] if the state was saved by another kind of stream or another shape,
+    /// [`Error::NotFinite`] if it holds NaN or infinity, [`Error::Unsupported`] as for
+    /// [`save`](Self::save). The stream is then unchanged.
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let _ = state;
-        Err(Error::Unsupported { what: "restoring this stream", why: "its type does not implement `Stream::restore`" })
+        Err(Error::Unsupported {
+            what: "restoring this stream",
+            why: "its type does not implement `Stream::restore`",
+        })
     }
 }
 
-pub(crate) const NOT_GATED: Error =
-    Error::Unsupported { what: "a log decay of each token", why: "this kernel is not one of `LinearAttention::gated`" };
+pub(crate) const NOT_GATED: Error = Error::Unsupported {
+    what: "a log decay of each token",
+    why: "this kernel is not one of `LinearAttention::gated`",
+};
 
 pub(crate) const NO_FULL_DECAY: Error = Error::Unsupported {
     what: "full attention with decay",
     why: "a decay needs an order of tokens; use `Mask::Causal`",
 };
 
-const ONE_HEAD: Error =
-    Error::Unsupported { what: "several heads in one stream", why: "the stream is one of a single head" };
+const ONE_HEAD: Error = Error::Unsupported {
+    what: "several heads in one stream",
+    why: "the stream is one of a single head",
+};
 
-pub(crate) const NO_CHECKPOINT: Error =
-    Error::Unsupported { what: "rolling this stream back", why: "it has no checkpoint; call `checkpoint` first" };
+pub(crate) const NO_CHECKPOINT: Error = Error::Unsupported {
+    what: "rolling this stream back",
+    why: "it has no checkpoint; call `checkpoint` first",
+};
 
 impl<T: Scalar> Clone for Box<dyn Stream<T>> {
     fn clone(&self) -> Self {
@@ -536,10 +599,12 @@ impl<T: Scalar> Clone for Box<dyn Stream<T>> {
     }
 }
 
-/// The saved state of a [`Stream`]: plain numbers and what they belong to. With feature `serde` it serialises.
+/// The saved state of a [`Stream`]: plain numbers and what they belong to. With feature `serde` it
+/// serialises.
 ///
-/// It does not hold the kernel: save that beside it, and restore the state into a stream of the same kernel. Formats
-/// must keep floats exactly (with `serde_json`, its feature `float_roundtrip`).
+/// It does not hold the kernel: save that beside it, and restore the state into a stream of the
+/// same kernel. Formats must keep floats exactly (with `serde_json`, its feature
+/// `float_roundtrip`).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct StreamState<T> {
@@ -551,7 +616,12 @@ pub struct StreamState<T> {
 
 impl<T: Scalar> StreamState<T> {
     /// A state of `tokens` absorbed tokens; `kernel` and `shape` are compared when it is restored.
-    pub fn new(kernel: impl Into<String>, tokens: usize, shape: Vec<usize>, numbers: Vec<T>) -> Self {
+    pub fn new(
+        kernel: impl Into<String>,
+        tokens: usize,
+        shape: Vec<usize>,
+        numbers: Vec<T>,
+    ) -> Self {
         Self { kernel: kernel.into(), tokens, shape, numbers }
     }
 
@@ -572,7 +642,8 @@ impl<T: Scalar> StreamState<T> {
     ///
     /// [`Error::State`] if one differs, [`Error::NotFinite`] if a number is NaN or infinite.
     pub fn numbers(&self, kernel: &str, shape: &[usize], count: usize) -> Result<&[T], Error> {
-        let differs = |which, expected: String, found: String| Err(Error::State { which, expected, found });
+        let differs =
+            |which, expected: String, found: String| Err(Error::State { which, expected, found });
         if self.kernel != kernel {
             return differs("kernel", kernel.to_owned(), self.kernel.clone());
         }
@@ -580,7 +651,11 @@ impl<T: Scalar> StreamState<T> {
             return differs("shape", format!("{shape:?}"), format!("{:?}", self.shape));
         }
         if self.tokens > usize::MAX / 2 {
-            return differs("tokens", "a number that can be counted on".to_owned(), self.tokens.to_string());
+            return differs(
+                "tokens",
+                "a number that can be counted on".to_owned(),
+                self.tokens.to_string(),
+            );
         }
         if self.numbers.len() != count {
             return differs("size", count.to_string(), self.numbers.len().to_string());

@@ -1,4 +1,5 @@
-//! What the benchmarks of this repository time and nobody else should use: pieces of the inner loops, without the rest.
+//! What the benchmarks of this repository time and nobody else should use: pieces of the inner
+//! loops, without the rest.
 
 use crate::kernel::{self, Buffer, Into, Matrix, chunk_len, padded};
 use crate::{FeatureMap, Scalar, views};
@@ -29,7 +30,18 @@ impl Product {
     pub fn run(&mut self) {
         let Self { size: [m, n, k], a, b, c } = self;
         let (m, n, k) = (*m, *n, *k);
-        kernel::Product { m, n, k, a: Matrix::columns(a, m), b, ldb: n, c, ldc: n, into: Into::Set }.run();
+        kernel::Product {
+            m,
+            n,
+            k,
+            a: Matrix::columns(a, m),
+            b,
+            ldb: n,
+            c,
+            ldc: n,
+            into: Into::Set,
+        }
+        .run();
     }
 }
 
@@ -67,7 +79,16 @@ impl<T: Scalar> Map<T> {
         (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
             let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
             views::to_columns(rows, T::one(), squares, vectors);
-            map.map_columns(vectors, squares, chunk_len::<T>(), rows.nrows(), values, log_scale, scratch).is_ok()
+            map.map_columns(
+                vectors,
+                squares,
+                chunk_len::<T>(),
+                rows.nrows(),
+                values,
+                log_scale,
+                scratch,
+            )
+            .is_ok()
         })
     }
 }

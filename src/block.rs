@@ -1,4 +1,5 @@
-//! The attention block of the released DiJiang models: projections, rotary embedding, decaying linear attention, group norm, gate.
+//! The attention block of the released DiJiang models: projections, rotary embedding, decaying
+//! linear attention, group norm, gate.
 
 #[cfg(feature = "safetensors")]
 mod load;
@@ -6,13 +7,17 @@ mod load;
 use crate::attention::heads::{MultiHead, MultiHeadStream};
 use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay, kernel};
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis};
+use ndarray::{
+    Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis,
+};
 use std::sync::Arc;
 
-/// The weights of a [`DijiangBlock`], in the layouts of the released checkpoints. With `d = hidden/heads`:
+/// The weights of a [`DijiangBlock`], in the layouts of the released checkpoints. With
+/// `d = hidden/heads`:
 #[derive(Clone, Debug, PartialEq)]
 pub struct DijiangWeights<T> {
-    /// `[3·hidden, hidden]`, as `torch.nn.Linear` has it: rows are outputs, of head 0 its `d` queries, `d` keys, `d` values, then of head 1.
+    /// `[3·hidden, hidden]`, as `torch.nn.Linear` has it: rows are outputs, of head 0 its `d`
+    /// queries, `d` keys, `d` values, then of head 1.
     pub query_key_value: Array2<T>,
     /// `[3·hidden]`
     pub query_key_value_bias: Array1<T>,
@@ -26,13 +31,14 @@ pub struct DijiangWeights<T> {
     pub group_norm_weight: Array1<T>,
     /// `[hidden]`
     pub group_norm_bias: Array1<T>,
-    /// The radii `t [d]` of the feature map, which all heads share. A checkpoint has `proj_matrix = C·diag(t)`:
-    /// [`DctFeatures::official_from_projection`] finds them.
+    /// The radii `t [d]` of the feature map, which all heads share. A checkpoint has
+    /// `proj_matrix = C·diag(t)`: [`DctFeatures::official_from_projection`] finds them.
     pub radii: Array1<T>,
 }
 
-/// The attention block of the released DiJiang models (Chen et al., arXiv 2403.19928; `GPTNeoXAttention` in the code at
-/// github.com/YuchuanTian/DiJiang), with the decay, gate and norm of RetNet (Sun et al., arXiv 2307.08621):
+/// The attention block of the released DiJiang models (Chen et al., arXiv 2403.19928;
+/// `GPTNeoXAttention` in the code at github.com/YuchuanTian/DiJiang), with the decay, gate and norm
+/// of RetNet (Sun et al., arXiv 2307.08621):
 ///
 /// ```text
 /// [q | k | v] of each head = x W_qkvᵀ + b_qkv,    then q and k turned by their position (Rotary)
@@ -40,20 +46,26 @@ pub struct DijiangWeights<T> {
 /// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o,    swish(z) = z/(1 + e^{−z})
 /// ```
 ///
-/// Queries and keys are raw (scale 1), and nothing divides by the sum of weights: the norm takes its place.
+/// Queries and keys are raw (scale 1), and nothing divides by the sum of weights: the norm takes
+/// its place.
 ///
-/// The norm is that of the released code, per token, with the biased variance. It has `d` groups, not one for each head: a group is `heads`
-/// *neighbouring* columns, which are not those of a head.
+/// The norm is that of the released code, per token, with the biased variance. It has `d` groups,
+/// not one for each head: a group is `heads` *neighbouring* columns, which are not those of a head.
 ///
-/// `x` is what the layer norm before gives: `[n, hidden]`, and so is the output; the residual is the caller's. The [stream](Self::stream) has
-/// a state of fixed size, where a model with softmax attention keeps `2·hidden` numbers for every token.
+/// `x` is what the layer norm before gives: `[n, hidden]`, and so is the output; the residual is
+/// the caller's. The [stream](Self::stream) has a state of fixed size, where a model with softmax
+/// attention keeps `2·hidden` numbers for every token.
 ///
 /// ```
 /// use dijiang::{DijiangBlock, DijiangWeights, Rotary};
 /// use ndarray::{Array1, Array2};
 ///
 /// let (hidden, heads) = (16, 2);
-/// let matrix = |rows, phase: f32| Array2::from_shape_fn((rows, hidden), |(i, j)| 0.2 * (phase + (7 * i + 3 * j) as f32).sin());
+/// let matrix = |rows, phase: f32| {
+///     Array2::from_shape_fn((rows, hidden), |(i, j)| {
+///         0.2 * (phase + (7 * i + 3 * j) as f32).sin()
+///     })
+/// };
 /// let weights = DijiangWeights {
 ///     query_key_value: matrix(3 * hidden, 0.0),
 ///     query_key_value_bias: Array1::zeros(3 * hidden),
@@ -99,39 +111,55 @@ struct Parts<T> {
 }
 
 impl<T: Scalar> DijiangBlock<T> {
-    /// A block of `heads` heads; `rotary` is [`Rotary::gpt_neox`] of the model's `rotary_pct` (Pythia: 0.25).
+    /// A block of `heads` heads; `rotary` is [`Rotary::gpt_neox`] of the model's `rotary_pct`
+    /// (Pythia: 0.25).
     ///
     /// # Errors
     ///
     /// - [`Error::ZeroSize`]: `heads` or the hidden size is 0;
-    /// - [`Error::InvalidOption`]: the hidden size, the columns of `query_key_value`, is not a multiple of `heads`;
-    /// - [`Error::Shape`]: a weight has another shape than [`DijiangWeights`] says, or `rotary` is for another head dimension;
+    /// - [`Error::InvalidOption`]: the hidden size, the columns of `query_key_value`, is not a
+    ///   multiple of `heads`;
+    /// - [`Error::Shape`]: a weight has another shape than [`DijiangWeights`] says, or `rotary` is
+    ///   for another head dimension;
     /// - [`Error::NotFinite`]: NaN or infinity in a weight.
     pub fn new(weights: DijiangWeights<T>, heads: usize, rotary: Rotary) -> Result<Self, Error> {
         let head_dim = check_weights(&weights, heads)?;
         check::size("rotary", "columns", head_dim, rotary.head_dim())?;
-        let kernel = LinearAttention::new(DctFeatures::official(weights.radii)?).with_scale(1.0).unnormalized();
+        let kernel = LinearAttention::new(DctFeatures::official(weights.radii)?)
+            .with_scale(1.0)
+            .unnormalized();
         let kernels = decay::dijiang(heads)
             .into_iter()
             .map(|decay| Arc::new(kernel.clone().with_decay(decay)) as Arc<dyn Attention<T>>)
             .collect();
-        let largest = |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
+        let largest =
+            |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
         #[allow(clippy::cast_precision_loss)]
         let deviation = (heads as f64).sqrt(); // of one number among as many, in units of their standard deviation
         let norm = weights.group_norm_weight.iter().zip(&weights.group_norm_bias);
         let parts = Parts {
-            norm_bounds: norm.map(|(w, b)| deviation * w.as_f64().abs() + b.as_f64().abs()).collect(),
+            norm_bounds: norm
+                .map(|(w, b)| deviation * w.as_f64().abs() + b.as_f64().abs())
+                .collect(),
             dense_bounds: [
                 largest(weights.dense_bias.view()),
                 weights.dense.rows().into_iter().map(largest).fold(0.0, f64::max),
             ],
-            query_key_value: Linear::new(weights.query_key_value.t(), Some(weights.query_key_value_bias)),
+            query_key_value: Linear::new(
+                weights.query_key_value.t(),
+                Some(weights.query_key_value_bias),
+            ),
             gate: Linear::new(weights.gate.view(), None),
             dense: Linear::new(weights.dense.t(), Some(weights.dense_bias)),
             norm_weight: weights.group_norm_weight,
             norm_bias: weights.group_norm_bias,
         };
-        Ok(Self { parts: Arc::new(parts), heads: MultiHead::per_head(kernels, heads)?, rotary, epsilon: 1e-5 })
+        Ok(Self {
+            parts: Arc::new(parts),
+            heads: MultiHead::per_head(kernels, heads)?,
+            rotary,
+            epsilon: 1e-5,
+        })
     }
 
     /// Sets what the norm adds to the variance, 10⁻⁵ unless set.
@@ -142,7 +170,11 @@ impl<T: Scalar> DijiangBlock<T> {
     pub fn with_epsilon(mut self, epsilon: f64) -> Result<Self, Error> {
         if !(epsilon > 0.0 && epsilon.is_finite()) {
             let found = epsilon.to_string();
-            return Err(Error::InvalidOption { which: "epsilon", found, needed: "a positive finite number" });
+            return Err(Error::InvalidOption {
+                which: "epsilon",
+                found,
+                needed: "a positive finite number",
+            });
         }
         self.epsilon = epsilon;
         Ok(self)
@@ -182,7 +214,11 @@ impl<T: Scalar> DijiangBlock<T> {
     /// # Errors
     ///
     /// Those of [`DijiangBlockStream::extend`].
-    pub fn forward_into(&self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+    pub fn forward_into(
+        &self,
+        x: ArrayView2<'_, T>,
+        out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
         self.stream()?.extend(x, out)
     }
 
@@ -192,11 +228,19 @@ impl<T: Scalar> DijiangBlock<T> {
     ///
     /// Those of [`MultiHead::stream`].
     pub fn stream(&self) -> Result<DijiangBlockStream<T>, Error> {
-        Ok(DijiangBlockStream { block: self.clone(), state: self.heads.stream(1, self.head_dim())? })
+        Ok(DijiangBlockStream {
+            block: self.clone(),
+            state: self.heads.stream(1, self.head_dim())?,
+        })
     }
 
-    /// Queries, keys and values `[n, heads·3d]` of tokens at the positions from `first_position` on, queries and keys turned.
-    fn query_key_value(&self, x: ArrayView2<'_, T>, first_position: usize) -> Result<Array2<T>, Error> {
+    /// Queries, keys and values `[n, heads·3d]` of tokens at the positions from `first_position`
+    /// on, queries and keys turned.
+    fn query_key_value(
+        &self,
+        x: ArrayView2<'_, T>,
+        first_position: usize,
+    ) -> Result<Array2<T>, Error> {
         let mut rows = self.parts.query_key_value.apply(x);
         let angles = self.rotary.angles(first_position, x.nrows())?;
         let [queries, keys, _] = thirds(as_heads(&mut rows, self.heads())?);
@@ -206,7 +250,8 @@ impl<T: Scalar> DijiangBlock<T> {
         Ok(rows)
     }
 
-    /// `swish(x W_G)`; an error if numbers behind the attention might overflow with it, since nothing may fail there.
+    /// `swish(x W_G)`; an error if numbers behind the attention might overflow with it, since
+    /// nothing may fail there.
     fn gate(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
         let parts = &*self.parts;
         let mut gate = parts.gate.apply(x);
@@ -214,7 +259,11 @@ impl<T: Scalar> DijiangBlock<T> {
         gate.mapv_inplace(|z| z / (T::one() + (-z).exp()));
         let limit = 0.25 * T::max_value().as_f64();
         for (row, gate) in gate.rows().into_iter().enumerate() {
-            let gated: f64 = gate.iter().zip(&parts.norm_bounds).map(|(z, bound)| z.as_f64().abs() * bound).sum();
+            let gated: f64 = gate
+                .iter()
+                .zip(&parts.norm_bounds)
+                .map(|(z, bound)| z.as_f64().abs() * bound)
+                .sum();
             if !(gated < limit && parts.dense_bounds[0] + gated * parts.dense_bounds[1] < limit) {
                 return Err(Error::Overflow { which: "the gated output", row });
             }
@@ -222,13 +271,15 @@ impl<T: Scalar> DijiangBlock<T> {
         Ok(gate)
     }
 
-    /// What is left once the heads are done: `(gate ⊙ GroupNorm(mixed)) W_oᵀ + b_o`. It cannot fail.
+    /// What is left once the heads are done: `(gate ⊙ GroupNorm(mixed)) W_oᵀ + b_o`. It cannot
+    /// fail.
     fn finish(&self, mut mixed: Array2<T>, gate: &Array2<T>, out: ArrayViewMut2<'_, T>) {
         let group = self.heads();
         let Parts { norm_weight, norm_bias, .. } = &*self.parts;
         for (mut row, gate) in mixed.rows_mut().into_iter().zip(gate.rows()) {
             let gates = gate.into_iter().zip(norm_weight.iter().zip(norm_bias));
-            let mut gates = gates.map(|(gate, (weight, bias))| [gate, weight, bias].map(|x| x.as_f64()));
+            let mut gates =
+                gates.map(|(gate, (weight, bias))| [gate, weight, bias].map(|x| x.as_f64()));
             for group in row.exact_chunks_mut(group) {
                 let (mean, factor, unit) = moments(group.view(), self.epsilon);
                 for (x, [gate, weight, bias]) in group.into_iter().zip(&mut gates) {
@@ -242,7 +293,8 @@ impl<T: Scalar> DijiangBlock<T> {
 
 /// The state of a [`DijiangBlock`] over the tokens seen so far, made by [`DijiangBlock::stream`].
 ///
-/// A sequence in any pieces gives what [`DijiangBlock::forward`] gives for the whole, up to rounding.
+/// A sequence in any pieces gives what [`DijiangBlock::forward`] gives for the whole, up to
+/// rounding.
 #[derive(Clone, Debug)]
 pub struct DijiangBlockStream<T: Scalar> {
     block: DijiangBlock<T>,
@@ -250,15 +302,19 @@ pub struct DijiangBlockStream<T: Scalar> {
 }
 
 impl<T: Scalar> DijiangBlockStream<T> {
-    /// Absorbs `n` tokens `x [n, hidden]` and writes their outputs, `out [n, hidden]`, over whatever it held.
+    /// Absorbs `n` tokens `x [n, hidden]` and writes their outputs, `out [n, hidden]`, over
+    /// whatever it held.
     ///
-    /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing. Working memory is six times the size of `x`.
+    /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing. Working memory is six
+    /// times the size of `x`.
     ///
     /// # Errors
     ///
-    /// - [`Error::Shape`]: `x` has not [`hidden`](DijiangBlock::hidden) columns, or `out` another shape;
+    /// - [`Error::Shape`]: `x` has not [`hidden`](DijiangBlock::hidden) columns, or `out` another
+    ///   shape;
     /// - [`Error::NotFinite`]: NaN or infinity in `x`;
-    /// - [`Error::Overflow`]: finite input led out of the range of `T`, or might have behind the attention.
+    /// - [`Error::Overflow`]: finite input led out of the range of `T`, or might have behind the
+    ///   attention.
     ///
     /// On an error the state is what it was before the call; the content of `out` is unspecified.
     pub fn extend(&mut self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
@@ -333,7 +389,8 @@ impl<T: Scalar> Linear<T> {
             None => out.fill(T::zero()),
         }
         if x.nrows() == 1
-            && let (Some(x), Some(weight), Some(out)) = (x.as_slice(), self.weight.as_slice(), out.as_slice_mut())
+            && let (Some(x), Some(weight), Some(out)) =
+                (x.as_slice(), self.weight.as_slice(), out.as_slice_mut())
         {
             kernel::add_row_times_matrix(x, weight, self.weight.ncols(), out);
         } else {
@@ -342,7 +399,8 @@ impl<T: Scalar> Linear<T> {
     }
 }
 
-/// The mean and the factor `1/√(variance + ε)` of a group in units of `unit`, which keeps squares within range.
+/// The mean and the factor `1/√(variance + ε)` of a group in units of `unit`, which keeps squares
+/// within range.
 #[allow(clippy::cast_precision_loss)]
 fn moments<T: Scalar>(group: ArrayView1<'_, T>, epsilon: f64) -> (f64, f64, f64) {
     let count = group.len() as f64;
@@ -358,7 +416,8 @@ fn moments<T: Scalar>(group: ArrayView1<'_, T>, epsilon: f64) -> (f64, f64, f64)
 fn as_heads<T>(rows: &mut Array2<T>, heads: usize) -> Result<ArrayViewMut3<'_, T>, Error> {
     let (n, columns) = rows.dim();
     let shape = (n, heads, columns / heads);
-    let error = Error::Shape { which: "x", axis: "columns", expected: shape.1 * shape.2, found: columns };
+    let error =
+        Error::Shape { which: "x", axis: "columns", expected: shape.1 * shape.2, found: columns };
     rows.view_mut().into_shape_with_order(shape).map_err(|_| error)
 }
 
@@ -390,7 +449,11 @@ fn check_weights<T: Scalar>(weights: &DijiangWeights<T>, heads: usize) -> Result
     check::at_least_one("query_key_value columns", hidden)?;
     if !hidden.is_multiple_of(heads) {
         let found = format!("{heads} with a hidden size of {hidden}");
-        return Err(Error::InvalidOption { which: "heads", found, needed: "a divisor of the hidden size" });
+        return Err(Error::InvalidOption {
+            which: "heads",
+            found,
+            needed: "a divisor of the hidden size",
+        });
     }
     let head_dim = hidden / heads;
     let matrices = [

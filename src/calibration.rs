@@ -1,4 +1,5 @@
-//! What is fitted from data: a few hundred sampled queries and keys of a head say where its far attention goes.
+//! What is fitted from data: a few hundred sampled queries and keys of a head say where its far
+//! attention goes.
 
 mod linalg;
 mod options;
@@ -18,7 +19,8 @@ use weights::{Fit, RIDGE, check_ridge, log_features, log_sum_exp};
 /// Queries with fewer far keys than this say nothing about far attention.
 const LEAST_KEYS: usize = 4;
 
-/// Variances are at least this, so that keys or queries that are all the same can be whitened. Scores are of order one.
+/// Variances are at least this, so that keys or queries that are all the same can be whitened.
+/// Scores are of order one.
 const LEAST_VARIANCE: f64 = 1e-12;
 
 /// .. and this, in units of the mean variance.
@@ -30,10 +32,11 @@ pub(crate) const LEAST_ATTENTION: f64 = 1e-12;
 /// What [`Calibration::metric`] adds, in units of the mean eigenvalue.
 const METRIC_SHRINKAGE: f64 = 1e-3;
 
-/// What sampled queries and keys of one head say about the part of attention that is far: outside the exact window and the sinks.
+/// What sampled queries and keys of one head say about the part of attention that is far: outside
+/// the exact window and the sinks.
 ///
-/// With scaled vectors `x̂ = √scale·x`, far pairs `J_t = {j : p_t − p_j ≥ window, p_j ≥ sinks}` of positions p, and R the queries
-/// with at least four far keys,
+/// With scaled vectors `x̂ = √scale·x`, far pairs `J_t = {j : p_t − p_j ≥ window, p_j ≥ sinks}` of
+/// positions p, and R the queries with at least four far keys,
 ///
 /// ```text
 /// A_tj = softmax of q̂_t·k̂_j over j ∈ J_t,       a_j = mean over t ∈ R of A_tj
@@ -41,7 +44,8 @@ const METRIC_SHRINKAGE: f64 = 1e-3;
 /// μ_k = Σ_j a_j k̂_j,                             Σ_k = Σ_j a_j (k̂_j − μ_k)(k̂_j − μ_k)ᵀ
 /// ```
 ///
-/// both Σ shrunk, `Σ + shrinkage·tr(Σ)/d·I`. The coordinates in which the variance of the scores is largest are those of
+/// both Σ shrunk, `Σ + shrinkage·tr(Σ)/d·I`. The coordinates in which the variance of the scores is
+/// largest are those of
 ///
 /// ```text
 /// Σ_q = LLᵀ,    LᵀΣ_kL = U diag(e) Uᵀ,    λ = √e descending
@@ -49,17 +53,21 @@ const METRIC_SHRINKAGE: f64 = 1e-3;
 /// q̂·k̂ = q̂·μ_k + μ_q·(k̂ − μ_k) + x·y        exactly,  with both covariances equal to diag(λ)
 /// ```
 ///
-/// (balancing of two covariances, Moore 1981; the derivation is in `docs/theory.md`). Everything is computed in `f64` and serves kernels
-/// of both number types. A calibration belongs to one head, or one group of query heads that share their keys, and to the scale,
-/// window and sinks it was made for.
+/// (balancing of two covariances, Moore 1981; the derivation is in `docs/theory.md`). Everything is
+/// computed in `f64` and serves kernels of both number types. A calibration belongs to one head, or
+/// one group of query heads that share their keys, and to the scale, window and sinks it was made
+/// for.
 ///
 /// ```
 /// use dijiang::{CalibratedTaylor, Calibration, CalibrationOptions, FeatureMap};
 /// use ndarray::Array2;
 ///
-/// let sample = |phase: f32| Array2::from_shape_fn((200, 8), |(t, i)| (phase + (t * 8 + i * i) as f32).sin());
+/// let sample = |phase: f32| {
+///     Array2::from_shape_fn((200, 8), |(t, i)| (phase + (t * 8 + i * i) as f32).sin())
+/// };
 /// let (q, k) = (sample(0.0), sample(1.0));
-/// let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new())?;
+/// let calibration =
+///     Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new())?;
 /// assert_eq!(calibration.rows_used(), 200 - 64 - 4 - 3);
 /// println!("{:.2} of the attention is far", calibration.far_share());
 /// let map = CalibratedTaylor::<f32>::new(4, &calibration)?;
@@ -67,7 +75,8 @@ const METRIC_SHRINKAGE: f64 = 1e-3;
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 ///
-/// With feature `serde` the samples and the options are saved, and everything is computed again when it is loaded.
+/// With feature `serde` the samples and the options are saved, and everything is computed again
+/// when it is loaded.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "Saved", into = "Saved"))]
@@ -91,14 +100,16 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// Calibrates to the tokens `q [n, d]`, `k [n, d]` of one head: raw rows, a few hundred of them, at the positions the options say.
-    /// With [`Mask::Full`] there may be more or fewer queries than keys.
+    /// Calibrates to the tokens `q [n, d]`, `k [n, d]` of one head: raw rows, a few hundred of
+    /// them, at the positions the options say. With [`Mask::Full`] there may be more or fewer
+    /// queries than keys.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`], [`Error::Shape`] or [`Error::NotFinite`] for bad samples or a wrong number of positions,
-    /// [`Error::InvalidOption`] for a scale, shrinkage, stride or positions that cannot be used, and for a window, sinks or number of
-    /// rows that leave no query four far keys, [`Error::Overflow`] if scores or moments leave the range of `f64`.
+    /// [`Error::ZeroSize`], [`Error::Shape`] or [`Error::NotFinite`] for bad samples or a wrong
+    /// number of positions, [`Error::InvalidOption`] for a scale, shrinkage, stride or positions
+    /// that cannot be used, and for a window, sinks or number of rows that leave no query four far
+    /// keys, [`Error::Overflow`] if scores or moments leave the range of `f64`.
     pub fn from_samples<T: Scalar>(
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
@@ -107,7 +118,8 @@ impl Calibration {
         Self::from_group(q.insert_axis(Axis(0)), k, options)
     }
 
-    /// Calibrates to the query heads `q [group, n, d]` that share the keys `k [n, d]`: each mean over queries is over those of every head.
+    /// Calibrates to the query heads `q [group, n, d]` that share the keys `k [n, d]`: each mean
+    /// over queries is over those of every head.
     ///
     /// # Errors
     ///
@@ -129,13 +141,20 @@ impl Calibration {
         check::finite("k", k)?;
         let scale = check::scale::<f64>(options.scale, d)?;
         let root = scale.sqrt();
-        let queries = Array2::from_shape_fn((n * group, d), |(r, i)| q[[r % group, r / group, i]].as_f64() * root);
+        let queries = Array2::from_shape_fn((n * group, d), |(r, i)| {
+            q[[r % group, r / group, i]].as_f64() * root
+        });
         let keys = k.mapv(|x| x.as_f64() * root);
         Self::fit(queries, keys, group, options)
     }
 
     /// Calibrates to scaled rows; those of the queries are token by token, head by head.
-    fn fit(queries: Array2<f64>, keys: Array2<f64>, group: usize, options: CalibrationOptions) -> Result<Self, Error> {
+    fn fit(
+        queries: Array2<f64>,
+        keys: Array2<f64>,
+        group: usize,
+        options: CalibrationOptions,
+    ) -> Result<Self, Error> {
         let scale = check::scale::<f64>(options.scale, keys.ncols())?;
         let pairs = Pairs::new(queries, keys, group, &options)?;
         let first_used = pairs.first_used(&options)?;
@@ -157,11 +176,12 @@ impl Calibration {
         let (query_mean, query_covariance) = moments(used, &shares, options.shrinkage)?;
         let (key_mean, key_covariance) = moments(pairs.keys.view(), &attention, options.shrinkage)?;
 
-        let lower = linalg::cholesky(query_covariance.view()).ok_or_else(|| Error::InvalidOption {
-            which: "shrinkage",
-            found: options.shrinkage.to_string(),
-            needed: "larger: the covariance of the queries is singular",
-        })?;
+        let lower =
+            linalg::cholesky(query_covariance.view()).ok_or_else(|| Error::InvalidOption {
+                which: "shrinkage",
+                found: options.shrinkage.to_string(),
+                needed: "larger: the covariance of the queries is singular",
+            })?;
         let (e, u) = linalg::symmetric_eigen(lower.t().dot(&key_covariance.dot(&lower)).view());
         let least = (e[0] * f64::EPSILON).max(f64::MIN_POSITIVE);
         let spectrum = e.mapv(|e| e.max(least).sqrt());
@@ -281,21 +301,22 @@ impl Calibration {
         self.key_condition
     }
 
-    /// The share of softmax attention over all visible sampled keys that far keys get: the mean over the queries with at least one far
-    /// key. Where samples are strided the near keys are too.
+    /// The share of softmax attention over all visible sampled keys that far keys get: the mean
+    /// over the queries with at least one far key. Where samples are strided the near keys are too.
     #[must_use]
     pub fn far_share(&self) -> f64 {
         self.far_share
     }
 
-    /// Queries in the means: those with at least four far keys (all with [`Mask::Full`]), of every head of the group.
+    /// Queries in the means: those with at least four far keys (all with [`Mask::Full`]), of every
+    /// head of the group.
     #[must_use]
     pub fn rows_used(&self) -> usize {
         self.pairs.queries.nrows() - self.first_used
     }
 
-    /// Fits `c` of the kernel `K = e^{q̂·μ_k + μ_q·(k̂ − μ_k)}·(c₀ + c₁s + c₂s²/2)`, `s = Σ_{l<rank} x_l y_l`, to the far pairs in
-    /// attention space, with a small pull to one:
+    /// Fits `c` of the kernel `K = e^{q̂·μ_k + μ_q·(k̂ − μ_k)}·(c₀ + c₁s + c₂s²/2)`,
+    /// `s = Σ_{l<rank} x_l y_l`, to the far pairs in attention space, with a small pull to one:
     ///
     /// ```text
     /// minimise Σ_{t∈R, j∈J_t} ((K_tj − e^{q̂_t·k̂_j}) e^{−lse_t})² + 0.02·Σ_i H_ii (c_i − 1)²,    lse_t over all visible keys
@@ -305,11 +326,12 @@ impl Calibration {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if the rank is 0, [`Error::InvalidOption`] if it is above `head_dim`, [`Error::Overflow`] if the columns
-    /// leave the range of `f64`.
+    /// [`Error::ZeroSize`] if the rank is 0, [`Error::InvalidOption`] if it is above `head_dim`,
+    /// [`Error::Overflow`] if the columns leave the range of `f64`.
     pub fn taylor_coefficients(&self, rank: usize, fit: TaylorFit) -> Result<[f64; 3], Error> {
         self.check_rank(rank)?;
-        let x = (&self.pairs.queries - &self.query_mean).dot(&rows(self.query_basis.view(), 0..rank).t());
+        let x = (&self.pairs.queries - &self.query_mean)
+            .dot(&rows(self.query_basis.view(), 0..rank).t());
         let centred = &self.pairs.keys - &self.key_mean;
         let y = centred.dot(&rows(self.key_basis.view(), 0..rank).t());
         let key_part = centred.dot(&self.query_mean);
@@ -319,8 +341,10 @@ impl Calibration {
             let normalizer = self.log_normalizers[row];
             let query_part = self.pairs.queries.row(row).dot(&self.key_mean) - normalizer;
             let s = rows(y.view(), far.clone()).dot(&x.row(row));
-            for ((s, score), key_part) in
-                s.iter().zip(&self.pairs.scores(row, far.clone())).zip(key_part.iter().skip(far.start))
+            for ((s, score), key_part) in s
+                .iter()
+                .zip(&self.pairs.scores(row, far.clone()))
+                .zip(key_part.iter().skip(far.start))
             {
                 let base = (query_part + key_part).exp();
                 let column = [base, base * s, base * s * s * 0.5];
@@ -342,10 +366,15 @@ impl Calibration {
         if rank <= self.head_dim() {
             return Ok(());
         }
-        Err(Error::InvalidOption { which: "rank", found: rank.to_string(), needed: "at most the head dimension" })
+        Err(Error::InvalidOption {
+            which: "rank",
+            found: rank.to_string(),
+            needed: "at most the head dimension",
+        })
     }
 
-    /// The metric of keys as queries see them, `R [d, d]`, symmetric: `|R(k̂ − k̂')|²` is the mean square of the difference of their scores.
+    /// The metric of keys as queries see them, `R [d, d]`, symmetric: `|R(k̂ − k̂')|²` is the mean
+    /// square of the difference of their scores.
     ///
     /// ```text
     /// R = (G + 0.001·tr(G)/d·I)^½,    G = mean of q̂_r q̂_rᵀ,    r ≥ ⌊n/8⌋ (all with Mask::Full)
@@ -365,26 +394,29 @@ impl Calibration {
         vectors.t().dot(&(&vectors * &roots))
     }
 
-    /// The attention that a *scaled* key `k̂ [d]` can expect: its mean weight over the sampled queries, against the keys they saw,
+    /// The attention that a *scaled* key `k̂ [d]` can expect: its mean weight over the sampled
+    /// queries, against the keys they saw,
     ///
     /// ```text
     /// mean of e^{q̂_r·k̂ − lse_r} + 10⁻¹²,    r ≥ ⌊n/8⌋ (all with Mask::Full)
     /// ```
     ///
-    /// It does not depend on window and sinks, and may be above one for a key unlike the sampled ones. A key out of the range of `f64` gets its
-    /// largest number; a key of a wrong length, or that is not finite, gets NaN.
+    /// It does not depend on window and sinks, and may be above one for a key unlike the sampled
+    /// ones. A key out of the range of `f64` gets its largest number; a key of a wrong length, or
+    /// that is not finite, gets NaN.
     #[must_use]
     pub fn expected_attention(&self, key: ArrayView1<'_, f64>) -> f64 {
         if !self.can_score(key) {
             return f64::NAN;
         }
         let (queries, log_normalizers) = self.queries();
-        let weights = (queries.dot(&key) - log_normalizers).mapv(|x| if x.is_nan() { 0.0 } else { x.exp() });
+        let weights =
+            (queries.dot(&key) - log_normalizers).mapv(|x| if x.is_nan() { 0.0 } else { x.exp() });
         (weights.mean().unwrap_or(0.0) + LEAST_ATTENTION).min(f64::MAX)
     }
 
-    /// The static score of a *scaled* key `k̂ [d]`: the logarithm of the mean of `e^{q̂·(k̂ − μ_k)}` over queries of the normal law
-    /// `N(μ_q, Σ_q)`,
+    /// The static score of a *scaled* key `k̂ [d]`: the logarithm of the mean of
+    /// `e^{q̂·(k̂ − μ_k)}` over queries of the normal law `N(μ_q, Σ_q)`,
     ///
     /// ```text
     /// μ_q·(k̂ − μ_k) + ½ Σ_l λ_l y_l²  =  μ_q·(k̂ − μ_k) + ½ (k̂ − μ_k)ᵀΣ_q(k̂ − μ_k)
@@ -397,21 +429,26 @@ impl Calibration {
             return f64::NAN;
         }
         let centred = &key - &self.key_mean;
-        (self.query_mean.dot(&centred) + 0.5 * centred.dot(&self.query_covariance.dot(&centred))).min(f64::MAX)
+        (self.query_mean.dot(&centred) + 0.5 * centred.dot(&self.query_covariance.dot(&centred)))
+            .min(f64::MAX)
     }
 
     fn can_score(&self, key: ArrayView1<'_, f64>) -> bool {
         key.len() == self.head_dim() && check::row_is_finite(key)
     }
 
-    /// The scaled queries `[R, d]` that expected attention is a mean over, and their log normalisers `[R]`.
+    /// The scaled queries `[R, d]` that expected attention is a mean over, and their log
+    /// normalisers `[R]`.
     pub(crate) fn queries(&self) -> (ArrayView2<'_, f64>, ArrayView1<'_, f64>) {
         let first = match self.options.mask {
             Mask::Full => 0,
             Mask::Causal => self.pairs.far.len() / 8 * self.pairs.group,
         };
         let range = first..self.pairs.queries.nrows();
-        (rows(self.pairs.queries.view(), range), self.log_normalizers.view().split_at(Axis(0), first).1)
+        (
+            rows(self.pairs.queries.view(), range),
+            self.log_normalizers.view().split_at(Axis(0), first).1,
+        )
     }
 
     /// A map whose weights D are set by `with_weights`, fitted from D = 1.
@@ -426,15 +463,17 @@ impl Calibration {
         with_weights(map, weights)
     }
 
-    /// Fits the weights D of a map of positive features, all one so far, to the far pairs, as [`fit_weights`](crate::fit_weights) does to
-    /// all pairs: pass them to its `with_weights`, or call its `calibrated`. The ridge there is 0.01.
+    /// Fits the weights D of a map of positive features, all one so far, to the far pairs, as
+    /// [`fit_weights`](crate::fit_weights) does to all pairs: pass them to its `with_weights`, or
+    /// call its `calibrated`. The ridge there is 0.01.
     ///
     /// ```
     /// use dijiang::{Calibration, CalibrationOptions, Wpff};
     /// use ndarray::Array2;
     ///
     /// let x = Array2::from_shape_fn((100, 4), |(t, i)| ((t * 4 + i) as f32).sin());
-    /// let calibration = Calibration::from_samples(x.view(), x.view(), CalibrationOptions::new())?;
+    /// let calibration =
+    ///     Calibration::from_samples(x.view(), x.view(), CalibrationOptions::new())?;
     /// let map = Wpff::<f32>::new(4, 16, 0)?;
     /// let weights = calibration.fit_weights(&map, 0.01)?;
     /// assert_eq!(map.clone().with_weights(weights)?, map.calibrated(&calibration)?);
@@ -443,22 +482,33 @@ impl Calibration {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the map's `head_dim` is another, [`Error::InvalidOption`] for a negative ridge, [`Error::Unsupported`] for
-    /// negative features, [`Error::Overflow`] if features leave the range of `f64` in attention space, and the errors of the map.
-    pub fn fit_weights<T: Scalar>(&self, map: &(impl FeatureMap<T> + ?Sized), ridge: f64) -> Result<Array1<T>, Error> {
+    /// [`Error::Shape`] if the map's `head_dim` is another, [`Error::InvalidOption`] for a negative
+    /// ridge, [`Error::Unsupported`] for negative features, [`Error::Overflow`] if features leave
+    /// the range of `f64` in attention space, and the errors of the map.
+    pub fn fit_weights<T: Scalar>(
+        &self,
+        map: &(impl FeatureMap<T> + ?Sized),
+        ridge: f64,
+    ) -> Result<Array1<T>, Error> {
         check::size("map", "columns", self.head_dim(), map.head_dim())?;
         check_ridge(ridge)?;
         if ridge.is_infinite() {
             return Ok(Array1::ones(map.num_features()));
         }
-        let (queries, keys) = (self.pairs.queries.mapv(T::from_f64), self.pairs.keys.mapv(T::from_f64));
+        let (queries, keys) =
+            (self.pairs.queries.mapv(T::from_f64), self.pairs.keys.mapv(T::from_f64));
         let log_q = log_features(map, queries.view(), Side::Query)?;
         let log_k = log_features(map, keys.view(), Side::Key)?;
         let mut fit = Fit::new(map.num_features());
         for row in self.first_used..queries.nrows() {
             let far = self.pairs.far(row);
             let scores = self.pairs.scores(row, far.clone());
-            fit.add(log_q.row(row), rows(log_k.view(), far), scores.view(), self.log_normalizers[row]);
+            fit.add(
+                log_q.row(row),
+                rows(log_k.view(), far),
+                scores.view(),
+                self.log_normalizers[row],
+            );
         }
         fit.solve(ridge)
     }
@@ -477,7 +527,12 @@ struct Pairs {
 }
 
 impl Pairs {
-    fn new(queries: Array2<f64>, keys: Array2<f64>, group: usize, options: &CalibrationOptions) -> Result<Self, Error> {
+    fn new(
+        queries: Array2<f64>,
+        keys: Array2<f64>,
+        group: usize,
+        options: &CalibrationOptions,
+    ) -> Result<Self, Error> {
         let (tokens, n) = (queries.nrows() / group, keys.nrows());
         let causal = options.mask == Mask::Causal;
         if causal {
@@ -558,7 +613,11 @@ impl Pairs {
 }
 
 /// Weighted mean of rows, and their shrunk covariance. The weights sum to one.
-fn moments(x: ArrayView2<'_, f64>, weights: &Array1<f64>, shrinkage: f64) -> Result<(Array1<f64>, Array2<f64>), Error> {
+fn moments(
+    x: ArrayView2<'_, f64>,
+    weights: &Array1<f64>,
+    shrinkage: f64,
+) -> Result<(Array1<f64>, Array2<f64>), Error> {
     let mean = weights.dot(&x);
     let centred = &x - &mean;
     let mut covariance = centred.t().dot(&(&centred * &weights.view().insert_axis(Axis(1))));

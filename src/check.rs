@@ -5,7 +5,12 @@ use crate::{Error, Mask, Scalar, kernel};
 use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// `found` must equal `expected`.
-pub(crate) fn size(which: &'static str, axis: &'static str, expected: usize, found: usize) -> Result<(), Error> {
+pub(crate) fn size(
+    which: &'static str,
+    axis: &'static str,
+    expected: usize,
+    found: usize,
+) -> Result<(), Error> {
     if expected == found { Ok(()) } else { Err(Error::Shape { which, axis, expected, found }) }
 }
 
@@ -44,7 +49,11 @@ pub(crate) fn scale<T: Scalar>(chosen: Option<f64>, head_dim: usize) -> Result<f
     if usable(T::from_f64(scale)) && usable(T::from_f64(scale.sqrt())) {
         Ok(scale)
     } else {
-        Err(Error::InvalidOption { which: "scale", found: scale.to_string(), needed: "a positive finite number" })
+        Err(Error::InvalidOption {
+            which: "scale",
+            found: scale.to_string(),
+            needed: "a positive finite number",
+        })
     }
 }
 
@@ -60,7 +69,11 @@ pub(crate) fn epsilon<T: Scalar>(epsilon: f64) -> Result<(), Error> {
         return Ok(());
     }
     let found = epsilon.to_string();
-    Err(Error::InvalidOption { which: "epsilon", found, needed: "a finite number that is not negative" })
+    Err(Error::InvalidOption {
+        which: "epsilon",
+        found,
+        needed: "a finite number that is not negative",
+    })
 }
 
 /// A sequence must not be longer than the kernel can take.
@@ -69,7 +82,11 @@ pub(crate) fn length(max_len: usize, found: usize) -> Result<(), Error> {
 }
 
 /// Keys and values: `k [n, d]`, `v [n, d_v]`, finite.
-pub(crate) fn keys_values<T: Scalar>(head_dim: usize, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
+pub(crate) fn keys_values<T: Scalar>(
+    head_dim: usize,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+) -> Result<(), Error> {
     size("k", "columns", head_dim, k.ncols())?;
     size("v", "rows", k.nrows(), v.nrows())?;
     finite("k", k)?;

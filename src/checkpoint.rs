@@ -38,7 +38,12 @@ impl<'a> Checkpoint<'a> {
         })
     }
 
-    pub(crate) fn matrix<T: Scalar>(&self, name: &str, rows: usize, columns: usize) -> Result<Array2<T>, Error> {
+    pub(crate) fn matrix<T: Scalar>(
+        &self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Array2<T>, Error> {
         let shape = [rows, columns];
         let tensor = self.get(name, &format!("{shape:?}"))?;
         let numbers = tensor.numbers(&shape)?;
@@ -67,7 +72,11 @@ impl Tensor<'_> {
             Dtype::F32 => read(data, |b| T::from_f64(f64::from(f32::from_le_bytes(b)))),
             Dtype::F16 => read(data, |b| T::from_f64(f16::from_le_bytes(b).to_f64())),
             Dtype::BF16 => read(data, |b| T::from_f64(bf16::from_le_bytes(b).to_f64())),
-            other => return Err(self.error(format!("of type {other}"), "F64, F32, F16 or BF16".to_owned())),
+            other => {
+                return Err(
+                    self.error(format!("of type {other}"), "F64, F32, F16 or BF16".to_owned())
+                );
+            }
         })
     }
 

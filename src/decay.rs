@@ -1,4 +1,5 @@
-//! The decays of published models, one for each head: for [`LinearAttention::with_decay`](crate::LinearAttention::with_decay).
+//! The decays of published models, one for each head: for
+//! [`LinearAttention::with_decay`](crate::LinearAttention::with_decay).
 
 /// Those of the released DiJiang code: `γ_h = 1 − exp(linspace(ln 1/32, ln 1/512, heads)_h)`.
 ///
@@ -17,7 +18,8 @@ pub fn dijiang(heads: usize) -> Vec<f64> {
     (0..heads).map(|h| 1.0 - libm::exp(first + step * h as f64)).collect()
 }
 
-/// Those of retention: `γ_h = 1 − 2^{−5−h}` for h = 0, 1, … (Sun et al., arXiv 2307.08621, equation 8).
+/// Those of retention: `γ_h = 1 − 2^{−5−h}` for h = 0, 1, … (Sun et al., arXiv 2307.08621, equation
+/// 8).
 ///
 /// ```
 /// assert_eq!(dijiang::decay::retention(2), [1.0 - 1.0 / 32.0, 1.0 - 1.0 / 64.0]);

@@ -4,7 +4,8 @@ use core::fmt;
 
 /// What was wrong with a call. The message says which argument and what to do.
 ///
-/// No function of this crate panics on bad input, and a stream that returned an error is as it was before the call.
+/// No function of this crate panics on bad input, and a stream that returned an error is as it was
+/// before the call.
 ///
 /// ```
 /// use dijiang::{Attention, Error, Mask, SoftmaxAttention};
@@ -16,7 +17,10 @@ use core::fmt;
 /// let v = Array2::zeros((3, 2));
 /// let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err();
 /// assert_eq!(error, Error::Shape { which: "k", axis: "columns", expected: 4, found: 5 });
-/// assert_eq!(error.to_string(), "`k` has 5 columns where 4 are needed: check its shape against the other arguments");
+/// assert_eq!(
+///     error.to_string(),
+///     "`k` has 5 columns where 4 are needed: check its shape against the other arguments"
+/// );
 /// # Ok::<(), Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -63,8 +67,8 @@ pub enum Error {
         /// Its row (token).
         row: usize,
     },
-    /// The normaliser of a query is zero, or so small that its digits are lost: the features of the query and of
-    /// every key it may see do not overlap within the range of the type.
+    /// The normaliser of a query is zero, or so small that its digits are lost: the features of the
+    /// query and of every key it may see do not overlap within the range of the type.
     Normalizer {
         /// The row (token) of the query.
         row: usize,
@@ -104,9 +108,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// The same error of a chunk that began at `first_row`: rows count from the beginning of the call.
+    /// The same error of a chunk that began at `first_row`: rows count from the beginning of the
+    /// call.
     pub(crate) fn in_chunk(mut self, first_row: usize) -> Self {
-        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } = &mut self {
+        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } =
+            &mut self
+        {
             *row += first_row;
         }
         self
@@ -122,13 +129,19 @@ impl fmt::Display for Error {
             ),
             Self::ZeroSize { which } => write!(f, "`{which}` is 0: pass at least 1"),
             Self::NotFinite { which, row, column } => {
-                write!(f, "`{which}` is NaN or infinite at row {row}, column {column}: pass finite numbers only")
+                write!(
+                    f,
+                    "`{which}` is NaN or infinite at row {row}, column {column}: pass finite numbers only"
+                )
             }
             Self::InvalidOption { which, found, needed } => {
                 write!(f, "`{which}` is {found}, which cannot be used: it must be {needed}")
             }
             Self::Overflow { which, row } => {
-                write!(f, "{which} of row {row} left the range of the number type: scale the input down, or use f64")
+                write!(
+                    f,
+                    "{which} of row {row} left the range of the number type: scale the input down, or use f64"
+                )
             }
             Self::Normalizer { row } => write!(
                 f,

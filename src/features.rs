@@ -19,16 +19,18 @@ use std::sync::Arc;
 /// exp(x·y) ≈ Σ_i φ_q(x)_i φ_k(y)_i,     φ(x)_i = values_i·e^{log_scale}.
 /// ```
 ///
-/// The estimate is in absolute terms: the factor `e^{−|x|²/2}` of the exponential maps is part of the log scale. A log
-/// scale per row keeps the values near one, so that nothing overflows for any norm. Maps get *scaled* vectors:
-/// [`LinearAttention`](crate::LinearAttention) multiplies by `√scale` first.
+/// The estimate is in absolute terms: the factor `e^{−|x|²/2}` of the exponential maps is part of
+/// the log scale. A log scale per row keeps the values near one, so that nothing overflows for any
+/// norm. Maps get *scaled* vectors: [`LinearAttention`](crate::LinearAttention) multiplies by
+/// `√scale` first.
 ///
 /// Maps are immutable and cheap to share; `Arc<F>` and `Box<F>` are maps where `F` is one.
 ///
 /// # Implementing it
 ///
-/// Write every element of `values [n, num_features]` and `log_scale [n]` (they may hold anything before), in terms of
-/// row `i` of `x [n, head_dim]` alone: a value that depends on other rows leaks the future. Values must be finite.
+/// Write every element of `values [n, num_features]` and `log_scale [n]` (they may hold anything
+/// before), in terms of row `i` of `x [n, head_dim]` alone: a value that depends on other rows
+/// leaks the future. Values must be finite.
 ///
 /// ```
 /// use dijiang::{Attention, Error, FeatureMap, LinearAttention, Mask};
@@ -39,10 +41,21 @@ use std::sync::Arc;
 /// struct Exponential(usize);
 ///
 /// impl FeatureMap<f32> for Exponential {
-///     fn head_dim(&self) -> usize { self.0 }
-///     fn num_features(&self) -> usize { self.0 }
-///     fn map_queries(&self, x: ArrayView2<f32>, mut values: ArrayViewMut2<f32>, mut log_scale: ArrayViewMut1<f32>) -> Result<(), Error> {
-///         for ((x, mut values), log_scale) in x.outer_iter().zip(values.outer_iter_mut()).zip(&mut log_scale) {
+///     fn head_dim(&self) -> usize {
+///         self.0
+///     }
+///     fn num_features(&self) -> usize {
+///         self.0
+///     }
+///     fn map_queries(
+///         &self,
+///         x: ArrayView2<f32>,
+///         mut values: ArrayViewMut2<f32>,
+///         mut log_scale: ArrayViewMut1<f32>,
+///     ) -> Result<(), Error> {
+///         for ((x, mut values), log_scale) in
+///             x.outer_iter().zip(values.outer_iter_mut()).zip(&mut log_scale)
+///         {
 ///             *log_scale = x.fold(f32::NEG_INFINITY, |m, &a| m.max(a));
 ///             values.zip_mut_with(&x, |value, a| *value = (a - *log_scale).exp());
 ///         }
@@ -62,12 +75,14 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
     /// Features of one vector.
     fn num_features(&self) -> usize;
 
-    /// Maps the rows of `x [n, head_dim]` as queries, into `values [n, num_features]` and `log_scale [n]`.
+    /// Maps the rows of `x [n, head_dim]` as queries, into `values [n, num_features]` and
+    /// `log_scale [n]`.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a shape differs, [`Error::NotFinite`] if `x` holds NaN or infinity, [`Error::Overflow`] if a
-    /// row is too large for `T` (its squared norm overflows). The content of the outputs is then unspecified.
+    /// [`Error::Shape`] if a shape differs, [`Error::NotFinite`] if `x` holds NaN or infinity,
+    /// [`Error::Overflow`] if a row is too large for `T` (its squared norm overflows). The content
+    /// of the outputs is then unspecified.
     fn map_queries(
         &self,
         x: ArrayView2<'_, T>,
@@ -75,7 +90,8 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error>;
 
-    /// Maps the rows of `x` as keys; the same as [`map_queries`](Self::map_queries) unless overridden.
+    /// Maps the rows of `x` as keys; the same as [`map_queries`](Self::map_queries) unless
+    /// overridden.
     ///
     /// # Errors
     ///
@@ -128,12 +144,14 @@ impl Side {
 
 /// A map, the same for queries and keys, in the layout of the inner loops: tokens as columns.
 pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
-    /// Maps the first `tokens` columns of `x [head_dim, width]` to those of `values [num_features, width]` and to `log_scale [width]`. The
-    /// other columns of `x` are zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
+    /// Maps the first `tokens` columns of `x [head_dim, width]` to those of
+    /// `values [num_features, width]` and to `log_scale [width]`. The other columns of `x` are
+    /// zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
     /// 1, then `values` has room for its padded length.
     ///
-    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The vectors are finite. Features become
-    /// finite, of a maximum between 1/1024 and 1024 in each column.
+    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The
+    /// vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each
+    /// column.
     ///
     /// # Errors
     ///
@@ -178,7 +196,8 @@ fn map_by_columns<T: Scalar>(
 ) -> Result<(), Error> {
     check_map(head_dim, num_features, x, &values, &log_scale)?;
     let width = padded::<T>(x.nrows().min(chunk_len::<T>()));
-    let (mut vectors, mut features) = (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
+    let (mut vectors, mut features) =
+        (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
     let mut squares = Buffer::zeros(width);
     let (mut scales, mut scratch) = (Buffer::zeros(width), [Buffer::new(), Buffer::new()]);
     let stride = padded::<T>(num_features);
@@ -187,15 +206,34 @@ fn map_by_columns<T: Scalar>(
         let rows = start..x.nrows().min(start + chunk_len::<T>());
         let tokens = rows.len();
         views::to_columns(views::rows(x, rows.clone()), T::one(), &mut squares, &mut vectors);
-        map.map_columns(&vectors, &squares, width, tokens, &mut features, &mut scales, &mut scratch)
-            .map_err(|error| error.in_chunk(start))?;
-        columns::transpose(num_features, &|i| &features[i * width..(i + 1) * width], T::one(), &mut unused, &mut copy);
-        for (mut row, copy) in
-            views::rows_mut(values.view_mut(), rows.clone()).outer_iter_mut().zip(copy.chunks(stride))
+        map.map_columns(
+            &vectors,
+            &squares,
+            width,
+            tokens,
+            &mut features,
+            &mut scales,
+            &mut scratch,
+        )
+        .map_err(|error| error.in_chunk(start))?;
+        columns::transpose(
+            num_features,
+            &|i| &features[i * width..(i + 1) * width],
+            T::one(),
+            &mut unused,
+            &mut copy,
+        );
+        for (mut row, copy) in views::rows_mut(values.view_mut(), rows.clone())
+            .outer_iter_mut()
+            .zip(copy.chunks(stride))
         {
             row.iter_mut().zip(copy).for_each(|(value, &new)| *value = new);
         }
-        log_scale.iter_mut().skip(start).zip(&scales[..tokens]).for_each(|(scale, &new)| *scale = new);
+        log_scale
+            .iter_mut()
+            .skip(start)
+            .zip(&scales[..tokens])
+            .for_each(|(scale, &new)| *scale = new);
     }
     Ok(())
 }
@@ -286,7 +324,9 @@ impl<T: Scalar> Weights<T> {
     /// D as given: as many as features, none negative, not all zero.
     fn new(num_features: usize, weights: Array1<T>) -> Result<Self, Error> {
         check::size("weights", "elements", num_features, weights.len())?;
-        if let Some((_, bad)) = weights.indexed_iter().find(|(_, w)| !(w.is_finite() && **w >= T::zero())) {
+        if let Some((_, bad)) =
+            weights.indexed_iter().find(|(_, w)| !(w.is_finite() && **w >= T::zero()))
+        {
             return Err(Error::InvalidOption {
                 which: "weights",
                 found: bad.to_string(),

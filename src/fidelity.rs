@@ -1,5 +1,6 @@
-//! How close does a kernel come to softmax attention? Everything here is measured in `f64` against the exact matrix, and
-//! comes with the trivial answer of uniform attention beside it: a kernel that does not beat it approximates nothing.
+//! How close does a kernel come to softmax attention? Everything here is measured in `f64` against
+//! the exact matrix, and comes with the trivial answer of uniform attention beside it: a kernel
+//! that does not beat it approximates nothing.
 
 use crate::views::columns;
 use crate::{Attention, Error, Mask, Scalar, check};
@@ -16,13 +17,14 @@ pub struct Report {
     pub output_error: f64,
     /// `‖Â − A‖/‖A‖`.
     pub attention_error: f64,
-    /// Mean over queries of `KL(A_t ‖ Â_t)` in nats. Entries of `Â` are floored at the smallest normal number of the
-    /// kernel's type. `None` if an entry is negative or a row does not sum to a positive number.
+    /// Mean over queries of `KL(A_t ‖ Â_t)` in nats. Entries of `Â` are floored at the smallest
+    /// normal number of the kernel's type. `None` if an entry is negative or a row does not sum to
+    /// a positive number.
     pub kl: Option<f64>,
     /// The largest absolute difference between outputs.
     pub max_abs: f64,
-    /// `‖K̂ − K‖/‖K‖` of the unnormalised weights, `K = exp(scale·q·k)`, over the visible pairs; `None` if the kernel has
-    /// none ([`Attention::log_weights`]).
+    /// `‖K̂ − K‖/‖K‖` of the unnormalised weights, `K = exp(scale·q·k)`, over the visible pairs;
+    /// `None` if the kernel has none ([`Attention::log_weights`]).
     pub kernel_error: Option<f64>,
     /// The output error of uniform attention, `Â = 1/(number of visible keys)`.
     pub uniform_error: f64,
@@ -63,8 +65,14 @@ impl<T: Scalar> Reference<T> {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::forward_into`] for the arguments, and [`Error::ZeroSize`] if there are no queries.
-    pub fn new(q: ArrayView2<'_, T>, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>, mask: Mask) -> Result<Self, Error> {
+    /// Those of [`Attention::forward_into`] for the arguments, and [`Error::ZeroSize`] if there are
+    /// no queries.
+    pub fn new(
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+    ) -> Result<Self, Error> {
         Self::with_scale(q, k, v, mask, check::default_scale(q.ncols()))
     }
 
@@ -83,12 +91,21 @@ impl<T: Scalar> Reference<T> {
         check::at_least_one("q columns", q.ncols())?;
         check::at_least_one("q rows", q.nrows())?;
         let scale = check::scale::<f64>(Some(scale), q.ncols())?;
-        check::forward(q.ncols(), q, k, v, mask, &Array2::zeros((q.nrows(), v.ncols())).view_mut())?;
+        check::forward(
+            q.ncols(),
+            q,
+            k,
+            v,
+            mask,
+            &Array2::zeros((q.nrows(), v.ncols())).view_mut(),
+        )?;
         check::all_finite(q, k, v)?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
         let scores = wide(q).dot(&wide(k).t()) * scale;
         let mut attention = Array2::zeros(scores.dim());
-        for (t, (scores, mut row)) in scores.outer_iter().zip(attention.outer_iter_mut()).enumerate() {
+        for (t, (scores, mut row)) in
+            scores.outer_iter().zip(attention.outer_iter_mut()).enumerate()
+        {
             let seen = visible(mask, t, k.nrows());
             let scores = scores.split_at(Axis(0), seen).0;
             let largest = scores.fold(f64::NEG_INFINITY, |m, &s| m.max(s));
@@ -102,7 +119,16 @@ impl<T: Scalar> Reference<T> {
             return Err(Error::Overflow { which: "the exact output", row });
         }
         let values = concatenate![Axis(1), v, Array2::eye(k.nrows())];
-        Ok(Self { q: q.to_owned(), k: k.to_owned(), values, value_dim: v.ncols(), mask, scores, attention, output })
+        Ok(Self {
+            q: q.to_owned(),
+            k: k.to_owned(),
+            values,
+            value_dim: v.ncols(),
+            mask,
+            scores,
+            attention,
+            output,
+        })
     }
 
     /// The exact attention matrix `[n_q, n_k]`.
@@ -124,16 +150,22 @@ impl<T: Scalar> Reference<T> {
     /// Those of the kernel's [`forward`](Attention::forward).
     pub fn compare(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<Report, Error> {
         let (q, k) = (self.q.view(), self.k.view());
-        let both = kernel.forward_probed(q, k, self.values.view(), self.value_dim, self.mask)?.mapv(T::as_f64);
+        let both = kernel
+            .forward_probed(q, k, self.values.view(), self.value_dim, self.mask)?
+            .mapv(T::as_f64);
         let (output, attention) = both.view().split_at(Axis(1), self.value_dim);
-        let kernel_error = kernel.log_weights(q, k)?.map(|log_weights| self.kernel_error(&log_weights));
+        let kernel_error =
+            kernel.log_weights(q, k)?.map(|log_weights| self.kernel_error(&log_weights));
         let uniform = self.uniform();
-        let uniform_output = uniform.dot(&columns(self.values.view(), 0..self.value_dim).mapv(T::as_f64));
+        let uniform_output =
+            uniform.dot(&columns(self.values.view(), 0..self.value_dim).mapv(T::as_f64));
         Ok(Report {
             output_error: distance(output, self.output.view()),
             attention_error: distance(attention, self.attention.view()),
             kl: self.kl(attention),
-            max_abs: ndarray::Zip::from(output).and(&self.output).fold(0.0, |m: f64, a, b| m.max((a - b).abs())),
+            max_abs: ndarray::Zip::from(output)
+                .and(&self.output)
+                .fold(0.0, |m: f64, a, b| m.max((a - b).abs())),
             kernel_error,
             uniform_error: distance(uniform_output.view(), self.output.view()),
             uniform_attention_error: distance(uniform.view(), self.attention.view()),
@@ -147,7 +179,8 @@ impl<T: Scalar> Reference<T> {
     /// As [`compare`](Self::compare).
     pub fn output_error(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<f64, Error> {
         let values = columns(self.values.view(), 0..self.value_dim);
-        let output = kernel.forward(self.q.view(), self.k.view(), values, self.mask)?.mapv(T::as_f64);
+        let output =
+            kernel.forward(self.q.view(), self.k.view(), values, self.mask)?.mapv(T::as_f64);
         Ok(distance(output.view(), self.output.view()))
     }
 
@@ -182,7 +215,8 @@ impl<T: Scalar> Reference<T> {
         let keys = self.k.nrows();
         let pairs = || {
             (0..self.q.nrows()).flat_map(move |t| {
-                (0..visible(self.mask, t, keys)).map(move |j| (log_weights[[t, j]], self.scores[[t, j]]))
+                (0..visible(self.mask, t, keys))
+                    .map(move |j| (log_weights[[t, j]], self.scores[[t, j]]))
             })
         };
         let unit = pairs().fold(f64::NEG_INFINITY, |m, (a, b)| m.max(a).max(b));
@@ -211,8 +245,8 @@ fn distance(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
     if difference == 0.0 { 0.0 } else { (difference / size).sqrt() }
 }
 
-/// Compares a kernel with exact softmax attention at scale 1/√d; see [`Reference`] for other scales, and to compare many
-/// kernels on the same input.
+/// Compares a kernel with exact softmax attention at scale 1/√d; see [`Reference`] for other
+/// scales, and to compare many kernels on the same input.
 ///
 /// ```
 /// use dijiang::{LinearAttention, Mask, Performer, fidelity};
@@ -221,7 +255,10 @@ fn distance(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
 /// let x = Array2::from_shape_fn((30, 8), |(i, j)| ((i * 8 + j) as f32).sin());
 /// let kernel = LinearAttention::new(Performer::new(8, 256, 0)?);
 /// let report = fidelity::compare(&kernel, x.view(), x.view(), x.view(), Mask::Causal)?;
-/// println!("output error {:.3}, uniform attention {:.3}", report.output_error, report.uniform_error);
+/// println!(
+///     "output error {:.3}, uniform attention {:.3}",
+///     report.output_error, report.uniform_error
+/// );
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 ///
@@ -259,15 +296,17 @@ pub struct Rate {
 /// use dijiang::{Error, fidelity};
 ///
 /// // an error that falls as 1/√m, times a factor of its seed
-/// let rate = fidelity::rate(&[16, 64, 256], 0..4, |m, seed| Ok((m as f64).powf(-0.5) * (1.0 + seed as f64)))?;
+/// let rate = fidelity::rate(&[16, 64, 256], 0..4, |m, seed| {
+///     Ok((m as f64).powf(-0.5) * (1.0 + seed as f64))
+/// })?;
 /// assert!((rate.slope + 0.5).abs() < 1e-12);
 /// # Ok::<(), Error>(())
 /// ```
 ///
 /// # Errors
 ///
-/// The first error of `error`; [`Error::InvalidOption`] if there are fewer than two different numbers of features or
-/// two seeds, or if a measured error is not positive and finite.
+/// The first error of `error`; [`Error::InvalidOption`] if there are fewer than two different
+/// numbers of features or two seeds, or if a measured error is not positive and finite.
 pub fn rate(
     features: &[usize],
     seeds: impl IntoIterator<Item = u64>,
@@ -276,7 +315,11 @@ pub fn rate(
     let seeds: Vec<u64> = seeds.into_iter().collect();
     if seeds.len() < 2 {
         let found = seeds.len().to_string();
-        return Err(Error::InvalidOption { which: "seeds", found, needed: "at least two, for a confidence interval" });
+        return Err(Error::InvalidOption {
+            which: "seeds",
+            found,
+            needed: "at least two, for a confidence interval",
+        });
     }
     if features.contains(&0) || features.iter().all(|m| *m == features[0]) {
         let found = format!("{features:?}");
@@ -297,7 +340,11 @@ pub fn rate(
             let value = error(m, seed)?;
             if !(value > 0.0 && value.is_finite()) {
                 let found = value.to_string();
-                return Err(Error::InvalidOption { which: "error", found, needed: "positive and finite" });
+                return Err(Error::InvalidOption {
+                    which: "error",
+                    found,
+                    needed: "positive and finite",
+                });
             }
             *mean += value / seeds.len() as f64;
             log_errors.push(value.ln());
@@ -306,7 +353,12 @@ pub fn rate(
     }
     let (mean, spread) = mean_and_standard_error(&slopes);
     let reach = student_t(slopes.len() - 1) * spread;
-    Ok(Rate { slope: mean, confidence: [mean - reach, mean + reach], features: features.to_vec(), mean_errors })
+    Ok(Rate {
+        slope: mean,
+        confidence: [mean - reach, mean + reach],
+        features: features.to_vec(),
+        mean_errors,
+    })
 }
 
 /// Least squares.
@@ -331,10 +383,14 @@ fn mean_and_standard_error(x: &[f64]) -> (f64, f64) {
 #[allow(clippy::cast_precision_loss)]
 fn student_t(degrees: usize) -> f64 {
     const TABLE: [f64; 30] = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-        2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+        2.052, 2.048, 2.045, 2.042,
     ];
     // beyond the table: the first terms of the expansion in 1/degrees
     let z = 1.959_964;
-    TABLE.get(degrees.wrapping_sub(1)).copied().unwrap_or(z + (z * z * z + z) / (4.0 * degrees as f64))
+    TABLE
+        .get(degrees.wrapping_sub(1))
+        .copied()
+        .unwrap_or(z + (z * z * z + z) / (4.0 * degrees as f64))
 }

@@ -1,8 +1,10 @@
-//! The inner loops: matrix products, exponentials, reductions, transforms. Speed lives here and nowhere else.
+//! The inner loops: matrix products, exponentials, reductions, transforms. Speed lives here and
+//! nowhere else.
 //!
-//! Every loop is written once, on vectors of any width ([`simd`]), and compiled for each SIMD level; the level is chosen at run time.
-//! Chunks of tokens are kept with *tokens as columns* ([`columns`]): features, scores and their sums then need no reduction across
-//! lanes, and products no transposed operand.
+//! Every loop is written once, on vectors of any width ([`simd`]), and compiled for each SIMD
+//! level; the level is chosen at run time. Chunks of tokens are kept with *tokens as columns*
+//! ([`columns`]): features, scores and their sums then need no reduction across lanes, and products
+//! no transposed operand.
 #![allow(
     missing_debug_implementations, // arguments of loops, public in name only
     missing_docs,
@@ -23,12 +25,15 @@ pub(crate) mod simd;
 
 pub(crate) use buffer::{Buffer, padded};
 pub(crate) use exp::exp2_slice;
-pub(crate) use gemm::{Into, Matrix, Product, add_row_times_matrix, row_times_matrix, two_rows_times_matrix};
+pub(crate) use gemm::{
+    Into, Matrix, Product, add_row_times_matrix, row_times_matrix, two_rows_times_matrix,
+};
 
 use compiled::Compiled;
 use simd::{Lanes, Level, Loop};
 
-/// Tokens of linear attention that are mapped and summed at once: four cache lines of numbers, 64 for `f32`.
+/// Tokens of linear attention that are mapped and summed at once: four cache lines of numbers, 64
+/// for `f32`.
 pub(crate) const fn chunk_len<T: Lanes>() -> usize {
     4 * T::PAD
 }
@@ -153,7 +158,9 @@ impl<T: Lanes> Loop for CopyAndMeasure<'_, T> {
         let zero = T::splat(level, T::zero());
         let whole = self.from.len().min(self.to.len()) / T::lanes::<L>() * T::lanes::<L>();
         let (mut mark, mut largest) = (zero, zero);
-        for (from, to) in T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to)) {
+        for (from, to) in
+            T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to))
+        {
             *to = *from;
             mark = T::vfma(level, *from, zero, mark);
             largest = T::vmax(level, largest, T::vabs(level, *from));
@@ -194,7 +201,8 @@ fn dot_at<T: Lanes, L: Level>(level: L, x: &[T], y: &[T]) -> T {
     let n = x.len().min(y.len());
     let (x, y) = (&x[..n], &y[..n]);
     let mut sums = [T::splat(level, T::zero()); ACCUMULATORS];
-    let (mut xs, mut ys) = (x.chunks_exact(ACCUMULATORS * lanes), y.chunks_exact(ACCUMULATORS * lanes));
+    let (mut xs, mut ys) =
+        (x.chunks_exact(ACCUMULATORS * lanes), y.chunks_exact(ACCUMULATORS * lanes));
     for (x, y) in (&mut xs).zip(&mut ys) {
         for ((sum, x), y) in sums.iter_mut().zip(T::vectors::<L>(x)).zip(T::vectors::<L>(y)) {
             *sum = T::vfma(level, *x, *y, *sum);
@@ -272,14 +280,19 @@ fn compensate<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T::V<L>
 
 /// The same, given what `addend` and `low` come to.
 #[inline(always)]
-fn compensate_with<T: Lanes, L: Level>(level: L, sum: &mut T::V<L>, low: &mut T::V<L>, addend: T::V<L>) {
+fn compensate_with<T: Lanes, L: Level>(
+    level: L,
+    sum: &mut T::V<L>,
+    low: &mut T::V<L>,
+    addend: T::V<L>,
+) {
     let total = T::vadd(level, *sum, addend);
     *low = T::vsub(level, addend, T::vsub(level, total, *sum));
     *sum = total;
 }
 
-/// `sum += factor·x` with the rounding error of every addition carried in `low` (Kahan, 1965), so that the error does
-/// not grow with the number of additions.
+/// `sum += factor·x` with the rounding error of every addition carried in `low` (Kahan, 1965), so
+/// that the error does not grow with the number of additions.
 pub(crate) fn add_compensated<T: Compiled>(sum: &mut [T], low: &mut [T], factor: T, x: &[T]) {
     add_outer(sum, low, &[factor], x);
 }
@@ -312,7 +325,9 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
             let (sum, sum_rest) = sum.split_at_mut(whole);
             let (low, low_rest) = low.split_at_mut(whole);
             let splat = T::splat(level, factor);
-            for ((sum, low), x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x) {
+            for ((sum, low), x) in
+                T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors_mut::<L>(low)).zip(x)
+            {
                 let addend = T::vfma(level, splat, *x, *low);
                 compensate_with::<T, L>(level, sum, low, addend);
             }
@@ -326,8 +341,9 @@ impl<T: Lanes> Loop for AddOuter<'_, T> {
     }
 }
 
-/// `sum_i ← kept_i·sum_i + (change_i·sum_i + factor_i·x)` for every row of `sum`, of which there are as many as kept numbers; what is added to
-/// `kept_i·sum_i` is compensated, see [`add_compensated`]. No factors add nothing.
+/// `sum_i ← kept_i·sum_i + (change_i·sum_i + factor_i·x)` for every row of `sum`, of which there
+/// are as many as kept numbers; what is added to `kept_i·sum_i` is compensated, see
+/// [`add_compensated`]. No factors add nothing.
 #[derive(Debug)]
 pub struct FadeRows<'a, T> {
     pub(crate) fade: Fading<'a, T>,
@@ -375,7 +391,12 @@ impl<T: Lanes> Loop for FadeRows<'_, T> {
             } else {
                 let splat = T::splat(level, factor);
                 for ((sum, low), x) in sum.iter_mut().zip(low).zip(T::vectors::<L>(self.x)) {
-                    row.add(level, sum, low, T::vfma(level, splat, *x, T::vmul(level, row.both, *low)));
+                    row.add(
+                        level,
+                        sum,
+                        low,
+                        T::vfma(level, splat, *x, T::vmul(level, row.both, *low)),
+                    );
                 }
             }
             for (j, (sum, low)) in sum_rest.iter_mut().zip(low_rest).enumerate() {
@@ -399,7 +420,8 @@ struct FadedRow<T: Lanes, L: Level> {
 impl<T: Lanes, L: Level> FadedRow<T, L> {
     #[inline(always)]
     fn new(level: L, kept: T, change: T) -> Self {
-        let [kept, change, both] = [T::splat(level, kept), T::splat(level, change), T::splat(level, kept + change)];
+        let [kept, change, both] =
+            [T::splat(level, kept), T::splat(level, change), T::splat(level, kept + change)];
         Self { kept, change, both }
     }
 
@@ -431,7 +453,9 @@ impl<T: Lanes> Loop for ScaleInto<'_, T> {
         let (factor, zero) = (T::splat(level, self.factor), T::splat(level, T::zero()));
         let whole = self.from.len().min(self.to.len()) / T::lanes::<L>() * T::lanes::<L>();
         let mut mark = zero;
-        for (from, to) in T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to)) {
+        for (from, to) in
+            T::vectors::<L>(&self.from[..whole]).iter().zip(T::vectors_mut::<L>(self.to))
+        {
             *to = T::vmul(level, factor, *from);
             mark = T::vfma(level, *to, zero, mark);
         }
@@ -474,8 +498,10 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
 /// k ← factor·k,    z ← z + k,    sum_p ← sum_p + k_p·v
 /// ```
 ///
-/// Rows of the sums are as wide as `v`, whole vectors of it, and every number is loaded once; for `low` and `z_low` see [`add_compensated`].
-/// If rows fade, they do so before `k·v` is added, as in [`FadeRows`]; the sums are read before that, by a query of their own. Returns the denominator; if it is not finite, or below `least`, nothing is changed.
+/// Rows of the sums are as wide as `v`, whole vectors of it, and every number is loaded once; for
+/// `low` and `z_low` see [`add_compensated`]. If rows fade, they do so before `k·v` is added, as in
+/// [`FadeRows`]; the sums are read before that, by a query of their own. Returns the denominator;
+/// if it is not finite, or below `least`, nothing is changed.
 #[derive(Debug)]
 pub struct DecodeStep<'a, T> {
     pub(crate) factor: T,
@@ -515,10 +541,22 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
             ScaleInPlace { x: &mut *self.k, factor: self.factor }.run(level);
         }
         match self.fade {
-            None => AddOuter { sum: &mut *self.z, low: &mut *self.z_low, factors: &[T::one()], x: &*self.k }.run(level),
+            None => AddOuter {
+                sum: &mut *self.z,
+                low: &mut *self.z_low,
+                factors: &[T::one()],
+                x: &*self.k,
+            }
+            .run(level),
             Some((_, fade)) => {
-                FadeRows { fade, factors: &*self.k, x: &[T::one()], sum: &mut *self.z, low: &mut *self.z_low }
-                    .run(level);
+                FadeRows {
+                    fade,
+                    factors: &*self.k,
+                    x: &[T::one()],
+                    sum: &mut *self.z,
+                    low: &mut *self.z_low,
+                }
+                .run(level);
             }
         }
         let (lanes, width) = (T::lanes::<L>(), self.v.len());
@@ -594,9 +632,18 @@ impl<T: Lanes> Loop for ReadSums<'_, T> {
     fn run<L: Level>(self, level: L) {
         let (lanes, width) = (T::lanes::<L>(), self.v.len());
         for j in (0..width).step_by(lanes) {
-            let mut total = T::vmul(level, T::splat(level, self.own), T::vectors::<L>(&self.v[j..j + lanes])[0]);
+            let mut total = T::vmul(
+                level,
+                T::splat(level, self.own),
+                T::vectors::<L>(&self.v[j..j + lanes])[0],
+            );
             for (sum, &q) in self.sum.chunks_exact(width).zip(self.q) {
-                total = T::vfma(level, T::splat(level, q), T::vectors::<L>(&sum[j..j + lanes])[0], total);
+                total = T::vfma(
+                    level,
+                    T::splat(level, q),
+                    T::vectors::<L>(&sum[j..j + lanes])[0],
+                    total,
+                );
             }
             T::vectors_mut::<L>(&mut self.answer[j..j + lanes])[0] = total;
         }
@@ -649,7 +696,13 @@ mod tests {
                 let fade = Fading { kept: &kept, change: &change };
                 for (factors, addend) in [(&[][..], &[][..]), (&kept[..], &x[..])] {
                     let (mut sum, mut low) = (old.clone(), vec![T::zero(); 3 * n]);
-                    machine.run(FadeRows { fade, factors, x: addend, sum: &mut sum, low: &mut low });
+                    machine.run(FadeRows {
+                        fade,
+                        factors,
+                        x: addend,
+                        sum: &mut sum,
+                        low: &mut low,
+                    });
                     let (old, kept, change) = (wide(&old), wide(&kept), wide(&change));
                     for i in 0..3 * n {
                         let added = if addend.is_empty() { 0.0 } else { kept[i / n] * a[i % n] };
@@ -658,7 +711,10 @@ mod tests {
                 }
             }
             let mut scaled = vec![T::nan(); n];
-            assert!(machine.run(ScaleInto { factor: factors[0], from: &x, to: &mut scaled }) == T::zero());
+            assert!(
+                machine.run(ScaleInto { factor: factors[0], from: &x, to: &mut scaled })
+                    == T::zero()
+            );
             assert!(scaled.iter().zip(&x).all(|(s, &x)| *s == factors[0] * x));
             let mut powers = x.clone();
             let (largest, norm) = machine.run(Exp2BelowMaximum { x: &mut powers, v: &y });
@@ -677,7 +733,10 @@ mod tests {
                 machine.run(RowsDot { factor: factors[0], x: &x, rows: &rows, out: &mut out });
                 let rows = wide(&rows);
                 for j in 0..3 {
-                    close(out[j], 2.0 * a.iter().zip(&rows[j * n..]).map(|(a, b)| a * b).sum::<f64>());
+                    close(
+                        out[j],
+                        2.0 * a.iter().zip(&rows[j * n..]).map(|(a, b)| a * b).sum::<f64>(),
+                    );
                 }
             }
         }
@@ -688,11 +747,15 @@ mod tests {
         let (q, key, v) = (numbers::<T>(n, 0.7), numbers::<T>(n, 1.3), numbers::<T>(width, 0.9));
         let (z, sum) = (numbers::<T>(n, 0.51), numbers::<T>(n * width, 0.31));
         let half = T::one() / (T::one() + T::one());
-        let (faded_q, kept, change) = (numbers::<T>(n, 0.2), numbers::<T>(n, 0.6), numbers::<T>(n, 0.8));
+        let (faded_q, kept, change) =
+            (numbers::<T>(n, 0.2), numbers::<T>(n, 0.6), numbers::<T>(n, 0.8));
         let fading = Some((&faded_q[..], Fading { kept: &kept, change: &change }));
-        for (least, fade) in [(T::neg_infinity(), None), (T::infinity(), None), (T::neg_infinity(), fading)] {
+        for (least, fade) in
+            [(T::neg_infinity(), None), (T::infinity(), None), (T::neg_infinity(), fading)]
+        {
             let (mut k, mut new_z, mut z_low) = (key.clone(), z.clone(), vec![T::zero(); n]);
-            let (mut new_sum, mut low, mut answer) = (sum.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
+            let (mut new_sum, mut low, mut answer) =
+                (sum.clone(), vec![T::zero(); n * width], vec![T::nan(); width]);
             let denominator = machine.run(DecodeStep {
                 factor: half,
                 least,
@@ -716,17 +779,23 @@ mod tests {
             let (a, b, c, d, e) = (wide(&q), wide(&key), wide(&z), wide(&sum), wide(&v));
             let own = 0.5 * a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>();
             let query = if fade.is_some() { &faded_q } else { &q };
-            let left = |p: usize| if fade.is_some() { (kept[p] + change[p]).to_f64().unwrap() } else { 1.0 };
+            let left = |p: usize| {
+                if fade.is_some() { (kept[p] + change[p]).to_f64().unwrap() } else { 1.0 }
+            };
             let f = wide(query);
             close(denominator, own + f.iter().zip(&c).map(|(f, c)| f * c).sum::<f64>());
             if least > T::zero() {
-                assert!(k == key && new_z == z && new_sum == sum && answer.iter().all(|x| x.is_nan()));
+                assert!(
+                    k == key && new_z == z && new_sum == sum && answer.iter().all(|x| x.is_nan())
+                );
                 continue;
             }
             for p in 0..n {
                 close(k[p], 0.5 * b[p]);
                 close(new_z[p], left(p) * c[p] + 0.5 * b[p]);
-                (0..width).for_each(|j| close(new_sum[p * width + j], left(p) * d[p * width + j] + 0.5 * b[p] * e[j]));
+                (0..width).for_each(|j| {
+                    close(new_sum[p * width + j], left(p) * d[p * width + j] + 0.5 * b[p] * e[j])
+                });
             }
             let mut read = vec![T::nan(); width];
             let own_ = half * machine.run(Dot { x: &q, y: &key });
@@ -774,7 +843,8 @@ mod tests {
                         x[at] = bad;
                         let mark = machine.run(Reduce { x: &x, how: FiniteMark });
                         assert!(mark.is_nan(), "{bad} at {at} of {n}");
-                        let largest = machine.run(CopyAndMeasure { from: &x, to: &mut vec![0.0; n] });
+                        let largest =
+                            machine.run(CopyAndMeasure { from: &x, to: &mut vec![0.0; n] });
                         assert!(!largest.is_finite(), "{bad} at {at} of {n}");
                     }
                 }

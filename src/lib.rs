@@ -1,9 +1,11 @@
 //! Attention kernels whose memory does not grow with the context.
 //!
-//! The softmax attention of a transformer costs O(N²) and keeps a cache that grows for ever. This crate has kernels with a state of
-//! fixed size: linear attention over feature maps, among them the frequency-domain maps of DiJiang (arXiv 2403.19928)
-//! and the positive random features of the Performer (arXiv 2009.14794), and hybrids of an exact window and a merging memory. Exact softmax
-//! attention is here as the honest reference, and [`fidelity`] *measures* how close each comes to it, on your own queries, keys and values.
+//! The softmax attention of a transformer costs O(N²) and keeps a cache that grows for ever. This
+//! crate has kernels with a state of fixed size: linear attention over feature maps, among them the
+//! frequency-domain maps of DiJiang (arXiv 2403.19928) and the positive random features of the
+//! Performer (arXiv 2009.14794), and hybrids of an exact window and a merging memory. Exact softmax
+//! attention is here as the honest reference, and [`fidelity`] *measures* how close each comes to
+//! it, on your own queries, keys and values.
 //!
 //! # Quick start
 //!
@@ -41,14 +43,17 @@
 //!     stream.extend(token.view(), token.view(), token.view(), out.view_mut())?;
 //! }
 //! assert_eq!((stream.len(), stream.state_floats()), (100, size)); // it does not grow
+//!     
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
 //! # Which kernel?
 //!
-//! The error is `‖ÂV − AV‖/‖AV‖` against exact softmax, on Gaussian queries and keys of norm `|x̂|² = 1` (d = 64, m = 256) and as the median over five
-//! heads of trained models, where `|x̂|²` is 9 to 43. Uniform attention, which looks at nothing, has .130 and .955. Measured by
-//! `cargo run --release --example approximation_error` on 2026-11-24 (m = 256 on the left, the best m up to 1024 on the right).
+//! The error is `‖ÂV − AV‖/‖AV‖` against exact softmax, on Gaussian queries and keys of norm
+//! `|x̂|² = 1` (d = 64, m = 256) and as the median over five heads of trained models, where `|x̂|²`
+//! is 9 to 43. Uniform attention, which looks at nothing, has .130 and .955. Measured by
+//! `cargo run --release --example approximation_error` on 2026-11-24 (m = 256 on the left, the best
+//! m up to 1024 on the right).
 //!
 //! | kernel | for | error at norm 1 | error on trained heads |
 //! |---|---|---|---|
@@ -65,42 +70,56 @@
 //! | [`DijiangBlock`] | the attention block of the released DiJiang models | – | – |
 //! | [`Linformer`] | bidirectional models trained with it | – | – |
 //!
-//! Read the last column again: **no feature map imitates the softmax attention of a trained model.** More features do not help
-//! there, since the variance of the estimate is of order `e^{|q̂ + k̂|²}/m`. The maps make sense at small norms and in models that were
-//! trained with them. What does stand in for softmax is an exact window, the first tokens, and a memory that merges what leaves the window by the attention
-//! it receives ([`HybridAttention`]): 17 153 numbers where the cache of 768 tokens has 98 304; a window of equal size has an error of .21. It loses facts that
-//! nothing asks for (the example `needle`), so keep exact the heads where its own error is largest ([`HeadErrors`]).
+//! Read the last column again: **no feature map imitates the softmax attention of a trained
+//! model.** More features do not help there, since the variance of the estimate is of order
+//! `e^{|q̂ + k̂|²}/m`. The maps make sense at small norms and in models that were trained with
+//! them. What does stand in for softmax is an exact window, the first tokens, and a memory that
+//! merges what leaves the window by the attention it receives ([`HybridAttention`]): 17 153 numbers
+//! where the cache of 768 tokens has 98 304; a window of equal size has an error of .21. It loses
+//! facts that nothing asks for (the example `needle`), so keep exact the heads where its own error
+//! is largest ([`HeadErrors`]).
 //!
-//! Other kernels do not aim at softmax and are for models trained with them: [`Retention`] (RetNet), [`CosFormer`], [`Linformer`] (no causal
-//! form), and with [`IdentityFeatures`] and decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2. [`RotaryAttention`]
-//! puts rotary position embedding into any of them.
+//! Other kernels do not aim at softmax and are for models trained with them: [`Retention`]
+//! (RetNet), [`CosFormer`], [`Linformer`] (no causal form), and with [`IdentityFeatures`] and
+//! decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2.
+//! [`RotaryAttention`] puts rotary position embedding into any of them.
 //!
 //! # Conventions
 //!
-//! - Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, output `[n_q, d_v]`; [`MultiHead`] takes `[batch, heads, n, d]`. Views
-//!   may have any strides.
-//! - Queries and keys are *raw*: kernels apply the scale, `1/√d` unless `with_scale` says otherwise. A [`FeatureMap`] alone gets scaled vectors
-//!   `x̂ = √scale·x`, and its products estimate `exp(q̂·k̂)` in absolute terms. [`DctFeatures::official`] wants scale 1.
-//! - Outputs are weighted means: divided by the sum of the weights, to which nothing is ever added. [`LinearAttention::unnormalized`] leaves the division out.
-//! - Bad input gives an [`Error`] that says which argument and what to do; no function panics, and a stream that failed is as it was.
+//! - Tokens are rows: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, output `[n_q, d_v]`;
+//!   [`MultiHead`] takes `[batch, heads, n, d]`. Views may have any strides.
+//! - Queries and keys are *raw*: kernels apply the scale, `1/√d` unless `with_scale` says
+//!   otherwise. A [`FeatureMap`] alone gets scaled vectors `x̂ = √scale·x`, and its products
+//!   estimate `exp(q̂·k̂)` in absolute terms. [`DctFeatures::official`] wants scale 1.
+//! - Outputs are weighted means: divided by the sum of the weights, to which nothing is ever added.
+//!   [`LinearAttention::unnormalized`] leaves the division out.
+//! - Bad input gives an [`Error`] that says which argument and what to do; no function panics, and
+//!   a stream that failed is as it was.
 //! - Seeds are explicit and give the same map on every machine; see [`projection`].
 //!
 //! # Performance
 //!
-//! Inner loops are compiled for AVX-512, AVX2 with FMA, NEON and the build's own target, and chosen at run time: a plain `cargo build --release` is the
-//! fast one. Feed long sequences in one call: [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix products. Keep
-//! the last axis of arrays contiguous, and a [`Scratch`] for [`Attention::forward_with`]. Feature `rayon` shares heads and sequences, or one long
-//! sequence, over threads. `cargo bench --bench targets` measures the machine; `docs/performance.md` has what was measured.
+//! Inner loops are compiled for AVX-512, AVX2 with FMA, NEON and the build's own target, and chosen
+//! at run time: a plain `cargo build --release` is the fast one. Feed long sequences in one call:
+//! [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix
+//! products. Keep the last axis of arrays contiguous, and a [`Scratch`] for
+//! [`Attention::forward_with`]. Feature `rayon` shares heads and sequences, or one long sequence,
+//! over threads. `cargo bench --bench targets` measures the machine; `docs/performance.md` has what
+//! was measured.
 //!
 //! # Features
 //!
-//! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for bit.
-//! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and reports serialise; a restored stream goes on bit for bit.
-//! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with `DijiangBlock::from_safetensors`.
+//! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for
+//!   bit.
+//! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and
+//!   reports serialise; a restored stream goes on bit for bit.
+//! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with
+//!   `DijiangBlock::from_safetensors`.
 //!
 //! - `safetensors`: [`DijiangBlock`] from the checkpoints of the released models.
 //!
-//! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives every formula.
+//! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives
+//! every formula.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
 #![warn(clippy::pedantic)]

@@ -20,15 +20,15 @@ use crate::{Error, Scalar, check};
 use core::fmt::Debug;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 
-/// What a set of tokens answers to `n` queries: for each a numerator (`value_dim` numbers), a denominator and one log
-/// scale.
+/// What a set of tokens answers to `n` queries: for each a numerator (`value_dim` numbers), a
+/// denominator and one log scale.
 ///
 /// ```text
 /// e^{log_scale}·(numerator, denominator) = Σ_j w(q, k_j)·(v_j, 1)
 /// ```
 ///
-/// Partial sums of disjoint sets of tokens merge exactly, in any order: both are brought to the larger log scale and
-/// added. Nothing overflows, whatever the weights.
+/// Partial sums of disjoint sets of tokens merge exactly, in any order: both are brought to the
+/// larger log scale and added. Nothing overflows, whatever the weights.
 ///
 /// ```
 /// use dijiang::{Attention, ExactMemory, Mask, Memory, Partial, SoftmaxAttention};
@@ -44,7 +44,12 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 /// }
 /// let mut out = Array2::zeros((6, 4));
 /// answer.normalize_into(out.view_mut())?;
-/// let whole = SoftmaxAttention::new(4)?.with_scale(scale).forward(x.view(), x.view(), x.view(), Mask::Full)?;
+/// let whole = SoftmaxAttention::new(4)?.with_scale(scale).forward(
+///     x.view(),
+///     x.view(),
+///     x.view(),
+///     Mask::Full,
+/// )?;
 /// assert!((out - whole).iter().all(|e| e.abs() < 1e-14));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -72,11 +77,15 @@ impl<T: Scalar> Partial<T> {
 
     /// Of no queries.
     pub(crate) fn empty() -> Self {
-        Self { numerator: Array2::zeros((0, 1)), denominator: Array1::zeros(0), log_scale: Array1::zeros(0) }
+        Self {
+            numerator: Array2::zeros((0, 1)),
+            denominator: Array1::zeros(0),
+            log_scale: Array1::zeros(0),
+        }
     }
 
-    /// The sums of a memory of your own: `numerator [n, value_dim]`, `denominator [n]`, `log_scale [n]`. A log scale of −∞
-    /// says that no token has been seen.
+    /// The sums of a memory of your own: `numerator [n, value_dim]`, `denominator [n]`,
+    /// `log_scale [n]`. A log scale of −∞ says that no token has been seen.
     ///
     /// ```
     /// use dijiang::Partial;
@@ -89,9 +98,13 @@ impl<T: Scalar> Partial<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if there are no values, [`Error::Shape`] if the numbers of rows differ, [`Error::NotFinite`]
-    /// if a sum is NaN or infinite, or a log scale is NaN or +∞.
-    pub fn from_parts(numerator: Array2<T>, denominator: Array1<T>, log_scale: Array1<T>) -> Result<Self, Error> {
+    /// [`Error::ZeroSize`] if there are no values, [`Error::Shape`] if the numbers of rows differ,
+    /// [`Error::NotFinite`] if a sum is NaN or infinite, or a log scale is NaN or +∞.
+    pub fn from_parts(
+        numerator: Array2<T>,
+        denominator: Array1<T>,
+        log_scale: Array1<T>,
+    ) -> Result<Self, Error> {
         check::at_least_one("numerator columns", numerator.ncols())?;
         check::size("denominator", "elements", numerator.nrows(), denominator.len())?;
         check::size("log_scale", "elements", numerator.nrows(), log_scale.len())?;
@@ -99,7 +112,11 @@ impl<T: Scalar> Partial<T> {
         check::finite("denominator", denominator.view().insert_axis(ndarray::Axis(0)))?;
         match log_scale.iter().position(|l| !(l.is_finite() || *l == T::neg_infinity())) {
             Some(row) => Err(Error::NotFinite { which: "log_scale", row, column: 0 }),
-            None => Ok(Self { numerator: numerator.as_standard_layout().into_owned(), denominator, log_scale }),
+            None => Ok(Self {
+                numerator: numerator.as_standard_layout().into_owned(),
+                denominator,
+                log_scale,
+            }),
         }
     }
 
@@ -144,7 +161,12 @@ impl<T: Scalar> Partial<T> {
         check::size("other", "columns", self.numerator.ncols(), other.numerator.ncols())?;
         for i in 0..self.denominator.len() {
             let numerator = other.numerator.row(i);
-            self.add(i, numerator.as_slice().unwrap_or_default(), other.denominator[i], other.log_scale[i]);
+            self.add(
+                i,
+                numerator.as_slice().unwrap_or_default(),
+                other.denominator[i],
+                other.log_scale[i],
+            );
         }
         Ok(())
     }
@@ -161,8 +183,9 @@ impl<T: Scalar> Partial<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `out` has another shape, [`Error::Normalizer`] if a denominator is zero or too small to
-    /// divide by, [`Error::Overflow`] if a sum is not finite. The content of `out` is then unspecified.
+    /// [`Error::Shape`] if `out` has another shape, [`Error::Normalizer`] if a denominator is zero
+    /// or too small to divide by, [`Error::Overflow`] if a sum is not finite. The content of `out`
+    /// is then unspecified.
     pub fn normalize_into(&self, mut out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
         check::size("out", "rows", self.numerator.nrows(), out.nrows())?;
         check::size("out", "columns", self.numerator.ncols(), out.ncols())?;
@@ -177,7 +200,8 @@ impl<T: Scalar> Partial<T> {
     }
 }
 
-/// A [`Partial`] in the making, as inner loops want it: `numerator [tokens, value_dim]` with padded rows, and room beyond the tokens.
+/// A [`Partial`] in the making, as inner loops want it: `numerator [tokens, value_dim]` with padded
+/// rows, and room beyond the tokens.
 #[derive(Debug)]
 pub(crate) struct Answer<T> {
     pub(crate) numerator: Buffer<T>,
@@ -207,11 +231,18 @@ impl<T: Scalar> Answer<T> {
 
     /// Sets the log scales; returns whether every normaliser can be divided by.
     pub(crate) fn set_scales(&mut self, query_scale: &[T], unit: T) -> bool {
-        self.log_scale.iter_mut().zip(query_scale).for_each(|(log_scale, &query)| *log_scale = query + unit);
-        self.denominator.iter().take(self.tokens).all(|&denominator| divisor(denominator, 0).is_ok())
+        self.log_scale
+            .iter_mut()
+            .zip(query_scale)
+            .for_each(|(log_scale, &query)| *log_scale = query + unit);
+        self.denominator
+            .iter()
+            .take(self.tokens)
+            .all(|&denominator| divisor(denominator, 0).is_ok())
     }
 
-    /// Writes the rows to `out`, normalised or in absolute terms; errors count rows from `first_row`.
+    /// Writes the rows to `out`, normalised or in absolute terms; errors count rows from
+    /// `first_row`.
     pub(crate) fn write(
         &mut self,
         first_row: usize,
@@ -300,20 +331,22 @@ pub(crate) enum Readout {
     Unnormalized,
 }
 
-/// A denominator that can be divided by: finite, and large enough for its terms to have kept their digits.
+/// A denominator that can be divided by: finite, and large enough for its terms to have kept their
+/// digits.
 pub(crate) fn divisor<T: Scalar>(denominator: T, row: usize) -> Result<T, Error> {
     if !denominator.is_finite() {
         return Err(Error::Overflow { which: "the normaliser", row });
     }
-    // Terms below the smallest normal number are lost; a thousand of them stay below one unit of this.
+    // Terms below the smallest normal number are lost; a thousand of them stay below one unit of
+    // this.
     let smallest = T::min_positive_value() / T::epsilon() * T::from_f64(1024.0);
     if denominator.abs() < smallest { Err(Error::Normalizer { row }) } else { Ok(denominator) }
 }
 
 /// A set of tokens that absorbs (key, value) pairs and answers queries with partial sums.
 ///
-/// An exact memory keeps the pairs, a linear memory a sum of features; several memories under one normaliser make a
-/// hybrid. Implement it to bring a memory of your own.
+/// An exact memory keeps the pairs, a linear memory a sum of features; several memories under one
+/// normaliser make a hybrid. Implement it to bring a memory of your own.
 pub trait Memory<T: Scalar>: Debug + Send {
     /// Takes `k [n, d]` and `v [n, value_dim]` in.
     ///
@@ -326,7 +359,8 @@ pub trait Memory<T: Scalar>: Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Overflow`]. The content of `answer` is then unspecified.
+    /// [`Error::Shape`], [`Error::NotFinite`], [`Error::Overflow`]. The content of `answer` is then
+    /// unspecified.
     fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error>;
 
     /// Tokens absorbed so far.
@@ -346,9 +380,10 @@ pub trait Memory<T: Scalar>: Debug + Send {
     /// A copy with a state of its own. `Box<dyn Memory<T>>` is [`Clone`] through it.
     fn clone_box(&self) -> Box<dyn Memory<T>>;
 
-    /// Told after a read of `q [n, d]` what all memories under the common normaliser came to: `log_normalizer [n]`, the logarithms of the
-    /// sums of all weights. So an entry with weight w received the probability `w·e^{−log_normalizer}`, and a memory can learn what is
-    /// asked for. It does nothing unless overridden.
+    /// Told after a read of `q [n, d]` what all memories under the common normaliser came to:
+    /// `log_normalizer [n]`, the logarithms of the sums of all weights. So an entry with weight w
+    /// received the probability `w·e^{−log_normalizer}`, and a memory can learn what is asked for.
+    /// It does nothing unless overridden.
     fn received(&mut self, q: ArrayView2<'_, T>, log_normalizer: ArrayView1<'_, T>) {
         let _ = (q, log_normalizer);
     }

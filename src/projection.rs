@@ -1,15 +1,17 @@
 //! Directions and radii: what seeded maps are made of.
 //!
-//! Random numbers come from ChaCha8 (Bernstein 2008) seeded by `seed_from_u64`, uniform numbers are `(n + ½)·2⁻⁵³` with
-//! the upper 53 bits `n` of an output, and every other distribution is the quantile of a uniform number, computed with
-//! `libm`. So a seed gives the same map on every machine; a release that changed it would be a breaking one.
+//! Random numbers come from ChaCha8 (Bernstein 2008) seeded by `seed_from_u64`, uniform numbers are
+//! `(n + ½)·2⁻⁵³` with the upper 53 bits `n` of an output, and every other distribution is the
+//! quantile of a uniform number, computed with `libm`. So a seed gives the same map on every
+//! machine; a release that changed it would be a breaking one.
 //!
 //! # Sobol points
 //!
-//! Owen-scrambled Sobol points come from `sobol_burley`, whose tables have 256 dimensions and 65 536 points. Beyond them:
-//! dimension `j` is dimension `j mod 256` under scramble `j / 256`, point `i` is point `i mod 65 536` under a further
-//! scramble `i / 65 536`. Each such part is a Sobol net in itself, independent of the others. Its numbers carry 24 bits;
-//! half a step is added, so that none is zero.
+//! Owen-scrambled Sobol points come from `sobol_burley`, whose tables have 256 dimensions and 65
+//! 536 points. Beyond them: dimension `j` is dimension `j mod 256` under scramble `j / 256`, point
+//! `i` is point `i mod 65 536` under a further scramble `i / 65 536`. Each such part is a Sobol net
+//! in itself, independent of the others. Its numbers carry 24 bits; half a step is added, so that
+//! none is zero.
 
 mod quantile;
 
@@ -55,14 +57,23 @@ impl Generator {
 }
 
 /// `[num_features, head_dim]` independent standard normal numbers.
-pub(crate) fn gaussian(head_dim: usize, num_features: usize, seed: u64) -> Result<Array2<f64>, Error> {
+pub(crate) fn gaussian(
+    head_dim: usize,
+    num_features: usize,
+    seed: u64,
+) -> Result<Array2<f64>, Error> {
     check::features(head_dim, num_features)?;
     let mut generator = Generator::new(seed);
     Ok(Array2::from_shape_simple_fn((num_features, head_dim), || generator.normal()))
 }
 
-/// Orthogonal directions with independent chi lengths: each row is N(0, I), rows of a block are orthogonal.
-pub(crate) fn orthogonal_gaussian(head_dim: usize, num_features: usize, seed: u64) -> Result<Array2<f64>, Error> {
+/// Orthogonal directions with independent chi lengths: each row is N(0, I), rows of a block are
+/// orthogonal.
+pub(crate) fn orthogonal_gaussian(
+    head_dim: usize,
+    num_features: usize,
+    seed: u64,
+) -> Result<Array2<f64>, Error> {
     check::features(head_dim, num_features)?;
     let mut generator = Generator::new(seed);
     let mut projection = orthogonal_directions(head_dim, num_features, &mut generator);
@@ -73,9 +84,13 @@ pub(crate) fn orthogonal_gaussian(head_dim: usize, num_features: usize, seed: u6
     Ok(projection)
 }
 
-/// Unit vectors in blocks of `head_dim` orthogonal ones, each block Haar distributed: Gram–Schmidt of normal vectors,
-/// done twice for orthogonality to the last digit.
-pub(crate) fn orthogonal_directions(head_dim: usize, num_features: usize, generator: &mut Generator) -> Array2<f64> {
+/// Unit vectors in blocks of `head_dim` orthogonal ones, each block Haar distributed: Gram–Schmidt
+/// of normal vectors, done twice for orthogonality to the last digit.
+pub(crate) fn orthogonal_directions(
+    head_dim: usize,
+    num_features: usize,
+    generator: &mut Generator,
+) -> Array2<f64> {
     let mut directions = Array2::zeros((num_features, head_dim));
     for block in 0..num_features.div_ceil(head_dim) {
         let first = block * head_dim;
@@ -137,7 +152,9 @@ impl Sobol {
 
 /// Sobol points sent to the sphere: normal quantiles, normalised.
 pub(crate) fn sobol_directions(head_dim: usize, num_features: usize, sobol: &Sobol) -> Array2<f64> {
-    let mut directions = Array2::from_shape_fn((num_features, head_dim), |(i, j)| quantile::normal(sobol.point(i, j)));
+    let mut directions = Array2::from_shape_fn((num_features, head_dim), |(i, j)| {
+        quantile::normal(sobol.point(i, j))
+    });
     for mut row in directions.outer_iter_mut() {
         normalize(&mut row);
     }
@@ -154,7 +171,10 @@ pub(crate) fn stratified_chi(
 }
 
 /// `Φ^{-1}((i + ½)/m)` in random order.
-pub(crate) fn stratified_normal(num_features: usize, generator: &mut Generator) -> Result<Vec<f64>, Error> {
+pub(crate) fn stratified_normal(
+    num_features: usize,
+    generator: &mut Generator,
+) -> Result<Vec<f64>, Error> {
     stratified(num_features, generator, normal_quantile)
 }
 
@@ -164,7 +184,9 @@ fn stratified(
     generator: &mut Generator,
     quantile: impl Fn(f64) -> Result<f64, Error>,
 ) -> Result<Vec<f64>, Error> {
-    let mut x = (0..count).map(|i| quantile((i as f64 + 0.5) / count as f64)).collect::<Result<Vec<_>, _>>()?;
+    let mut x = (0..count)
+        .map(|i| quantile((i as f64 + 0.5) / count as f64))
+        .collect::<Result<Vec<_>, _>>()?;
     generator.shuffle(&mut x);
     Ok(x)
 }

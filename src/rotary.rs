@@ -1,4 +1,5 @@
-//! Rotary position embedding: positions as angles, which a product of queries and keys sees as differences.
+//! Rotary position embedding: positions as angles, which a product of queries and keys sees as
+//! differences.
 
 use crate::{Error, Scalar, check};
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -16,16 +17,19 @@ pub enum RotaryPairs {
     Interleaved,
 }
 
-/// Rotary position embedding (Su et al., arXiv 2104.09864, section 3.2.2), for queries and keys before a kernel gets them.
+/// Rotary position embedding (Su et al., arXiv 2104.09864, section 3.2.2), for queries and keys
+/// before a kernel gets them.
 ///
-/// A token at position `t` has each pair `(a, b)` of its first `dims` columns turned by the angle `t·θ_i`; the other columns stay:
+/// A token at position `t` has each pair `(a, b)` of its first `dims` columns turned by the angle
+/// `t·θ_i`; the other columns stay:
 ///
 /// ```text
 /// a' = a·cos(t·θ_i) − b·sin(t·θ_i),    b' = a·sin(t·θ_i) + b·cos(t·θ_i),    θ_i = base^(−2i/dims)
 /// ```
 ///
-/// so a query at `m` and a key at `n` have a product that depends on `m − n` alone. Angles, cosines and sines are computed in `f64` whatever
-/// the number type, and depend on nothing but the position: a sequence in pieces gets the bits of the whole.
+/// so a query at `m` and a key at `n` have a product that depends on `m − n` alone. Angles, cosines
+/// and sines are computed in `f64` whatever the number type, and depend on nothing but the
+/// position: a sequence in pieces gets the bits of the whole.
 ///
 /// ```
 /// use dijiang::Rotary;
@@ -61,12 +65,14 @@ impl Rotary {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is odd; [`partial`](Self::partial) leaves a column over.
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is odd;
+    /// [`partial`](Self::partial) leaves a column over.
     pub fn new(head_dim: usize) -> Result<Self, Error> {
         Self::partial(head_dim, head_dim)
     }
 
-    /// Turns the first `dims` columns of `head_dim`, in [`RotaryPairs::Halves`], with base 10 000. With `dims` 0 nothing turns.
+    /// Turns the first `dims` columns of `head_dim`, in [`RotaryPairs::Halves`], with base 10 000.
+    /// With `dims` 0 nothing turns.
     ///
     /// ```
     /// use dijiang::{Rotary, RotaryPairs};
@@ -78,32 +84,45 @@ impl Rotary {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if `dims` is odd or larger than `head_dim`.
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if `dims` is odd or larger
+    /// than `head_dim`.
     pub fn partial(head_dim: usize, dims: usize) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::array("head_dim", head_dim, 1)?;
         check_dims(head_dim, dims)?;
-        let mut rotary = Self { head_dim, base: 10_000.0, frequencies: Vec::new(), pairs: RotaryPairs::Halves };
+        let mut rotary =
+            Self { head_dim, base: 10_000.0, frequencies: Vec::new(), pairs: RotaryPairs::Halves };
         rotary.frequencies = formula(rotary.base, dims);
         Ok(rotary)
     }
 
-    /// As GPT-NeoX has it: turns the first `int(head_dim·rotary_pct)` columns, in [`RotaryPairs::Halves`]. Pythia has a `rotary_pct` of 0.25.
+    /// As GPT-NeoX has it: turns the first `int(head_dim·rotary_pct)` columns, in
+    /// [`RotaryPairs::Halves`]. Pythia has a `rotary_pct` of 0.25.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if `rotary_pct` is not from 0 to 1, or gives an odd number of columns; [`Error::ZeroSize`] if `head_dim` is 0.
+    /// [`Error::InvalidOption`] if `rotary_pct` is not from 0 to 1, or gives an odd number of
+    /// columns; [`Error::ZeroSize`] if `head_dim` is 0.
     pub fn gpt_neox(head_dim: usize, rotary_pct: f64) -> Result<Self, Error> {
         if !(0.0..=1.0).contains(&rotary_pct) {
             let found = rotary_pct.to_string();
-            return Err(Error::InvalidOption { which: "rotary_pct", found, needed: "a number from 0 to 1" });
+            return Err(Error::InvalidOption {
+                which: "rotary_pct",
+                found,
+                needed: "a number from 0 to 1",
+            });
         }
-        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        #[allow(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss
+        )]
         let dims = (head_dim as f64 * rotary_pct) as usize;
         Self::partial(head_dim, dims)
     }
 
-    /// Sets the base (`rope_theta` of configurations), and the frequencies to `θ_i = base^(−2i/dims)`.
+    /// Sets the base (`rope_theta` of configurations), and the frequencies to
+    /// `θ_i = base^(−2i/dims)`.
     ///
     /// # Errors
     ///
@@ -111,22 +130,28 @@ impl Rotary {
     pub fn with_base(mut self, base: f64) -> Result<Self, Error> {
         if !(base.is_finite() && base >= 1.0) {
             let found = base.to_string();
-            return Err(Error::InvalidOption { which: "base", found, needed: "a finite number of at least 1" });
+            return Err(Error::InvalidOption {
+                which: "base",
+                found,
+                needed: "a finite number of at least 1",
+            });
         }
         self.base = base;
         self.frequencies = formula(base, self.dims());
         Ok(self)
     }
 
-    /// Sets the frequencies `θ_i` of the pairs themselves, for models that depart from the formula: stretched positions, the factors of
-    /// LLaMA 3, RetNet. They turn the first `2·frequencies.len()` columns.
+    /// Sets the frequencies `θ_i` of the pairs themselves, for models that depart from the formula:
+    /// stretched positions, the factors of LLaMA 3, RetNet. They turn the first
+    /// `2·frequencies.len()` columns.
     ///
     /// ```
     /// use dijiang::Rotary;
     ///
     /// // positions stretched by four (linear interpolation)
     /// let rotary = Rotary::new(64)?;
-    /// let frequencies = rotary.frequencies().iter().map(|frequency| frequency / 4.0).collect();
+    /// let frequencies =
+    ///     rotary.frequencies().iter().map(|frequency| frequency / 4.0).collect();
     /// let stretched = rotary.with_frequencies(frequencies)?;
     /// assert_eq!(stretched.frequencies()[0], 0.25);
     /// # Ok::<(), dijiang::Error>(())
@@ -134,13 +159,18 @@ impl Rotary {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if there are more than `head_dim/2`, or one is not a number of at most 10⁹ in absolute value.
+    /// [`Error::InvalidOption`] if there are more than `head_dim/2`, or one is not a number of at
+    /// most 10⁹ in absolute value.
     pub fn with_frequencies(mut self, frequencies: Vec<f64>) -> Result<Self, Error> {
         check_dims(self.head_dim, frequencies.len().saturating_mul(2))?;
         let usable = -LARGEST_FREQUENCY..=LARGEST_FREQUENCY; // NaN is not in it
         if let Some(bad) = frequencies.iter().find(|frequency| !usable.contains(*frequency)) {
             let needed = "a number of at most 10^9 in absolute value";
-            return Err(Error::InvalidOption { which: "frequencies", found: bad.to_string(), needed });
+            return Err(Error::InvalidOption {
+                which: "frequencies",
+                found: bad.to_string(),
+                needed,
+            });
         }
         self.frequencies = frequencies;
         Ok(self)
@@ -177,13 +207,15 @@ impl Rotary {
         self.pairs
     }
 
-    /// Writes `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`, turned over whatever `out` held.
+    /// Writes `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`,
+    /// turned over whatever `out` held.
     ///
     /// Numbers are not looked at: NaN in a token stays in that token, and the kernel reports it.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `x` has not `head_dim` columns or `out` another shape, [`Error::InvalidOption`] if `n·dims/2` is over 2³².
+    /// [`Error::Shape`] if `x` has not `head_dim` columns or `out` another shape,
+    /// [`Error::InvalidOption`] if `n·dims/2` is over 2³².
     pub fn rotate<T: Scalar>(
         &self,
         x: ArrayView2<'_, T>,
@@ -197,16 +229,22 @@ impl Rotary {
         self.rotate_in_place(out, first_position)
     }
 
-    /// Turns `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`, in place.
+    /// Turns `x [n, head_dim]`, tokens at the positions `first_position..first_position + n`, in
+    /// place.
     ///
     /// # Errors
     ///
     /// As [`rotate`](Self::rotate).
-    pub fn rotate_in_place<T: Scalar>(&self, x: ArrayViewMut2<'_, T>, first_position: usize) -> Result<(), Error> {
+    pub fn rotate_in_place<T: Scalar>(
+        &self,
+        x: ArrayViewMut2<'_, T>,
+        first_position: usize,
+    ) -> Result<(), Error> {
         self.angles(first_position, x.nrows())?.rotate_in_place(x)
     }
 
-    /// Cosines and sines of the positions `first_position..first_position + tokens`, once for all heads, layers and sequences.
+    /// Cosines and sines of the positions `first_position..first_position + tokens`, once for all
+    /// heads, layers and sequences.
     ///
     /// ```
     /// use dijiang::Rotary;
@@ -227,7 +265,11 @@ impl Rotary {
     /// # Errors
     ///
     /// [`Error::InvalidOption`] if `tokens·dims/2` is over 2³².
-    pub fn angles<T: Scalar>(&self, first_position: usize, tokens: usize) -> Result<RotaryAngles<T>, Error> {
+    pub fn angles<T: Scalar>(
+        &self,
+        first_position: usize,
+        tokens: usize,
+    ) -> Result<RotaryAngles<T>, Error> {
         let mut angles = RotaryAngles::new();
         self.set_angles(&mut angles, first_position, tokens)?;
         Ok(angles)
@@ -251,7 +293,8 @@ impl Rotary {
             return Ok(()); // of any number of tokens
         }
         for token in 0..tokens {
-            #[allow(clippy::cast_precision_loss)] // exact up to 2^53, and unlike the sum of integers never out of range
+            #[allow(clippy::cast_precision_loss)]
+            // exact up to 2^53, and unlike the sum of integers never out of range
             let position = first_position as f64 + token as f64;
             for frequency in &self.frequencies {
                 let (s, c) = libm::sincos(position * frequency);
@@ -280,7 +323,8 @@ fn check_dims(head_dim: usize, dims: usize) -> Result<(), Error> {
     })
 }
 
-/// Cosines and sines of some positions, made by [`Rotary::angles`]: what the heads of a layer, and the layers of a model, share.
+/// Cosines and sines of some positions, made by [`Rotary::angles`]: what the heads of a layer, and
+/// the layers of a model, share.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RotaryAngles<T> {
     head_dim: usize,
@@ -294,7 +338,13 @@ pub struct RotaryAngles<T> {
 impl<T: Scalar> RotaryAngles<T> {
     /// Of no position.
     pub(crate) fn new() -> Self {
-        Self { head_dim: 0, pairs: RotaryPairs::Halves, tokens: 0, cos: Vec::new(), sin: Vec::new() }
+        Self {
+            head_dim: 0,
+            pairs: RotaryPairs::Halves,
+            tokens: 0,
+            cos: Vec::new(),
+            sin: Vec::new(),
+        }
     }
 
     /// Cosines and sines `[tokens, dims/2]`.
@@ -317,7 +367,8 @@ impl<T: Scalar> RotaryAngles<T> {
         self.rotate_heads_in_place(x.insert_axis(Axis(1)))
     }
 
-    /// Turns many heads `x [tokens, heads, head_dim]` in place, of any strides: permute the axes of another layout.
+    /// Turns many heads `x [tokens, heads, head_dim]` in place, of any strides: permute the axes of
+    /// another layout.
     ///
     /// # Errors
     ///
@@ -353,7 +404,9 @@ impl<T: Scalar> RotaryAngles<T> {
     }
 
     fn turn_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
-        let turn = |a: &mut T, b: &mut T, cos: T, sin: T| (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
+        let turn = |a: &mut T, b: &mut T, cos: T, sin: T| {
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos)
+        };
         match self.pairs {
             RotaryPairs::Halves => {
                 let (first, second) = x.split_at_mut(cos.len());
@@ -392,6 +445,9 @@ impl TryFrom<Parts> for Rotary {
     type Error = Error;
 
     fn try_from(Parts { head_dim, base, frequencies, pairs }: Parts) -> Result<Self, Error> {
-        Ok(Self::partial(head_dim, 0)?.with_base(base)?.with_frequencies(frequencies)?.with_pairs(pairs))
+        Ok(Self::partial(head_dim, 0)?
+            .with_base(base)?
+            .with_frequencies(frequencies)?
+            .with_pairs(pairs))
     }
 }

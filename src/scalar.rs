@@ -5,8 +5,8 @@ use num_traits::{Float, NumAssign};
 
 /// A number that attention can be computed in: `f32` or `f64`.
 ///
-/// Sealed: the kernels are tuned for these two. Code that is generic over `T: Scalar` may use the arithmetic of
-/// [`num_traits::Float`].
+/// Sealed: the kernels are tuned for these two. Code that is generic over `T: Scalar` may use the
+/// arithmetic of [`num_traits::Float`].
 ///
 /// ```
 /// use dijiang::Scalar;
@@ -87,8 +87,9 @@ pub(crate) mod sealed {
         fn dct3(plan: &Dct<Self>, buffer: &mut [Self], scratch: &mut [Self]);
     }
 
-    /// A planned transform: what rustdct's `Arc<dyn TransformType2And3>` is, with the number type erased so that
-    /// the bound `DctNum` (whose method names clash with `Float`) stays out of [`super::Scalar`].
+    /// A planned transform: what rustdct's `Arc<dyn TransformType2And3>` is, with the number type
+    /// erased so that the bound `DctNum` (whose method names clash with `Float`) stays out of
+    /// [`super::Scalar`].
     #[derive(Clone)]
     pub struct Dct<T> {
         plan: Plan,
@@ -117,7 +118,12 @@ pub(crate) mod sealed {
                 fn plan_dct(len: usize) -> Dct<Self> {
                     let plan = crate::kernel::dct::plan::<$t>(len);
                     let scratch_len = plan.get_scratch_len();
-                    Dct { plan: Plan::$variant(plan), scratch_len, len, number: core::marker::PhantomData }
+                    Dct {
+                        plan: Plan::$variant(plan),
+                        scratch_len,
+                        len,
+                        number: core::marker::PhantomData,
+                    }
                 }
 
                 fn dct2(plan: &Dct<Self>, buffer: &mut [Self], scratch: &mut [Self]) {

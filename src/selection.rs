@@ -5,7 +5,8 @@ use core::fmt;
 use ndarray::{Array3, ArrayView2, ArrayView3, Axis};
 use std::sync::Arc;
 
-/// Sampled queries, keys and values of one head of keys and values: the first tokens of ordinary text, in order.
+/// Sampled queries, keys and values of one head of keys and values: the first tokens of ordinary
+/// text, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadSample<'a, T> {
     /// The layer.
@@ -33,29 +34,52 @@ pub struct HeadError {
     pub output_error: f64,
 }
 
-/// The errors of a kernel in every head of a model, the worst first: the table from which exact heads are chosen.
+/// The errors of a kernel in every head of a model, the worst first: the table from which exact
+/// heads are chosen.
 ///
-/// Constant memory in *every* head loses the recall of far facts; a tenth of the heads kept exact repairs most of it
-/// (`docs/guide.md` has what was measured). The heads in which the kernel itself errs most are those to keep.
+/// Constant memory in *every* head loses the recall of far facts; a tenth of the heads kept exact
+/// repairs most of it (`docs/guide.md` has what was measured). The heads in which the kernel itself
+/// errs most are those to keep.
 ///
 /// ```
-/// use dijiang::{Attention, Far, HeadErrors, HeadSample, HybridAttention, SoftmaxAttention};
+/// use dijiang::{
+///     Attention, Far, HeadErrors, HeadSample, HybridAttention, SoftmaxAttention,
+/// };
 /// use ndarray::{Array2, Array3};
 /// use std::sync::Arc;
 ///
 /// let exact: Arc<dyn Attention<f32>> = Arc::new(SoftmaxAttention::new(8)?);
-/// let small: Arc<dyn Attention<f32>> = Arc::new(HybridAttention::builder(8).window(8).far(Far::merged(8)).build()?);
+/// let small: Arc<dyn Attention<f32>> =
+///     Arc::new(HybridAttention::builder(8).window(8).far(Far::merged(8)).build()?);
 /// // two layers of two kv heads, each for three query heads
-/// let q: Vec<_> = (0..4).map(|h| Array3::from_shape_fn((3, 50, 8), |(g, t, c)| ((h + g * 7 + t * 8 + c) as f32).sin())).collect();
-/// let kv: Vec<_> = (0..4).map(|h| Array2::from_shape_fn((50, 8), |(t, c)| ((h * 3 + t * 9 + c) as f32).cos())).collect();
+/// let q: Vec<_> = (0..4)
+///     .map(|h| {
+///         Array3::from_shape_fn((3, 50, 8), |(g, t, c)| {
+///             ((h + g * 7 + t * 8 + c) as f32).sin()
+///         })
+///     })
+///     .collect();
+/// let kv: Vec<_> = (0..4)
+///     .map(|h| {
+///         Array2::from_shape_fn((50, 8), |(t, c)| ((h * 3 + t * 9 + c) as f32).cos())
+///     })
+///     .collect();
 /// let samples: Vec<_> = (0..4)
-///     .map(|i| HeadSample { layer: i / 2, kv_head: i % 2, q: q[i].view(), k: kv[i].view(), v: kv[i].view() })
+///     .map(|i| HeadSample {
+///         layer: i / 2,
+///         kv_head: i % 2,
+///         q: q[i].view(),
+///         k: kv[i].view(),
+///         v: kv[i].view(),
+///     })
 ///     .collect();
 ///
 /// let errors = HeadErrors::measure(&*exact, &*small, &samples, 10)?;
 /// println!("{errors}"); // the table
 /// let choice = errors.keep(1);
-/// let layers: Vec<_> = (0..2).map(|layer| choice.layer(layer, 6, &exact, &small)).collect::<Result<_, _>>()?;
+/// let layers: Vec<_> = (0..2)
+///     .map(|layer| choice.layer(layer, 6, &exact, &small))
+///     .collect::<Result<_, _>>()?;
 /// assert_eq!(choice.heads().len(), 1);
 /// # let _ = layers;
 /// # Ok::<(), dijiang::Error>(())
@@ -69,13 +93,16 @@ pub struct HeadErrors {
 }
 
 impl HeadErrors {
-    /// Runs `kernel` and `exact` on the samples of every head, causally, and ranks the heads by the error of the first. The first
-    /// `warm_up` tokens are left out: as long as nothing has left the window, a hybrid is exact.
+    /// Runs `kernel` and `exact` on the samples of every head, causally, and ranks the heads by the
+    /// error of the first. The first `warm_up` tokens are left out: as long as nothing has left the
+    /// window, a hybrid is exact.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if there are no samples, or one has no query heads; [`Error::InvalidOption`] if a head appears twice or has no tokens behind the warm-up;
-    /// [`Error::Shape`] if the values of heads have different numbers of columns; the errors of both kernels.
+    /// [`Error::ZeroSize`] if there are no samples, or one has no query heads;
+    /// [`Error::InvalidOption`] if a head appears twice or has no tokens behind the warm-up;
+    /// [`Error::Shape`] if the values of heads have different numbers of columns; the errors of
+    /// both kernels.
     pub fn measure<T: Scalar>(
         exact: &dyn Attention<T>,
         kernel: &dyn Attention<T>,
@@ -85,7 +112,8 @@ impl HeadErrors {
         Self::measure_each(exact, |_| kernel, samples, warm_up)
     }
 
-    /// As [`measure`](Self::measure), with a kernel for each head: where kernels are calibrated, each to its own head.
+    /// As [`measure`](Self::measure), with a kernel for each head: where kernels are calibrated,
+    /// each to its own head.
     ///
     /// # Errors
     ///
@@ -101,7 +129,10 @@ impl HeadErrors {
         for (i, sample) in samples.iter().enumerate() {
             check::size("v", "columns", value_dim, sample.v.ncols())?;
             check::at_least_one("q heads", sample.q.len_of(Axis(0)))?;
-            if samples[..i].iter().any(|other| (other.layer, other.kv_head) == (sample.layer, sample.kv_head)) {
+            if samples[..i]
+                .iter()
+                .any(|other| (other.layer, other.kv_head) == (sample.layer, sample.kv_head))
+            {
                 return Err(Error::InvalidOption {
                     which: "samples",
                     found: format!("kv head {} of layer {} twice", sample.kv_head, sample.layer),
@@ -137,7 +168,8 @@ impl HeadErrors {
     #[must_use]
     pub fn keep(&self, count: usize) -> ExactHeads {
         let count = count.min(self.ranked.len());
-        let mut heads: Vec<_> = self.ranked[..count].iter().map(|error| (error.layer, error.kv_head)).collect();
+        let mut heads: Vec<_> =
+            self.ranked[..count].iter().map(|error| (error.layer, error.kv_head)).collect();
         heads.sort_unstable();
         ExactHeads { heads, errors: self.clone() }
     }
@@ -151,7 +183,8 @@ impl HeadErrors {
         let mut sorted = heads.to_vec();
         sorted.sort_unstable();
         let twice = sorted.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0]);
-        let measured = |head: &(usize, usize)| self.ranked.iter().any(|e| (e.layer, e.kv_head) == *head);
+        let measured =
+            |head: &(usize, usize)| self.ranked.iter().any(|e| (e.layer, e.kv_head) == *head);
         match twice.or_else(|| sorted.iter().copied().find(|head| !measured(head))) {
             Some((layer, kv_head)) => Err(Error::InvalidOption {
                 which: "heads",
@@ -162,11 +195,13 @@ impl HeadErrors {
         }
     }
 
-    /// Keeps as many of the worst heads exact as `bytes` allow for the state of one sequence of `tokens` tokens, over all heads of the table.
+    /// Keeps as many of the worst heads exact as `bytes` allow for the state of one sequence of
+    /// `tokens` tokens, over all heads of the table.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if not even the memory without exact heads fits; those of [`Attention::state_floats`].
+    /// [`Error::InvalidOption`] if not even the memory without exact heads fits; those of
+    /// [`Attention::state_floats`].
     pub fn keep_within<T: Scalar>(
         &self,
         bytes: usize,
@@ -174,8 +209,9 @@ impl HeadErrors {
         exact: &dyn Attention<T>,
         kernel: &dyn Attention<T>,
     ) -> Result<ExactHeads, Error> {
-        let of =
-            |kernel: &dyn Attention<T>| Ok(kernel.state_floats(self.value_dim, tokens)?.saturating_mul(size_of::<T>()));
+        let of = |kernel: &dyn Attention<T>| {
+            Ok(kernel.state_floats(self.value_dim, tokens)?.saturating_mul(size_of::<T>()))
+        };
         let (exact, small): (usize, usize) = (of(exact)?, of(kernel)?);
         let all = self.ranked.len();
         if exact <= small && exact.saturating_mul(all) <= bytes {
@@ -197,7 +233,14 @@ impl fmt::Display for HeadErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:>5} {:>6} {:>8} {:>13}", "rank", "layer", "kv head", "output error")?;
         for (rank, error) in self.ranked.iter().enumerate() {
-            writeln!(f, "{:>5} {:>6} {:>8} {:>13.4}", rank + 1, error.layer, error.kv_head, error.output_error)?;
+            writeln!(
+                f,
+                "{:>5} {:>6} {:>8} {:>13.4}",
+                rank + 1,
+                error.layer,
+                error.kv_head,
+                error.output_error
+            )?;
         }
         Ok(())
     }
@@ -205,7 +248,11 @@ impl fmt::Display for HeadErrors {
 
 /// The heads that stay exact, and the table they were chosen from.
 #[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(try_from = "Parts"))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "Parts")
+)]
 pub struct ExactHeads {
     heads: Vec<(usize, usize)>,
     errors: HeadErrors,
@@ -248,12 +295,13 @@ impl ExactHeads {
         &self.errors
     }
 
-    /// Attention of one layer, for `query_heads` query heads: `exact` in the chosen kv heads, `kernel` in the others. The layer has as many kv heads as
-    /// the table has of it.
+    /// Attention of one layer, for `query_heads` query heads: `exact` in the chosen kv heads,
+    /// `kernel` in the others. The layer has as many kv heads as the table has of it.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if the table has no head of this layer, or misses one between; those of [`MultiHead::per_kv_head`].
+    /// [`Error::InvalidOption`] if the table has no head of this layer, or misses one between;
+    /// those of [`MultiHead::per_kv_head`].
     pub fn layer<T: Scalar>(
         &self,
         layer: usize,
@@ -261,8 +309,13 @@ impl ExactHeads {
         exact: &Arc<dyn Attention<T>>,
         kernel: &Arc<dyn Attention<T>>,
     ) -> Result<MultiHead<T>, Error> {
-        let mut heads: Vec<usize> =
-            self.errors.ranked.iter().filter(|error| error.layer == layer).map(|error| error.kv_head).collect();
+        let mut heads: Vec<usize> = self
+            .errors
+            .ranked
+            .iter()
+            .filter(|error| error.layer == layer)
+            .map(|error| error.kv_head)
+            .collect();
         heads.sort_unstable();
         if heads.is_empty() || heads.iter().enumerate().any(|(i, &head)| i != head) {
             return Err(Error::InvalidOption {
@@ -321,7 +374,8 @@ fn output_error<T: Scalar>(
     Ok(if difference == 0.0 { 0.0 } else { (difference / size).sqrt() })
 }
 
-/// Runs `run` on every item, with feature `rayon` on the threads of the current pool; the first error, in order.
+/// Runs `run` on every item, with feature `rayon` on the threads of the current pool; the first
+/// error, in order.
 fn each<T: Scalar, I: Sync, R: Send>(
     items: &[I],
     run: impl Fn(&mut Scratch<T>, &I) -> Result<R, Error> + Send + Sync,

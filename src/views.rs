@@ -1,4 +1,5 @@
-//! Parts of views by ranges of rows and columns. (`ndarray`'s macro `s!` expands to `unsafe`, which this crate forbids.)
+//! Parts of views by ranges of rows and columns. (`ndarray`'s macro `s!` expands to `unsafe`, which
+//! this crate forbids.)
 
 use crate::Scalar;
 use crate::kernel::columns;
@@ -29,7 +30,10 @@ pub(crate) fn columns<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> Array
 
 /// Rows of a mutable view.
 #[inline]
-pub(crate) fn rows_mut<T>(mut x: ArrayViewMut2<'_, T>, range: Range<usize>) -> ArrayViewMut2<'_, T> {
+pub(crate) fn rows_mut<T>(
+    mut x: ArrayViewMut2<'_, T>,
+    range: Range<usize>,
+) -> ArrayViewMut2<'_, T> {
     if range == (0..x.nrows()) {
         return x;
     }
@@ -51,13 +55,23 @@ pub(crate) fn heads<'a, T>(
 }
 
 /// The first rows of one of them.
-pub(crate) fn head<'a, T>(x: &ArrayView4<'a, T>, sequence: usize, head: usize, length: usize) -> ArrayView2<'a, T> {
+pub(crate) fn head<'a, T>(
+    x: &ArrayView4<'a, T>,
+    sequence: usize,
+    head: usize,
+    length: usize,
+) -> ArrayView2<'a, T> {
     rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
 }
 
-/// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows, and sums the squares of each column,
-/// `squares [width]`. Rows may have any strides.
-pub(crate) fn to_columns<T: Scalar>(x: ArrayView2<'_, T>, factor: T, squares: &mut [T], out: &mut [T]) {
+/// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows, and sums
+/// the squares of each column, `squares [width]`. Rows may have any strides.
+pub(crate) fn to_columns<T: Scalar>(
+    x: ArrayView2<'_, T>,
+    factor: T,
+    squares: &mut [T],
+    out: &mut [T],
+) {
     let (rows, length) = x.dim();
     let width = squares.len();
     let out = &mut out[..length * width];

@@ -4,9 +4,10 @@ mod common;
 
 use common::normal;
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
-    IdentityFeatures, LinearAttention, Linformer, Mask, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
-    SoftmaxAttention, TaylorFeatures, WithLogDecay,
+    Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Performer,
+    Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention, TaylorFeatures,
+    WithLogDecay,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -47,7 +48,9 @@ fn maps(d: usize) -> Vec<Box<dyn FeatureMap<f32>>> {
     let antithetic = DctFeatures::new(d, 2 * d, 0).unwrap().with_radii(Radii::Antithetic).unwrap();
     vec![
         Box::new(Performer::new(d, 64, 0).unwrap()),
-        Box::new(Performer::new(d, 33, 0).unwrap().with_weights(Array1::linspace(0.5, 1.5, 33)).unwrap()),
+        Box::new(
+            Performer::new(d, 33, 0).unwrap().with_weights(Array1::linspace(0.5, 1.5, 33)).unwrap(),
+        ),
         Box::new(DctFeatures::new(d, 64, 0).unwrap()),
         Box::new(antithetic),
         Box::new(DctFeatures::official(Array1::linspace(-2.0, 2.0, d)).unwrap()),
@@ -66,14 +69,17 @@ fn check_causal(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool) 
 }
 
 fn check_masks(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool, masks: &[Mask]) {
-    let [q, k, v] = [1, 2, 3].map(|seed| normal::<f32>(300, if seed == 3 { 20 } else { d }, 0.5, seed));
+    let [q, k, v] =
+        [1, 2, 3].map(|seed| normal::<f32>(300, if seed == 3 { 20 } else { d }, 0.5, seed));
     let mut out = Array2::zeros((300, 20));
     let mut scratch = Scratch::new();
     for &mask in masks {
         let mut forward = |n: usize| {
             let rows = s![..n, ..];
             let out = out.slice_mut(rows);
-            kernel.forward_with(q.slice(rows), k.slice(rows), v.slice(rows), mask, out, &mut scratch).unwrap();
+            kernel
+                .forward_with(q.slice(rows), k.slice(rows), v.slice(rows), mask, out, &mut scratch)
+                .unwrap();
         };
         [300, 1].into_iter().for_each(&mut forward);
         let count = allocations(|| [300, 1, 70, 300].into_iter().for_each(&mut forward));
@@ -103,20 +109,29 @@ fn steady_calls_allocate_nothing() {
         }
         check_kernel("softmax", &SoftmaxAttention::new(d).unwrap(), d, true);
         let [q, k] = [1, 2].map(|seed| normal::<f32>(200, d, 0.5, seed));
-        let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+        let calibration =
+            Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
         let builder = || HybridAttention::builder(d).window(20).sinks(3);
         let rotary = || Rotary::new(d).unwrap();
         check_kernel("cosformer", &CosFormer::new(d, 10_000).unwrap(), d, false);
-        check_kernel("rotary softmax", &RotaryAttention::new(rotary(), SoftmaxAttention::new(d).unwrap()), d, true);
+        check_kernel(
+            "rotary softmax",
+            &RotaryAttention::new(rotary(), SoftmaxAttention::new(d).unwrap()),
+            d,
+            true,
+        );
         let nested = RotaryAttention::new(rotary(), CosFormer::new(d, 10_000).unwrap());
         check_kernel("rotary cosformer", &nested, d, false);
         check_masks("linformer", &Linformer::new(d, 8, 300, 0).unwrap(), d, true, &[Mask::Full]);
-        for retention in [Retention::new(d, 0.9).unwrap(), Retention::new(d, 0.9).unwrap().with_xpos()] {
+        for retention in
+            [Retention::new(d, 0.9).unwrap(), Retention::new(d, 0.9).unwrap().with_xpos()]
+        {
             check_causal("retention", &retention, d, false);
         }
         for columns in [1, d] {
             let log_decay = normal::<f32>(10_000, columns, 0.1, 9).mapv(|x| -x.abs());
-            let gated = LinearAttention::new(IdentityFeatures::new(d).unwrap()).unnormalized().gated();
+            let gated =
+                LinearAttention::new(IdentityFeatures::new(d).unwrap()).unnormalized().gated();
             check_causal("gated", &WithLogDecay::new(gated, log_decay), d, false);
         }
         let hybrids = [

@@ -1,5 +1,5 @@
-//! The report as a person runs it: bad input gives one clear sentence and exit code 2, good input a table, a CSV file and
-//! a page that needs nothing else.
+//! The report as a person runs it: bad input gives one clear sentence and exit code 2, good input a
+//! table, a CSV file and a page that needs nothing else.
 
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -62,7 +62,11 @@ fn write_with(path: &Path, tensors: &[Tensor], metadata: Option<HashMap<String, 
 }
 
 fn good(dtype: Dtype) -> Vec<Tensor> {
-    ["q", "k", "v"].into_iter().enumerate().map(|(i, name)| (name, dtype, vec![TOKENS, D], numbers(i))).collect()
+    ["q", "k", "v"]
+        .into_iter()
+        .enumerate()
+        .map(|(i, name)| (name, dtype, vec![TOKENS, D], numbers(i)))
+        .collect()
 }
 
 #[test]
@@ -104,7 +108,8 @@ fn bad_files_get_one_sentence() {
     write(&path, &tensors);
     refused_file("must agree");
 
-    let strides = |stride: &str| HashMap::from([("h/calibration/stride".to_owned(), stride.to_owned())]);
+    let strides =
+        |stride: &str| HashMap::from([("h/calibration/stride".to_owned(), stride.to_owned())]);
     for bad in ["0", "-1", "third"] {
         write_with(&path, &good(Dtype::F32), Some(strides(bad)));
         refused_file(&format!("the metadata `h/calibration/stride` is `{bad}`"));
@@ -132,7 +137,8 @@ fn every_float_type_gives_a_table_a_csv_file_and_a_page() {
     for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64] {
         write(&path, &good(dtype));
         let [input, to] = [path.to_str().unwrap(), output.to_str().unwrap()];
-        let mut arguments = vec!["--quick", "--kernels", "performer,dct", "--features", "8,16", "--seeds", "2"];
+        let mut arguments =
+            vec!["--quick", "--kernels", "performer,dct", "--features", "8,16", "--seeds", "2"];
         arguments.extend(["--input", input, "--output", to]);
         let result = run(&arguments);
         assert!(result.status.success(), "{dtype:?}: {}", String::from_utf8_lossy(&result.stderr));
@@ -150,7 +156,9 @@ fn every_float_type_gives_a_table_a_csv_file_and_a_page() {
     assert!(tables.iter().all(|table| *table == tables[0]));
 
     let page = std::fs::read_to_string(output.join("index.html")).unwrap();
-    assert!(page.contains("<svg") && page.contains("uniform") && page.trim_end().ends_with("</html>"));
+    assert!(
+        page.contains("<svg") && page.contains("uniform") && page.trim_end().ends_with("</html>")
+    );
     for outside in ["src=", "@import", "<link", "url(http", "<script", "href=\"http"] {
         assert!(!page.contains(outside), "the page loads something: {outside}");
     }
@@ -159,9 +167,15 @@ fn every_float_type_gives_a_table_a_csv_file_and_a_page() {
 
 /// One head of 100 tokens, with a calibration split.
 fn long_head() -> Vec<Tensor> {
-    let numbers = |seed: usize| (0..100 * D).map(|i| ((i * (7 + seed) + i * i * 3) % 17) as f64 / 4.0 - 2.0).collect();
+    let numbers = |seed: usize| {
+        (0..100 * D).map(|i| ((i * (7 + seed) + i * i * 3) % 17) as f64 / 4.0 - 2.0).collect()
+    };
     let names = ["q", "k", "v", "calibration/q", "calibration/k"];
-    names.into_iter().enumerate().map(|(i, name)| (name, Dtype::F32, vec![100, D], numbers(i))).collect()
+    names
+        .into_iter()
+        .enumerate()
+        .map(|(i, name)| (name, Dtype::F32, vec![100, D], numbers(i)))
+        .collect()
 }
 
 /// The lines of a CSV file that are of real heads, by the names of its columns.
@@ -189,21 +203,42 @@ fn hybrids_stand_beside_windows_of_equal_size() {
     let path = folder.join("heads.safetensors");
     write(&path, &long_head());
     let input = ["--quick", "--input", path.to_str().unwrap()];
-    let (printed, records, page) = report(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
+    let (printed, records, page) =
+        report(&folder, &[&input[..], &["--kernels", "hybrids"]].concat());
 
     assert!(printed.contains("Hybrids, head by head"), "{printed}");
-    for label in ["window 8", "features 8", "taylor 4", "heavy 2, taylor 2", "ward 8, calibrated", "merged 8, block 4"]
-    {
+    for label in [
+        "window 8",
+        "features 8",
+        "taylor 4",
+        "heavy 2, taylor 2",
+        "ward 8, calibrated",
+        "merged 8, block 4",
+    ] {
         assert!(printed.contains(label), "{label}: {printed}");
     }
     assert!(printed.contains("window of equal size"), "{printed}");
     // maps were not chosen
-    assert!(!printed.contains("growing norm") && records.iter().all(|record| record["kernel"] != "performer"));
+    assert!(
+        !printed.contains("growing norm")
+            && records.iter().all(|record| record["kernel"] != "performer")
+    );
 
     let (token, sinks, exact) = (2 * D, 2, 100 * 2 * D);
-    let of_hybrids: Vec<_> = records.iter().filter(|record| !record["variant"].is_empty()).collect();
-    let names = ["window", "hybrid-features", "hybrid-taylor", "hybrid-heavy", "hybrid-ward", "hybrid-merged"];
-    assert!(names.iter().all(|name| of_hybrids.iter().any(|record| record["kernel"] == *name)), "{records:?}");
+    let of_hybrids: Vec<_> =
+        records.iter().filter(|record| !record["variant"].is_empty()).collect();
+    let names = [
+        "window",
+        "hybrid-features",
+        "hybrid-taylor",
+        "hybrid-heavy",
+        "hybrid-ward",
+        "hybrid-merged",
+    ];
+    assert!(
+        names.iter().all(|name| of_hybrids.iter().any(|record| record["kernel"] == *name)),
+        "{records:?}"
+    );
     let window = of_hybrids.iter().find(|record| record["variant"] == "window 8").unwrap();
     for record in &of_hybrids {
         let floats = number(record, "state_floats") as usize;
@@ -217,26 +252,48 @@ fn hybrids_stand_beside_windows_of_equal_size() {
         // as many floats as the hybrid, up to one token
         let equal = (number(record, "equal_window") as usize + sinks) * token;
         assert!(equal <= floats && floats < equal + token, "{record:?}");
-        assert!(number(record, "equal_window_error") < number(window, "output_error"), "{record:?}");
+        assert!(
+            number(record, "equal_window_error") < number(window, "output_error"),
+            "{record:?}"
+        );
     }
 
-    assert!(page.contains("Hybrids, head by head") && page.contains("the closest hybrid of the table is"));
-    assert_eq!(page.matches("<svg viewBox=\"0 0 560 380\"").count(), 1, "a plot of the head, and none of maps");
+    assert!(
+        page.contains("Hybrids, head by head")
+            && page.contains("the closest hybrid of the table is")
+    );
+    assert_eq!(
+        page.matches("<svg viewBox=\"0 0 560 380\"").count(),
+        1,
+        "a plot of the head, and none of maps"
+    );
     for name in names {
         assert!(page.contains(&format!("<dt>{name}</dt>")), "{name}");
     }
 
     // where every query sees every key, only some of them have a meaning
-    let (printed, records, _) = report(&folder, &[&input[..], &["--kernels", "hybrids", "--full"]].concat());
+    let (printed, records, _) =
+        report(&folder, &[&input[..], &["--kernels", "hybrids", "--full"]].concat());
     let measured = |name: &str| records.iter().any(|record| record["kernel"] == name);
     assert_eq!(names.map(measured), [false, false, true, true, true, false], "{printed}");
     assert!(records.iter().all(|record| record["equal_window"].is_empty()));
 
     // one by name; and none beside maps that were named
-    let (_, records, _) = report(&folder, &[&input[..], &["--kernels", "relu,hybrid-ward"]].concat());
-    let kernels: Vec<_> = records.iter().filter(|r| r["input"] == "h").map(|record| record["kernel"].clone()).collect();
-    assert!(kernels.contains(&"relu".to_owned()) && kernels.contains(&"hybrid-ward".to_owned()), "{kernels:?}");
-    assert!(!kernels.contains(&"window".to_owned()) && !kernels.contains(&"dct".to_owned()), "{kernels:?}");
+    let (_, records, _) =
+        report(&folder, &[&input[..], &["--kernels", "relu,hybrid-ward"]].concat());
+    let kernels: Vec<_> = records
+        .iter()
+        .filter(|r| r["input"] == "h")
+        .map(|record| record["kernel"].clone())
+        .collect();
+    assert!(
+        kernels.contains(&"relu".to_owned()) && kernels.contains(&"hybrid-ward".to_owned()),
+        "{kernels:?}"
+    );
+    assert!(
+        !kernels.contains(&"window".to_owned()) && !kernels.contains(&"dct".to_owned()),
+        "{kernels:?}"
+    );
     let (printed, records, page) = report(&folder, &[&input[..], &["--kernels", "relu"]].concat());
     assert!(!printed.contains("Hybrids") && !page.contains("Hybrids"));
     assert!(records.iter().all(|record| record["variant"].is_empty()));
@@ -249,11 +306,13 @@ fn hybrids_stand_beside_windows_of_equal_size() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-/// The numbers of the embedded heads are those that independent programs found for the same methods.
+/// The numbers of the embedded heads are those that independent programs found for the same
+/// methods.
 #[test]
 fn hybrids_have_the_known_errors() {
     let folder = folder("known");
-    let (_, records, _) = report(&folder, &["--kernels", "window,hybrid-taylor,hybrid-ward,hybrid-merged"]);
+    let (_, records, _) =
+        report(&folder, &["--kernels", "window,hybrid-taylor,hybrid-ward,hybrid-merged"]);
     let text = include_str!("data/reference_errors.json");
     let known: serde_json::Value = serde_json::from_str(text).unwrap();
     let mut compared = 0;
@@ -261,9 +320,14 @@ fn hybrids_have_the_known_errors() {
         let errors = &known["heads"][&record["input"]]["errors"];
         let pairs = match record["variant"].as_str() {
             "window 64" => vec![("output_error", "drop_w64_s4")],
-            "ward 64" => vec![("output_error", "hybrid_ward64_uncalibrated"), ("equal_window_error", "drop_w129_s4")],
+            "ward 64" => vec![
+                ("output_error", "hybrid_ward64_uncalibrated"),
+                ("equal_window_error", "drop_w129_s4"),
+            ],
             "ward 64, calibrated" => vec![("output_error", "hybrid_ward64")],
-            "merged 64" => vec![("output_error", "hybrid_received64_diag"), ("dropped_error", "drop_w64_s4")],
+            "merged 64" => {
+                vec![("output_error", "hybrid_received64_diag"), ("dropped_error", "drop_w64_s4")]
+            }
             "merged 64, plain metric" => vec![("output_error", "hybrid_received64")],
             // its coefficients are fitted in another way where they were clamped, on L17H4
             "taylor 6" if record["input"] != "L17H4" => vec![("output_error", "hybrid_taylor2_r6")],
@@ -272,7 +336,10 @@ fn hybrids_have_the_known_errors() {
         for (column, row) in pairs {
             let Some(expected) = errors[row].as_f64() else { continue };
             let found = number(record, column);
-            assert!((found / expected - 1.0).abs() < 0.01, "{row}: {expected}, not {column} of {record:?}");
+            assert!(
+                (found / expected - 1.0).abs() < 0.01,
+                "{row}: {expected}, not {column} of {record:?}"
+            );
             compared += 1;
         }
     }
@@ -306,7 +373,8 @@ fn rivals_stand_in_a_section_of_their_own() {
     let (summary, rest) = printed.split_once("Output error on Gaussian").unwrap();
     let rivals = rest.split_once(title).unwrap().1;
     // as the first cell of a line
-    let has = |text: &str, name: &str| text.lines().any(|line| line.starts_with(&format!("│ {name} ")));
+    let has =
+        |text: &str, name: &str| text.lines().any(|line| line.starts_with(&format!("│ {name} ")));
     assert!(has(summary, "taylor *") && !has(rivals, "taylor"), "{printed}");
     for name in RIVALS {
         assert!(!has(summary, name), "{name}: {printed}");
@@ -315,8 +383,13 @@ fn rivals_stand_in_a_section_of_their_own() {
         assert!(page.contains(&format!("<dt>{name}</dt>")), "{name}");
     }
     let findings = printed.rsplit_once("\n\n- ").unwrap().1;
-    assert!(RIVALS.iter().all(|name| !findings.split_whitespace().any(|word| word == *name)), "{findings}");
-    assert!(page.contains(&format!("<h2>{title}</h2>")) && page.contains("<h2>Rivals by head</h2>"));
+    assert!(
+        RIVALS.iter().all(|name| !findings.split_whitespace().any(|word| word == *name)),
+        "{findings}"
+    );
+    assert!(
+        page.contains(&format!("<h2>{title}</h2>")) && page.contains("<h2>Rivals by head</h2>")
+    );
 
     for record in &records {
         let is_rival = RIVALS.contains(&record["kernel"].as_str());
@@ -326,9 +399,14 @@ fn rivals_stand_in_a_section_of_their_own() {
             continue;
         }
         assert!(record["failure"].is_empty(), "{record:?}");
-        assert_eq!(record["estimates_softmax"] == "true", record["kernel"] == "linformer", "{record:?}");
+        assert_eq!(
+            record["estimates_softmax"] == "true",
+            record["kernel"] == "linformer",
+            "{record:?}"
+        );
         // one and zero are factors too
-        let of = |best: &str, error: &str| number(record, best) <= number(record, error).min(1.0) + 1e-6;
+        let of =
+            |best: &str, error: &str| number(record, best) <= number(record, error).min(1.0) + 1e-6;
         assert!(of("best_factor_error", "output_error"), "{record:?}");
         assert!(of("uniform_best_factor_error", "uniform_error"), "{record:?}");
         if record["input"] == "h" {
@@ -343,16 +421,25 @@ fn rivals_stand_in_a_section_of_their_own() {
 
     // where every query sees every key nothing decays, and keys can be projected
     let (printed, records, _) = report(&folder, &[&input[..], &["rivals", "--full"]].concat());
-    let measured = |name: &str| records.iter().any(|record| record["input"] == "h" && record["kernel"] == name);
+    let measured = |name: &str| {
+        records.iter().any(|record| record["input"] == "h" && record["kernel"] == name)
+    };
     let full: Vec<_> = RIVALS.into_iter().filter(|name| measured(name)).collect();
     assert_eq!(full, ["elu", "relu", "cosformer", "linformer"], "{printed}");
-    let linformer = records.iter().find(|record| record["kernel"] == "linformer" && record["input"] == "h").unwrap();
+    let linformer = records
+        .iter()
+        .find(|record| record["kernel"] == "linformer" && record["input"] == "h")
+        .unwrap();
     assert_eq!(number(linformer, "state_floats") as usize, 64 * 2 * D);
     assert!(printed.contains(title) && !printed.contains("No exponential map"), "{printed}");
 
     // one by name
     let (_, records, page) = report(&folder, &[&input[..], &["gla"]].concat());
-    assert!(records.iter().all(|record| ["uniform", "softmax", "gla"].contains(&record["kernel"].as_str())));
+    assert!(
+        records
+            .iter()
+            .all(|record| ["uniform", "softmax", "gla"].contains(&record["kernel"].as_str()))
+    );
     assert!(!page.contains("Growing norms"), "the norms are of bidirectional inputs");
     let (printed, _, page) = report(&folder, &[&input[..], &["taylor"]].concat());
     assert!(!printed.contains("Rivals") && !page.contains("Rivals"));
@@ -388,7 +475,9 @@ fn outputs(weight: Weight, normalized: bool, [q, k, v]: &[Vec<f64>; 3]) -> Vec<f
     let output = |t: usize| {
         let weights: Vec<f64> = (0..=t).map(|j| weight(q, k, t, j)).collect();
         let total = if normalized { weights.iter().sum() } else { 1.0 };
-        (0..D).map(move |c| weights.iter().enumerate().map(|(j, w)| w * v[j * D + c]).sum::<f64>() / total)
+        (0..D).map(move |c| {
+            weights.iter().enumerate().map(|(j, w)| w * v[j * D + c]).sum::<f64>() / total
+        })
     };
     (0..TOKENS).flat_map(output).collect()
 }
@@ -399,7 +488,8 @@ fn rivals_have_the_errors_of_their_formulas() {
     let folder = folder("formulas");
     let path = folder.join("heads.safetensors");
     write(&path, &good(Dtype::F64));
-    let (_, records, _) = report(&folder, &["--quick", "--input", path.to_str().unwrap(), "--kernels", "rivals"]);
+    let (_, records, _) =
+        report(&folder, &["--quick", "--input", path.to_str().unwrap(), "--kernels", "rivals"]);
 
     let formulas: [(&str, bool, Weight); 7] = [
         ("elu", true, |q, k, t, j| {
@@ -411,8 +501,12 @@ fn rivals_have_the_errors_of_their_formulas() {
             let angle = std::f64::consts::FRAC_PI_2 * (t - j) as f64 / TOKENS as f64;
             of_features(q, k, t, j, |x| x.max(0.0) + 1e-6) * angle.cos()
         }),
-        ("retention-first", false, |q, k, t, j| (31.0_f64 / 32.0).powi((t - j) as i32) * product(q, k, t, j)),
-        ("retention-last", false, |q, k, t, j| (4095.0_f64 / 4096.0).powi((t - j) as i32) * product(q, k, t, j)),
+        ("retention-first", false, |q, k, t, j| {
+            (31.0_f64 / 32.0).powi((t - j) as i32) * product(q, k, t, j)
+        }),
+        ("retention-last", false, |q, k, t, j| {
+            (4095.0_f64 / 4096.0).powi((t - j) as i32) * product(q, k, t, j)
+        }),
         ("retention-xpos", false, |q, k, t, j| {
             let decay = |c: usize| {
                 let zeta = ((c / 2 * 2) as f64 / D as f64 + 0.4) / 1.4;
@@ -421,7 +515,9 @@ fn rivals_have_the_errors_of_their_formulas() {
             (0..D).map(|c| decay(c) * row(q, t)[c] * row(k, j)[c]).sum::<f64>() / (D as f64).sqrt()
         }),
         ("gla", false, |q, k, t, j| {
-            let gates = |c: usize| (j + 1..=t).map(|u| sigmoid(row(k, u)[c]).powf(1.0 / 16.0)).product::<f64>();
+            let gates = |c: usize| {
+                (j + 1..=t).map(|u| sigmoid(row(k, u)[c]).powf(1.0 / 16.0)).product::<f64>()
+            };
             (0..D).map(|c| gates(c) * row(q, t)[c] * row(k, j)[c]).sum::<f64>() / (D as f64).sqrt()
         }),
     ];
@@ -435,17 +531,27 @@ fn rivals_have_the_errors_of_their_formulas() {
     for (name, normalized, weight) in formulas {
         let output = outputs(weight, normalized, &head);
         let best = dot(&output, &exact) / dot(&output, &output);
-        let record = records.iter().find(|record| record["kernel"] == name && record["input"] == "h").unwrap();
-        for (column, expected) in
-            [("output_error", distance(&output, 1.0)), ("best_factor_error", distance(&output, best))]
-        {
+        let record = records
+            .iter()
+            .find(|record| record["kernel"] == name && record["input"] == "h")
+            .unwrap();
+        for (column, expected) in [
+            ("output_error", distance(&output, 1.0)),
+            ("best_factor_error", distance(&output, best)),
+        ] {
             let found = number(record, column);
-            assert!((found / expected - 1.0).abs() < 1e-4, "{name}: {column} {found}, not {expected}");
+            assert!(
+                (found / expected - 1.0).abs() < 1e-4,
+                "{name}: {column} {found}, not {expected}"
+            );
         }
     }
     let uniform = outputs(|_, _, _, _| 1.0, true, &head);
     let best = dot(&uniform, &exact) / dot(&uniform, &uniform);
-    let record = records.iter().find(|record| record["kernel"] == "elu" && record["input"] == "h").unwrap();
-    assert!((number(record, "uniform_best_factor_error") / distance(&uniform, best) - 1.0).abs() < 1e-4);
+    let record =
+        records.iter().find(|record| record["kernel"] == "elu" && record["input"] == "h").unwrap();
+    assert!(
+        (number(record, "uniform_best_factor_error") / distance(&uniform, best) - 1.0).abs() < 1e-4
+    );
     std::fs::remove_dir_all(folder).unwrap();
 }

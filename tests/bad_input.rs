@@ -1,5 +1,5 @@
-//! The constructors and tools with sizes, numbers and options that cannot be used: an error that says which, no panic.
-//! (The checker in `common` does the same for every kernel, stream and map.)
+//! The constructors and tools with sizes, numbers and options that cannot be used: an error that
+//! says which, no panic. (The checker in `common` does the same for every kernel, stream and map.)
 
 mod common;
 
@@ -7,9 +7,10 @@ use common::normal;
 use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
-    LinearMemory, Linformer, Mask, Memory, Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, Retention,
-    Rotary, SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap,
+    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, Partial, Performer,
+    Points, Radii, RadiusPoints, ReluFeatures, Retention, Rotary, SoftmaxAttention, StreamState,
+    TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;
@@ -71,7 +72,11 @@ fn sizes_of_kernels() {
     for (d, rank, max_len) in [(0, 2, 4), (2, 0, 4), (2, 4, 0)] {
         zero(Linformer::<f32>::new(d, rank, max_len, 0));
         zero(Linformer::<f32>::shared(d, rank, max_len, 0));
-        zero(Linformer::<f32>::from_projections(d, Array2::zeros((rank, max_len)), Array2::zeros((rank, max_len))));
+        zero(Linformer::<f32>::from_projections(
+            d,
+            Array2::zeros((rank, max_len)),
+            Array2::zeros((rank, max_len)),
+        ));
     }
     for (d, rank, max_len) in [(HUGE, 2, 2), (2, HUGE, 2), (2, 2, HUGE), (2, 1 << 20, 1 << 20)] {
         option(Linformer::<f32>::new(d, rank, max_len, 0));
@@ -160,8 +165,10 @@ fn memories() {
     zero(ExactMemory::<f64>::new(2, 0, 1.0));
     zero(Partial::<f64>::new(2, 0));
     let (k, v) = (normal::<f64>(70, 4, 1.0, 0), normal::<f64>(70, 3, 1.0, 1));
-    let memories: [Box<dyn Memory<f64>>; 2] =
-        [Box::new(LinearMemory::new(map.clone(), 3, 0.5).unwrap()), Box::new(ExactMemory::new(4, 3, 0.5).unwrap())];
+    let memories: [Box<dyn Memory<f64>>; 2] = [
+        Box::new(LinearMemory::new(map.clone(), 3, 0.5).unwrap()),
+        Box::new(ExactMemory::new(4, 3, 0.5).unwrap()),
+    ];
     for mut memory in memories {
         memory.absorb(k.view(), v.view()).unwrap();
         let answer = |memory: &dyn Memory<f64>| {
@@ -182,7 +189,10 @@ fn memories() {
         let mut huge = k.clone();
         huge[[69, 1]] = 1e200;
         if memory.state_floats() < 100 {
-            assert!(matches!(memory.absorb(huge.view(), v.view()), Err(Error::Overflow { row: 69, .. })));
+            assert!(matches!(
+                memory.absorb(huge.view(), v.view()),
+                Err(Error::Overflow { row: 69, .. })
+            ));
         }
         assert_eq!((memory.len(), answer(&*memory)), (70, before));
         shape(memory.read(v.view(), &mut Partial::new(70, 3).unwrap()));
@@ -194,7 +204,10 @@ fn memories() {
         let mut nothing = Partial::new(70, 3).unwrap();
         memory.read(k.view(), &mut nothing).unwrap();
         assert_eq!(nothing, Partial::new(70, 3).unwrap());
-        assert!(matches!(nothing.normalize_into(Array2::zeros((70, 3)).view_mut()), Err(Error::Normalizer { row: 0 })));
+        assert!(matches!(
+            nothing.normalize_into(Array2::zeros((70, 3)).view_mut()),
+            Err(Error::Normalizer { row: 0 })
+        ));
     }
     let mut partial = Partial::<f64>::new(2, 3).unwrap();
     shape(partial.merge(&Partial::new(3, 3).unwrap()));
@@ -204,7 +217,9 @@ fn memories() {
     shape(memory.merge(&LinearMemory::new(map.clone(), 2, 0.5).unwrap()));
     option(memory.merge(&LinearMemory::new(map, 3, 0.6).unwrap()));
     shape(ExactMemory::<f64>::new(4, 3, 0.5).unwrap().merge(&ExactMemory::new(4, 2, 0.5).unwrap()));
-    option(ExactMemory::<f64>::new(4, 3, 0.5).unwrap().merge(&ExactMemory::new(4, 3, 0.6).unwrap()));
+    option(
+        ExactMemory::<f64>::new(4, 3, 0.5).unwrap().merge(&ExactMemory::new(4, 3, 0.6).unwrap()),
+    );
 }
 
 /// Values whose sum leaves the range of the type: an error, and the memory or stream as it was.
@@ -217,7 +232,10 @@ fn huge_values() {
         let mut memory = kernel.memory(1).unwrap();
         memory.absorb(k.view(), Array2::ones((count, 1)).view()).unwrap();
         let before = kernel.stream_from(memory.clone()).save().unwrap();
-        assert!(matches!(memory.absorb(k.view(), huge.view()), Err(Error::Overflow { .. })), "{count}");
+        assert!(
+            matches!(memory.absorb(k.view(), huge.view()), Err(Error::Overflow { .. })),
+            "{count}"
+        );
         assert_eq!(kernel.stream_from(memory.clone()).save().unwrap(), before);
         let mut stream = kernel.stream_from(memory.clone());
         let mut out = Array2::zeros((count, 1));
@@ -258,7 +276,8 @@ fn sums_of_users() {
     }
     // merging is adding, in any order and at any scale
     let mut a = Partial::from_parts(array![[1.0, 2.0]], array![3.0], array![700.0]).unwrap();
-    let b = Partial::from_parts(array![[10.0, 20.0]], array![5.0], array![700.0 + 2f64.ln()]).unwrap();
+    let b =
+        Partial::from_parts(array![[10.0, 20.0]], array![5.0], array![700.0 + 2f64.ln()]).unwrap();
     a.merge(&b).unwrap();
     let mut out = Array2::zeros((1, 2));
     a.normalize_into(out.view_mut()).unwrap();
@@ -270,7 +289,8 @@ fn sums_of_users() {
 fn very_negative_coordinates_of_elu() {
     let x = normal::<f32>(6, 4, 1.0, 0) - 400.0_f32;
     let kernel = LinearAttention::new(EluFeatures::<f32>::new(4).unwrap()).with_scale(1.0);
-    let out = kernel.forward(x.view(), x.view(), Array2::ones((6, 2)).view(), Mask::Causal).unwrap();
+    let out =
+        kernel.forward(x.view(), x.view(), Array2::ones((6, 2)).view(), Mask::Causal).unwrap();
     assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
 }
 
@@ -286,9 +306,21 @@ fn tools() {
     let kernel = SoftmaxAttention::<f64>::new(4).unwrap();
     zero(compare(&kernel, none.view(), x.view(), x.view(), Mask::Full));
     zero(compare(&kernel, x.view(), none.view(), none.view(), Mask::Full));
-    zero(compare(&kernel, Array2::zeros((5, 0)).view(), Array2::zeros((5, 0)).view(), x.view(), Mask::Full));
+    zero(compare(
+        &kernel,
+        Array2::zeros((5, 0)).view(),
+        Array2::zeros((5, 0)).view(),
+        x.view(),
+        Mask::Full,
+    ));
     shape(compare(&kernel, x.view(), none.view(), none.view(), Mask::Causal));
-    shape(compare(&SoftmaxAttention::<f64>::new(3).unwrap(), x.view(), x.view(), x.view(), Mask::Causal));
+    shape(compare(
+        &SoftmaxAttention::<f64>::new(3).unwrap(),
+        x.view(),
+        x.view(),
+        x.view(),
+        Mask::Causal,
+    ));
     let mut bad = x.clone();
     bad[[1, 1]] = f64::NAN;
     not_finite(compare(&kernel, x.view(), bad.view(), x.view(), Mask::Causal));
@@ -309,12 +341,15 @@ fn tools() {
     option(fit_weights(&map, x.view(), x.view(), WeightFit::new().with_ridge(-1.0)));
     option(fit_weights(&map, x.view(), x.view(), WeightFit::new().with_ridge(f64::NAN)));
     let taylor = TaylorFeatures::<f64>::new(4).unwrap();
-    assert!(matches!(fit_weights(&taylor, x.view(), x.view(), WeightFit::new()), Err(Error::Unsupported { .. })));
+    assert!(matches!(
+        fit_weights(&taylor, x.view(), x.view(), WeightFit::new()),
+        Err(Error::Unsupported { .. })
+    ));
     // norms at which no weight can help: a result or an error, never a panic
     for size in [1e-300, 1e3, 1e150, 1e160] {
         let x = x.mapv(|x| x * size);
-        let _ =
-            fit_weights(&map, x.view(), x.view(), WeightFit::new()).map(|d| assert!(d.iter().all(|d| d.is_finite())));
+        let _ = fit_weights(&map, x.view(), x.view(), WeightFit::new())
+            .map(|d| assert!(d.iter().all(|d| d.is_finite())));
     }
 }
 
@@ -356,8 +391,12 @@ fn maps_of_users() {
         for mask in [Mask::Causal, Mask::Full] {
             let result = kernel.forward(x.view(), x.view(), x.view(), mask);
             match result {
-                Ok(out) => assert!(good && out.iter().all(|x| x.is_finite()), "{value} {log_scale}"),
-                Err(Error::Overflow { .. } | Error::Normalizer { .. }) => assert!(!good, "{value} {log_scale}"),
+                Ok(out) => {
+                    assert!(good && out.iter().all(|x| x.is_finite()), "{value} {log_scale}")
+                }
+                Err(Error::Overflow { .. } | Error::Normalizer { .. }) => {
+                    assert!(!good, "{value} {log_scale}")
+                }
                 Err(error) => panic!("{error}"),
             }
         }
@@ -381,7 +420,9 @@ fn maps_of_users() {
             Ok(())
         }
     }
-    assert!(LinearAttention::new(Empty).forward(x.view(), x.view(), x.view(), Mask::Causal).is_err());
+    assert!(
+        LinearAttention::new(Empty).forward(x.view(), x.view(), x.view(), Mask::Causal).is_err()
+    );
     assert!(Attention::<f64>::stream(&LinearAttention::new(Empty), 2).is_err());
 }
 
@@ -390,7 +431,9 @@ fn states() {
     let kernel = LinearAttention::new(Performer::<f64>::new(4, 8, 0).unwrap());
     let mut stream = Attention::<f64>::stream(&kernel, 2).unwrap();
     let good = 2 * 8 * 3 + 1;
-    let state = |kernel: &str, tokens, shape: Vec<usize>, numbers| StreamState::new(kernel, tokens, shape, numbers);
+    let state = |kernel: &str, tokens, shape: Vec<usize>, numbers| {
+        StreamState::new(kernel, tokens, shape, numbers)
+    };
     for bad in [
         state("softmax", 1, vec![4, 8, 2], vec![1.0; good]),
         state("linear", 1, vec![4, 8, 3], vec![1.0; good]),
@@ -414,9 +457,11 @@ fn states() {
 
 #[test]
 fn errors_are_errors_and_say_what_to_do() {
-    let error: Box<dyn std::error::Error + Send + Sync> = Box::new(Error::ZeroSize { which: "head_dim" });
+    let error: Box<dyn std::error::Error + Send + Sync> =
+        Box::new(Error::ZeroSize { which: "head_dim" });
     assert_eq!(error.to_string(), "`head_dim` is 0: pass at least 1");
-    let weights = Performer::<f64>::new(2, 2, 0).unwrap().with_weights(Array1::zeros(2)).unwrap_err();
+    let weights =
+        Performer::<f64>::new(2, 2, 0).unwrap().with_weights(Array1::zeros(2)).unwrap_err();
     assert_eq!(
         weights.to_string(),
         "`weights` is all zero, which cannot be used: it must be positive for at least one feature"

@@ -1,11 +1,12 @@
-//! The block of the released DiJiang models is its formula, whole and in any pieces; it refuses what does not fit; its state moves only
-//! when a call succeeds.
+//! The block of the released DiJiang models is its formula, whole and in any pieces; it refuses
+//! what does not fit; its state moves only when a call succeeds.
 
 mod common;
 
 use common::{golden, matrix, normal, strided, vector, wide};
 use dijiang::{
-    Attention, DctFeatures, DijiangBlock, DijiangWeights, Error, LinearAttention, Mask, Rotary, Scalar, decay,
+    Attention, DctFeatures, DijiangBlock, DijiangWeights, Error, LinearAttention, Mask, Rotary,
+    Scalar, decay,
 };
 use ndarray::{Array1, Array2, s};
 
@@ -47,7 +48,8 @@ fn features(x: &[f64], radii: &Array1<f64>) -> Vec<f64> {
         let norm = if a == 0 { 1.0 } else { 2.0 } / d as f64;
         norm.sqrt() * (std::f64::consts::PI * ((2 * i + 1) * a) as f64 / (2 * d) as f64).cos()
     };
-    let logits: Vec<f64> = (0..d).map(|i| radii[i] * (0..d).map(|a| x[a] * c(a, i)).sum::<f64>()).collect();
+    let logits: Vec<f64> =
+        (0..d).map(|i| radii[i] * (0..d).map(|a| x[a] * c(a, i)).sum::<f64>()).collect();
     let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logits.iter().map(|l| (l - largest).exp()).sum();
     logits.iter().map(|l| (l - largest).exp() / sum).collect()
@@ -78,18 +80,29 @@ fn linear(w: &Array2<f64>, b: &Array1<f64>, x: &[f64]) -> Vec<f64> {
 }
 
 /// The block, token by token.
-fn naive(w: &DijiangWeights<f64>, heads: usize, dims: usize, epsilon: f64, x: &Array2<f64>) -> Array2<f64> {
+fn naive(
+    w: &DijiangWeights<f64>,
+    heads: usize,
+    dims: usize,
+    epsilon: f64,
+    x: &Array2<f64>,
+) -> Array2<f64> {
     let (n, hidden) = x.dim();
     let d = hidden / heads;
-    let projected: Vec<Vec<f64>> =
-        x.rows().into_iter().map(|x| linear(&w.query_key_value, &w.query_key_value_bias, &x.to_vec())).collect();
+    let projected: Vec<Vec<f64>> = x
+        .rows()
+        .into_iter()
+        .map(|x| linear(&w.query_key_value, &w.query_key_value_bias, &x.to_vec()))
+        .collect();
     let part = |token: usize, head: usize, which: usize| {
         let first = head * 3 * d + which * d;
         &projected[token][first..first + d]
     };
-    let feature =
-        |token: usize, head: usize, which: usize| features(&turned(part(token, head, which), token, dims), &w.radii);
-    let keys: Vec<Vec<Vec<f64>>> = (0..n).map(|t| (0..heads).map(|h| feature(t, h, 1)).collect()).collect();
+    let feature = |token: usize, head: usize, which: usize| {
+        features(&turned(part(token, head, which), token, dims), &w.radii)
+    };
+    let keys: Vec<Vec<Vec<f64>>> =
+        (0..n).map(|t| (0..heads).map(|h| feature(t, h, 1)).collect()).collect();
     let mut out = Array2::zeros((n, hidden));
     for t in 0..n {
         // heads, side by side
@@ -109,11 +122,13 @@ fn naive(w: &DijiangWeights<f64>, heads: usize, dims: usize, epsilon: f64, x: &A
         for group in 0..d {
             let columns = group * heads..(group + 1) * heads;
             let mean = mixed[columns.clone()].iter().sum::<f64>() / heads as f64;
-            let variance = mixed[columns.clone()].iter().map(|x| (x - mean).powi(2)).sum::<f64>() / heads as f64;
+            let variance = mixed[columns.clone()].iter().map(|x| (x - mean).powi(2)).sum::<f64>()
+                / heads as f64;
             for c in columns {
                 let normed = (mixed[c] - mean) / (variance + epsilon).sqrt();
                 let gate: f64 = (0..hidden).map(|j| x[[t, j]] * w.gate[[j, c]]).sum();
-                gated[c] = gate / (1.0 + (-gate).exp()) * (normed * w.group_norm_weight[c] + w.group_norm_bias[c]);
+                gated[c] = gate / (1.0 + (-gate).exp())
+                    * (normed * w.group_norm_weight[c] + w.group_norm_bias[c]);
             }
         }
         out.row_mut(t).assign(&Array1::from(linear(&w.dense, &w.dense_bias, &gated)));
@@ -142,7 +157,12 @@ const SIZES: [(usize, usize, usize); 9] = [
     (240, 3, 20), // d = 80, as GPT-NeoX 2.8B
 ];
 
-fn build<T: Scalar>(hidden: usize, heads: usize, dims: usize, seed: u64) -> (DijiangWeights<T>, DijiangBlock<T>) {
+fn build<T: Scalar>(
+    hidden: usize,
+    heads: usize,
+    dims: usize,
+    seed: u64,
+) -> (DijiangWeights<T>, DijiangBlock<T>) {
     let weights = weights::<T>(hidden, heads, seed);
     let rotary = Rotary::partial(hidden / heads, dims).unwrap();
     let block = DijiangBlock::new(weights.clone(), heads, rotary).unwrap();
@@ -159,7 +179,11 @@ fn check_formula<T: Scalar>(tolerance: f64) {
             let mut out = Array2::from_elem((n, hidden), T::nan());
             block.forward_into(x.view(), out.view_mut()).unwrap();
             let found = difference(&out, &exact);
-            assert!(found <= tolerance, "hidden {hidden} heads {heads} n {n} {}: {found:.1e}", T::NAME);
+            assert!(
+                found <= tolerance,
+                "hidden {hidden} heads {heads} n {n} {}: {found:.1e}",
+                T::NAME
+            );
         }
     }
 }
@@ -189,7 +213,8 @@ fn check_pieces<T: Scalar>(tolerance: f64) {
         let (_, block) = build::<T>(hidden, heads, dims, 3);
         let x = normal::<T>(n, hidden, 1.0, 9);
         let whole = wide(&block.forward(x.view()).unwrap());
-        for sizes in [&[1; 150][..], &[150], &[64, 64, 22], &[0, 1, 0, 65, 3, 1, 80, 0], &[149, 1]] {
+        for sizes in [&[1; 150][..], &[150], &[64, 64, 22], &[0, 1, 0, 65, 3, 1, 80, 0], &[149, 1]]
+        {
             let mut stream = block.stream().unwrap();
             assert!(stream.is_empty());
             let size = stream.state_floats();
@@ -206,7 +231,11 @@ fn check_pieces<T: Scalar>(tolerance: f64) {
                 assert_eq!((stream.len(), stream.state_floats()), (start, size));
             }
             let found = difference(&out.to_owned(), &whole);
-            assert!(found <= tolerance, "hidden {hidden} heads {heads} in {} pieces: {found:.1e}", sizes.len());
+            assert!(
+                found <= tolerance,
+                "hidden {hidden} heads {heads} in {} pieces: {found:.1e}",
+                sizes.len()
+            );
         }
     }
 }
@@ -254,7 +283,10 @@ fn after_an_error_the_stream_goes_on_as_if_it_had_not_been() {
     let shape = |which, axis, expected, found| Error::Shape { which, axis, expected, found };
     assert_eq!(fails(&Array2::zeros((3, 11)), &mut out), shape("x", "columns", 12, 11));
     assert_eq!(fails(&Array2::zeros((2, 12)), &mut out), shape("out", "rows", 2, 3));
-    assert_eq!(fails(&Array2::zeros((3, 12)), &mut Array2::zeros((3, 11))), shape("out", "columns", 12, 11));
+    assert_eq!(
+        fails(&Array2::zeros((3, 12)), &mut Array2::zeros((3, 11))),
+        shape("out", "columns", 12, 11)
+    );
     let mut bad = Array2::zeros((3, 12));
     bad[[2, 7]] = f32::NAN;
     assert_eq!(fails(&bad, &mut out), Error::NotFinite { which: "x", row: 2, column: 7 });
@@ -271,7 +303,8 @@ fn after_an_error_the_stream_goes_on_as_if_it_had_not_been() {
 
 #[test]
 fn large_and_equal_numbers_stay_finite() {
-    // values so large that their squares are out of range, gates at both ends, groups without variance
+    // values so large that their squares are out of range, gates at both ends, groups without
+    // variance
     for size in [1e-300, 1e-3, 1e3, 1e150, 1e200] {
         let (mut weights, _) = build::<f64>(12, 3, 4, 6);
         weights.query_key_value.slice_mut(s![..;1, ..]).mapv_inplace(|w| w * size);
@@ -280,7 +313,9 @@ fn large_and_equal_numbers_stay_finite() {
         let block = DijiangBlock::new(weights, 3, Rotary::partial(4, 2).unwrap()).unwrap();
         match block.forward(normal::<f64>(7, 12, 1.0, 9).view()) {
             Ok(out) => assert!(out.iter().all(|x| x.is_finite()), "{size}"),
-            Err(error) => assert!(size > 1e100 && matches!(error, Error::Overflow { .. }), "{size}: {error}"),
+            Err(error) => {
+                assert!(size > 1e100 && matches!(error, Error::Overflow { .. }), "{size}: {error}")
+            }
         }
     }
     let (_, block) = build::<f64>(12, 3, 4, 6);
@@ -297,27 +332,49 @@ fn bad_weights_are_errors() {
         DijiangBlock::new(weights, 3, rotary()).unwrap_err()
     };
     let shape = |which, axis, expected, found| Error::Shape { which, axis, expected, found };
-    assert_eq!(with(|w| w.query_key_value = Array2::zeros((12, 12))), shape("query_key_value", "rows", 36, 12));
-    assert_eq!(with(|w| w.query_key_value_bias = Array1::zeros(12)), shape("query_key_value_bias", "elements", 36, 12));
+    assert_eq!(
+        with(|w| w.query_key_value = Array2::zeros((12, 12))),
+        shape("query_key_value", "rows", 36, 12)
+    );
+    assert_eq!(
+        with(|w| w.query_key_value_bias = Array1::zeros(12)),
+        shape("query_key_value_bias", "elements", 36, 12)
+    );
     assert_eq!(with(|w| w.dense = Array2::zeros((12, 4))), shape("dense", "columns", 12, 4));
     assert_eq!(with(|w| w.dense_bias = Array1::zeros(4)), shape("dense_bias", "elements", 12, 4));
     assert_eq!(with(|w| w.gate = Array2::zeros((4, 12))), shape("gate", "rows", 12, 4));
-    assert_eq!(with(|w| w.group_norm_weight = Array1::zeros(3)), shape("group_norm_weight", "elements", 12, 3));
-    assert_eq!(with(|w| w.group_norm_bias = Array1::zeros(0)), shape("group_norm_bias", "elements", 12, 0));
+    assert_eq!(
+        with(|w| w.group_norm_weight = Array1::zeros(3)),
+        shape("group_norm_weight", "elements", 12, 3)
+    );
+    assert_eq!(
+        with(|w| w.group_norm_bias = Array1::zeros(0)),
+        shape("group_norm_bias", "elements", 12, 0)
+    );
     assert_eq!(with(|w| w.radii = Array1::zeros(12)), shape("radii", "elements", 4, 12));
     assert_eq!(
         with(|w| w.query_key_value = Array2::zeros((0, 0))),
         Error::ZeroSize { which: "query_key_value columns" }
     );
-    assert_eq!(with(|w| w.gate[[3, 1]] = f32::NAN), Error::NotFinite { which: "gate", row: 3, column: 1 });
-    assert_eq!(with(|w| w.radii[2] = f32::INFINITY), Error::NotFinite { which: "radii", row: 0, column: 2 });
-    let new = |heads, rotary| DijiangBlock::new(weights::<f32>(12, 3, 1), heads, rotary).unwrap_err();
+    assert_eq!(
+        with(|w| w.gate[[3, 1]] = f32::NAN),
+        Error::NotFinite { which: "gate", row: 3, column: 1 }
+    );
+    assert_eq!(
+        with(|w| w.radii[2] = f32::INFINITY),
+        Error::NotFinite { which: "radii", row: 0, column: 2 }
+    );
+    let new =
+        |heads, rotary| DijiangBlock::new(weights::<f32>(12, 3, 1), heads, rotary).unwrap_err();
     assert_eq!(new(0, rotary()), Error::ZeroSize { which: "heads" });
     assert!(matches!(new(5, rotary()), Error::InvalidOption { which: "heads", .. }));
     assert_eq!(new(3, Rotary::new(8).unwrap()), shape("rotary", "columns", 4, 8));
     for epsilon in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let (_, block) = build::<f32>(12, 3, 2, 1);
-        assert!(matches!(block.with_epsilon(epsilon), Err(Error::InvalidOption { which: "epsilon", .. })));
+        assert!(matches!(
+            block.with_epsilon(epsilon),
+            Err(Error::InvalidOption { which: "epsilon", .. })
+        ));
     }
 }
 
@@ -366,7 +423,9 @@ fn is_the_released_block() {
             for t in 0..x.nrows() {
                 stream.extend(x.slice(s![t..=t, ..]), pieces.slice_mut(s![t..=t, ..])).unwrap();
             }
-            for (which, found) in [("whole", block.forward(x.view()).unwrap()), ("token by token", pieces)] {
+            for (which, found) in
+                [("whole", block.forward(x.view()).unwrap()), ("token by token", pieces)]
+            {
                 let found = difference(&found, &output);
                 assert!(found <= 1e-12, "{} {which}: {found:.1e}", case["name"]);
             }
@@ -388,15 +447,18 @@ const LAYER: &str = "gpt_neox.layers.0.attention";
 #[cfg(feature = "safetensors")]
 fn checkpoint(case: &serde_json::Value) -> Vec<u8> {
     use safetensors::tensor::{Dtype, TensorView, serialize};
-    let bytes = |numbers: &mut dyn Iterator<Item = &f64>| numbers.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    let bytes = |numbers: &mut dyn Iterator<Item = &f64>| {
+        numbers.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()
+    };
     let matrices = ["query_key_value.weight", "dense.weight", "W_G", "proj_matrix"].map(|name| {
         let x = matrix(&case[name]);
         (name, x.shape().to_vec(), bytes(&mut x.iter()))
     });
-    let vectors = ["query_key_value.bias", "dense.bias", "group_norm.weight", "group_norm.bias"].map(|name| {
-        let x = vector(&case[name]);
-        (name, x.shape().to_vec(), bytes(&mut x.iter()))
-    });
+    let vectors = ["query_key_value.bias", "dense.bias", "group_norm.weight", "group_norm.bias"]
+        .map(|name| {
+            let x = vector(&case[name]);
+            (name, x.shape().to_vec(), bytes(&mut x.iter()))
+        });
     let tensors = matrices.iter().chain(&vectors).map(|(name, shape, bytes)| {
         (format!("{LAYER}.{name}"), TensorView::new(Dtype::F64, shape.clone(), bytes).unwrap())
     });
@@ -408,22 +470,30 @@ fn radii_are_found_in_a_projection_of_that_form_only() {
     for d in [1, 3, 8, 64, 80] {
         let radii = normal::<f64>(1, d, 1.0, 4).row(0).to_owned();
         let p = DctFeatures::official(radii.clone()).unwrap().projection().reversed_axes();
-        let found = |p: &Array2<f64>| DctFeatures::official_from_projection(p.view()).map(|map| map.radii().clone());
+        let found = |p: &Array2<f64>| {
+            DctFeatures::official_from_projection(p.view()).map(|map| map.radii().clone())
+        };
         assert!((found(&p).unwrap() - &radii).iter().all(|e| e.abs() < 1e-13));
         // stored in eight or eleven bits
         let size = radii.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-        let halves = [p.mapv(|x| half::bf16::from_f64(x).to_f64()), p.mapv(|x| half::f16::from_f64(x).to_f64())];
+        let halves = [
+            p.mapv(|x| half::bf16::from_f64(x).to_f64()),
+            p.mapv(|x| half::f16::from_f64(x).to_f64()),
+        ];
         for half in halves {
             assert!((found(&half).unwrap() - &radii).iter().all(|e| e.abs() <= size / 256.0));
         }
         if d > 1 {
-            let refused = |p: &Array2<f64>| matches!(found(p), Err(Error::InvalidOption { which: "projection", .. }));
+            let refused = |p: &Array2<f64>| {
+                matches!(found(p), Err(Error::InvalidOption { which: "projection", .. }))
+            };
             assert!(refused(&p.t().to_owned()));
             let mut trained = p.clone();
             trained[[d - 1, 0]] += 0.1;
             assert!(refused(&trained));
         }
     }
-    let wrong = DctFeatures::<f32>::official_from_projection(Array2::zeros((3, 4)).view()).unwrap_err();
+    let wrong =
+        DctFeatures::<f32>::official_from_projection(Array2::zeros((3, 4)).view()).unwrap_err();
     assert_eq!(wrong, Error::Shape { which: "projection", axis: "columns", expected: 3, found: 4 });
 }

@@ -1,4 +1,5 @@
-//! The block of a released checkpoint is the block of its weights, in every type of numbers; what does not fit is named.
+//! The block of a released checkpoint is the block of its weights, in every type of numbers; what
+//! does not fit is named.
 #![cfg(feature = "safetensors")]
 
 mod common;
@@ -20,15 +21,17 @@ type Tensors = BTreeMap<&'static str, (Vec<usize>, Vec<f64>)>;
 
 /// The tensors of a layer, those that nobody needs among them.
 fn tensors() -> Tensors {
-    let matrix =
-        |rows, columns, seed| (vec![rows, columns], normal::<f64>(rows, columns, 0.3, seed).into_iter().collect());
+    let matrix = |rows, columns, seed| {
+        (vec![rows, columns], normal::<f64>(rows, columns, 0.3, seed).into_iter().collect())
+    };
     let vector = |len, seed| (vec![len], normal::<f64>(1, len, 0.3, seed).into_iter().collect());
     let radii = normal::<f64>(1, DIM, 1.0, 8).row(0).to_owned();
     let projection = DctFeatures::official(radii).unwrap().projection();
     let positions = 16;
     let powers = |sign: i32| {
         let decays = decay::dijiang(HEADS);
-        let numbers = (0..HEADS * positions).map(|i| decays[i / positions].powi(sign * (i % positions) as i32));
+        let numbers = (0..HEADS * positions)
+            .map(|i| decays[i / positions].powi(sign * (i % positions) as i32));
         (vec![1, HEADS, positions, 1], numbers.collect())
     };
     BTreeMap::from([
@@ -64,7 +67,11 @@ fn file(tensors: &Tensors, dtype: impl Fn(&str) -> Dtype) -> Vec<u8> {
     let bytes: Vec<_> = tensors
         .iter()
         .map(|(name, (shape, numbers))| {
-            (*name, shape, numbers.iter().flat_map(|&x| stored(dtype(name), x).0).collect::<Vec<u8>>())
+            (
+                *name,
+                shape,
+                numbers.iter().flat_map(|&x| stored(dtype(name), x).0).collect::<Vec<u8>>(),
+            )
         })
         .collect();
     let views = bytes.iter().map(|(name, shape, bytes)| {
@@ -78,7 +85,12 @@ fn rotary() -> Rotary {
 }
 
 fn load(bytes: &[u8]) -> Result<DijiangBlock<f64>, Error> {
-    DijiangBlock::from_safetensors(&SafeTensors::deserialize(bytes).unwrap(), PREFIX, HEADS, rotary())
+    DijiangBlock::from_safetensors(
+        &SafeTensors::deserialize(bytes).unwrap(),
+        PREFIX,
+        HEADS,
+        rotary(),
+    )
 }
 
 #[test]
@@ -102,7 +114,10 @@ fn every_type_of_numbers_gives_the_block_of_its_weights() {
                 gate: matrix("W_G"),
                 group_norm_weight: vector("group_norm.weight"),
                 group_norm_bias: vector("group_norm.bias"),
-                radii: DctFeatures::official_from_projection(projection.view()).unwrap().radii().clone(),
+                radii: DctFeatures::official_from_projection(projection.view())
+                    .unwrap()
+                    .radii()
+                    .clone(),
             },
             HEADS,
             rotary(),
@@ -111,10 +126,17 @@ fn every_type_of_numbers_gives_the_block_of_its_weights() {
         let x = normal::<f64>(20, HIDDEN, 1.0, 9);
         let out = block.forward(x.view()).unwrap();
         assert_eq!(load(&bytes).unwrap().forward(x.view()).unwrap(), out, "{dtype:?}");
-        let single =
-            DijiangBlock::<f32>::from_safetensors(&SafeTensors::deserialize(&bytes).unwrap(), PREFIX, HEADS, rotary());
+        let single = DijiangBlock::<f32>::from_safetensors(
+            &SafeTensors::deserialize(&bytes).unwrap(),
+            PREFIX,
+            HEADS,
+            rotary(),
+        );
         let single = single.unwrap().forward(x.mapv(|x| x as f32).view()).unwrap();
-        assert!(single.iter().zip(&out).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-4), "{dtype:?}");
+        assert!(
+            single.iter().zip(&out).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-4),
+            "{dtype:?}"
+        );
     }
 }
 
@@ -133,7 +155,8 @@ fn tables_of_decays_are_optional() {
 fn problem(bytes: &[u8]) -> (String, String) {
     match load(bytes).unwrap_err() {
         Error::Tensor { name, found, needed } => {
-            let text = Error::Tensor { name: name.clone(), found: found.clone(), needed }.to_string();
+            let text =
+                Error::Tensor { name: name.clone(), found: found.clone(), needed }.to_string();
             assert!(text.contains(&name) && text.contains(&found));
             (name.strip_prefix(PREFIX).unwrap().trim_start_matches('.').to_owned(), found)
         }
@@ -158,12 +181,16 @@ fn tensors_that_do_not_fit_are_named() {
         let mut missing = tensors();
         missing.remove(name);
         assert_eq!(problem(&file(&missing, float)), (name.to_owned(), "missing".to_owned()));
-        let integers = file(&tensors(), |other| if other == name { Dtype::I64 } else { Dtype::F32 });
+        let integers =
+            file(&tensors(), |other| if other == name { Dtype::I64 } else { Dtype::F32 });
         assert_eq!(problem(&integers), (name.to_owned(), "of type I64".to_owned()));
         if name != "query_key_value.weight" {
             let mut small = tensors();
             small.insert(name, (vec![2, 3], vec![0.0; 6]));
-            assert_eq!(problem(&file(&small, float)), (name.to_owned(), "of shape [2, 3]".to_owned()));
+            assert_eq!(
+                problem(&file(&small, float)),
+                (name.to_owned(), "of shape [2, 3]".to_owned())
+            );
         }
     }
     for shape in [vec![6], vec![2, 3], vec![1, 6, 1], vec![6, 0]] {
@@ -200,7 +227,13 @@ fn wrong_heads_and_numbers_that_are_not_finite() {
     let bytes = file(&tensors(), |_| Dtype::F32);
     let file_of = SafeTensors::deserialize(&bytes).unwrap();
     let with = |heads, d| {
-        DijiangBlock::<f32>::from_safetensors(&file_of, PREFIX, heads, Rotary::partial(d, 2).unwrap()).unwrap_err()
+        DijiangBlock::<f32>::from_safetensors(
+            &file_of,
+            PREFIX,
+            heads,
+            Rotary::partial(d, 2).unwrap(),
+        )
+        .unwrap_err()
     };
     assert_eq!(with(0, 8), Error::ZeroSize { which: "heads" });
     assert!(matches!(with(2, 12), Error::Tensor { .. }));
@@ -211,8 +244,9 @@ fn wrong_heads_and_numbers_that_are_not_finite() {
     bad.get_mut("W_G").unwrap().1[HIDDEN + 2] = f64::NAN;
     let error = load(&file(&bad, |_| Dtype::F16)).unwrap_err();
     assert_eq!(error, Error::NotFinite { which: "gate", row: 1, column: 2 });
-    let error = DijiangBlock::<f32>::from_safetensors(&file_of, "gpt_neox.layers.8", HEADS, rotary()).unwrap_err();
-    let text =
-        "tensor `gpt_neox.layers.8.query_key_value.weight` is missing where one of shape [3·hidden, hidden] is needed";
+    let error =
+        DijiangBlock::<f32>::from_safetensors(&file_of, "gpt_neox.layers.8", HEADS, rotary())
+            .unwrap_err();
+    let text = "tensor `gpt_neox.layers.8.query_key_value.weight` is missing where one of shape [3·hidden, hidden] is needed";
     assert!(error.to_string().starts_with(text), "{error}");
 }

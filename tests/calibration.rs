@@ -1,12 +1,13 @@
-//! Calibration: the known coefficients of real heads, the identities behind it, samples that hardly say anything, and
-//! options that cannot be used.
+//! Calibration: the known coefficients of real heads, the identities behind it, samples that hardly
+//! say anything, and options that cannot be used.
 
 mod common;
 
 use common::{Head, assert_close, golden, heads, normal, tokens, vector, wide};
 use dijiang::{
-    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, Error, FeatureMap, LinearAttention,
-    Mask, Performer, Scalar, TaylorFeatures, TaylorFit, WeightFit, Wpff, fit_weights,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, Error, FeatureMap,
+    LinearAttention, Mask, Performer, Scalar, TaylorFeatures, TaylorFit, WeightFit, Wpff,
+    fit_weights,
 };
 use ndarray::{Array1, Array2, Array3, ArrayView1, Axis, array, concatenate, s, stack};
 
@@ -23,7 +24,11 @@ fn calibrate(head: &Head) -> Calibration {
     Calibration::from_samples(q.view(), k.view(), options(head)).unwrap()
 }
 
-fn calibrate_with(q: &Array2<f64>, k: &Array2<f64>, options: CalibrationOptions) -> Result<Calibration, Error> {
+fn calibrate_with(
+    q: &Array2<f64>,
+    k: &Array2<f64>,
+    options: CalibrationOptions,
+) -> Result<Calibration, Error> {
     Calibration::from_samples(q.view(), k.view(), options)
 }
 
@@ -39,8 +44,11 @@ fn known_coefficients_of_real_heads() {
         let calibration = calibrate(&head);
         for rank in [6, 10] {
             let c = |fit| calibration.taylor_coefficients(rank, fit).unwrap();
-            for (fit, ending) in [(TaylorFit::Clamped, ""), (TaylorFit::Unconstrained, "_unclamped")] {
-                let exact = vector(&known["heads"][head.name][format!("taylor2_r{rank}_c{ending}")]);
+            for (fit, ending) in
+                [(TaylorFit::Clamped, ""), (TaylorFit::Unconstrained, "_unclamped")]
+            {
+                let exact =
+                    vector(&known["heads"][head.name][format!("taylor2_r{rank}_c{ending}")]);
                 for (found, exact) in c(fit).iter().zip(&exact) {
                     assert!(
                         (found - exact).abs() < 1e-6 * exact.abs(),
@@ -50,7 +58,12 @@ fn known_coefficients_of_real_heads() {
                 }
             }
             let [c0, c1, c2] = c(TaylorFit::Constrained);
-            assert!(c0 >= 1e-3 && c1 >= 0.0 && c2 >= 0.0 && c1 * c1 <= 2.0 * 0.98 * 0.98 * c0 * c2 * (1.0 + 1e-12));
+            assert!(
+                c0 >= 1e-3
+                    && c1 >= 0.0
+                    && c2 >= 0.0
+                    && c1 * c1 <= 2.0 * 0.98 * 0.98 * c0 * c2 * (1.0 + 1e-12)
+            );
             if c(TaylorFit::Clamped) == c(TaylorFit::Unconstrained) {
                 assert_eq!(c(TaylorFit::Constrained), c(TaylorFit::Unconstrained));
             }
@@ -66,7 +79,8 @@ fn known_coefficients_of_real_heads() {
     }
 }
 
-/// Exact near pairs and the map's far pairs under one normaliser, naively: the known errors of the clamped fit, and what the constrained one has.
+/// Exact near pairs and the map's far pairs under one normaliser, naively: the known errors of the
+/// clamped fit, and what the constrained one has.
 #[test]
 fn known_output_errors_of_real_heads() {
     let known = golden("reference_errors");
@@ -82,7 +96,9 @@ fn known_output_errors_of_real_heads() {
                 let logs: Vec<f64> = (0..seen).map(|j| weights(t, j)).collect();
                 let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = logs.iter().map(|x| (x - largest).exp()).sum();
-                logs.iter().enumerate().for_each(|(j, x)| attention[[t, j]] = (x - largest).exp() / total);
+                logs.iter()
+                    .enumerate()
+                    .for_each(|(j, x)| attention[[t, j]] = (x - largest).exp() / total);
             }
             attention.dot(v)
         };
@@ -91,13 +107,26 @@ fn known_output_errors_of_real_heads() {
         for rank in [6, 10] {
             let [clamped, constrained] = [TaylorFit::Clamped, TaylorFit::Constrained].map(|fit| {
                 let map = CalibratedTaylor::<f64>::with_fit(rank, &calibration, fit).unwrap();
-                let far = LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+                let far =
+                    LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
                 let near = |t: usize, j: usize| head.mask == Mask::Causal && (t < j + 64 || j < 4);
-                norm(&(output(&|t, j| if near(t, j) { scores[[t, j]] } else { far[[t, j]] }) - &exact)) / norm(&exact)
+                norm(
+                    &(output(&|t, j| if near(t, j) { scores[[t, j]] } else { far[[t, j]] })
+                        - &exact),
+                ) / norm(&exact)
             });
-            let reference = known["heads"][head.name]["errors"][format!("hybrid_taylor2_r{rank}")].as_f64().unwrap();
-            assert!((clamped / reference - 1.0).abs() < 1e-8, "{} {rank}: {clamped} {reference}", head.name);
-            println!("{} rank {rank}: output error {constrained:.4}, clamped {clamped:.4}", head.name);
+            let reference = known["heads"][head.name]["errors"][format!("hybrid_taylor2_r{rank}")]
+                .as_f64()
+                .unwrap();
+            assert!(
+                (clamped / reference - 1.0).abs() < 1e-8,
+                "{} {rank}: {clamped} {reference}",
+                head.name
+            );
+            println!(
+                "{} rank {rank}: output error {constrained:.4}, clamped {clamped:.4}",
+                head.name
+            );
             assert!(constrained < 1.03 * clamped);
         }
     }
@@ -107,7 +136,8 @@ fn known_output_errors_of_real_heads() {
 #[test]
 fn statistics_are_their_formulas_at_any_positions() {
     let (n, d, group, window, sinks, scale) = (40, 3, 2, 17, 5, 0.4);
-    let positions: Vec<usize> = (0..n).map(|i| 2 * i + usize::from(i % 5 == 1) + i / 30 * 8).collect();
+    let positions: Vec<usize> =
+        (0..n).map(|i| 2 * i + usize::from(i % 5 == 1) + i / 30 * 8).collect();
     let q = stack![Axis(0), normal::<f64>(n, d, 1.0, 1), normal::<f64>(n, d, 1.5, 2)];
     let k = normal::<f64>(n, d, 1.2, 3);
     let options = CalibrationOptions::new()
@@ -117,7 +147,10 @@ fn statistics_are_their_formulas_at_any_positions() {
         .with_shrinkage(0.1)
         .with_positions(positions.clone());
     let calibration = Calibration::from_group(q.view(), k.view(), options).unwrap();
-    assert_eq!((calibration.head_dim(), calibration.scale(), calibration.mask()), (d, scale, Mask::Causal));
+    assert_eq!(
+        (calibration.head_dim(), calibration.scale(), calibration.mask()),
+        (d, scale, Mask::Causal)
+    );
     assert_eq!((calibration.window(), calibration.sinks()), (window, sinks));
 
     let score = |h: usize, t: usize, j: usize| scale * q.slice(s![h, t, ..]).dot(&k.row(j));
@@ -125,7 +158,8 @@ fn statistics_are_their_formulas_at_any_positions() {
     let key = |j: usize| k.row(j).to_owned() * scale.sqrt();
     let far = |t: usize, j: usize| positions[t] >= positions[j] + window && positions[j] >= sinks;
     let lse = |h: usize, t: usize| (0..=t).map(|j| score(h, t, j).exp()).sum::<f64>().ln();
-    let (mut rows, mut a, mut mean, mut share) = (Vec::new(), Array1::<f64>::zeros(n), Array1::zeros(d), Vec::new());
+    let (mut rows, mut a, mut mean, mut share) =
+        (Vec::new(), Array1::<f64>::zeros(n), Array1::zeros(d), Vec::new());
     for (t, h) in (0..n).flat_map(|t| (0..group).map(move |h| (t, h))) {
         let keys: Vec<usize> = (0..n).filter(|j| far(t, *j)).collect();
         let total: f64 = keys.iter().map(|j| score(h, t, *j).exp()).sum();
@@ -151,16 +185,24 @@ fn statistics_are_their_formulas_at_any_positions() {
     assert_close("mean of keys", &one(calibration.key_mean()), &one(key_mean.view()), 256.0);
     let outer = |x: Array1<f64>| x.clone().insert_axis(Axis(1)).dot(&x.insert_axis(Axis(0)));
     let shrunk = |x: Array2<f64>| &x + &(Array2::<f64>::eye(d) * (0.1 * x.diag().sum() / d as f64));
-    let query_covariance =
-        rows.iter().fold(Array2::zeros((d, d)), |m, (t, h)| m + outer(query(*h, *t) - &mean) / count);
-    assert_close("Σ_q", &calibration.query_covariance().to_owned(), &shrunk(query_covariance), 256.0);
-    let key_covariance = (0..n).fold(Array2::zeros((d, d)), |m, j| m + outer(key(j) - &key_mean) * a[j]);
+    let query_covariance = rows
+        .iter()
+        .fold(Array2::zeros((d, d)), |m, (t, h)| m + outer(query(*h, *t) - &mean) / count);
+    assert_close(
+        "Σ_q",
+        &calibration.query_covariance().to_owned(),
+        &shrunk(query_covariance),
+        256.0,
+    );
+    let key_covariance =
+        (0..n).fold(Array2::zeros((d, d)), |m, j| m + outer(key(j) - &key_mean) * a[j]);
     assert_close("Σ_k", &calibration.key_covariance().to_owned(), &shrunk(key_covariance), 256.0);
 
     let late = || (n / 8..n).flat_map(|t| (0..group).map(move |h| (t, h)));
     let size = late().count() as f64;
     let x = key(3) * 0.7;
-    let expected = late().map(|(t, h)| (query(h, t).dot(&x) - lse(h, t)).exp()).sum::<f64>() / size + 1e-12;
+    let expected =
+        late().map(|(t, h)| (query(h, t).dot(&x) - lse(h, t)).exp()).sum::<f64>() / size + 1e-12;
     assert!((calibration.expected_attention(x.view()) / expected - 1.0).abs() < 1e-12);
     let gram = late().fold(Array2::<f64>::zeros((d, d)), |m, (t, h)| m + outer(query(h, t)) / size);
     let gram = &gram + &(Array2::<f64>::eye(d) * (1e-3 * gram.diag().sum() / d as f64));
@@ -179,14 +221,26 @@ fn identities_of_the_bases() {
         let lambda = Array2::from_diag(&calibration.spectrum());
         assert_close("inverse", &m.dot(&m_inv_t.t()), &Array2::eye(d), 1e5);
         assert_close("queries", &m.dot(&calibration.query_covariance()).dot(&m.t()), &lambda, 1e5);
-        assert_close("keys", &m_inv_t.dot(&calibration.key_covariance()).dot(&m_inv_t.t()), &lambda, 1e5);
+        assert_close(
+            "keys",
+            &m_inv_t.dot(&calibration.key_covariance()).dot(&m_inv_t.t()),
+            &lambda,
+            1e5,
+        );
         assert!(calibration.spectrum().windows(2).into_iter().all(|w| w[0] >= w[1]));
         assert!((calibration.attention().sum() - 1.0).abs() < 1e-12);
         for condition in [calibration.query_condition(), calibration.key_condition()] {
-            assert!(condition > 1.0 && condition < d as f64 / 0.02 + 1.0, "{}: {condition}", head.name);
+            assert!(
+                condition > 1.0 && condition < d as f64 / 0.02 + 1.0,
+                "{}: {condition}",
+                head.name
+            );
         }
         let (q, k) = (scaled(&head.test[0], &calibration), scaled(&head.test[1], &calibration));
-        let (x, y) = ((&q - &calibration.query_mean()).dot(&m.t()), (&k - &calibration.key_mean()).dot(&m_inv_t.t()));
+        let (x, y) = (
+            (&q - &calibration.query_mean()).dot(&m.t()),
+            (&k - &calibration.key_mean()).dot(&m_inv_t.t()),
+        );
         let parts = x.dot(&y.t())
             + q.dot(&calibration.key_mean()).insert_axis(Axis(1))
             + (&k - &calibration.key_mean()).dot(&calibration.query_mean());
@@ -201,8 +255,15 @@ fn identities_of_the_bases() {
     }
 }
 
-/// Every option of the kernel of a rank reaches its map: features multiply to the formula, in both types.
-fn check_map<T: Scalar>(calibration: &Calibration, rank: usize, q: &Array2<f64>, k: &Array2<f64>, slack: f64) {
+/// Every option of the kernel of a rank reaches its map: features multiply to the formula, in both
+/// types.
+fn check_map<T: Scalar>(
+    calibration: &Calibration,
+    rank: usize,
+    q: &Array2<f64>,
+    k: &Array2<f64>,
+    slack: f64,
+) {
     let map = CalibratedTaylor::<T>::new(rank, calibration).unwrap();
     assert_eq!((map.rank(), map.num_features()), (rank, (rank + 1) * (rank + 2) / 2));
     let kernel = LinearAttention::new(map.clone()).with_scale(calibration.scale());
@@ -215,9 +276,15 @@ fn check_map<T: Scalar>(calibration: &Calibration, rank: usize, q: &Array2<f64>,
             let (q, k) = (&q - &calibration.query_mean(), &k - &calibration.key_mean());
             let (x, y) = (calibration.query_basis().dot(&q), calibration.key_basis().dot(&k));
             let s = x.slice(s![..rank]).dot(&y.slice(s![..rank]));
-            let base = (&q + &calibration.query_mean()).dot(&calibration.key_mean()) + calibration.query_mean().dot(&k);
+            let base = (&q + &calibration.query_mean()).dot(&calibration.key_mean())
+                + calibration.query_mean().dot(&k);
             let exact = base + (c0 + c1 * s + 0.5 * c2 * s * s).ln();
-            assert!((found[[t, j]] - exact).abs() < slack, "{}: {} {exact}", T::NAME, found[[t, j]]);
+            assert!(
+                (found[[t, j]] - exact).abs() < slack,
+                "{}: {} {exact}",
+                T::NAME,
+                found[[t, j]]
+            );
         }
     }
 }
@@ -266,29 +333,48 @@ fn single_precision_samples_agree() {
     }
     let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 5);
     let (q32, k32) = (q.mapv(f32::from_f64), k.mapv(f32::from_f64));
-    let narrow = Calibration::from_samples(q32.view(), k32.view(), CalibrationOptions::new()).unwrap();
+    let narrow =
+        Calibration::from_samples(q32.view(), k32.view(), CalibrationOptions::new()).unwrap();
     let exact = calibrate_with(&q, &k, CalibrationOptions::new()).unwrap();
-    let c = |x: &Calibration| Array1::from(x.taylor_coefficients(2, TaylorFit::Constrained).unwrap().to_vec());
+    let c = |x: &Calibration| {
+        Array1::from(x.taylor_coefficients(2, TaylorFit::Constrained).unwrap().to_vec())
+    };
     assert!((c(&narrow) - c(&exact)).iter().all(|x| x.abs() < 1e-5));
-    assert_close("Σ_k", &narrow.key_covariance().to_owned(), &exact.key_covariance().to_owned(), 1e-6 / f64::EPSILON);
+    assert_close(
+        "Σ_k",
+        &narrow.key_covariance().to_owned(),
+        &exact.key_covariance().to_owned(),
+        1e-6 / f64::EPSILON,
+    );
 }
 
 #[test]
 fn a_group_is_all_the_rows_of_its_heads() {
     let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 9);
     let alone = calibrate_with(&q, &k, CalibrationOptions::new()).unwrap();
-    let one = Calibration::from_group(q.view().insert_axis(Axis(0)), k.view(), CalibrationOptions::new()).unwrap();
+    let one =
+        Calibration::from_group(q.view().insert_axis(Axis(0)), k.view(), CalibrationOptions::new())
+            .unwrap();
     assert_eq!(one, alone);
     // the same head three times: three times the rows, and the same everything
     let group = q.broadcast((3, 100, 4)).unwrap();
     let three = Calibration::from_group(group, k.view(), CalibrationOptions::new()).unwrap();
     assert_eq!(three.rows_used(), 3 * alone.rows_used());
-    assert_close("Σ_q", &three.query_covariance().to_owned(), &alone.query_covariance().to_owned(), 256.0);
+    assert_close(
+        "Σ_q",
+        &three.query_covariance().to_owned(),
+        &alone.query_covariance().to_owned(),
+        256.0,
+    );
     assert_close("metric", &three.metric(), &alone.metric(), 256.0);
-    let (a, b) = [&three, &alone].map(|c| c.taylor_coefficients(3, TaylorFit::default()).unwrap()).into();
+    let (a, b) =
+        [&three, &alone].map(|c| c.taylor_coefficients(3, TaylorFit::default()).unwrap()).into();
     assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-10));
     let key = k.row(3).to_owned() * 0.5_f64.sqrt();
-    assert!((three.expected_attention(key.view()) / alone.expected_attention(key.view()) - 1.0).abs() < 1e-12);
+    assert!(
+        (three.expected_attention(key.view()) / alone.expected_attention(key.view()) - 1.0).abs()
+            < 1e-12
+    );
 }
 
 /// With every pair far, calibrated weights are those of `fit_weights`.
@@ -296,14 +382,17 @@ fn a_group_is_all_the_rows_of_its_heads() {
 fn weights_of_all_pairs_are_fit_weights() {
     let [q, k, _] = tokens::<f64>(60, 6, 1, 0.8, 2);
     let map = Wpff::<f64>::new(6, 32, 1).unwrap();
-    let calibration = calibrate_with(&q, &k, CalibrationOptions::new().with_mask(Mask::Full)).unwrap();
-    let weights = fit_weights(&map, q.view(), k.view(), WeightFit::new().with_mask(Mask::Full)).unwrap();
+    let calibration =
+        calibrate_with(&q, &k, CalibrationOptions::new().with_mask(Mask::Full)).unwrap();
+    let weights =
+        fit_weights(&map, q.view(), k.view(), WeightFit::new().with_mask(Mask::Full)).unwrap();
     let one = |x: &Array1<f64>| x.clone().insert_axis(Axis(0));
     assert_close("D", &one(&calibration.fit_weights(&map, 0.01).unwrap()), &one(&weights), 1e6);
     assert_eq!(calibration.fit_weights(&map, f64::INFINITY).unwrap(), Array1::<f64>::ones(32));
 }
 
-/// On the far pairs of the samples, in attention space: never worse than D = 1, whatever the weights were before.
+/// On the far pairs of the samples, in attention space: never worse than D = 1, whatever the
+/// weights were before.
 #[test]
 fn calibrated_weights_fit_the_far_pairs() {
     fn check(
@@ -315,11 +404,16 @@ fn calibrated_weights_fit_the_far_pairs() {
     ) {
         let [q, k] = input;
         let scores = q.dot(&k.t()) * calibration.scale();
-        let lse: Array1<f64> = (0..100).map(|t| scores.slice(s![t, ..=t]).mapv(f64::exp).sum().ln()).collect();
+        let lse: Array1<f64> =
+            (0..100).map(|t| scores.slice(s![t, ..=t]).mapv(f64::exp).sum().ln()).collect();
         let error = |map: Box<dyn FeatureMap<f64>>| -> f64 {
             let found = LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
-            let far = (0..100_usize).flat_map(|t| (4..(t + 1).saturating_sub(20)).map(move |j| (t, j)));
-            far.map(|(t, j)| ((found[[t, j]] - lse[t]).exp() - (scores[[t, j]] - lse[t]).exp()).powi(2)).sum()
+            let far =
+                (0..100_usize).flat_map(|t| (4..(t + 1).saturating_sub(20)).map(move |j| (t, j)));
+            far.map(|(t, j)| {
+                ((found[[t, j]] - lse[t]).exp() - (scores[[t, j]] - lse[t]).exp()).powi(2)
+            })
+            .sum()
         };
         let (before, after) = (error(Box::new(plain)), error(Box::new(fitted)));
         assert!(after < 0.9 * before, "{name}: {after} against {before}");
@@ -328,7 +422,13 @@ fn calibrated_weights_fit_the_far_pairs() {
     let calibration = calibrate_with(&q, &k, CalibrationOptions::new().with_window(20)).unwrap();
     let odd = Array1::from_shape_fn(32, |i| i as f64);
     let map = Wpff::<f64>::new(6, 32, 1).unwrap();
-    check("wpff", &calibration, [&q, &k], map.clone(), map.clone().calibrated(&calibration).unwrap());
+    check(
+        "wpff",
+        &calibration,
+        [&q, &k],
+        map.clone(),
+        map.clone().calibrated(&calibration).unwrap(),
+    );
     let again = map.clone().with_weights(odd.clone()).unwrap().calibrated(&calibration).unwrap();
     assert_eq!(again, map.calibrated(&calibration).unwrap());
     let map = Performer::<f64>::new(6, 32, 1).unwrap();
@@ -340,14 +440,26 @@ fn calibrated_weights_fit_the_far_pairs() {
         map.with_weights(odd.clone()).unwrap().calibrated(&calibration).unwrap(),
     );
     let map = DctFeatures::<f64>::new(6, 32, 1).unwrap();
-    check("dct", &calibration, [&q, &k], map.clone(), map.with_weights(odd).unwrap().calibrated(&calibration).unwrap());
+    check(
+        "dct",
+        &calibration,
+        [&q, &k],
+        map.clone(),
+        map.with_weights(odd).unwrap().calibrated(&calibration).unwrap(),
+    );
 
     let official = DctFeatures::official(Array1::<f64>::ones(6)).unwrap();
     assert!(matches!(official.calibrated(&calibration), Err(Error::Unsupported { .. })));
-    assert!(matches!(Wpff::<f32>::new(5, 8, 0).unwrap().calibrated(&calibration), Err(Error::Shape { .. })));
+    assert!(matches!(
+        Wpff::<f32>::new(5, 8, 0).unwrap().calibrated(&calibration),
+        Err(Error::Shape { .. })
+    ));
     let map = Wpff::<f32>::new(6, 8, 0).unwrap();
     for ridge in [-1.0, f64::NAN] {
-        assert!(matches!(calibration.fit_weights(&map, ridge), Err(Error::InvalidOption { which: "ridge", .. })));
+        assert!(matches!(
+            calibration.fit_weights(&map, ridge),
+            Err(Error::InvalidOption { which: "ridge", .. })
+        ));
     }
     let signed = CalibratedTaylor::<f64>::new(2, &calibration).unwrap();
     assert!(matches!(calibration.fit_weights(&signed, 0.1), Err(Error::Unsupported { .. })));
@@ -378,21 +490,36 @@ fn degenerate_samples() {
             for (mask, rank) in [(Mask::Causal, 1), (Mask::Causal, 5), (Mask::Full, 3)] {
                 let options = options().with_shrinkage(shrinkage).with_mask(mask);
                 let calibration = calibrate_with(&q, &k, options).unwrap();
-                assert!(calibration.query_condition().is_finite() && calibration.key_condition().is_finite(), "{name}");
+                assert!(
+                    calibration.query_condition().is_finite()
+                        && calibration.key_condition().is_finite(),
+                    "{name}"
+                );
                 assert!(calibration.metric().iter().all(|x| x.is_finite()));
                 let key = scaled(&k, &calibration);
                 assert!(calibration.expected_attention(key.row(0)) > 0.0);
                 assert!(calibration.static_score(key.row(0)).is_finite());
                 for fit in [TaylorFit::Clamped, TaylorFit::Unconstrained] {
-                    assert!(calibration.taylor_coefficients(rank, fit).unwrap().iter().all(|c| c.is_finite()));
+                    assert!(
+                        calibration
+                            .taylor_coefficients(rank, fit)
+                            .unwrap()
+                            .iter()
+                            .all(|c| c.is_finite())
+                    );
                 }
                 let map = CalibratedTaylor::<f64>::new(rank, &calibration).unwrap();
-                let found = LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+                let found =
+                    LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
                 let exact = q.dot(&k.t()) * calibration.scale();
                 let worst = (&found - &exact).iter().fold(0.0_f64, |m, x| m.max(x.abs()));
                 let slack = if name.starts_with("two") { 0.5 } else { 1e-3 };
-                assert!(worst < slack, "{name} {mask:?} rank {rank} shrinkage {shrinkage}: {worst}");
-                let weights = calibration.fit_weights(&Wpff::<f64>::new(5, 8, 0).unwrap(), 0.01).unwrap();
+                assert!(
+                    worst < slack,
+                    "{name} {mask:?} rank {rank} shrinkage {shrinkage}: {worst}"
+                );
+                let weights =
+                    calibration.fit_weights(&Wpff::<f64>::new(5, 8, 0).unwrap(), 0.01).unwrap();
                 assert!(weights.iter().all(|d| d.is_finite() && *d >= 0.0));
             }
         }
@@ -401,8 +528,11 @@ fn degenerate_samples() {
     for mask in [Mask::Causal, Mask::Full] {
         let [q, k, _] = tokens::<f64>(8, 32, 1, 0.5, 4);
         for shrinkage in [0.0, 0.02] {
-            let options =
-                CalibrationOptions::new().with_window(1).with_sinks(0).with_mask(mask).with_shrinkage(shrinkage);
+            let options = CalibrationOptions::new()
+                .with_window(1)
+                .with_sinks(0)
+                .with_mask(mask)
+                .with_shrinkage(shrinkage);
             let calibration = calibrate_with(&q, &k, options).unwrap();
             let map = CalibratedTaylor::<f32>::new(8, &calibration).unwrap();
             let kernel = LinearAttention::new(map);
@@ -419,7 +549,9 @@ fn degenerate_samples() {
     let found = LinearAttention::new(map).log_weights(one.view(), one.view()).unwrap().unwrap();
     assert!((found[[0, 0]] - 4.0).abs() < 1e-9);
     // more queries than keys
-    let calibration = calibrate_with(&x, &x.slice(s![..7, ..]).to_owned(), options().with_mask(Mask::Full)).unwrap();
+    let calibration =
+        calibrate_with(&x, &x.slice(s![..7, ..]).to_owned(), options().with_mask(Mask::Full))
+            .unwrap();
     assert_eq!((calibration.rows_used(), calibration.attention().len()), (n, 7));
 }
 
@@ -479,8 +611,14 @@ fn bad_samples_and_options() {
     for bad in [f64::NAN, f64::INFINITY] {
         let mut y = x.clone();
         y[[99, 3]] = bad;
-        assert_eq!(calibrate_with(&y, &x, new()).unwrap_err(), Error::NotFinite { which: "q", row: 99, column: 3 });
-        assert_eq!(calibrate_with(&x, &y, new()).unwrap_err(), Error::NotFinite { which: "k", row: 99, column: 3 });
+        assert_eq!(
+            calibrate_with(&y, &x, new()).unwrap_err(),
+            Error::NotFinite { which: "q", row: 99, column: 3 }
+        );
+        assert_eq!(
+            calibrate_with(&x, &y, new()).unwrap_err(),
+            Error::NotFinite { which: "k", row: 99, column: 3 }
+        );
     }
     let shape = |q: &Array2<f64>, k: &Array2<f64>| {
         assert!(matches!(calibrate_with(q, k, new()), Err(Error::Shape { which: "k", .. })));
@@ -492,7 +630,10 @@ fn bad_samples_and_options() {
         assert!(matches!(error, Error::ZeroSize { .. }), "{error}");
     }
     let none = Array3::<f64>::zeros((0, 100, 4));
-    assert!(matches!(Calibration::from_group(none.view(), x.view(), new()), Err(Error::ZeroSize { .. })));
+    assert!(matches!(
+        Calibration::from_group(none.view(), x.view(), new()),
+        Err(Error::ZeroSize { .. })
+    ));
     for huge in [1e100, 1e153, 1e200, 1e300] {
         match calibrate_with(&(&x * huge), &(&x * huge), new()) {
             Ok(calibration) => {
@@ -505,26 +646,46 @@ fn bad_samples_and_options() {
     }
 
     let calibration = calibrate_with(&x, &x, new()).unwrap();
-    assert!(matches!(CalibratedTaylor::<f32>::new(0, &calibration), Err(Error::ZeroSize { which: "rank" })));
-    assert!(matches!(CalibratedTaylor::<f32>::new(5, &calibration), Err(Error::InvalidOption { which: "rank", .. })));
-    assert!(matches!(calibration.taylor_coefficients(5, TaylorFit::Clamped), Err(Error::InvalidOption { .. })));
-    for key in [array![1.0, 2.0], array![1.0, 2.0, f64::NAN, 3.0], array![1.0, 2.0, 3.0, f64::INFINITY]] {
-        assert!(calibration.expected_attention(key.view()).is_nan() && calibration.static_score(key.view()).is_nan());
+    assert!(matches!(
+        CalibratedTaylor::<f32>::new(0, &calibration),
+        Err(Error::ZeroSize { which: "rank" })
+    ));
+    assert!(matches!(
+        CalibratedTaylor::<f32>::new(5, &calibration),
+        Err(Error::InvalidOption { which: "rank", .. })
+    ));
+    assert!(matches!(
+        calibration.taylor_coefficients(5, TaylorFit::Clamped),
+        Err(Error::InvalidOption { .. })
+    ));
+    for key in
+        [array![1.0, 2.0], array![1.0, 2.0, f64::NAN, 3.0], array![1.0, 2.0, 3.0, f64::INFINITY]]
+    {
+        assert!(
+            calibration.expected_attention(key.view()).is_nan()
+                && calibration.static_score(key.view()).is_nan()
+        );
     }
     let huge = Array1::from_elem(4, 1e300);
-    assert!(calibration.expected_attention(huge.view()).is_finite() && !calibration.static_score(huge.view()).is_nan());
+    assert!(
+        calibration.expected_attention(huge.view()).is_finite()
+            && !calibration.static_score(huge.view()).is_nan()
+    );
 }
 
 #[test]
 fn parts_of_a_map() {
     let (mean, basis) = (Array1::<f64>::zeros(3), Array2::<f64>::eye(3));
-    let build = |c| CalibratedTaylor::from_parts(mean.clone(), mean.clone(), basis.clone(), basis.clone(), c);
+    let build = |c| {
+        CalibratedTaylor::from_parts(mean.clone(), mean.clone(), basis.clone(), basis.clone(), c)
+    };
     // without means and with an identity it is the plain Taylor map
     let map = build([1.0, 1.0, 1.0]).unwrap();
     let plain = TaylorFeatures::<f64>::new(3).unwrap();
     let x = normal::<f64>(9, 3, 2.0, 5);
     for keys in [false, true] {
-        let (a, b) = (common::features(&map, &x, 1.0, keys), common::features(&plain, &x, 1.0, keys));
+        let (a, b) =
+            (common::features(&map, &x, 1.0, keys), common::features(&plain, &x, 1.0, keys));
         assert_close("features", &a.0, &b.0, 8.0);
         assert!((&a.1 - &b.1).iter().all(|x| x.abs() < 1e-14));
     }
@@ -541,7 +702,10 @@ fn parts_of_a_map() {
         [f64::NAN, 1.0, 1.0],
         [1.0, 1.0, f64::INFINITY],
     ] {
-        assert!(matches!(build(c), Err(Error::InvalidOption { which: "coefficients", .. })), "{c:?}");
+        assert!(
+            matches!(build(c), Err(Error::InvalidOption { which: "coefficients", .. })),
+            "{c:?}"
+        );
     }
     let shape = |mq: usize, mk: usize, q: (usize, usize), k: (usize, usize)| {
         let map = CalibratedTaylor::<f32>::from_parts(
@@ -558,11 +722,17 @@ fn parts_of_a_map() {
     shape(4, 3, (2, 3), (2, 3));
     shape(3, 2, (2, 3), (2, 3));
     let empty = Array1::<f32>::zeros(0);
-    let map =
-        CalibratedTaylor::from_parts(empty.clone(), empty, Array2::zeros((0, 0)), Array2::zeros((0, 0)), [1.0; 3]);
+    let map = CalibratedTaylor::from_parts(
+        empty.clone(),
+        empty,
+        Array2::zeros((0, 0)),
+        Array2::zeros((0, 0)),
+        [1.0; 3],
+    );
     assert!(matches!(map, Err(Error::ZeroSize { .. })));
     let bad = Array2::from_elem((3, 3), f64::NAN);
-    let map = CalibratedTaylor::from_parts(mean.clone(), mean.clone(), basis.clone(), bad, [1.0; 3]);
+    let map =
+        CalibratedTaylor::from_parts(mean.clone(), mean.clone(), basis.clone(), bad, [1.0; 3]);
     assert!(matches!(map, Err(Error::NotFinite { which: "key_basis", .. })));
 }
 
@@ -571,24 +741,28 @@ fn parts_of_a_map() {
 fn huge_vectors() {
     let mean = Array1::<f32>::zeros(2);
     let basis = array![[1.0_f32, 1.0], [3.0, -5.0]];
-    let map = CalibratedTaylor::from_parts(mean.clone(), mean, basis.clone(), basis, [1.0; 3]).unwrap();
+    let map =
+        CalibratedTaylor::from_parts(mean.clone(), mean, basis.clone(), basis, [1.0; 3]).unwrap();
     for size in [1e-30_f32, 1.0, 1e10, 1e19, 1e30, 3e38] {
         let x = array![[size, size], [size, -size]];
-        let (mut values, mut log_scale) = (Array2::from_elem((2, 6), f32::NAN), Array1::from_elem(2, f32::NAN));
+        let (mut values, mut log_scale) =
+            (Array2::from_elem((2, 6), f32::NAN), Array1::from_elem(2, f32::NAN));
         for keys in [false, true] {
             if keys {
                 map.map_keys(x.view(), values.view_mut(), log_scale.view_mut()).unwrap();
             } else {
                 map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).unwrap();
             }
-            let found = f64::from(values.row(1).dot(&values.row(1))).ln() + 2.0 * f64::from(log_scale[1]);
+            let found =
+                f64::from(values.row(1).dot(&values.row(1))).ln() + 2.0 * f64::from(log_scale[1]);
             let s = 64.0 * f64::from(size).powi(2);
             let exact = (1.0 + s + s * s / 2.0).ln();
             assert!((found - exact).abs() < 1e-5 * (1.0 + exact), "{size}: {found} {exact}");
         }
     }
     let calibration =
-        calibrate_with(&normal(100, 2, 1.0, 1), &normal(100, 2, 1.0, 2), CalibrationOptions::new()).unwrap();
+        calibrate_with(&normal(100, 2, 1.0, 1), &normal(100, 2, 1.0, 2), CalibrationOptions::new())
+            .unwrap();
     let map = CalibratedTaylor::<f32>::new(2, &calibration).unwrap();
     let x = concatenate![Axis(0), Array2::zeros((70, 2)), array![[3e38_f32, -3e38]]];
     let (mut values, mut log_scale) = (Array2::zeros((71, 3 * 2)), Array1::zeros(71));
@@ -608,9 +782,11 @@ fn saved_and_loaded() {
     let [q, k, _] = tokens::<f64>(80, 3, 1, 1.0, 9);
     let group = stack![Axis(0), q, normal::<f64>(80, 3, 1.0, 10)];
     let options = CalibrationOptions::new().with_window(9).with_stride(2).with_scale(0.3);
-    for options in
-        [options.clone(), options.with_mask(Mask::Full), CalibrationOptions::new().with_positions((5..85).collect())]
-    {
+    for options in [
+        options.clone(),
+        options.with_mask(Mask::Full),
+        CalibrationOptions::new().with_positions((5..85).collect()),
+    ] {
         assert_eq!(round_trip(&options), options);
         let calibration = Calibration::from_group(group.view(), k.view(), options).unwrap();
         assert_eq!(round_trip(&calibration), calibration);

@@ -1,5 +1,5 @@
-//! However the features of a DCT map are computed, they are those of its projection: products, transforms over lanes, transforms one by
-//! one; chunks and single tokens.
+//! However the features of a DCT map are computed, they are those of its projection: products,
+//! transforms over lanes, transforms one by one; chunks and single tokens.
 
 mod common;
 
@@ -32,14 +32,20 @@ fn check<T: Scalar>(map: &DctFeatures<T>, official: bool, tolerance: f64) {
     let exact = expected(&omega, &wide, official);
     for rows in [0..70, 0..1, 69..70, 3..20] {
         let n = rows.len();
-        let (mut values, mut scale) = (Array2::from_elem((n, m), T::nan()), Array1::from_elem(n, T::nan()));
-        map.map_queries(x.slice(s![rows.clone(), ..]), values.view_mut(), scale.view_mut()).unwrap();
+        let (mut values, mut scale) =
+            (Array2::from_elem((n, m), T::nan()), Array1::from_elem(n, T::nan()));
+        map.map_queries(x.slice(s![rows.clone(), ..]), values.view_mut(), scale.view_mut())
+            .unwrap();
         for (i, t) in rows.enumerate() {
             let largest = exact.row(t).fold(0.0, |a: f64, &b| a.max(b));
             for j in 0..m {
                 let found = values[[i, j]].as_f64() * scale[i].as_f64().exp();
                 let error = (found - exact[[t, j]]).abs() / largest;
-                assert!(error <= tolerance, "{} d={d} m={m} row {t} feature {j}: {error:e}", T::NAME);
+                assert!(
+                    error <= tolerance,
+                    "{} d={d} m={m} row {t} feature {j}: {error:e}",
+                    T::NAME
+                );
             }
         }
     }
@@ -51,7 +57,8 @@ fn every_way_gives_the_features_of_the_projection() {
         for m in [10, 64, d + 6] {
             check(&DctFeatures::<f64>::new(d, m, 3).unwrap(), false, 1e-12);
             check(&DctFeatures::<f32>::new(d, m, 3).unwrap(), false, 2e-5);
-            let antithetic = DctFeatures::<f64>::new(d, m, 3).unwrap().with_radii(Radii::Antithetic).unwrap();
+            let antithetic =
+                DctFeatures::<f64>::new(d, m, 3).unwrap().with_radii(Radii::Antithetic).unwrap();
             check(&antithetic, false, 1e-12);
         }
         let radii = normal::<f64>(1, d, 1.0, 4).into_shape_with_order(d).unwrap();

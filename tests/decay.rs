@@ -4,16 +4,16 @@ mod common;
 
 use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask,
-    Memory, MultiHead, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
+    Attention, DctFeatures, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures,
+    LinearAttention, Mask, Memory, MultiHead, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
 };
 use ndarray::{Array1, Array2, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
 use serde_json::Value;
 use std::sync::Arc;
 
-/// `S_t = diag(α_t) S_{t−1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t`, as the formula stands, with the features in absolute terms, in f64;
-/// `log_decay [n, 1 or features]`.
+/// `S_t = diag(α_t) S_{t−1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t`, as the formula stands, with the
+/// features in absolute terms, in f64; `log_decay [n, 1 or features]`.
 fn recurrence(
     map: &dyn FeatureMap<f64>,
     [q, k, v]: [&Array2<f64>; 3],
@@ -60,7 +60,8 @@ enum Kind {
     Everything,
 }
 
-const KINDS: [Kind; 5] = [Kind::Constant, Kind::Channels, Kind::PerToken, Kind::PerTokenAndChannel, Kind::Everything];
+const KINDS: [Kind; 5] =
+    [Kind::Constant, Kind::Channels, Kind::PerToken, Kind::PerTokenAndChannel, Kind::Everything];
 
 /// Decays of a sequence: what the kernel is given, what comes with the tokens, and both together.
 struct Decays {
@@ -73,12 +74,14 @@ struct Decays {
 impl Decays {
     /// Of size `strength` on average, of the tokens with some that keep all, and some resets.
     fn new(kind: Kind, n: usize, m: usize, strength: f64, seed: u64) -> Self {
-        let random =
-            |rows, columns, seed| normal::<f64>(rows, columns, strength, seed).mapv(|x| f64::from((-x.abs()) as f32));
+        let random = |rows, columns, seed| {
+            normal::<f64>(rows, columns, strength, seed).mapv(|x| f64::from((-x.abs()) as f32))
+        };
         let all = kind == Kind::Everything;
         let gamma = f64::from((-0.3 * strength).exp() as f32);
         let constant = (all || kind == Kind::Constant).then_some(gamma);
-        let channels = (all || kind == Kind::Channels).then(|| random(1, m, seed).row(0).mapv(f64::exp));
+        let channels =
+            (all || kind == Kind::Channels).then(|| random(1, m, seed).row(0).mapv(f64::exp));
         let columns = match kind {
             Kind::PerToken => Some(1),
             Kind::PerTokenAndChannel | Kind::Everything => Some(m),
@@ -99,7 +102,10 @@ impl Decays {
             }
             gates
         });
-        let width = gates.as_ref().map_or(1, |gates| gates.ncols()).max(channels.as_ref().map_or(1, Array1::len));
+        let width = gates
+            .as_ref()
+            .map_or(1, |gates| gates.ncols())
+            .max(channels.as_ref().map_or(1, Array1::len));
         let total = Array2::from_shape_fn((n, width), |(t, i)| {
             constant.map_or(0.0, f64::ln)
                 + channels.as_ref().map_or(0.0, |channels| channels[i].ln())
@@ -128,7 +134,14 @@ impl Decays {
             None => kernel.forward_into(q.view(), k.view(), v.view(), Mask::Causal, out.view_mut()),
             Some(gates) => {
                 let gates = gates.mapv(T::from_f64);
-                kernel.forward_gated(q.view(), k.view(), v.view(), gates.view(), out.view_mut(), &mut Scratch::new())
+                kernel.forward_gated(
+                    q.view(),
+                    k.view(),
+                    v.view(),
+                    gates.view(),
+                    out.view_mut(),
+                    &mut Scratch::new(),
+                )
             }
         }
         .unwrap();
@@ -136,7 +149,12 @@ impl Decays {
     }
 
     /// Feeds pieces of the given sizes, over and over.
-    fn feed<T: Scalar>(&self, stream: &mut dyn Stream<T>, [q, k, v]: &[Array2<T>; 3], sizes: &[usize]) -> Array2<T> {
+    fn feed<T: Scalar>(
+        &self,
+        stream: &mut dyn Stream<T>,
+        [q, k, v]: &[Array2<T>; 3],
+        sizes: &[usize],
+    ) -> Array2<T> {
         let gates = self.gates.as_ref().map(|gates| gates.mapv(T::from_f64));
         let mut out = Array2::from_elem(v.dim(), T::nan());
         let mut start = 0;
@@ -163,7 +181,14 @@ fn units<T: Scalar>() -> f64 {
     if T::NAME == "f64" { 4096.0 } else { 1024.0 }
 }
 
-fn check<T: Scalar>(kind: Kind, name: &str, [n, d, m]: [usize; 3], strength: f64, normalized: bool, sizes: &[usize]) {
+fn check<T: Scalar>(
+    kind: Kind,
+    name: &str,
+    [n, d, m]: [usize; 3],
+    strength: f64,
+    normalized: bool,
+    sizes: &[usize],
+) {
     let (map, wide_map) = (map::<T>(name, d, m, 5), map::<f64>(name, d, m, 5));
     let input = tokens::<T>(n, d, 3, 0.7, n as u64 + 1);
     let decays = Decays::new(kind, n, map.num_features(), strength, n as u64);
@@ -171,7 +196,9 @@ fn check<T: Scalar>(kind: Kind, name: &str, [n, d, m]: [usize; 3], strength: f64
     let [q, k, v] = input.each_ref().map(wide);
     let scale = 1.0 / (d as f64).sqrt();
     let exact = recurrence(&*wide_map, [&q, &k, &v], &decays.total, scale, normalized);
-    let what = format!("{kind:?} {name} n={n} d={d} m={m} strength {strength} normalized {normalized} {sizes:?}");
+    let what = format!(
+        "{kind:?} {name} n={n} d={d} m={m} strength {strength} normalized {normalized} {sizes:?}"
+    );
     assert_close(&what, &decays.forward(&kernel, &input), &exact, units::<T>());
     let mut stream = Attention::<T>::stream(&kernel, 3).unwrap();
     assert_close(&what, &decays.feed(&mut *stream, &input, sizes), &exact, units::<T>());
@@ -183,7 +210,9 @@ fn check<T: Scalar>(kind: Kind, name: &str, [n, d, m]: [usize; 3], strength: f64
 fn every_kind_is_the_recurrence_at_every_size() {
     for kind in KINDS {
         for n in [1, 2, 6, 63, 64, 65, 130, 200] {
-            for (strength, normalized) in [(0.01, true), (0.1, false), (1.0, true), (5.0, false), (30.0, true)] {
+            for (strength, normalized) in
+                [(0.01, true), (0.1, false), (1.0, true), (5.0, false), (30.0, true)]
+            {
                 check::<f64>(kind, "performer", [n, 8, 20], strength, normalized, &[1]);
                 check::<f32>(kind, "performer", [n, 8, 20], strength, normalized, &[7, 1, 64]);
                 check::<f32>(kind, "relu", [n, 5, 5], strength, normalized, &[1]);
@@ -217,7 +246,13 @@ proptest! {
 }
 
 /// The state, read by queries of one token that is nothing itself: keys and values of zero.
-fn final_state(stream: &mut dyn Stream<f64>, gated: bool, gamma: f64, d: usize, dv: usize) -> Array2<f64> {
+fn final_state(
+    stream: &mut dyn Stream<f64>,
+    gated: bool,
+    gamma: f64,
+    d: usize,
+    dv: usize,
+) -> Array2<f64> {
     let (key, value, keep) = (Array2::zeros((1, d)), Array2::zeros((1, dv)), Array2::zeros((1, 1)));
     let mut state = Array2::zeros((d, dv));
     for (i, mut row) in state.outer_iter_mut().enumerate() {
@@ -241,7 +276,9 @@ fn golden_values() {
     for case in file["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let (q, k, v) = (matrix(&case["q"]), matrix(&case["k"]), matrix(&case["v"]));
-        let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(4).unwrap()).unnormalized().with_scale(1.0);
+        let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(4).unwrap())
+            .unnormalized()
+            .with_scale(1.0);
         let gamma = case["gamma"].as_f64();
         let gates = match (&case["a"], &case["alpha"]) {
             (Value::Null, Value::Null) => None,
@@ -257,7 +294,8 @@ fn golden_values() {
             let mut out = Array2::from_elem((11, 3), f64::NAN);
             for start in (0..11).step_by(size) {
                 let rows = s![start..11.min(start + size), ..];
-                let (q, k, v, out) = (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows));
+                let (q, k, v, out) =
+                    (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows));
                 match &gates {
                     Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
                     None => stream.extend(q, k, v, out),
@@ -291,12 +329,14 @@ fn golden_official_dijiang() {
     }
 }
 
-/// A million tokens in `f32`, by chunks and token by token, stay within 1e-4 of the recurrence in `f64`.
+/// A million tokens in `f32`, by chunks and token by token, stay within 1e-4 of the recurrence in
+/// `f64`.
 #[test]
 fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
     let (n, d, dv, period) = (1_000_000, 4, 3, 4096);
-    let [q, k, v] =
-        [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed).mapv(|x| x + 0.5));
+    let [q, k, v] = [0, 1, 2].map(|seed| {
+        normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed).mapv(|x| x + 0.5)
+    });
     let scalar = normal::<f32>(period, 1, 0.002, 3).mapv(|x| -x.abs());
     let each = normal::<f32>(period, d, 0.002, 4).mapv(|x| -x.abs());
     let channels = Array1::from_vec(vec![1.0 - 1.0 / 32.0, 0.9999, 1.0, 1.0 - 1e-6]);
@@ -304,7 +344,12 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
     type Case<'a> = (&'a str, LinearAttention<EluFeatures<f32>>, Option<&'a Array2<f32>>, f64);
     let kernels: Vec<Case> = vec![
         ("1/32", plain().with_decay(1.0 - 1.0 / 32.0), None, 1.0 - 1.0 / 32.0),
-        ("1/32, not normalised", plain().with_decay(1.0 - 1.0 / 32.0).unnormalized(), None, 1.0 - 1.0 / 32.0),
+        (
+            "1/32, not normalised",
+            plain().with_decay(1.0 - 1.0 / 32.0).unnormalized(),
+            None,
+            1.0 - 1.0 / 32.0,
+        ),
         ("1e-5", plain().with_decay(1.0 - 1e-5).unnormalized(), None, 1.0 - 1e-5),
         ("each feature", plain().with_channel_decay(channels.clone()).unnormalized(), None, 1.0),
         ("each token", plain().gated().unnormalized(), Some(&scalar), 1.0),
@@ -323,7 +368,8 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
             for t in 0..64 {
                 let row = first + t;
                 for i in 0..d {
-                    let gate = gates.map_or(0.0, |gates| f64::from(gates[[row, i.min(gates.ncols() - 1)]]));
+                    let gate = gates
+                        .map_or(0.0, |gates| f64::from(gates[[row, i.min(gates.ncols() - 1)]]));
                     let own = if name == "each feature" { channels[i] } else { 1.0 };
                     let kept = gamma * own * gate.exp();
                     let key = feature(k[[row, i]]);
@@ -339,7 +385,8 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
             for ((size, stream), worst) in streams.iter_mut().zip(&mut worst) {
                 for t in (0..64).step_by(*size) {
                     let (rows, here) = (s![first + t..first + t + *size, ..], s![t..t + *size, ..]);
-                    let (q, k, v, out) = (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(here));
+                    let (q, k, v, out) =
+                        (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(here));
                     match gates {
                         Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
                         None => stream.extend(q, k, v, out),
@@ -347,8 +394,9 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
                     .unwrap();
                 }
                 let size = exact.fold(0.0_f64, |m, x| m.max(x.abs()));
-                let error =
-                    ndarray::Zip::from(&out).and(&exact).fold(0.0_f64, |m, &a, &b| m.max((f64::from(a) - b).abs()));
+                let error = ndarray::Zip::from(&out)
+                    .and(&exact)
+                    .fold(0.0_f64, |m, &a, &b| m.max((f64::from(a) - b).abs()));
                 *worst = worst.max(error / size);
             }
         }
@@ -357,10 +405,15 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
     }
 }
 
-/// A gated kernel with 5 features, tokens, and their log decays, one for each feature or one for all.
+/// A gated kernel with 5 features, tokens, and their log decays, one for each feature or one for
+/// all.
 fn gated(columns: usize) -> (LinearAttention<EluFeatures<f32>>, [Array2<f32>; 3], Array2<f32>) {
     let kernel = LinearAttention::new(EluFeatures::<f32>::new(5).unwrap()).gated();
-    (kernel, tokens::<f32>(140, 5, 2, 0.7, 3), normal::<f32>(140, columns, 0.1, 4).mapv(|x| -x.abs()))
+    (
+        kernel,
+        tokens::<f32>(140, 5, 2, 0.7, 3),
+        normal::<f32>(140, columns, 0.1, 4).mapv(|x| -x.abs()),
+    )
 }
 
 #[test]
@@ -392,13 +445,23 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
         refuse(0..1, &Array2::zeros((0, columns)), "0 rows");
         // without them, and where there are none
         let error = stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains("extend_gated"), "{error}");
+        assert!(
+            matches!(error, Error::Unsupported { .. })
+                && error.to_string().contains("extend_gated"),
+            "{error}"
+        );
         let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         assert_eq!(stream.save().unwrap(), state);
         let none = s![..0, ..];
         stream
-            .extend_gated(q.slice(none), k.slice(none), v.slice(none), gates.slice(none), out.slice_mut(none))
+            .extend_gated(
+                q.slice(none),
+                k.slice(none),
+                v.slice(none),
+                gates.slice(none),
+                out.slice_mut(none),
+            )
             .unwrap();
         assert_eq!(stream.save().unwrap(), state);
     }
@@ -411,9 +474,15 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
         assert!(!kernel.is_gated());
         let mut out = Array2::zeros((140, 2));
         let [q, k, v] = [&q, &k, &v].map(|x| x.view());
-        let error = kernel.forward_gated(q, k, v, gates.view(), out.view_mut(), &mut Scratch::new()).unwrap_err();
+        let error = kernel
+            .forward_gated(q, k, v, gates.view(), out.view_mut(), &mut Scratch::new())
+            .unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-        let error = kernel.stream(2).unwrap().extend_gated(q, k, v, gates.view(), out.view_mut()).unwrap_err();
+        let error = kernel
+            .stream(2)
+            .unwrap()
+            .extend_gated(q, k, v, gates.view(), out.view_mut())
+            .unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
     assert!(kernel.is_gated());
@@ -435,19 +504,29 @@ fn unusable_decays_are_reported_by_the_first_call() {
         errors[0].clone()
     };
     for bad in [-0.1, 1.0 + f64::EPSILON, f64::NAN, f64::INFINITY] {
-        assert!(matches!(refused(kernel().with_decay(bad)), Error::InvalidOption { which: "decay", .. }));
+        assert!(matches!(
+            refused(kernel().with_decay(bad)),
+            Error::InvalidOption { which: "decay", .. }
+        ));
         let one = Array1::from_vec(vec![0.5, bad, 1.0]);
-        assert!(matches!(refused(kernel().with_channel_decay(one)), Error::InvalidOption { which: "decay", .. }));
+        assert!(matches!(
+            refused(kernel().with_channel_decay(one)),
+            Error::InvalidOption { which: "decay", .. }
+        ));
     }
     let short = refused(kernel().with_channel_decay(Array1::ones(2)));
     assert_eq!(short, Error::Shape { which: "decay", axis: "elements", expected: 3, found: 2 });
     // a decay of 1 is none
     let plain = kernel().forward(x.view(), x.view(), x.view(), Mask::Full).unwrap();
-    assert_eq!(kernel().with_decay(1.0).forward(x.view(), x.view(), x.view(), Mask::Full).unwrap(), plain);
+    assert_eq!(
+        kernel().with_decay(1.0).forward(x.view(), x.view(), x.view(), Mask::Full).unwrap(),
+        plain
+    );
     let decays = kernel().with_decay(0.5);
-    for error in
-        [decays.forward(x.view(), x.view(), x.view(), Mask::Full).unwrap_err(), decays.memory::<f64>(3).unwrap_err()]
-    {
+    for error in [
+        decays.forward(x.view(), x.view(), x.view(), Mask::Full).unwrap_err(),
+        decays.memory::<f64>(3).unwrap_err(),
+    ] {
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
     assert!(decays.log_weights(x.view(), x.view()).unwrap().is_none());
@@ -464,7 +543,10 @@ fn a_stream_goes_on_from_a_memory_and_then_decays() {
     let mut memory = kernel.memory(2).unwrap();
     memory.absorb(k.slice(s![..8, ..]), v.slice(s![..8, ..])).unwrap();
     let mut exact = Array2::zeros((1, 2));
-    kernel.stream_from(memory.clone()).extend(row(&q), row(&(&k * 0.0)), row(&(&v * 0.0)), exact.view_mut()).unwrap();
+    kernel
+        .stream_from(memory.clone())
+        .extend(row(&q), row(&(&k * 0.0)), row(&(&v * 0.0)), exact.view_mut())
+        .unwrap();
     let mut out = Array2::zeros((1, 2));
     let mut stream = kernel.clone().with_decay(0.25).stream_from(memory.clone());
     assert_eq!(stream.state_floats(), memory.state_floats() + 1);
@@ -486,7 +568,16 @@ fn layouts_of_log_decays_do_not_matter() {
         let (kernel, [q, k, v], gates) = gated(columns);
         let forward = |gates: ArrayView2<'_, f32>| {
             let mut out = Array2::from_elem((140, 2), f32::NAN);
-            kernel.forward_gated(q.view(), k.view(), v.view(), gates, out.view_mut(), &mut Scratch::new()).unwrap();
+            kernel
+                .forward_gated(
+                    q.view(),
+                    k.view(),
+                    v.view(),
+                    gates,
+                    out.view_mut(),
+                    &mut Scratch::new(),
+                )
+                .unwrap();
             out
         };
         let exact = forward(gates.view());
@@ -516,7 +607,16 @@ fn layers_of_gated_heads_are_their_heads() {
         let layer = MultiHead::new(kernel.clone(), heads, kv_heads).unwrap();
         let lengths = [n, 40];
         let mut out = Array4::from_elem((batch, heads, n, dv), f64::NAN);
-        layer.forward_gated(q.view(), k.view(), v.view(), gates.view(), Some(&lengths), out.view_mut()).unwrap();
+        layer
+            .forward_gated(
+                q.view(),
+                k.view(),
+                v.view(),
+                gates.view(),
+                Some(&lengths),
+                out.view_mut(),
+            )
+            .unwrap();
         for (b, length) in lengths.into_iter().enumerate() {
             for h in 0..heads {
                 let kv = h / (heads / kv_heads);
@@ -524,7 +624,14 @@ fn layers_of_gated_heads_are_their_heads() {
                 let mut exact = Array2::zeros((length, dv));
                 let (q, k, v, gates) = (part(&q, h), part(&k, kv), part(&v, kv), part(&gates, kv));
                 kernel
-                    .forward_gated(q.view(), k.view(), v.view(), gates.view(), exact.view_mut(), &mut Scratch::new())
+                    .forward_gated(
+                        q.view(),
+                        k.view(),
+                        v.view(),
+                        gates.view(),
+                        exact.view_mut(),
+                        &mut Scratch::new(),
+                    )
                     .unwrap();
                 assert_close("head", &part(&out, h), &exact, 1.0);
                 assert!(out.slice(s![b, h, length.., ..]).iter().all(|x| *x == 0.0));
@@ -541,28 +648,41 @@ fn layers_of_gated_heads_are_their_heads() {
             let mut bad = gates.slice(part).to_owned();
             bad[[0, kv_heads - 1, size - 1, columns - 1]] = 1.0;
             let floats = stream.clone();
-            let error = stream.extend_gated(q, k, v, bad.view(), Some(&lengths), steps.slice_mut(part)).unwrap_err();
+            let error = stream
+                .extend_gated(q, k, v, bad.view(), Some(&lengths), steps.slice_mut(part))
+                .unwrap_err();
             assert!(matches!(error, Error::InvalidOption { which: "log_decay", .. }), "{error}");
             for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
-                let save = |stream: &dijiang::MultiHeadStream<f64>| stream.head(b, h).unwrap().save().unwrap();
+                let save = |stream: &dijiang::MultiHeadStream<f64>| {
+                    stream.head(b, h).unwrap().save().unwrap()
+                };
                 assert_eq!(save(&stream), save(&floats));
             }
-            stream.extend_gated(q, k, v, gates.slice(part), Some(&lengths), steps.slice_mut(part)).unwrap();
+            stream
+                .extend_gated(q, k, v, gates.slice(part), Some(&lengths), steps.slice_mut(part))
+                .unwrap();
             start += size;
         }
         assert_eq!(stream.lengths(), lengths);
         assert_eq!(stream.state_floats(), batch * kv_heads * (2 * d * (dv + 1) + 2));
-        let flat = |x: &Array4<f64>| x.clone().into_shape_with_order((batch * heads * n, dv)).unwrap();
+        let flat =
+            |x: &Array4<f64>| x.clone().into_shape_with_order((batch * heads * n, dv)).unwrap();
         assert_close("stream", &flat(&steps), &flat(&out), 4096.0);
 
         let wrong = Array4::zeros((batch, kv_heads, n - 1, columns));
-        let error = layer.forward_gated(q.view(), k.view(), v.view(), wrong.view(), None, out.view_mut()).unwrap_err();
-        assert_eq!(error, Error::Shape { which: "log_decay", axis: "rows", expected: n, found: n - 1 });
+        let error = layer
+            .forward_gated(q.view(), k.view(), v.view(), wrong.view(), None, out.view_mut())
+            .unwrap_err();
+        assert_eq!(
+            error,
+            Error::Shape { which: "log_decay", axis: "rows", expected: n, found: n - 1 }
+        );
         let error = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         for group in [1, 3] {
             let window = HybridAttention::<f64>::builder(d).window(4).build().unwrap();
-            let others: [Arc<dyn Attention<f64>>; 2] = [Arc::new(SoftmaxAttention::new(d).unwrap()), Arc::new(window)];
+            let others: [Arc<dyn Attention<f64>>; 2] =
+                [Arc::new(SoftmaxAttention::new(d).unwrap()), Arc::new(window)];
             for other in others {
                 let layer = MultiHead::new(other, 2 * group, 2).unwrap();
                 let q = q.slice(s![.., ..2 * group, .., ..]);
@@ -570,9 +690,16 @@ fn layers_of_gated_heads_are_their_heads() {
                 let (k, v, gates) = (k.view(), v.view(), gates.view());
                 let errors = [
                     layer.forward_gated(q, k, v, gates, None, out.view_mut()).unwrap_err(),
-                    layer.stream(batch, dv).unwrap().extend_gated(q, k, v, gates, None, out).unwrap_err(),
+                    layer
+                        .stream(batch, dv)
+                        .unwrap()
+                        .extend_gated(q, k, v, gates, None, out)
+                        .unwrap_err(),
                 ];
-                assert!(errors.iter().all(|error| matches!(error, Error::Unsupported { .. })), "{errors:?}");
+                assert!(
+                    errors.iter().all(|error| matches!(error, Error::Unsupported { .. })),
+                    "{errors:?}"
+                );
             }
         }
     }

@@ -1,12 +1,14 @@
-//! The golden files: every formula against values from independent programs, within the tolerances they state.
+//! The golden files: every formula against values from independent programs, within the tolerances
+//! they state.
 
 mod common;
 
 use common::{assert_close, golden, matrix, vector, wide};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, FeatureMap,
-    LinearAttention, Mask, Performer, ReluFeatures, Scalar, SoftmaxAttention, TaylorFit, Wpff,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures,
+    FeatureMap, LinearAttention, Mask, Performer, ReluFeatures, Scalar, SoftmaxAttention,
+    TaylorFit, Wpff,
 };
 use ndarray::{Array1, Array2, Axis, concatenate};
 use serde_json::Value;
@@ -22,7 +24,12 @@ fn narrow(x: &Array2<f64>) -> Array2<f32> {
 }
 
 /// Features in absolute terms: values·e^{log_scale}.
-fn absolute<T: Scalar>(map: &dyn FeatureMap<T>, x: &Array2<T>, scale: f64, keys: bool) -> Array2<T> {
+fn absolute<T: Scalar>(
+    map: &dyn FeatureMap<T>,
+    x: &Array2<T>,
+    scale: f64,
+    keys: bool,
+) -> Array2<T> {
     let x = x.mapv(|x| x * T::from_f64(scale.sqrt()));
     let mut values = Array2::zeros((x.nrows(), map.num_features()));
     let mut log_scale = Array1::zeros(x.nrows());
@@ -54,11 +61,14 @@ fn softmax_attention() {
         let out = kernel.forward(q.view(), k.view(), v.view(), mask).unwrap();
         assert_close(name, &out, &matrix(&case["output"]), TOLERANCE);
         let kernel = SoftmaxAttention::<f64>::new(4).unwrap().with_scale(scale);
-        let weights = kernel.forward(q.view(), k.view(), Array2::eye(k.nrows()).view(), mask).unwrap();
+        let weights =
+            kernel.forward(q.view(), k.view(), Array2::eye(k.nrows()).view(), mask).unwrap();
         assert_close(name, &weights, &matrix(&case["weights"]), TOLERANCE);
         if !name.contains("extreme") {
             let kernel = SoftmaxAttention::<f32>::new(4).unwrap().with_scale(scale);
-            let out = kernel.forward(narrow(&q).view(), narrow(&k).view(), narrow(&v).view(), mask).unwrap();
+            let out = kernel
+                .forward(narrow(&q).view(), narrow(&k).view(), narrow(&v).view(), mask)
+                .unwrap();
             assert_close(name, &out, &matrix(&case["output"]), TOLERANCE_F32);
         }
         if mask == Mask::Full {
@@ -83,7 +93,10 @@ fn extreme_scores_in_f32() {
         // Rounding the input moves scores of 500 by 500·ε: compare with f64 on the rounded input.
         let [q, k, v] = ["q", "k", "v"].map(|x| narrow(&matrix(&case[x])));
         let mask = if case["causal"].as_bool().unwrap() { Mask::Causal } else { Mask::Full };
-        let out = SoftmaxAttention::<f32>::new(4).unwrap().forward(q.view(), k.view(), v.view(), mask).unwrap();
+        let out = SoftmaxAttention::<f32>::new(4)
+            .unwrap()
+            .forward(q.view(), k.view(), v.view(), mask)
+            .unwrap();
         let exact = common::naive_softmax(&wide(&q), &wide(&k), &wide(&v), 0.5, mask);
         assert_close("extreme", &out, &exact, 8.0 * 500.0);
     }
@@ -97,12 +110,17 @@ fn quantiles() {
                 Some(d) => chi_quantile(usize::try_from(d).unwrap(), *t).unwrap(),
                 None => normal_quantile(*t).unwrap(),
             };
-            assert!((found - x).abs() <= 1e-12 * x.abs() + 1e-15, "{} at {t}: {found} instead of {x}", case["name"]);
+            assert!(
+                (found - x).abs() <= 1e-12 * x.abs() + 1e-15,
+                "{} at {t}: {found} instead of {x}",
+                case["name"]
+            );
         }
     }
 }
 
-/// `φ` of the official map at radii t is softmax(x C diag(t)): with unit vectors and large radii it shows C itself.
+/// `φ` of the official map at radii t is softmax(x C diag(t)): with unit vectors and large radii it
+/// shows C itself.
 #[test]
 fn dct() {
     for case in golden("golden/dct")["cases"].as_array().unwrap() {
@@ -132,10 +150,20 @@ fn dct() {
         let projection = map.projection();
         for b in 0..3 {
             let rows = ndarray::s![b * d..(b + 1) * d, ..];
-            let directions =
-                &projection.slice(rows) / &map.radii().slice(ndarray::s![b * d..(b + 1) * d]).insert_axis(Axis(1));
-            assert_close("orthonormal", &directions.dot(&directions.t()), &Array2::eye(d), TOLERANCE);
-            assert_close("C up to signs", &c.t().dot(&directions).mapv(f64::abs), &c.mapv(f64::abs), TOLERANCE);
+            let directions = &projection.slice(rows)
+                / &map.radii().slice(ndarray::s![b * d..(b + 1) * d]).insert_axis(Axis(1));
+            assert_close(
+                "orthonormal",
+                &directions.dot(&directions.t()),
+                &Array2::eye(d),
+                TOLERANCE,
+            );
+            assert_close(
+                "C up to signs",
+                &c.t().dot(&directions).mapv(f64::abs),
+                &c.mapv(f64::abs),
+                TOLERANCE,
+            );
         }
     }
 }
@@ -145,12 +173,14 @@ fn wpff() {
     for case in golden("golden/wpff")["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let d = 6;
-        let map = Wpff::from_parts(matrix(&case["v"]), vector(&case["radii"]), vector(&case["D"])).unwrap();
+        let map = Wpff::from_parts(matrix(&case["v"]), vector(&case["radii"]), vector(&case["D"]))
+            .unwrap();
         let (q, k) = (matrix(&case["q"]), matrix(&case["k"]));
         let scale = 1.0 / f64::from(d).sqrt();
         assert_relative(name, &absolute(&map, &q, scale, false), &matrix(&case["phi_q"]), 1e-12);
         assert_relative(name, &absolute(&map, &k, scale, true), &matrix(&case["phi_k"]), 1e-12);
-        let log_weights = LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+        let log_weights =
+            LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
         assert_relative(name, &log_weights.mapv(f64::exp), &matrix(&case["kernel"]), 1e-12);
         if !name.contains("normal radii") {
             for (t, r) in vector(&case["t"]).iter().zip(&vector(&case["radii"])) {
@@ -164,7 +194,12 @@ fn wpff() {
             vector(&case["D"]).mapv(f32::from_f64),
         )
         .unwrap();
-        assert_close(name, &absolute(&map, &narrow(&q), scale, false), &matrix(&case["phi_q"]), TOLERANCE_F32);
+        assert_close(
+            name,
+            &absolute(&map, &narrow(&q), scale, false),
+            &matrix(&case["phi_q"]),
+            TOLERANCE_F32,
+        );
     }
 }
 
@@ -178,14 +213,29 @@ fn check_performer_case<F: FeatureMap<f64> + 'static, G: FeatureMap<f32> + 'stat
 ) {
     let name = case["name"].as_str().unwrap();
     let (q, k, v) = (matrix(&first["q"]), matrix(&first["k"]), matrix(&first["v"]));
-    assert_close(name, &absolute(&wide_map, &q, scale, false), &matrix(&case["features_q"]), TOLERANCE);
-    assert_close(name, &absolute(&wide_map, &k, scale, true), &matrix(&case["features_k"]), TOLERANCE);
+    assert_close(
+        name,
+        &absolute(&wide_map, &q, scale, false),
+        &matrix(&case["features_q"]),
+        TOLERANCE,
+    );
+    assert_close(
+        name,
+        &absolute(&wide_map, &k, scale, true),
+        &matrix(&case["features_k"]),
+        TOLERANCE,
+    );
     let kernel = LinearAttention::new(wide_map).with_scale(scale);
     let kernel32 = LinearAttention::new(narrow_map).with_scale(scale);
     let (q32, k32, v32) = (narrow(&q), narrow(&k), narrow(&v));
     for (mask, output) in [(Mask::Full, "output"), (Mask::Causal, "output_causal")] {
         let exact = matrix(&case[output]);
-        assert_close(name, &kernel.forward(q.view(), k.view(), v.view(), mask).unwrap(), &exact, TOLERANCE);
+        assert_close(
+            name,
+            &kernel.forward(q.view(), k.view(), v.view(), mask).unwrap(),
+            &exact,
+            TOLERANCE,
+        );
         let out = kernel32.forward(q32.view(), k32.view(), v32.view(), mask).unwrap();
         assert_close(name, &out, &exact, TOLERANCE_F32);
     }
@@ -207,8 +257,10 @@ fn performer() {
         let name = case["name"].as_str().unwrap();
         seen += 1;
         if name.starts_with("favor+") {
-            let maps =
-                (Performer::from_projection(w.clone()).unwrap(), Performer::from_projection(narrow(&w)).unwrap());
+            let maps = (
+                Performer::from_projection(w.clone()).unwrap(),
+                Performer::from_projection(narrow(&w)).unwrap(),
+            );
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("hyperbolic") {
             let pairs = concatenate![Axis(0), w, -&w];
@@ -219,13 +271,27 @@ fn performer() {
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("elu") {
             let scale = if name.contains("RAW") { 1.0 } else { scale };
-            check_performer_case(first, case, EluFeatures::new(8).unwrap(), EluFeatures::new(8).unwrap(), scale);
+            check_performer_case(
+                first,
+                case,
+                EluFeatures::new(8).unwrap(),
+                EluFeatures::new(8).unwrap(),
+                scale,
+            );
         } else if name.starts_with("relu with projection") {
-            let maps =
-                (ReluFeatures::from_projection(w.clone()).unwrap(), ReluFeatures::from_projection(narrow(&w)).unwrap());
+            let maps = (
+                ReluFeatures::from_projection(w.clone()).unwrap(),
+                ReluFeatures::from_projection(narrow(&w)).unwrap(),
+            );
             check_performer_case(first, case, maps.0, maps.1, scale);
         } else if name.starts_with("relu without") {
-            check_performer_case(first, case, ReluFeatures::new(8).unwrap(), ReluFeatures::new(8).unwrap(), scale);
+            check_performer_case(
+                first,
+                case,
+                ReluFeatures::new(8).unwrap(),
+                ReluFeatures::new(8).unwrap(),
+                scale,
+            );
         } else {
             seen -= 1;
         }
@@ -242,13 +308,25 @@ fn official_dijiang() {
     let map32 = DctFeatures::official(radii.mapv(f32::from_f64)).unwrap();
     for h in 0..2 {
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x][h]));
-        assert_close("φ(q)", &absolute(&map, &q, 1.0, false), &matrix(&case["phi_q"][h]), TOLERANCE);
+        assert_close(
+            "φ(q)",
+            &absolute(&map, &q, 1.0, false),
+            &matrix(&case["phi_q"][h]),
+            TOLERANCE,
+        );
         assert_close("φ(k)", &absolute(&map, &k, 1.0, true), &matrix(&case["phi_k"][h]), TOLERANCE);
         let exact = matrix(&case["output_normalised_no_decay"][h]);
         let kernel = LinearAttention::new(map.clone()).with_scale(1.0);
-        assert_close("output", &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(), &exact, TOLERANCE);
+        assert_close(
+            "output",
+            &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(),
+            &exact,
+            TOLERANCE,
+        );
         let kernel = LinearAttention::new(map32.clone()).with_scale(1.0);
-        let out = kernel.forward(narrow(&q).view(), narrow(&k).view(), narrow(&v).view(), Mask::Causal).unwrap();
+        let out = kernel
+            .forward(narrow(&q).view(), narrow(&k).view(), narrow(&v).view(), Mask::Causal)
+            .unwrap();
         assert_close("output", &out, &exact, TOLERANCE_F32);
     }
 }
@@ -268,7 +346,10 @@ fn taylor2() {
             .with_shrinkage(case["shrink"].as_f64().unwrap());
         let (q, k) = (matrix(&case["calibration_q"]), matrix(&case["calibration_k"]));
         let calibration = Calibration::from_samples(q.view(), k.view(), options).unwrap();
-        assert_eq!(calibration.rows_used(), case["calibration_rows_used"].as_array().unwrap().len());
+        assert_eq!(
+            calibration.rows_used(),
+            case["calibration_rows_used"].as_array().unwrap().len()
+        );
         for (which, found) in [
             ("a", calibration.attention()),
             ("mu_q", calibration.query_mean()),
@@ -276,20 +357,39 @@ fn taylor2() {
             ("lambda", calibration.spectrum()),
         ] {
             let what = format!("{name} {which}");
-            assert_close(&what, &column(found.to_owned()), &column(vector(&case[which])), TOLERANCE);
+            assert_close(
+                &what,
+                &column(found.to_owned()),
+                &column(vector(&case[which])),
+                TOLERANCE,
+            );
         }
-        let covariances = [("Sigma_q", calibration.query_covariance()), ("Sigma_k", calibration.key_covariance())];
+        let covariances = [
+            ("Sigma_q", calibration.query_covariance()),
+            ("Sigma_k", calibration.key_covariance()),
+        ];
         for (which, found) in covariances {
-            assert_close(&format!("{name} {which}"), &found.to_owned(), &matrix(&case[which]), TOLERANCE);
+            assert_close(
+                &format!("{name} {which}"),
+                &found.to_owned(),
+                &matrix(&case[which]),
+                TOLERANCE,
+            );
         }
         let (m, m_inv_t) = (matrix(&case["M"]), matrix(&case["M_inv_transposed"]));
-        let signs = Array1::from_shape_fn(d, |l| calibration.query_basis().row(l).dot(&m.row(l)).signum());
+        let signs =
+            Array1::from_shape_fn(d, |l| calibration.query_basis().row(l).dot(&m.row(l)).signum());
         let signs = column(signs);
         assert_close("M", &(&calibration.query_basis() * &signs), &m, TOLERANCE);
         assert_close("M inverse", &(&calibration.key_basis() * &signs), &m_inv_t, TOLERANCE);
         for (fit, which) in [(TaylorFit::Unconstrained, "c_unclamped"), (TaylorFit::Clamped, "c")] {
             let c = Array1::from(calibration.taylor_coefficients(rank, fit).unwrap().to_vec());
-            assert_close(&format!("{name} {which}"), &column(c), &column(vector(&case[which])), TOLERANCE);
+            assert_close(
+                &format!("{name} {which}"),
+                &column(c),
+                &column(vector(&case[which])),
+                TOLERANCE,
+            );
         }
 
         let (q, k) = (matrix(&case["q"]), matrix(&case["k"]));
@@ -298,20 +398,38 @@ fn taylor2() {
         let e = (&scaled - &calibration.key_mean()).dot(&calibration.query_mean());
         assert_close("e(k)", &column(e), &column(vector(&case["e_k"])), TOLERANCE);
         let scores = scaled.outer_iter().map(|k| calibration.static_score(k)).collect();
-        assert_close("static score", &column(scores), &column(vector(&case["heavy_score"])), TOLERANCE);
+        assert_close(
+            "static score",
+            &column(scores),
+            &column(vector(&case["heavy_score"])),
+            TOLERANCE,
+        );
 
-        let map = CalibratedTaylor::<f64>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
-        let map32 = CalibratedTaylor::<f32>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
-        let ((fq, lq), (fk, lk)) = (common::features(&map, &q, scale, false), common::features(&map, &k, scale, true));
-        let kernel32 = LinearAttention::new(map32).log_weights(narrow(&q).view(), narrow(&k).view()).unwrap().unwrap();
-        let largest = case["log_kernel_far"].as_array().unwrap().iter().flat_map(|row| row.as_array().unwrap());
+        let map =
+            CalibratedTaylor::<f64>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
+        let map32 =
+            CalibratedTaylor::<f32>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
+        let ((fq, lq), (fk, lk)) =
+            (common::features(&map, &q, scale, false), common::features(&map, &k, scale, true));
+        let kernel32 = LinearAttention::new(map32)
+            .log_weights(narrow(&q).view(), narrow(&k).view())
+            .unwrap()
+            .unwrap();
+        let largest = case["log_kernel_far"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|row| row.as_array().unwrap());
         let largest = largest.filter_map(Value::as_f64).fold(0.0, |m: f64, x| m.max(x.abs()));
         for (t, row) in case["log_kernel_far"].as_array().unwrap().iter().enumerate() {
             for (j, exact) in row.as_array().unwrap().iter().enumerate() {
                 assert_eq!(exact.is_null(), t < j + window || j < sinks);
                 if let Some(exact) = exact.as_f64() {
                     let found = fq.row(t).dot(&fk.row(j)).ln() + lq[t] + lk[j];
-                    assert!((found - exact).abs() < 1e-9 * largest, "{name} {t} {j}: {found} instead of {exact}");
+                    assert!(
+                        (found - exact).abs() < 1e-9 * largest,
+                        "{name} {t} {j}: {found} instead of {exact}"
+                    );
                     let found = kernel32[[t, j]];
                     assert!(
                         (found - exact).abs() < 1e-5 * largest,

@@ -4,8 +4,9 @@ mod common;
 
 use common::{assert_close, golden, matrix, vector};
 use dijiang::{
-    Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far, FeatureMap, HybridAttention,
-    LinearMemory, Mask, Memory, MergedMemory, Metric, Partial, Performer, SoftmaxAttention, TaylorFit,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far,
+    FeatureMap, HybridAttention, LinearMemory, Mask, Memory, MergedMemory, Metric, Partial,
+    Performer, SoftmaxAttention, TaylorFit,
 };
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde_json::Value;
@@ -29,7 +30,9 @@ fn check_stream(kernel: &dyn Attention<f64>, [q, k, v]: [&Array2<f64>; 3], whole
         let (mut out, mut start) = (Array2::zeros(whole.dim()), 0);
         for size in sizes {
             let rows = s![start..q.nrows().min(start + size), ..];
-            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+            stream
+                .extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows))
+                .unwrap();
             start = q.nrows().min(start + size);
         }
         assert_eq!(out, whole);
@@ -75,7 +78,8 @@ fn hybrid() {
         let name = case["name"].as_str().unwrap();
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x]));
         let map = Performer::from_projection(matrix(&case["W"])).unwrap();
-        let build = |far| HybridAttention::builder(4).window(window).sinks(sinks).far(far).build().unwrap();
+        let build =
+            |far| HybridAttention::builder(4).window(window).sinks(sinks).far(far).build().unwrap();
         let kernel = build(Far::features(map.clone()));
         let out = forward(&kernel, [&q, &k, &v]);
         assert_close(name, &out, &matrix(&case["output"]), TOLERANCE);
@@ -111,11 +115,14 @@ fn taylor2() {
     for case in file["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x]));
-        let (window, sinks, rank) = (number(&case["window"]), number(&case["sinks"]), number(&case["r"]));
+        let (window, sinks, rank) =
+            (number(&case["window"]), number(&case["sinks"]), number(&case["r"]));
         let options = CalibrationOptions::new().with_window(window).with_sinks(sinks);
         let samples = [matrix(&case["calibration_q"]), matrix(&case["calibration_k"])];
-        let calibration = Calibration::from_samples(samples[0].view(), samples[1].view(), options).unwrap();
-        let builder = || HybridAttention::builder(6).window(window).sinks(sinks).calibrated(&calibration);
+        let calibration =
+            Calibration::from_samples(samples[0].view(), samples[1].view(), options).unwrap();
+        let builder =
+            || HybridAttention::builder(6).window(window).sinks(sinks).calibrated(&calibration);
         let far = || Far::taylor(rank).with_fit(TaylorFit::Clamped);
         let check = |kernel: HybridAttention<f64>, column: &str| {
             let out = forward(&kernel, [&q, &k, &v]);
@@ -124,20 +131,32 @@ fn taylor2() {
         };
         check(builder().far(far()).build().unwrap(), "output");
         check(builder().far(far()).heavy(number(&case["heavy"])).build().unwrap(), "output_heavy");
-        let dropped = HybridAttention::builder(6).window(window).sinks(sinks).far(Far::none()).build().unwrap();
+        let dropped = HybridAttention::builder(6)
+            .window(window)
+            .sinks(sinks)
+            .far(Far::none())
+            .build()
+            .unwrap();
         check(dropped, "output_far_dropped");
 
         let heard = Arc::new(Mutex::new(Vec::new()));
-        let map = Arc::new(CalibratedTaylor::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap());
+        let map =
+            Arc::new(CalibratedTaylor::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap());
         let ear = Arc::clone(&heard);
         let far = Far::memory(move |value_dim, scale| {
             let memory = LinearMemory::new(Arc::clone(&map), value_dim, scale)?;
             Ok(Box::new(Listening { memory, heard: Arc::clone(&ear) }))
         });
-        forward(&HybridAttention::builder(6).window(window).sinks(sinks).far(far).build().unwrap(), [&q, &k, &v]);
+        forward(
+            &HybridAttention::builder(6).window(window).sinks(sinks).far(far).build().unwrap(),
+            [&q, &k, &v],
+        );
         let exact = vector(&case["log_normaliser"]);
         for (found, exact) in heard.lock().unwrap().iter().zip(&exact) {
-            assert!((found - exact).abs() <= 1e-9 * exact.abs().max(1.0), "{name}: {found} {exact}");
+            assert!(
+                (found - exact).abs() <= 1e-9 * exact.abs().max(1.0),
+                "{name}: {found} {exact}"
+            );
         }
         assert_eq!(heard.lock().unwrap().len(), exact.len());
     }
@@ -154,7 +173,11 @@ struct Weighted {
 impl Memory<f64> for Weighted {
     fn absorb(&mut self, k: ArrayView2<'_, f64>, v: ArrayView2<'_, f64>) -> Result<(), Error> {
         let seen = self.memory.len();
-        self.memory.absorb_weighted(k, v, ArrayView1::from(&self.weights[seen..seen + k.nrows()]))?;
+        self.memory.absorb_weighted(
+            k,
+            v,
+            ArrayView1::from(&self.weights[seen..seen + k.nrows()]),
+        )?;
         self.trace.lock().unwrap().push(self.memory.clone());
         Ok(())
     }
@@ -198,16 +221,19 @@ fn merged() {
     for case in golden("golden/merged")["cases"].as_array().unwrap() {
         let name = case["name"].as_str().unwrap();
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x]));
-        let (window, sinks, entries) = (number(&case["window"]), number(&case["sinks"]), number(&case["entries_max"]));
+        let (window, sinks, entries) =
+            (number(&case["window"]), number(&case["sinks"]), number(&case["entries_max"]));
         let (metric, weights) = (matrix(&case["R"]), vector(&case["a"]));
         let trace = Arc::new(Mutex::new(Vec::new()));
         let (seen, first) = (Arc::clone(&trace), weights.slice(s![sinks..]).to_vec());
         let plain = metric == Array2::<f64>::eye(4) && weights.iter().all(|&a| a == 1.0);
         let far = Far::memory(move |value_dim, scale| {
-            let memory = MergedMemory::new(4, value_dim, entries, scale)?.with_metric(metric.clone())?;
+            let memory =
+                MergedMemory::new(4, value_dim, entries, scale)?.with_metric(metric.clone())?;
             Ok(Box::new(Weighted { memory, weights: first.clone(), trace: Arc::clone(&seen) }))
         });
-        let build = |far| HybridAttention::builder(4).window(window).sinks(sinks).far(far).build().unwrap();
+        let build =
+            |far| HybridAttention::builder(4).window(window).sinks(sinks).far(far).build().unwrap();
         let out = forward(&build(far), [&q, &k, &v]);
         assert_close(name, &out, &matrix(&case["output"]), TOLERANCE);
         let steps = case["trace"].as_array().unwrap();
@@ -225,7 +251,8 @@ fn merged() {
     }
 }
 
-/// The entries of each step and the attention received in the window are compared inside of the crate.
+/// The entries of each step and the attention received in the window are compared inside of the
+/// crate.
 #[test]
 fn received() {
     for case in golden("golden/received")["cases"].as_array().unwrap() {
@@ -233,7 +260,8 @@ fn received() {
         let group = number(&case["group"]);
         let heads: Vec<Array2<f64>> = case["q"].as_array().unwrap().iter().map(matrix).collect();
         let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
-        let exact: Vec<Array2<f64>> = case["output"].as_array().unwrap().iter().map(matrix).collect();
+        let exact: Vec<Array2<f64>> =
+            case["output"].as_array().unwrap().iter().map(matrix).collect();
         let far = Far::merged(number(&case["entries_max"]))
             .with_decay(case["gamma"].as_f64().unwrap())
             .with_min_age(number(&case["min_age"]))

@@ -5,10 +5,12 @@ mod common;
 use common::hybrid::{FarFormula, HybridFormula};
 use common::{RECEIVED, assert_close, hybrid, normal, tokens};
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric, MultiHead, Performer,
-    Scratch, SoftmaxAttention, Stream, StreamState,
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric,
+    MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamState,
 };
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
+use ndarray::{
+    Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s,
+};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -19,17 +21,29 @@ fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {
     let (b, h, n, d) = shape;
-    Array4::from_shape_vec(shape, normal::<f64>(b * h * n, d, 1.0, seed).into_raw_vec_and_offset().0).unwrap()
+    Array4::from_shape_vec(
+        shape,
+        normal::<f64>(b * h * n, d, 1.0, seed).into_raw_vec_and_offset().0,
+    )
+    .unwrap()
 }
 
 /// Heads `[kv][group]` of one sequence, and what the formula gives.
-fn exact(formula: &HybridFormula, [q, k, v]: [&Array4<f64>; 3], b: usize, pooled: bool) -> Array3<f64> {
+fn exact(
+    formula: &HybridFormula,
+    [q, k, v]: [&Array4<f64>; 3],
+    b: usize,
+    pooled: bool,
+) -> Array3<f64> {
     let group = q.dim().1 / k.dim().1;
     let head = |x: &Array4<f64>, h: usize| x.slice(s![b, h, .., ..]).to_owned();
     let heads: Vec<usize> = (0..k.dim().1).collect();
-    let queries: Vec<Vec<Array2<f64>>> =
-        heads.iter().map(|kv| (kv * group..(kv + 1) * group).map(|h| head(q, h)).collect()).collect();
-    let [k, v]: [Vec<Array2<f64>>; 2] = [k, v].map(|x| heads.iter().map(|&kv| head(x, kv)).collect());
+    let queries: Vec<Vec<Array2<f64>>> = heads
+        .iter()
+        .map(|kv| (kv * group..(kv + 1) * group).map(|h| head(q, h)).collect())
+        .collect();
+    let [k, v]: [Vec<Array2<f64>>; 2] =
+        [k, v].map(|x| heads.iter().map(|&kv| head(x, kv)).collect());
     let out = formula.causal(&queries, &k, &v, 1.0 / (q.dim().3 as f64).sqrt(), pooled);
     let views: Vec<_> = out.iter().flatten().map(|x| x.view()).collect();
     ndarray::stack(Axis(0), &views).unwrap()
@@ -37,7 +51,8 @@ fn exact(formula: &HybridFormula, [q, k, v]: [&Array4<f64>; 3], b: usize, pooled
 
 #[test]
 fn groups_and_pools_are_their_formulas() {
-    let [q, k, v] = [random((2, 6, 130, 8), 1), random((2, 2, 130, 8), 2), random((2, 2, 130, 5), 3)];
+    let [q, k, v] =
+        [random((2, 6, 130, 8), 1), random((2, 2, 130, 8), 2), random((2, 2, 130, 5), 3)];
     for block in [1, 4] {
         let formula = merged(12, 3, block);
         for pooled in [false, true] {
@@ -48,7 +63,12 @@ fn groups_and_pools_are_their_formulas() {
                 let exact = exact(&formula, [&q, &k, &v], b, pooled);
                 for (h, exact) in exact.outer_iter().enumerate() {
                     let what = format!("block {block} pooled {pooled} sequence {b} head {h}");
-                    assert_close(&what, &out.slice(s![b, h, .., ..]).to_owned(), &exact.to_owned(), 1e5);
+                    assert_close(
+                        &what,
+                        &out.slice(s![b, h, .., ..]).to_owned(),
+                        &exact.to_owned(),
+                        1e5,
+                    );
                 }
             }
             // a stream, in pieces, one of which fails half-way
@@ -59,9 +79,27 @@ fn groups_and_pools_are_their_formulas() {
                 let mut bad = piece(&v);
                 bad[[1, 1, end - start - 1, 4]] = f64::NAN;
                 let mut slot = Array4::zeros((2, 6, end - start, 5));
-                assert!(stream.extend(piece(&q).view(), piece(&k).view(), bad.view(), None, slot.view_mut()).is_err());
+                assert!(
+                    stream
+                        .extend(
+                            piece(&q).view(),
+                            piece(&k).view(),
+                            bad.view(),
+                            None,
+                            slot.view_mut()
+                        )
+                        .is_err()
+                );
                 assert_eq!(stream.lengths(), [start; 2]);
-                stream.extend(piece(&q).view(), piece(&k).view(), piece(&v).view(), None, slot.view_mut()).unwrap();
+                stream
+                    .extend(
+                        piece(&q).view(),
+                        piece(&k).view(),
+                        piece(&v).view(),
+                        None,
+                        slot.view_mut(),
+                    )
+                    .unwrap();
                 found.slice_mut(s![.., .., start..end, ..]).assign(&slot);
             }
             assert_eq!(found, out, "the same bits");
@@ -77,7 +115,8 @@ fn groups_and_pools_are_their_formulas() {
     }
 }
 
-/// Kernels differ by head: exact ones, pooled ones, and query heads of one kv head with kernels of their own.
+/// Kernels differ by head: exact ones, pooled ones, and query heads of one kv head with kernels of
+/// their own.
 #[test]
 fn mixtures() {
     let [q, k, v] = [random((1, 8, 90, 8), 4), random((1, 4, 90, 8), 5), random((1, 4, 90, 8), 6)];
@@ -91,28 +130,43 @@ fn mixtures() {
     assert_eq!(layer.poolable(), [0_usize; 0], "pooled already");
     let out = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
     let pick = |x: &Array4<f64>, of: &[usize]| x.select(Axis(1), of);
-    let pool = exact(&formula, [&pick(&q, &[0, 1, 4, 5]), &pick(&k, &[0, 2]), &pick(&v, &[0, 2])], 0, true);
+    let pool = exact(
+        &formula,
+        [&pick(&q, &[0, 1, 4, 5]), &pick(&k, &[0, 2]), &pick(&v, &[0, 2])],
+        0,
+        true,
+    );
     for (i, h) in [0, 1, 4, 5].into_iter().enumerate() {
         let found = out.slice(s![0, h, .., ..]).to_owned();
         assert_close("pooled", &found, &pool.index_axis(Axis(0), i).to_owned(), 1e5);
     }
     for h in [2, 3, 6, 7] {
-        let [q, k, v] = [q.slice(s![0, h, .., ..]), k.slice(s![0, h / 2, .., ..]), v.slice(s![0, h / 2, .., ..])];
+        let [q, k, v] = [
+            q.slice(s![0, h, .., ..]),
+            k.slice(s![0, h / 2, .., ..]),
+            v.slice(s![0, h / 2, .., ..]),
+        ];
         let exact = SoftmaxAttention::new(8).unwrap().forward(q, k, v, Mask::Causal).unwrap();
         assert_eq!(out.slice(s![0, h, .., ..]), exact);
     }
     let per_token = 2 * 16 * 8;
     let bytes = |tokens| layer.state_bytes(8, tokens).unwrap();
-    assert_eq!(bytes(2000) - bytes(1000), 1000 * per_token, "only the exact heads grow, one state for two query heads");
+    assert_eq!(
+        bytes(2000) - bytes(1000),
+        1000 * per_token,
+        "only the exact heads grow, one state for two query heads"
+    );
 
     let own = vec![kernel, Arc::new(hybrid::<f64>(&merged(10, 2, 1), 8, 0))];
     let layer = MultiHead::per_head(own, 1).unwrap();
     assert!(matches!(layer.clone().pooled(), Err(Error::Unsupported { .. })));
-    let (q, k, v) = (q.slice(s![.., ..2, .., ..]), k.slice(s![.., ..1, .., ..]), v.slice(s![.., ..1, .., ..]));
+    let (q, k, v) =
+        (q.slice(s![.., ..2, .., ..]), k.slice(s![.., ..1, .., ..]), v.slice(s![.., ..1, .., ..]));
     let out = layer.forward(q, k, v, Mask::Causal, None).unwrap();
     let alone = hybrid::<f64>(&formula, 8, 0);
     for h in 0..2 {
-        let [q, k, v] = [q.slice(s![0, h, .., ..]), k.slice(s![0, 0, .., ..]), v.slice(s![0, 0, .., ..])];
+        let [q, k, v] =
+            [q.slice(s![0, h, .., ..]), k.slice(s![0, 0, .., ..]), v.slice(s![0, 0, .., ..])];
         assert_eq!(out.slice(s![0, h, .., ..]), alone.forward(q, k, v, Mask::Causal).unwrap());
     }
 }
@@ -178,13 +232,16 @@ fn options_that_cannot_be_used() {
     option(error(Far::merged(4).with_value_weight(-1.0)), "value_weight");
     option(error(Far::taylor(2)), "calibration");
     let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 1);
-    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+    let calibration =
+        Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
     option(error(Far::merged(4).with_metric(Metric::Identity).calibrated(&calibration)), "metric");
     option(error(Far::none().calibrated(&calibration)), "calibration of the far memory");
     assert!(matches!(error(Far::merged(0)), Error::ZeroSize { .. }));
     assert!(matches!(error(Far::merged(4).with_block(0)), Error::ZeroSize { .. }));
     assert!(matches!(error(Far::features(Performer::new(5, 8, 0).unwrap())), Error::Shape { .. }));
-    for far in [Far::merged(usize::MAX / 2), Far::ward(1 << 60), Far::merged(3).with_block(usize::MAX)] {
+    for far in
+        [Far::merged(usize::MAX / 2), Far::ward(1 << 60), Far::merged(3).with_block(usize::MAX)]
+    {
         assert!(matches!(error(far), Error::InvalidOption { .. }));
     }
     let builder = || HybridAttention::<f64>::builder(4);
@@ -201,12 +258,22 @@ fn extreme_tokens() {
     let kernels: Vec<HybridAttention<f32>> = vec![
         hybrid(&merged(6, 1, 1), 4, 0),
         hybrid(&merged(6, 1, 4), 4, 0),
-        hybrid(&HybridFormula { far: FarFormula::Ward { entries: 5, block: 1 }, ..merged(6, 1, 1) }, 4, 0),
+        hybrid(
+            &HybridFormula { far: FarFormula::Ward { entries: 5, block: 1 }, ..merged(6, 1, 1) },
+            4,
+            0,
+        ),
     ];
     for kernel in kernels {
-        for (key_size, value_size) in
-            [(1e-42_f32, 1.0), (0.0, 1.0), (1e9, 1.0), (1e18, 1e-42), (1.0, 0.0), (1.0, 1e36), (1e-20, 1e25)]
-        {
+        for (key_size, value_size) in [
+            (1e-42_f32, 1.0),
+            (0.0, 1.0),
+            (1e9, 1.0),
+            (1e18, 1e-42),
+            (1.0, 0.0),
+            (1.0, 1e36),
+            (1e-20, 1e25),
+        ] {
             let [q, k, v] = tokens::<f32>(120, 4, 3, 1.0, 8);
             let (k, v) = (k * key_size, v * value_size);
             let q = q / key_size.clamp(1e-10, 1e10);
@@ -225,13 +292,18 @@ fn extreme_tokens() {
 /// A stream with a far memory of one's own cannot be saved, says so, and works otherwise.
 #[test]
 fn a_memory_of_ones_own() {
-    let far = Far::memory(|value_dim, scale| Ok(Box::new(dijiang::ExactMemory::<f64>::new(4, value_dim, scale)?)));
+    let far = Far::memory(|value_dim, scale| {
+        Ok(Box::new(dijiang::ExactMemory::<f64>::new(4, value_dim, scale)?))
+    });
     let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
     let [q, k, v] = tokens::<f64>(40, 4, 3, 1.0, 9);
     let mut stream = kernel.stream(3).unwrap();
     let mut out = Array2::zeros((40, 3));
     stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
-    let exact = SoftmaxAttention::new(4).unwrap().forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    let exact = SoftmaxAttention::new(4)
+        .unwrap()
+        .forward(q.view(), k.view(), v.view(), Mask::Causal)
+        .unwrap();
     assert_close("exact far memory", &out, &exact, 64.0);
     assert!(matches!(stream.save(), Err(Error::Unsupported { .. })));
     assert!(stream.checkpoint());
@@ -244,11 +316,13 @@ fn a_memory_of_ones_own() {
     assert_eq!((stream.len(), stream.state_floats()), (40, 7 + 3 * 7 + 36 * 7));
 }
 
-/// Keys beyond all samples: weights at their bound, distances whose inverse vanishes. What is gone is not merged again.
+/// Keys beyond all samples: weights at their bound, distances whose inverse vanishes. What is gone
+/// is not merged again.
 #[test]
 fn calibrated_ward_with_foreign_keys() {
     let [q, k, _] = tokens::<f64>(200, 2, 1, 1.0, 20);
-    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+    let calibration =
+        Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
     for size in [1.0_f32, 1e12, 1e14, 1e15, 1e18] {
         let [q, k, v] = tokens::<f32>(100, 2, 2, 1.0, 21);
         let k = k.mapv(|x| (x + 2.0) * size);
@@ -266,14 +340,17 @@ fn calibrated_ward_with_foreign_keys() {
 #[test]
 fn large_numbers_are_saved_and_restored() {
     let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 22);
-    let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new().with_window(8)).unwrap();
+    let calibration =
+        Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new().with_window(8))
+            .unwrap();
     for (which, heavy) in [(0, 0), (1, 2), (2, 0)] {
         let mut input = tokens::<f32>(60, 4, 3, 1.0, 23);
         input[which].mapv_inplace(|x| x * 1e20);
         if which < 2 {
             input[1 - which].mapv_inplace(|x| x * 1e-20);
         }
-        let builder = HybridAttention::builder(4).window(8).sinks(1).heavy(heavy).far(Far::merged(6));
+        let builder =
+            HybridAttention::builder(4).window(8).sinks(1).heavy(heavy).far(Far::merged(6));
         let builder = if heavy > 0 { builder.calibrated(&calibration) } else { builder };
         let kernel = builder.build().unwrap();
         let [q, k, v] = &input;
@@ -310,7 +387,9 @@ fn damaged_states() {
             assert_eq!(stream.save().unwrap(), before);
         };
         refused(usize::MAX, numbers.clone());
-        for (at, value) in [(5, -1.0), (held * 6, 5.0), (held * 6, -1.0), (held * 6, 3.5), (count - 1, -1.0)] {
+        for (at, value) in
+            [(5, -1.0), (held * 6, 5.0), (held * 6, -1.0), (held * 6, 3.5), (count - 1, -1.0)]
+        {
             let mut bad = numbers.clone();
             bad[at] = value;
             refused(40, bad);
@@ -358,11 +437,16 @@ fn a_wrapped_hybrid() {
         fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<f64>>, Error> {
             self.0.stream(value_dim)
         }
-        fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<f64>>>, Error> {
+        fn group_stream(
+            &self,
+            group: usize,
+            value_dim: usize,
+        ) -> Result<Option<Box<dyn Stream<f64>>>, Error> {
             self.0.group_stream(group, value_dim)
         }
     }
-    let [q, k, v] = [random((1, 4, 80, 8), 31), random((1, 2, 80, 8), 32), random((1, 2, 80, 8), 33)];
+    let [q, k, v] =
+        [random((1, 4, 80, 8), 31), random((1, 2, 80, 8), 32), random((1, 2, 80, 8), 33)];
     let layer = MultiHead::new(Wrapped(hybrid(&merged(8, 2, 1), 8, 0)), 4, 2).unwrap();
     let whole = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
     let mut out = Array4::zeros(whole.dim());

@@ -41,7 +41,8 @@ fn a_million_decode_steps_stay_accurate_and_do_not_grow() {
     let _guard = ONE_AT_A_TIME.lock();
     let (d, m, dv) = (8, 16, 4);
     let period = 4096; // tokens repeat after a while, the state does not know
-    let [q, k, v] = [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed));
+    let [q, k, v] =
+        [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.0, seed));
     // values with a mean, so that the output is not a small difference of large sums
     let v = v + 1.0_f32;
     let wide_map = Performer::<f64>::new(d, m, 7).unwrap();
@@ -87,19 +88,29 @@ fn a_million_decode_steps_stay_accurate_and_do_not_grow() {
     assert_eq!(stream.len(), MILLION);
     assert_eq!(stream.state_floats(), floats);
     assert!(NOW.load(Relaxed) <= after_warm_up.0 + 4096, "memory grew");
-    assert!(MOST.load(Relaxed) <= after_warm_up.1 + (1 << 20), "a step allocated more than scratch");
+    assert!(
+        MOST.load(Relaxed) <= after_warm_up.1 + (1 << 20),
+        "a step allocated more than scratch"
+    );
 }
 
-/// Merging memories: the output stays in the hull of the values, the state and the memory of the process keep their size.
+/// Merging memories: the output stays in the hull of the values, the state and the memory of the
+/// process keep their size.
 #[test]
 fn a_million_tokens_through_merging_memories() {
     let _guard = ONE_AT_A_TIME.lock();
     let (d, dv, period) = (8, 4, 4099);
-    let [q, k, v] = [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.5, seed));
-    let hull: Vec<(f32, f32)> =
-        v.columns().into_iter().map(|c| c.fold((f32::MAX, f32::MIN), |(l, h), &x| (l.min(x), h.max(x)))).collect();
+    let [q, k, v] =
+        [0, 1, 2].map(|seed| normal::<f32>(period, if seed == 2 { dv } else { d }, 1.5, seed));
+    let hull: Vec<(f32, f32)> = v
+        .columns()
+        .into_iter()
+        .map(|c| c.fold((f32::MAX, f32::MIN), |(l, h), &x| (l.min(x), h.max(x))))
+        .collect();
     let builder = || HybridAttention::<f32>::builder(d).window(32).sinks(2);
-    for (far, piece) in [(Far::merged(24), 1), (Far::merged(24).with_block(8), 1000), (Far::ward(24), 1)] {
+    for (far, piece) in
+        [(Far::merged(24), 1), (Far::merged(24).with_block(8), 1000), (Far::ward(24), 1)]
+    {
         let mut stream = builder().far(far).build().unwrap().stream(dv).unwrap();
         let floats = stream.state_floats();
         let mut out = Array2::<f32>::zeros((piece, dv));
@@ -109,7 +120,10 @@ fn a_million_tokens_through_merging_memories() {
             let rows = s![start..start + piece, ..];
             stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.view_mut()).unwrap();
             for (column, (low, high)) in out.columns().into_iter().zip(&hull) {
-                assert!(column.iter().all(|x| *x >= low - 1e-4 && *x <= high + 1e-4), "t = {t}: {out}");
+                assert!(
+                    column.iter().all(|x| *x >= low - 1e-4 && *x <= high + 1e-4),
+                    "t = {t}: {out}"
+                );
             }
             if t == 10_000 {
                 after_warm_up = NOW.load(Relaxed);
@@ -124,7 +138,8 @@ fn a_million_tokens_through_merging_memories() {
 fn a_million_token_forward_allocates_scratch_only() {
     let _guard = ONE_AT_A_TIME.lock();
     let (d, dv) = (4, 2);
-    let input = [0, 1, 2].map(|seed| normal::<f32>(1000, if seed == 2 { dv } else { d }, 1.0, seed));
+    let input =
+        [0, 1, 2].map(|seed| normal::<f32>(1000, if seed == 2 { dv } else { d }, 1.0, seed));
     let [q, k, v] = input.each_ref().map(|x| {
         let columns = x.ncols();
         x.broadcast((MILLION / 1000, 1000, columns))

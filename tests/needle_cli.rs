@@ -1,4 +1,5 @@
-//! The needle test as a person runs it: a table in which exact softmax recalls everything, findings, and a page that needs nothing else.
+//! The needle test as a person runs it: a table in which exact softmax recalls everything,
+//! findings, and a page that needs nothing else.
 
 use std::process::{Command, Output};
 
@@ -11,7 +12,9 @@ fn run(arguments: &[&str]) -> Output {
 /// The percentages in the lines of a kernel, its name and state left out.
 fn percentages(table: &str, kernel: &str) -> Vec<f64> {
     let lines = table.lines().filter(|line| line.starts_with(&format!("│ {kernel} ")));
-    let cells = lines.flat_map(|line| line.split(['│', '┆'])).filter_map(|cell| cell.trim().split_once('±'));
+    let cells = lines
+        .flat_map(|line| line.split(['│', '┆']))
+        .filter_map(|cell| cell.trim().split_once('±'));
     cells.map(|(mean, _)| mean.parse().unwrap()).collect()
 }
 

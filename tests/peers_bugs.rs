@@ -3,11 +3,13 @@
 mod common;
 
 use common::{MAPS, assert_close, checker::feed, map, normal, tokens, wide};
-use dijiang::{Attention, DctFeatures, LinearAttention, Mask, MultiHead, Performer, SoftmaxAttention};
+use dijiang::{
+    Attention, DctFeatures, LinearAttention, Mask, MultiHead, Performer, SoftmaxAttention,
+};
 use ndarray::{Array2, Array4, Axis, s};
 
-/// performer-pytorch takes the key maximum over all keys, the future included, and adds an epsilon: outputs before a
-/// changed last key move by 0.7 to 1.3. Here they do not move.
+/// performer-pytorch takes the key maximum over all keys, the future included, and adds an epsilon:
+/// outputs before a changed last key move by 0.7 to 1.3. Here they do not move.
 #[test]
 fn a_later_key_does_not_set_the_unit_of_earlier_ones() {
     let n = 64;
@@ -20,8 +22,8 @@ fn a_later_key_does_not_set_the_unit_of_earlier_ones() {
     assert_close("before the last key", &out.slice(rows).to_owned(), &wide(&alone), 64.0);
 }
 
-/// Nor does it make one fail: here the features of early queries and keys overlap by e^{−60} only, and the last key's
-/// unit, 15 natural units higher, would push that below what f32 can divide by.
+/// Nor does it make one fail: here the features of early queries and keys overlap by e^{−60} only,
+/// and the last key's unit, 15 natural units higher, would push that below what f32 can divide by.
 #[test]
 fn a_later_key_does_not_make_an_earlier_query_fail() {
     #[derive(Debug)]
@@ -63,10 +65,16 @@ fn a_later_key_does_not_make_an_earlier_query_fail() {
     k[[n - 1, 0]] = 15.0;
     let after = kernel.forward(k.view(), k.view(), v.view(), Mask::Causal).unwrap();
     let rows = s![..n - 1, ..];
-    assert_close("before", &after.slice(rows).to_owned(), &wide(&before.slice(rows).to_owned()), 64.0);
+    assert_close(
+        "before",
+        &after.slice(rows).to_owned(),
+        &wide(&before.slice(rows).to_owned()),
+        64.0,
+    );
 }
 
-/// Decay as γ^n on queries and γ^{−m} on keys, as in the released code, leaves f32 after 2 794 tokens at γ = 1 − 1/32.
+/// Decay as γ^n on queries and γ^{−m} on keys, as in the released code, leaves f32 after 2 794
+/// tokens at γ = 1 − 1/32.
 #[test]
 fn decay_does_not_overflow_however_long_the_sequence() {
     let (n, gamma) = (6000, 1.0 - 1.0 / 32.0);
@@ -79,11 +87,16 @@ fn decay_does_not_overflow_however_long_the_sequence() {
     let last = s![n - 1000.., ..];
     let alone = kernel.forward(q.slice(last), k.slice(last), v.slice(last), Mask::Causal).unwrap();
     let end = s![900.., ..];
-    assert_close("the end", &out.slice(last).slice(end).to_owned(), &wide(&alone.slice(end).to_owned()), 256.0);
+    assert_close(
+        "the end",
+        &out.slice(last).slice(end).to_owned(),
+        &wide(&alone.slice(end).to_owned()),
+        256.0,
+    );
 }
 
-/// Absolute powers γ^{−m} overflow f32 after 2 794 tokens. Units here are relative to the running maximum: log scales
-/// that rise by thousands over a sequence, or fall, do no harm.
+/// Absolute powers γ^{−m} overflow f32 after 2 794 tokens. Units here are relative to the running
+/// maximum: log scales that rise by thousands over a sequence, or fall, do no harm.
 #[test]
 fn log_scales_that_rise_for_ever_do_not_overflow() {
     let (n, d) = (6000, 4);
@@ -113,13 +126,19 @@ fn log_scales_that_rise_for_ever_do_not_overflow() {
     }
 }
 
-/// Padding that masks the values but not the normaliser shrinks every output. Here padding is never read.
+/// Padding that masks the values but not the normaliser shrinks every output. Here padding is never
+/// read.
 #[test]
 fn padding_is_not_in_the_normaliser() {
-    let layer = MultiHead::new(LinearAttention::new(Performer::<f64>::new(8, 32, 0).unwrap()), 2, 1).unwrap();
+    let layer =
+        MultiHead::new(LinearAttention::new(Performer::<f64>::new(8, 32, 0).unwrap()), 2, 1)
+            .unwrap();
     let [q, mut k, mut v] = [2, 1, 1].map(|heads| {
-        Array4::from_shape_vec((1, heads, 10, 8), normal::<f64>(heads * 10, 8, 1.0, 5).into_raw_vec_and_offset().0)
-            .unwrap()
+        Array4::from_shape_vec(
+            (1, heads, 10, 8),
+            normal::<f64>(heads * 10, 8, 1.0, 5).into_raw_vec_and_offset().0,
+        )
+        .unwrap()
     });
     let real = s![.., .., ..6, ..];
     let short = layer.forward(q.view(), k.slice(real), v.slice(real), Mask::Full, None).unwrap();
@@ -129,14 +148,15 @@ fn padding_is_not_in_the_normaliser() {
     assert_eq!(padded, short);
 }
 
-/// A fixed epsilon in the denominator pulls outputs towards zero where features are small. Nothing is added here: ones
-/// stay ones when every feature is of order e^{−450}.
+/// A fixed epsilon in the denominator pulls outputs towards zero where features are small. Nothing
+/// is added here: ones stay ones when every feature is of order e^{−450}.
 #[test]
 fn small_features_are_not_drowned_by_an_epsilon() {
     let x = normal::<f32>(40, 16, 1.0, 3).mapv(|x| x * 15.0);
     let ones = Array2::ones((40, 2));
     for kernel in [
-        Box::new(LinearAttention::new(Performer::<f32>::new(16, 64, 0).unwrap())) as Box<dyn Attention<f32>>,
+        Box::new(LinearAttention::new(Performer::<f32>::new(16, 64, 0).unwrap()))
+            as Box<dyn Attention<f32>>,
         Box::new(LinearAttention::new(DctFeatures::<f32>::new(16, 64, 0).unwrap())),
     ] {
         let log_weights = kernel.log_weights(x.view(), x.view()).unwrap().unwrap();
@@ -146,8 +166,8 @@ fn small_features_are_not_drowned_by_an_epsilon() {
     }
 }
 
-/// Decoding that forgets the normaliser, or draws features anew in every call, does not agree with the forward pass; and
-/// calls do not agree with each other.
+/// Decoding that forgets the normaliser, or draws features anew in every call, does not agree with
+/// the forward pass; and calls do not agree with each other.
 #[test]
 fn decoding_agrees_with_forward_and_calls_with_each_other() {
     for name in MAPS {
@@ -155,7 +175,11 @@ fn decoding_agrees_with_forward_and_calls_with_each_other() {
         let [q, k, v] = &input;
         let kernel = LinearAttention::new(map::<f64>(name, 8, 16, 0));
         let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
-        assert_eq!(kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(), out, "{name}: a second call");
+        assert_eq!(
+            kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(),
+            out,
+            "{name}: a second call"
+        );
         let decoded = feed(&mut *Attention::<f64>::stream(&kernel, 3).unwrap(), &input, &[1; 20]);
         assert_close(name, &decoded, &out, 4096.0);
     }
@@ -165,7 +189,8 @@ fn decoding_agrees_with_forward_and_calls_with_each_other() {
 #[test]
 fn the_own_token_is_seen() {
     let [q, k, v] = tokens::<f64>(30, 8, 3, 1.0, 6);
-    let mut kernels: Vec<Box<dyn Attention<f64>>> = vec![Box::new(SoftmaxAttention::new(8).unwrap())];
+    let mut kernels: Vec<Box<dyn Attention<f64>>> =
+        vec![Box::new(SoftmaxAttention::new(8).unwrap())];
     for name in MAPS {
         kernels.push(Box::new(LinearAttention::new(map::<f64>(name, 8, 16, 0))));
     }

@@ -1,4 +1,5 @@
-//! Kernels that know positions, and Linformer: what is theirs alone. (The checker in `common` has the rest.)
+//! Kernels that know positions, and Linformer: what is theirs alone. (The checker in `common` has
+//! the rest.)
 
 mod common;
 
@@ -6,8 +7,9 @@ use common::checker::feed;
 use common::written::{RetentionFormula, retention_kernel};
 use common::{assert_close, normal, tokens, wide};
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask, MultiHead, Retention,
-    Rotary, RotaryAttention, RotaryPairs, Scratch, SoftmaxAttention, WithLogDecay,
+    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask,
+    MultiHead, Retention, Rotary, RotaryAttention, RotaryPairs, Scratch, SoftmaxAttention,
+    WithLogDecay,
 };
 use ndarray::{Array2, Array4, Axis, array, s};
 use std::sync::Arc;
@@ -33,9 +35,13 @@ fn kernels(d: usize) -> Vec<Arc<dyn Attention<f64>>> {
 fn groups_are_their_heads() {
     let (d, group, n) = (6, 3, 40);
     for kernel in kernels(d) {
-        let q =
-            Array4::from_shape_fn((2, 2 * group, n, d), |(b, h, t, i)| (b + 7 * h + t * d + i) as f64).mapv(f64::sin);
-        let k = Array4::from_shape_fn((2, 2, n, d), |(b, h, t, i)| (b + 5 * h + t * d + 2 * i) as f64).mapv(f64::cos);
+        let q = Array4::from_shape_fn((2, 2 * group, n, d), |(b, h, t, i)| {
+            (b + 7 * h + t * d + i) as f64
+        })
+        .mapv(f64::sin);
+        let k =
+            Array4::from_shape_fn((2, 2, n, d), |(b, h, t, i)| (b + 5 * h + t * d + 2 * i) as f64)
+                .mapv(f64::cos);
         let layer = MultiHead::per_head(vec![kernel.clone(); 2 * group], 2).unwrap();
         for mask in [Mask::Causal, Mask::Full] {
             if mask == Mask::Full && format!("{kernel:?}").starts_with("Retention") {
@@ -45,7 +51,12 @@ fn groups_are_their_heads() {
             for (b, h) in [(0, 0), (1, 2), (1, 3), (0, 5)] {
                 let (q, k) = (q.slice(s![b, h, .., ..]), k.slice(s![b, h / group, .., ..]));
                 let alone = kernel.forward(q, k, k, mask).unwrap();
-                assert_close(&format!("{kernel:?}"), &out.slice(s![b, h, .., ..]).to_owned(), &alone, 64.0);
+                assert_close(
+                    &format!("{kernel:?}"),
+                    &out.slice(s![b, h, .., ..]).to_owned(),
+                    &alone,
+                    64.0,
+                );
             }
         }
         let whole = layer.forward(q.view(), k.view(), k.view(), Mask::Causal, None).unwrap();
@@ -76,7 +87,16 @@ fn one_scratch_for_all() {
         let [q, k, v] = tokens::<f64>(n, 4, 2, 1.0, n as u64);
         for kernel in kernels(4) {
             let mut out = Array2::from_elem((n, 2), f64::NAN);
-            kernel.forward_with(q.view(), k.view(), v.view(), Mask::Causal, out.view_mut(), &mut scratch).unwrap();
+            kernel
+                .forward_with(
+                    q.view(),
+                    k.view(),
+                    v.view(),
+                    Mask::Causal,
+                    out.view_mut(),
+                    &mut scratch,
+                )
+                .unwrap();
             assert_eq!(out, kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap());
         }
     }
@@ -131,7 +151,8 @@ fn a_rotation_of_another_size_is_reported() {
     }
 }
 
-/// The last position of cosFormer works, the one after it is an error that leaves the stream as it was.
+/// The last position of cosFormer works, the one after it is an error that leaves the stream as it
+/// was.
 #[test]
 fn cosformer_ends_at_its_length() {
     let kernel = CosFormer::<f32>::new(3, 20).unwrap();
@@ -226,26 +247,35 @@ fn linformer_of_many_tokens_stays_accurate() {
 /// What a map of the products themselves makes of zeros, and of the smallest numbers there are.
 #[test]
 fn identity_features_of_zeros_and_of_the_smallest_numbers() {
-    let kernel = LinearAttention::new(IdentityFeatures::<f32>::new(2).unwrap()).with_scale(1.0).unnormalized();
+    let kernel = LinearAttention::new(IdentityFeatures::<f32>::new(2).unwrap())
+        .with_scale(1.0)
+        .unnormalized();
     let k = array![[0.0, 0.0], [1e-40, -1e-41], [0.0, 0.0]];
     let q = array![[1e10_f32, 0.0], [1e30, 1e30], [0.0, 0.0]];
     let v = array![[3.0], [2.0], [1.0]];
     for size in [1, 3] {
-        let out = feed(&mut *kernel.stream(1).unwrap(), &[q.clone(), k.clone(), v.clone()], &vec![size; 3 / size]);
+        let out = feed(
+            &mut *kernel.stream(1).unwrap(),
+            &[q.clone(), k.clone(), v.clone()],
+            &vec![size; 3 / size],
+        );
         let exact = array![[0.0], [2.0 * 1e30 * f64::from(1e-40_f32 - 1e-41)], [0.0]];
         assert_close("tiny", &out, &exact, 64.0);
     }
     assert_eq!(wide(&k)[[0, 0]], 0.0);
 }
 
-/// Over 100 000 tokens in f32, of which xPos would multiply keys by up to e^245, retention is the recurrence in f64.
+/// Over 100 000 tokens in f32, of which xPos would multiply keys by up to e^245, retention is the
+/// recurrence in f64.
 #[test]
 fn long_retention_stays_accurate() {
     let (n, d, dv, period) = (100_000, 8, 3, 1024);
     let [q, k, v] = tokens::<f32>(period, d, dv, 1.0, 8);
-    for (decay, pairs) in
-        [(1.0, RotaryPairs::Interleaved), (1.0, RotaryPairs::Halves), (0.9995, RotaryPairs::Interleaved)]
-    {
+    for (decay, pairs) in [
+        (1.0, RotaryPairs::Interleaved),
+        (1.0, RotaryPairs::Halves),
+        (0.9995, RotaryPairs::Interleaved),
+    ] {
         let theta = |i: usize| 10_000_f64.powf(-2.0 * i as f64 / d as f64);
         let formula = RetentionFormula::new(d, decay, 0.5, pairs, true, theta);
         let rotary = Rotary::new(d).unwrap().with_pairs(pairs);
@@ -261,7 +291,9 @@ fn long_retention_stays_accurate() {
             let start = t % period;
             let count = usize::min(piece, period - start).min(n - t);
             let rows = s![start..start + count, ..];
-            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+            stream
+                .extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows))
+                .unwrap();
             for row in start..start + count {
                 let turned = |x: &Array2<f32>| {
                     let mut x = x.row(row).mapv(f64::from);
@@ -281,7 +313,11 @@ fn long_retention_stays_accurate() {
                 }
                 let exact = q.dot(&sums) * formula.scale;
                 size = size.max(exact.iter().fold(0.0, |m, x| m.max(x.abs())));
-                worst = worst.max((&exact - &out.row(row).mapv(f64::from)).iter().fold(0.0, |m, x| m.max(x.abs())));
+                worst = worst.max(
+                    (&exact - &out.row(row).mapv(f64::from))
+                        .iter()
+                        .fold(0.0, |m, x| m.max(x.abs())),
+                );
                 t += 1;
             }
             if t == n {
@@ -294,7 +330,8 @@ fn long_retention_stays_accurate() {
     }
 }
 
-/// Retention without rotation and decay is linear attention over the products; with decay it has no full form.
+/// Retention without rotation and decay is linear attention over the products; with decay it has no
+/// full form.
 #[test]
 fn retention_without_positions_is_products() {
     let [q, k, v] = tokens::<f64>(20, 5, 2, 1.0, 3);
@@ -330,7 +367,12 @@ fn gated_kernels_turn() {
     let kernel = RotaryAttention::new(rotary, elu(d).gated());
     assert!(Attention::<f64>::is_gated(&kernel));
     let kernel = WithLogDecay::new(kernel, log_decay);
-    assert_close("forward", &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(), &exact, 4.0);
+    assert_close(
+        "forward",
+        &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(),
+        &exact,
+        4.0,
+    );
     let out = feed(&mut *kernel.stream(2).unwrap(), &[q, k, v], &[3, 1, 1, 60, 5]);
     assert_close("a stream", &out, &exact, 256.0);
 }
@@ -339,7 +381,8 @@ fn gated_kernels_turn() {
 #[test]
 fn gated_groups_turn() {
     let (n, d, group) = (40, 4, 3);
-    let q = Array4::from_shape_fn((1, group, n, d), |(_, h, t, i)| ((7 * h + t * d + i) as f64).sin());
+    let q =
+        Array4::from_shape_fn((1, group, n, d), |(_, h, t, i)| ((7 * h + t * d + i) as f64).sin());
     let [_, k, v] = tokens::<f64>(n, d, 2, 1.0, 6);
     let log_decay = normal::<f64>(n, 1, 0.1, 9).mapv(|x| -x.abs());
     let kernel = RotaryAttention::new(Rotary::new(d).unwrap(), elu(d).gated());
@@ -347,7 +390,9 @@ fn gated_groups_turn() {
     let head = |x: &Array2<f64>| x.clone().insert_axis(Axis(0)).insert_axis(Axis(0));
     let (k4, v4, decay4) = (head(&k), head(&v), head(&log_decay));
     let [mut whole, mut parts] = [(); 2].map(|()| Array4::<f64>::zeros((1, group, n, 2)));
-    layer.forward_gated(q.view(), k4.view(), v4.view(), decay4.view(), None, whole.view_mut()).unwrap();
+    layer
+        .forward_gated(q.view(), k4.view(), v4.view(), decay4.view(), None, whole.view_mut())
+        .unwrap();
     let mut stream = layer.stream(1, 2).unwrap();
     for rows in [0..1, 1..30, 30..40] {
         let at = s![.., .., rows, ..];

@@ -27,7 +27,9 @@ fn every_attention_with_positions_keeps_its_promises() {
 
 #[test]
 fn every_map_keeps_its_promises() {
-    for (d, m) in [(1, 1), (1, 5), (3, 7), (8, 8), (8, 50), (80, 33), (96, 192), (100, 64), (128, 130)] {
+    for (d, m) in
+        [(1, 1), (1, 5), (3, 7), (8, 8), (8, 50), (80, 33), (96, 192), (100, 64), (128, 130)]
+    {
         for name in MAPS.into_iter().chain(SIGNED_MAPS) {
             if name == "taylor" && d > 16 {
                 continue; // thousands of features: once is enough, below
@@ -42,7 +44,8 @@ fn every_map_keeps_its_promises() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Any kernel, any split, any sizes of head and values, any norms: the stream is the forward pass.
+    /// Any kernel, any split, any sizes of head and values, any norms: the stream is the forward
+    /// pass.
     #[test]
     fn any_split_equals_forward(
         which in 0..MAPS.len(),

@@ -5,7 +5,8 @@ mod common;
 use common::{Head, golden, heads, map};
 use dijiang::fidelity::Reference;
 use dijiang::{
-    Calibration, CalibrationOptions, Far, FeatureMap, HybridAttention, LinearAttention, Mask, Metric, Scalar, TaylorFit,
+    Calibration, CalibrationOptions, Far, FeatureMap, HybridAttention, LinearAttention, Mask,
+    Metric, Scalar, TaylorFit,
 };
 use std::sync::Arc;
 
@@ -18,15 +19,21 @@ fn reference(head: &Head) -> Reference<f64> {
 fn uniform_attention_has_the_known_error() {
     let known = golden("reference_errors");
     for head in heads() {
-        let found = reference(&head).compare(&dijiang::SoftmaxAttention::new(head.test[0].ncols()).unwrap()).unwrap();
+        let found = reference(&head)
+            .compare(&dijiang::SoftmaxAttention::new(head.test[0].ncols()).unwrap())
+            .unwrap();
         let expected = known["heads"][head.name]["errors"]["uniform"].as_f64().unwrap();
-        assert!((found.uniform_error / expected - 1.0).abs() < 1e-8, "{}: {found:?} {expected}", head.name);
+        assert!(
+            (found.uniform_error / expected - 1.0).abs() < 1e-8,
+            "{}: {found:?} {expected}",
+            head.name
+        );
         assert!(found.output_error < 1e-12, "{}: {found:?}", head.name);
     }
 }
 
-/// Rows of random maps can be compared in law only: the median over our seeds lies within the spread of the five known
-/// seeds, widened by half of it on each side.
+/// Rows of random maps can be compared in law only: the median over our seeds lies within the
+/// spread of the five known seeds, widened by half of it on each side.
 #[test]
 fn random_maps_have_the_known_errors() {
     let known = golden("reference_errors");
@@ -62,7 +69,8 @@ fn random_maps_have_the_known_errors() {
     }
 }
 
-/// The honest result: no map without training beats uniform attention by much on any of these heads.
+/// The honest result: no map without training beats uniform attention by much on any of these
+/// heads.
 #[test]
 fn feature_maps_alone_do_not_imitate_trained_heads() {
     for head in heads() {
@@ -70,7 +78,11 @@ fn feature_maps_alone_do_not_imitate_trained_heads() {
         let reference = reference(&head);
         for name in ["performer", "dct", "dct-antithetic", "wpff", "wpff-sobol"] {
             let mut errors: Vec<f64> = (0..3)
-                .map(|seed| reference.output_error(&LinearAttention::new(map::<f64>(name, d, 256, seed))).unwrap())
+                .map(|seed| {
+                    reference
+                        .output_error(&LinearAttention::new(map::<f64>(name, d, 256, seed)))
+                        .unwrap()
+                })
                 .collect();
             errors.sort_by(f64::total_cmp);
             assert!(errors[1] > 0.7, "{} {name}: {errors:?}: rewrite the docs", head.name);
@@ -78,7 +90,8 @@ fn feature_maps_alone_do_not_imitate_trained_heads() {
     }
 }
 
-/// The deterministic hybrids that need no calibration: within 1e-6, in f64 and (as the heads are f32) within 1 % in f32.
+/// The deterministic hybrids that need no calibration: within 1e-6, in f64 and (as the heads are
+/// f32) within 1 % in f32.
 #[test]
 fn hybrids_have_the_known_errors() {
     type Row = (&'static str, usize, fn() -> Far<f64>, fn() -> Far<f32>);
@@ -113,21 +126,42 @@ fn hybrids_have_the_known_errors() {
         let [q, k, v] = head.test.each_ref().map(|x| x.mapv(|x| x as f32));
         let narrow_reference = Reference::new(q.view(), k.view(), v.view(), head.mask).unwrap();
         for (row, window, far, narrow_far) in rows {
-            let Some(expected) = known["heads"][head.name]["errors"][row].as_f64() else { continue };
+            let Some(expected) = known["heads"][head.name]["errors"][row].as_f64() else {
+                continue;
+            };
             let (window, sinks) = if head.mask == Mask::Full { (0, 0) } else { (window, 4) };
-            let kernel = HybridAttention::builder(d).window(window).sinks(sinks).far(far()).build().unwrap();
+            let kernel =
+                HybridAttention::builder(d).window(window).sinks(sinks).far(far()).build().unwrap();
             let found = reference.output_error(&kernel).unwrap();
-            assert!((found / expected - 1.0).abs() < 1e-6, "{} {row}: {found}, known {expected}", head.name);
+            assert!(
+                (found / expected - 1.0).abs() < 1e-6,
+                "{} {row}: {found}, known {expected}",
+                head.name
+            );
             let report = reference.compare(&kernel).unwrap();
-            assert!((report.output_error / expected - 1.0).abs() < 1e-6, "{} {row}: {report:?}", head.name);
-            let kernel = HybridAttention::builder(d).window(window).sinks(sinks).far(narrow_far()).build().unwrap();
+            assert!(
+                (report.output_error / expected - 1.0).abs() < 1e-6,
+                "{} {row}: {report:?}",
+                head.name
+            );
+            let kernel = HybridAttention::builder(d)
+                .window(window)
+                .sinks(sinks)
+                .far(narrow_far())
+                .build()
+                .unwrap();
             let found = narrow_reference.output_error(&kernel).unwrap();
-            assert!((found / expected - 1.0).abs() < 0.01, "{} {row} in f32: {found}, known {expected}", head.name);
+            assert!(
+                (found / expected - 1.0).abs() < 0.01,
+                "{} {row} in f32: {found}, known {expected}",
+                head.name
+            );
         }
     }
 }
 
-/// The rows that are calibrated on another document, of which every third token is known (bidirectional: every token).
+/// The rows that are calibrated on another document, of which every third token is known
+/// (bidirectional: every token).
 #[test]
 fn calibrated_hybrids_have_the_known_errors() {
     fn kernel<T: Scalar>(row: &str, calibration: &Calibration, mask: Mask) -> HybridAttention<T> {
@@ -156,21 +190,41 @@ fn calibrated_hybrids_have_the_known_errors() {
             CalibrationOptions::new().with_stride(3)
         };
         let calibration = Calibration::from_samples(q.view(), k.view(), options).unwrap();
-        for row in ["hybrid_taylor2_r6", "hybrid_taylor2_r10", "hybrid_ward64", "hybrid_heavy16_taylor2_r6"] {
+        for row in [
+            "hybrid_taylor2_r6",
+            "hybrid_taylor2_r10",
+            "hybrid_ward64",
+            "hybrid_heavy16_taylor2_r6",
+        ] {
             let expected = known["heads"][head.name]["errors"][row].as_f64().unwrap();
-            let found = reference.output_error(&kernel::<f64>(row, &calibration, head.mask)).unwrap();
-            assert!((found / expected - 1.0).abs() < 1e-6, "{} {row}: {found}, known {expected}", head.name);
-            let found = narrow_reference.output_error(&kernel::<f32>(row, &calibration, head.mask)).unwrap();
-            assert!((found / expected - 1.0).abs() < 0.01, "{} {row} in f32: {found}, known {expected}", head.name);
+            let found =
+                reference.output_error(&kernel::<f64>(row, &calibration, head.mask)).unwrap();
+            assert!(
+                (found / expected - 1.0).abs() < 1e-6,
+                "{} {row}: {found}, known {expected}",
+                head.name
+            );
+            let found = narrow_reference
+                .output_error(&kernel::<f32>(row, &calibration, head.mask))
+                .unwrap();
+            assert!(
+                (found / expected - 1.0).abs() < 0.01,
+                "{} {row} in f32: {found}, known {expected}",
+                head.name
+            );
         }
     }
 }
 
-/// What the metric and the decay of merging memories do to the output error: `docs/theory.md` has what this prints.
+/// What the metric and the decay of merging memories do to the output error: `docs/theory.md` has
+/// what this prints.
 #[test]
 fn options_of_merging_memories() {
     let mut worse = 0;
-    println!("{:>8}{:>10}{:>12}{:>10}{:>10}{:>10}", "head", "default", "calibrated", "γ = .99", "γ = .999", "γ = 1");
+    println!(
+        "{:>8}{:>10}{:>12}{:>10}{:>10}{:>10}",
+        "head", "default", "calibrated", "γ = .99", "γ = .999", "γ = 1"
+    );
     for head in heads().iter().filter(|head| head.mask == Mask::Causal) {
         let [q, k, _] = &head.calibration;
         let options = CalibrationOptions::new().with_stride(3);
@@ -187,7 +241,11 @@ fn options_of_merging_memories() {
             "{:>8}{default:>10.4}{calibrated:>12.4}{:>10.4}{:>10.4}{:>10.4}",
             head.name, decays[0], decays[1], decays[2]
         );
-        assert!(calibrated < 1.3 * default && calibrated > 0.7 * default, "{}: rewrite the docs", head.name);
+        assert!(
+            calibrated < 1.3 * default && calibrated > 0.7 * default,
+            "{}: rewrite the docs",
+            head.name
+        );
         worse += usize::from(decays[2] > 1.5 * default);
     }
     assert_eq!(worse, 4, "rewrite the docs");

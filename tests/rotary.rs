@@ -26,7 +26,8 @@ fn naive(x: &Array2<f64>, first: usize, dims: usize, base: f64, pairs: RotaryPai
 const PAIRS: [RotaryPairs; 2] = [RotaryPairs::Halves, RotaryPairs::Interleaved];
 
 fn check<T: Scalar>(head_dim: usize, dims: usize, base: f64, first: usize, pairs: RotaryPairs) {
-    let rotary = Rotary::partial(head_dim, dims).unwrap().with_base(base).unwrap().with_pairs(pairs);
+    let rotary =
+        Rotary::partial(head_dim, dims).unwrap().with_base(base).unwrap().with_pairs(pairs);
     let x = normal::<T>(9, head_dim, 1.0, 3);
     let exact = naive(&wide(&x), first, dims, base, pairs);
     let what = format!("{dims} of {head_dim} from {first} {pairs:?}");
@@ -42,7 +43,9 @@ fn check<T: Scalar>(head_dim: usize, dims: usize, base: f64, first: usize, pairs
     assert_eq!(large.slice(s![..;2, ..;3]), out, "{what}");
     let mut pieces = x.clone();
     for piece in [0..1, 1..4, 4..9] {
-        rotary.rotate_in_place(pieces.slice_mut(s![piece.clone(), ..]), first + piece.start).unwrap();
+        rotary
+            .rotate_in_place(pieces.slice_mut(s![piece.clone(), ..]), first + piece.start)
+            .unwrap();
     }
     assert_eq!(pieces, out, "{what}");
 }
@@ -67,7 +70,8 @@ fn heads_share_angles() {
         assert_eq!(rotary.dims(), 4);
         let rows = normal::<f64>(n, heads * d, 1.0, 1);
         let mut all = Array3::from_shape_fn((n, heads, d), |(t, h, i)| rows[[t, h * d + i]]);
-        let mut heads_first = Array3::from_shape_fn((heads, n, d), |(h, t, i)| rows[[t, h * d + i]]);
+        let mut heads_first =
+            Array3::from_shape_fn((heads, n, d), |(h, t, i)| rows[[t, h * d + i]]);
         let angles = rotary.angles(11, n).unwrap();
         angles.rotate_heads_in_place(all.view_mut()).unwrap();
         angles.rotate_heads_in_place(heads_first.view_mut().permuted_axes([1, 0, 2])).unwrap();
@@ -113,13 +117,21 @@ fn no_position_and_no_size_panics() {
     rotary.rotate_in_place(x.view_mut(), usize::MAX).unwrap();
     assert!(x.iter().all(|x| x.is_finite()));
     rotary.rotate_in_place(Array2::<f32>::zeros((0, 4)).view_mut(), 0).unwrap();
-    assert!(matches!(rotary.angles::<f32>(0, usize::MAX), Err(Error::InvalidOption { which: "tokens", .. })));
-    rotary.angles::<f32>(0, 3).unwrap().rotate_heads_in_place(Array3::zeros((3, 0, 4)).view_mut()).unwrap();
+    assert!(matches!(
+        rotary.angles::<f32>(0, usize::MAX),
+        Err(Error::InvalidOption { which: "tokens", .. })
+    ));
+    rotary
+        .angles::<f32>(0, 3)
+        .unwrap()
+        .rotate_heads_in_place(Array3::zeros((3, 0, 4)).view_mut())
+        .unwrap();
 }
 
 #[test]
 fn bad_input_is_an_error() {
-    let invalid = |result: Result<Rotary, Error>| assert!(matches!(result, Err(Error::InvalidOption { .. })));
+    let invalid =
+        |result: Result<Rotary, Error>| assert!(matches!(result, Err(Error::InvalidOption { .. })));
     assert_eq!(Rotary::new(0), Err(Error::ZeroSize { which: "head_dim" }));
     assert_eq!(Rotary::gpt_neox(0, 0.5), Err(Error::ZeroSize { which: "head_dim" }));
     invalid(Rotary::new(5));
@@ -139,9 +151,18 @@ fn bad_input_is_an_error() {
     }
     let (x, narrow) = (Array2::<f64>::zeros((3, 4)), Array2::<f64>::zeros((3, 3)));
     let shape = |which, axis, expected, found| Err(Error::Shape { which, axis, expected, found });
-    assert_eq!(rotary().rotate(narrow.view(), 0, x.clone().view_mut()), shape("x", "columns", 4, 3));
-    assert_eq!(rotary().rotate(x.view(), 0, narrow.clone().view_mut()), shape("out", "columns", 4, 3));
-    assert_eq!(rotary().rotate(x.view(), 0, Array2::zeros((2, 4)).view_mut()), shape("out", "rows", 3, 2));
+    assert_eq!(
+        rotary().rotate(narrow.view(), 0, x.clone().view_mut()),
+        shape("x", "columns", 4, 3)
+    );
+    assert_eq!(
+        rotary().rotate(x.view(), 0, narrow.clone().view_mut()),
+        shape("out", "columns", 4, 3)
+    );
+    assert_eq!(
+        rotary().rotate(x.view(), 0, Array2::zeros((2, 4)).view_mut()),
+        shape("out", "rows", 3, 2)
+    );
     assert_eq!(rotary().rotate_in_place(narrow.clone().view_mut(), 0), shape("x", "columns", 4, 3));
     let angles = rotary().angles(0, 2).unwrap();
     assert_eq!(angles.rotate_in_place(x.clone().view_mut()), shape("x", "rows", 2, 3));
@@ -150,8 +171,14 @@ fn bad_input_is_an_error() {
 #[cfg(feature = "serde")]
 #[test]
 fn is_stored_and_checked_when_restored() {
-    let rotary = Rotary::gpt_neox(8, 0.5).unwrap().with_pairs(RotaryPairs::Interleaved).with_base(5e5).unwrap();
+    let rotary = Rotary::gpt_neox(8, 0.5)
+        .unwrap()
+        .with_pairs(RotaryPairs::Interleaved)
+        .with_base(5e5)
+        .unwrap();
     let text = serde_json::to_string(&rotary).unwrap();
     assert_eq!(serde_json::from_str::<Rotary>(&text).unwrap(), rotary);
-    assert!(serde_json::from_str::<Rotary>(&text.replace("\"head_dim\":8", "\"head_dim\":2")).is_err());
+    assert!(
+        serde_json::from_str::<Rotary>(&text.replace("\"head_dim\":8", "\"head_dim\":2")).is_err()
+    );
 }

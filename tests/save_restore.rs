@@ -1,5 +1,5 @@
-//! With feature `serde`: maps, weights, kernels, reports and stream states save and restore; a restored stream goes on
-//! bit for bit.
+//! With feature `serde`: maps, weights, kernels, reports and stream states save and restore; a
+//! restored stream goes on bit for bit.
 #![cfg(feature = "serde")]
 
 mod common;
@@ -7,9 +7,10 @@ mod common;
 use common::{checker::feed, normal, official, tokens};
 use dijiang::fidelity::{Rate, Report, compare, rate};
 use dijiang::{
-    Attention, CosFormer, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures, LinearAttention,
-    Linformer, Mask, Memory, Performer, Points, Radii, RadiusPoints, ReluFeatures, Retention, Rotary, RotaryAttention,
-    Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
+    Attention, CosFormer, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures,
+    LinearAttention, Linformer, Mask, Memory, Performer, Points, Radii, RadiusPoints, ReluFeatures,
+    Retention, Rotary, RotaryAttention, Scalar, SoftmaxAttention, StreamState, TaylorFeatures,
+    Wpff,
 };
 use ndarray::{Array1, Array2};
 use serde::{Serialize, de::DeserializeOwned};
@@ -50,7 +51,12 @@ fn check_all<T: Scalar + Serialize + DeserializeOwned>() {
     check::<T, _>(Performer::hyperbolic(5, 12, 1).unwrap().with_weights(weights()).unwrap());
     check::<T, _>(DctFeatures::new(5, 12, 1).unwrap());
     check::<T, _>(
-        DctFeatures::new(5, 12, 1).unwrap().with_radii(Radii::Antithetic).unwrap().with_weights(weights()).unwrap(),
+        DctFeatures::new(5, 12, 1)
+            .unwrap()
+            .with_radii(Radii::Antithetic)
+            .unwrap()
+            .with_weights(weights())
+            .unwrap(),
     );
     check::<T, _>(official::<T>(5, 1));
     check::<T, _>(Wpff::new(5, 12, 1).unwrap().with_weights(weights()).unwrap());
@@ -85,19 +91,31 @@ fn check_kernel<A: Attention<f32> + Serialize + DeserializeOwned>(kernel: &A) {
 fn kernels_with_positions() {
     let rotary = || Rotary::partial(5, 4).unwrap().with_base(50.0).unwrap();
     check_kernel(&RotaryAttention::new(rotary(), SoftmaxAttention::<f32>::new(5).unwrap()));
-    check_kernel(&RotaryAttention::new(rotary(), LinearAttention::new(EluFeatures::<f32>::new(5).unwrap())));
+    check_kernel(&RotaryAttention::new(
+        rotary(),
+        LinearAttention::new(EluFeatures::<f32>::new(5).unwrap()),
+    ));
     check_kernel(&CosFormer::<f32>::new(5, 50).unwrap().with_epsilon(0.25).unwrap());
     check_kernel(&Retention::<f32>::new(5, 0.9).unwrap());
-    let retention = Retention::<f32>::new(5, 0.9).unwrap().with_rotary(rotary()).unwrap().with_scale(0.3).with_xpos();
+    let retention = Retention::<f32>::new(5, 0.9)
+        .unwrap()
+        .with_rotary(rotary())
+        .unwrap()
+        .with_scale(0.3)
+        .with_xpos();
     check_kernel(&retention);
     let bad = serde_json::to_string(&retention).unwrap().replace("0.9", "1.9");
     assert!(serde_json::from_str::<Retention<f32>>(&bad).is_err());
 
     let [q, k, v] = tokens::<f32>(9, 5, 2, 0.7, 1);
-    for kernel in [Linformer::<f32>::new(5, 3, 12, 1).unwrap().with_scale(0.2), Linformer::shared(5, 3, 12, 1).unwrap()]
-    {
+    for kernel in [
+        Linformer::<f32>::new(5, 3, 12, 1).unwrap().with_scale(0.2),
+        Linformer::shared(5, 3, 12, 1).unwrap(),
+    ] {
         let copy = round_trip(&kernel);
-        let out = |kernel: &Linformer<f32>| kernel.forward(q.view(), k.view(), v.view(), Mask::Full).unwrap();
+        let out = |kernel: &Linformer<f32>| {
+            kernel.forward(q.view(), k.view(), v.view(), Mask::Full).unwrap()
+        };
         assert_eq!(out(&copy), out(&kernel));
     }
 }
@@ -143,17 +161,32 @@ fn text_of_huge(text: &str) -> String {
 fn damaged_data_is_refused() {
     let map = Performer::<f64>::from_projection(Array2::eye(2)).unwrap();
     let text = serde_json::to_string(&map).unwrap();
-    for (from, to) in [("\"weights\":{", "\"weight\":{"), ("[1.0,1.0]", "[1.0,-1.0]"), ("[1.0,1.0]", "[0.0,0.0]")] {
+    for (from, to) in
+        [("\"weights\":{", "\"weight\":{"), ("[1.0,1.0]", "[1.0,-1.0]"), ("[1.0,1.0]", "[0.0,0.0]")]
+    {
         assert!(text.contains(from), "{text}");
         assert!(serde_json::from_str::<Performer<f64>>(&text.replace(from, to)).is_err(), "{to}");
     }
     let text = serde_json::to_string(&ExactMemory::<f64>::new(2, 1, 0.5).unwrap()).unwrap();
     assert!(serde_json::from_str::<ExactMemory<f64>>(&text.replace("0.5", "-0.5")).is_err());
-    assert!(serde_json::from_str::<ExactMemory<f64>>(&text.replace("[0,2]", "[0,0]")).is_err(), "{text}");
+    assert!(
+        serde_json::from_str::<ExactMemory<f64>>(&text.replace("[0,2]", "[0,0]")).is_err(),
+        "{text}"
+    );
     let map = DctFeatures::<f64>::new(3, 4, 0).unwrap();
     let text = serde_json::to_string(&map).unwrap();
-    assert!(serde_json::from_str::<DctFeatures<f64>>(&text.replace("\"directions\":4", "\"directions\":3")).is_err());
-    assert!(serde_json::from_str::<DctFeatures<f64>>(&text.replace("\"directions\":4", "\"directions\":0")).is_err());
+    assert!(
+        serde_json::from_str::<DctFeatures<f64>>(
+            &text.replace("\"directions\":4", "\"directions\":3")
+        )
+        .is_err()
+    );
+    assert!(
+        serde_json::from_str::<DctFeatures<f64>>(
+            &text.replace("\"directions\":4", "\"directions\":0")
+        )
+        .is_err()
+    );
     let huge = text_of_huge(&serde_json::to_string(&map).unwrap());
     assert!(serde_json::from_str::<DctFeatures<f64>>(&huge).is_err());
     assert!(serde_json::from_str::<TaylorFeatures<f64>>("0").is_err());

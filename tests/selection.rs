@@ -3,7 +3,9 @@
 mod common;
 
 use common::{heads, normal, wide};
-use dijiang::{Attention, Error, Far, HeadErrors, HeadSample, HybridAttention, Mask, SoftmaxAttention};
+use dijiang::{
+    Attention, Error, Far, HeadErrors, HeadSample, HybridAttention, Mask, SoftmaxAttention,
+};
 use ndarray::{Array2, Array3, Axis, s};
 use std::sync::Arc;
 
@@ -22,8 +24,11 @@ impl Model {
     fn new() -> Self {
         let q = (0..6).map(|h| {
             let size = [0.3, 2.0, 0.1, 0.7, 3.0, 0.5][h];
-            Array3::from_shape_vec((2, 60, 4), normal::<f64>(120, 4, size, h as u64).into_raw_vec_and_offset().0)
-                .unwrap()
+            Array3::from_shape_vec(
+                (2, 60, 4),
+                normal::<f64>(120, 4, size, h as u64).into_raw_vec_and_offset().0,
+            )
+            .unwrap()
         });
         let kv = (0..6).map(|h| [normal(60, 4, 1.0, 20 + h), normal(60, 3, 1.0, 40 + h)]);
         Self { q: q.collect(), kv: kv.collect() }
@@ -33,7 +38,13 @@ impl Model {
         (0..6)
             .map(|i| {
                 let [k, v] = &self.kv[i];
-                HeadSample { layer: i / 2, kv_head: i % 2, q: self.q[i].view(), k: k.view(), v: v.view() }
+                HeadSample {
+                    layer: i / 2,
+                    kv_head: i % 2,
+                    q: self.q[i].view(),
+                    k: k.view(),
+                    v: v.view(),
+                }
             })
             .collect()
     }
@@ -54,7 +65,9 @@ fn heads_are_ranked_by_their_error() {
         stream.extend_group(sample.q, sample.k, sample.v, found.view_mut()).unwrap();
         let (mut difference, mut size) = (0.0, 0.0);
         for g in 0..2 {
-            let exact = exact.forward(sample.q.index_axis(Axis(0), g), sample.k, sample.v, Mask::Causal).unwrap();
+            let exact = exact
+                .forward(sample.q.index_axis(Axis(0), g), sample.k, sample.v, Mask::Causal)
+                .unwrap();
             let delta = &found.index_axis(Axis(0), g) - &exact;
             difference += delta.slice(s![12.., ..]).mapv(|x| x * x).sum();
             size += exact.slice(s![12.., ..]).mapv(|x| x * x).sum();
@@ -86,11 +99,17 @@ fn a_budget_keeps_as_many_as_fit() {
         let choice = errors.keep_within(bytes, tokens, &*exact, &*small).unwrap();
         assert_eq!(choice.heads().len(), kept);
         assert_eq!(choice.state_bytes(tokens, &*exact, &*small).unwrap(), bytes);
-        let layers: usize =
-            (0..3).map(|layer| choice.layer(layer, 4, &exact, &small).unwrap().state_bytes(3, tokens).unwrap()).sum();
+        let layers: usize = (0..3)
+            .map(|layer| {
+                choice.layer(layer, 4, &exact, &small).unwrap().state_bytes(3, tokens).unwrap()
+            })
+            .sum();
         assert_eq!(layers, bytes);
         if kept < 6 {
-            assert_eq!(errors.keep_within(bytes + large - little - 1, tokens, &*exact, &*small).unwrap(), choice);
+            assert_eq!(
+                errors.keep_within(bytes + large - little - 1, tokens, &*exact, &*small).unwrap(),
+                choice
+            );
         }
     }
     let error = errors.keep_within(6 * little - 1, tokens, &*exact, &*small).unwrap_err();
@@ -109,8 +128,14 @@ fn kernels_differ_by_head() {
     assert_eq!(HeadErrors::measure_each(&*exact, |_| &*small, &samples, 12).unwrap(), same);
     let of = |head: &HeadSample<'_, f64>| if head.kv_head == 0 { &*small } else { &*exact };
     let errors = HeadErrors::measure_each(&*exact, of, &samples, 12).unwrap();
-    assert!(errors.ranked()[..3].iter().all(|error| error.kv_head == 0 && same.ranked().contains(error)));
-    assert!(errors.ranked()[3..].iter().all(|error| error.kv_head == 1 && error.output_error == 0.0));
+    assert!(
+        errors.ranked()[..3]
+            .iter()
+            .all(|error| error.kv_head == 0 && same.ranked().contains(error))
+    );
+    assert!(
+        errors.ranked()[3..].iter().all(|error| error.kv_head == 1 && error.output_error == 0.0)
+    );
 }
 
 #[test]
@@ -123,7 +148,10 @@ fn a_choice_of_ones_own() {
     assert!(choice.contains(2, 1) && !choice.contains(2, 0));
     assert_eq!(errors.choose(errors.keep(4).heads()).unwrap(), errors.keep(4));
     for bad in [&[(0, 2)][..], &[(3, 0)], &[(0, 1), (0, 1)]] {
-        assert!(matches!(errors.choose(bad), Err(Error::InvalidOption { which: "heads", .. })), "{bad:?}");
+        assert!(
+            matches!(errors.choose(bad), Err(Error::InvalidOption { which: "heads", .. })),
+            "{bad:?}"
+        );
     }
 }
 
@@ -133,8 +161,10 @@ fn a_choice_of_ones_own() {
 fn choices_are_checked_when_they_are_read() {
     let (exact, small) = kernels(4);
     let model = Model::new();
-    let choice =
-        HeadErrors::measure(&*exact, &*small, &model.samples(), 12).unwrap().choose(&[(0, 1), (2, 1)]).unwrap();
+    let choice = HeadErrors::measure(&*exact, &*small, &model.samples(), 12)
+        .unwrap()
+        .choose(&[(0, 1), (2, 1)])
+        .unwrap();
     let json = serde_json::to_value(&choice).unwrap();
     assert_eq!(serde_json::from_value::<dijiang::ExactHeads>(json.clone()).unwrap(), choice);
     let with = |heads: &[[usize; 2]]| {
@@ -151,10 +181,15 @@ fn choices_are_checked_when_they_are_read() {
 fn bad_samples() {
     let (exact, small) = kernels(4);
     let model = Model::new();
-    let measure = |samples: &[HeadSample<'_, f64>], warm_up| HeadErrors::measure(&*exact, &*small, samples, warm_up);
+    let measure = |samples: &[HeadSample<'_, f64>], warm_up| {
+        HeadErrors::measure(&*exact, &*small, samples, warm_up)
+    };
     assert!(matches!(measure(&[], 0), Err(Error::ZeroSize { .. })));
     let samples = model.samples();
-    assert!(matches!(measure(&[samples[0], samples[0]], 0), Err(Error::InvalidOption { which: "samples", .. })));
+    assert!(matches!(
+        measure(&[samples[0], samples[0]], 0),
+        Err(Error::InvalidOption { which: "samples", .. })
+    ));
     assert!(matches!(measure(&samples, 60), Err(Error::InvalidOption { which: "warm_up", .. })));
     let mut nan = model.kv[0][0].clone();
     nan[[3, 3]] = f64::NAN;
@@ -162,7 +197,10 @@ fn bad_samples() {
     assert!(matches!(measure(&[bad], 0), Err(Error::NotFinite { which: "k", .. })));
     let errors = measure(&samples[1..], 0).unwrap();
     let error = errors.keep(1).layer(0, 4, &exact, &small).unwrap_err();
-    assert!(matches!(error, Error::InvalidOption { which: "layer", .. }), "head 0 of layer 0 was not measured");
+    assert!(
+        matches!(error, Error::InvalidOption { which: "layer", .. }),
+        "head 0 of layer 0 was not measured"
+    );
     assert!(errors.keep(1).layer(9, 4, &exact, &small).is_err());
     assert!(errors.keep(1).layer(1, 3, &exact, &small).is_err(), "3 query heads on 2 kv heads");
 }
@@ -178,7 +216,13 @@ fn real_heads() {
         .enumerate()
         .map(|(layer, head)| {
             let [q, k, v] = &head.test;
-            HeadSample { layer, kv_head: 0, q: q.view().insert_axis(Axis(0)), k: k.view(), v: v.view() }
+            HeadSample {
+                layer,
+                kv_head: 0,
+                q: q.view().insert_axis(Axis(0)),
+                k: k.view(),
+                v: v.view(),
+            }
         })
         .collect();
     let errors = HeadErrors::measure(&exact, &small, &samples, 128).unwrap();

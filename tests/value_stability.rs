@@ -1,5 +1,5 @@
-//! The streams of every seeded algorithm, as they were first released: a release never changes results silently.
-//! A failure here means a breaking change, to be named in CHANGELOG.md.
+//! The streams of every seeded algorithm, as they were first released: a release never changes
+//! results silently. A failure here means a breaking change, to be named in CHANGELOG.md.
 
 mod common;
 
@@ -79,13 +79,18 @@ fn wpff() {
         [2.662049540387386, 1.561597488435817, 1.8362661557006579, 14.843119478182304],
     );
     let map = Wpff::<f64>::with_sampling(5, 7, 42, Points::Sobol, RadiusPoints::Sobol).unwrap();
-    check("sobol", map.points(), [-0.22633101092654395, 0.26277964545343124, 0.5511220455518137, 12.811896511092277]);
+    check(
+        "sobol",
+        map.points(),
+        [-0.22633101092654395, 0.26277964545343124, 0.5511220455518137, 12.811896511092277],
+    );
     check(
         "sobol radii",
         row(map.radii()).view(),
         [2.0614528961939933, 2.392794160637572, 2.977416866255767, 15.43736057676194],
     );
-    let map = Wpff::<f64>::with_sampling(5, 7, 42, Points::Orthogonal, RadiusPoints::Sobol).unwrap();
+    let map =
+        Wpff::<f64>::with_sampling(5, 7, 42, Points::Orthogonal, RadiusPoints::Sobol).unwrap();
     check(
         "orthogonal, sobol radii",
         row(map.radii()).view(),
@@ -105,16 +110,26 @@ fn wpff() {
 fn linformer() {
     let kernel = Linformer::<f64>::new(3, 5, 7, 42).unwrap();
     let [e, f] = kernel.projections();
-    check("keys", e, [0.21153551828819533, 0.7367977506935084, 0.3236809892824685, 12.093333087179031]);
-    check("values", f, [0.22956698116273813, -0.08533460732116525, -0.32732524667210705, 12.084813844602618]);
+    check(
+        "keys",
+        e,
+        [0.21153551828819533, 0.7367977506935084, 0.3236809892824685, 12.093333087179031],
+    );
+    check(
+        "values",
+        f,
+        [0.22956698116273813, -0.08533460732116525, -0.32732524667210705, 12.084813844602618],
+    );
 }
 
 /// The same seed, the same map in f32 as in f64, rounded.
 #[test]
 fn both_number_types_share_a_stream() {
-    let (wide, narrow) = (Performer::<f64>::new(5, 7, 1).unwrap(), Performer::<f32>::new(5, 7, 1).unwrap());
+    let (wide, narrow) =
+        (Performer::<f64>::new(5, 7, 1).unwrap(), Performer::<f32>::new(5, 7, 1).unwrap());
     assert_eq!(wide.projection().mapv(|x| x as f32), narrow.projection());
-    let (wide, narrow) = (DctFeatures::<f64>::new(5, 7, 1).unwrap(), DctFeatures::<f32>::new(5, 7, 1).unwrap());
+    let (wide, narrow) =
+        (DctFeatures::<f64>::new(5, 7, 1).unwrap(), DctFeatures::<f32>::new(5, 7, 1).unwrap());
     assert_eq!(wide.radii().mapv(|x| x as f32), narrow.radii());
 }
 
@@ -122,12 +137,16 @@ fn both_number_types_share_a_stream() {
 #[test]
 fn seeds_differ() {
     assert_ne!(Performer::<f64>::new(5, 7, 1).unwrap(), Performer::<f64>::new(5, 7, 2).unwrap());
-    assert_ne!(DctFeatures::<f64>::new(5, 7, 1).unwrap(), DctFeatures::<f64>::new(5, 7, 2).unwrap());
+    assert_ne!(
+        DctFeatures::<f64>::new(5, 7, 1).unwrap(),
+        DctFeatures::<f64>::new(5, 7, 2).unwrap()
+    );
     assert_ne!(Wpff::<f64>::new(5, 7, 1).unwrap(), Wpff::<f64>::new(5, 7, 2).unwrap());
 }
 
-/// Scrambled Sobol points are a net: of 2^k points, each interval of length 2^−k of every coordinate holds one; also
-/// where the tables end, seen through the radii, which are one more coordinate.
+/// Scrambled Sobol points are a net: of 2^k points, each interval of length 2^−k of every
+/// coordinate holds one; also where the tables end, seen through the radii, which are one more
+/// coordinate.
 #[test]
 fn sobol_radii_are_stratified() {
     for d in [3, 256, 300] {
@@ -137,7 +156,11 @@ fn sobol_radii_are_stratified() {
         for (i, r) in radii.iter().enumerate() {
             let (low, high) = (i as f64 / 16.0, (i + 1) as f64 / 16.0);
             let low = if i == 0 { 0.0 } else { dijiang::projection::chi_quantile(d, low).unwrap() };
-            let high = if i == 15 { f64::INFINITY } else { dijiang::projection::chi_quantile(d, high).unwrap() };
+            let high = if i == 15 {
+                f64::INFINITY
+            } else {
+                dijiang::projection::chi_quantile(d, high).unwrap()
+            };
             assert!(low <= *r && *r <= high, "d={d}: radius {i} is {r}, outside [{low}, {high}]");
         }
     }

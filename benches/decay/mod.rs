@@ -1,7 +1,10 @@
-//! What decay costs: sums that forget against the same sums without, whole sequences and decode steps.
+//! What decay costs: sums that forget against the same sums without, whole sequences and decode
+//! steps.
 
 use super::{Contestant, D, D_V, Input, M, Targets, decode, oracle, race, race_for};
-use dijiang::{Attention, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Performer, WithLogDecay};
+use dijiang::{
+    Attention, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Performer, WithLogDecay,
+};
 use ndarray::{Array1, Array2};
 
 /// The decay of the first head of retention and of the released DiJiang code.
@@ -12,7 +15,8 @@ fn gates(n: usize, columns: usize) -> Array2<f32> {
     oracle::normal(n, columns, 12).mapv(|x| 0.04 * -x.abs())
 }
 
-/// `Σ_j Σ_i φ_i(q_t) φ_i(k_j) e^{Σ_{s=j+1..t} g_si} v_j` for features `[fq, fk]`, over its sum without v if `normalized`.
+/// `Σ_j Σ_i φ_i(q_t) φ_i(k_j) e^{Σ_{s=j+1..t} g_si} v_j` for features `[fq, fk]`, over its sum
+/// without v if `normalized`.
 fn formula(
     [fq, fk]: [Vec<Vec<f64>>; 2],
     v: &Array2<f32>,
@@ -51,7 +55,9 @@ fn kinds<F: FeatureMap<f32> + 'static>(plain: LinearAttention<F>, n: usize) -> V
     ]
 }
 
-fn attention<F: FeatureMap<f32> + 'static>((_, kernel, gates): &Kernel<F>) -> Box<dyn Attention<f32>> {
+fn attention<F: FeatureMap<f32> + 'static>(
+    (_, kernel, gates): &Kernel<F>,
+) -> Box<dyn Attention<f32>> {
     match gates {
         None => Box::new(kernel.clone()),
         Some(gates) => Box::new(WithLogDecay::new(kernel.clone(), gates.clone())),
@@ -59,19 +65,28 @@ fn attention<F: FeatureMap<f32> + 'static>((_, kernel, gates): &Kernel<F>) -> Bo
 }
 
 /// Refuses to go on if a kernel does not compute its formula.
-fn check<F: FeatureMap<f32> + 'static>(kernels: &[Kernel<F>], normalized: bool, features: impl Fn(&[f64]) -> Vec<f64>) {
+fn check<F: FeatureMap<f32> + 'static>(
+    kernels: &[Kernel<F>],
+    normalized: bool,
+    features: impl Fn(&[f64]) -> Vec<f64>,
+) {
     let sample = [2, 3, 4].map(|seed| oracle::normal(200, D, seed));
     let shrink = (D as f32).powf(-0.25);
-    let of = |x: &Array2<f32>| oracle::wide_rows(x.mapv(|x| x * shrink).view()).iter().map(|x| features(x)).collect();
+    let of = |x: &Array2<f32>| {
+        oracle::wide_rows(x.mapv(|x| x * shrink).view()).iter().map(|x| features(x)).collect()
+    };
     for (index, kernel) in kernels.iter().enumerate() {
         let channel = |i: usize| (1.0 - (1.0 - GAMMA) * (i as f64 + 0.5) / M as f64).ln();
         let gates = &kernel.2;
-        let exact = formula([of(&sample[0]), of(&sample[1])], &sample[2], normalized, |t, i| match (index, gates) {
-            (_, Some(gates)) => f64::from(gates[[t, i.min(gates.ncols() - 1)]]),
-            (1, _) => GAMMA.ln(),
-            (2, _) => channel(i),
-            _ => 0.0,
-        });
+        let exact =
+            formula([of(&sample[0]), of(&sample[1])], &sample[2], normalized, |t, i| {
+                match (index, gates) {
+                    (_, Some(gates)) => f64::from(gates[[t, i.min(gates.ncols() - 1)]]),
+                    (1, _) => GAMMA.ln(),
+                    (2, _) => channel(i),
+                    _ => 0.0,
+                }
+            });
         super::check(kernel.0, &*attention(kernel), &exact, &sample);
     }
 }
@@ -82,8 +97,11 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
     let performer = Performer::<f32>::new(D, M, 1).expect("sizes are positive");
     let projection = oracle::wide_rows(performer.projection().view());
     let performer = kinds(LinearAttention::new(performer), n);
-    check(&performer, true, |x| oracle::log_exponential_features(&projection, x).iter().map(|x| x.exp()).collect());
-    let elu = kinds(LinearAttention::new(EluFeatures::<f32>::new(D).expect("sizes are positive")), n);
+    check(&performer, true, |x| {
+        oracle::log_exponential_features(&projection, x).iter().map(|x| x.exp()).collect()
+    });
+    let elu =
+        kinds(LinearAttention::new(EluFeatures::<f32>::new(D).expect("sizes are positive")), n);
     check(&elu, true, |x| x.iter().map(|&x| if x > 0.0 { x + 1.0 } else { x.exp() }).collect());
     let identity = IdentityFeatures::<f32>::new(D).expect("sizes are positive");
     let identity = kinds(LinearAttention::new(identity).unnormalized(), n);
@@ -100,13 +118,21 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
         race_for(if quick { 0.004 } else { 0.05 }, &mut whole, rounds);
         let mut steps: Vec<Contestant> = kernels
             .iter()
-            .map(|kernel| Contestant::new("", decode(kernel.stream(D_V).expect("sizes are positive"), &input, 64)))
+            .map(|kernel| {
+                Contestant::new(
+                    "",
+                    decode(kernel.stream(D_V).expect("sizes are positive"), &input, 64),
+                )
+            })
             .collect();
         race(&mut steps, rounds);
         println!("{:<30}{:>12}{:>12}{:>12}{:>12}", *name, "ms", "ratio", "step ns", "ratio");
-        for ((kind, whole_time), step) in performer.iter().map(|kernel| kernel.0).zip(&whole).zip(&steps) {
+        for ((kind, whole_time), step) in
+            performer.iter().map(|kernel| kernel.0).zip(&whole).zip(&steps)
+        {
             let (ms, ns) = (whole_time.seconds() * 1e3, step.seconds() * 1e9);
-            let (ratio, step_ratio) = (whole_time.seconds() / whole[0].seconds(), step.seconds() / steps[0].seconds());
+            let (ratio, step_ratio) =
+                (whole_time.seconds() / whole[0].seconds(), step.seconds() / steps[0].seconds());
             println!("{kind:<30}{ms:>12.3}{ratio:>12.3}{ns:>12.0}{step_ratio:>12.2}");
         }
         println!();

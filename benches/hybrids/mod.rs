@@ -9,22 +9,32 @@ fn hybrid<T: Scalar>(far: Far<T>) -> HybridAttention<T> {
     HybridAttention::builder(D).window(64).sinks(4).far(far).build().expect("the options are valid")
 }
 
-/// Refuses to go on unless a hybrid is softmax attention while nothing has left its window, the same in `f64` afterwards, and the same bits token
-/// by token.
+/// Refuses to go on unless a hybrid is softmax attention while nothing has left its window, the
+/// same in `f64` afterwards, and the same bits token by token.
 fn check(name: &str, kernel: &HybridAttention<f32>, wide: &HybridAttention<f64>) {
     let [q, k, v] = [2, 3, 4].map(|seed| oracle::normal(200, D, seed));
     let exact = oracle::softmax(q.view(), k.view(), v.view(), Mask::Causal);
-    let found = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).expect("the input is finite");
+    let found =
+        kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).expect("the input is finite");
     let first = s![..68, ..];
-    oracle::assert_close(name, found.slice(first), &exact.slice(first).to_owned(), oracle::TOLERANCE);
+    oracle::assert_close(
+        name,
+        found.slice(first),
+        &exact.slice(first).to_owned(),
+        oracle::TOLERANCE,
+    );
     let [wide_q, wide_k, wide_v] = [&q, &k, &v].map(|x| x.mapv(f64::from));
-    let exact = wide.forward(wide_q.view(), wide_k.view(), wide_v.view(), Mask::Causal).expect("the input is finite");
+    let exact = wide
+        .forward(wide_q.view(), wide_k.view(), wide_v.view(), Mask::Causal)
+        .expect("the input is finite");
     oracle::assert_close(name, found.view(), &exact, oracle::TOLERANCE);
     let mut stream = kernel.stream(D_V).expect("sizes are positive");
     let mut steps = Array2::zeros(found.dim());
     for t in 0..q.nrows() {
         let row = s![t..=t, ..];
-        stream.extend(q.slice(row), k.slice(row), v.slice(row), steps.slice_mut(row)).expect("the input is finite");
+        stream
+            .extend(q.slice(row), k.slice(row), v.slice(row), steps.slice_mut(row))
+            .expect("the input is finite");
     }
     assert!(found == steps || name == "features", "{name}: token by token");
 }
@@ -35,7 +45,9 @@ fn endless<'a>(mut stream: Box<dyn Stream<f32>>, input: &'a Input<f32>) -> impl 
     let (rows, tokens) = (s![..1024, ..], input.q.nrows());
     let mut all = Array2::zeros((1024, D_V));
     let view = |x: &'a Array2<f32>| x.slice(rows);
-    stream.extend(view(&input.q), view(&input.k), view(&input.v), all.view_mut()).expect("the input is finite");
+    stream
+        .extend(view(&input.q), view(&input.k), view(&input.v), all.view_mut())
+        .expect("the input is finite");
     let mut t = 0;
     move || {
         let row = s![t..=t, ..];
@@ -50,7 +62,11 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
     let kernels = [
         ("window alone", hybrid(Far::none()), hybrid(Far::none())),
         ("merged", hybrid(Far::merged(64)), hybrid(Far::merged(64))),
-        ("merged, blocks of 8", hybrid(Far::merged(64).with_block(8)), hybrid(Far::merged(64).with_block(8))),
+        (
+            "merged, blocks of 8",
+            hybrid(Far::merged(64).with_block(8)),
+            hybrid(Far::merged(64).with_block(8)),
+        ),
         ("ward", hybrid(Far::ward(64)), hybrid(Far::ward(64))),
         (
             "features",
@@ -72,27 +88,48 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
     }
     for (name, kernel, _) in &kernels {
         let stream = kernel.stream(D_V).expect("sizes are positive");
-        racers.push(Contestant::new(format!("{name}, {} floats", stream.state_floats()), endless(stream, &input)));
+        racers.push(Contestant::new(
+            format!("{name}, {} floats", stream.state_floats()),
+            endless(stream, &input),
+        ));
     }
     race_for(if quick { 0.004 } else { 0.02 }, &mut racers, rounds);
     let softmax_4k = racers[if quick { 1 } else { 2 }].seconds();
     let header = ["decode step", "µs", "softmax at 4096 / it"];
     println!("{:<36}{:>12}{:>24}", header[0], header[1], header[2]);
     for racer in &racers {
-        println!("{:<36}{:>12.2}{:>24.1}", racer.name, racer.seconds() * 1e6, softmax_4k / racer.seconds());
+        println!(
+            "{:<36}{:>12.2}{:>24.1}",
+            racer.name,
+            racer.seconds() * 1e6,
+            softmax_4k / racer.seconds()
+        );
     }
     println!();
     let merged = lengths.len() + 1;
     if !quick {
-        targets.at_least("softmax decode at 4096 against merged(64)", softmax_4k / racers[merged].seconds(), 3.0, 10.0);
+        targets.at_least(
+            "softmax decode at 4096 against merged(64)",
+            softmax_4k / racers[merged].seconds(),
+            3.0,
+            10.0,
+        );
         println!();
     }
 
-    let titles = ["causal, µs/token", "softmax", "window", "merged", "blocks of 8", "ward", "features"];
-    println!("{:<20}{}", titles[0], titles[1..].iter().map(|title| format!("{title:>13}")).collect::<String>());
+    let titles =
+        ["causal, µs/token", "softmax", "window", "merged", "blocks of 8", "ward", "features"];
+    println!(
+        "{:<20}{}",
+        titles[0],
+        titles[1..].iter().map(|title| format!("{title:>13}")).collect::<String>()
+    );
     let mut first = [usize::MAX; 2];
-    let between: &[usize] =
-        if quick { lengths } else { &[1024, 1536, 2048, 2560, 3072, 3584, 4096, 8192, 16_384, 65_536] };
+    let between: &[usize] = if quick {
+        lengths
+    } else {
+        &[1024, 1536, 2048, 2560, 3072, 3584, 4096, 8192, 16_384, 65_536]
+    };
     for &n in between {
         let mut racers = vec![Contestant::new("softmax", input.run(&softmax, n))];
         for (name, kernel, _) in &kernels {
@@ -100,7 +137,11 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
         }
         race_for(0.01, &mut racers, if n > 8192 { rounds.min(3) } else { rounds });
         let times: Vec<f64> = racers.iter().map(|racer| racer.seconds() / n as f64 * 1e6).collect();
-        println!("{:<20}{}", format!("n = {n}"), times.iter().map(|us| format!("{us:>13.2}")).collect::<String>());
+        println!(
+            "{:<20}{}",
+            format!("n = {n}"),
+            times.iter().map(|us| format!("{us:>13.2}")).collect::<String>()
+        );
         for (first, column) in first.iter_mut().zip([3, 4]) {
             match times[column - 1] {
                 us if us > times[0] => *first = usize::MAX,

@@ -1,11 +1,13 @@
-//! What the benchmarks compare with before they time anything: attention as its formula reads, in `f64`, pair by pair.
-//! Nothing here is shared with the crate's own loops, and nothing here is fast.
+//! What the benchmarks compare with before they time anything: attention as its formula reads, in
+//! `f64`, pair by pair. Nothing here is shared with the crate's own loops, and nothing here is
+//! fast.
 #![allow(dead_code)] // each benchmark uses a part
 
 use dijiang::Mask;
 use ndarray::{Array2, ArrayView2};
 
-/// `[rows, columns]` standard normal numbers (SplitMix64 and Box-Muller), the same on every machine.
+/// `[rows, columns]` standard normal numbers (SplitMix64 and Box-Muller), the same on every
+/// machine.
 pub fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     let mut state = seed;
     let mut uniform = move || {
@@ -47,7 +49,12 @@ pub fn attention(
 }
 
 /// Softmax attention: `w(q, k) = exp(q·k/√d)`.
-pub fn softmax(q: ArrayView2<f32>, k: ArrayView2<f32>, v: ArrayView2<f32>, mask: Mask) -> Array2<f64> {
+pub fn softmax(
+    q: ArrayView2<f32>,
+    k: ArrayView2<f32>,
+    v: ArrayView2<f32>,
+    mask: Mask,
+) -> Array2<f64> {
     let scale = 1.0 / (q.ncols() as f64).sqrt();
     attention(q, k, v, mask, |q, k| scale * dot(q, k))
 }
@@ -68,7 +75,8 @@ pub fn linear(
         log_exponential_features(&projection, &x)
     };
     attention(q, k, v, mask, |q, k| {
-        let logs: Vec<f64> = log_features(q).iter().zip(log_features(k)).map(|(a, b)| a + b).collect();
+        let logs: Vec<f64> =
+            log_features(q).iter().zip(log_features(k)).map(|(a, b)| a + b).collect();
         let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         logs.iter().map(|log| (log - largest).exp()).sum::<f64>().ln() + largest
     })
@@ -90,7 +98,8 @@ pub fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
-/// Panics unless `found` is within `tolerance` of `expected`, relative to the largest element expected.
+/// Panics unless `found` is within `tolerance` of `expected`, relative to the largest element
+/// expected.
 pub fn assert_close(what: &str, found: ArrayView2<f32>, expected: &Array2<f64>, tolerance: f64) {
     assert_eq!(found.dim(), expected.dim(), "{what}: wrong shape");
     let largest = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));

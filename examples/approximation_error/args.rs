@@ -37,11 +37,13 @@ it a head is causal. To dump a head from a PyTorch model:
 #[derive(Debug, Parser)]
 #[command(name = "approximation_error", version, long_about = LONG_HELP)]
 pub struct Args {
-    /// A safetensors file with your own q, k, v, instead of the embedded heads (see --help for the names)
+    /// A safetensors file with your own q, k, v, instead of the embedded heads (see --help for the
+    /// names)
     #[arg(long, value_name = "FILE")]
     pub input: Option<PathBuf>,
 
-    /// Kernels to measure, by name; `maps`, `hybrids` and `rivals` stand for all of a kind [default: all]
+    /// Kernels to measure, by name; `maps`, `hybrids` and `rivals` stand for all of a kind
+    /// [default: all]
     #[arg(long, value_name = "A,B,..", value_delimiter = ',')]
     kernels: Vec<String>,
 
@@ -110,7 +112,9 @@ impl Args {
         features.sort_unstable();
         features.dedup();
         if let Some(m) = features.iter().find(|m| **m == 0 || **m > MOST_FEATURES) {
-            return Err(format!("--features {m} cannot be used: pass numbers from 1 to {MOST_FEATURES}"));
+            return Err(format!(
+                "--features {m} cannot be used: pass numbers from 1 to {MOST_FEATURES}"
+            ));
         }
         let seeds = self.seeds.unwrap_or(if self.quick { 2 } else { 5 });
         if !(1..=1000).contains(&seeds) {
@@ -141,12 +145,14 @@ impl Args {
             let chosen = |kind: &str, kernel: &str| [kind, kernel].contains(&name.trim());
             let before = kernels.len() + hybrids.len() + rivals.len();
             kernels.extend(Kernel::ALL.into_iter().filter(|kernel| chosen("maps", kernel.name())));
-            hybrids.extend(Hybrid::ALL.into_iter().filter(|hybrid| chosen("hybrids", hybrid.name())));
+            hybrids
+                .extend(Hybrid::ALL.into_iter().filter(|hybrid| chosen("hybrids", hybrid.name())));
             rivals.extend(Rival::ALL.into_iter().filter(|rival| chosen("rivals", rival.name())));
             if kernels.len() + hybrids.len() + rivals.len() == before {
                 let names = Kernel::ALL.iter().map(|kernel| kernel.name());
                 let names = names.chain(Hybrid::ALL.iter().map(|hybrid| hybrid.name()));
-                let names: Vec<_> = names.chain(Rival::ALL.iter().map(|rival| rival.name())).collect();
+                let names: Vec<_> =
+                    names.chain(Rival::ALL.iter().map(|rival| rival.name())).collect();
                 return Err(format!(
                     "`{name}` is not a kernel: choose from maps, hybrids, rivals, {}",
                     names.join(", ")
@@ -181,5 +187,9 @@ impl Args {
 }
 
 fn each_once<K: Copy + PartialEq>(all: &[K]) -> Vec<K> {
-    all.iter().enumerate().filter(|(i, kernel)| !all[..*i].contains(kernel)).map(|(_, kernel)| *kernel).collect()
+    all.iter()
+        .enumerate()
+        .filter(|(i, kernel)| !all[..*i].contains(kernel))
+        .map(|(_, kernel)| *kernel)
+        .collect()
 }

@@ -64,7 +64,10 @@ impl Input {
 pub fn embedded(plan: &Plan) -> Result<Vec<Input>, String> {
     let mut inputs = heads(EMBEDDED, "the embedded file", plan)?;
     // data/README.md: every third token of the SmolLM2 heads
-    inputs.iter_mut().filter(|input| input.name.starts_with('L')).for_each(|input| input.calibration_stride = 3);
+    inputs
+        .iter_mut()
+        .filter(|input| input.name.starts_with('L'))
+        .for_each(|input| input.calibration_stride = 3);
     Ok(inputs)
 }
 
@@ -84,15 +87,21 @@ fn heads(bytes: &[u8], file: &str, plan: &Plan) -> Result<Vec<Input>, String> {
 
     let names: BTreeSet<&str> = tensors.names().into_iter().filter_map(head_of).collect();
     if names.is_empty() {
-        return Err(format!("{file} holds no head: name its tensors `<head>/q`, `<head>/k` and `<head>/v`"));
+        return Err(format!(
+            "{file} holds no head: name its tensors `<head>/q`, `<head>/k` and `<head>/v`"
+        ));
     }
-    names.into_iter().map(|name| head(&tensors, metadata, name, plan).map_err(|why| format!("{file}: {why}"))).collect()
+    names
+        .into_iter()
+        .map(|name| head(&tensors, metadata, name, plan).map_err(|why| format!("{file}: {why}")))
+        .collect()
 }
 
 /// The head that a tensor belongs to, if it is one of `<head>[/test|/calibration]/{q,k,v}`.
 fn head_of(tensor: &str) -> Option<&str> {
     let (head, part) = tensor.rsplit_once('/')?;
-    let head = head.strip_suffix("/test").or_else(|| head.strip_suffix("/calibration")).unwrap_or(head);
+    let head =
+        head.strip_suffix("/test").or_else(|| head.strip_suffix("/calibration")).unwrap_or(head);
     (["q", "k", "v"].contains(&part) && !head.is_empty()).then_some(head)
 }
 
@@ -105,7 +114,11 @@ fn head(
     let causal = match metadata.get(&format!("{name}/causal")).map(String::as_str) {
         None | Some("true") => true,
         Some("false") => false,
-        Some(other) => return Err(format!("the metadata `{name}/causal` is `{other}`: write `true` or `false`")),
+        Some(other) => {
+            return Err(format!(
+                "the metadata `{name}/causal` is `{other}`: write `true` or `false`"
+            ));
+        }
     };
     let mask = if plan.causal.unwrap_or(causal) { Mask::Causal } else { Mask::Full };
     let calibration_stride = match metadata.get(&format!("{name}/calibration/stride")) {
@@ -114,7 +127,10 @@ fn head(
             format!("the metadata `{name}/calibration/stride` is `{stride}`: write a number from 1 to {MOST_STRIDE}")
         })?,
     };
-    let split = if ["q", "k", "v"].iter().any(|part| tensors.tensor(&format!("{name}/test/{part}")).is_ok()) {
+    let split = if ["q", "k", "v"]
+        .iter()
+        .any(|part| tensors.tensor(&format!("{name}/test/{part}")).is_ok())
+    {
         format!("{name}/test")
     } else {
         name.to_owned()
@@ -123,16 +139,25 @@ fn head(
     let (q, k, v) = (q?, k?, v?);
     check_pair(&split, &q, &k, mask)?;
     if k.nrows() != v.nrows() {
-        return Err(format!("`{split}/k` has {} tokens and `{split}/v` has {}: they must agree", k.nrows(), v.nrows()));
+        return Err(format!(
+            "`{split}/k` has {} tokens and `{split}/v` has {}: they must agree",
+            k.nrows(),
+            v.nrows()
+        ));
     }
 
     let split = format!("{name}/calibration");
     let there = |part| tensors.tensor(&format!("{split}/{part}")).is_ok();
     let calibration = if ["q", "k", "v"].into_iter().any(there) {
-        let (cq, ck) = (matrix(tensors, &format!("{split}/q"))?, matrix(tensors, &format!("{split}/k"))?);
+        let (cq, ck) =
+            (matrix(tensors, &format!("{split}/q"))?, matrix(tensors, &format!("{split}/k"))?);
         check_pair(&split, &cq, &ck, mask)?;
         if cq.ncols() != q.ncols() {
-            return Err(format!("`{split}/q` has {} columns where the head has {}", cq.ncols(), q.ncols()));
+            return Err(format!(
+                "`{split}/q` has {} columns where the head has {}",
+                cq.ncols(),
+                q.ncols()
+            ));
         }
         Some((cq, ck))
     } else {
@@ -178,18 +203,26 @@ fn matrix(tensors: &SafeTensors<'_>, name: &str) -> Result<Array2<f32>, String> 
         return Err(format!("`{name}` has the shape {:?}: it must be [tokens, d]", tensor.shape()));
     };
     if rows == 0 || columns == 0 {
-        return Err(format!("`{name}` has the shape [{rows}, {columns}]: it must hold at least one number"));
+        return Err(format!(
+            "`{name}` has the shape [{rows}, {columns}]: it must hold at least one number"
+        ));
     }
     if rows > MOST_TOKENS {
-        return Err(format!("`{name}` has {rows} tokens: at most {MOST_TOKENS} can be compared with exact attention"));
+        return Err(format!(
+            "`{name}` has {rows} tokens: at most {MOST_TOKENS} can be compared with exact attention"
+        ));
     }
-    let numbers = numbers(&tensor)
-        .ok_or_else(|| format!("`{name}` has the type {:?}: it must be F32, F16, BF16 or F64", tensor.dtype()))?;
+    let numbers = numbers(&tensor).ok_or_else(|| {
+        format!("`{name}` has the type {:?}: it must be F32, F16, BF16 or F64", tensor.dtype())
+    })?;
     if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
         let (row, column) = (i / columns, i % columns);
-        return Err(format!("`{name}` is NaN, infinite or beyond float32 at token {row}, column {column}"));
+        return Err(format!(
+            "`{name}` is NaN, infinite or beyond float32 at token {row}, column {column}"
+        ));
     }
-    Array2::from_shape_vec((rows, columns), numbers).map_err(|error| format!("`{name}` cannot be read: {error}"))
+    Array2::from_shape_vec((rows, columns), numbers)
+        .map_err(|error| format!("`{name}` cannot be read: {error}"))
 }
 
 fn numbers(tensor: &TensorView<'_>) -> Option<Vec<f32>> {
@@ -198,7 +231,9 @@ fn numbers(tensor: &TensorView<'_>) -> Option<Vec<f32>> {
         Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
         Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
         Dtype::F16 => data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => {
+            data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
+        }
         _ => return None,
     })
 }

@@ -39,11 +39,18 @@ fn against_uniform(results: &Results, heads: &Group, rows: &[Row]) -> Option<Str
     let best = best(rows)?;
     let verdict = match most.beats_uniform {
         k if k == count => {
-            let winners = names(rows.iter().filter(|row| row.beats_uniform == count).map(|row| row.kernel));
-            format!("On all {count} real heads {winners} come closer to softmax than uniform attention does")
+            let winners =
+                names(rows.iter().filter(|row| row.beats_uniform == count).map(|row| row.kernel));
+            format!(
+                "On all {count} real heads {winners} come closer to softmax than uniform attention does"
+            )
         }
-        0 => format!("On the {count} real heads no feature map beats uniform attention on any head"),
-        k => format!("On the {count} real heads no feature map beats uniform attention on more than {k} heads"),
+        0 => {
+            format!("On the {count} real heads no feature map beats uniform attention on any head")
+        }
+        k => format!(
+            "On the {count} real heads no feature map beats uniform attention on more than {k} heads"
+        ),
     };
     Some(format!(
         "{verdict}; the smallest median output error of a map of exp(q·k) is {} ({}, m = {}), that of uniform attention {}.",
@@ -72,7 +79,12 @@ fn more_features(rows: &[Row], heads: usize) -> Option<String> {
         .filter(|(kernel, ..)| matches!(kernel, Kernel::Performer | Kernel::Dct))
         .map(|(kernel, first, last)| {
             let [from, to] = [first, last].map(|row| short(row.output_error.median));
-            format!("{} {from} at m = {} and {to} at m = {}", kernel.name(), first.features[0], last.features[0])
+            format!(
+                "{} {from} at m = {} and {to} at m = {}",
+                kernel.name(),
+                first.features[0],
+                last.features[0]
+            )
         })
         .collect();
     if changes.is_empty() {
@@ -82,7 +94,8 @@ fn more_features(rows: &[Row], heads: usize) -> Option<String> {
         0 => "none of them".to_owned(),
         _ => names(gained),
     };
-    let examples = if examples.is_empty() { String::new() } else { format!(" ({})", examples.join("; ")) };
+    let examples =
+        if examples.is_empty() { String::new() } else { format!(" ({})", examples.join("; ")) };
     Some(format!(
         "From the fewest to the most features the median output error over {heads} heads falls by more than a tenth for \
          {gained}, of {} maps{examples}.",
@@ -95,9 +108,12 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     let all = rows(results, &group);
     let best = best(&all)?;
     let m = typical_features(&plan.features);
-    let at_m: Vec<&Row> = all.iter().filter(|row| row.kernel.aims_at_softmax() && row.features[0] == m).collect();
+    let at_m: Vec<&Row> =
+        all.iter().filter(|row| row.kernel.aims_at_softmax() && row.features[0] == m).collect();
     let useful = names(at_m.iter().filter(|row| row.is_useful()).map(|row| row.kernel));
-    let error = |kernel| at_m.iter().find(|row| row.kernel == kernel)?.kernel_error.map(|error| error.median);
+    let error = |kernel| {
+        at_m.iter().find(|row| row.kernel == kernel)?.kernel_error.map(|error| error.median)
+    };
     let ratio = |kernel, name: &str| {
         let ratio = error(kernel)? / error(Kernel::Performer)?;
         Some(format!("{} times for {name}", short(ratio)))
@@ -109,7 +125,10 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     let ratios = if ratios.is_empty() {
         String::new()
     } else {
-        format!(" The kernel error there, in units of that of performer (FAVOR+): {}.", ratios.join(", "))
+        format!(
+            " The kernel error there, in units of that of performer (FAVOR+): {}.",
+            ratios.join(", ")
+        )
     };
     let useful = if useful.is_empty() { "no map of exp(q·k)".to_owned() } else { useful };
     Some(format!(
@@ -132,19 +151,30 @@ fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
     for input in results.inputs.iter().filter_map(|input| input.norm) {
         let group = Group::norm(results, input)?;
         norms.push(input);
-        let useful = rows(results, &group).into_iter().filter(|row| is_exponential(row.kernel) && row.is_useful());
-        if let Some(row) = useful.min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median)) {
+        let useful = rows(results, &group)
+            .into_iter()
+            .filter(|row| is_exponential(row.kernel) && row.is_useful());
+        if let Some(row) =
+            useful.min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median))
+        {
             largest = Some((input, row, group.uniform(results)));
         }
     }
     let [first, .., last] = norms[..] else { return None };
-    let heads: Vec<f64> =
-        results.inputs.iter().filter(|input| input.is_real()).flat_map(super::data::Input::squared_norms).collect();
-    let [least, most] = [f64::min, f64::max].map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
+    let heads: Vec<f64> = results
+        .inputs
+        .iter()
+        .filter(|input| input.is_real())
+        .flat_map(super::data::Input::squared_norms)
+        .collect();
+    let [least, most] = [f64::min, f64::max]
+        .map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
     let context = format!("the real heads have mean |x̂|² from {least} to {most}");
     Some(match largest {
         None => {
-            format!("No exponential map beats uniform attention at any norm |x̂|² from {first} to {last}; {context}.")
+            format!(
+                "No exponential map beats uniform attention at any norm |x̂|² from {first} to {last}; {context}."
+            )
         }
         Some((norm, row, uniform)) => format!(
             "The largest |x̂|², of those measured from {first} to {last}, at which some exponential map beats uniform attention is \
@@ -162,14 +192,22 @@ fn slopes_at_small_norm(results: &Results, plan: &Plan) -> Vec<String> {
         return Vec::new();
     };
     let mut found = Vec::new();
-    for (claim, method) in [(Claim::InverseRoot, "Monte Carlo"), (Claim::Inverse, "quasi-Monte Carlo")] {
+    for (claim, method) in
+        [(Claim::InverseRoot, "Monte Carlo"), (Claim::Inverse, "quasi-Monte Carlo")]
+    {
         let Some(claimed) = claim.slope() else { continue };
         let mut measured = Vec::new();
         let mut confirmed = Vec::new();
         for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.claim() == claim) {
             let Some(rate) = kernel_error_rate(results, kernel, input) else { continue };
             let [from, to] = rate.confidence;
-            measured.push(format!("{} {} ({} … {})", kernel.name(), slope(rate.slope), slope(from), slope(to)));
+            measured.push(format!(
+                "{} {} ({} … {})",
+                kernel.name(),
+                slope(rate.slope),
+                slope(from),
+                slope(to)
+            ));
             if (from..=to).contains(&claimed) {
                 confirmed.push(kernel);
             }
@@ -185,7 +223,10 @@ fn slopes_at_small_norm(results: &Results, plan: &Plan) -> Vec<String> {
         let verdict = if plan.seeds < SEEDS_TO_JUDGE {
             format!("That is too few seeds to judge the {} claimed for {method}.", slope(claimed))
         } else {
-            format!("The {} claimed for {method} lies inside the interval for {confirmed}.", slope(claimed))
+            format!(
+                "The {} claimed for {method} lies inside the interval for {confirmed}.",
+                slope(claimed)
+            )
         };
         found.push(format!(
             "At |x̂|² = {SMALL_NORM} the kernel error changes as a power of m with these exponents (95 % intervals over {} \
@@ -200,7 +241,9 @@ fn slopes_at_small_norm(results: &Results, plan: &Plan) -> Vec<String> {
 fn slopes_on_heads(results: &Results, heads: &Group) -> Option<String> {
     let mut slopes = Vec::new();
     for kernel in Kernel::ALL.into_iter().filter(|kernel| kernel.claim() != Claim::None) {
-        slopes.extend(heads.inputs.iter().filter_map(|i| Some(kernel_error_rate(results, kernel, *i)?.slope)));
+        slopes.extend(
+            heads.inputs.iter().filter_map(|i| Some(kernel_error_rate(results, kernel, *i)?.slope)),
+        );
     }
     let least = slopes.iter().copied().reduce(f64::min)?;
     let most = slopes.iter().copied().reduce(f64::max)?;
@@ -214,7 +257,8 @@ fn slopes_on_heads(results: &Results, heads: &Group) -> Option<String> {
 
 fn weights(rows: &[Row]) -> Option<String> {
     let fitted = best_of(rows, Kernel::WpffWeighted)?;
-    let plain = rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
+    let plain =
+        rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
     let change = fitted.output_error.median / plain.output_error.median - 1.0;
     Some(format!(
         "Weights fitted on another text change the median output error of wpff on the heads by {} % ({} to {} at m = {}).",
@@ -232,10 +276,17 @@ fn best_of(rows: &[Row], kernel: Kernel) -> Option<&Row> {
 }
 
 fn failures(results: &Results) -> [Option<String>; 2] {
-    let maps = results.measurements.iter().map(|m| (m.kernel.name().to_owned(), m.input, m.report.as_ref().err()));
+    let maps = results
+        .measurements
+        .iter()
+        .map(|m| (m.kernel.name().to_owned(), m.input, m.report.as_ref().err()));
     let rivals = &results.rivals.measurements;
-    let rivals = rivals.iter().map(|m| (m.rival.name().to_owned(), m.input, m.outcome.as_ref().err()));
-    [failures_of("measurements", results, maps), failures_of("measurements of rivals", results, rivals)]
+    let rivals =
+        rivals.iter().map(|m| (m.rival.name().to_owned(), m.input, m.outcome.as_ref().err()));
+    [
+        failures_of("measurements", results, maps),
+        failures_of("measurements of rivals", results, rivals),
+    ]
 }
 
 /// How many failed, of measurements with a name, an input and perhaps a reason.
@@ -245,10 +296,14 @@ pub fn failures_of<'a>(
     measurements: impl ExactSizeIterator<Item = (String, usize, Option<&'a String>)>,
 ) -> Option<String> {
     let all = measurements.len();
-    let failed: Vec<_> = measurements.filter_map(|(name, input, why)| Some((name, input, why?))).collect();
+    let failed: Vec<_> =
+        measurements.filter_map(|(name, input, why)| Some((name, input, why?))).collect();
     let (name, input, why) = failed.first()?;
     let input = &results.inputs[*input].name;
-    Some(format!("{} of {all} {what} failed and are left out; the first is {name} on {input}: {why}.", failed.len()))
+    Some(format!(
+        "{} of {all} {what} failed and are left out; the first is {name} on {input}: {why}.",
+        failed.len()
+    ))
 }
 
 /// `a, b and c`, each once.

@@ -1,4 +1,5 @@
-//! The hybrids under test, by name: an exact window and sinks, with every far memory of the crate behind them.
+//! The hybrids under test, by name: an exact window and sinks, with every far memory of the crate
+//! behind them.
 
 pub mod findings;
 pub mod measure;
@@ -7,7 +8,10 @@ pub mod rows;
 pub mod table;
 
 use crate::data::Input;
-use dijiang::{Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric, Performer};
+use dijiang::{
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric,
+    Performer,
+};
 
 /// What is behind the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +25,8 @@ pub enum Hybrid {
 }
 
 impl Hybrid {
-    pub const ALL: [Self; 6] = [Self::Window, Self::Features, Self::Taylor, Self::Heavy, Self::Ward, Self::Merged];
+    pub const ALL: [Self; 6] =
+        [Self::Window, Self::Features, Self::Taylor, Self::Heavy, Self::Ward, Self::Merged];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -36,15 +41,21 @@ impl Hybrid {
 
     pub fn description(self) -> &'static str {
         match self {
-            Self::Window => "the last tokens and the first ones (sinks) exact, the rest dropped: the control",
+            Self::Window => {
+                "the last tokens and the first ones (sinks) exact, the rest dropped: the control"
+            }
             Self::Features => "window and sinks; FAVOR+ features of what leaves",
-            Self::Taylor => "window and sinks; a second-order Taylor map of this rank, fitted on the calibration split",
+            Self::Taylor => {
+                "window and sinks; a second-order Taylor map of this rank, fitted on the calibration split"
+            }
             Self::Heavy => "the same with the far keys of the largest static score exact",
             Self::Ward => {
                 "window and sinks; far entries merged by Ward's rule, weighted by the attention expected from the \
                  calibration split, or alike"
             }
-            Self::Merged => "window and sinks; far entries merged by the attention they receive; needs no calibration",
+            Self::Merged => {
+                "window and sinks; far entries merged by the attention they receive; needs no calibration"
+            }
         }
     }
 }
@@ -135,7 +146,11 @@ impl Contestant {
                 Hybrid::Ward => vec![ward(standard)],
                 Hybrid::Merged => vec![
                     merged(standard),
-                    Memory::Merged { entries: standard, block: sizes.block, metric: Metric::QueryDiagonal },
+                    Memory::Merged {
+                        entries: standard,
+                        block: sizes.block,
+                        metric: Metric::QueryDiagonal,
+                    },
                     Memory::Merged { entries: standard, block: 1, metric: Metric::Identity },
                 ],
             };
@@ -145,18 +160,23 @@ impl Contestant {
                 Hybrid::Merged => curve().map(merged).collect(),
                 Hybrid::Window | Hybrid::Taylor | Hybrid::Heavy => Vec::new(),
             };
-            let (window, sinks) = if input.mask == Mask::Causal { (sizes.window, sizes.sinks) } else { (0, 0) };
+            let (window, sinks) =
+                if input.mask == Mask::Causal { (sizes.window, sizes.sinks) } else { (0, 0) };
             let of_size = |window, memory, in_table| Self { window, sinks, memory, in_table };
             contestants.extend(of_table.iter().map(|memory| of_size(window, *memory, true)));
             contestants.extend(
-                of_plots.iter().filter(|memory| !of_table.contains(memory)).map(|m| of_size(window, *m, false)),
+                of_plots
+                    .iter()
+                    .filter(|memory| !of_table.contains(memory))
+                    .map(|m| of_size(window, *m, false)),
             );
             if hybrid == Hybrid::Window {
                 let others = sizes.windows.iter().filter(|size| **size != window);
                 contestants.extend(others.map(|size| of_size(*size, Memory::Dropped, false)));
             }
         }
-        let fits = |memory| !matches!(memory, Memory::Taylor { rank, .. } if rank > input.head_dim());
+        let fits =
+            |memory| !matches!(memory, Memory::Taylor { rank, .. } if rank > input.head_dim());
         contestants.retain(|contestant| fits(contestant.memory));
         contestants
     }
@@ -181,7 +201,9 @@ impl Contestant {
             Memory::Taylor { rank, heavy } => format!("heavy {heavy}, taylor {rank}"),
             Memory::Ward { entries, calibrated: true } => format!("ward {entries}, calibrated"),
             Memory::Ward { entries, calibrated: false } => format!("ward {entries}"),
-            Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal } => format!("merged {entries}"),
+            Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal } => {
+                format!("merged {entries}")
+            }
             Memory::Merged { entries, block: 1, .. } => format!("merged {entries}, plain metric"),
             Memory::Merged { entries, block, .. } => format!("merged {entries}, block {block}"),
         }
@@ -231,10 +253,12 @@ impl Contestant {
 }
 
 impl Hybrid {
-    /// Where every query sees every key there is no window, so sums of features alone are left for `features`, nothing
-    /// for `window`; and there is no order of queries to learn from for `merged`.
+    /// Where every query sees every key there is no window, so sums of features alone are left for
+    /// `features`, nothing for `window`; and there is no order of queries to learn from for
+    /// `merged`.
     fn applies_to(self, input: &Input) -> bool {
-        let has_meaning = input.mask == Mask::Causal || matches!(self, Self::Taylor | Self::Heavy | Self::Ward);
+        let has_meaning =
+            input.mask == Mask::Causal || matches!(self, Self::Taylor | Self::Heavy | Self::Ward);
         let has_data = input.calibration.is_some() || !matches!(self, Self::Taylor | Self::Heavy);
         has_meaning && has_data
     }

@@ -3,8 +3,8 @@
 use crate::data::Input;
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, DctFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii, RadiusPoints, TaylorFeatures,
-    WeightFit, Wpff, fit_weights,
+    Attention, DctFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii,
+    RadiusPoints, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::Array1;
 
@@ -91,7 +91,9 @@ impl Kernel {
             Self::DctAntithetic => "DCT directions, radii ±√d",
             Self::DctNormal => "DCT directions, normal radii: estimates exp(q·k/d), not exp(q·k)",
             Self::Official => "the map of the released DiJiang code, on raw q and k",
-            Self::Wpff => "weighted positive fixed features: orthogonal directions, stratified radii, weights 1",
+            Self::Wpff => {
+                "weighted positive fixed features: orthogonal directions, stratified radii, weights 1"
+            }
             Self::WpffSobol => "the same with Sobol directions and radii",
             Self::WpffWeighted => "wpff with weights fitted on the calibration split",
             Self::Taylor => "second-order Taylor expansion, m = (d + 1)(d + 2)/2",
@@ -106,7 +108,9 @@ impl Kernel {
     pub fn claim(self) -> Claim {
         match self {
             Self::Performer | Self::PerformerIid | Self::PerformerHyperbolic => Claim::InverseRoot,
-            Self::Dct | Self::DctAntithetic | Self::Wpff | Self::WpffSobol | Self::WpffWeighted => Claim::Inverse,
+            Self::Dct | Self::DctAntithetic | Self::Wpff | Self::WpffSobol | Self::WpffWeighted => {
+                Claim::Inverse
+            }
             Self::DctNormal | Self::Official | Self::Taylor => Claim::None,
         }
     }
@@ -120,7 +124,8 @@ impl Kernel {
         matches!(self, Self::Official | Self::Taylor)
     }
 
-    /// The numbers of features it is measured at, of those asked for; its own number where that is fixed.
+    /// The numbers of features it is measured at, of those asked for; its own number where that is
+    /// fixed.
     pub fn features(self, head_dim: usize, asked: &[usize]) -> Vec<usize> {
         match self {
             Self::Official => vec![head_dim],
@@ -142,18 +147,27 @@ impl Kernel {
     }
 
     /// The kernel with `m` features for the heads of `input`.
-    pub fn build(self, input: &Input, m: usize, seed: u64) -> Result<Box<dyn Attention<f32>>, Error> {
+    pub fn build(
+        self,
+        input: &Input,
+        m: usize,
+        seed: u64,
+    ) -> Result<Box<dyn Attention<f32>>, Error> {
         let d = input.head_dim();
         Ok(match self {
             Self::Performer => linear(Performer::new(d, m, seed)?),
             Self::PerformerIid => linear(Performer::iid(d, m, seed)?),
             Self::PerformerHyperbolic => linear(Performer::hyperbolic(d, m, seed)?),
             Self::Dct => linear(DctFeatures::new(d, m, seed)?),
-            Self::DctAntithetic => linear(DctFeatures::new(d, m, seed)?.with_radii(Radii::Antithetic)?),
+            Self::DctAntithetic => {
+                linear(DctFeatures::new(d, m, seed)?.with_radii(Radii::Antithetic)?)
+            }
             Self::DctNormal => linear(DctFeatures::new(d, m, seed)?.with_radii(Radii::Normal)?),
             Self::Official => Box::new(official(d, seed)?),
             Self::Wpff => linear(Wpff::new(d, m, seed)?),
-            Self::WpffSobol => linear(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol)?),
+            Self::WpffSobol => {
+                linear(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol)?)
+            }
             Self::WpffWeighted => linear(fitted(input, m, seed)?),
             Self::Taylor => linear(TaylorFeatures::new(d)?),
         })
@@ -176,6 +190,7 @@ fn fitted(input: &Input, m: usize, seed: u64) -> Result<Wpff<f32>, Error> {
     let Some((q, k)) = &input.calibration else { return Ok(map) };
     let step = q.nrows().div_ceil(FIT_ROWS).max(1) as isize;
     let rows = ndarray::s![..;step, ..];
-    let weights = fit_weights(&map, q.slice(rows), k.slice(rows), WeightFit::new().with_mask(input.mask))?;
+    let weights =
+        fit_weights(&map, q.slice(rows), k.slice(rows), WeightFit::new().with_mask(input.mask))?;
     map.with_weights(weights)
 }

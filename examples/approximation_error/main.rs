@@ -4,20 +4,23 @@
 //! cargo run --release --example approximation_error
 //! ```
 //!
-//! measures every feature map, with several numbers of features and several seeds, on real attention heads (embedded, see
-//! `data/README.md`) and on synthetic Gaussian queries and keys of growing norm. It prints a table and writes
-//! `measurements.csv` and `index.html` to `target/approximation_error/` (`--output DIR`). Uniform attention stands on top of
-//! every table: a map that does not beat it approximates nothing.
+//! measures every feature map, with several numbers of features and several seeds, on real
+//! attention heads (embedded, see `data/README.md`) and on synthetic Gaussian queries and keys of
+//! growing norm. It prints a table and writes `measurements.csv` and `index.html` to
+//! `target/approximation_error/` (`--output DIR`). Uniform attention stands on top of every table:
+//! a map that does not beat it approximates nothing.
 //!
-//! Then come the hybrids, head by head: an exact window with each far memory of the crate behind it, beside the window that
-//! keeps as many floats, the same window with nothing behind it, and uniform attention. `--kernels hybrids` measures them alone.
+//! Then come the hybrids, head by head: an exact window with each far memory of the crate behind
+//! it, beside the window that keeps as many floats, the same window with nothing behind it, and
+//! uniform attention. `--kernels hybrids` measures them alone.
 //!
-//! Last come the rivals, kernels that models are trained with (the linear Transformer, cosFormer, retention, Mamba-2 and others), in a table
-//! of their own and not ranked: `--kernels rivals`.
+//! Last come the rivals, kernels that models are trained with (the linear Transformer, cosFormer,
+//! retention, Mamba-2 and others), in a table of their own and not ranked: `--kernels rivals`.
 //!
-//! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`, `<head>/k`, `<head>/v` of shape
-//! `[tokens, d]`, raw after the rotary embedding. Optional: `<head>/calibration/q` and `/k` of another text, to which
-//! weights are fitted, and the metadata entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
+//! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`,
+//! `<head>/k`, `<head>/v` of shape `[tokens, d]`, raw after the rotary embedding. Optional:
+//! `<head>/calibration/q` and `/k` of another text, to which weights are fitted, and the metadata
+//! entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
 //!
 //! ```python
 //! from safetensors.torch import save_file
@@ -101,16 +104,21 @@ fn run(args: &Args) -> Result<(), String> {
     let written = |name: &str, error: &dyn std::fmt::Display| {
         format!("`{}` cannot be written: {error}", args.output.join(name).display())
     };
-    records::write(&results, &args.output.join("measurements.csv")).map_err(|e| written("measurements.csv", &e))?;
-    let page = page::page(&results, &plan, &findings).map_err(|error| format!("a plot cannot be drawn: {error}"))?;
-    std::fs::write(args.output.join("index.html"), page).map_err(|error| written("index.html", &error))?;
+    records::write(&results, &args.output.join("measurements.csv"))
+        .map_err(|e| written("measurements.csv", &e))?;
+    let page = page::page(&results, &plan, &findings)
+        .map_err(|error| format!("a plot cannot be drawn: {error}"))?;
+    std::fs::write(args.output.join("index.html"), page)
+        .map_err(|error| written("index.html", &error))?;
     let shown = args.output.display();
-    let _ = writeln!(std::io::stdout(), "\nWritten: {shown}/index.html and {shown}/measurements.csv");
+    let _ =
+        writeln!(std::io::stdout(), "\nWritten: {shown}/index.html and {shown}/measurements.csv");
     Ok(())
 }
 
 fn create(output: &Path) -> Result<(), String> {
-    std::fs::create_dir_all(output).map_err(|error| format!("`{}` cannot be created: {error}", output.display()))
+    std::fs::create_dir_all(output)
+        .map_err(|error| format!("`{}` cannot be created: {error}", output.display()))
 }
 
 fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {

@@ -70,9 +70,12 @@ impl Shape {
 }
 
 impl Results {
-    /// Microseconds per query of one forward on one thread; `None` as the kernel is exact attention.
+    /// Microseconds per query of one forward on one thread; `None` as the kernel is exact
+    /// attention.
     pub fn time(&self, input: usize, kernel: Option<Kernel>, features: usize) -> Option<f64> {
-        self.times.get(&(Shape::of(&self.inputs[input]), kernel.map(Kernel::name), features)).copied()
+        self.times
+            .get(&(Shape::of(&self.inputs[input]), kernel.map(Kernel::name), features))
+            .copied()
     }
 }
 
@@ -88,7 +91,9 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
     let exact = inputs
         .par_iter()
         .zip(&references)
-        .map(|(input, reference)| exact(input, reference).map_err(|error| format!("head `{}`: {error}", input.name)))
+        .map(|(input, reference)| {
+            exact(input, reference).map_err(|error| format!("head `{}`: {error}", input.name))
+        })
         .collect::<Result<Vec<_>, _>>()?;
 
     let mut jobs = Vec::new();
@@ -109,7 +114,10 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
         .map(|(i, kernel, features, seed)| {
             let (input, reference) = (&inputs[i], &references[i]);
             let measured = kernel.build(input, features, seed).and_then(|kernel| {
-                Ok((reference.compare(kernel.as_ref())?, kernel.stream(input.value_dim())?.state_floats()))
+                Ok((
+                    reference.compare(kernel.as_ref())?,
+                    kernel.stream(input.value_dim())?.state_floats(),
+                ))
             });
             progress.inc(1);
             let (report, state_floats) = match measured {
@@ -123,8 +131,8 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
     let place = |kernel| Kernel::ALL.iter().position(|other| *other == kernel);
     measurements.sort_by_key(|m| (m.input, place(m.kernel), m.features, m.seed));
     let mut hybrids = hybrids::measure::errors(&inputs, &references, plan);
-    let mut rivals =
-        rivals::measure::errors(&inputs, &references, plan).map_err(|error| format!("uniform attention: {error}"))?;
+    let mut rivals = rivals::measure::errors(&inputs, &references, plan)
+        .map_err(|error| format!("uniform attention: {error}"))?;
     drop(references);
 
     let times = times(&inputs, &measurements, plan)?;
@@ -143,9 +151,9 @@ fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<
     let progress = progress(measurements.len(), "measuring times");
     for input in inputs {
         let exact = SoftmaxAttention::new(input.head_dim()).map_err(|error| error.to_string())?;
-        times
-            .entry((Shape::of(input), None, 0))
-            .or_insert_with(|| microseconds_per_token(&exact, input, plan.quick).unwrap_or(f64::NAN));
+        times.entry((Shape::of(input), None, 0)).or_insert_with(|| {
+            microseconds_per_token(&exact, input, plan.quick).unwrap_or(f64::NAN)
+        });
     }
     for measurement in measurements {
         progress.inc(1);
@@ -155,8 +163,13 @@ fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<
             continue;
         }
         // Weights cost nothing more, but take long to fit.
-        let same_work = if measurement.kernel == Kernel::WpffWeighted { Kernel::Wpff } else { measurement.kernel };
-        let kernel = same_work.build(input, measurement.features, 0).map_err(|error| error.to_string())?;
+        let same_work = if measurement.kernel == Kernel::WpffWeighted {
+            Kernel::Wpff
+        } else {
+            measurement.kernel
+        };
+        let kernel =
+            same_work.build(input, measurement.features, 0).map_err(|error| error.to_string())?;
         if let Some(time) = microseconds_per_token(kernel.as_ref(), input, plan.quick) {
             times.insert(key, time);
         }
@@ -166,15 +179,28 @@ fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<
 }
 
 /// The shortest of a few forwards, on this thread alone.
-pub fn microseconds_per_token(kernel: &dyn Attention<f32>, input: &Input, quick: bool) -> Option<f64> {
-    let (least_runs, budget) = if quick { (1, Duration::ZERO) } else { (3, Duration::from_millis(60)) };
+pub fn microseconds_per_token(
+    kernel: &dyn Attention<f32>,
+    input: &Input,
+    quick: bool,
+) -> Option<f64> {
+    let (least_runs, budget) =
+        if quick { (1, Duration::ZERO) } else { (3, Duration::from_millis(60)) };
     let mut out = ndarray::Array2::zeros((input.tokens(), input.value_dim()));
     let mut shortest = Duration::MAX;
     let start = Instant::now();
     let mut runs = 0;
     while runs < least_runs || start.elapsed() < budget {
         let before = Instant::now();
-        kernel.forward_into(input.q.view(), input.k.view(), input.v.view(), input.mask, out.view_mut()).ok()?;
+        kernel
+            .forward_into(
+                input.q.view(),
+                input.k.view(),
+                input.v.view(),
+                input.mask,
+                out.view_mut(),
+            )
+            .ok()?;
         shortest = shortest.min(before.elapsed());
         runs += 1;
     }

@@ -25,7 +25,9 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
          <title>Approximation error of attention kernels</title>\n<style>\n",
     );
     html.push_str(STYLE);
-    html.push_str("</style>\n</head>\n<body>\n<h1>How close do attention kernels come to softmax?</h1>\n");
+    html.push_str(
+        "</style>\n</head>\n<body>\n<h1>How close do attention kernels come to softmax?</h1>\n",
+    );
     html.push_str(&format!(
         "<p class=\"about\">dijiang {}, <code>{}</code>. {} seeds of every random map; kernels in float32, the reference in \
          float64. Errors are relative Frobenius norms: ‖ÂV − AV‖/‖AV‖ for outputs, ‖K̂ − K‖/‖K‖ for kernels, \
@@ -105,12 +107,19 @@ fn hybrid_sections(html: &mut String, results: &Results, plan: &Plan) -> Result<
 }
 
 /// The feature maps: errors by head, features, state and norm.
-fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group) -> Result<(), Failure> {
+fn map_sections(
+    html: &mut String,
+    results: &Results,
+    plan: &Plan,
+    heads: &Group,
+) -> Result<(), Failure> {
     let small = results.inputs.iter().position(|input| input.norm == Some(SMALL_NORM));
     let features = table::typical_features(&plan.features);
-    let mut panels: Vec<Group> = [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
+    let mut panels: Vec<Group> =
+        [SMALL_NORM, 4.0].into_iter().filter_map(|n| Group::norm(results, n)).collect();
     panels.push(heads.clone());
-    let small_and_heads: Vec<Group> = Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
+    let small_and_heads: Vec<Group> =
+        Group::norm(results, SMALL_NORM).into_iter().chain([heads.clone()]).collect();
     let uniform = ("reference", "uniform attention");
     let estimates = |kernels: &[Kernel]| {
         kernels.iter().copied().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal).collect()
@@ -153,7 +162,8 @@ fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group
     );
     let slopes = plots::slopes(results, small, &heads.inputs)?;
     if slopes.is_some() {
-        let lines = [("reference", "−1, claimed for quasi-Monte Carlo"), ("guide", "−½, Monte Carlo")];
+        let lines =
+            [("reference", "−1, claimed for quasi-Monte Carlo"), ("guide", "−½, Monte Carlo")];
         html.push_str(&plots::legend([], &lines));
         figure(
             html,
@@ -172,7 +182,10 @@ fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group
     }
 
     section(html, "Error against the size of the state");
-    html.push_str(&plots::legend(plan.kernels.iter().copied(), &[uniform, ("guide", "state of exact attention")]));
+    html.push_str(&plots::legend(
+        plan.kernels.iter().copied(),
+        &[uniform, ("guide", "state of exact attention")],
+    ));
     html.push_str("<div class=\"panels\">\n");
     for group in &small_and_heads {
         let plot = plots::output_against_state(results, group)?;
@@ -186,7 +199,8 @@ fn map_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Group
 }
 
 fn norms_section(html: &mut String, results: &Results, plan: &Plan) {
-    let (header, lines) = table::norms(results, &Group::synthetic(results), table::typical_features(&plan.features));
+    let (header, lines) =
+        table::norms(results, &Group::synthetic(results), table::typical_features(&plan.features));
     if let [] | [_] = lines[..] {
         return; // uniform attention alone
     }
@@ -253,7 +267,9 @@ fn summary_table(header: &[&str], lines: &[table::Line], names: usize) -> String
 fn plain_table(header: &[String], lines: &[Vec<String>]) -> String {
     let head: String = header.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
     let body: String = lines.iter().map(|line| format!("<tr>{}</tr>\n", cells(line, 1))).collect();
-    format!("<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n")
+    format!(
+        "<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
+    )
 }
 
 fn cells(line: &[String], names: usize) -> String {

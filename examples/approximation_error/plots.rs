@@ -18,7 +18,8 @@ const HEIGHT: u32 = 380;
 /// More heads do not fit side by side.
 const MOST_HEADS: usize = 24;
 
-/// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each member.
+/// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each
+/// member.
 pub type Look = (RGBColor, Shape);
 
 pub const BLUE: RGBColor = RGBColor(0, 114, 178);
@@ -59,12 +60,16 @@ impl Axis {
     /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten.
     pub fn log(label: &'static str, values: &[f64]) -> Option<Self> {
         let good = values.iter().copied().filter(|x| *x > 0.0 && x.is_finite()).map(f64::log10);
-        let (low, high) = good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
+        let (low, high) =
+            good.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         if low > high {
             return None;
         }
         let (low, high) = log_ends(low, high);
-        let ticks = log_ticks(low, high, 2.2).into_iter().map(|value| (value.log10(), tick(value))).collect();
+        let ticks = log_ticks(low, high, 2.2)
+            .into_iter()
+            .map(|value| (value.log10(), tick(value)))
+            .collect();
         Some(Self { label, low, high, ticks })
     }
 
@@ -88,7 +93,10 @@ impl Axis {
             .find(|step| (high - low) / step <= 9.0)
             .unwrap_or((high - low) / 5.0);
         let first = (low / step).ceil() as i64;
-        let ticks = (first..).map(|i| i as f64 * step).take_while(|x| *x <= high + 1e-9).map(|x| (x, tick(x)));
+        let ticks = (first..)
+            .map(|i| i as f64 * step)
+            .take_while(|x| *x <= high + 1e-9)
+            .map(|x| (x, tick(x)));
         Self { label, low, high, ticks: ticks.collect() }
     }
 
@@ -154,11 +162,19 @@ impl Panel {
     }
 
     pub fn across(&mut self, y: f64, colour: RGBColor) {
-        self.references.push(Reference { ends: [(self.x.low, y), (self.x.high, y)], colour, width: 2 });
+        self.references.push(Reference {
+            ends: [(self.x.low, y), (self.x.high, y)],
+            colour,
+            width: 2,
+        });
     }
 
     pub fn upright(&mut self, x: f64, colour: RGBColor) {
-        self.references.push(Reference { ends: [(x, self.y.low), (x, self.y.high)], colour, width: 2 });
+        self.references.push(Reference {
+            ends: [(x, self.y.low), (x, self.y.high)],
+            colour,
+            width: 2,
+        });
     }
 
     pub fn draw(&self) -> Result<String, Failure> {
@@ -195,10 +211,16 @@ impl Panel {
             let (colour, shape) = series.look;
             let colour = colour.mix(series.alpha);
             if series.joined {
-                chart.draw_series(LineSeries::new(series.points.iter().copied(), colour.stroke_width(2)))?;
+                chart.draw_series(LineSeries::new(
+                    series.points.iter().copied(),
+                    colour.stroke_width(2),
+                ))?;
             }
             chart.draw_series(
-                series.bars.iter().map(|bar| PathElement::new(bar.to_vec(), colour.mix(0.6).stroke_width(2))),
+                series
+                    .bars
+                    .iter()
+                    .map(|bar| PathElement::new(bar.to_vec(), colour.mix(0.6).stroke_width(2))),
             )?;
             shape.draw(&mut chart, series.points.iter().copied(), colour, series.size)?;
         }
@@ -212,7 +234,10 @@ pub fn legend(kernels: impl IntoIterator<Item = Kernel>, references: &[(&str, &s
 }
 
 /// A key of marks and lines, as HTML.
-pub fn key(marks: impl IntoIterator<Item = (Look, &'static str)>, references: &[(&str, &str)]) -> String {
+pub fn key(
+    marks: impl IntoIterator<Item = (Look, &'static str)>,
+    references: &[(&str, &str)],
+) -> String {
     let mut html = String::from("<p class=\"legend\">");
     for (class, text) in references {
         html.push_str(&format!(
@@ -226,7 +251,12 @@ pub fn key(marks: impl IntoIterator<Item = (Look, &'static str)>, references: &[
     html
 }
 
-fn joined(rows: &[Row], kernel: Kernel, x: impl Fn(&Row) -> f64, y: impl Fn(&Row) -> Option<[f64; 3]>) -> Series {
+fn joined(
+    rows: &[Row],
+    kernel: Kernel,
+    x: impl Fn(&Row) -> f64,
+    y: impl Fn(&Row) -> Option<[f64; 3]>,
+) -> Series {
     let (mut points, mut bars) = (Vec::new(), Vec::new());
     for row in rows.iter().filter(|row| row.kernel == kernel) {
         let Some(values) = y(row) else { continue };
@@ -256,29 +286,44 @@ fn kernel(row: &Row) -> Option<[f64; 3]> {
 }
 
 /// Output error against m.
-pub fn output_against_features(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
+pub fn output_against_features(
+    results: &Results,
+    group: &Group,
+) -> Result<Option<String>, Failure> {
     let rows = rows(results, group);
     let uniform = group.uniform(results);
     let values: Vec<f64> = rows.iter().filter_map(output).flatten().chain([uniform]).collect();
-    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative output error", &values)) else {
+    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative output error", &values))
+    else {
         return Ok(None);
     };
     let mut panel = Panel::new(&group.name, x, y);
     panel.across(uniform.log10(), REFERENCE);
-    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, output)));
+    panel.series.extend(
+        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, output)),
+    );
     panel.draw().map(Some)
 }
 
 /// Kernel error against m, with the claimed slopes.
-pub fn kernel_against_features(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
-    let rows: Vec<Row> = rows(results, group).into_iter().filter(|row| kernel(row).is_some()).collect();
+pub fn kernel_against_features(
+    results: &Results,
+    group: &Group,
+) -> Result<Option<String>, Failure> {
+    let rows: Vec<Row> =
+        rows(results, group).into_iter().filter(|row| kernel(row).is_some()).collect();
     let values: Vec<f64> = rows.iter().filter_map(kernel).flatten().collect();
-    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative kernel error", &values)) else {
+    let (Some(x), Some(y)) = (Axis::features(&rows), Axis::log("relative kernel error", &values))
+    else {
         return Ok(None);
     };
     let mut panel = Panel::new(&group.name, x, y);
     let first = rows.iter().filter(|row| !row.kernel.is_fixed()).map(|row| row.features[0]).min();
-    let at_first = rows.iter().filter(|row| Some(row.features[0]) == first).filter_map(kernel).map(|[y, ..]| y);
+    let at_first = rows
+        .iter()
+        .filter(|row| Some(row.features[0]) == first)
+        .filter_map(kernel)
+        .map(|[y, ..]| y);
     // A slope cannot be seen where nothing falls.
     let tall = panel.y.high - panel.y.low > 0.8;
     if let (Some(first), Some(start), true) = (first, median(at_first), tall) {
@@ -290,7 +335,9 @@ pub fn kernel_against_features(results: &Results, group: &Group) -> Result<Optio
             panel.references.push(Reference { ends, colour: GUIDE, width: 2 });
         }
     }
-    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, kernel)));
+    panel.series.extend(
+        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, kernel)),
+    );
     panel.draw().map(Some)
 }
 
@@ -298,29 +345,46 @@ pub fn kernel_against_features(results: &Results, group: &Group) -> Result<Optio
 pub fn output_against_state(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
     let rows = rows(results, group);
     let uniform = group.uniform(results);
-    let exact = median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).unwrap_or(1.0);
+    let exact =
+        median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).unwrap_or(1.0);
     let values: Vec<f64> = rows.iter().filter_map(output).flatten().chain([uniform]).collect();
     let states: Vec<f64> = rows.iter().map(|row| row.state_floats).chain([exact]).collect();
-    let (Some(x), Some(y)) = (Axis::log("state (floats)", &states), Axis::log("relative output error", &values)) else {
+    let (Some(x), Some(y)) =
+        (Axis::log("state (floats)", &states), Axis::log("relative output error", &values))
+    else {
         return Ok(None);
     };
     let mut panel = Panel::new(&group.name, x, y);
     panel.across(uniform.log10(), REFERENCE);
     panel.upright(exact.log10(), GUIDE);
-    panel.series.extend(kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.state_floats, output)));
+    panel.series.extend(
+        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.state_floats, output)),
+    );
     panel.draw().map(Some)
 }
 
-/// Measured slopes of the kernel error with their 95 % intervals: large marks for `small`, small ones for each head.
-pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Result<Option<String>, Failure> {
-    let inputs: Vec<(usize, bool)> =
-        small.map(|i| (i, true)).into_iter().chain(heads.iter().take(MOST_HEADS).map(|i| (*i, false))).collect();
+/// Measured slopes of the kernel error with their 95 % intervals: large marks for `small`, small
+/// ones for each head.
+pub fn slopes(
+    results: &Results,
+    small: Option<usize>,
+    heads: &[usize],
+) -> Result<Option<String>, Failure> {
+    let inputs: Vec<(usize, bool)> = small
+        .map(|i| (i, true))
+        .into_iter()
+        .chain(heads.iter().take(MOST_HEADS).map(|i| (*i, false)))
+        .collect();
     let mut series = Vec::new();
     let mut names = Vec::new();
     let (mut low, mut high) = (-1.15_f64, 0.15_f64);
-    for kernel in Kernel::ALL.into_iter().rev().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal) {
-        let rates: Vec<_> =
-            inputs.iter().filter_map(|(i, small)| Some((kernel_error_rate(results, kernel, *i)?, *small))).collect();
+    for kernel in
+        Kernel::ALL.into_iter().rev().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal)
+    {
+        let rates: Vec<_> = inputs
+            .iter()
+            .filter_map(|(i, small)| Some((kernel_error_rate(results, kernel, *i)?, *small)))
+            .collect();
         if rates.is_empty() {
             continue;
         }
@@ -345,7 +409,8 @@ pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Resul
     }
     let height = 120 + 52 * names.len() as u32;
     let x = Axis::linear("slope of ln(kernel error) against ln m", low, high);
-    let mut panel = Panel::new("Measured slopes with 95 % intervals", x, Axis::categories("", names));
+    let mut panel =
+        Panel::new("Measured slopes with 95 % intervals", x, Axis::categories("", names));
     panel.left = 150;
     panel.size = (900, height);
     panel.upright(-1.0, REFERENCE);
@@ -355,11 +420,18 @@ pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Resul
 }
 
 /// Output error by head at about `features` features, with uniform attention as a bar across each.
-pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Option<String>, Failure> {
+pub fn by_head(
+    results: &Results,
+    heads: &[usize],
+    features: usize,
+) -> Result<Option<String>, Failure> {
     let heads = &heads[..heads.len().min(MOST_HEADS)];
-    let of_heads: Vec<Vec<Row>> = heads.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
-    let shown: Vec<Kernel> =
-        Kernel::ALL.into_iter().filter(|k| of_heads.iter().flatten().any(|row| row.kernel == *k)).collect();
+    let of_heads: Vec<Vec<Row>> =
+        heads.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
+    let shown: Vec<Kernel> = Kernel::ALL
+        .into_iter()
+        .filter(|k| of_heads.iter().flatten().any(|row| row.kernel == *k))
+        .collect();
     let mut series: Vec<Series> = shown
         .iter()
         .map(|kernel| Series {
@@ -383,8 +455,10 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
             width: 3,
         });
         for (place, (series, kernel)) in series.iter_mut().zip(&shown).enumerate() {
-            let nearest =
-                rows.iter().filter(|row| row.kernel == *kernel).min_by_key(|row| row.features[0].abs_diff(features));
+            let nearest = rows
+                .iter()
+                .filter(|row| row.kernel == *kernel)
+                .min_by_key(|row| row.features[0].abs_diff(features));
             let Some(error) = nearest.map(|row| row.output_error) else { continue };
             let x = column + 0.12 + 0.76 * (place as f64 + 0.5) / shown.len() as f64;
             highest = highest.max(error.median.min(4.0));
@@ -418,10 +492,13 @@ pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Result<Op
 /// The measured slopes as an HTML table: on `small`, and the range over heads.
 pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> Option<String> {
     let mut html = String::new();
-    for kernel in Kernel::ALL.into_iter().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal) {
+    for kernel in Kernel::ALL.into_iter().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal)
+    {
         let at_small = small.and_then(|i| kernel_error_rate(results, kernel, i));
-        let on_heads: Vec<f64> =
-            heads.iter().filter_map(|i| Some(kernel_error_rate(results, kernel, *i)?.slope)).collect();
+        let on_heads: Vec<f64> = heads
+            .iter()
+            .filter_map(|i| Some(kernel_error_rate(results, kernel, *i)?.slope))
+            .collect();
         if at_small.is_none() && on_heads.is_empty() {
             continue;
         }
@@ -434,7 +511,10 @@ pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> 
                 (slope(rate.slope), format!("{from} … {to}"), errors.join(" → "))
             },
         );
-        let range = match (on_heads.iter().copied().reduce(f64::min), on_heads.iter().copied().reduce(f64::max)) {
+        let range = match (
+            on_heads.iter().copied().reduce(f64::min),
+            on_heads.iter().copied().reduce(f64::max),
+        ) {
             (Some(least), Some(most)) => format!("{} … {}", slope(least), slope(most)),
             _ => "-".to_owned(),
         };

@@ -1,4 +1,5 @@
-//! The rivals under test, by name: kernels that models are trained with. They are measured and not ranked.
+//! The rivals under test, by name: kernels that models are trained with. They are measured and not
+//! ranked.
 
 pub mod measure;
 pub mod rows;
@@ -8,8 +9,8 @@ use crate::data::Input;
 use crate::kernels::{linear, official};
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask, ReluFeatures,
-    Retention, Rotary, RotaryPairs, WithLogDecay, decay,
+    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask,
+    ReluFeatures, Retention, Rotary, RotaryPairs, WithLogDecay, decay,
 };
 use ndarray::{Array1, Array2, Axis};
 
@@ -67,9 +68,13 @@ impl Rival {
 
     pub fn description(self) -> &'static str {
         match self {
-            Self::Elu => "the linear Transformer: elu + 1, m = d, at scale 1/√d (the paper's code has 1)",
+            Self::Elu => {
+                "the linear Transformer: elu + 1, m = d, at scale 1/√d (the paper's code has 1)"
+            }
             Self::Relu => "the Performer with ReLU: m = d, no projection, at scale 1/√d",
-            Self::CosFormer => "ReLU features and a cosine of the distance, which reaches 0 at the number of tokens",
+            Self::CosFormer => {
+                "ReLU features and a cosine of the distance, which reaches 0 at the number of tokens"
+            }
             Self::DijiangFirst => {
                 "the released DiJiang kernel: its map on raw q and k, random radii, γ = 31/32 (head 1 of 16), no \
                  normaliser"
@@ -79,12 +84,16 @@ impl Rival {
                 "q·k/√d, γ = 1 − 2⁻⁵ (head 1 of 8), no normaliser; without RetNet's rotation, since q and k come turned"
             }
             Self::RetentionLast => "the same with γ = 1 − 2⁻¹² (head 8 of 8)",
-            Self::RetentionXpos => "the same as retention-last with the decays of xPos by pair of columns",
+            Self::RetentionXpos => {
+                "the same as retention-last with the decays of xPos by pair of columns"
+            }
             Self::Ssd => {
                 "Mamba-2: q·k/√d, a gate for each token, exp(−softplus(b + w·k)) with w random of variance 1/d and \
                  softplus(b) = 0.01"
             }
-            Self::Gla => "gated linear attention: q·k/√d, a gate for each column of k, sigmoid(k)^(1/16)",
+            Self::Gla => {
+                "gated linear attention: q·k/√d, a gate for each column of k, sigmoid(k)^(1/16)"
+            }
             Self::Linformer => "softmax over 64 projected keys and values; random projections",
         }
     }
@@ -106,7 +115,8 @@ impl Rival {
         }
     }
 
-    /// Decay needs an order of tokens. Linformer mixes all positions, and shortens nothing below its rank.
+    /// Decay needs an order of tokens. Linformer mixes all positions, and shortens nothing below
+    /// its rank.
     pub fn applies_to(self, input: &Input) -> bool {
         match self {
             Self::Elu | Self::Relu | Self::CosFormer => true,
@@ -119,7 +129,9 @@ impl Rival {
     fn build(self, input: &Input, seed: u64) -> Result<Box<dyn Attention<f32>>, Error> {
         let (d, tokens) = (input.head_dim(), input.tokens().max(input.k.nrows()));
         let dijiang = |head: usize| -> Result<Box<dyn Attention<f32>>, Error> {
-            Ok(Box::new(official(d, seed)?.unnormalized().with_decay(decay::dijiang(DIJIANG_HEADS)[head])))
+            Ok(Box::new(
+                official(d, seed)?.unnormalized().with_decay(decay::dijiang(DIJIANG_HEADS)[head]),
+            ))
         };
         let retention = |head: usize| {
             let still = Rotary::partial(d, 0)?.with_frequencies(vec![0.0; d / 2])?;
@@ -154,7 +166,8 @@ impl Rival {
     }
 }
 
-/// Log decays `[n, 1]` with the weights that Mamba-2 starts from, about: its softplus(b) lie between 0.001 and 0.1.
+/// Log decays `[n, 1]` with the weights that Mamba-2 starts from, about: its softplus(b) lie
+/// between 0.001 and 0.1.
 fn token_gates(k: &Array2<f32>, seed: u64) -> Array2<f32> {
     let mut normal = Normal::new(seed);
     let size = (k.ncols() as f32).sqrt().recip();

@@ -16,7 +16,8 @@ pub struct Group {
 impl Group {
     /// All real heads.
     pub fn heads(results: &Results) -> Self {
-        let inputs: Vec<_> = (0..results.inputs.len()).filter(|i| results.inputs[*i].is_real()).collect();
+        let inputs: Vec<_> =
+            (0..results.inputs.len()).filter(|i| results.inputs[*i].is_real()).collect();
         let name = match inputs.len() {
             1 => "1 head".to_owned(),
             n => format!("median of {n} heads"),
@@ -31,17 +32,25 @@ impl Group {
 
     /// The synthetic inputs, by growing norm.
     pub fn synthetic(results: &Results) -> Vec<Self> {
-        (0..results.inputs.len()).filter(|i| !results.inputs[*i].is_real()).map(|i| Self::one(results, i)).collect()
+        (0..results.inputs.len())
+            .filter(|i| !results.inputs[*i].is_real())
+            .map(|i| Self::one(results, i))
+            .collect()
     }
 
     /// The synthetic input of this norm.
     pub fn norm(results: &Results, norm: f64) -> Option<Self> {
-        results.inputs.iter().position(|input| input.norm == Some(norm)).map(|i| Self::one(results, i))
+        results
+            .inputs
+            .iter()
+            .position(|input| input.norm == Some(norm))
+            .map(|i| Self::one(results, i))
     }
 
     /// The output error of uniform attention, median over the inputs.
     pub fn uniform(&self, results: &Results) -> f64 {
-        median(self.inputs.iter().map(|i| results.exact[*i].report.uniform_error)).unwrap_or(f64::NAN)
+        median(self.inputs.iter().map(|i| results.exact[*i].report.uniform_error))
+            .unwrap_or(f64::NAN)
     }
 }
 
@@ -61,7 +70,8 @@ impl Spread {
     }
 }
 
-/// One kernel with one number of features on a group: medians over the inputs for each seed, then over seeds.
+/// One kernel with one number of features on a group: medians over the inputs for each seed, then
+/// over seeds.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub kernel: Kernel,
@@ -91,11 +101,15 @@ impl Row {
     }
 }
 
-/// Every kernel and number of features on the group, in order. A kernel that failed on an input is left out there.
+/// Every kernel and number of features on the group, in order. A kernel that failed on an input is
+/// left out there.
 pub fn rows(results: &Results, group: &Group) -> Vec<Row> {
     let mut cells: BTreeMap<(usize, usize), Vec<&Measurement>> = BTreeMap::new();
     for measurement in results.measurements.iter().filter(|m| group.inputs.contains(&m.input)) {
-        let place = Kernel::ALL.iter().position(|kernel| *kernel == measurement.kernel).unwrap_or(usize::MAX);
+        let place = Kernel::ALL
+            .iter()
+            .position(|kernel| *kernel == measurement.kernel)
+            .unwrap_or(usize::MAX);
         let features = if measurement.kernel.is_fixed() { 0 } else { measurement.features };
         cells.entry((place, features)).or_default().push(measurement);
     }
@@ -107,7 +121,9 @@ pub fn best_rows(rows: &[Row]) -> Vec<Row> {
     let mut best: Vec<Row> = Vec::new();
     for row in rows {
         match best.iter_mut().find(|other| other.kernel == row.kernel) {
-            Some(other) if row.output_error.median < other.output_error.median => *other = row.clone(),
+            Some(other) if row.output_error.median < other.output_error.median => {
+                *other = row.clone()
+            }
             Some(_) => {}
             None => best.push(row.clone()),
         }
@@ -122,7 +138,8 @@ pub fn best(rows: &[Row]) -> Option<&Row> {
 }
 
 fn row(results: &Results, measurements: &[&Measurement]) -> Option<Row> {
-    let good: Vec<_> = measurements.iter().filter_map(|m| Some((*m, m.report.as_ref().ok()?))).collect();
+    let good: Vec<_> =
+        measurements.iter().filter_map(|m| Some((*m, m.report.as_ref().ok()?))).collect();
     let kernel = good.first()?.0.kernel;
     let mut inputs: Vec<_> = good.iter().map(|(m, _)| m.input).collect();
     inputs.dedup();
@@ -144,7 +161,9 @@ fn row(results: &Results, measurements: &[&Measurement]) -> Option<Row> {
         beats_uniform: inputs.iter().filter(beats).count(),
         inputs: inputs.len(),
         state_floats: median(good.iter().map(|(m, _)| m.state_floats as f64))?,
-        microseconds: median(inputs.iter().filter_map(|i| results.time(*i, Some(kernel), row_features(&good, *i)?))),
+        microseconds: median(
+            inputs.iter().filter_map(|i| results.time(*i, Some(kernel), row_features(&good, *i)?)),
+        ),
     })
 }
 
@@ -152,8 +171,8 @@ fn row_features(good: &[(&Measurement, &Report)], input: usize) -> Option<usize>
     good.iter().find(|(m, _)| m.input == input).map(|(m, _)| m.features)
 }
 
-/// How the kernel error of a kernel falls with the number of features on one input; `None` if it was not measured at two
-/// numbers of features with two seeds.
+/// How the kernel error of a kernel falls with the number of features on one input; `None` if it
+/// was not measured at two numbers of features with two seeds.
 pub fn kernel_error_rate(results: &Results, kernel: Kernel, input: usize) -> Option<Rate> {
     let mut errors: BTreeMap<usize, BTreeMap<u64, f64>> = BTreeMap::new();
     for m in results.measurements.iter().filter(|m| m.kernel == kernel && m.input == input) {
@@ -167,7 +186,10 @@ pub fn kernel_error_rate(results: &Results, kernel: Kernel, input: usize) -> Opt
     }
     let seeds: Vec<u64> = errors.values().next()?.keys().copied().collect();
     let missing = dijiang::Error::Unsupported { what: "a slope", why: "an error was not measured" };
-    fidelity::rate(&features, seeds, |m, seed| errors[&m].get(&seed).copied().ok_or(missing.clone())).ok()
+    fidelity::rate(&features, seeds, |m, seed| {
+        errors[&m].get(&seed).copied().ok_or(missing.clone())
+    })
+    .ok()
 }
 
 /// What a reader should know of one input.

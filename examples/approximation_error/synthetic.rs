@@ -21,14 +21,15 @@ impl Normal {
     }
 }
 
-/// Independent Gaussian q, k, v `[tokens, head_dim]` with mean |q̂|² = |k̂|² = `norm`, x̂ = d^(-1/4)·x; bidirectional.
-/// Half of the rows are for calibration.
+/// Independent Gaussian q, k, v `[tokens, head_dim]` with mean |q̂|² = |k̂|² = `norm`, x̂ =
+/// d^(-1/4)·x; bidirectional. Half of the rows are for calibration.
 pub fn gaussian(norm: f64, tokens: usize, head_dim: usize) -> Input {
     let d = head_dim as f64;
     // Σ x̂² = d^(-1/2) Σ x² and E Σ x² = d·factor²
     let factor = (norm / d.sqrt()).sqrt() as f32;
     let mut normal = Normal::new(head_dim as u64);
-    let mut matrix = |factor: f32| Array2::from_shape_simple_fn((tokens, head_dim), || factor * normal.sample());
+    let mut matrix =
+        |factor: f32| Array2::from_shape_simple_fn((tokens, head_dim), || factor * normal.sample());
     Input {
         name: format!("|x̂|² = {norm}"),
         norm: Some(norm),

@@ -49,7 +49,9 @@ pub fn summary(results: &Results, group: &Group) -> Vec<Line> {
 }
 
 fn baselines(results: &Results, group: &Group) -> Vec<Line> {
-    let over = |value: &dyn Fn(usize) -> f64| short_or_dash(median(group.inputs.iter().map(|i| value(*i))));
+    let over = |value: &dyn Fn(usize) -> f64| {
+        short_or_dash(median(group.inputs.iter().map(|i| value(*i))))
+    };
     let report = |i: usize| &results.exact[i].report;
     let blank = || "-".to_owned();
     let uniform = [
@@ -61,7 +63,8 @@ fn baselines(results: &Results, group: &Group) -> Vec<Line> {
         blank(),
         blank(),
         blank(),
-        median(group.inputs.iter().map(|i| results.inputs[*i].value_dim() as f64 + 1.0)).map_or_else(blank, count),
+        median(group.inputs.iter().map(|i| results.inputs[*i].value_dim() as f64 + 1.0))
+            .map_or_else(blank, count),
         blank(),
     ];
     let softmax = [
@@ -71,11 +74,13 @@ fn baselines(results: &Results, group: &Group) -> Vec<Line> {
         blank(),
         over(&|i| report(i).attention_error),
         short_or_dash(
-            median(group.inputs.iter().filter_map(|i| report(*i).kl)).map(|kl| if kl < 1e-6 { 0.0 } else { kl }),
+            median(group.inputs.iter().filter_map(|i| report(*i).kl))
+                .map(|kl| if kl < 1e-6 { 0.0 } else { kl }),
         ),
         short_or_dash(median(group.inputs.iter().filter_map(|i| report(*i).kernel_error))),
         format!("{0}/{0}", group.inputs.len()),
-        median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).map_or_else(blank, count),
+        median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64))
+            .map_or_else(blank, count),
         short_or_dash(median(group.inputs.iter().filter_map(|i| results.time(*i, None, 0)))),
     ];
     [uniform, softmax].map(|cells| Line { cells, emphasis: Emphasis::Baseline }).into()
@@ -97,7 +102,9 @@ fn line(row: &Row, is_best: bool) -> Line {
             seeds,
             short(row.attention_error),
             short_or_dash(row.kl),
-            short_or_dash(row.kernel_error.map(|error| error.median).filter(|_| row.kernel.aims_at_softmax())),
+            short_or_dash(
+                row.kernel_error.map(|error| error.median).filter(|_| row.kernel.aims_at_softmax()),
+            ),
             format!("{verdict}{}/{}", row.beats_uniform, row.inputs),
             count(row.state_floats),
             short_or_dash(row.microseconds),
@@ -127,7 +134,11 @@ medians over heads, then over seeds; each kernel at its best m.
 An output of zeros has error 1.";
 
 /// The output error of every kernel on inputs of growing norm, with about `features` features.
-pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<String>, Vec<Vec<String>>) {
+pub fn norms(
+    results: &Results,
+    groups: &[Group],
+    features: usize,
+) -> (Vec<String>, Vec<Vec<String>>) {
     let header = std::iter::once("kernel".to_owned())
         .chain(std::iter::once("m".to_owned()))
         .chain(groups.iter().map(|group| group.name.clone()))
@@ -138,7 +149,10 @@ pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<Strin
     let of_groups: Vec<Vec<Row>> = groups.iter().map(|group| rows(results, group)).collect();
     for kernel in Kernel::ALL {
         let nearest = |rows: &[Row]| {
-            rows.iter().filter(|row| row.kernel == kernel).min_by_key(|row| row.features[0].abs_diff(features)).cloned()
+            rows.iter()
+                .filter(|row| row.kernel == kernel)
+                .min_by_key(|row| row.features[0].abs_diff(features))
+                .cloned()
         };
         let rows: Vec<Option<Row>> = of_groups.iter().map(|rows| nearest(rows)).collect();
         let Some(any) = rows.iter().flatten().next() else { continue };
@@ -154,7 +168,8 @@ pub fn norms(results: &Results, groups: &[Group], features: usize) -> (Vec<Strin
         groups.iter().map(|group| rivals::rows::rows(results, group)).collect();
     for rival in Rival::ALL {
         let rows = of_groups.iter().map(|rows| rows.iter().find(|row| row.rival == rival));
-        let errors: Vec<_> = rows.map(|row| row.map(|row| (row.errors[0].median, row.uniform[0]))).collect();
+        let errors: Vec<_> =
+            rows.map(|row| row.map(|row| (row.errors[0].median, row.uniform[0]))).collect();
         if errors.iter().all(Option::is_none) {
             continue;
         }

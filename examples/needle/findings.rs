@@ -49,12 +49,14 @@ fn reach(results: &Results, plan: &Plan, sort: Sort, curve: Curve) -> String {
     let constant = of_kind(&[Kind::Baseline, Kind::Memory]);
     for kernel in constant.filter(|kernel| KERNELS[*kernel].name != "uniform") {
         let scores = results.scores(sort, curve, kernel);
-        let reach =
-            LEVELS.map(|level| scores.iter().take_while(|score| score.accuracy() >= level).count().checked_sub(1));
+        let reach = LEVELS.map(|level| {
+            scores.iter().take_while(|score| score.accuracy() >= level).count().checked_sub(1)
+        });
         if reach == LEVELS.map(|_| None) {
             never.push(KERNELS[kernel].name);
         } else {
-            let reach = reach.map(|last| last.map_or_else(|| "–".to_owned(), |last| points[last].to_string()));
+            let reach = reach
+                .map(|last| last.map_or_else(|| "–".to_owned(), |last| points[last].to_string()));
             reaches.push(format!("{} ({})", reach.join(" / "), KERNELS[kernel].name));
         }
     }
@@ -74,8 +76,11 @@ fn reach(results: &Results, plan: &Plan, sort: Sort, curve: Curve) -> String {
 /// The best constant memory at the largest distance.
 fn farthest(results: &Results, plan: &Plan, sort: Sort) -> Option<String> {
     let distance = plan.distances.last()?;
-    let last = |kernel: usize| results.scores(sort, Curve::Distance, kernel).last().copied().unwrap_or_default();
-    let best = of_kind(&[Kind::Memory]).max_by(|a, b| last(*a).accuracy().total_cmp(&last(*b).accuracy()))?;
+    let last = |kernel: usize| {
+        results.scores(sort, Curve::Distance, kernel).last().copied().unwrap_or_default()
+    };
+    let best = of_kind(&[Kind::Memory])
+        .max_by(|a, b| last(*a).accuracy().total_cmp(&last(*b).accuracy()))?;
     let softmax = of_kind(&[Kind::Reference]).next()?;
     Some(format!(
         "{} pairs {distance} tokens back: the best constant memory is {} with {}; softmax has {}, in {} times as many numbers.",
@@ -89,12 +94,15 @@ fn farthest(results: &Results, plan: &Plan, sort: Sort) -> Option<String> {
 
 /// Where it helps most that a pair was read, and whom it does not help.
 fn reading(results: &Results, plan: &Plan) -> Option<String> {
-    let [silent, refreshed] = Sort::ALL.map(|sort| move |kernel: usize| results.scores(sort, Curve::Distance, kernel));
-    let gain =
-        |&(kernel, point): &(usize, usize)| refreshed(kernel)[point].accuracy() - silent(kernel)[point].accuracy();
-    let places =
-        of_kind(&[Kind::Memory]).flat_map(|kernel| (0..plan.distances.len()).map(move |point| (kernel, point)));
-    let (kernel, point) = places.max_by(|a, b| gain(a).total_cmp(&gain(b))).filter(|place| gain(place) > 0.0)?;
+    let [silent, refreshed] =
+        Sort::ALL.map(|sort| move |kernel: usize| results.scores(sort, Curve::Distance, kernel));
+    let gain = |&(kernel, point): &(usize, usize)| {
+        refreshed(kernel)[point].accuracy() - silent(kernel)[point].accuracy()
+    };
+    let places = of_kind(&[Kind::Memory])
+        .flat_map(|kernel| (0..plan.distances.len()).map(move |point| (kernel, point)));
+    let (kernel, point) =
+        places.max_by(|a, b| gain(a).total_cmp(&gain(b))).filter(|place| gain(place) > 0.0)?;
     let unmoved: Vec<&str> = of_kind(&[Kind::Memory])
         .filter(|kernel| (0..plan.distances.len()).all(|point| gain(&(*kernel, point)) == 0.0))
         .map(|kernel| KERNELS[kernel].name)

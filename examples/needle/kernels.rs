@@ -3,8 +3,8 @@
 use crate::shared::plots::Shape;
 use crate::task::{HEAD_DIM, SINKS, Sort, Task, Tokens};
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention, LinearAttention, Performer,
-    SoftmaxAttention,
+    Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention,
+    LinearAttention, Performer, SoftmaxAttention,
 };
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use plotters::style::RGBColor;
@@ -131,7 +131,11 @@ fn calibration() -> Result<&'static Calibration, Error> {
     let fit = || {
         let Tokens { q, k, .. } = Task::new(Sort::Refreshed, 8, &[512], u64::MAX).tokens;
         let first = s![..CALIBRATION_TOKENS.min(q.nrows()), ..];
-        Calibration::from_samples(q.slice(first), k.slice(first), CalibrationOptions::new().with_sinks(SINKS))
+        Calibration::from_samples(
+            q.slice(first),
+            k.slice(first),
+            CalibrationOptions::new().with_sinks(SINKS),
+        )
     };
     CALIBRATION.get_or_init(fit).as_ref().map_err(Clone::clone)
 }

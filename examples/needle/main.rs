@@ -4,10 +4,11 @@
 //! cargo run --release --example needle
 //! ```
 //!
-//! plants pairs of keys and values in a stream of filler, and later asks for them: with growing distance, and with a growing number of
-//! pairs (the load). Exact softmax and the trivial baselines stand beside every kernel, and all constant memories have about the same size. It prints
-//! a table for each sort of needle and writes `index.html` to `target/needle/` (`--out DIR`). What the stream is made of stands in
-//! `task.rs`; nothing was tuned to a kernel.
+//! plants pairs of keys and values in a stream of filler, and later asks for them: with growing
+//! distance, and with a growing number of pairs (the load). Exact softmax and the trivial baselines
+//! stand beside every kernel, and all constant memories have about the same size. It prints a table
+//! for each sort of needle and writes `index.html` to `target/needle/` (`--out DIR`). What the
+//! stream is made of stands in `task.rs`; nothing was tuned to a kernel.
 
 mod findings;
 mod kernels;
@@ -44,19 +45,37 @@ struct Args {
 
 impl Args {
     fn plan(&self) -> Plan {
-        let powers = |from: u32, to: u32, step| (from..=to).step_by(step).map(|i| 1_usize << i).collect();
+        let powers =
+            |from: u32, to: u32, step| (from..=to).step_by(step).map(|i| 1_usize << i).collect();
         let mut command = "cargo run --release --example needle".to_owned();
-        let options = [self.quick.then(|| "--quick".to_owned()), self.seeds.map(|seeds| format!("--seeds {seeds}"))];
+        let options = [
+            self.quick.then(|| "--quick".to_owned()),
+            self.seeds.map(|seeds| format!("--seeds {seeds}")),
+        ];
         let options: Vec<String> = options.into_iter().flatten().collect();
         if !options.is_empty() {
             command.push_str(&format!(" -- {}", options.join(" ")));
         }
         if self.quick {
             let (distances, loads) = (powers(4, 10, 3), powers(0, 6, 3));
-            Plan { distances, loads, load: 8, distance: 256, seeds: self.seeds.unwrap_or(2), command }
+            Plan {
+                distances,
+                loads,
+                load: 8,
+                distance: 256,
+                seeds: self.seeds.unwrap_or(2),
+                command,
+            }
         } else {
             let (distances, loads) = (powers(4, 12, 1), powers(0, 8, 1));
-            Plan { distances, loads, load: 8, distance: 256, seeds: self.seeds.unwrap_or(60), command }
+            Plan {
+                distances,
+                loads,
+                load: 8,
+                distance: 256,
+                seeds: self.seeds.unwrap_or(60),
+                command,
+            }
         }
     }
 }
@@ -74,8 +93,9 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), String> {
     let plan = args.plan();
-    let cannot =
-        |what: &str, error: &dyn std::fmt::Display| format!("`{}` cannot be {what}: {error}", args.out.display());
+    let cannot = |what: &str, error: &dyn std::fmt::Display| {
+        format!("`{}` cannot be {what}: {error}", args.out.display())
+    };
     std::fs::create_dir_all(&args.out).map_err(|error| cannot("created", &error))?;
     let results = measure::measure(&plan).map_err(|error| error.to_string())?;
     let findings = findings::findings(&results, &plan);
@@ -91,8 +111,10 @@ fn run(args: &Args) -> Result<(), String> {
     // A closed pipe is no reason to lose the page.
     let _ = write!(std::io::stdout(), "{text}");
 
-    let page = page::page(&results, &plan, &findings).map_err(|error| format!("a plot cannot be drawn: {error}"))?;
-    std::fs::write(args.out.join("index.html"), page).map_err(|error| cannot("written to", &error))?;
+    let page = page::page(&results, &plan, &findings)
+        .map_err(|error| format!("a plot cannot be drawn: {error}"))?;
+    std::fs::write(args.out.join("index.html"), page)
+        .map_err(|error| cannot("written to", &error))?;
     let _ = writeln!(std::io::stdout(), "\nWritten: {}/index.html", args.out.display());
     Ok(())
 }

@@ -9,7 +9,11 @@ use crate::task::Sort;
 const STYLE: &str = include_str!("../approximation_error/page.css");
 
 /// The whole page.
-pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+pub fn page(
+    results: &Results,
+    plan: &Plan,
+    findings: &[String],
+) -> Result<String, Box<dyn std::error::Error>> {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -27,9 +31,16 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
     }
     html.push_str("</ul>\n");
     for sort in Sort::ALL {
-        html.push_str(&format!("<h2>{}</h2>\n{}\n<div class=\"panels\">\n", sort.title(), plots::legend()));
+        html.push_str(&format!(
+            "<h2>{}</h2>\n{}\n<div class=\"panels\">\n",
+            sort.title(),
+            plots::legend()
+        ));
         for curve in Curve::ALL {
-            html.push_str(&format!("<figure>{}</figure>\n", plots::accuracy(results, plan, sort, curve)?));
+            html.push_str(&format!(
+                "<figure>{}</figure>\n",
+                plots::accuracy(results, plan, sort, curve)?
+            ));
         }
         html.push_str("</div>\n");
         for curve in Curve::ALL {
@@ -37,7 +48,10 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
             html.push_str(&rows(results, plan, sort, curve));
         }
     }
-    html.push_str(&format!("<p>{}</p>\n<h2>The kernels</h2>\n<dl>\n", table::legend(plan).replace('\n', "<br>")));
+    html.push_str(&format!(
+        "<p>{}</p>\n<h2>The kernels</h2>\n<dl>\n",
+        table::legend(plan).replace('\n', "<br>")
+    ));
     for kernel in &KERNELS {
         html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", kernel.name, kernel.about));
     }

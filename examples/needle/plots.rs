@@ -12,7 +12,12 @@ const SIZE: (u32, u32) = (560, 380);
 type Failure = Box<dyn std::error::Error>;
 
 /// Right answers of every kernel along one curve.
-pub fn accuracy(results: &Results, plan: &Plan, sort: Sort, curve: Curve) -> Result<String, Failure> {
+pub fn accuracy(
+    results: &Results,
+    plan: &Plan,
+    sort: Sort,
+    curve: Curve,
+) -> Result<String, Failure> {
     let title = format!("{} pairs, {}", sort.name(), curve.fixed(plan));
     let mut svg = String::new();
     draw(&mut svg, &title, results, plan, sort, curve)?;
@@ -47,7 +52,10 @@ fn draw(
     }
     .draw(&root)?;
     let guess = 100.0 / CLASSES as f64;
-    chart.draw_series([PathElement::new(vec![(-0.4, guess), (last + 0.4, guess)], REFERENCE.stroke_width(2))])?;
+    chart.draw_series([PathElement::new(
+        vec![(-0.4, guess), (last + 0.4, guess)],
+        REFERENCE.stroke_width(2),
+    )])?;
 
     for (place, kernel) in KERNELS.iter().enumerate() {
         // side by side, so that no interval hides another

@@ -20,7 +20,11 @@ pub fn terminal(results: &Results, plan: &Plan, sort: Sort) -> String {
         };
         for (kernel, about) in KERNELS.iter().enumerate() {
             let line = line(results, sort, curve, kernel).into_iter();
-            table.add_row(line.map(|text| if about.kind == Kind::Memory { Cell::new(text) } else { bold(text) }));
+            table.add_row(
+                line.map(
+                    |text| if about.kind == Kind::Memory { Cell::new(text) } else { bold(text) },
+                ),
+            );
         }
     }
     for column in table.column_iter_mut().skip(1) {
@@ -31,12 +35,18 @@ pub fn terminal(results: &Results, plan: &Plan, sort: Sort) -> String {
 
 pub fn header(plan: &Plan, curve: Curve) -> Vec<String> {
     let first = format!("{}, by {}", curve.fixed(plan), curve.name());
-    [first, "state".to_owned()].into_iter().chain(curve.points(plan).iter().map(usize::to_string)).collect()
+    [first, "state".to_owned()]
+        .into_iter()
+        .chain(curve.points(plan).iter().map(usize::to_string))
+        .collect()
 }
 
 pub fn line(results: &Results, sort: Sort, curve: Curve, kernel: usize) -> Vec<String> {
     let scores = results.scores(sort, curve, kernel).iter().map(|score| percent_and_half(*score));
-    [KERNELS[kernel].name.to_owned(), count(results.state_floats[kernel])].into_iter().chain(scores).collect()
+    [KERNELS[kernel].name.to_owned(), count(results.state_floats[kernel])]
+        .into_iter()
+        .chain(scores)
+        .collect()
 }
 
 /// The mean and half of the width of its interval.

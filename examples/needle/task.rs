@@ -1,8 +1,9 @@
 //! The stream: filler, planted pairs, and the questions.
 //!
-//! Sizes are |x̂|², x̂ = d^(-1/4)·x, so that the score is q̂·k̂. The keys of the heads in `data/heads.safetensors` (causal ones, without their
-//! first four tokens) have |k̂|² = 27 … 44, of which .48 … .67 is one common mean, .07 … .11 what tells eight clusters apart, and
-//! .24 … .41 the rest; values have .09 … .27, .15 … .51 and .39 … .69. So here:
+//! Sizes are |x̂|², x̂ = d^(-1/4)·x, so that the score is q̂·k̂. The keys of the heads in
+//! `data/heads.safetensors` (causal ones, without their first four tokens) have |k̂|² = 27 … 44, of
+//! which .48 … .67 is one common mean, .07 … .11 what tells eight clusters apart, and .24 … .41 the
+//! rest; values have .09 … .27, .15 … .51 and .39 … .69. So here:
 //!
 //! ```text
 //! key of a token:     k = mean + topic + own                    |k̂|² = 18 + 4 + 14
@@ -10,11 +11,13 @@
 //! a query for key k:  q = mean + gain·(k − mean) + noise
 //! ```
 //!
-//! One of eight topics holds for 64 tokens on average, then another comes. So filler queries look at the present topic, and at a few
-//! tokens of it by chance. A planted key is made as every other one: nothing marks it, so no memory can know it from its key. The first
-//! four tokens are sinks: keys along the mean, values near zero. A planted value is one of 64 random codes, filler
-//! values are `mean + topic + own` of the same size. The pairs come in a row, as a list of facts, behind 128 tokens of filler. Each
-//! question is asked exactly `distance` tokens after its pair, and forgotten again: it changes nothing for the next one.
+//! One of eight topics holds for 64 tokens on average, then another comes. So filler queries look
+//! at the present topic, and at a few tokens of it by chance. A planted key is made as every other
+//! one: nothing marks it, so no memory can know it from its key. The first four tokens are sinks:
+//! keys along the mean, values near zero. A planted value is one of 64 random codes, filler values
+//! are `mean + topic + own` of the same size. The pairs come in a row, as a list of facts, behind
+//! 128 tokens of filler. Each question is asked exactly `distance` tokens after its pair, and
+//! forgotten again: it changes nothing for the next one.
 
 use dijiang::projection;
 use ndarray::{Array1, Array2, ArrayView1};
@@ -51,8 +54,8 @@ const READ_WITHIN: usize = 100;
 pub enum Sort {
     /// Never: the worst case of a memory that learns from the attention received.
     Silent,
-    /// Three times within 100 tokens, as heads look again at what matters; less often where there are so many pairs that tokens do not
-    /// suffice, since each token has one query.
+    /// Three times within 100 tokens, as heads look again at what matters; less often where there
+    /// are so many pairs that tokens do not suffice, since each token has one query.
     Refreshed,
 }
 
@@ -68,7 +71,9 @@ impl Sort {
 
     pub fn title(self) -> String {
         match self {
-            Self::Silent => "Silent needles: no query asks for a pair before the question".to_owned(),
+            Self::Silent => {
+                "Silent needles: no query asks for a pair before the question".to_owned()
+            }
             Self::Refreshed => {
                 format!(
                     "Refreshed needles: up to {READS} queries ask for each pair within {READ_WITHIN} tokens after it came"
@@ -107,7 +112,8 @@ pub struct Question {
 }
 
 impl Task {
-    /// A stream with `load` pairs, each of which is asked for at every distance. The two sorts differ in nothing but the queries that look again.
+    /// A stream with `load` pairs, each of which is asked for at every distance. The two sorts
+    /// differ in nothing but the queries that look again.
     pub fn new(sort: Sort, load: usize, distances: &[usize], seed: u64) -> Self {
         let mut normal = Normal::new(seed);
         let codes = normal.codes();
@@ -117,7 +123,9 @@ impl Task {
         let asked = load.min(MOST_ASKED);
         let mut questions: Vec<Question> = (0..asked)
             .map(|i| i * load / asked)
-            .flat_map(|pair| distances.iter().enumerate().map(move |(i, distance)| (pair, i, distance)))
+            .flat_map(|pair| {
+                distances.iter().enumerate().map(move |(i, distance)| (pair, i, distance))
+            })
             .map(|(pair, i, tokens)| Question {
                 position: place(pair) + tokens,
                 distance: i,
@@ -130,7 +138,9 @@ impl Task {
         let mut filler = Filler::new(&mut normal);
         let count = questions.last().map_or(0, |question| question.position);
         let mut tokens = filler.tokens(&mut normal, count);
-        for (mut key, mut value) in tokens.k.outer_iter_mut().zip(tokens.v.outer_iter_mut()).take(SINKS) {
+        for (mut key, mut value) in
+            tokens.k.outer_iter_mut().zip(tokens.v.outer_iter_mut()).take(SINKS)
+        {
             key.assign(&(&filler.key_mean * SINK_KEY));
             value *= SINK_VALUE;
         }
@@ -148,7 +158,9 @@ impl Task {
                     let wished = place(pair) + 1 + normal.below(READ_WITHIN);
                     // the next token that reads nothing yet
                     let last = (place(pair) + READ_WITHIN).min(count - 1);
-                    let Some(position) = (wished..=last).find(|position| !taken[*position]) else { continue };
+                    let Some(position) = (wished..=last).find(|position| !taken[*position]) else {
+                        continue;
+                    };
                     taken[position] = true;
                     let query = filler.query_for(&mut normal, tokens.k.row(place(pair)));
                     tokens.q.row_mut(position).assign(&query);
@@ -187,11 +199,15 @@ impl Filler {
 
     fn tokens(&mut self, normal: &mut Normal, count: usize) -> Tokens {
         let [mut q, mut k, mut v] = [(); 3].map(|()| Array2::zeros((count, HEAD_DIM)));
-        for ((mut q, mut k), mut v) in q.outer_iter_mut().zip(k.outer_iter_mut()).zip(v.outer_iter_mut()) {
+        for ((mut q, mut k), mut v) in
+            q.outer_iter_mut().zip(k.outer_iter_mut()).zip(v.outer_iter_mut())
+        {
             if normal.uniform() < 1.0 / TOPIC_TOKENS {
                 self.topic = normal.below(TOPICS);
             }
-            let key = |normal: &mut Normal| &self.key_mean + &self.key_topics[self.topic] + normal.vector(OWN);
+            let key = |normal: &mut Normal| {
+                &self.key_mean + &self.key_topics[self.topic] + normal.vector(OWN)
+            };
             k.assign(&key(normal));
             let wanted = key(normal);
             q.assign(&self.query_for(normal, wanted.view()));
@@ -227,7 +243,8 @@ impl Normal {
     fn vector(&mut self, squared: f32) -> Array1<f32> {
         // Σ x̂² = d^(-1/2) Σ x²
         let factor = (squared / (HEAD_DIM as f32).sqrt()).sqrt();
-        let sample = || projection::normal_quantile(self.uniform()).map_or(0.0, |x| x as f32 * factor);
+        let sample =
+            || projection::normal_quantile(self.uniform()).map_or(0.0, |x| x as f32 * factor);
         Array1::from_shape_simple_fn(HEAD_DIM, sample)
     }
 

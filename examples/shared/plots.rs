@@ -1,5 +1,5 @@
-//! Charts and marks of the reports. Colours of text, axes and reference lines are placeholders that the style sheets replace, so that they
-//! follow the reader's light or dark theme.
+//! Charts and marks of the reports. Colours of text, axes and reference lines are placeholders that
+//! the style sheets replace, so that they follow the reader's light or dark theme.
 
 use super::Scale;
 use plotters::chart::ChartContext;
@@ -38,10 +38,17 @@ impl Shape {
         size: i32,
     ) -> Result<(), Failure> {
         match self {
-            Self::Disc => chart.draw_series(points.map(|p| Circle::new(p, size, colour.filled())))?,
-            Self::Ring => chart.draw_series(points.map(|p| Circle::new(p, size, colour.stroke_width(2))))?,
-            Self::Triangle => chart.draw_series(points.map(|p| TriangleMarker::new(p, size + 1, colour.filled())))?,
-            Self::Cross => chart.draw_series(points.map(|p| Cross::new(p, size, colour.stroke_width(2))))?,
+            Self::Disc => {
+                chart.draw_series(points.map(|p| Circle::new(p, size, colour.filled())))?
+            }
+            Self::Ring => {
+                chart.draw_series(points.map(|p| Circle::new(p, size, colour.stroke_width(2))))?
+            }
+            Self::Triangle => chart
+                .draw_series(points.map(|p| TriangleMarker::new(p, size + 1, colour.filled())))?,
+            Self::Cross => {
+                chart.draw_series(points.map(|p| Cross::new(p, size, colour.stroke_width(2))))?
+            }
         };
         Ok(())
     }
@@ -52,10 +59,14 @@ impl Shape {
         let mark = match self {
             Self::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
             Self::Ring => {
-                format!("<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>")
+                format!(
+                    "<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>"
+                )
             }
             Self::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
-            Self::Cross => format!("<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"),
+            Self::Cross => format!(
+                "<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"
+            ),
         };
         format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> ")
     }
@@ -83,7 +94,10 @@ impl Frame<'_> {
     pub fn draw<'a, 'b>(self, root: &'a Area<'b>) -> Result<Chart<'a, 'b>, Failure> {
         let font = |size: i32| (FONT, size).into_font().color(&INK);
         let mut chart = ChartBuilder::on(root)
-            .caption(self.title, (FONT, self.title_letters).into_font().style(FontStyle::Bold).color(&INK))
+            .caption(
+                self.title,
+                (FONT, self.title_letters).into_font().style(FontStyle::Bold).color(&INK),
+            )
             .margin(8)
             .margin_right(18)
             .x_label_area_size(46)
@@ -112,7 +126,10 @@ pub fn inline(svg: &str, (width, height): (u32, u32), title: &str) -> String {
     let start = svg.find("<svg").unwrap_or(0);
     let end = svg[start..].find('>').map_or(start, |i| start + i + 1);
     let label = escaped(title);
-    format!("<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\">{}", &svg[end..])
+    format!(
+        "<svg viewBox=\"0 0 {width} {height}\" role=\"img\" aria-label=\"{label}\">{}",
+        &svg[end..]
+    )
 }
 
 /// Text for HTML and its attributes.

@@ -1,12 +1,14 @@
 //! What the two reports with tables share: logarithmic axes, names that are too long.
 
-/// The ends of a logarithmic axis around logarithms from `low` to `high`: at least half a decade, since a flat line is to look flat.
+/// The ends of a logarithmic axis around logarithms from `low` to `high`: at least half a decade,
+/// since a flat line is to look flat.
 pub fn log_ends(low: f64, high: f64) -> (f64, f64) {
     let margin = (0.06 * (high - low)).max(0.25 - 0.5 * (high - low));
     (low - margin, high + margin)
 }
 
-/// The values at the ticks of a logarithmic axis between two logarithms: 1, 2, 5 on axes below `dense` decades, powers of ten beyond.
+/// The values at the ticks of a logarithmic axis between two logarithms: 1, 2, 5 on axes below
+/// `dense` decades, powers of ten beyond.
 pub fn log_ticks(low: f64, high: f64, dense: f64) -> Vec<f64> {
     let decades = high - low;
     let steps: &[f64] = match decades {
@@ -15,7 +17,8 @@ pub fn log_ticks(low: f64, high: f64, dense: f64) -> Vec<f64> {
         _ => &[1.0],
     };
     let stride = ((decades / 6.0).floor() as i32).max(1);
-    let powers = (low.floor() as i32..=high.ceil() as i32).filter(|power| power.rem_euclid(stride) == 0);
+    let powers =
+        (low.floor() as i32..=high.ceil() as i32).filter(|power| power.rem_euclid(stride) == 0);
     let values = powers.flat_map(|power| steps.iter().map(move |step| step * 10_f64.powi(power)));
     values.filter(|value| (low..=high).contains(&value.log10())).collect()
 }

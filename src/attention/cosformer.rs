@@ -6,25 +6,30 @@ use crate::rotary::RotaryAngles;
 use crate::{Error, IdentityFeatures, Rotary, Scalar, check};
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-/// Linear attention whose weight falls with the distance (cosFormer, Qin et al., arXiv 2202.08791, equations 10 to 13):
+/// Linear attention whose weight falls with the distance (cosFormer, Qin et al., arXiv 2202.08791,
+/// equations 10 to 13):
 ///
 /// ```text
 /// o_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = φ(q_i)·φ(k_j)·cos(π/2·(i − j)/M),    φ(x) = max(0, x) + ε,    M = max_len
 /// ```
 ///
-/// which is linear attention over `2·head_dim` features, since `cos(a − b) = cos a·cos b + sin a·sin b`:
+/// which is linear attention over `2·head_dim` features, since
+/// `cos(a − b) = cos a·cos b + sin a·sin b`:
 ///
 /// ```text
 /// [φ(x_i)·cos(πi/2M), φ(x_i)·sin(πi/2M)]    of the token at position i
 /// ```
 ///
-/// Positions count from 0, in a stream from its first token; with [`Mask::Full`](crate::Mask::Full) queries and keys both count from 0. A
-/// position of `max_len` or more would make weights negative and gives [`Error::TooLong`]: choose the longest sequence there will be, as the
-/// paper does. A scale would cancel, so there is none.
+/// Positions count from 0, in a stream from its first token; with [`Mask::Full`](crate::Mask::Full)
+/// queries and keys both count from 0. A position of `max_len` or more would make weights negative
+/// and gives [`Error::TooLong`]: choose the longest sequence there will be, as the paper does. A
+/// scale would cancel, so there is none.
 ///
-/// ε belongs to the features, as in [`ReluFeatures`](crate::ReluFeatures): it keeps the normaliser from vanishing where the positive parts
-/// of a query and of all keys do not meet. The paper's code has a plain ReLU and bounds the normaliser from below by 10⁻⁶ instead; the default
-/// ε = 10⁻⁶ changes its weights in the sixth digit. It has a [`with_epsilon`](Self::with_epsilon) for others, 0 among them.
+/// ε belongs to the features, as in [`ReluFeatures`](crate::ReluFeatures): it keeps the normaliser
+/// from vanishing where the positive parts of a query and of all keys do not meet. The paper's code
+/// has a plain ReLU and bounds the normaliser from below by 10⁻⁶ instead; the default ε = 10⁻⁶
+/// changes its weights in the sixth digit. It has a [`with_epsilon`](Self::with_epsilon) for
+/// others, 0 among them.
 ///
 /// The state is `4·head_dim·(value_dim + 1) + 1` numbers.
 ///
@@ -51,7 +56,8 @@ impl<T: Scalar> CosFormer<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `head_dim` or `max_len` is 0, [`Error::InvalidOption`] if `head_dim` is too large for an array.
+    /// [`Error::ZeroSize`] if `head_dim` or `max_len` is 0, [`Error::InvalidOption`] if `head_dim`
+    /// is too large for an array.
     pub fn new(head_dim: usize, max_len: usize) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("max_len", max_len)?;
@@ -64,10 +70,13 @@ impl<T: Scalar> CosFormer<T> {
 
     fn of(cosines: Cosines) -> Result<Self, Error> {
         let features = IdentityFeatures::new(2 * cosines.head_dim)?;
-        Ok(Self { kernel: Positional::new(cosines, LinearAttention::new(features).with_scale(1.0)) })
+        Ok(Self {
+            kernel: Positional::new(cosines, LinearAttention::new(features).with_scale(1.0)),
+        })
     }
 
-    /// Sets ε, 10⁻⁶ unless set. Zero is allowed: then a query whose features meet no key's gives [`Error::Normalizer`].
+    /// Sets ε, 10⁻⁶ unless set. Zero is allowed: then a query whose features meet no key's gives
+    /// [`Error::Normalizer`].
     ///
     /// # Errors
     ///
@@ -123,7 +132,9 @@ impl Positions for Cosines {
     ) -> Result<(), Error> {
         let epsilon = T::from_f64(self.epsilon);
         let (cos, sin) = angles.parts();
-        for (((x, mut out), &cos), &sin) in x.outer_iter().zip(out.outer_iter_mut()).zip(cos).zip(sin) {
+        for (((x, mut out), &cos), &sin) in
+            x.outer_iter().zip(out.outer_iter_mut()).zip(cos).zip(sin)
+        {
             let (first, second) = out.view_mut().split_at(ndarray::Axis(0), self.head_dim);
             for ((&x, first), second) in x.iter().zip(first).zip(second) {
                 let feature = x.max(T::zero()) + epsilon;

@@ -9,13 +9,15 @@ use std::sync::Arc;
 
 /// Attention of a layer: one kernel for all query heads, or one for each.
 ///
-/// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another layout; nothing is
-/// copied). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and `v` have fewer heads: query head `h`
-/// uses kv head `h / (query_heads / kv_heads)`. Where the query heads of a kv head have the same kernel (the same `Arc`) and that
-/// kernel can ([`Attention::group_stream`], all kernels of this crate), one state serves them all; otherwise each has its own.
+/// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another
+/// layout; nothing is copied). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and
+/// `v` have fewer heads: query head `h` uses kv head `h / (query_heads / kv_heads)`. Where the
+/// query heads of a kv head have the same kernel (the same `Arc`) and that kernel can
+/// ([`Attention::group_stream`], all kernels of this crate), one state serves them all; otherwise
+/// each has its own.
 ///
-/// With feature `rayon`, batch × heads are shared out over the threads of the current pool; the result is the same, bit
-/// for bit.
+/// With feature `rayon`, batch × heads are shared out over the threads of the current pool; the
+/// result is the same, bit for bit.
 ///
 /// ```
 /// use dijiang::{Mask, MultiHead, SoftmaxAttention};
@@ -55,9 +57,13 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a number of heads is 0, [`Error::InvalidOption`] if `query_heads` is not a multiple of
-    /// `kv_heads`.
-    pub fn new(kernel: impl Attention<T> + 'static, query_heads: usize, kv_heads: usize) -> Result<Self, Error> {
+    /// [`Error::ZeroSize`] if a number of heads is 0, [`Error::InvalidOption`] if `query_heads` is
+    /// not a multiple of `kv_heads`.
+    pub fn new(
+        kernel: impl Attention<T> + 'static,
+        query_heads: usize,
+        kv_heads: usize,
+    ) -> Result<Self, Error> {
         check::array("query_heads", query_heads, 1)?;
         let kernel: Arc<dyn Attention<T>> = Arc::new(kernel);
         Self::per_head(vec![kernel; query_heads], kv_heads)
@@ -82,7 +88,9 @@ impl<T: Scalar> MultiHead<T> {
         let mut units = Vec::new();
         for (kv, of_group) in kernels.chunks_exact(group).enumerate() {
             let same = of_group.iter().all(|kernel| Arc::ptr_eq(kernel, &of_group[0]));
-            if same && (of_group[0].as_hybrid().is_some() || matches!(of_group[0].group_stream(group, 1), Ok(Some(_))))
+            if same
+                && (of_group[0].as_hybrid().is_some()
+                    || matches!(of_group[0].group_stream(group, 1), Ok(Some(_))))
             {
                 units.push(Unit::Group(kv));
             } else {
@@ -97,7 +105,10 @@ impl<T: Scalar> MultiHead<T> {
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn per_kv_head(kernels: Vec<Arc<dyn Attention<T>>>, query_heads: usize) -> Result<Self, Error> {
+    pub fn per_kv_head(
+        kernels: Vec<Arc<dyn Attention<T>>>,
+        query_heads: usize,
+    ) -> Result<Self, Error> {
         check::at_least_one("kv_heads", kernels.len())?;
         check::array("query_heads", query_heads, 1)?;
         let (kv_heads, group) = (kernels.len(), query_heads / kernels.len());
@@ -109,27 +120,35 @@ impl<T: Scalar> MultiHead<T> {
                 needed: "a multiple of the number of kv heads",
             });
         }
-        Self::per_head(kernels.iter().flat_map(|kernel| vec![Arc::clone(kernel); group]).collect(), kv_heads)
+        Self::per_head(
+            kernels.iter().flat_map(|kernel| vec![Arc::clone(kernel); group]).collect(),
+            kv_heads,
+        )
     }
 
-    /// Lets all kv heads with [`Far::merged`](crate::Far::merged) share one budget of entries, as many as they have together: the pair that costs
-    /// least merges, in whichever head, and at least 4 entries stay in each. So that heads compare, the attention a head received in a
-    /// step is scaled: what its query heads give to all but the sinks sums to their number. Heads with other kernels stay as they are.
+    /// Lets all kv heads with [`Far::merged`](crate::Far::merged) share one budget of entries, as
+    /// many as they have together: the pair that costs least merges, in whichever head, and at
+    /// least 4 entries stay in each. So that heads compare, the attention a head received in a step
+    /// is scaled: what its query heads give to all but the sinks sums to their number. Heads with
+    /// other kernels stay as they are.
     ///
     /// ```
     /// use dijiang::{Far, HybridAttention, MultiHead};
     ///
-    /// let kernel = HybridAttention::<f32>::builder(16).window(8).far(Far::merged(10)).build()?;
+    /// let kernel =
+    ///     HybridAttention::<f32>::builder(16).window(8).far(Far::merged(10)).build()?;
     /// let layer = MultiHead::new(kernel, 6, 3)?.pooled()?; // 30 entries for three kv heads
+    ///     
     /// # let _ = layer;
     /// # Ok::<(), dijiang::Error>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] if fewer than two kv heads merge with one kernel for all their query heads (those with several are left as they
-    /// are), or they are pooled already; [`Error::InvalidOption`] if the kernels that merge differ in an option, keep heavy keys or fewer than
-    /// 4 entries, or have more than 16 384 of them together.
+    /// [`Error::Unsupported`] if fewer than two kv heads merge with one kernel for all their query
+    /// heads (those with several are left as they are), or they are pooled already;
+    /// [`Error::InvalidOption`] if the kernels that merge differ in an option, keep heavy keys or
+    /// fewer than 4 entries, or have more than 16 384 of them together.
     pub fn pooled(mut self) -> Result<Self, Error> {
         let heads = self.poolable();
         let kernels = &self.kernels;
@@ -140,7 +159,9 @@ impl<T: Scalar> MultiHead<T> {
             return Err(Error::Unsupported { what: "pooling the entries of heads", why });
         }
         let first = merging(heads[0]);
-        if !heads.iter().all(|&kv| merging(kv).zip(first).is_some_and(|(a, b)| a.config().pools_with(b.config()))) {
+        if !heads.iter().all(|&kv| {
+            merging(kv).zip(first).is_some_and(|(a, b)| a.config().pools_with(b.config()))
+        }) {
             return Err(Error::InvalidOption {
                 which: "the kernels of pooled heads",
                 found: "different ones, with heavy keys, or with fewer than 4 entries".to_owned(),
@@ -148,20 +169,29 @@ impl<T: Scalar> MultiHead<T> {
             });
         }
         first.map_or(Ok(()), |kernel| kernel.config().check_pool(heads.len()))?;
-        let mut units: Vec<Unit> =
-            self.units.iter().filter(|unit| !matches!(unit, Unit::Group(kv) if heads.contains(kv))).cloned().collect();
+        let mut units: Vec<Unit> = self
+            .units
+            .iter()
+            .filter(|unit| !matches!(unit, Unit::Group(kv) if heads.contains(kv)))
+            .cloned()
+            .collect();
         units.push(Unit::Pool(heads));
         self.units = Arc::new(units);
         Ok(self)
     }
 
-    /// The kv heads that [`pooled`](Self::pooled) would let share their entries: those with [`Far::merged`](crate::Far::merged), one kernel for
-    /// all their query heads, and no pool yet. It needs two; where a choice of exact heads leaves a layer fewer, there is nothing to share.
+    /// The kv heads that [`pooled`](Self::pooled) would let share their entries: those with
+    /// [`Far::merged`](crate::Far::merged), one kernel for all their query heads, and no pool yet.
+    /// It needs two; where a choice of exact heads leaves a layer fewer, there is nothing to share.
     #[must_use]
     pub fn poolable(&self) -> Vec<usize> {
         let group = self.group();
-        let merges = |kv: usize| self.kernels[kv * group].as_hybrid().is_some_and(|kernel| kernel.config().learns());
-        (0..self.kv_heads).filter(|&kv| merges(kv) && self.units.contains(&Unit::Group(kv))).collect()
+        let merges = |kv: usize| {
+            self.kernels[kv * group].as_hybrid().is_some_and(|kernel| kernel.config().learns())
+        };
+        (0..self.kv_heads)
+            .filter(|&kv| merges(kv) && self.units.contains(&Unit::Group(kv)))
+            .collect()
     }
 
     /// Bytes of the state of one sequence after `tokens` tokens, for values of `value_dim` columns.
@@ -209,17 +239,19 @@ impl<T: Scalar> MultiHead<T> {
         self.kernels.len() / self.kv_heads
     }
 
-    /// Attends in every head: `q [b, query_heads, n_q, d]`, `k [b, kv_heads, n_k, d]`, `v [b, kv_heads, n_k, d_v]` give
-    /// `[b, query_heads, n_q, d_v]`.
+    /// Attends in every head: `q [b, query_heads, n_q, d]`, `k [b, kv_heads, n_k, d]`,
+    /// `v [b, kv_heads, n_k, d_v]` give `[b, query_heads, n_q, d_v]`.
     ///
-    /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is padding and never
-    /// read. With [`Mask::Causal`] queries beyond the length are padding too: their output is zero. A length of 0 is thus
-    /// all padding with [`Mask::Causal`], and an error with [`Mask::Full`], where queries would have nothing to see.
+    /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is
+    /// padding and never read. With [`Mask::Causal`] queries beyond the length are padding too:
+    /// their output is zero. A length of 0 is thus all padding with [`Mask::Causal`], and an error
+    /// with [`Mask::Full`], where queries would have nothing to see.
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::forward_into`] for any head, [`Error::Shape`] if the numbers of heads, sequences or lengths
-    /// do not fit, [`Error::InvalidOption`] if a length is larger than the number of keys.
+    /// Those of [`Attention::forward_into`] for any head, [`Error::Shape`] if the numbers of heads,
+    /// sequences or lengths do not fit, [`Error::InvalidOption`] if a length is larger than the
+    /// number of keys.
     pub fn forward(
         &self,
         q: ArrayView4<'_, T>,
@@ -251,26 +283,36 @@ impl<T: Scalar> MultiHead<T> {
         self.forward_all([q, k, v], None, mask, key_lengths, out)
     }
 
-    /// As [`forward_into`](Self::forward_into) with [`Mask::Causal`], of gated kernels: `log_decay [b, kv_heads, n, 1 or num_features]`; see
-    /// [`Attention::forward_gated`].
+    /// As [`forward_into`](Self::forward_into) with [`Mask::Causal`], of gated kernels:
+    /// `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Attention::forward_gated`].
     ///
     /// ```
     /// use dijiang::{EluFeatures, LinearAttention, MultiHead};
     /// use ndarray::Array4;
     ///
-    /// let layer = MultiHead::new(LinearAttention::new(EluFeatures::<f32>::new(16)?).gated(), 4, 2)?;
+    /// let layer =
+    ///     MultiHead::new(LinearAttention::new(EluFeatures::<f32>::new(16)?).gated(), 4, 2)?;
     /// let q = Array4::zeros((1, 4, 10, 16));
     /// let (k, v) = (Array4::zeros((1, 2, 10, 16)), Array4::ones((1, 2, 10, 8)));
     /// let log_decay = Array4::from_elem((1, 2, 10, 1), -0.1);
     /// let mut out = Array4::zeros((1, 4, 10, 8));
-    /// layer.forward_gated(q.view(), k.view(), v.view(), log_decay.view(), None, out.view_mut())?;
+    /// layer.forward_gated(
+    ///     q.view(),
+    ///     k.view(),
+    ///     v.view(),
+    ///     log_decay.view(),
+    ///     None,
+    ///     out.view_mut(),
+    /// )?;
     /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6)); // a weighted mean of ones
+    ///     
     /// # Ok::<(), dijiang::Error>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// As [`forward`](Self::forward), and those of [`Attention::forward_gated`]. After an error the content of `out` is unspecified.
+    /// As [`forward`](Self::forward), and those of [`Attention::forward_gated`]. After an error the
+    /// content of `out` is unspecified.
     pub fn forward_gated(
         &self,
         q: ArrayView4<'_, T>,
@@ -300,7 +342,9 @@ impl<T: Scalar> MultiHead<T> {
         let group = self.group();
         let coupled = |unit: &Unit| match unit {
             Unit::Query(_) => false,
-            Unit::Group(kv) => mask == Mask::Causal && !self.kernels[kv * group].heads_are_independent(),
+            Unit::Group(kv) => {
+                mask == Mask::Causal && !self.kernels[kv * group].heads_are_independent()
+            }
             Unit::Pool(_) => true,
         };
         // query heads that do not depend on each other are tasks of their own
@@ -308,7 +352,9 @@ impl<T: Scalar> MultiHead<T> {
             .units
             .iter()
             .flat_map(|unit| match unit {
-                Unit::Group(kv) if !coupled(unit) => (kv * group..(kv + 1) * group).map(Unit::Query).collect(),
+                Unit::Group(kv) if !coupled(unit) => {
+                    (kv * group..(kv + 1) * group).map(Unit::Query).collect()
+                }
                 _ => vec![unit.clone()],
             })
             .collect();
@@ -325,10 +371,21 @@ impl<T: Scalar> MultiHead<T> {
                 match (&mut *calls, kernel.as_hybrid()) {
                     ([HeadCall { q, k, v, log_decay: Some(log_decay), out }], _) => {
                         let mut heads = q.outer_iter().zip(out.outer_iter_mut());
-                        heads.try_for_each(|(q, out)| kernel.forward_gated(q, *k, *v, *log_decay, out, scratch))
+                        heads.try_for_each(|(q, out)| {
+                            kernel.forward_gated(q, *k, *v, *log_decay, out, scratch)
+                        })
                     }
-                    ([call], _) => kernel.forward_group(call.q, call.k, call.v, mask, call.out.view_mut(), scratch),
-                    (calls, Some(kernel)) if mask == Mask::Causal => kernel.forward_pool(calls, scratch),
+                    ([call], _) => kernel.forward_group(
+                        call.q,
+                        call.k,
+                        call.v,
+                        mask,
+                        call.out.view_mut(),
+                        scratch,
+                    ),
+                    (calls, Some(kernel)) if mask == Mask::Causal => {
+                        kernel.forward_pool(calls, scratch)
+                    }
                     _ => Err(FULL_MERGED),
                 }
             },
@@ -360,7 +417,10 @@ impl<T: Scalar> MultiHead<T> {
                 Unit::Pool(heads) => match self.kernels[heads[0] * group].as_hybrid() {
                     Some(kernel) => Box::new(kernel.heads_stream(heads.len(), group, value_dim)?),
                     None => {
-                        return Err(Error::Unsupported { what: "a pool of heads", why: "the kernel was one before" });
+                        return Err(Error::Unsupported {
+                            what: "a pool of heads",
+                            why: "the kernel was one before",
+                        });
                     }
                 },
             });
@@ -390,22 +450,33 @@ type Dim4 = (usize, usize, usize, usize);
 fn check_log_decay<T>(k: Dim4, log_decay: Option<ArrayView4<'_, T>>) -> Result<(), Error> {
     let Some(log_decay) = log_decay else { return Ok(()) };
     let found = log_decay.dim();
-    for (axis, expected, found) in [("sequences", k.0, found.0), ("heads", k.1, found.1), ("rows", k.2, found.2)] {
+    for (axis, expected, found) in
+        [("sequences", k.0, found.0), ("heads", k.1, found.1), ("rows", k.2, found.2)]
+    {
         check::size("log_decay", axis, expected, found)?;
     }
     Ok(())
 }
 
-fn check_heads<T: Scalar>(heads: &MultiHead<T>, q: Dim4, k: Dim4, v: Dim4, out: Dim4) -> Result<(), Error> {
+fn check_heads<T: Scalar>(
+    heads: &MultiHead<T>,
+    q: Dim4,
+    k: Dim4,
+    v: Dim4,
+    out: Dim4,
+) -> Result<(), Error> {
     check::size("q", "heads", heads.query_heads(), q.1)?;
     check::size("k", "heads", heads.kv_heads, k.1)?;
     check::size("v", "heads", heads.kv_heads, v.1)?;
     check::size("k", "sequences", q.0, k.0)?;
     check::size("v", "sequences", q.0, v.0)?;
     check::size("v", "rows", k.2, v.2)?;
-    for (axis, expected, found) in
-        [("sequences", q.0, out.0), ("heads", q.1, out.1), ("rows", q.2, out.2), ("columns", v.3, out.3)]
-    {
+    for (axis, expected, found) in [
+        ("sequences", q.0, out.0),
+        ("heads", q.1, out.1),
+        ("rows", q.2, out.2),
+        ("columns", v.3, out.3),
+    ] {
         check::size("out", axis, expected, found)?;
     }
     Ok(())
@@ -474,8 +545,12 @@ fn tasks<'a, T>(mut out: ArrayViewMut4<'a, T>, units: &[Unit], group: usize) -> 
                     })
                     .into_iter()
                     .collect(),
-                Unit::Group(kv) => of_kv[*kv].take().map(|heads| (kv * group, heads)).into_iter().collect(),
-                Unit::Pool(pool) => pool.iter().filter_map(|&kv| Some((kv * group, of_kv[kv].take()?))).collect(),
+                Unit::Group(kv) => {
+                    of_kv[*kv].take().map(|heads| (kv * group, heads)).into_iter().collect()
+                }
+                Unit::Pool(pool) => {
+                    pool.iter().filter_map(|&kv| Some((kv * group, of_kv[kv].take()?))).collect()
+                }
             };
             all.push(Task { sequence, outputs });
         }
@@ -484,7 +559,8 @@ fn tasks<'a, T>(mut out: ArrayViewMut4<'a, T>, units: &[Unit], group: usize) -> 
 }
 
 impl<'a, T: Scalar> Task<'a, T> {
-    /// The arguments of each kv head, of so many queries and keys; what lies beyond in the output becomes zero.
+    /// The arguments of each kv head, of so many queries and keys; what lies beyond in the output
+    /// becomes zero.
     fn calls<'b>(
         self,
         [q, k, v]: [&ArrayView4<'b, T>; 3],
@@ -515,8 +591,8 @@ impl<'a, T: Scalar> Task<'a, T> {
     }
 }
 
-/// Numbers read, below which waking other threads takes longer than they save: a decode step of states of constant size, or over a few
-/// hundred keys.
+/// Numbers read, below which waking other threads takes longer than they save: a decode step of
+/// states of constant size, or over a few hundred keys.
 #[cfg(feature = "rayon")]
 const WORTH_A_THREAD: usize = 1 << 18;
 
@@ -528,8 +604,9 @@ fn enough_for_threads(tasks: usize) -> bool {
     return tasks > 0;
 }
 
-/// Runs every task in working memory, made by `alone` if tasks may use more threads themselves and by `among` if not; the error of
-/// the first that failed, in order. Together they read so many numbers.
+/// Runs every task in working memory, made by `alone` if tasks may use more threads themselves and
+/// by `among` if not; the error of the first that failed, in order. Together they read so many
+/// numbers.
 #[cfg(feature = "rayon")]
 fn for_each<I: Send, W: Send>(
     tasks: Vec<I>,
@@ -587,11 +664,12 @@ pub struct MultiHeadStream<T: Scalar> {
 }
 
 impl<T: Scalar> MultiHeadStream<T> {
-    /// Absorbs up to `n` tokens of every sequence: `q [b, query_heads, n, d]`, `k [b, kv_heads, n, d]`,
-    /// `v [b, kv_heads, n, value_dim]`, `out [b, query_heads, n, value_dim]`.
+    /// Absorbs up to `n` tokens of every sequence: `q [b, query_heads, n, d]`,
+    /// `k [b, kv_heads, n, d]`, `v [b, kv_heads, n, value_dim]`,
+    /// `out [b, query_heads, n, value_dim]`.
     ///
-    /// `lengths`, one for each sequence, says how many of the `n` tokens are real; the rest is padding, never read, with
-    /// output zero.
+    /// `lengths`, one for each sequence, says how many of the `n` tokens are real; the rest is
+    /// padding, never read, with output zero.
     ///
     /// # Errors
     ///
@@ -607,7 +685,8 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.extend_all([q, k, v], None, lengths, out)
     }
 
-    /// As [`extend`](Self::extend), of gated kernels: `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Attention::forward_gated`].
+    /// As [`extend`](Self::extend), of gated kernels:
+    /// `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Attention::forward_gated`].
     ///
     /// # Errors
     ///
@@ -651,9 +730,12 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.copies.clear();
         // a head that fails must not leave the others ahead of it; alone it goes back by itself
         if work.len() > 1 && !work.iter().all(|(calls, stream)| stream.cannot_fail(calls)) {
-            self.copies.extend(work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())));
+            self.copies.extend(
+                work.iter_mut().map(|(_, stream)| (!stream.checkpoint()).then(|| stream.clone())),
+            );
         }
-        let extend = |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);
+        let extend =
+            |(): &mut (), (mut calls, stream): Work<'_, '_, T>| stream.extend_heads(&mut calls);
         let reads: usize = work.iter().map(|(_, stream)| stream.state_floats()).sum();
         let result = for_each(work, reads.saturating_mul(q.dim().2), || (), || (), extend);
         if result.is_err() {
@@ -668,8 +750,9 @@ impl<T: Scalar> MultiHeadStream<T> {
         result
     }
 
-    /// As [`extend`](Self::extend), on rows as the projections of a model leave them, heads side by side: `q [b, n, query_heads · d]`,
-    /// `k [b, n, kv_heads · d]`, `v [b, n, kv_heads · value_dim]`, `out [b, n, query_heads · value_dim]`.
+    /// As [`extend`](Self::extend), on rows as the projections of a model leave them, heads side by
+    /// side: `q [b, n, query_heads · d]`, `k [b, n, kv_heads · d]`,
+    /// `v [b, n, kv_heads · value_dim]`, `out [b, n, query_heads · value_dim]`.
     ///
     /// Rows that are contiguous are seen as heads without a copy; others are copied.
     ///
@@ -690,7 +773,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// # Errors
     ///
-    /// Those of [`extend`](Self::extend); [`Error::Shape`] if the columns do not divide into the heads.
+    /// Those of [`extend`](Self::extend); [`Error::Shape`] if the columns do not divide into the
+    /// heads.
     pub fn extend_rows(
         &mut self,
         q: ArrayView3<'_, T>,
@@ -700,8 +784,11 @@ impl<T: Scalar> MultiHeadStream<T> {
         mut out: ArrayViewMut3<'_, T>,
     ) -> Result<(), Error> {
         let (query_heads, kv_heads) = (self.heads.query_heads(), self.heads.kv_heads);
-        let (q, k, v) =
-            (side_by_side("q", &q, query_heads)?, side_by_side("k", &k, kv_heads)?, side_by_side("v", &v, kv_heads)?);
+        let (q, k, v) = (
+            side_by_side("q", &q, query_heads)?,
+            side_by_side("k", &k, kv_heads)?,
+            side_by_side("v", &v, kv_heads)?,
+        );
         let (batch, n, columns) = out.dim();
         check::size("out", "columns", query_heads * self.value_dim, columns)?;
         let shape = (batch, n, query_heads, self.value_dim);
@@ -728,8 +815,8 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.streams.iter().map(|stream| stream.state_floats()).sum()
     }
 
-    /// The stream that serves one query head of one sequence, to save or to look at. It may serve others as well: those of its group, or
-    /// of its pool.
+    /// The stream that serves one query head of one sequence, to save or to look at. It may serve
+    /// others as well: those of its group, or of its pool.
     #[must_use]
     pub fn head(&self, sequence: usize, query_head: usize) -> Option<&dyn Stream<T>> {
         self.streams.get(self.index(sequence, query_head)?).map(|stream| &**stream)
@@ -737,7 +824,11 @@ impl<T: Scalar> MultiHeadStream<T> {
 
     /// The same, to restore.
     #[must_use]
-    pub fn head_mut(&mut self, sequence: usize, query_head: usize) -> Option<&mut Box<dyn Stream<T>>> {
+    pub fn head_mut(
+        &mut self,
+        sequence: usize,
+        query_head: usize,
+    ) -> Option<&mut Box<dyn Stream<T>>> {
         let index = self.index(sequence, query_head)?;
         self.streams.get_mut(index)
     }

@@ -1,4 +1,5 @@
-//! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one normaliser.
+//! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one
+//! normaliser.
 
 mod config;
 mod layer;
@@ -14,20 +15,23 @@ pub use options::{Far, HybridBuilder};
 use std::sync::Arc;
 use stream::HybridStream;
 
-/// Softmax attention with a memory of fixed size: the last tokens (`window`), the first ones (`sinks`) and, if wanted, the keys that matter most
-/// (`heavy`) are exact; what leaves them goes to a far memory ([`Far`]), and everything stands under ONE normaliser:
+/// Softmax attention with a memory of fixed size: the last tokens (`window`), the first ones
+/// (`sinks`) and, if wanted, the keys that matter most (`heavy`) are exact; what leaves them goes
+/// to a far memory ([`Far`]), and everything stands under ONE normaliser:
 ///
 /// ```text
 /// o_t = [Σ_near e^{scale·q_t·k_j} v_j + F(q_t)] / [Σ_near e^{scale·q_t·k_j} + f(q_t)],
 /// near(t) = { j ≤ t : t − j < window or j < sinks } and the heavy keys
 /// ```
 ///
-/// with (F, f) the partial sum of the far memory. No share between near and far has to be chosen or trained: both are in absolute terms.
+/// with (F, f) the partial sum of the far memory. No share between near and far has to be chosen or
+/// trained: both are in absolute terms.
 ///
-/// A merging memory learns from what was read, so the outputs depend on the order of steps: the causal forward *is* the stream, step by step,
-/// made fast, and a sequence cut into pieces gives the same bits. [`Mask::Full`] has a meaning only where there is no window (and nothing
-/// to learn from earlier queries): then the sinks and the heavy keys are exact and all other keys are far for every query; otherwise
-/// it is [`Error::Unsupported`].
+/// A merging memory learns from what was read, so the outputs depend on the order of steps: the
+/// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
+/// the same bits. [`Mask::Full`] has a meaning only where there is no window (and nothing to learn
+/// from earlier queries): then the sinks and the heavy keys are exact and all other keys are far
+/// for every query; otherwise it is [`Error::Unsupported`].
 ///
 /// # State
 ///
@@ -35,19 +39,25 @@ use stream::HybridStream;
 /// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,   held = window + block − 1
 /// ```
 ///
-/// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention received, which only [`Far::merged`] needs. The
-/// far part is 0 for none, `entries·(d + d_v + 2)` for Ward and merging memories (and `d + 1` for the units of the metric of [`Far::merged`]), and
+/// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention
+/// received, which only [`Far::merged`] needs. The far part is 0 for none, `entries·(d + d_v + 2)`
+/// for Ward and merging memories (and `d + 1` for the units of the metric of [`Far::merged`]), and
 /// `2·features·(d_v + 1) + 1` for feature maps.
 ///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, SoftmaxAttention};
 /// use ndarray::Array2;
 ///
-/// let kernel = HybridAttention::<f32>::builder(8).window(16).sinks(2).far(Far::merged(12)).build()?;
+/// let kernel = HybridAttention::<f32>::builder(8)
+///     .window(16)
+///     .sinks(2)
+///     .far(Far::merged(12))
+///     .build()?;
 /// let x = Array2::from_shape_fn((60, 8), |(i, j)| ((i * 8 + j) as f32 * 0.3).sin());
 /// let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
 /// // while nothing has left the window, it is softmax attention
-/// let exact = SoftmaxAttention::new(8)?.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
+/// let exact =
+///     SoftmaxAttention::new(8)?.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
 /// assert!((0..18).all(|t| (0..8).all(|c| (out[[t, c]] - exact[[t, c]]).abs() < 1e-5)));
 ///
 /// let stream = kernel.stream(8)?;
@@ -65,10 +75,19 @@ pub(crate) const FULL_MERGED: Error = Error::Unsupported {
 };
 
 impl<T: Scalar> HybridAttention<T> {
-    /// Begins with a window of 64 tokens, 4 sinks, no heavy keys and [`Far::merged(64)`](Far::merged).
+    /// Begins with a window of 64 tokens, 4 sinks, no heavy keys and
+    /// [`Far::merged(64)`](Far::merged).
     #[must_use]
     pub fn builder(head_dim: usize) -> HybridBuilder<T> {
-        HybridBuilder { head_dim, scale: None, window: 64, sinks: 4, heavy: 0, far: Far::merged(64), calibration: None }
+        HybridBuilder {
+            head_dim,
+            scale: None,
+            window: 64,
+            sinks: 4,
+            heavy: 0,
+            far: Far::merged(64),
+            calibration: None,
+        }
     }
 
     /// Columns of queries and keys.
@@ -112,7 +131,11 @@ impl<T: Scalar> HybridAttention<T> {
     }
 
     /// Causal attention of heads that share one budget.
-    pub(crate) fn forward_pool(&self, calls: &mut [HeadCall<'_, T>], scratch: &mut Scratch<T>) -> Result<(), Error> {
+    pub(crate) fn forward_pool(
+        &self,
+        calls: &mut [HeadCall<'_, T>],
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
         for HeadCall { q, k, v, .. } in &*calls {
             check::size("q", "columns", self.config.head_dim, q.len_of(Axis(2)))?;
             check::size("k", "columns", self.config.head_dim, k.ncols())?;
@@ -185,8 +208,13 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
     ) -> Result<Array2<T>, Error> {
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         check::forward(self.config.head_dim, q, k, v, mask, &out.view_mut())?;
-        let call =
-            HeadCall { q: q.insert_axis(Axis(0)), k, v, log_decay: None, out: out.view_mut().insert_axis(Axis(0)) };
+        let call = HeadCall {
+            q: q.insert_axis(Axis(0)),
+            k,
+            v,
+            log_decay: None,
+            out: out.view_mut().insert_axis(Axis(0)),
+        };
         self.forward_checked(call, mask, Some(value_dim), &mut Scratch::new())?;
         Ok(out)
     }
@@ -195,7 +223,11 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         Ok(Box::new(self.heads_stream(1, 1, value_dim)?))
     }
 
-    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+    fn group_stream(
+        &self,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         Ok(Some(Box::new(self.heads_stream(1, group, value_dim)?)))
     }
 
@@ -209,11 +241,21 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
 }
 
 impl<T: Scalar> HybridAttention<T> {
-    /// An empty stream of some heads of keys and values that share one budget of entries, each with `group` query heads.
-    pub(crate) fn heads_stream(&self, heads: usize, group: usize, value_dim: usize) -> Result<HybridStream<T>, Error> {
+    /// An empty stream of some heads of keys and values that share one budget of entries, each with
+    /// `group` query heads.
+    pub(crate) fn heads_stream(
+        &self,
+        heads: usize,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<HybridStream<T>, Error> {
         check::at_least_one("value_dim", value_dim)?;
         check::at_least_one("group", group)?;
-        check::array("value_dim", value_dim, self.config.near_slots() + self.config.far_slots(heads))?;
+        check::array(
+            "value_dim",
+            value_dim,
+            self.config.near_slots() + self.config.far_slots(heads),
+        )?;
         let mut layer = Layer::new();
         layer.prepare(&self.config, heads, value_dim, None)?;
         Ok(HybridStream {

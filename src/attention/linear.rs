@@ -1,7 +1,9 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
 use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace};
+use crate::memory::{
+    Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace,
+};
 use crate::{Error, FeatureMap, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
@@ -12,12 +14,12 @@ use std::sync::Arc;
 /// o_t = φ(q̂_t)ᵀ Σ_j φ(k̂_j) v_jᵀ / φ(q̂_t)ᵀ Σ_j φ(k̂_j),   x̂ = √scale·x,   scale = 1/√head_dim unless set.
 /// ```
 ///
-/// The sums over `j` are the state: `2·num_features·(value_dim + 1) + 1` numbers (sums and their rounding errors),
-/// however long the context. A causal
-/// forward runs in chunks, in O(n·num_features·(d + value_dim)) time and with scratch for one chunk only.
+/// The sums over `j` are the state: `2·num_features·(value_dim + 1) + 1` numbers (sums and their
+/// rounding errors), however long the context. A causal forward runs in chunks, in
+/// O(n·num_features·(d + value_dim)) time and with scratch for one chunk only.
 ///
-/// Sums are kept in units of a running maximum of the keys' log scales, which only looks back; nothing is added to the
-/// denominator.
+/// Sums are kept in units of a running maximum of the keys' log scales, which only looks back;
+/// nothing is added to the denominator.
 ///
 /// # Decay
 ///
@@ -29,25 +31,36 @@ use std::sync::Arc;
 ///
 /// where token `t` itself has not decayed in `o_t`, and `α_t` is
 ///
-/// - one number for every token, γ: [`with_decay`](Self::with_decay) (RetNet, Sun et al., arXiv 2307.08621, equation 6; the released DiJiang code);
-/// - one number for each feature: [`with_channel_decay`](Self::with_channel_decay) (xPos in retention);
-/// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, its structured masked attention) or one for each feature (gated linear attention, Yang et al.,
-///   arXiv 2312.06635, section 4): [`gated`](Self::gated), and log decays with every call of [`Attention::forward_gated`] or
-///   [`Stream::extend_gated`].
+/// - one number for every token, γ: [`with_decay`](Self::with_decay) (RetNet, Sun et al., arXiv
+///   2307.08621, equation 6; the released DiJiang code);
+/// - one number for each feature: [`with_channel_decay`](Self::with_channel_decay) (xPos in
+///   retention);
+/// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, its structured masked
+///   attention) or one for each feature (gated linear attention, Yang et al., arXiv 2312.06635,
+///   section 4): [`gated`](Self::gated), and log decays with every call of
+///   [`Attention::forward_gated`] or [`Stream::extend_gated`].
 ///
-/// They multiply where several are set. Most models of this kind have no denominator: [`unnormalized`](Self::unnormalized). Decays are kept as
-/// logarithms, and only the decay from one token to a later one is ever formed, so that nothing over- or underflows: one number for all features moves
-/// the log scale of the sums, at no cost, and features that decay differently do so relative to the slowest. The state has one number
-/// more than without decay, what rounding leaves of the log scale. A decay needs an order of tokens, so there is none with [`Mask::Full`].
-/// One long sequence stays on one thread where features decay differently.
+/// They multiply where several are set. Most models of this kind have no denominator:
+/// [`unnormalized`](Self::unnormalized). Decays are kept as logarithms, and only the decay from one
+/// token to a later one is ever formed, so that nothing over- or underflows: one number for all
+/// features moves the log scale of the sums, at no cost, and features that decay differently do so
+/// relative to the slowest. The state has one number more than without decay, what rounding leaves
+/// of the log scale. A decay needs an order of tokens, so there is none with [`Mask::Full`]. One
+/// long sequence stays on one thread where features decay differently.
 ///
 /// ```
 /// use dijiang::{Attention, EluFeatures, LinearAttention, Mask};
 /// use ndarray::array;
 ///
-/// let kernel = LinearAttention::new(EluFeatures::<f64>::new(1)?).unnormalized().with_decay(0.5);
+/// let kernel =
+///     LinearAttention::new(EluFeatures::<f64>::new(1)?).unnormalized().with_decay(0.5);
 /// let zero = array![[0.0], [0.0], [0.0]]; // φ(0) = 1
-/// let out = kernel.forward(zero.view(), zero.view(), array![[1.0], [1.0], [1.0]].view(), Mask::Causal)?;
+/// let out = kernel.forward(
+///     zero.view(),
+///     zero.view(),
+///     array![[1.0], [1.0], [1.0]].view(),
+///     Mask::Causal,
+/// )?;
 /// assert!((out - array![[1.0], [1.5], [1.75]]).iter().all(|e| e.abs() < 1e-14));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -77,18 +90,28 @@ pub struct LinearAttention<F> {
 
 impl<F> Clone for LinearAttention<F> {
     fn clone(&self) -> Self {
-        Self { map: Arc::clone(&self.map), scale: self.scale, readout: self.readout, decay: self.decay.clone() }
+        Self {
+            map: Arc::clone(&self.map),
+            scale: self.scale,
+            readout: self.readout,
+            decay: self.decay.clone(),
+        }
     }
 }
 
 impl<F> LinearAttention<F> {
     /// Linear attention with the features of `map`.
     pub fn new(map: F) -> Self {
-        Self { map: Arc::new(map), scale: None, readout: Readout::Normalized, decay: Decay::default() }
+        Self {
+            map: Arc::new(map),
+            scale: None,
+            readout: Readout::Normalized,
+            decay: Decay::default(),
+        }
     }
 
-    /// Sets the scale of `q·k`, `1/√head_dim` unless set; the map is given `√scale·x`. One that is not positive and
-    /// finite is reported by the first call that would use it.
+    /// Sets the scale of `q·k`, `1/√head_dim` unless set; the map is given `√scale·x`. One that is
+    /// not positive and finite is reported by the first call that would use it.
     #[must_use]
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
@@ -102,24 +125,26 @@ impl<F> LinearAttention<F> {
         self
     }
 
-    /// Lets the sums decay by γ with every token, from 0 (nothing is kept) to 1 (nothing is lost); see [Decay](Self#decay). Another γ is
-    /// reported by the first call that would use it.
+    /// Lets the sums decay by γ with every token, from 0 (nothing is kept) to 1 (nothing is lost);
+    /// see [Decay](Self#decay). Another γ is reported by the first call that would use it.
     #[must_use]
     pub fn with_decay(mut self, decay: f64) -> Self {
         self.decay.common = decay;
         self
     }
 
-    /// Lets the sums of each feature decay by a γ of its own with every token: `decay [num_features]`, each from 0 to 1; see
-    /// [Decay](Self#decay). Other numbers, or another number of them, are reported by the first call that would use them.
+    /// Lets the sums of each feature decay by a γ of its own with every token:
+    /// `decay [num_features]`, each from 0 to 1; see [Decay](Self#decay). Other numbers, or another
+    /// number of them, are reported by the first call that would use them.
     #[must_use]
     pub fn with_channel_decay(mut self, decay: Array1<f64>) -> Self {
         self.decay.channels = Some(decay.to_vec());
         self
     }
 
-    /// Lets the sums decay by what comes with each token: every call is then one of [`Attention::forward_gated`] or
-    /// [`Stream::extend_gated`], which take log decays; those without give [`Error::Unsupported`]. See [Decay](Self#decay).
+    /// Lets the sums decay by what comes with each token: every call is then one of
+    /// [`Attention::forward_gated`] or [`Stream::extend_gated`], which take log decays; those
+    /// without give [`Error::Unsupported`]. See [Decay](Self#decay).
     ///
     /// ```
     /// use dijiang::{Attention, EluFeatures, LinearAttention, Scratch};
@@ -146,12 +171,13 @@ impl<F> LinearAttention<F> {
         &self.map
     }
 
-    /// An empty memory of this kernel: to absorb a part of a sequence elsewhere, to merge, and to go on from with
-    /// [`stream_from`](Self::stream_from).
+    /// An empty memory of this kernel: to absorb a part of a sequence elsewhere, to merge, and to
+    /// go on from with [`stream_from`](Self::stream_from).
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::stream`]; [`Error::Unsupported`] if the sums decay: those of two ranges of tokens do not add up then.
+    /// Those of [`Attention::stream`]; [`Error::Unsupported`] if the sums decay: those of two
+    /// ranges of tokens do not add up then.
     pub fn memory<T: Scalar>(&self, value_dim: usize) -> Result<LinearMemory<T, F>, Error>
     where
         F: FeatureMap<T>,
@@ -174,8 +200,8 @@ impl<F> LinearAttention<F> {
 }
 
 impl<F> LinearAttention<F> {
-    /// A causal stream that goes on from what a memory of this kernel has absorbed, for example two halves of a prompt on
-    /// two threads, merged.
+    /// A causal stream that goes on from what a memory of this kernel has absorbed, for example two
+    /// halves of a prompt on two threads, merged.
     ///
     /// ```
     /// use dijiang::{LinearAttention, Memory, Performer, Stream};
@@ -196,7 +222,8 @@ impl<F> LinearAttention<F> {
     where
         F: FeatureMap<T> + 'static,
     {
-        let decay = LogDecay::of(&self.decay, self.map.num_features()).map(|decay| decay.map(Arc::new));
+        let decay =
+            LogDecay::of(&self.decay, self.map.num_features()).map(|decay| decay.map(Arc::new));
         Box::new(LinearStream::new(memory, self.readout, decay))
     }
 }
@@ -237,7 +264,11 @@ impl<F> LinearAttention<F> {
 }
 
 /// Gated kernels need log decays `[n, 1 or features]`, others take none.
-fn check_gates<T: Scalar>(decay: Option<&LogDecay<T>>, features: usize, tokens: Tokens<'_, T>) -> Result<(), Error> {
+fn check_gates<T: Scalar>(
+    decay: Option<&LogDecay<T>>,
+    features: usize,
+    tokens: Tokens<'_, T>,
+) -> Result<(), Error> {
     match (decay.is_some_and(|decay| decay.gated), tokens.log_decay) {
         (false, None) => Ok(()),
         (false, Some(_)) => Err(super::NOT_GATED),
@@ -291,7 +322,12 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         check::forward(self.map.head_dim(), q, k, v, Mask::Causal, &out)?;
-        self.forward_checked(Tokens { q, k, v, log_decay: Some(log_decay) }, Mask::Causal, out, scratch)
+        self.forward_checked(
+            Tokens { q, k, v, log_decay: Some(log_decay) },
+            Mask::Causal,
+            out,
+            scratch,
+        )
     }
 
     fn is_gated(&self) -> bool {
@@ -302,7 +338,11 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         Ok(Box::new(self.new_stream(value_dim)?))
     }
 
-    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+    fn group_stream(
+        &self,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         check::at_least_one("group", group)?;
         Ok(Some(Box::new(LinearStream { group, ..self.new_stream(value_dim)? })))
     }
@@ -315,7 +355,11 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         Ok(self.new_stream(value_dim)?.state_floats())
     }
 
-    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+    fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Option<Array2<f64>>, Error> {
         let memory = self.empty(1)?;
         self.decay.check(self.map.num_features())?;
         if !self.decay.is_none() {
@@ -342,8 +386,19 @@ struct LinearStream<T, F> {
 const KERNEL: &str = "linear";
 
 impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
-    fn new(memory: LinearMemory<T, F>, readout: Readout, decay: Result<Option<Arc<LogDecay<T>>>, Error>) -> Self {
-        Self { memory, group: 1, readout, decay, work: Workspace::new(), checkpoint: Checkpoint::new() }
+    fn new(
+        memory: LinearMemory<T, F>,
+        readout: Readout,
+        decay: Result<Option<Arc<LogDecay<T>>>, Error>,
+    ) -> Self {
+        Self {
+            memory,
+            group: 1,
+            readout,
+            decay,
+            work: Workspace::new(),
+            checkpoint: Checkpoint::new(),
+        }
     }
 
     fn decays(&self) -> bool {
@@ -395,13 +450,27 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(super::ONE_HEAD) };
         let (q, k, v, log_decay) = (*q, *k, *v, *log_decay);
-        check::extend_group(self.memory.head_dim(), self.memory.value_dim(), self.group, q, k, v, out)?;
+        check::extend_group(
+            self.memory.head_dim(),
+            self.memory.value_dim(),
+            self.group,
+            q,
+            k,
+            v,
+            out,
+        )?;
         let tokens = |q| Tokens { q, k, v, log_decay };
         let decay = self.decay.as_ref().map_err(Error::clone)?.as_deref();
         check_gates(decay, self.memory.num_features(), tokens(q.index_axis_move(Axis(0), 0)))?;
         if self.group == 1 {
             let tokens = tokens(q.index_axis_move(Axis(0), 0));
-            return self.memory.extend(tokens, decay, out.index_axis_mut(Axis(0), 0), self.readout, &mut self.work);
+            return self.memory.extend(
+                tokens,
+                decay,
+                out.index_axis_mut(Axis(0), 0),
+                self.readout,
+                &mut self.work,
+            );
         }
         let heads = q.outer_iter().map(tokens);
         self.memory.extend_group(heads, decay, out.view_mut(), self.readout, &mut self.work)

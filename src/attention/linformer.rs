@@ -7,20 +7,25 @@ use crate::{Error, Scalar, check, projection, views};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use std::sync::Arc;
 
-/// Softmax attention over `rank` projected keys and values in place of all of them (Linformer, Wang et al., arXiv 2006.04768, equation 7):
+/// Softmax attention over `rank` projected keys and values in place of all of them (Linformer, Wang
+/// et al., arXiv 2006.04768, equation 7):
 ///
 /// ```text
 /// O = softmax(scale·Q (E K)ᵀ) (F V),    E, F [rank, max_len],    scale = 1/√head_dim unless set
 /// ```
 ///
-/// so time is O(n·rank·(d + d_v)). A sequence of `n ≤ max_len` tokens uses the first `n` columns of E and F, as if padded with zeros; a longer
-/// one gives [`Error::TooLong`]. Sums over tokens carry their rounding errors along.
+/// so time is O(n·rank·(d + d_v)). A sequence of `n ≤ max_len` tokens uses the first `n` columns of
+/// E and F, as if padded with zeros; a longer one gives [`Error::TooLong`]. Sums over tokens carry
+/// their rounding errors along.
 ///
-/// Every projected key mixes all positions, so there is no causal form: with [`Mask::Causal`] a query would see the future. That mask and
-/// [`stream`](Attention::stream) give [`Error::Unsupported`].
+/// Every projected key mixes all positions, so there is no causal form: with [`Mask::Causal`] a
+/// query would see the future. That mask and [`stream`](Attention::stream) give
+/// [`Error::Unsupported`].
 ///
-/// The matrices belong to a trained model ([`from_projections`](Self::from_projections)); random ones are where training begins. Outputs are
-/// weighted means of the rows of F V, not of the values: they leave the hull of the values, and values of ones give ones only if the rows of F sum to one.
+/// The matrices belong to a trained model ([`from_projections`](Self::from_projections)); random
+/// ones are where training begins. Outputs are weighted means of the rows of F V, not of the
+/// values: they leave the hull of the values, and values of ones give ones only if the rows of F
+/// sum to one.
 ///
 /// ```
 /// use dijiang::{Attention, Linformer, Mask};
@@ -29,7 +34,11 @@ use std::sync::Arc;
 /// // two projected tokens, the means of the first and of the second half
 /// let halves = array![[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]];
 /// let kernel = Linformer::<f64>::from_projections(1, halves.clone(), halves)?;
-/// let (q, k, v) = (array![[50.0]], array![[1.0], [1.0], [-1.0], [-1.0]], array![[1.0], [2.0], [3.0], [4.0]]);
+/// let (q, k, v) = (
+///     array![[50.0]],
+///     array![[1.0], [1.0], [-1.0], [-1.0]],
+///     array![[1.0], [2.0], [3.0], [4.0]],
+/// );
 /// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
 /// assert!((out[[0, 0]] - 1.5).abs() < 1e-12);
 /// # Ok::<(), dijiang::Error>(())
@@ -39,7 +48,10 @@ use std::sync::Arc;
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct Linformer<T> {
     /// E and F, in rows: the same one where they are shared.
@@ -50,11 +62,13 @@ pub struct Linformer<T> {
 }
 
 impl<T: Scalar> Linformer<T> {
-    /// Random projections: entries of E, then those of F, independent, N(0, 1/rank) (the distribution of the paper's theorem 2).
+    /// Random projections: entries of E, then those of F, independent, N(0, 1/rank) (the
+    /// distribution of the paper's theorem 2).
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if one is too large for an array.
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if one is too large for an
+    /// array.
     pub fn new(head_dim: usize, rank: usize, max_len: usize, seed: u64) -> Result<Self, Error> {
         check_sizes(head_dim, rank, max_len)?;
         let both = random(rank, 2 * rank, max_len, seed)?;
@@ -62,7 +76,8 @@ impl<T: Scalar> Linformer<T> {
         Self::from_projections(head_dim, e.to_owned(), f.to_owned())
     }
 
-    /// One random projection for keys and values, E = F (key-value sharing in the paper): the E of [`new`](Self::new).
+    /// One random projection for keys and values, E = F (key-value sharing in the paper): the E of
+    /// [`new`](Self::new).
     ///
     /// # Errors
     ///
@@ -73,16 +88,20 @@ impl<T: Scalar> Linformer<T> {
         Self::of(head_dim, [Arc::clone(&e), e])
     }
 
-    /// The projections of a trained model: E of the keys and F of the values, both `[rank, max_len]`, over queries and keys of `head_dim`
-    /// columns.
+    /// The projections of a trained model: E of the keys and F of the values, both
+    /// `[rank, max_len]`, over queries and keys of `head_dim` columns.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a size is 0, [`Error::Shape`] if F has another shape than E, [`Error::NotFinite`] if one holds NaN or infinity.
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::Shape`] if F has another shape than E,
+    /// [`Error::NotFinite`] if one holds NaN or infinity.
     pub fn from_projections(head_dim: usize, e: Array2<T>, f: Array2<T>) -> Result<Self, Error> {
         check::size("f", "rows", e.nrows(), f.nrows())?;
         check::size("f", "columns", e.ncols(), f.ncols())?;
-        Self::of(head_dim, [e, f].map(|projection| Arc::new(projection.as_standard_layout().into_owned())))
+        Self::of(
+            head_dim,
+            [e, f].map(|projection| Arc::new(projection.as_standard_layout().into_owned())),
+        )
     }
 
     fn of(head_dim: usize, projections: [Arc<Array2<T>>; 2]) -> Result<Self, Error> {
@@ -93,8 +112,8 @@ impl<T: Scalar> Linformer<T> {
         Ok(Self { projections, head_dim, scale: None, softmax: SoftmaxAttention::new(head_dim)? })
     }
 
-    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite is reported by the first call that would
-    /// use it.
+    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite
+    /// is reported by the first call that would use it.
     #[must_use]
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
@@ -124,12 +143,18 @@ fn check_sizes(head_dim: usize, rank: usize, max_len: usize) -> Result<(), Error
 
 /// `[rows, max_len]` numbers of variance 1/rank.
 #[allow(clippy::cast_precision_loss)]
-fn random<T: Scalar>(rank: usize, rows: usize, max_len: usize, seed: u64) -> Result<Array2<T>, Error> {
+fn random<T: Scalar>(
+    rank: usize,
+    rows: usize,
+    max_len: usize,
+    seed: u64,
+) -> Result<Array2<T>, Error> {
     let factor = 1.0 / (rank as f64).sqrt();
     Ok(projection::gaussian(max_len, rows, seed)?.mapv(|x| T::from_f64(x * factor)))
 }
 
-/// A projection times the rows of a call, `[rank, columns]`, and what it takes. Grows to the largest call.
+/// A projection times the rows of a call, `[rank, columns]`, and what it takes. Grows to the
+/// largest call.
 #[derive(Debug)]
 pub(crate) struct Projected<T> {
     /// Some rows, each as wide as whole vectors.
@@ -145,14 +170,21 @@ impl<T: Scalar> Projected<T> {
     }
 
     /// Sets the sums to `projection[.., ..n]·x`, `x [n, columns]`.
-    fn set(&mut self, which: &'static str, projection: &Array2<T>, x: ArrayView2<'_, T>) -> Result<(), Error> {
+    fn set(
+        &mut self,
+        which: &'static str,
+        projection: &Array2<T>,
+        x: ArrayView2<'_, T>,
+    ) -> Result<(), Error> {
         let ((rank, max_len), stride) = (projection.dim(), padded::<T>(x.ncols()));
         let (weights, block) = (projection.as_slice().unwrap_or_default(), chunk_len::<T>());
         self.sums.resize(rank * stride);
         self.low.resize(rank * stride);
         self.sums.fill(T::zero());
         self.low.fill(T::zero());
-        for (start, x) in x.axis_chunks_iter(Axis(0), block).enumerate().map(|(i, x)| (i * block, x)) {
+        for (start, x) in
+            x.axis_chunks_iter(Axis(0), block).enumerate().map(|(i, x)| (i * block, x))
+        {
             self.rows.resize(x.nrows() * stride);
             for (row, x) in self.rows.chunks_exact_mut(stride).zip(x.outer_iter()) {
                 let (numbers, padding) = row.split_at_mut(x.len());
@@ -179,7 +211,8 @@ impl<T: Scalar> Projected<T> {
     }
 
     fn view(&self, rank: usize, columns: usize) -> ArrayView2<'_, T> {
-        let all = ArrayView2::from_shape((rank, padded::<T>(columns)), &self.sums).expect("set for these");
+        let all = ArrayView2::from_shape((rank, padded::<T>(columns)), &self.sums)
+            .expect("set for these");
         views::columns(all, 0..columns)
     }
 }
@@ -213,9 +246,12 @@ impl<T: Scalar> Attention<T> for Linformer<T> {
         check::all_finite(q, k, v)?;
         let [e, f] = &self.projections;
         // taken out, so that the softmax can have the rest
-        let [mut keys, mut values] = core::mem::replace(&mut scratch.projected, [Projected::new(), Projected::new()]);
-        let result =
-            keys.set("a projected key", e, k).and_then(|()| values.set("a projected value", f, v)).and_then(|()| {
+        let [mut keys, mut values] =
+            core::mem::replace(&mut scratch.projected, [Projected::new(), Projected::new()]);
+        let result = keys
+            .set("a projected key", e, k)
+            .and_then(|()| values.set("a projected value", f, v))
+            .and_then(|()| {
                 let (k, v) = (keys.view(e.nrows(), k.ncols()), values.view(f.nrows(), v.ncols()));
                 self.softmax.forward_with(q, k, v, Mask::Full, out, scratch)
             });

@@ -78,7 +78,8 @@ impl<T: Scalar> Default for Placed<T> {
 }
 
 impl<T: Scalar> Placed<T> {
-    /// Checks the numbers of `q [group, n_q, d]` and `k [n_k, d]`, whose shapes have been checked, and changes them from position `first` on.
+    /// Checks the numbers of `q [group, n_q, d]` and `k [n_k, d]`, whose shapes have been checked,
+    /// and changes them from position `first` on.
     fn place<P: Positions>(
         &mut self,
         positions: &P,
@@ -95,17 +96,26 @@ impl<T: Scalar> Placed<T> {
         let placed_q = resized(placed_q, [group, queries, dim])?;
         let placed_k = resized(placed_k, [1, keys, dim])?;
         positions.rotary().set_angles(angles, first, queries)?;
-        for (q, out) in q.outer_iter().zip(view(&mut *placed_q, group, queries, dim).outer_iter_mut()) {
+        for (q, out) in
+            q.outer_iter().zip(view(&mut *placed_q, group, queries, dim).outer_iter_mut())
+        {
             positions.place(angles, q, out)?;
         }
         if keys != queries {
             positions.rotary().set_angles(angles, first, keys)?;
         }
-        positions.place(angles, k, view(&mut *placed_k, 1, keys, dim).index_axis_move(Axis(0), 0))?;
+        positions.place(
+            angles,
+            k,
+            view(&mut *placed_k, 1, keys, dim).index_axis_move(Axis(0), 0),
+        )?;
         for (x, tokens) in [(&*placed_q, queries), (&*placed_k, keys)] {
             if !kernel::all_finite(x) {
                 let at = x.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                return Err(Error::Overflow { which: "the size of the vector", row: at / dim % tokens });
+                return Err(Error::Overflow {
+                    which: "the size of the vector",
+                    row: at / dim % tokens,
+                });
             }
         }
         let q = ArrayView3::from_shape((group, queries, dim), placed_q).expect("resized");
@@ -127,8 +137,8 @@ fn view<T>(x: &mut [T], group: usize, tokens: usize, dim: usize) -> ArrayViewMut
     ArrayViewMut3::from_shape((group, tokens, dim), x).expect("resized")
 }
 
-/// A kernel behind a change of queries and keys. The position of a stream's next token is the length of the stream inside, so that a reset,
-/// a rollback or a restored state need nothing more.
+/// A kernel behind a change of queries and keys. The position of a stream's next token is the
+/// length of the stream inside, so that a reset, a rollback or a restored state need nothing more.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Positional<P, A> {
@@ -160,7 +170,8 @@ impl<P: Positions, A> Positional<P, A> {
         })
     }
 
-    /// Work with placed queries and keys, in a buffer of the scratch. A stack of them: kernels of this kind may be nested.
+    /// Work with placed queries and keys, in a buffer of the scratch. A stack of them: kernels of
+    /// this kind may be nested.
     fn placed<T: Scalar>(
         &self,
         q: ArrayView3<'_, T>,
@@ -237,7 +248,9 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         if q.is_empty() {
             return Ok(());
         }
-        self.placed(q, k, scratch, |q, k, scratch| self.kernel.forward_group(q, k, v, mask, out, scratch))
+        self.placed(q, k, scratch, |q, k, scratch| {
+            self.kernel.forward_group(q, k, v, mask, out, scratch)
+        })
     }
 
     fn forward_probed(
@@ -251,7 +264,8 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         check::forward(self.positions.head_dim(), q, k, v, mask, &out.view_mut())?;
         self.placed(q.insert_axis(Axis(0)), k, &mut Scratch::new(), |q, k, _| {
-            out = self.kernel.forward_probed(q.index_axis_move(Axis(0), 0), k, v, value_dim, mask)?;
+            out =
+                self.kernel.forward_probed(q.index_axis_move(Axis(0), 0), k, v, value_dim, mask)?;
             Ok(())
         })?;
         Ok(out)
@@ -265,7 +279,11 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         Ok(self.wrap(self.kernel.stream(value_dim)?, value_dim))
     }
 
-    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+    fn group_stream(
+        &self,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         Ok(self.kernel.group_stream(group, value_dim)?.map(|stream| self.wrap(stream, value_dim)))
     }
 
@@ -273,7 +291,11 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         self.kernel.heads_are_independent()
     }
 
-    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+    fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Option<Array2<f64>>, Error> {
         check::size("q", "columns", self.positions.head_dim(), q.ncols())?;
         check::size("k", "columns", self.positions.head_dim(), k.ncols())?;
         let mut placed = Placed::default();
@@ -330,9 +352,23 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
 
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(ONE_HEAD) };
-        check::extend_group(self.positions.head_dim(), self.value_dim, self.stream.group(), *q, *k, *v, out)?;
+        check::extend_group(
+            self.positions.head_dim(),
+            self.value_dim,
+            self.stream.group(),
+            *q,
+            *k,
+            *v,
+            out,
+        )?;
         let (q, k) = self.placed.place(&*self.positions, self.stream.len(), *q, *k)?;
-        self.stream.extend_heads(&mut [HeadCall { q, k, v: *v, log_decay: *log_decay, out: out.view_mut() }])
+        self.stream.extend_heads(&mut [HeadCall {
+            q,
+            k,
+            v: *v,
+            log_decay: *log_decay,
+            out: out.view_mut(),
+        }])
     }
 
     fn len(&self) -> usize {

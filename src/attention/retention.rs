@@ -11,17 +11,22 @@ use ndarray::Array1;
 /// o_n = scale·Σ_{m ≤ n} γ^{n−m} (R_n q_n)·(R_m k_m) v_m,    scale = 1/√head_dim unless set
 /// ```
 ///
-/// with R the rotation by the position ([`Rotary`]) and γ the `decay` of the head; [`decay::retention`](crate::decay::retention) has the
-/// paper's. Nothing is divided by: RetNet normalises each head's output afterwards (group norm) and gates it (swish). Those are parts of
-/// its layer, and not of this kernel; so are the factors of the released code that the norm cancels.
+/// with R the rotation by the position ([`Rotary`]) and γ the `decay` of the head;
+/// [`decay::retention`](crate::decay::retention) has the paper's. Nothing is divided by: RetNet
+/// normalises each head's output afterwards (group norm) and gates it (swish). Those are parts of
+/// its layer, and not of this kernel; so are the factors of the released code that the norm
+/// cancels.
 ///
-/// Unless set with [`with_rotary`](Self::with_rotary), columns turn in pairs `(2i, 2i + 1)` by `θ_i = 10000^{−i/(d/2 − 1)}`, as in the released
-/// code (a rotary embedding of most models has `10000^{−2i/d}`); an odd last column does not turn. With [`with_xpos`](Self::with_xpos) pairs also
-/// decay by factors of their own.
+/// Unless set with [`with_rotary`](Self::with_rotary), columns turn in pairs `(2i, 2i + 1)` by
+/// `θ_i = 10000^{−i/(d/2 − 1)}`, as in the released code (a rotary embedding of most models has
+/// `10000^{−2i/d}`); an odd last column does not turn. With [`with_xpos`](Self::with_xpos) pairs
+/// also decay by factors of their own.
 ///
-/// It is linear attention over [`IdentityFeatures`] with a decay: a state of `2·head_dim·(value_dim + 1) + 2` numbers, chunks of tokens at once
-/// (the paper's chunkwise form), one by one in a stream (the recurrent one). Only the decay from one token to a later one is formed, so no length is
-/// too large. A decay needs an order: [`Mask::Full`](crate::Mask::Full) gives [`Error::Unsupported`] unless the decay is 1 and there is no xPos.
+/// It is linear attention over [`IdentityFeatures`] with a decay: a state of
+/// `2·head_dim·(value_dim + 1) + 2` numbers, chunks of tokens at once (the paper's chunkwise form),
+/// one by one in a stream (the recurrent one). Only the decay from one token to a later one is
+/// formed, so no length is too large. A decay needs an order: [`Mask::Full`](crate::Mask::Full)
+/// gives [`Error::Unsupported`] unless the decay is 1 and there is no xPos.
 ///
 /// ```
 /// use dijiang::{Attention, Mask, MultiHead, Retention, decay};
@@ -41,7 +46,10 @@ use ndarray::Array1;
 /// });
 /// let layer = MultiHead::per_head(heads.collect::<Result<_, dijiang::Error>>()?, 4)?;
 /// let x = Array4::from_elem((1, 4, 10, 16), 0.1);
-/// assert_eq!(layer.forward(x.view(), x.view(), x.view(), Mask::Causal, None)?.dim(), (1, 4, 10, 16));
+/// assert_eq!(
+///     layer.forward(x.view(), x.view(), x.view(), Mask::Causal, None)?.dim(),
+///     (1, 4, 10, 16)
+/// );
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -62,7 +70,8 @@ struct Options {
     xpos: bool,
 }
 
-/// The tokens over which a pair of columns decays by its whole ζ_i (the `scale_base` of the xPos code).
+/// The tokens over which a pair of columns decays by its whole ζ_i (the `scale_base` of the xPos
+/// code).
 const XPOS_TOKENS: f64 = 512.0;
 
 impl<T: Scalar> Retention<T> {
@@ -70,7 +79,8 @@ impl<T: Scalar> Retention<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if `decay` is not from 0 to 1.
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if `decay` is not from 0 to
+    /// 1.
     #[allow(clippy::cast_precision_loss)]
     pub fn new(head_dim: usize, decay: f64) -> Result<Self, Error> {
         let rotary = Rotary::partial(head_dim, 0)?;
@@ -79,9 +89,13 @@ impl<T: Scalar> Retention<T> {
             return Err(Error::InvalidOption { which: "decay", found, needed: "from 0 to 1" });
         }
         let last = (head_dim / 2).saturating_sub(1).max(1) as f64;
-        let frequencies = (0..head_dim / 2).map(|i| libm::pow(10_000.0, -(i as f64) / last)).collect();
+        let frequencies =
+            (0..head_dim / 2).map(|i| libm::pow(10_000.0, -(i as f64) / last)).collect();
         let rotary = rotary.with_frequencies(frequencies)?.with_pairs(RotaryPairs::Interleaved);
-        Ok(Self::of(Options { decay, scale: None, rotary, xpos: false }, IdentityFeatures::new(head_dim)?))
+        Ok(Self::of(
+            Options { decay, scale: None, rotary, xpos: false },
+            IdentityFeatures::new(head_dim)?,
+        ))
     }
 
     /// Sets the rotation. One with no columns that turn leaves the decay alone.
@@ -94,14 +108,16 @@ impl<T: Scalar> Retention<T> {
         Ok(self.with(|options| options.rotary = rotary))
     }
 
-    /// Lets the products of pair i decay by `ζ_i^{(n−m)/512}` as well (xPos, Sun et al., arXiv 2212.10554, with the 512 of its code):
+    /// Lets the products of pair i decay by `ζ_i^{(n−m)/512}` as well (xPos, Sun et al., arXiv
+    /// 2212.10554, with the 512 of its code):
     ///
     /// ```text
     /// ζ_i = (2i/dims + 0.4)/1.4,    i = 0 .. dims/2,    for the columns that turn; others do not decay
     /// ```
     ///
-    /// The paper multiplies queries by `ζ^n` and keys by `ζ^{−m}`, which leave the range of `f32` after some 36 000 tokens; here it is a decay of
-    /// each feature of the state. xPos has the frequencies of [`Rotary::with_base`].
+    /// The paper multiplies queries by `ζ^n` and keys by `ζ^{−m}`, which leave the range of `f32`
+    /// after some 36 000 tokens; here it is a decay of each feature of the state. xPos has the
+    /// frequencies of [`Rotary::with_base`].
     ///
     /// ```
     /// use dijiang::{Retention, Rotary, RotaryPairs};
@@ -116,8 +132,8 @@ impl<T: Scalar> Retention<T> {
         self.with(|options| options.xpos = true)
     }
 
-    /// Sets the factor of the products, `1/√head_dim` unless set. One that is not positive and finite is reported by the first call that would
-    /// use it.
+    /// Sets the factor of the products, `1/√head_dim` unless set. One that is not positive and
+    /// finite is reported by the first call that would use it.
     #[must_use]
     pub fn with_scale(self, scale: f64) -> Self {
         self.with(|options| options.scale = Some(scale))

@@ -13,8 +13,9 @@ use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis
 /// o_t = Σ_j e^{scale·q_t·k_j} v_j / Σ_j e^{scale·q_t·k_j},   scale = 1/√head_dim unless set.
 /// ```
 ///
-/// Scores are computed tile by tile with a running maximum: there is never an n × n array, and scores of any finite
-/// size give finite output. Time is O(n_q·n_k·(d + d_v)); the stream is a growing key/value cache.
+/// Scores are computed tile by tile with a running maximum: there is never an n × n array, and
+/// scores of any finite size give finite output. Time is O(n_q·n_k·(d + d_v)); the stream is a
+/// growing key/value cache.
 ///
 /// ```
 /// use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -26,6 +27,7 @@ use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis
 /// let v = array![[1.0], [2.0]];
 /// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
 /// assert_eq!(out, array![[1.0]]); // e^1000 does not overflow
+///     
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -49,8 +51,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
         Ok(Self { head_dim, scale: None, number: PhantomData })
     }
 
-    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite is reported by the
-    /// first call that would use it.
+    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite
+    /// is reported by the first call that would use it.
     #[must_use]
     pub fn with_scale(mut self, scale: f64) -> Self {
         self.scale = Some(scale);
@@ -88,12 +90,13 @@ fn answer<T: Scalar>(
     {
         use rayon::prelude::*;
         let blocks: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(0), QUERY_BLOCK).collect();
-        let answered = blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
-            let start = block * QUERY_BLOCK;
-            let q = rows(q, start..n.min(start + QUERY_BLOCK));
-            attend(q, k, v, scale, first.map(|first| first + start), tile);
-            tile.answer.write(start, Readout::Normalized, out)
-        });
+        let answered =
+            blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
+                let start = block * QUERY_BLOCK;
+                let q = rows(q, start..n.min(start + QUERY_BLOCK));
+                attend(q, k, v, scale, first.map(|first| first + start), tile);
+                tile.answer.write(start, Readout::Normalized, out)
+            });
         let results: Vec<_> = answered.collect();
         return results.into_iter().collect();
     }
@@ -140,7 +143,11 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         Ok(Box::new(self.stream_of(1, value_dim)?))
     }
 
-    fn group_stream(&self, group: usize, value_dim: usize) -> Result<Option<Box<dyn Stream<T>>>, Error> {
+    fn group_stream(
+        &self,
+        group: usize,
+        value_dim: usize,
+    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
         check::at_least_one("group", group)?;
         Ok(Some(Box::new(self.stream_of(group, value_dim)?)))
     }
@@ -154,7 +161,11 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         Ok(tokens.saturating_mul(self.head_dim + value_dim))
     }
 
-    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Option<Array2<f64>>, Error> {
+    fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Option<Array2<f64>>, Error> {
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
         check::queries(self.head_dim, q)?;
         check::size("k", "columns", self.head_dim, k.ncols())?;
@@ -206,7 +217,8 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let Self { cache, tile, .. } = self;
         let (keys, values, scale) = (cache.keys(), cache.values(), cache.scale());
         let mut heads = q.outer_iter().zip(out.outer_iter_mut());
-        let result = heads.try_for_each(|(q, out)| answer(q, keys, values, scale, Some(before), out, tile));
+        let result =
+            heads.try_for_each(|(q, out)| answer(q, keys, values, scale, Some(before), out, tile));
         if result.is_err() {
             self.cache.truncate(before);
         }
@@ -222,7 +234,12 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { cache: self.cache.clone(), group: self.group, tile: self.tile.like(), checkpoint: None })
+        Box::new(Self {
+            cache: self.cache.clone(),
+            group: self.group,
+            tile: self.tile.like(),
+            checkpoint: None,
+        })
     }
 
     fn reset(&mut self) {

@@ -1,23 +1,31 @@
-//! A gated kernel together with the log decays of a sequence, for what knows queries, keys and values only.
+//! A gated kernel together with the log decays of a sequence, for what knows queries, keys and
+//! values only.
 
 use super::{Attention, Mask, Scratch, Stream, StreamState};
 use crate::{Error, Scalar, check, views};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 use std::sync::Arc;
 
-/// A gated kernel and the log decays of one sequence: an [`Attention`] without gates, for tools that know `q`, `k` and `v` only, such as
-/// [`fidelity`](crate::fidelity).
+/// A gated kernel and the log decays of one sequence: an [`Attention`] without gates, for tools
+/// that know `q`, `k` and `v` only, such as [`fidelity`](crate::fidelity).
 ///
-/// Token `t` of any call, and of a stream from its first token on, has row `t` of the log decays. A model calls
-/// [`Attention::forward_gated`] instead.
+/// Token `t` of any call, and of a stream from its first token on, has row `t` of the log decays. A
+/// model calls [`Attention::forward_gated`] instead.
 ///
 /// ```
 /// use dijiang::{EluFeatures, LinearAttention, Mask, WithLogDecay, fidelity};
 /// use ndarray::Array2;
 ///
 /// let x = Array2::from_shape_fn((30, 8), |(i, j)| ((i * 8 + j) as f32).sin());
-/// let log_decay = Array2::from_shape_fn((30, 1), |(t, _)| if t == 20 { f32::NEG_INFINITY } else { -0.01 });
-/// let kernel = WithLogDecay::new(LinearAttention::new(EluFeatures::<f32>::new(8)?).gated(), log_decay);
+/// let log_decay =
+///     Array2::from_shape_fn(
+///         (30, 1),
+///         |(t, _)| if t == 20 { f32::NEG_INFINITY } else { -0.01 },
+///     );
+/// let kernel = WithLogDecay::new(
+///     LinearAttention::new(EluFeatures::<f32>::new(8)?).gated(),
+///     log_decay,
+/// );
 /// let report = fidelity::compare(&kernel, x.view(), x.view(), x.view(), Mask::Causal)?;
 /// assert!(report.output_error > 0.0);
 /// # Ok::<(), dijiang::Error>(())
@@ -29,8 +37,8 @@ pub struct WithLogDecay<A, T> {
 }
 
 impl<A, T: Scalar> WithLogDecay<A, T> {
-    /// `log_decay [n, 1 or num_features]` serves sequences of up to `n` tokens. Numbers that cannot be used are reported by the first call that
-    /// would use them.
+    /// `log_decay [n, 1 or num_features]` serves sequences of up to `n` tokens. Numbers that cannot
+    /// be used are reported by the first call that would use them.
     pub fn new(kernel: A, log_decay: Array2<T>) -> Self {
         Self { kernel, log_decay: Arc::new(log_decay) }
     }
@@ -46,7 +54,12 @@ impl<A, T: Scalar> WithLogDecay<A, T> {
 fn rows<T>(log_decay: &Array2<T>, first: usize, tokens: usize) -> Result<ArrayView2<'_, T>, Error> {
     let end = first.saturating_add(tokens);
     if end > log_decay.nrows() {
-        return Err(Error::Shape { which: "log_decay", axis: "rows", expected: end, found: log_decay.nrows() });
+        return Err(Error::Shape {
+            which: "log_decay",
+            axis: "rows",
+            expected: end,
+            found: log_decay.nrows(),
+        });
     }
     Ok(views::rows(log_decay.view(), first..end))
 }
@@ -79,7 +92,10 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for WithLogDecay<A, T> {
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(Gated { stream: self.kernel.stream(value_dim)?, log_decay: Arc::clone(&self.log_decay) }))
+        Ok(Box::new(Gated {
+            stream: self.kernel.stream(value_dim)?,
+            log_decay: Arc::clone(&self.log_decay),
+        }))
     }
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {

@@ -6,11 +6,13 @@ use crate::{DctFeatures, Error, Rotary, Scalar, check, decay};
 use safetensors::SafeTensors;
 
 impl<T: Scalar> DijiangBlock<T> {
-    /// The block of one layer of a released checkpoint, in F64, F32, F16 or BF16; needs feature `safetensors`.
+    /// The block of one layer of a released checkpoint, in F64, F32, F16 or BF16; needs feature
+    /// `safetensors`.
     ///
-    /// Read are the tensors `query_key_value`, `dense` and `group_norm` (`.weight` and `.bias`), `W_G` and `proj_matrix` under `prefix`, such as
-    /// `"gpt_neox.layers.0.attention"`. If the table of decays `D1` is there too, it must hold those of this block. The others, `D2`, `mask`,
-    /// `bias`, `masked_bias` and `rotary_emb.inv_freq`, are not needed.
+    /// Read are the tensors `query_key_value`, `dense` and `group_norm` (`.weight` and `.bias`),
+    /// `W_G` and `proj_matrix` under `prefix`, such as `"gpt_neox.layers.0.attention"`. If the
+    /// table of decays `D1` is there too, it must hold those of this block. The others, `D2`,
+    /// `mask`, `bias`, `masked_bias` and `rotary_emb.inv_freq`, are not needed.
     ///
     /// ```
     /// use dijiang::{DijiangBlock, Rotary};
@@ -20,7 +22,8 @@ impl<T: Scalar> DijiangBlock<T> {
     /// let zeros = vec![0; 24 * 8 * 4];
     /// let tensor = |name: &str, shape: &[usize]| {
     ///     let bytes = &zeros[..4 * shape.iter().product::<usize>()];
-    ///     TensorView::new(Dtype::F32, shape.to_vec(), bytes).map(|view| (format!("gpt_neox.layers.0.attention.{name}"), view))
+    ///     TensorView::new(Dtype::F32, shape.to_vec(), bytes)
+    ///         .map(|view| (format!("gpt_neox.layers.0.attention.{name}"), view))
     /// };
     /// let bytes = serialize(
     ///     [
@@ -38,35 +41,58 @@ impl<T: Scalar> DijiangBlock<T> {
     ///
     /// let file = SafeTensors::deserialize(&bytes)?;
     /// let rotary = Rotary::gpt_neox(4, 0.5)?; // head dimension, `rotary_pct`
-    /// let block = DijiangBlock::<f32>::from_safetensors(&file, "gpt_neox.layers.0.attention", 2, rotary)?;
+    /// let block = DijiangBlock::<f32>::from_safetensors(
+    ///     &file,
+    ///     "gpt_neox.layers.0.attention",
+    ///     2,
+    ///     rotary,
+    /// )?;
     /// assert_eq!(block.hidden(), 8);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     ///
     /// # Errors
     ///
-    /// - [`Error::Tensor`]: a tensor is missing, of another shape or of another type; `proj_matrix` is not of the form `C·diag(t)`; `D1` has
-    ///   other decays;
+    /// - [`Error::Tensor`]: a tensor is missing, of another shape or of another type; `proj_matrix`
+    ///   is not of the form `C·diag(t)`; `D1` has other decays;
     /// - those of [`new`](Self::new), where `W_G` is called `gate` and `proj_matrix` `projection`.
-    pub fn from_safetensors(file: &SafeTensors<'_>, prefix: &str, heads: usize, rotary: Rotary) -> Result<Self, Error> {
+    pub fn from_safetensors(
+        file: &SafeTensors<'_>,
+        prefix: &str,
+        heads: usize,
+        rotary: Rotary,
+    ) -> Result<Self, Error> {
         check::at_least_one("heads", heads)?;
         let checkpoint = Checkpoint::new(file, prefix);
         let first = checkpoint.get("query_key_value.weight", "[3·hidden, hidden]")?;
         let &[_, hidden] = first.shape() else {
-            return Err(first.error(format!("of shape {:?}", first.shape()), "one of shape [3·hidden, hidden]".into()));
+            return Err(first.error(
+                format!("of shape {:?}", first.shape()),
+                "one of shape [3·hidden, hidden]".into(),
+            ));
         };
         let head_dim = hidden / heads;
         let projection = checkpoint.matrix::<T>("proj_matrix", head_dim, head_dim)?;
-        let map = DctFeatures::official_from_projection(projection.view()).map_err(|error| match error {
-            Error::InvalidOption { found, needed, .. } => {
-                Error::Tensor { name: format!("{prefix}.proj_matrix"), found, needed: needed.to_owned() }
-            }
-            other => other,
-        })?;
+        let map =
+            DctFeatures::official_from_projection(projection.view()).map_err(
+                |error| match error {
+                    Error::InvalidOption { found, needed, .. } => Error::Tensor {
+                        name: format!("{prefix}.proj_matrix"),
+                        found,
+                        needed: needed.to_owned(),
+                    },
+                    other => other,
+                },
+            )?;
         check_decays(&checkpoint, heads)?;
         let weights = DijiangWeights {
-            query_key_value: checkpoint.matrix("query_key_value.weight", hidden.saturating_mul(3), hidden)?,
-            query_key_value_bias: checkpoint.vector("query_key_value.bias", hidden.saturating_mul(3))?,
+            query_key_value: checkpoint.matrix(
+                "query_key_value.weight",
+                hidden.saturating_mul(3),
+                hidden,
+            )?,
+            query_key_value_bias: checkpoint
+                .vector("query_key_value.bias", hidden.saturating_mul(3))?,
             dense: checkpoint.matrix("dense.weight", hidden, hidden)?,
             dense_bias: checkpoint.vector("dense.bias", hidden)?,
             gate: checkpoint.matrix("W_G", hidden, hidden)?,
@@ -89,11 +115,15 @@ fn check_decays(checkpoint: &Checkpoint<'_>, heads: usize) -> Result<(), Error> 
     if positions < 2 {
         return Ok(());
     }
-    for (head, (powers, decay)) in powers.chunks_exact(positions).zip(decay::dijiang(heads)).enumerate() {
+    for (head, (powers, decay)) in
+        powers.chunks_exact(positions).zip(decay::dijiang(heads)).enumerate()
+    {
         let same = (powers[1] - decay).abs() <= table.rounding(); // NaN is not
         if !same {
             let found = format!("a table with a decay of {} in head {head}", powers[1]);
-            return Err(table.error(found, format!("one with {decay:.6}, that of the released code,")));
+            return Err(
+                table.error(found, format!("one with {decay:.6}, that of the released code,"))
+            );
         }
     }
     Ok(())

@@ -1,18 +1,20 @@
-//! The little linear algebra of a calibration, in f64: symmetric eigenvalues (cyclic Jacobi), Cholesky.
+//! The little linear algebra of a calibration, in f64: symmetric eigenvalues (cyclic Jacobi),
+//! Cholesky.
 
 use ndarray::{Array1, Array2, ArrayView2, Axis};
 
 /// Sweeps over all pairs at most; convergence is quadratic, and ten are plenty.
 const SWEEPS: usize = 60;
 
-/// Eigenvalues of a symmetric matrix in descending order, and the unit eigenvectors as *rows*, each with its largest
-/// element positive: `A = Uᵀ diag(e) U`.
+/// Eigenvalues of a symmetric matrix in descending order, and the unit eigenvectors as *rows*, each
+/// with its largest element positive: `A = Uᵀ diag(e) U`.
 ///
-/// Cyclic Jacobi: rotations `A ← JᵀAJ` that set one pair of elements after the other to zero, until none is above
-/// rounding (Golub and Van Loan, algorithm 8.5.3).
+/// Cyclic Jacobi: rotations `A ← JᵀAJ` that set one pair of elements after the other to zero, until
+/// none is above rounding (Golub and Van Loan, algorithm 8.5.3).
 pub(super) fn symmetric_eigen(matrix: ArrayView2<'_, f64>) -> (Array1<f64>, Array2<f64>) {
     let d = matrix.nrows();
-    let negligible = matrix.diag().fold(f64::MIN_POSITIVE, |m, x| m.max(1e-3 * f64::EPSILON * x.abs()));
+    let negligible =
+        matrix.diag().fold(f64::MIN_POSITIVE, |m, x| m.max(1e-3 * f64::EPSILON * x.abs()));
     // rows, to rotate them as slices
     let mut a: Vec<Vec<f64>> = matrix.outer_iter().map(|row| row.to_vec()).collect();
     let mut u: Vec<Vec<f64>> = Array2::<f64>::eye(d).outer_iter().map(|row| row.to_vec()).collect();
@@ -32,7 +34,8 @@ pub(super) fn symmetric_eigen(matrix: ArrayView2<'_, f64>) -> (Array1<f64>, Arra
                 let sine = tangent * cosine;
                 rotate(&mut a, p, q, cosine, sine);
                 for row in &mut a {
-                    (row[p], row[q]) = (cosine * row[p] - sine * row[q], sine * row[p] + cosine * row[q]);
+                    (row[p], row[q]) =
+                        (cosine * row[p] - sine * row[q], sine * row[p] + cosine * row[q]);
                 }
                 (a[p][q], a[q][p]) = (0.0, 0.0);
                 rotate(&mut u, p, q, cosine, sine);
@@ -61,7 +64,8 @@ fn rotate(rows: &mut [Vec<f64>], p: usize, q: usize, cosine: f64, sine: f64) {
     }
 }
 
-/// The lower triangular `L` with `LLᵀ = A`, or `None` if `A` is not positive definite within rounding.
+/// The lower triangular `L` with `LLᵀ = A`, or `None` if `A` is not positive definite within
+/// rounding.
 pub(super) fn cholesky(matrix: ArrayView2<'_, f64>) -> Option<Array2<f64>> {
     let d = matrix.nrows();
     let mut lower = Array2::<f64>::zeros((d, d));
@@ -113,7 +117,9 @@ mod tests {
         // a fixed stream that looks random
         let mut state = 1_u64;
         Array2::from_shape_simple_fn((n, d), || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 11) as f64 / 2_f64.powi(53) - 0.5
         })
     }
@@ -129,7 +135,11 @@ mod tests {
             let a = x.t().dot(&x);
             let (values, u) = symmetric_eigen(a.view());
             close(&u.dot(&u.t()), &Array2::eye(d), 1e-13);
-            close(&u.t().dot(&(&u * &values.view().insert_axis(Axis(1)))), &a, 1e-13 * a.diag().sum());
+            close(
+                &u.t().dot(&(&u * &values.view().insert_axis(Axis(1)))),
+                &a,
+                1e-13 * a.diag().sum(),
+            );
             assert!(values.windows(2).into_iter().all(|w| w[0] >= w[1]));
         }
         let (values, u) = symmetric_eigen(Array2::zeros((3, 3)).view());

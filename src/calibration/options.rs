@@ -1,11 +1,13 @@
-//! What a calibration takes for granted of the kernel it is for: window, sinks, scale, mask, and where the samples stood.
+//! What a calibration takes for granted of the kernel it is for: window, sinks, scale, mask, and
+//! where the samples stood.
 
 use crate::{Error, Mask, check};
 
-/// Options of [`Calibration`](crate::Calibration): those of the kernel it is for, and the positions of the samples.
+/// Options of [`Calibration`](crate::Calibration): those of the kernel it is for, and the positions
+/// of the samples.
 ///
-/// Window and sinks say which pairs of query and key are *far*, the ones a map has to model. All distances are between
-/// positions, in tokens.
+/// Window and sinks say which pairs of query and key are *far*, the ones a map has to model. All
+/// distances are between positions, in tokens.
 ///
 /// ```
 /// use dijiang::{CalibrationOptions, Mask};
@@ -37,18 +39,27 @@ pub(super) enum Positions {
 
 impl Default for CalibrationOptions {
     fn default() -> Self {
-        Self { window: 64, sinks: 4, scale: None, positions: Positions::Stride(1), shrinkage: 0.02, mask: Mask::Causal }
+        Self {
+            window: 64,
+            sinks: 4,
+            scale: None,
+            positions: Positions::Stride(1),
+            shrinkage: 0.02,
+            mask: Mask::Causal,
+        }
     }
 }
 
 impl CalibrationOptions {
-    /// A window of 64 tokens, 4 sinks, scale 1/√d, samples of consecutive tokens, shrinkage 0.02, causal.
+    /// A window of 64 tokens, 4 sinks, scale 1/√d, samples of consecutive tokens, shrinkage 0.02,
+    /// causal.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets the tokens that are exact: a key is far from a query if it is at least this many positions back. 0 makes every visible key far.
+    /// Sets the tokens that are exact: a key is far from a query if it is at least this many
+    /// positions back. 0 makes every visible key far.
     #[must_use]
     pub fn with_window(mut self, window: usize) -> Self {
         self.window = window;
@@ -83,14 +94,16 @@ impl CalibrationOptions {
         self
     }
 
-    /// Sets what is added to the covariances, in units of their mean variance: `Σ + shrinkage·tr(Σ)/d·I`.
+    /// Sets what is added to the covariances, in units of their mean variance:
+    /// `Σ + shrinkage·tr(Σ)/d·I`.
     #[must_use]
     pub fn with_shrinkage(mut self, shrinkage: f64) -> Self {
         self.shrinkage = shrinkage;
         self
     }
 
-    /// Sets which keys a query sees. With [`Mask::Full`] every pair is far, and window, sinks and positions mean nothing.
+    /// Sets which keys a query sees. With [`Mask::Full`] every pair is far, and window, sinks and
+    /// positions mean nothing.
     #[must_use]
     pub fn with_mask(mut self, mask: Mask) -> Self {
         self.mask = mask;
@@ -117,7 +130,9 @@ impl CalibrationOptions {
                 }),
             Positions::Given(positions) => {
                 check::size("positions", "elements", n, positions.len())?;
-                if let Some((before, after)) = positions.iter().zip(positions.iter().skip(1)).find(|(a, b)| a >= b) {
+                if let Some((before, after)) =
+                    positions.iter().zip(positions.iter().skip(1)).find(|(a, b)| a >= b)
+                {
                     return Err(Error::InvalidOption {
                         which: "positions",
                         found: format!("{before} before {after}"),

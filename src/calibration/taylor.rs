@@ -1,23 +1,26 @@
-//! The three coefficients of the calibrated Taylor kernel: ridge least squares under the condition that makes it positive.
+//! The three coefficients of the calibrated Taylor kernel: ridge least squares under the condition
+//! that makes it positive.
 
 use super::linalg;
 use crate::Error;
 use ndarray::{Array1, Array2, array};
 
-/// How the coefficients of [`CalibratedTaylor`](crate::CalibratedTaylor) are fitted. The kernel is positive for every pair if
-/// and only if `c₀ + c₁s + c₂s²/2` has no real root: `c₁² < 2c₀c₂`.
+/// How the coefficients of [`CalibratedTaylor`](crate::CalibratedTaylor) are fitted. The kernel is
+/// positive for every pair if and only if `c₀ + c₁s + c₂s²/2` has no real root: `c₁² < 2c₀c₂`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum TaylorFit {
-    /// The best fit among the kernels that are positive by a margin: `c₀ ≥ 0.001`, `c₁, c₂ ≥ 0`, `c₁² ≤ 2·0.98²·c₀c₂`. A convex
-    /// problem, solved to its global optimum.
+    /// The best fit among the kernels that are positive by a margin: `c₀ ≥ 0.001`, `c₁, c₂ ≥ 0`,
+    /// `c₁² ≤ 2·0.98²·c₀c₂`. A convex problem, solved to its global optimum.
     #[default]
     Constrained,
-    /// The best fit, with each coefficient then raised to 0.001 and `c₁` lowered to `0.98·√(2c₀c₂)`. Where that
-    /// changes anything it is not the best fit of what is allowed: kept to compare with.
+    /// The best fit, with each coefficient then raised to 0.001 and `c₁` lowered to
+    /// `0.98·√(2c₀c₂)`. Where that changes anything it is not the best fit of what is allowed: kept
+    /// to compare with.
     Clamped,
-    /// The best fit as it is. Its kernel may be negative, and [`CalibratedTaylor`](crate::CalibratedTaylor) refuses it then.
+    /// The best fit as it is. Its kernel may be negative, and
+    /// [`CalibratedTaylor`](crate::CalibratedTaylor) refuses it then.
     Unconstrained,
 }
 
@@ -31,12 +34,17 @@ const LEAST: f64 = 1e-3;
 const MARGIN: f64 = 0.98;
 
 /// Minimises `cᵀHc − 2bᵀc + Σ_i D_i(c_i − 1)²`, `D = 0.02·diag(H)`, in the way asked for.
-pub(super) fn coefficients(h: &Array2<f64>, b: &Array1<f64>, fit: TaylorFit) -> Result<[f64; 3], Error> {
+pub(super) fn coefficients(
+    h: &Array2<f64>,
+    b: &Array1<f64>,
+    fit: TaylorFit,
+) -> Result<[f64; 3], Error> {
     let too_large = || Error::Overflow { which: "the fit of the Taylor coefficients", row: 0 };
     if !h.iter().chain(b).all(|x| x.is_finite()) {
         return Err(too_large());
     }
-    // In units of its column's norm each coefficient has curvature 1 + ridge. A column that is zero says nothing: only the pull is left.
+    // In units of its column's norm each coefficient has curvature 1 + ridge. A column that is zero
+    // says nothing: only the pull is left.
     let unit = h.diag().mapv(|x| if x < f64::MIN_POSITIVE { 0.0 } else { x.sqrt() });
     let inverse = unit.mapv(|x| if x > 0.0 { x.recip() } else { 1.0 });
     let unit = inverse.mapv(f64::recip);
@@ -67,14 +75,15 @@ pub(super) fn coefficients(h: &Array2<f64>, b: &Array1<f64>, fit: TaylorFit) -> 
     if result.iter().all(|c| c.is_finite()) { Ok(result) } else { Err(too_large()) }
 }
 
-/// The minimum of `(u − u*)ᵀA(u − u*)`, u = unit·c, over the feasible c, by Newton's method with a logarithmic barrier (Boyd and
-/// Vandenberghe, Convex Optimization, 11.3):
+/// The minimum of `(u − u*)ᵀA(u − u*)`, u = unit·c, over the feasible c, by Newton's method with a
+/// logarithmic barrier (Boyd and Vandenberghe, Convex Optimization, 11.3):
 ///
 /// ```text
 /// t/2·(u − u*)ᵀA(u − u*) − ln(κu₀u₂ − u₁²) − ln(u₀ − least) − ln u₁,    t → ∞
 /// ```
 ///
-/// The first logarithm is the barrier of the cone, convex where u₀, u₂ > 0. A barrier of degree 4 leaves a gap of 4/t.
+/// The first logarithm is the barrier of the cone, convex where u₀, u₂ > 0. A barrier of degree 4
+/// leaves a gap of 4/t.
 fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64; 3] {
     // sizes of about one
     let size = best.iter().fold(LEAST * unit[0], |m, x| m.max(x.abs()));
@@ -116,7 +125,11 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
             // unit diagonal, so that three numbers of any size can be solved for
             let scale = hessian.diag().mapv(|x| x.sqrt().recip());
             let scaled = &hessian * &scale * scale.view().insert_axis(ndarray::Axis(1));
-            let Some(step) = linalg::solve(scaled.view(), &(&gradient * &scale)).map(|x| x * &scale) else { break };
+            let Some(step) =
+                linalg::solve(scaled.view(), &(&gradient * &scale)).map(|x| x * &scale)
+            else {
+                break;
+            };
             let decrement = gradient.dot(&step);
             let before = value(t, &u);
             // the longest of the steps 1, ½, ¼, .. that is as good as it promises
@@ -140,7 +153,8 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
 mod tests {
     use super::*;
 
-    /// The problem with columns 1, s, s²/2 at random s, and any target: H is of the kind that occurs.
+    /// The problem with columns 1, s, s²/2 at random s, and any target: H is of the kind that
+    /// occurs.
     fn problem(seed: usize) -> (Array2<f64>, Array1<f64>) {
         let wave = |i: usize, f: f64| ((i * 7919 + seed * 104_729) as f64 * f).sin();
         let spread = [0.3, 1.0, 3.0][seed % 3];
@@ -175,7 +189,10 @@ mod tests {
             let clamped = coefficients(&h, &b, TaylorFit::Clamped).unwrap();
             let limit = 2.0 * MARGIN * MARGIN;
             let feasible = |c: &[f64; 3]| {
-                c[0] >= LEAST && c[1] >= 0.0 && c[2] >= 0.0 && c[1] * c[1] <= limit * c[0] * c[2] * (1.0 + 1e-12)
+                c[0] >= LEAST
+                    && c[1] >= 0.0
+                    && c[2] >= 0.0
+                    && c[1] * c[1] <= limit * c[0] * c[2] * (1.0 + 1e-12)
             };
             assert!(feasible(&c), "{seed}: {c:?}");
             if feasible(&free) {
@@ -185,7 +202,8 @@ mod tests {
             let found = objective(&h, &b, &c);
             let scale = found.abs().max(objective(&h, &b, &[0.0; 3])).max(b[0].abs() + h[[0, 0]]);
             assert!(objective(&h, &b, &free) <= found + 1e-11 * scale);
-            // brute force: a grid of ratios around the optimum and far from it, including the boundary
+            // brute force: a grid of ratios around the optimum and far from it, including the
+            // boundary
             let mut best = objective(&h, &b, &clamped);
             for i in -20..=20 {
                 for j in -20..=20 {
@@ -205,8 +223,11 @@ mod tests {
             (0..3).for_each(|i| gradient[i] += RIDGE * h[[i, i]] * (c[i] - 1.0));
             let size = h.diag().mapv(f64::sqrt);
             let norm = (b.mapv(f64::abs) / &size).sum() + size.sum();
-            for (i, j, l) in (0..7).flat_map(|i| (0..8).flat_map(move |j| (0..3).map(move |l| (i, j, l)))) {
-                let (c0, c2) = (LEAST * 10_f64.powi(i), if j == 0 { 0.0 } else { LEAST * 10_f64.powi(j - 1) });
+            for (i, j, l) in
+                (0..7).flat_map(|i| (0..8).flat_map(move |j| (0..3).map(move |l| (i, j, l))))
+            {
+                let (c0, c2) =
+                    (LEAST * 10_f64.powi(i), if j == 0 { 0.0 } else { LEAST * 10_f64.powi(j - 1) });
                 let other = [c0, (limit * c0 * c2).sqrt() * f64::from(l) / 2.0, c2];
                 let step: Array1<f64> = (0..3).map(|i| other[i] - c[i]).collect();
                 let length = norm + (&step * &size).mapv(f64::abs).sum();

@@ -47,8 +47,8 @@ impl WeightFit {
         self
     }
 
-    /// Sets the pull towards the map's present weights, in units of the mean squared target per feature. At ∞ nothing
-    /// changes.
+    /// Sets the pull towards the map's present weights, in units of the mean squared target per
+    /// feature. At ∞ nothing changes.
     #[must_use]
     pub fn with_ridge(mut self, ridge: f64) -> Self {
         self.ridge = ridge;
@@ -59,17 +59,17 @@ impl WeightFit {
 /// Sweeps of coordinate descent at most.
 const SWEEPS: usize = 5000;
 
-/// Fits the weights of a positive feature map to sampled queries `q [n_q, d]` and keys `k [n_k, d]` (raw, a few hundred
-/// rows), by non-negative least squares in attention space:
+/// Fits the weights of a positive feature map to sampled queries `q [n_q, d]` and keys `k [n_k, d]`
+/// (raw, a few hundred rows), by non-negative least squares in attention space:
 ///
 /// ```text
 /// minimise  Σ_{t,j} ( Σ_i w_i φ_i(q̂_t) φ_i(k̂_j) e^{−lse_t} − A_tj )²  +  λ Σ_i (w_i − 1)²   over w ≥ 0,
 /// lse_t = ln Σ_j e^{q̂_t·k̂_j},   A_tj = e^{q̂_t·k̂_j − lse_t},   λ = ridge·Σ A²/m
 /// ```
 ///
-/// and returns `D = √w [num_features]`, factors of the map's features on both sides: pass them to `with_weights` of a map
-/// whose weights are one. The descent begins at `w = 1`, so the fit is never worse on the samples than the map
-/// as it is, in this unnormalised objective.
+/// and returns `D = √w [num_features]`, factors of the map's features on both sides: pass them to
+/// `with_weights` of a map whose weights are one. The descent begins at `w = 1`, so the fit is
+/// never worse on the samples than the map as it is, in this unnormalised objective.
 ///
 /// ```
 /// use dijiang::{WeightFit, Wpff, fit_weights};
@@ -87,9 +87,10 @@ const SWEEPS: usize = 5000;
 ///
 /// # Errors
 ///
-/// [`Error::Shape`], [`Error::ZeroSize`] or [`Error::NotFinite`] for bad samples, [`Error::InvalidOption`] for a scale or
-/// ridge that is not a non-negative number, [`Error::Overflow`] if features leave the range of `f64` in attention space,
-/// and the errors of the map.
+/// [`Error::Shape`], [`Error::ZeroSize`] or [`Error::NotFinite`] for bad samples,
+/// [`Error::InvalidOption`] for a scale or ridge that is not a non-negative number,
+/// [`Error::Overflow`] if features leave the range of `f64` in attention space, and the errors of
+/// the map.
 pub fn fit_weights<T: Scalar>(
     map: &(impl FeatureMap<T> + ?Sized),
     q: ArrayView2<'_, T>,
@@ -112,8 +113,10 @@ pub fn fit_weights<T: Scalar>(
 
     let root = T::from_f64(scale.sqrt());
     let (scaled_q, scaled_k) = (q.mapv(|x| x * root), k.mapv(|x| x * root));
-    let (log_q, log_k) =
-        (log_features(map, scaled_q.view(), Side::Query)?, log_features(map, scaled_k.view(), Side::Key)?);
+    let (log_q, log_k) = (
+        log_features(map, scaled_q.view(), Side::Query)?,
+        log_features(map, scaled_k.view(), Side::Key)?,
+    );
     let scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t()) * scale;
     let mut fit = Fit::new(m);
     for t in 0..q.nrows() {
@@ -132,7 +135,11 @@ pub(super) fn check_ridge(ridge: f64) -> Result<(), Error> {
     if ridge >= 0.0 {
         return Ok(());
     }
-    Err(Error::InvalidOption { which: "ridge", found: ridge.to_string(), needed: "a number that is not negative" })
+    Err(Error::InvalidOption {
+        which: "ridge",
+        found: ridge.to_string(),
+        needed: "a number that is not negative",
+    })
 }
 
 /// `ln Σ e^x`.
@@ -150,10 +157,15 @@ pub(super) struct Fit {
 
 impl Fit {
     pub(super) fn new(num_features: usize) -> Self {
-        Self { gram: Array2::zeros((num_features, num_features)), target: Array1::zeros(num_features), size: 0.0 }
+        Self {
+            gram: Array2::zeros((num_features, num_features)),
+            target: Array1::zeros(num_features),
+            size: 0.0,
+        }
     }
 
-    /// Adds the pairs of one query, log features `[m]`, with some keys, log features `[keys, m]`, and their scores.
+    /// Adds the pairs of one query, log features `[m]`, with some keys, log features `[keys, m]`,
+    /// and their scores.
     pub(super) fn add(
         &mut self,
         log_q: ArrayView1<'_, f64>,
@@ -202,9 +214,13 @@ pub(super) fn log_features<T: Scalar>(
     Ok(values.mapv(|x| x.as_f64().ln()) + log_scale.mapv(T::as_f64).insert_axis(Axis(1)))
 }
 
-/// `argmin ½ wᵀGw − tᵀw` over `w ≥ 0` by cyclic coordinate descent from `start`. Each step lowers the objective; it stops
-/// when no coordinate moves it by more than rounding.
-fn nonnegative_least_squares(gram: &Array2<f64>, target: &Array1<f64>, start: Array1<f64>) -> Array1<f64> {
+/// `argmin ½ wᵀGw − tᵀw` over `w ≥ 0` by cyclic coordinate descent from `start`. Each step lowers
+/// the objective; it stops when no coordinate moves it by more than rounding.
+fn nonnegative_least_squares(
+    gram: &Array2<f64>,
+    target: &Array1<f64>,
+    start: Array1<f64>,
+) -> Array1<f64> {
     let mut w = start;
     let mut gradient = gram.dot(&w) - target;
     for _ in 0..SWEEPS {

@@ -14,31 +14,35 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum Radii {
-    /// Stratified quantiles of the chi distribution, `chi_d^{-1}((i − ½)/m)` in random order: `E ωωᵀ = I`, the softmax
-    /// kernel. Strata miss the tails a little: at d = 8, m = 16, |x|² = 1 the mean is 3 % low.
+    /// Stratified quantiles of the chi distribution, `chi_d^{-1}((i − ½)/m)` in random order:
+    /// `E ωωᵀ = I`, the softmax kernel. Strata miss the tails a little: at d = 8, m = 16, |x|² = 1
+    /// the mean is 3 % low.
     Chi,
-    /// `±√d` on each direction, with an even number of features. At m = 2d the features integrate every polynomial of
-    /// degree three exactly (a cubature); it is the best positive map without data that we measured at small norms. It is
-    /// biased: with `z = x + y` the mean is low by about `exp(−|z|⁴/4(d + 2))`, an error that more features do not mend.
+    /// `±√d` on each direction, with an even number of features. At m = 2d the features integrate
+    /// every polynomial of degree three exactly (a cubature); it is the best positive map without
+    /// data that we measured at small norms. It is biased: with `z = x + y` the mean is low by
+    /// about `exp(−|z|⁴/4(d + 2))`, an error that more features do not mend.
     Antithetic,
-    /// Stratified quantiles of the standard normal distribution, the radii of the released DiJiang code. Then
-    /// `E ωωᵀ = I/d`, so with the factors `e^{−|x|²/2}` the features aim at
-    /// `exp(x·y/d − ½(1 − 1/d)(|x|² + |y|²))`, to leading order, and the error against `exp(x·y)` does not fall with m.
+    /// Stratified quantiles of the standard normal distribution, the radii of the released DiJiang
+    /// code. Then `E ωωᵀ = I/d`, so with the factors `e^{−|x|²/2}` the features aim at
+    /// `exp(x·y/d − ½(1 − 1/d)(|x|² + |y|²))`, to leading order, and the error against `exp(x·y)`
+    /// does not fall with m.
     Normal,
 }
 
-/// Positive features on DCT directions, DiJiang's WDCF (Chen et al., arXiv 2403.19928, section 3.3) for the softmax
-/// kernel:
+/// Positive features on DCT directions, DiJiang's WDCF (Chen et al., arXiv 2403.19928, section 3.3)
+/// for the softmax kernel:
 ///
 /// ```text
 /// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m,    ω_i = r_i·(row of C S_b)·(C S_0)
 /// ```
 ///
-/// `C` is the orthonormal DCT-II matrix, the `S` are diagonals of random signs: `S_0` once, a fresh `S_b` for each block
-/// of `head_dim` features (without fresh signs, blocks beyond the first repeat the same directions). The first transform
-/// `y = C S_0 x` keeps lengths and spreads single large coordinates, which real keys have, over all frequencies. A
-/// vector costs `1 + ⌈m/d⌉` fast transforms, for any `head_dim` and `num_features`; up to `head_dim` 64 a product with the
-/// whole matrix is faster and taken instead.
+/// `C` is the orthonormal DCT-II matrix, the `S` are diagonals of random signs: `S_0` once, a fresh
+/// `S_b` for each block of `head_dim` features (without fresh signs, blocks beyond the first repeat
+/// the same directions). The first transform `y = C S_0 x` keeps lengths and spreads single large
+/// coordinates, which real keys have, over all frequencies. A vector costs `1 + ⌈m/d⌉` fast
+/// transforms, for any `head_dim` and `num_features`; up to `head_dim` 64 a product with the whole
+/// matrix is faster and taken instead.
 ///
 /// [`official`](Self::official) is the map of the released code, another function.
 ///
@@ -53,6 +57,7 @@ pub enum Radii {
 /// let estimate = values.row(0).dot(&values.row(1)) * (log_scale[0] + log_scale[1]).exp();
 /// let exact = x.row(0).dot(&x.row(1)).exp();
 /// assert!((estimate / exact - 1.0).abs() < 0.01); // four features
+///     
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -60,7 +65,10 @@ pub enum Radii {
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct DctFeatures<T> {
     head_dim: usize,
@@ -70,19 +78,21 @@ pub struct DctFeatures<T> {
     kind: Kind<T>,
 }
 
-/// How the logits of a chunk are computed; which way is fastest was measured, see `docs/performance.md`.
+/// How the logits of a chunk are computed; which way is fastest was measured, see
+/// `docs/performance.md`.
 #[derive(Clone, Debug)]
 enum Way<T> {
     /// A product with the whole projection: small head dimensions.
     Dense(Dense<T>),
-    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i` times norms; the product for a single
-    /// token, if it is small.
+    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i`
+    /// times norms; the product for a single token, if it is small.
     Lanes { lanes: LanesDct<T>, outer: Vec<T>, exponents: Exponents<T>, one: Option<Dense<T>> },
     /// A fast transform of one token after the other.
     Rows(Exponents<T>),
 }
 
-/// Whether transforms over lanes beat a product with the whole projection (measured, see `docs/performance.md`).
+/// Whether transforms over lanes beat a product with the whole projection (measured, see
+/// `docs/performance.md`).
 fn lanes_pay(head_dim: usize, num_features: usize) -> bool {
     head_dim >= 64 && num_features >= 64
 }
@@ -132,7 +142,12 @@ impl<T: Scalar> DctFeatures<T> {
         Self::seeded(head_dim, num_features, seed, Radii::Chi)
     }
 
-    fn seeded(head_dim: usize, num_features: usize, seed: u64, radii: Radii) -> Result<Self, Error> {
+    fn seeded(
+        head_dim: usize,
+        num_features: usize,
+        seed: u64,
+        radii: Radii,
+    ) -> Result<Self, Error> {
         check::features(head_dim, num_features)?;
         let directions = if radii == Radii::Antithetic {
             check::even(num_features)?;
@@ -142,7 +157,8 @@ impl<T: Scalar> DctFeatures<T> {
         };
         let mut generator = Generator::new(seed);
         let mixing = (0..head_dim).map(|_| generator.sign()).collect();
-        let signs = (0..directions.div_ceil(head_dim) * head_dim).map(|_| generator.sign()).collect();
+        let signs =
+            (0..directions.div_ceil(head_dim) * head_dim).map(|_| generator.sign()).collect();
         #[allow(clippy::cast_precision_loss)]
         let radii = match radii {
             Radii::Chi => projection::stratified_chi(head_dim, num_features, &mut generator)?,
@@ -164,7 +180,9 @@ impl<T: Scalar> DctFeatures<T> {
         signs: Vec<f64>,
         radii: Array1<T>,
     ) -> Self {
-        let inner = (0..signs.len()).map(|i| T::from_f64(signs[i] * norm(i % head_dim, head_dim))).collect();
+        let inner = (0..signs.len())
+            .map(|i| T::from_f64(signs[i] * norm(i % head_dim, head_dim)))
+            .collect();
         let outer = radii
             .iter()
             .enumerate()
@@ -172,7 +190,15 @@ impl<T: Scalar> DctFeatures<T> {
             .collect();
         let weights = Weights::ones(radii.len());
         let cast = |x: Vec<f64>| x.into_iter().map(T::from_f64).collect();
-        let kind = Kind::Softmax { seed, directions, mixing: cast(mixing), signs: cast(signs), inner, outer, weights };
+        let kind = Kind::Softmax {
+            seed,
+            directions,
+            mixing: cast(mixing),
+            signs: cast(signs),
+            inner,
+            outer,
+            weights,
+        };
         Self::plan(head_dim, radii, kind)
     }
 
@@ -204,7 +230,9 @@ impl<T: Scalar> DctFeatures<T> {
                 let one = small.then(|| Dense::new(self.projection().view(), &weights));
                 Way::Lanes { lanes, outer, exponents, one }
             }
-            _ if self.head_dim <= DENSE_UP_TO => Way::Dense(Dense::new(self.projection().view(), &weights)),
+            _ if self.head_dim <= DENSE_UP_TO => {
+                Way::Dense(Dense::new(self.projection().view(), &weights))
+            }
             _ => Way::Rows(exponents),
         };
     }
@@ -215,9 +243,9 @@ impl<T: Scalar> DctFeatures<T> {
     /// φ(x) = softmax(x C diag(t)),    φ(x)_i = exp(t_i (Cᵀx)_i) / Σ_l exp(t_l (Cᵀx)_l)
     /// ```
     ///
-    /// with one radius `t_i` for each of the `head_dim` features. The released code takes normal quantiles of uniform
-    /// numbers and *raw* queries and keys: use it with [`with_scale(1.0)`](crate::LinearAttention::with_scale). It does
-    /// not estimate `exp(x·y)`.
+    /// with one radius `t_i` for each of the `head_dim` features. The released code takes normal
+    /// quantiles of uniform numbers and *raw* queries and keys: use it with
+    /// [`with_scale(1.0)`](crate::LinearAttention::with_scale). It does not estimate `exp(x·y)`.
     ///
     /// # Errors
     ///
@@ -232,16 +260,18 @@ impl<T: Scalar> DctFeatures<T> {
         Ok(Self::plan(head_dim, radii, Kind::Official { norms }))
     }
 
-    /// The [official](Self::official) map of the matrix `P = C·diag(t)`, `[d, d]`, that each layer of a released checkpoint stores as
-    /// `proj_matrix`; the radii are `t_i = (CᵀP)_ii`.
+    /// The [official](Self::official) map of the matrix `P = C·diag(t)`, `[d, d]`, that each layer
+    /// of a released checkpoint stores as `proj_matrix`; the radii are `t_i = (CᵀP)_ii`.
     ///
-    /// Numbers stored in half precision are allowed for: those of a column may differ from `C·diag(t)` by 1 % of its largest.
+    /// Numbers stored in half precision are allowed for: those of a column may differ from
+    /// `C·diag(t)` by 1 % of its largest.
     ///
     /// ```
     /// use dijiang::DctFeatures;
     /// use ndarray::array;
     ///
-    /// let stored = DctFeatures::<f32>::official(array![0.5, -1.5, 0.0])?.projection().reversed_axes();
+    /// let stored =
+    ///     DctFeatures::<f32>::official(array![0.5, -1.5, 0.0])?.projection().reversed_axes();
     /// let map = DctFeatures::official_from_projection(stored.view())?;
     /// assert!((map.radii() - &array![0.5, -1.5, 0.0]).iter().all(|e| e.abs() < 1e-6));
     /// # Ok::<(), dijiang::Error>(())
@@ -249,15 +279,18 @@ impl<T: Scalar> DctFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the matrix is not square, [`Error::ZeroSize`] if it is empty, [`Error::NotFinite`] if a number is NaN or infinite,
-    /// [`Error::InvalidOption`] if it is not of the form `C·diag(t)`: it was trained away from it, or it is transposed.
+    /// [`Error::Shape`] if the matrix is not square, [`Error::ZeroSize`] if it is empty,
+    /// [`Error::NotFinite`] if a number is NaN or infinite, [`Error::InvalidOption`] if it is not
+    /// of the form `C·diag(t)`: it was trained away from it, or it is transposed.
     pub fn official_from_projection(projection: ArrayView2<'_, T>) -> Result<Self, Error> {
         check::projection(projection)?;
         let head_dim = projection.nrows();
         check::size("projection", "columns", head_dim, projection.ncols())?;
         let directions = Self::official(Array1::ones(head_dim))?.projection();
         let mut radii = Array1::zeros(head_dim);
-        for (i, (column, direction)) in projection.columns().into_iter().zip(directions.rows()).enumerate() {
+        for (i, (column, direction)) in
+            projection.columns().into_iter().zip(directions.rows()).enumerate()
+        {
             let pairs = || column.iter().zip(direction).map(|(p, c)| (p.as_f64(), c.as_f64()));
             let radius: f64 = pairs().map(|(p, c)| p * c).sum();
             let largest = pairs().fold(0.0, |m: f64, (_, c)| m.max((radius * c).abs()));
@@ -278,11 +311,13 @@ impl<T: Scalar> DctFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if the radii are antithetic and the number of features is odd, [`Error::Unsupported`] for
-    /// the official map, whose radii are given.
+    /// [`Error::InvalidOption`] if the radii are antithetic and the number of features is odd,
+    /// [`Error::Unsupported`] for the official map, whose radii are given.
     pub fn with_radii(self, radii: Radii) -> Result<Self, Error> {
         match self.kind {
-            Kind::Softmax { seed, .. } => Self::seeded(self.head_dim, self.radii.len(), seed, radii),
+            Kind::Softmax { seed, .. } => {
+                Self::seeded(self.head_dim, self.radii.len(), seed, radii)
+            }
             Kind::Official { .. } => Err(Error::Unsupported {
                 what: "choosing radii of the official map",
                 why: "pass them to `DctFeatures::official`",
@@ -294,8 +329,9 @@ impl<T: Scalar> DctFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is negative or not finite, or all
-    /// are zero, [`Error::Unsupported`] for the official map, which has none.
+    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is
+    /// negative or not finite, or all are zero, [`Error::Unsupported`] for the official map, which
+    /// has none.
     pub fn with_weights(mut self, new: Array1<T>) -> Result<Self, Error> {
         match &mut self.kind {
             Kind::Softmax { weights, .. } => {
@@ -312,12 +348,14 @@ impl<T: Scalar> DctFeatures<T> {
         Ok(self)
     }
 
-    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
-    /// must use the calibration's scale.
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with
+    /// [`Calibration::fit_weights`] and a ridge of 0.01. The kernel must use the calibration's
+    /// scale.
     ///
     /// # Errors
     ///
-    /// Those of [`Calibration::fit_weights`], and [`Error::Unsupported`] for the official map, which has no weights.
+    /// Those of [`Calibration::fit_weights`], and [`Error::Unsupported`] for the official map,
+    /// which has no weights.
     pub fn calibrated(self, calibration: &Calibration) -> Result<Self, Error> {
         calibration.refit(self, Self::with_weights)
     }
@@ -337,8 +375,8 @@ impl<T: Scalar> DctFeatures<T> {
         }
     }
 
-    /// The matrix `[num_features, head_dim]` whose rows are the ω of the features, `ω_i·x` being the exponent; for the
-    /// official map, `t_i` times column `i` of C.
+    /// The matrix `[num_features, head_dim]` whose rows are the ω of the features, `ω_i·x` being
+    /// the exponent; for the official map, `t_i` times column `i` of C.
     #[must_use]
     pub fn projection(&self) -> Array2<T> {
         let mut projection = Array2::zeros((self.radii.len(), self.head_dim));
@@ -369,7 +407,9 @@ impl<T: Scalar> DctFeatures<T> {
                         *z = y * factor;
                     }
                     T::dct2(&self.transform, block, transform);
-                    for (logits, outer) in logits.chunks_exact_mut(*directions).zip(outer.chunks_exact(*directions)) {
+                    for (logits, outer) in
+                        logits.chunks_exact_mut(*directions).zip(outer.chunks_exact(*directions))
+                    {
                         let first = b * self.head_dim;
                         let last = (*directions).min(first + self.head_dim);
                         for ((logit, &z), &factor) in
@@ -393,7 +433,14 @@ impl<T: Scalar> DctFeatures<T> {
     }
 
     /// The logits to base 2 of every column, one after the other.
-    fn transform_rows(&self, x: &[T], width: usize, tokens: usize, values: &mut [T], scratch: &mut Buffer<T>) {
+    fn transform_rows(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) {
         let (d, m) = (self.head_dim, self.radii.len());
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         scratch.resize(d + m + Scratch::len(self));
@@ -403,7 +450,11 @@ impl<T: Scalar> DctFeatures<T> {
         for t in 0..tokens {
             column.iter_mut().zip(x[t..].iter().step_by(width)).for_each(|(c, &x)| *c = x);
             self.logits(column, logits, &mut work);
-            values[t..].iter_mut().step_by(width).zip(&*logits).for_each(|(value, &logit)| *value = logit * log2_e);
+            values[t..]
+                .iter_mut()
+                .step_by(width)
+                .zip(&*logits)
+                .for_each(|(value, &logit)| *value = logit * log2_e);
         }
     }
 
@@ -428,8 +479,9 @@ impl<T: Scalar> DctFeatures<T> {
                     let first = b * d;
                     let last = (*directions).min(first + d);
                     // features on the same directions differ in their radii
-                    for (values, outer) in
-                        values.chunks_exact_mut(*directions * width).zip(outer.chunks_exact(*directions))
+                    for (values, outer) in values
+                        .chunks_exact_mut(*directions * width)
+                        .zip(outer.chunks_exact(*directions))
                     {
                         let values = &mut values[first * width..last * width];
                         lanes.dct2(mixed, width, inner, &outer[first..last], values, transform);
@@ -498,19 +550,37 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
     ) -> Result<(), Error> {
         let m = self.radii.len();
         match &self.way {
-            Way::Dense(dense) => dense.map_columns(x, squares, width, tokens, values, log_scale, scratch)?,
+            Way::Dense(dense) => {
+                dense.map_columns(x, squares, width, tokens, values, log_scale, scratch)?
+            }
             Way::Lanes { one: Some(dense), .. } if width == 1 => {
                 dense.map_columns(x, squares, width, tokens, values, log_scale, scratch)?;
             }
             Way::Lanes { lanes, outer, exponents, .. } if width > 1 => {
                 self.transform_lanes(lanes, outer, x, width, values, scratch);
                 exponents.add_bias(values, width);
-                exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)?;
+                exponents.finish(
+                    x,
+                    squares,
+                    width,
+                    tokens,
+                    &mut values[..m * width],
+                    log_scale,
+                    scratch,
+                )?;
             }
             Way::Lanes { exponents, .. } | Way::Rows(exponents) => {
                 self.transform_rows(x, width, tokens, values, &mut scratch[0]);
                 exponents.add_bias(values, width);
-                exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)?;
+                exponents.finish(
+                    x,
+                    squares,
+                    width,
+                    tokens,
+                    &mut values[..m * width],
+                    log_scale,
+                    scratch,
+                )?;
             }
         }
         if let Kind::Official { .. } = self.kind {
@@ -539,7 +609,8 @@ impl<T: Scalar> ColumnMap<T> for DctFeatures<T> {
         log_scale: [&mut [T]; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        if let (Way::Dense(dense) | Way::Lanes { one: Some(dense), .. }, Kind::Softmax { .. }) = (&self.way, &self.kind)
+        if let (Way::Dense(dense) | Way::Lanes { one: Some(dense), .. }, Kind::Softmax { .. }) =
+            (&self.way, &self.kind)
         {
             return dense.map_pair(x, [first, second], log_scale, scratch);
         }
@@ -566,8 +637,17 @@ impl<T: PartialEq> PartialEq for DctFeatures<T> {
 #[cfg(feature = "serde")]
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 enum Parts<T> {
-    Softmax { seed: u64, directions: usize, mixing: Vec<i8>, signs: Vec<i8>, radii: Vec<T>, weights: Vec<T> },
-    Official { radii: Vec<T> },
+    Softmax {
+        seed: u64,
+        directions: usize,
+        mixing: Vec<i8>,
+        signs: Vec<i8>,
+        radii: Vec<T>,
+        weights: Vec<T>,
+    },
+    Official {
+        radii: Vec<T>,
+    },
 }
 
 #[cfg(feature = "serde")]
@@ -601,8 +681,18 @@ impl<T: Scalar> TryFrom<Parts<T>> for DctFeatures<T> {
                 check::features(head_dim, radii.len())?;
                 check::at_least_one("directions", directions)?;
                 check::features(head_dim, directions)?;
-                check::size("signs", "elements", directions.div_ceil(head_dim) * head_dim, signs.len())?;
-                check::size("radii", "elements", radii.len().div_ceil(directions) * directions, radii.len())?;
+                check::size(
+                    "signs",
+                    "elements",
+                    directions.div_ceil(head_dim) * head_dim,
+                    signs.len(),
+                )?;
+                check::size(
+                    "radii",
+                    "elements",
+                    radii.len().div_ceil(directions) * directions,
+                    radii.len(),
+                )?;
                 let radii = Array1::from(radii);
                 check::finite("radii", radii.view().insert_axis(ndarray::Axis(0)))?;
                 let cast = |x: Vec<i8>| x.into_iter().map(|s| f64::from(s.signum() | 1)).collect();

@@ -1,11 +1,13 @@
-//! The positive exponential maps of a dense projection: one matrix product, one pass for the maximum, one for the exponential.
+//! The positive exponential maps of a dense projection: one matrix product, one pass for the
+//! maximum, one for the exponential.
 
 use super::{ColumnMap, Weights};
 use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
 use crate::{Error, Scalar};
 use ndarray::ArrayView2;
 
-/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are `log₂e·(ω_i·x + ln D_i)`.
+/// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are
+/// `log₂e·(ω_i·x + ln D_i)`.
 #[derive(Clone, Debug)]
 pub(crate) struct Dense<T> {
     head_dim: usize,
@@ -25,9 +27,16 @@ impl<T: Scalar> Dense<T> {
                 projection[p * stride + i] = T::from_f64(w.as_f64() * core::f64::consts::LOG2_E);
             }
         }
-        let longest =
-            omega.outer_iter().map(|row| row.iter().map(|w| w.as_f64().powi(2)).sum::<f64>()).fold(0.0, f64::max);
-        Self { head_dim, num_features, projection, exponents: Exponents::new(longest.sqrt(), weights) }
+        let longest = omega
+            .outer_iter()
+            .map(|row| row.iter().map(|w| w.as_f64().powi(2)).sum::<f64>())
+            .fold(0.0, f64::max);
+        Self {
+            head_dim,
+            num_features,
+            projection,
+            exponents: Exponents::new(longest.sqrt(), weights),
+        }
     }
 }
 
@@ -60,7 +69,15 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
             }
             .run();
         }
-        self.exponents.finish(x, squares, width, tokens, &mut values[..m * width], log_scale, scratch)
+        self.exponents.finish(
+            x,
+            squares,
+            width,
+            tokens,
+            &mut values[..m * width],
+            log_scale,
+            scratch,
+        )
     }
 
     fn map_pair(
@@ -71,7 +88,12 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let (m, stride) = (self.num_features, padded::<T>(self.num_features));
-        kernel::two_rows_times_matrix(x, &self.projection, stride, [&mut first[..stride], &mut second[..stride]]);
+        kernel::two_rows_times_matrix(
+            x,
+            &self.projection,
+            stride,
+            [&mut first[..stride], &mut second[..stride]],
+        );
         for ((x, values), log_scale) in x.into_iter().zip([first, second]).zip(log_scale) {
             self.exponents.add_bias(&mut values[..m], 1);
             self.exponents.finish(x, &[], 1, 1, &mut values[..m], log_scale, scratch)?;
@@ -95,7 +117,11 @@ impl<T: Scalar> Exponents<T> {
     /// `longest` is the largest |ω_i|.
     pub(crate) fn new(longest: f64, weights: &Weights<T>) -> Self {
         let bias = |d: &T| T::from_f64(libm::log2(d.as_f64()));
-        let bias = weights.weights.iter().any(|&d| d != T::one()).then(|| weights.weights.iter().map(bias).collect());
+        let bias = weights
+            .weights
+            .iter()
+            .any(|&d| d != T::one())
+            .then(|| weights.weights.iter().map(bias).collect());
         // room for the rounding of long sums, the bias and the difference of two logits
         let largest_logit = T::max_value().as_f64() * 2.0_f64.powi(-12);
         let root = largest_logit / (core::f64::consts::LOG2_E * longest.max(1.0));
@@ -118,7 +144,8 @@ impl<T: Scalar> Exponents<T> {
         }
     }
 
-    /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log scales (natural).
+    /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log
+    /// scales (natural).
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn finish(
         &self,

@@ -1,4 +1,5 @@
-//! Element-wise maps: elu + 1, ReLU and the identity. They do not estimate `exp(x·y)`; they are kernels that models are trained with.
+//! Element-wise maps: elu + 1, ReLU and the identity. They do not estimate `exp(x·y)`; they are
+//! kernels that models are trained with.
 
 use super::{ColumnMap, FeatureMap, largest_of_columns, map_by_columns};
 use crate::kernel::{self, Buffer, Into, Matrix, Product};
@@ -16,7 +17,8 @@ fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
     (normal.recip(), normal.ln())
 }
 
-/// Brings columns to a largest absolute value near one and adds the logarithm of what was taken out; a column of zeros stays as it is.
+/// Brings columns to a largest absolute value near one and adds the logarithm of what was taken
+/// out; a column of zeros stays as it is.
 fn take_maxima<T: Scalar>(values: &mut [T], log_scale: &mut [T], scratch: &mut Buffer<T>) {
     if let [log_scale] = log_scale {
         let (factor, log) = normal_factor(kernel::max_abs(values));
@@ -97,10 +99,11 @@ macro_rules! map_of_columns {
 map_of_columns!(EluFeatures);
 map_of_columns!(IdentityFeatures);
 
-/// `φ(x)_i = elu(x_i) + 1`: `x + 1` for x > 0, `e^x` otherwise (Katharopoulos et al., arXiv 2006.16236, equation 7).
+/// `φ(x)_i = elu(x_i) + 1`: `x + 1` for x > 0, `e^x` otherwise (Katharopoulos et al., arXiv
+/// 2006.16236, equation 7).
 ///
-/// The paper's code takes raw vectors: use [`with_scale(1.0)`](crate::LinearAttention::with_scale) for that. It is a
-/// trained model's own kernel and does not aim at softmax attention.
+/// The paper's code takes raw vectors: use [`with_scale(1.0)`](crate::LinearAttention::with_scale)
+/// for that. It is a trained model's own kernel and does not aim at softmax attention.
 ///
 /// ```
 /// use dijiang::{EluFeatures, FeatureMap};
@@ -110,7 +113,9 @@ map_of_columns!(IdentityFeatures);
 /// let (mut values, mut log_scale) = (Array2::zeros((1, 2)), Array1::zeros(1));
 /// map.map_queries(array![[3.0, -1.0]].view(), values.view_mut(), log_scale.view_mut())?;
 /// let features = values.row(0).mapv(|value| value * log_scale[0].exp());
-/// assert!((features[0] - 4.0).abs() < 1e-14 && (features[1] - (-1f64).exp()).abs() < 1e-14);
+/// assert!(
+///     (features[0] - 4.0).abs() < 1e-14 && (features[1] - (-1f64).exp()).abs() < 1e-14
+/// );
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -134,7 +139,8 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
     ) -> Result<(), Error> {
         let values = &mut values[..x.len()];
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
-        // where every coordinate is negative, the largest exponent is taken out before it can underflow
+        // where every coordinate is negative, the largest exponent is taken out before it can
+        // underflow
         largest_of_columns(x, log_scale);
         for shift in log_scale.iter_mut() {
             *shift = shift.min(T::zero());
@@ -156,11 +162,11 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
     }
 }
 
-/// `φ(x)_i = max(0, ω_i·x) + ε`, or `max(0, x_i) + ε` without a projection (the generalised kernel of Choromanski et al.,
-/// arXiv 2009.14794, section 2.2; ε = 0.001 as in performer-pytorch).
+/// `φ(x)_i = max(0, ω_i·x) + ε`, or `max(0, x_i) + ε` without a projection (the generalised kernel
+/// of Choromanski et al., arXiv 2009.14794, section 2.2; ε = 0.001 as in performer-pytorch).
 ///
-/// ε belongs to the features: it keeps every one of them positive, so that the normaliser is never zero. It does not aim
-/// at softmax attention.
+/// ε belongs to the features: it keeps every one of them positive, so that the normaliser is never
+/// zero. It does not aim at softmax attention.
 ///
 /// ```
 /// use dijiang::{FeatureMap, ReluFeatures};
@@ -177,7 +183,10 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
 #[cfg_attr(feature = "serde", serde(try_from = "ReluParts<T>", into = "ReluParts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct ReluFeatures<T> {
     head_dim: usize,
@@ -200,13 +209,18 @@ impl<T: Scalar> ReluFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
+    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or
+    /// infinity.
     pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
         check::projection(projection.view())?;
-        Ok(Self { projection: Some(projection.as_standard_layout().into_owned()), ..Self::new(projection.ncols())? })
+        Ok(Self {
+            projection: Some(projection.as_standard_layout().into_owned()),
+            ..Self::new(projection.ncols())?
+        })
     }
 
-    /// Sets ε. Zero is allowed: then a query whose features meet no key's gives [`Error::Normalizer`].
+    /// Sets ε. Zero is allowed: then a query whose features meet no key's gives
+    /// [`Error::Normalizer`].
     ///
     /// # Errors
     ///
@@ -262,12 +276,24 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
                     kernel::rows_dot(T::one(), x, projection, values);
                 } else {
                     let (a, into) = (Matrix::rows(projection, self.head_dim), Into::Set);
-                    Product { m, n: width, k: self.head_dim, a, b: x, ldb: width, c: values, ldc: width, into }.run();
+                    Product {
+                        m,
+                        n: width,
+                        k: self.head_dim,
+                        a,
+                        b: x,
+                        ldb: width,
+                        c: values,
+                        ldc: width,
+                        into,
+                    }
+                    .run();
                 }
             }
         }
         if !kernel::all_finite(values) {
-            let finite = |t: &usize| values.iter().skip(*t).step_by(width).all(|value| value.is_finite());
+            let finite =
+                |t: &usize| values.iter().skip(*t).step_by(width).all(|value| value.is_finite());
             if let Some(row) = (0..tokens).find(|t| !finite(t)) {
                 return Err(Error::Overflow { which: "a feature", row });
             }
@@ -312,8 +338,10 @@ impl<T: Scalar> TryFrom<ReluParts<T>> for ReluFeatures<T> {
     }
 }
 
-/// `φ(x) = x`: the features of retention (Sun et al., arXiv 2307.08621, equation 5; [`Retention`](crate::Retention)), of gated linear attention
-/// (Yang et al., arXiv 2312.06635, section 4) and of the state space duality of Mamba-2 (Dao and Gu, arXiv 2405.21060, its structured masked attention).
+/// `φ(x) = x`: the features of retention (Sun et al., arXiv 2307.08621, equation 5;
+/// [`Retention`](crate::Retention)), of gated linear attention (Yang et al., arXiv 2312.06635,
+/// section 4) and of the state space duality of Mamba-2 (Dao and Gu, arXiv 2405.21060, its
+/// structured masked attention).
 ///
 /// Their products `q·k` have either sign, and so has their sum, which is no normaliser: use
 /// [`unnormalized`](crate::LinearAttention::unnormalized). It does not aim at softmax attention.
@@ -322,10 +350,14 @@ impl<T: Scalar> TryFrom<ReluParts<T>> for ReluFeatures<T> {
 /// use dijiang::{Attention, IdentityFeatures, LinearAttention, Mask};
 /// use ndarray::array;
 ///
-/// let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(2)?).with_scale(1.0).unnormalized();
-/// let (q, k, v) = (array![[1.0, 2.0]], array![[3.0, -1.0], [0.0, 5.0]], array![[1.0], [10.0]]);
+/// let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(2)?)
+///     .with_scale(1.0)
+///     .unnormalized();
+/// let (q, k, v) =
+///     (array![[1.0, 2.0]], array![[3.0, -1.0], [0.0, 5.0]], array![[1.0], [10.0]]);
 /// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
 /// assert!((out[[0, 0]] - (1.0 * 1.0 + 10.0 * 10.0)).abs() < 1e-12); // Σ (q·k) v
+///     
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,14 +5,16 @@ use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
 use crate::{Calibration, Error, Scalar, check, projection};
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
 
-/// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794, lemma 1):
+/// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794,
+/// lemma 1):
 ///
 /// ```text
 /// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m,    ω_i ~ N(0, I),    D_i = 1 unless set
 /// ```
 ///
-/// so that `E φ(x)·φ(y) = exp(x·y)`, exactly. The relative variance of the estimate is `(e^{|x + y|²} − 1)/m` for
-/// independent ω: on the heads of trained language models, where `|x + y|²` is 25 to 100, it is useless without a part that is exact.
+/// so that `E φ(x)·φ(y) = exp(x·y)`, exactly. The relative variance of the estimate is
+/// `(e^{|x + y|²} − 1)/m` for independent ω: on the heads of trained language models, where
+/// `|x + y|²` is 25 to 100, it is useless without a part that is exact.
 ///
 /// ```
 /// use dijiang::{FeatureMap, Performer};
@@ -32,7 +34,10 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, co
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct Performer<T> {
     projection: Array2<T>,
@@ -48,8 +53,8 @@ impl<T: PartialEq> PartialEq for Performer<T> {
 }
 
 impl<T: Scalar> Performer<T> {
-    /// FAVOR+ with orthogonal projections: blocks of `head_dim` directions that are orthogonal to each other (Haar), each
-    /// with an independent length of the chi distribution.
+    /// FAVOR+ with orthogonal projections: blocks of `head_dim` directions that are orthogonal to
+    /// each other (Haar), each with an independent length of the chi distribution.
     ///
     /// # Errors
     ///
@@ -67,8 +72,8 @@ impl<T: Scalar> Performer<T> {
         Self::from_f64(projection::gaussian(head_dim, num_features, seed)?)
     }
 
-    /// Orthogonal projections in pairs: the second half of the features has −ω where the first has ω (the hyperbolic
-    /// features of the same paper, whose variance is never larger).
+    /// Orthogonal projections in pairs: the second half of the features has −ω where the first has
+    /// ω (the hyperbolic features of the same paper, whose variance is never larger).
     ///
     /// # Errors
     ///
@@ -88,7 +93,8 @@ impl<T: Scalar> Performer<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or infinity.
+    /// [`Error::ZeroSize`] if it has no rows or columns, [`Error::NotFinite`] if it holds NaN or
+    /// infinity.
     pub fn from_projection(projection: Array2<T>) -> Result<Self, Error> {
         check::projection(projection.view())?;
         let weights = Weights::ones(projection.nrows());
@@ -100,16 +106,17 @@ impl<T: Scalar> Performer<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is negative or not finite, or
-    /// all are zero.
+    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is
+    /// negative or not finite, or all are zero.
     pub fn with_weights(mut self, weights: Array1<T>) -> Result<Self, Error> {
         self.weights = Weights::new(self.projection.nrows(), weights)?;
         self.dense = Dense::new(self.projection.view(), &self.weights);
         Ok(self)
     }
 
-    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
-    /// must use the calibration's scale.
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with
+    /// [`Calibration::fit_weights`] and a ridge of 0.01. The kernel must use the calibration's
+    /// scale.
     ///
     /// # Errors
     ///

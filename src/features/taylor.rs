@@ -13,9 +13,10 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMu
 /// φ(x) = (1, x_1, .., x_d, x_1²/√2, x_1x_2, .., x_d²/√2),    φ(x)·φ(y) = 1 + s + s²/2 = ((1 + s)² + 1)/2 ≥ ½,   s = x·y
 /// ```
 ///
-/// with `(d + 1)(d + 2)/2` features (2 145 at d = 64). Single features are signed, but every weight is positive. It is
-/// exact to second order at `s = 0`, with an error of s³/6, and grows as s²/2 on both sides, so strongly *negative* scores get large weights: good
-/// for |s| < 1, poor for the scores of trained heads (Arora et al., Based, arXiv 2402.18668, use it on few coordinates).
+/// with `(d + 1)(d + 2)/2` features (2 145 at d = 64). Single features are signed, but every weight
+/// is positive. It is exact to second order at `s = 0`, with an error of s³/6, and grows as s²/2 on
+/// both sides, so strongly *negative* scores get large weights: good for |s| < 1, poor for the
+/// scores of trained heads (Arora et al., Based, arXiv 2402.18668, use it on few coordinates).
 ///
 /// ```
 /// use dijiang::{FeatureMap, TaylorFeatures};
@@ -44,8 +45,8 @@ impl<T: Scalar> TaylorFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is so large that the features cannot be
-    /// counted.
+    /// [`Error::ZeroSize`] if `head_dim` is 0, [`Error::InvalidOption`] if it is so large that the
+    /// features cannot be counted.
     pub fn new(head_dim: usize) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::array("head_dim", head_dim.saturating_add(1), head_dim.saturating_add(2))?;
@@ -97,18 +98,23 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
             inverse.iter_mut().zip(row).for_each(|(size, x)| *size = size.max(x.abs()));
         }
         for (inverse, log_scale) in inverse.iter_mut().zip(log_scale) {
-            *log_scale = if *inverse == T::one() { T::zero() } else { inverse.ln() * T::from_f64(2.0) };
+            *log_scale =
+                if *inverse == T::one() { T::zero() } else { inverse.ln() * T::from_f64(2.0) };
             *inverse = inverse.recip();
         }
         let mut rows = values.chunks_exact_mut(width);
         let mut product = |a: &[T], b: &[T], factor: T| {
             if let Some(row) = rows.next() {
-                row.iter_mut().zip(a.iter().zip(b)).for_each(|(value, (&a, &b))| *value = a * b * factor);
+                row.iter_mut()
+                    .zip(a.iter().zip(b))
+                    .for_each(|(value, (&a, &b))| *value = a * b * factor);
             }
         };
         product(inverse, inverse, T::one());
         for (unit, x) in unit.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-            unit.iter_mut().zip(x.iter().zip(&*inverse)).for_each(|(unit, (&x, &inverse))| *unit = x * inverse);
+            unit.iter_mut()
+                .zip(x.iter().zip(&*inverse))
+                .for_each(|(unit, (&x, &inverse))| *unit = x * inverse);
             product(unit, inverse, T::one());
         }
         for (l, a) in unit.chunks_exact(width).enumerate() {
@@ -140,23 +146,34 @@ impl<T: Scalar> TryFrom<usize> for TaylorFeatures<T> {
 /// Columns that are centred at once, on the stack.
 const BLOCK: usize = 64;
 
-/// The Taylor expansion around the mean far score of a head, on the few coordinates that its scores vary most along:
+/// The Taylor expansion around the mean far score of a head, on the few coordinates that its scores
+/// vary most along:
 ///
 /// ```text
 /// exp(q̂·k̂) ≈ e^{q̂·μ_k + μ_q·(k̂ − μ_k)}·(c₀ + c₁s + c₂s²/2),    s = Σ_{l<r} x_l y_l,    x = M(q̂ − μ_q), y = M⁻ᵀ(k̂ − μ_k)
 /// φ(x) = (√c₀, √c₁·x_1, .., √c₁·x_r, √c₂·x_1²/√2, √c₂·x_1x_2, .., √c₂·x_r²/√2)
 /// ```
 ///
-/// with `(r + 1)(r + 2)/2` features; the exponentials are the log scales. Means, bases and coefficients come from a
-/// [`Calibration`]. Single features are signed, but every weight is positive, for `c₁² < 2c₀c₂`. It models *far* pairs, and is meant for the far
-/// part of a kernel with an exact window; alone it gives near keys too little. Queries and keys are mapped differently.
+/// with `(r + 1)(r + 2)/2` features; the exponentials are the log scales. Means, bases and
+/// coefficients come from a [`Calibration`]. Single features are signed, but every weight is
+/// positive, for `c₁² < 2c₀c₂`. It models *far* pairs, and is meant for the far part of a kernel
+/// with an exact window; alone it gives near keys too little. Queries and keys are mapped
+/// differently.
 ///
 /// ```
 /// use dijiang::{CalibratedTaylor, Calibration, CalibrationOptions, FeatureMap};
 /// use ndarray::Array2;
 ///
-/// let sample = |phase: f64| Array2::from_shape_fn((300, 4), |(t, i)| 0.5 * (phase + (t * 4 + i * i) as f64).sin());
-/// let calibration = Calibration::from_samples(sample(0.0).view(), sample(1.0).view(), CalibrationOptions::new())?;
+/// let sample = |phase: f64| {
+///     Array2::from_shape_fn((300, 4), |(t, i)| {
+///         0.5 * (phase + (t * 4 + i * i) as f64).sin()
+///     })
+/// };
+/// let calibration = Calibration::from_samples(
+///     sample(0.0).view(),
+///     sample(1.0).view(),
+///     CalibrationOptions::new(),
+/// )?;
 /// let map = CalibratedTaylor::<f32>::new(2, &calibration)?;
 /// assert_eq!((map.head_dim(), map.num_features()), (4, 6));
 /// let [c0, c1, c2] = map.coefficients();
@@ -168,7 +185,10 @@ const BLOCK: usize = 64;
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct CalibratedTaylor<T> {
     query_mean: Array1<T>,
@@ -179,13 +199,15 @@ pub struct CalibratedTaylor<T> {
 }
 
 impl<T: Scalar> CalibratedTaylor<T> {
-    /// The map on the `rank` leading coordinates of a calibration, with [`TaylorFit::Constrained`] coefficients.
+    /// The map on the `rank` leading coordinates of a calibration, with [`TaylorFit::Constrained`]
+    /// coefficients.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if the rank is 0, [`Error::InvalidOption`] if it is above the head dimension or if the coefficients, in
-    /// `T`, are not those of a positive kernel, [`Error::NotFinite`] if a mean or basis leaves the range of `T`,
-    /// [`Error::Overflow`] if the fit leaves that of `f64`.
+    /// [`Error::ZeroSize`] if the rank is 0, [`Error::InvalidOption`] if it is above the head
+    /// dimension or if the coefficients, in `T`, are not those of a positive kernel,
+    /// [`Error::NotFinite`] if a mean or basis leaves the range of `T`, [`Error::Overflow`] if the
+    /// fit leaves that of `f64`.
     pub fn new(rank: usize, calibration: &Calibration) -> Result<Self, Error> {
         Self::with_fit(rank, calibration, TaylorFit::default())
     }
@@ -206,12 +228,14 @@ impl<T: Scalar> CalibratedTaylor<T> {
         )
     }
 
-    /// The map of given means `μ_q`, `μ_k` `[head_dim]`, bases `M`, `M⁻ᵀ` `[rank, head_dim]` and coefficients `c`.
+    /// The map of given means `μ_q`, `μ_k` `[head_dim]`, bases `M`, `M⁻ᵀ` `[rank, head_dim]` and
+    /// coefficients `c`.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`], [`Error::Shape`] if the sizes do not fit together, [`Error::NotFinite`] if a mean or a basis holds NaN or
-    /// infinity, [`Error::InvalidOption`] unless `c₀ > 0`, `c₁, c₂ ≥ 0` are finite with `c₁² < 2c₀c₂` or `c₁ = 0`.
+    /// [`Error::ZeroSize`], [`Error::Shape`] if the sizes do not fit together, [`Error::NotFinite`]
+    /// if a mean or a basis holds NaN or infinity, [`Error::InvalidOption`] unless `c₀ > 0`,
+    /// `c₁, c₂ ≥ 0` are finite with `c₁² < 2c₀c₂` or `c₁ = 0`.
     pub fn from_parts(
         query_mean: Array1<T>,
         key_mean: Array1<T>,
@@ -294,8 +318,12 @@ impl<T: Scalar> CalibratedTaylor<T> {
         let roots = self.coefficients.map(T::sqrt);
         let (one, rank) = (T::one(), basis.nrows());
         for (i, (x, mut values)) in x.outer_iter().zip(values.outer_iter_mut()).enumerate() {
-            let log: f64 =
-                x.iter().zip(origin).zip(other).map(|((x, o), m)| (x.as_f64() - o.as_f64()) * m.as_f64()).sum();
+            let log: f64 = x
+                .iter()
+                .zip(origin)
+                .zip(other)
+                .map(|((x, o), m)| (x.as_f64() - o.as_f64()) * m.as_f64())
+                .sum();
             // in units of max(1, |x|_∞), so that no coordinate overflows
             let inverse = x.fold(one, |m, a| m.max(a.abs())).recip();
             // the coordinates stand where the linear features will
@@ -321,7 +349,10 @@ impl<T: Scalar> CalibratedTaylor<T> {
                 (one, inverse.recip())
             };
             log_scale[i] = T::from_f64(scale);
-            if !(log_scale[i].is_finite() && largest.is_finite() && values.iter().all(|x| x.is_finite())) {
+            if !(log_scale[i].is_finite()
+                && largest.is_finite()
+                && values.iter().all(|x| x.is_finite()))
+            {
                 return Err(Error::Overflow { which: "a coordinate or log scale", row: i });
             }
             (1..=rank).for_each(|l| values[l] *= factor);
@@ -331,7 +362,8 @@ impl<T: Scalar> CalibratedTaylor<T> {
     }
 }
 
-/// The features of the coordinates at `1..=rank`, which are in units of `1/unit`, in units of its square.
+/// The features of the coordinates at `1..=rank`, which are in units of `1/unit`, in units of its
+/// square.
 fn write_features<T: Scalar>(
     mut values: ArrayViewMut1<'_, T>,
     rank: usize,

@@ -13,8 +13,8 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
 pub enum Points {
     /// Blocks of `head_dim` orthogonal directions, each block turned at random (Haar).
     Orthogonal,
-    /// Owen-scrambled Sobol points sent to the sphere by the normal quantile. Where the tables end, see
-    /// [`projection`](crate::projection).
+    /// Owen-scrambled Sobol points sent to the sphere by the normal quantile. Where the tables end,
+    /// see [`projection`](crate::projection).
     Sobol,
 }
 
@@ -35,11 +35,12 @@ pub enum RadiusPoints {
 /// φ_i(x) = D_i·exp(r_i v_i·x − |x|²/2)/√m
 /// ```
 ///
-/// with fixed directions `v_i` on the sphere, radii `r_i = chi_d^{-1}(t_i)` and weights `D_i ≥ 0`, all one until they are
-/// fitted to data by [`fit_weights`](crate::fit_weights). D stands on both sides, so the kernel sees D².
+/// with fixed directions `v_i` on the sphere, radii `r_i = chi_d^{-1}(t_i)` and weights `D_i ≥ 0`,
+/// all one until they are fitted to data by [`fit_weights`](crate::fit_weights). D stands on both
+/// sides, so the kernel sees D².
 ///
-/// The paper prints `e^{−|x|²}`; the identity `E exp(ω·x − |x|²/2)·exp(ω·y − |y|²/2) = exp(x·y)` needs the half. Its
-/// claim of an O(1/m) error is not what we measure; see `docs/theory.md`.
+/// The paper prints `e^{−|x|²}`; the identity `E exp(ω·x − |x|²/2)·exp(ω·y − |y|²/2) = exp(x·y)`
+/// needs the half. Its claim of an O(1/m) error is not what we measure; see `docs/theory.md`.
 ///
 /// ```
 /// use dijiang::{FeatureMap, Points, RadiusPoints, Wpff};
@@ -48,7 +49,11 @@ pub enum RadiusPoints {
 /// let sobol = Wpff::<f32>::with_sampling(64, 128, 3, Points::Sobol, RadiusPoints::Sobol)?;
 /// assert_eq!(map.num_features(), sobol.num_features());
 /// // a trained map comes in by its parts
-/// let copy = Wpff::from_parts(map.points().to_owned(), map.radii().clone(), map.weights().clone())?;
+/// let copy = Wpff::from_parts(
+///     map.points().to_owned(),
+///     map.radii().clone(),
+///     map.weights().clone(),
+/// )?;
 /// assert_eq!(copy, map);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -57,7 +62,10 @@ pub enum RadiusPoints {
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct Wpff<T> {
     points: Array2<T>,
@@ -73,7 +81,13 @@ impl<T: Scalar> Wpff<T> {
     ///
     /// [`Error::ZeroSize`] if `head_dim` or `num_features` is 0.
     pub fn new(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
-        Self::with_sampling(head_dim, num_features, seed, Points::Orthogonal, RadiusPoints::Stratified)
+        Self::with_sampling(
+            head_dim,
+            num_features,
+            seed,
+            Points::Orthogonal,
+            RadiusPoints::Stratified,
+        )
     }
 
     /// Directions and radii as chosen, D = 1.
@@ -92,7 +106,8 @@ impl<T: Scalar> Wpff<T> {
         let mut generator = Generator::new(seed);
         let (directions, sobol_radii) = match points {
             Points::Orthogonal => {
-                let directions = projection::orthogonal_directions(head_dim, num_features, &mut generator);
+                let directions =
+                    projection::orthogonal_directions(head_dim, num_features, &mut generator);
                 let radius = projection::Sobol::new(&mut generator);
                 (directions, (0..num_features).map(|i| radius.point(i, 0)).collect::<Vec<_>>())
             }
@@ -103,10 +118,13 @@ impl<T: Scalar> Wpff<T> {
             }
         };
         let radii = match radius_points {
-            RadiusPoints::Stratified => projection::stratified_chi(head_dim, num_features, &mut generator)?,
-            RadiusPoints::Sobol => {
-                sobol_radii.into_iter().map(|t| projection::chi_quantile(head_dim, t)).collect::<Result<_, _>>()?
+            RadiusPoints::Stratified => {
+                projection::stratified_chi(head_dim, num_features, &mut generator)?
             }
+            RadiusPoints::Sobol => sobol_radii
+                .into_iter()
+                .map(|t| projection::chi_quantile(head_dim, t))
+                .collect::<Result<_, _>>()?,
         };
         Self::from_parts(
             directions.mapv(T::from_f64),
@@ -115,14 +133,19 @@ impl<T: Scalar> Wpff<T> {
         )
     }
 
-    /// The map of given directions `[num_features, head_dim]`, radii `[num_features]` and weights D `[num_features]`.
-    /// Directions are used as they are, of length one or not.
+    /// The map of given directions `[num_features, head_dim]`, radii `[num_features]` and weights D
+    /// `[num_features]`. Directions are used as they are, of length one or not.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`], [`Error::Shape`] if the sizes do not fit together, [`Error::NotFinite`] if a number is NaN or
-    /// infinite, [`Error::InvalidOption`] if a weight is negative, or all are zero.
-    pub fn from_parts(points: Array2<T>, radii: Array1<T>, weights: Array1<T>) -> Result<Self, Error> {
+    /// [`Error::ZeroSize`], [`Error::Shape`] if the sizes do not fit together, [`Error::NotFinite`]
+    /// if a number is NaN or infinite, [`Error::InvalidOption`] if a weight is negative, or all are
+    /// zero.
+    pub fn from_parts(
+        points: Array2<T>,
+        radii: Array1<T>,
+        weights: Array1<T>,
+    ) -> Result<Self, Error> {
         check::size("radii", "elements", points.nrows(), radii.len())?;
         check::finite("points", points.view())?;
         check::finite("radii", radii.view().insert_axis(ndarray::Axis(0)))?;
@@ -135,15 +158,16 @@ impl<T: Scalar> Wpff<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is negative or not finite, or
-    /// all are zero.
+    /// [`Error::Shape`] if there are not `num_features`, [`Error::InvalidOption`] if one is
+    /// negative or not finite, or all are zero.
     pub fn with_weights(mut self, weights: Array1<T>) -> Result<Self, Error> {
         self.map = self.map.with_weights(weights)?;
         Ok(self)
     }
 
-    /// Fits the weights D to the far pairs of a calibration, from D = 1, with [`Calibration::fit_weights`] and a ridge of 0.01. The kernel
-    /// must use the calibration's scale.
+    /// Fits the weights D to the far pairs of a calibration, from D = 1, with
+    /// [`Calibration::fit_weights`] and a ridge of 0.01. The kernel must use the calibration's
+    /// scale.
     ///
     /// # Errors
     ///

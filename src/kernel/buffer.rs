@@ -3,11 +3,12 @@
 use super::simd::Lanes;
 use core::ops::{Deref, DerefMut};
 
-/// Cache lines of a page. What lies whole pages apart is taken for the same by the stores of a core, which then wait for each other; so
-/// larger buffers begin in different parts of a page.
+/// Cache lines of a page. What lies whole pages apart is taken for the same by the stores of a
+/// core, which then wait for each other; so larger buffers begin in different parts of a page.
 const PAGE: usize = 64;
 
-/// Cache lines by which buffers on neighbouring pages are shifted, and after how many pages that begins again.
+/// Cache lines by which buffers on neighbouring pages are shifted, and after how many pages that
+/// begins again.
 const STAGGER: usize = 9;
 const PAGES: usize = 7;
 

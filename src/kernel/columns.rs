@@ -1,8 +1,9 @@
-//! Loops over arrays whose columns are tokens: `x [rows, width]`, row-major, `width` a multiple of [`Lanes::PAD`]. A number for each
-//! token is then a row of its own, and no sum or maximum runs across the lanes of a vector.
+//! Loops over arrays whose columns are tokens: `x [rows, width]`, row-major, `width` a multiple of
+//! [`Lanes::PAD`]. A number for each token is then a row of its own, and no sum or maximum runs
+//! across the lanes of a vector.
 //!
-//! Loops over the vectors of a strip are written out: a closure (as in `array::from_fn`) may not be inlined and then runs without the
-//! instructions of its level, a hundred times slower.
+//! Loops over the vectors of a strip are written out: a closure (as in `array::from_fn`) may not be
+//! inlined and then runs without the instructions of its level, a hundred times slower.
 
 use super::compiled::Compiled;
 use super::simd::{Lanes, Level, Loop};
@@ -79,9 +80,10 @@ impl<T: Lanes> Exp2BelowMaximum<'_, T> {
     }
 }
 
-/// One tile of an exact softmax: `scores [keys, width]` are logarithms to base 2 and become weights in units of `2^log_scale_t`; the
-/// running maximum `log_scale` and the sum of the weights `denominator` go on. `correction_t` is what sums in the old unit must be
-/// multiplied by; returns whether one of them is not 1.
+/// One tile of an exact softmax: `scores [keys, width]` are logarithms to base 2 and become weights
+/// in units of `2^log_scale_t`; the running maximum `log_scale` and the sum of the weights
+/// `denominator` go on. `correction_t` is what sums in the old unit must be multiplied by; returns
+/// whether one of them is not 1.
 pub(crate) fn soften<T: Compiled>(
     scores: &mut [T],
     log_scale: &mut [T],
@@ -170,9 +172,9 @@ impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
     }
 }
 
-/// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token `first + i` and keeps its columns
-/// from that one on; the others become 0. `first` is a multiple of that number; columns before it are not looked at. Adds each row
-/// to `sums`.
+/// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token
+/// `first + i` and keeps its columns from that one on; the others become 0. `first` is a multiple
+/// of that number; columns before it are not looked at. Adds each row to `sums`.
 pub(crate) fn mask_and_add_rows<T: Compiled>(scores: &mut [T], first: usize, sums: &mut [T]) {
     debug_assert!(first.is_multiple_of(T::PAD) && scores.len() <= T::PAD * sums.len());
     T::run_mask_and_add_rows(MaskAndAddRows { scores, first, sums });
@@ -207,8 +209,15 @@ impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
     }
 }
 
-/// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`; returns whether every number is finite.
-pub(crate) fn scale_rows<T: Compiled>(x: &[T], stride: usize, factors: &[T], length: usize, out: &mut [T]) -> bool {
+/// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`; returns whether
+/// every number is finite.
+pub(crate) fn scale_rows<T: Compiled>(
+    x: &[T],
+    stride: usize,
+    factors: &[T],
+    length: usize,
+    out: &mut [T],
+) -> bool {
     T::run_scale_rows(ScaleRows { x, stride, factors, length, out }) == T::zero()
 }
 
@@ -271,7 +280,8 @@ impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
     }
 }
 
-/// `f = 2^x`, `queries ← f·queries`, `keys ← keys/f`, and `x ← f`, element by element, for x from −100 to 0.
+/// `f = 2^x`, `queries ← f·queries`, `keys ← keys/f`, and `x ← f`, element by element, for x from
+/// −100 to 0.
 pub(crate) fn fade<T: Compiled>(x: &mut [T], queries: &mut [T], keys: &mut [T]) {
     T::run_fade(Fade { x, queries, keys });
 }
@@ -291,7 +301,8 @@ impl<T: Lanes> Loop for Fade<'_, T> {
         let queries = T::vectors_mut::<L>(self.queries);
         let keys = T::vectors_mut::<L>(self.keys);
         for ((x, query), key) in T::vectors_mut::<L>(self.x).iter_mut().zip(queries).zip(keys) {
-            let (factor, inverse) = (T::vexp2(level, *x), T::vexp2(level, T::vsub(level, zero, *x)));
+            let (factor, inverse) =
+                (T::vexp2(level, *x), T::vexp2(level, T::vsub(level, zero, *x)));
             *query = T::vmul(level, *query, factor);
             *key = T::vmul(level, *key, inverse);
             *x = factor;
@@ -299,8 +310,8 @@ impl<T: Lanes> Loop for Fade<'_, T> {
     }
 }
 
-/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and sums their squares,
-/// `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
+/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns
+/// beyond the rows, and sums their squares, `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
 pub(crate) fn transpose<'a, T: Compiled>(
     rows: usize,
     row: &'a dyn Fn(usize) -> &'a [T],
@@ -409,7 +420,8 @@ mod tests {
 
                 let mut y = x.clone();
                 let (old, sums) = (numbers::<T>(width, 0.1), numbers::<T>(width, 2.0));
-                let (mut scale, mut total, mut correction) = (old.clone(), sums.clone(), vec![T::nan(); width]);
+                let (mut scale, mut total, mut correction) =
+                    (old.clone(), sums.clone(), vec![T::nan(); width]);
                 let (scores, log_scale) = (&mut y[..], &mut scale[..]);
                 let changed = machine.run(Soften {
                     scores,
@@ -425,20 +437,24 @@ mod tests {
                     close("running maximum", scale[t], new);
                     close("correction", correction[t], (old - new).exp2());
                     column(t).for_each(|i| close("weight", y[i], (wide_x[i] - new).exp2()));
-                    let expected = sum * (old - new).exp2() + column(t).map(|i| (wide_x[i] - new).exp2()).sum::<f64>();
+                    let expected = sum * (old - new).exp2()
+                        + column(t).map(|i| (wide_x[i] - new).exp2()).sum::<f64>();
                     close("denominator", total[t], expected);
                 }
 
-                let (mut y, factors, mut sums) = (x.clone(), numbers::<T>(width, 1.0), vec![T::nan(); rows]);
+                let (mut y, factors, mut sums) =
+                    (x.clone(), numbers::<T>(width, 1.0), vec![T::nan(); rows]);
                 machine.run(ScaleAndSumRows { x: &mut y, factors: &factors, sums: &mut sums });
                 let factors = wide(&factors);
                 for i in 0..rows {
-                    let row: Vec<f64> = (0..width).map(|t| wide_x[i * width + t] * factors[t]).collect();
+                    let row: Vec<f64> =
+                        (0..width).map(|t| wide_x[i * width + t] * factors[t]).collect();
                     (0..width).for_each(|t| close("scaled", y[i * width + t], row[t]));
                     close("row sum", sums[i], row.iter().sum());
                 }
 
-                let mut factors: Vec<T> = x.iter().map(|&x| T::from(40.0).unwrap() * (x - T::one())).collect();
+                let mut factors: Vec<T> =
+                    x.iter().map(|&x| T::from(40.0).unwrap() * (x - T::one())).collect();
                 let exponents = wide(&factors);
                 let (mut queries, mut keys) = (x.clone(), x.clone());
                 machine.run(Fade { x: &mut factors, queries: &mut queries, keys: &mut keys });
@@ -450,12 +466,15 @@ mod tests {
                 }
 
                 if rows <= T::PAD {
-                    for first in [0, T::PAD, 3 * T::PAD].into_iter().filter(|first| first + rows <= width) {
+                    for first in
+                        [0, T::PAD, 3 * T::PAD].into_iter().filter(|first| first + rows <= width)
+                    {
                         let (mut y, old) = (x.clone(), numbers::<T>(width, 5.0));
                         let mut sums = old.clone();
                         machine.run(MaskAndAddRows { scores: &mut y, first, sums: &mut sums });
                         for t in first..width {
-                            let seen = |i: usize| if first + i <= t { wide_x[i * width + t] } else { 0.0 };
+                            let seen =
+                                |i: usize| if first + i <= t { wide_x[i * width + t] } else { 0.0 };
                             (0..rows).for_each(|i| close("masked", y[i * width + t], seen(i)));
                             let total = old[t].to_f64().unwrap() + (0..rows).map(seen).sum::<f64>();
                             close("column sum", sums[t], total);
@@ -471,9 +490,19 @@ mod tests {
             let two = T::one() + T::one();
             let row = &|t: usize| &x[t * d..(t + 1) * d];
             let mut squares = vec![T::nan(); width];
-            machine.run(Transpose { rows: n, row, factor: two, squares: &mut squares, out: &mut out });
+            machine.run(Transpose {
+                rows: n,
+                row,
+                factor: two,
+                squares: &mut squares,
+                out: &mut out,
+            });
             for t in 0..width {
-                close("squares", squares[t], (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum());
+                close(
+                    "squares",
+                    squares[t],
+                    (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum(),
+                );
             }
             for p in 0..d {
                 for t in 0..width {

@@ -1,6 +1,8 @@
-//! Where generic code meets compiled loops: a method for each loop, implemented for `f32` and `f64`.
+//! Where generic code meets compiled loops: a method for each loop, implemented for `f32` and
+//! `f64`.
 //!
-//! The methods are not generic, so the loops are compiled once, in this crate, at every level; the crates that use it only call them.
+//! The methods are not generic, so the loops are compiled once, in this crate, at every level; the
+//! crates that use it only call them.
 
 use super::simd::{Lanes, Machine};
 use super::{columns, exp, gemm, lanes_dct, pairs};

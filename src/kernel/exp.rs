@@ -1,9 +1,10 @@
 //! The exponential of numbers up to 100, as vectors. (Most are not positive.)
 //!
-//! 2ˣ = 2ⁿ·2ᶠ with n the integer next to x and |f| ≤ ½. The integer is read off the low bits of x + 1.5·2^(mantissa bits), 2ᶠ is a
-//! polynomial, and n is added to the exponent's bits. The polynomials are minimax in relative error with the constant 1, so that 2⁰
-//! is 1 exactly: 9.2e-8 at degree 5, 3.4e-18 at degree 11. Where 2ˣ would be below twice the smallest normal number it is 0, so 2^−∞ = 0;
-//! NaN gives NaN.
+//! 2ˣ = 2ⁿ·2ᶠ with n the integer next to x and |f| ≤ ½. The integer is read off the low bits of x +
+//! 1.5·2^(mantissa bits), 2ᶠ is a polynomial, and n is added to the exponent's bits. The
+//! polynomials are minimax in relative error with the constant 1, so that 2⁰ is 1 exactly: 9.2e-8
+//! at degree 5, 3.4e-18 at degree 11. Where 2ˣ would be below twice the smallest normal number it
+//! is 0, so 2^−∞ = 0; NaN gives NaN.
 
 use super::compiled::Compiled;
 use super::simd::{Lanes, Level, Loop};
@@ -101,7 +102,8 @@ mod tests {
         for machine in Machine::all() {
             let (mut worst32, mut worst64) = (0.0_f64, 0.0_f64);
             for i in 0..1000 {
-                let x: Vec<f64> = (0..999).map(|j| -f64::from(i * 999 + j) * (125.0 / 999_000.0)).collect();
+                let x: Vec<f64> =
+                    (0..999).map(|j| -f64::from(i * 999 + j) * (125.0 / 999_000.0)).collect();
                 let mut y: Vec<f32> = x.iter().map(|&x| x as f32).collect();
                 let exact: Vec<f64> = y.iter().map(|&x| libm::exp2(f64::from(x))).collect();
                 machine.run(Exp2 { x: &mut y, shift: 0.0 });
@@ -110,7 +112,11 @@ mod tests {
                 let x: Vec<f64> = x.iter().map(|x| x * 8.1).collect();
                 let mut y = x.clone();
                 machine.run(Exp2 { x: &mut y, shift: 0.0 });
-                worst64 = x.iter().zip(&y).map(|(x, y)| (y / libm::exp2(*x) - 1.0).abs()).fold(worst64, f64::max);
+                worst64 = x
+                    .iter()
+                    .zip(&y)
+                    .map(|(x, y)| (y / libm::exp2(*x) - 1.0).abs())
+                    .fold(worst64, f64::max);
             }
             assert!(worst32 < 2.0 * f64::from(f32::EPSILON), "{machine:?} f32: {worst32:e}");
             assert!(worst64 < 2.0 * f64::EPSILON, "{machine:?} f64: {worst64:e}");

@@ -1,7 +1,8 @@
 //! Matrix products of small blocks: operands in the caches, nothing packed.
 //!
-//! `C = init + A·B`, with `B` and `C` row-major and as wide as whole vectors, and `A` by rows or by columns. A tile of 8 rows times 2
-//! vectors of `C` (6 times 2 where there are 16 registers) stays in registers while it runs along the depth.
+//! `C = init + A·B`, with `B` and `C` row-major and as wide as whole vectors, and `A` by rows or by
+//! columns. A tile of 8 rows times 2 vectors of `C` (6 times 2 where there are 16 registers) stays
+//! in registers while it runs along the depth.
 
 use super::compiled::Compiled;
 use super::simd::{Lanes, Level, Loop};
@@ -15,7 +16,8 @@ pub enum Into<'a, T> {
     Add,
     /// Every row of C begins as its number: C = bias + A·B.
     Bias(&'a [T]),
-    /// C += A·B, with the rounding error of that addition carried in `low`, as wide as C: see [`super::add_compensated`].
+    /// C += A·B, with the rounding error of that addition carried in `low`, as wide as C: see
+    /// [`super::add_compensated`].
     Compensated(&'a mut [T]),
 }
 
@@ -41,7 +43,8 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
-/// `C [m, n] = init + A [m, k]·B [k, n]`; `n` is a multiple of [`Lanes::PAD`], rows of B and C are `ldb` and `ldc` apart.
+/// `C [m, n] = init + A [m, k]·B [k, n]`; `n` is a multiple of [`Lanes::PAD`], rows of B and C are
+/// `ldb` and `ldc` apart.
 #[derive(Debug)]
 pub struct Product<'a, T> {
     pub(crate) m: usize,
@@ -150,7 +153,8 @@ impl<T: Lanes> Product<'_, T> {
             let columns = self.a.data[i..].chunks(self.a.stride);
             for (a, b) in columns.zip(b) {
                 let a: &[T; R] = a.first_chunk().expect("a column of A has its rows");
-                let b: &[T::V<L>; V] = T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
+                let b: &[T::V<L>; V] =
+                    T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
                 for r in 0..R {
                     let a = T::splat(level, a[r]);
                     for v in 0..V {
@@ -164,7 +168,8 @@ impl<T: Lanes> Product<'_, T> {
                 *row = &self.a.data[(i + r) * self.a.stride..][..self.k];
             }
             for (p, b) in b.enumerate() {
-                let b: &[T::V<L>; V] = T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
+                let b: &[T::V<L>; V] =
+                    T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
                 for r in 0..R {
                     let a = T::splat(level, rows[r][p]);
                     for v in 0..V {
@@ -194,7 +199,8 @@ impl<T: Lanes> Product<'_, T> {
     }
 }
 
-/// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, rows of B `ldb` apart: one row, several steps of the depth at once.
+/// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, rows of B `ldb` apart: one row, several steps of the
+/// depth at once.
 pub(crate) fn row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
     T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: false });
 }
@@ -265,9 +271,17 @@ impl<T: Lanes> RowTimesMatrix<'_, T> {
     }
 }
 
-/// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of [`Lanes::PAD`].
-pub(crate) fn two_rows_times_matrix<T: Compiled>(x: [&[T]; 2], b: &[T], ldb: usize, y: [&mut [T]; 2]) {
-    debug_assert!(y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len());
+/// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of
+/// [`Lanes::PAD`].
+pub(crate) fn two_rows_times_matrix<T: Compiled>(
+    x: [&[T]; 2],
+    b: &[T],
+    ldb: usize,
+    y: [&mut [T]; 2],
+) {
+    debug_assert!(
+        y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len()
+    );
     T::run_two_rows_times_matrix(TwoRowsTimesMatrix { x, b, ldb, y });
 }
 
@@ -319,7 +333,8 @@ impl<T: Lanes> TwoRowsTimesMatrix<'_, T> {
             step::<T, L, V>(level, &mut b, self.x[1][last], &self.b[start..start + width]);
         }
         let [x, y] = &mut self.y;
-        let (x, y) = (T::vectors_mut::<L>(&mut x[j..j + width]), T::vectors_mut::<L>(&mut y[j..j + width]));
+        let (x, y) =
+            (T::vectors_mut::<L>(&mut x[j..j + width]), T::vectors_mut::<L>(&mut y[j..j + width]));
         for v in 0..V {
             x[v] = T::vadd(level, a[v], c[v]);
             y[v] = T::vadd(level, b[v], d[v]);
@@ -353,8 +368,9 @@ mod tests {
         let (a, b) = (numbers::<T>(m * k, 0.37), numbers::<T>(k * ldb, 0.73));
         let (start, bias) = (numbers::<T>(m * ldc, 1.1), numbers::<T>(m, 2.3));
         let columns: Vec<T> = (0..m * k).map(|i| a[i % m * k + i / m]).collect();
-        let product: Vec<f64> =
-            (0..m * n).map(|i| (0..k).map(|p| wide(a[i / n * k + p]) * wide(b[p * ldb + i % n])).sum()).collect();
+        let product: Vec<f64> = (0..m * n)
+            .map(|i| (0..k).map(|p| wide(a[i / n * k + p]) * wide(b[p * ldb + i % n])).sum())
+            .collect();
         for a in [Matrix::rows(&a, k), Matrix::columns(&columns, m)] {
             for kind in 0..4 {
                 let (mut c, mut low) = (start.clone(), vec![T::zero(); m * ldc]);
@@ -367,10 +383,18 @@ mod tests {
                 machine.run(Product { m, n, k, a, b: &b, ldb, c: &mut c, ldc, into });
                 for i in 0..m {
                     for j in 0..n {
-                        let before = [0.0, wide(start[i * ldc + j]), wide(bias[i]), wide(start[i * ldc + j])][kind];
+                        let before = [
+                            0.0,
+                            wide(start[i * ldc + j]),
+                            wide(bias[i]),
+                            wide(start[i * ldc + j]),
+                        ][kind];
                         let found = wide(c[i * ldc + j]) + wide(low[i * ldc + j]);
                         let error = (found - before - product[i * n + j]).abs();
-                        assert!(error <= tolerance * (1.0 + k as f64), "{machine:?} {m}x{n}x{k} {kind}: {error:e}");
+                        assert!(
+                            error <= tolerance * (1.0 + k as f64),
+                            "{machine:?} {m}x{n}x{k} {kind}: {error:e}"
+                        );
                     }
                     assert!(c[i * ldc + n] == start[i * ldc + n], "wrote beyond the row");
                 }
@@ -379,7 +403,11 @@ mod tests {
         if m == 1 && n > T::PAD {
             let (mut y, mut z) = (vec![T::nan(); n], vec![T::nan(); n]);
             machine.run(TwoRowsTimesMatrix { x: [&a, &a], b: &b, ldb, y: [&mut y, &mut z] });
-            assert!(y == z && (0..n).all(|j| (wide(y[j]) - product[j]).abs() <= tolerance * (1.0 + k as f64)));
+            assert!(
+                y == z
+                    && (0..n)
+                        .all(|j| (wide(y[j]) - product[j]).abs() <= tolerance * (1.0 + k as f64))
+            );
             let odd = n - T::PAD / 2 - 1;
             let mut y = vec![T::nan(); odd];
             machine.run(RowTimesMatrix { x: &a, b: &b, ldb, y: &mut y, add: false });

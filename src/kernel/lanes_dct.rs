@@ -1,6 +1,8 @@
-//! DCT-II and DCT-III of many tokens at once, a token in each lane, of powers of two up to 512 points.
+//! DCT-II and DCT-III of many tokens at once, a token in each lane, of powers of two up to 512
+//! points.
 //!
-//! The DCT-II of M points, h = M/2 and q = M/4, is split (split radix) into one of h points and two of q points:
+//! The DCT-II of M points, h = M/2 and q = M/4, is split (split radix) into one of h points and two
+//! of q points:
 //!
 //! ```text
 //! θ_j       = π(2j+1)/2M
@@ -16,12 +18,15 @@
 //! X_1       = C_0,   X_{M−1} = S_0
 //! ```
 //!
-//! The rotations keep norms, so rounding errors stay small; factors 1/(2 cos θ_j), as in Lee's recursion, would let them grow. The
-//! DCT-III is the transpose of the DCT-II but for its halved X_0: the same steps, each transposed, from the last to the first.
+//! The rotations keep norms, so rounding errors stay small; factors 1/(2 cos θ_j), as in Lee's
+//! recursion, would let them grow. The DCT-III is the transpose of the DCT-II but for its halved
+//! X_0: the same steps, each transposed, from the last to the first.
 //!
-//! Up to [`LEAF`] points a transform is written out and stays in registers. Larger ones go through a list of [`Step`]s, for one vector of
-//! columns after the other, so that what is in between stays in the first cache. Every step is a [`Loop`] of its own: calls that recurse
-//! would lose the instructions of their level, and in one large loop the addresses of all steps would fight for registers.
+//! Up to [`LEAF`] points a transform is written out and stays in registers. Larger ones go through
+//! a list of [`Step`]s, for one vector of columns after the other, so that what is in between stays
+//! in the first cache. Every step is a [`Loop`] of its own: calls that recurse would lose the
+//! instructions of their level, and in one large loop the addresses of all steps would fight for
+//! registers.
 
 use super::buffer::Buffer;
 use super::simd::{Lanes, Level, Loop, Machine};
@@ -54,17 +59,19 @@ pub struct LanesDct<T> {
 
 /// A step of a DCT-II, on blocks of `len` vectors.
 ///
-/// The points are split, then each of their parts is, all in place in block 0; coefficients of a part are at the same place of another
-/// block. The coefficients of a transform and those of its c and s are in different ones of blocks 1 and 2. U, and U of U and so on, is
-/// not put together: its coefficients go straight to their places among those of the transform, `stride` apart.
+/// The points are split, then each of their parts is, all in place in block 0; coefficients of a
+/// part are at the same place of another block. The coefficients of a transform and those of its c
+/// and s are in different ones of blocks 1 and 2. U, and U of U and so on, is not put together: its
+/// coefficients go straight to their places among those of the transform, `stride` apart.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
     /// Splits `len` points from `at` on: u stays at `at`, c goes to `at + h`, s to `at + h + q`.
     Split { at: usize, len: usize },
     /// Transforms `len` points, 16 or 32, from `at` on, into block `to`.
     Leaf { at: usize, len: usize, to: usize },
-    /// Joins C and S, from `at + h` on in the block that is not `to`, to the odd ones of `len` coefficients in block `to`. The first such
-    /// step of a transform, the one with the largest stride, also brings the even ones, U from `at` on. Coefficients are `stride` apart.
+    /// Joins C and S, from `at + h` on in the block that is not `to`, to the odd ones of `len`
+    /// coefficients in block `to`. The first such step of a transform, the one with the largest
+    /// stride, also brings the even ones, U from `at` on. Coefficients are `stride` apart.
     Merge { at: usize, len: usize, stride: usize, is_first: bool, to: usize },
 }
 
@@ -89,7 +96,13 @@ fn plan(steps: &mut Vec<Step>, at: usize, len: usize, to: usize) {
     }
     steps.push(Step::Leaf { at, len: leaf, to: if sizes.is_empty() { to } else { other(to) } });
     for &size in sizes.iter().rev() {
-        steps.push(Step::Merge { at, len: size, stride: len / size, is_first: size == 2 * leaf, to });
+        steps.push(Step::Merge {
+            at,
+            len: size,
+            stride: len / size,
+            is_first: size == 2 * leaf,
+            to,
+        });
     }
 }
 
@@ -115,19 +128,37 @@ impl<T: Lanes> LanesDct<T> {
 }
 
 impl<T: super::compiled::Compiled> LanesDct<T> {
-    /// DCT-II of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`], not normalised:
+    /// DCT-II of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`],
+    /// not normalised:
     ///
-    /// `out_k = outer_k·Σ_j inner_j·x_j·cos(πk(2j+1)/2len)` for the first `outer.len()` ≤ `len` coefficients; `out` is
-    /// `[outer.len(), width]`.
-    pub(crate) fn dct2(&self, x: &[T], width: usize, inner: &[T], outer: &[T], out: &mut [T], scratch: &mut Buffer<T>) {
+    /// `out_k = outer_k·Σ_j inner_j·x_j·cos(πk(2j+1)/2len)` for the first `outer.len()` ≤ `len`
+    /// coefficients; `out` is `[outer.len(), width]`.
+    pub(crate) fn dct2(
+        &self,
+        x: &[T],
+        width: usize,
+        inner: &[T],
+        outer: &[T],
+        out: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) {
         T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), false);
     }
 
-    /// DCT-III of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`], not normalised:
+    /// DCT-III of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`],
+    /// not normalised:
     ///
-    /// `out_j = outer_j·(½·inner_0·x_0 + Σ_{k≥1} inner_k·x_k·cos(πk(2j+1)/2len))` for the first `outer.len()` ≤ `len` points; `out` is
-    /// `[outer.len(), width]`.
-    pub(crate) fn dct3(&self, x: &[T], width: usize, inner: &[T], outer: &[T], out: &mut [T], scratch: &mut Buffer<T>) {
+    /// `out_j = outer_j·(½·inner_0·x_0 + Σ_{k≥1} inner_k·x_k·cos(πk(2j+1)/2len))` for the first
+    /// `outer.len()` ≤ `len` points; `out` is `[outer.len(), width]`.
+    pub(crate) fn dct3(
+        &self,
+        x: &[T],
+        width: usize,
+        inner: &[T],
+        outer: &[T],
+        out: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) {
         T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), true);
     }
 }
@@ -154,8 +185,14 @@ impl<'a, T: Lanes> Columns<'a, T> {
         scratch: &'a mut Buffer<T>,
     ) -> Self {
         assert!(width.is_multiple_of(T::PAD), "whole vectors of columns");
-        assert!(x.len() == plan.len * width && inner.len() == plan.len, "as many rows and factors as points");
-        assert!(outer.len() <= plan.len && out.len() == outer.len() * width, "as many rows as factors");
+        assert!(
+            x.len() == plan.len * width && inner.len() == plan.len,
+            "as many rows and factors as points"
+        );
+        assert!(
+            outer.len() <= plan.len && out.len() == outer.len() * width,
+            "as many rows as factors"
+        );
         scratch.resize(BLOCKS * (plan.len + GAP) * T::PAD);
         Self { plan, x, width, inner, outer, out, scratch }
     }
@@ -175,10 +212,12 @@ impl<'a, T: Lanes> Columns<'a, T> {
 
     fn run_steps<const BACK: bool>(self, machine: Machine) {
         let Self { plan, x, width, inner, outer, out, scratch } = self;
-        let (len, twiddles, lanes) = (plan.len, &plan.twiddles[..], machine.run(LaneCount(PhantomData::<T>)));
+        let (len, twiddles, lanes) =
+            (plan.len, &plan.twiddles[..], machine.run(LaneCount(PhantomData::<T>)));
         let (first, rest) = scratch.split_at_mut((len + GAP) * T::PAD);
         let (second, third) = rest.split_at_mut((len + GAP) * T::PAD);
-        let mut blocks = [&mut first[..len * lanes], &mut second[..len * lanes], &mut third[..len * lanes]];
+        let mut blocks =
+            [&mut first[..len * lanes], &mut second[..len * lanes], &mut third[..len * lanes]];
         for j in (0..width).step_by(lanes) {
             let block = &mut *blocks[usize::from(BACK)];
             machine.run(Load { x, width, j, factors: inner, halve_first: BACK, block });
@@ -241,7 +280,9 @@ impl<T: Lanes> Loop for Load<'_, T> {
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
         let block = T::vectors_mut::<L>(self.block);
-        for ((to, row), &factor) in block.iter_mut().zip(self.x.chunks_exact(self.width)).zip(self.factors) {
+        for ((to, row), &factor) in
+            block.iter_mut().zip(self.x.chunks_exact(self.width)).zip(self.factors)
+        {
             let row = T::vectors::<L>(&row[self.j..self.j + T::lanes::<L>()])[0];
             *to = T::vmul(level, T::splat(level, factor), row);
         }
@@ -342,26 +383,39 @@ fn rotated_back<T: Lanes, L: Level>(
 
 /// (X_{4k−1}, X_{4k+1}) of (C_k, S_{q−k}).
 #[inline(always)]
-fn joined<T: Lanes, L: Level>(level: L, c: T::V<L>, s: T::V<L>, k_is_odd: bool) -> (T::V<L>, T::V<L>) {
+fn joined<T: Lanes, L: Level>(
+    level: L,
+    c: T::V<L>,
+    s: T::V<L>,
+    k_is_odd: bool,
+) -> (T::V<L>, T::V<L>) {
     let (sum, difference) = (T::vadd(level, c, s), T::vsub(level, c, s));
     if k_is_odd { (difference, sum) } else { (sum, difference) }
 }
 
 /// (C_k, S_{q−k}) of (X_{4k−1}, X_{4k+1}): the transpose of [`joined`].
 #[inline(always)]
-fn parted<T: Lanes, L: Level>(level: L, before: T::V<L>, after: T::V<L>, k_is_odd: bool) -> (T::V<L>, T::V<L>) {
+fn parted<T: Lanes, L: Level>(
+    level: L,
+    before: T::V<L>,
+    after: T::V<L>,
+    k_is_odd: bool,
+) -> (T::V<L>, T::V<L>) {
     let s = if k_is_odd { T::vsub(level, after, before) } else { T::vsub(level, before, after) };
     (T::vadd(level, before, after), s)
 }
 
 /// Written-out transforms of `N` points.
 ///
-/// Arrays are listed, not filled in loops, and indices are literals: else the compiler would keep the arrays of 32 in memory.
+/// Arrays are listed, not filled in loops, and indices are literals: else the compiler would keep
+/// the arrays of 32 in memory.
 trait Points<const N: usize> {
     /// A DCT-II.
-    fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>) -> [T::V<L>; N];
+    fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>)
+    -> [T::V<L>; N];
     /// The transpose of a DCT-II.
-    fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>) -> [T::V<L>; N];
+    fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>)
+    -> [T::V<L>; N];
 }
 
 struct Written;
@@ -380,13 +434,21 @@ impl Points<1> for Written {
 
 impl Points<2> for Written {
     #[inline(always)]
-    fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; 2], twiddles: &Twiddles<T>) -> [T::V<L>; 2] {
+    fn dct2<T: Lanes, L: Level>(
+        level: L,
+        x: &[T::V<L>; 2],
+        twiddles: &Twiddles<T>,
+    ) -> [T::V<L>; 2] {
         let cos = T::splat(level, twiddles[0][0]);
         [T::vadd(level, x[0], x[1]), T::vmul(level, cos, T::vsub(level, x[0], x[1]))]
     }
 
     #[inline(always)]
-    fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; 2], twiddles: &Twiddles<T>) -> [T::V<L>; 2] {
+    fn dct3<T: Lanes, L: Level>(
+        level: L,
+        x: &[T::V<L>; 2],
+        twiddles: &Twiddles<T>,
+    ) -> [T::V<L>; 2] {
         let cos = T::splat(level, twiddles[0][0]);
         [T::vfma(level, cos, x[1], x[0]), T::vfma(level, neg::<T, L>(level, cos), x[1], x[0])]
     }
@@ -394,14 +456,26 @@ impl Points<2> for Written {
 
 /// u_j, u_{h−1−j}, c_j and s_{q−1−j} of x_j, x_{h−1−j}, x_{h+j} and x_{M−1−j}.
 #[inline(always)]
-fn split<T: Lanes, L: Level>(level: L, [a, b, y, z]: [T::V<L>; 4], twiddle: &[T; 2], j_is_odd: bool) -> [T::V<L>; 4] {
-    let (c, s) = rotated::<T, L>(level, twiddle, T::vsub(level, a, z), T::vsub(level, b, y), j_is_odd);
+fn split<T: Lanes, L: Level>(
+    level: L,
+    [a, b, y, z]: [T::V<L>; 4],
+    twiddle: &[T; 2],
+    j_is_odd: bool,
+) -> [T::V<L>; 4] {
+    let (c, s) =
+        rotated::<T, L>(level, twiddle, T::vsub(level, a, z), T::vsub(level, b, y), j_is_odd);
     [T::vadd(level, a, z), T::vadd(level, b, y), c, s]
 }
 
-/// x_j, x_{h−1−j}, x_{h+j} and x_{M−1−j} of u_j, u_{h−1−j}, c_j and s_{q−1−j}: the transpose of [`split`].
+/// x_j, x_{h−1−j}, x_{h+j} and x_{M−1−j} of u_j, u_{h−1−j}, c_j and s_{q−1−j}: the transpose of
+/// [`split`].
 #[inline(always)]
-fn unsplit<T: Lanes, L: Level>(level: L, [u, v, c, s]: [T::V<L>; 4], twiddle: &[T; 2], j_is_odd: bool) -> [T::V<L>; 4] {
+fn unsplit<T: Lanes, L: Level>(
+    level: L,
+    [u, v, c, s]: [T::V<L>; 4],
+    twiddle: &[T; 2],
+    j_is_odd: bool,
+) -> [T::V<L>; 4] {
     let (d, e) = rotated_back::<T, L>(level, twiddle, c, s, j_is_odd);
     [T::vadd(level, u, d), T::vadd(level, v, e), T::vsub(level, v, e), T::vsub(level, u, d)]
 }
@@ -489,10 +563,13 @@ where
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let twiddles: &Twiddles<T> = self.twiddles.first_chunk().expect("twiddles of the largest leaf");
-        let (points, coefficients) = (T::vectors_mut::<L>(self.points), T::vectors_mut::<L>(self.coefficients));
+        let twiddles: &Twiddles<T> =
+            self.twiddles.first_chunk().expect("twiddles of the largest leaf");
+        let (points, coefficients) =
+            (T::vectors_mut::<L>(self.points), T::vectors_mut::<L>(self.coefficients));
         let points: &mut [T::V<L>; N] = points.first_chunk_mut().expect("as many points");
-        let coefficients: &mut [T::V<L>; N] = coefficients.first_chunk_mut().expect("as many coefficients");
+        let coefficients: &mut [T::V<L>; N] =
+            coefficients.first_chunk_mut().expect("as many coefficients");
         if BACK {
             *points = Written::dct3::<T, L>(level, coefficients, twiddles);
         } else {
@@ -572,9 +649,12 @@ impl<T: Lanes, const BACK: bool> Loop for Merge<'_, T, BACK> {
                 let k = 2 * p;
                 match before {
                     None => c[0] = x[stride],
-                    Some(before) => (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false),
+                    Some(before) => {
+                        (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false)
+                    }
                 }
-                (c[k + 1], s[q - 1 - k]) = parted::<T, L>(level, x[3 * stride], x[5 * stride], true);
+                (c[k + 1], s[q - 1 - k]) =
+                    parted::<T, L>(level, x[3 * stride], x[5 * stride], true);
                 before = Some(x[7 * stride]);
             }
             s[0] = before.unwrap_or(zero);
@@ -583,7 +663,8 @@ impl<T: Lanes, const BACK: bool> Loop for Merge<'_, T, BACK> {
             for (p, x) in whole.chunks_exact_mut(8 * stride).enumerate() {
                 let k = 2 * p;
                 x[stride] = T::vsub(level, even.0, even.1);
-                (x[3 * stride], x[5 * stride]) = joined::<T, L>(level, c[k + 1], s[q - 1 - k], true);
+                (x[3 * stride], x[5 * stride]) =
+                    joined::<T, L>(level, c[k + 1], s[q - 1 - k], true);
                 even = (c.get(k + 2).copied().unwrap_or(zero), s[q - 2 - k]);
                 x[7 * stride] = T::vadd(level, even.0, even.1);
             }
@@ -613,7 +694,8 @@ mod tests {
         x.to_f64().unwrap()
     }
 
-    /// Row-major `[len, len]`: cos(πk(2j+1)/2len) of row k and column j, or its transpose with ½ in column 0.
+    /// Row-major `[len, len]`: cos(πk(2j+1)/2len) of row k and column j, or its transpose with ½ in
+    /// column 0.
     fn matrix(len: usize, is_dct3: bool) -> Vec<f64> {
         let radians = |n: usize| core::f64::consts::PI * n as f64 / (2 * len) as f64;
         // cos(πn/2len), of an angle that is at most π/4: else its rounding would show
@@ -670,7 +752,8 @@ mod tests {
                 let (x, inner) = (numbers::<T>(len * width, 1), numbers::<T>(len, 2));
                 let (mut norms, mut sums) = (vec![0.0; width], vec![0.0; len * width]);
                 for t in 0..width {
-                    let column: Vec<f64> = (0..len).map(|i| wide(inner[i]) * wide(x[i * width + t])).collect();
+                    let column: Vec<f64> =
+                        (0..len).map(|i| wide(inner[i]) * wide(x[i * width + t])).collect();
                     norms[t] = column.iter().map(|x| x * x).sum::<f64>().sqrt();
                     for i in 0..len {
                         sums[i * width + t] = dot(&column, &matrix[i * len..]);
@@ -684,10 +767,15 @@ mod tests {
                     let mut out = vec![T::nan(); rows * width];
                     scratch.resize(4 * MAX * T::PAD);
                     scratch.fill(T::nan());
-                    run(machine, is_dct3, Columns::new(&plan, &x, width, &inner, &outer, &mut out, &mut scratch));
+                    run(
+                        machine,
+                        is_dct3,
+                        Columns::new(&plan, &x, width, &inner, &outer, &mut out, &mut scratch),
+                    );
                     for (at, &found) in out.iter().enumerate() {
                         let (i, t) = (at / width, at % width);
-                        let error = (wide(found) - wide(outer[i]) * sums[at]).abs() / wide(T::epsilon());
+                        let error =
+                            (wide(found) - wide(outer[i]) * sums[at]).abs() / wide(T::epsilon());
                         let error = error / (norms[t] * wide(outer[i]).abs());
                         assert!(
                             error <= 3.0 + (len as f64).sqrt() / 8.0,

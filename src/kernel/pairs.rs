@@ -1,9 +1,11 @@
-//! Loops of a merging memory, whose entries are columns: distances of one entry to all, the nearest of each, weights by attention received.
+//! Loops of a merging memory, whose entries are columns: distances of one entry to all, the nearest
+//! of each, weights by attention received.
 
 use super::compiled::Compiled;
 use super::simd::{Lanes, Level, Loop};
 
-/// `out_j = Σ_c (y_cj − point_c)²`, with `y [point.len(), ld]` by rows and `out.len()` a multiple of [`Lanes::PAD`].
+/// `out_j = Σ_c (y_cj − point_c)²`, with `y [point.len(), ld]` by rows and `out.len()` a multiple
+/// of [`Lanes::PAD`].
 pub(crate) fn distances<T: Compiled>(y: &[T], ld: usize, point: &[T], out: &mut [T]) {
     debug_assert!(out.len().is_multiple_of(T::PAD));
     T::run_distances(Distances { y, ld, point, out });
@@ -23,7 +25,8 @@ impl<T: Lanes> Loop for Distances<'_, T> {
     fn run<L: Level>(mut self, level: L) {
         let (lanes, width) = (T::lanes::<L>(), self.out.len());
         let mut j = 0;
-        // rows are read from end to end where registers allow it, as with 64 entries and some to come
+        // rows are read from end to end where registers allow it, as with 64 entries and some to
+        // come
         if L::REGISTER_COUNT >= 32 {
             while j + 5 * lanes <= width {
                 self.strip::<L, 5>(level, j);
@@ -45,7 +48,8 @@ impl<T: Lanes> Distances<'_, T> {
     #[inline(always)]
     fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
         let width = V * T::lanes::<L>();
-        // every fourth coordinate has a sum of its own, in the same order wherever an entry lies: a distance has the same bits in both directions
+        // every fourth coordinate has a sum of its own, in the same order wherever an entry lies: a
+        // distance has the same bits in both directions
         let mut a = [T::splat(level, T::zero()); V];
         let (mut b, mut c, mut d) = (a, a, a);
         let row = |coordinate: usize| &self.y[coordinate * self.ld + j..][..width];
@@ -69,7 +73,12 @@ impl<T: Lanes> Distances<'_, T> {
 }
 
 #[inline(always)]
-fn add_squares<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], row: &[T], point: T) {
+fn add_squares<T: Lanes, L: Level, const V: usize>(
+    level: L,
+    sums: &mut [T::V<L>; V],
+    row: &[T],
+    point: T,
+) {
     let point = T::splat(level, point);
     let row = T::vectors::<L>(row);
     for v in 0..V {
@@ -78,7 +87,8 @@ fn add_squares<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>
     }
 }
 
-/// `out_i = max_j (r_i + r_j)·e_ij`, or 0, for each of `out.len()` rows of `e`, as wide as `r`: a multiple of [`Lanes::PAD`].
+/// `out_i = max_j (r_i + r_j)·e_ij`, or 0, for each of `out.len()` rows of `e`, as wide as `r`: a
+/// multiple of [`Lanes::PAD`].
 pub(crate) fn largest_affinities<T: Compiled>(r: &[T], e: &[T], ld: usize, out: &mut [T]) {
     debug_assert!(r.len().is_multiple_of(T::PAD));
     T::run_largest_affinities(LargestAffinities { r, e, ld, out });
@@ -116,8 +126,16 @@ impl<T: Lanes> Loop for LargestAffinities<'_, T> {
     }
 }
 
-/// `w_j ← max(decay·w_j + Σ_g factor_g·p_gj, least)`, with `p [factors.len(), ld]` by rows and `w.len()` a multiple of [`Lanes::PAD`].
-pub(crate) fn receive<T: Compiled>(w: &mut [T], decay: T, least: T, factors: &[T], p: &[T], ld: usize) {
+/// `w_j ← max(decay·w_j + Σ_g factor_g·p_gj, least)`, with `p [factors.len(), ld]` by rows and
+/// `w.len()` a multiple of [`Lanes::PAD`].
+pub(crate) fn receive<T: Compiled>(
+    w: &mut [T],
+    decay: T,
+    least: T,
+    factors: &[T],
+    p: &[T],
+    ld: usize,
+) {
     debug_assert!(w.len().is_multiple_of(T::PAD));
     T::run_receive(Receive { w, decay, least, factors, p, ld });
 }
@@ -163,7 +181,9 @@ mod tests {
         let wide = |x: T| x.to_f64().unwrap();
         let width = n.next_multiple_of(T::PAD);
         let ld = width + T::PAD;
-        let near = |a: T, b: f64| assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}");
+        let near = |a: T, b: f64| {
+            assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}")
+        };
         let (y, point) = (numbers::<T>(7 * ld, 0.37), numbers::<T>(7, 0.9));
         let mut out = vec![T::nan(); width];
         machine.run(Distances { y: &y, ld, point: &point, out: &mut out });
@@ -181,7 +201,14 @@ mod tests {
         let (before, least) = (w.clone(), 0.05);
         let constant = |x: f64| T::from(x).unwrap();
         let factors = [constant(0.5), constant(0.25)];
-        machine.run(Receive { w: &mut w, decay: constant(0.5), least: constant(least), factors: &factors, p: &e, ld });
+        machine.run(Receive {
+            w: &mut w,
+            decay: constant(0.5),
+            least: constant(least),
+            factors: &factors,
+            p: &e,
+            ld,
+        });
         for j in 0..width.min((n.max(2) - 1) * ld) {
             let other = if n > 1 { 0.25 * wide(e[ld + j]) } else { continue };
             near(w[j], (0.5 * wide(before[j]) + 0.5 * wide(e[j]) + other).max(least));

@@ -1,8 +1,9 @@
-//! SIMD levels and vectors: what an inner loop needs, written once for `f32` and `f64` and compiled for every level.
+//! SIMD levels and vectors: what an inner loop needs, written once for `f32` and `f64` and compiled
+//! for every level.
 //!
-//! [`Machine::best`] is the best level of the machine, at run time. A loop is a [`Loop`]: a struct of its arguments whose `run` is
-//! inlined into a function that has the instructions of its level. Helpers of such loops must be `#[inline(always)]`: what is not
-//! inlined loses them.
+//! [`Machine::best`] is the best level of the machine, at run time. A loop is a [`Loop`]: a struct
+//! of its arguments whose `run` is inlined into a function that has the instructions of its level.
+//! Helpers of such loops must be `#[inline(always)]`: what is not inlined loses them.
 
 use pulp::{NullaryFnOnce, Simd};
 
@@ -34,8 +35,8 @@ fn plain_transpose<T: Lanes, L: Level>(rows: &mut [T::V<L>; 16]) {
 
 /// Vectors of a number type at any level.
 pub trait Lanes: num_traits::Float + 'static {
-    /// Numbers in 64 bytes: rows of the arrays of this crate's loops are padded to a multiple of it, which is a multiple of the lanes
-    /// of every level.
+    /// Numbers in 64 bytes: rows of the arrays of this crate's loops are padded to a multiple of
+    /// it, which is a multiple of the lanes of every level.
     const PAD: usize;
 
     /// A vector.
@@ -334,10 +335,14 @@ mod x86 {
             }
             for i in 0..4 {
                 let (x, y, z, w) = (a[i], a[4 + i], a[8 + i], a[12 + i]);
-                let (xy_even, xy_odd) =
-                    (avx._mm512_shuffle_f32x4::<0b10_00_10_00>(x, y), avx._mm512_shuffle_f32x4::<0b11_01_11_01>(x, y));
-                let (zw_even, zw_odd) =
-                    (avx._mm512_shuffle_f32x4::<0b10_00_10_00>(z, w), avx._mm512_shuffle_f32x4::<0b11_01_11_01>(z, w));
+                let (xy_even, xy_odd) = (
+                    avx._mm512_shuffle_f32x4::<0b10_00_10_00>(x, y),
+                    avx._mm512_shuffle_f32x4::<0b11_01_11_01>(x, y),
+                );
+                let (zw_even, zw_odd) = (
+                    avx._mm512_shuffle_f32x4::<0b10_00_10_00>(z, w),
+                    avx._mm512_shuffle_f32x4::<0b11_01_11_01>(z, w),
+                );
                 b[i] = avx._mm512_shuffle_f32x4::<0b10_00_10_00>(xy_even, zw_even);
                 b[8 + i] = avx._mm512_shuffle_f32x4::<0b11_01_11_01>(xy_even, zw_even);
                 b[4 + i] = avx._mm512_shuffle_f32x4::<0b10_00_10_00>(xy_odd, zw_odd);
@@ -357,10 +362,14 @@ mod x86 {
             }
             for i in 0..2 {
                 let (x, y, z, w) = (b[i], b[2 + i], b[4 + i], b[6 + i]);
-                let (xy_even, xy_odd) =
-                    (avx._mm512_shuffle_f64x2::<0b10_00_10_00>(x, y), avx._mm512_shuffle_f64x2::<0b11_01_11_01>(x, y));
-                let (zw_even, zw_odd) =
-                    (avx._mm512_shuffle_f64x2::<0b10_00_10_00>(z, w), avx._mm512_shuffle_f64x2::<0b11_01_11_01>(z, w));
+                let (xy_even, xy_odd) = (
+                    avx._mm512_shuffle_f64x2::<0b10_00_10_00>(x, y),
+                    avx._mm512_shuffle_f64x2::<0b11_01_11_01>(x, y),
+                );
+                let (zw_even, zw_odd) = (
+                    avx._mm512_shuffle_f64x2::<0b10_00_10_00>(z, w),
+                    avx._mm512_shuffle_f64x2::<0b11_01_11_01>(z, w),
+                );
                 rows[i] = cast(avx._mm512_shuffle_f64x2::<0b10_00_10_00>(xy_even, zw_even));
                 rows[4 + i] = cast(avx._mm512_shuffle_f64x2::<0b11_01_11_01>(xy_even, zw_even));
                 rows[2 + i] = cast(avx._mm512_shuffle_f64x2::<0b10_00_10_00>(xy_odd, zw_odd));

@@ -1,4 +1,5 @@
-//! What a linear memory forgets before it absorbs a token: decays of the kernel, and log decays that come with the tokens.
+//! What a linear memory forgets before it absorbs a token: decays of the kernel, and log decays
+//! that come with the tokens.
 
 use super::linear::Chunk;
 use crate::kernel::{self, Buffer, Fading, columns};
@@ -6,11 +7,12 @@ use crate::{Error, Scalar, check, views};
 use core::ops::Range;
 use ndarray::ArrayView2;
 
-/// The most that the features of a group of tokens may decay from its first to its last, in natural-log units: their factors stay well
-/// within the range of the number types.
+/// The most that the features of a group of tokens may decay from its first to its last, in
+/// natural-log units: their factors stay well within the range of the number types.
 const GROUP_FADE: f64 = 20.0;
 
-/// How a kernel forgets: `ln α_ti = ln γ + ln γ_i + g_ti` for token t and feature i, each part if there is one.
+/// How a kernel forgets: `ln α_ti = ln γ + ln γ_i + g_ti` for token t and feature i, each part if
+/// there is one.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Decay {
@@ -70,7 +72,8 @@ impl<T: Scalar> LogDecay<T> {
         let log = |decay: f64| T::from_f64(libm::log(decay));
         self.common = log(decay.common);
         self.channels.clear();
-        self.channels.extend(decay.channels.iter().flatten().map(|channel| log(channel * decay.common)));
+        self.channels
+            .extend(decay.channels.iter().flatten().map(|channel| log(channel * decay.common)));
         self.gated = decay.gated;
         Ok(!decay.is_none())
     }
@@ -92,7 +95,10 @@ impl<T: Scalar> LogDecay<T> {
 fn check_gates<T: Scalar>(gates: ArrayView2<'_, T>, first_row: usize) -> Result<(), Error> {
     // one comparison after the other, with no way out: that is fast
     let usable = |all: bool, gate: &T| all & (*gate <= T::zero());
-    if gates.as_slice().map_or_else(|| gates.iter().fold(true, usable), |gates| gates.iter().fold(true, usable)) {
+    if gates
+        .as_slice()
+        .map_or_else(|| gates.iter().fold(true, usable), |gates| gates.iter().fold(true, usable))
+    {
         return Ok(());
     }
     match gates.indexed_iter().find(|(_, gate)| !usable(true, gate)) {
@@ -110,7 +116,8 @@ fn in_range<T: Scalar>(log_decay: &[T]) -> bool {
     kernel::max_abs(log_decay) <= T::from_f64(GROUP_FADE)
 }
 
-/// What decay leaves of sums: as much of all as of the slowest feature, and of each `kept + change` beyond that, which are empty if all are the same.
+/// What decay leaves of sums: as much of all as of the slowest feature, and of each `kept + change`
+/// beyond that, which are empty if all are the same.
 #[derive(Debug)]
 pub(super) struct Fade<T> {
     /// In logarithms.
@@ -143,7 +150,9 @@ impl<T: Scalar> Fade<T> {
             *change = exp_minus_one(beyond.max(-T::one()));
         }
         if !all_small {
-            for ((kept, change), &log_decay) in self.kept.iter_mut().zip(self.change.iter_mut()).zip(log_decay) {
+            for ((kept, change), &log_decay) in
+                self.kept.iter_mut().zip(self.change.iter_mut()).zip(log_decay)
+            {
                 let beyond = log_decay - self.slowest;
                 if beyond <= -T::one() {
                     (*kept, *change) = (beyond.exp(), T::zero());
@@ -153,8 +162,9 @@ impl<T: Scalar> Fade<T> {
     }
 }
 
-/// `e^x − 1` for x from −1 to 0, to a few units in the last place: the series at x/8, and `e^{2y} − 1 = (e^y − 1)(e^y − 1 + 2)` three times.
-/// Without branches, so that loops over it become vectors.
+/// `e^x − 1` for x from −1 to 0, to a few units in the last place: the series at x/8, and
+/// `e^{2y} − 1 = (e^y − 1)(e^y − 1 + 2)` three times. Without branches, so that loops over it
+/// become vectors.
 #[inline]
 fn exp_minus_one<T: Scalar>(x: T) -> T {
     const INVERSE_FACTORIALS: [f64; 10] = [
@@ -214,7 +224,8 @@ impl<T: Scalar> Gates<T> {
         }
     }
 
-    /// Takes the log decays of a chunk, `gates [tokens, 1 or features]`, together with those of the kernel. Rows count from `first_row`.
+    /// Takes the log decays of a chunk, `gates [tokens, 1 or features]`, together with those of the
+    /// kernel. Rows count from `first_row`.
     pub(super) fn set(
         &mut self,
         decay: Option<&LogDecay<T>>,
@@ -274,7 +285,8 @@ impl<T: Scalar> Gates<T> {
         self.width > 1 && in_range(self.row(token))
     }
 
-    /// Sums the log decays from `start` on, its own with them or without, see [`since`](Self::since).
+    /// Sums the log decays from `start` on, its own with them or without, see
+    /// [`since`](Self::since).
     pub(super) fn sum_from(&mut self, start: usize, with_first: bool) {
         let width = self.width;
         self.since.resize(self.values.len());
@@ -295,14 +307,15 @@ impl<T: Scalar> Gates<T> {
         for t in 1..values.len() / width {
             let (before, after) = since.split_at_mut(t * width);
             let before = &before[(t - 1) * width..];
-            for ((after, &before), &value) in after.iter_mut().zip(before).zip(&values[t * width..]) {
+            for ((after, &before), &value) in after.iter_mut().zip(before).zip(&values[t * width..])
+            {
                 *after = before + value;
             }
         }
     }
 
-    /// The end of the tokens from `start` on whose features stay in range, of a chunk of so many; where all features are the same, log scales
-    /// tell.
+    /// The end of the tokens from `start` on whose features stay in range, of a chunk of so many;
+    /// where all features are the same, log scales tell.
     pub(super) fn last(&self, start: usize, tokens: usize) -> usize {
         // sums only fall, so the last one tells whether a search is needed
         if self.width == 1 || in_range(self.since(tokens - 1)) {
@@ -311,9 +324,14 @@ impl<T: Scalar> Gates<T> {
         (start..tokens).find(|&t| !in_range(self.since(t))).unwrap_or(tokens)
     }
 
-    /// Writes the decay of a group into its queries and keys, as seen from where its sums begin: into their log scales, or where features differ,
-    /// into these.
-    pub(super) fn fade_group(&mut self, group: &mut Chunk<T>, features: usize, tokens: Range<usize>) {
+    /// Writes the decay of a group into its queries and keys, as seen from where its sums begin:
+    /// into their log scales, or where features differ, into these.
+    pub(super) fn fade_group(
+        &mut self,
+        group: &mut Chunk<T>,
+        features: usize,
+        tokens: Range<usize>,
+    ) {
         let width = self.width;
         let since = &self.since[tokens.start * width..tokens.end * width];
         if width == 1 {
@@ -340,7 +358,8 @@ impl<T: Scalar> Gates<T> {
         group.query_scale[..self.query_scale.len()].copy_from_slice(&self.query_scale);
     }
 
-    /// After [`fade_group`](Self::fade_group) of features: the keys and their sums as seen from the last token.
+    /// After [`fade_group`](Self::fade_group) of features: the keys and their sums as seen from the
+    /// last token.
     pub(super) fn bring_keys_to_end(&self, group: &mut Chunk<T>, key_sums: &mut [T]) {
         let (width, last) = (group.width, group.tokens - 1);
         let rows = group.keys.chunks_exact_mut(width).zip(self.factors.chunks_exact(width));
@@ -350,12 +369,14 @@ impl<T: Scalar> Gates<T> {
         }
     }
 
-    /// What features of a single token decay beyond the slowest, after [`fade_one`](Self::fade_one).
+    /// What features of a single token decay beyond the slowest, after
+    /// [`fade_one`](Self::fade_one).
     pub(super) fn of_features(&self) -> Option<Fading<'_, T>> {
         if self.width > 1 { self.fade.of_features() } else { None }
     }
 
-    /// For a chunk of one token: sets [`fade`](Self::fade) to its decay, and [`query`](Self::query) to what that leaves of a query.
+    /// For a chunk of one token: sets [`fade`](Self::fade) to its decay, and [`query`](Self::query)
+    /// to what that leaves of a query.
     pub(super) fn fade_one(&mut self, query: &[T]) {
         self.fade.set(&self.values);
         self.query.resize(self.fade.kept.len());
@@ -376,12 +397,18 @@ mod tests {
             let x = -f64::from(i) / 2000.0;
             for x in [x, x * 1e-3, x * 1e-9, x * 1e-300] {
                 let (found, exact) = (exp_minus_one(x), x.exp_m1());
-                assert!((found - exact).abs() <= 8.0 * f64::EPSILON * exact.abs(), "{x}: {found} {exact}");
+                assert!(
+                    (found - exact).abs() <= 8.0 * f64::EPSILON * exact.abs(),
+                    "{x}: {found} {exact}"
+                );
             }
             #[allow(clippy::cast_possible_truncation)]
             let narrow = x as f32;
             let (found, exact) = (f64::from(exp_minus_one(narrow)), f64::from(narrow).exp_m1());
-            assert!((found - exact).abs() <= 8.0 * f64::from(f32::EPSILON) * exact.abs(), "{x}: {found} {exact}");
+            assert!(
+                (found - exact).abs() <= 8.0 * f64::from(f32::EPSILON) * exact.abs(),
+                "{x}: {found} {exact}"
+            );
         }
     }
 }

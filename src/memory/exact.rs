@@ -15,11 +15,12 @@ pub(crate) const QUERY_BLOCK: usize = 128;
 const KEY_BLOCK: usize = 64;
 const KEY_BLOCK_OF_ONE: usize = 512;
 
-/// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little of the masked half is computed.
+/// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little
+/// of the masked half is computed.
 const MASK_BLOCK: usize = 16;
 
-/// Working memory of [`attend`]: the queries of a block, the scores of one tile, copies of its keys and values where their rows are
-/// not contiguous. Never an n × n array.
+/// Working memory of [`attend`]: the queries of a block, the scores of one tile, copies of its keys
+/// and values where their rows are not contiguous. Never an n × n array.
 #[derive(Debug)]
 pub(crate) struct Tile<T> {
     queries: Buffer<T>,
@@ -58,7 +59,10 @@ impl<T: Scalar> Tile<T> {
     }
 
     /// Leaves the threads to others.
-    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
+    #[cfg_attr(
+        not(feature = "rayon"),
+        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
+    )]
     pub(crate) fn stay_on_one_thread(&mut self) {
         #[cfg(feature = "rayon")]
         {
@@ -67,7 +71,8 @@ impl<T: Scalar> Tile<T> {
     }
 }
 
-/// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie so, else copied.
+/// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
+/// so, else copied.
 fn contiguous<'a, T: Scalar>(
     x: ArrayView2<'a, T>,
     first: usize,
@@ -81,7 +86,8 @@ fn contiguous<'a, T: Scalar>(
         return &all[first * stride..(first + count) * stride];
     }
     copy.resize(count * stride);
-    for (row, copy) in rows(x, first..first + count).outer_iter().zip(copy.chunks_exact_mut(stride)) {
+    for (row, copy) in rows(x, first..first + count).outer_iter().zip(copy.chunks_exact_mut(stride))
+    {
         let (copy, padding) = copy.split_at_mut(row.len());
         copy.iter_mut().zip(row).for_each(|(copy, &x)| *copy = x);
         padding.fill(T::zero());
@@ -89,11 +95,13 @@ fn contiguous<'a, T: Scalar>(
     copy
 }
 
-/// Sets the answer to `Σ_j exp(scale·q_i·k_j)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by tile, for the keys that query `i`
-/// sees: all of them, or keys `0..=first + i` if `first` is given.
+/// Sets the answer to `Σ_j exp(scale·q_i·k_j)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
+/// tile, for the keys that query `i` sees: all of them, or keys `0..=first + i` if `first` is
+/// given.
 ///
-/// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv 1805.02867; Dao et al.,
-/// FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base 2, with queries as columns.
+/// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
+/// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
+/// 2, with queries as columns.
 pub(crate) fn attend<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
@@ -126,7 +134,8 @@ pub(crate) fn attend<T: Scalar>(
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
             score(k, queries, d, width, offset, scores);
-            let changed = columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
+            let changed =
+                columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
             if changed && start > 0 {
                 columns::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
@@ -142,15 +151,25 @@ pub(crate) fn attend<T: Scalar>(
 
 /// Scores of a tile `[keys, width]`; −∞ where the mask hides the key.
 #[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
-fn score<T: Scalar>(k: &[T], queries: &[T], d: usize, width: usize, offset: Option<isize>, scores: &mut [T]) {
+fn score<T: Scalar>(
+    k: &[T],
+    queries: &[T],
+    d: usize,
+    width: usize,
+    offset: Option<isize>,
+    scores: &mut [T],
+) {
     let count = scores.len() / width;
     let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
     let step = if all_seen { count } else { MASK_BLOCK };
     for first in (0..count).step_by(step) {
         let last = count.min(first + step);
         // the first query that sees the first key of the block, down to a whole vector
-        let seen_by =
-            |key: usize| offset.map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned()).min(width);
+        let seen_by = |key: usize| {
+            offset
+                .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
+                .min(width)
+        };
         let from = seen_by(first) / T::PAD * T::PAD;
         let rows = &mut scores[first * width..last * width];
         if from < width {
@@ -192,8 +211,9 @@ fn add_values<T: Scalar>(
     let step = if all_seen { n } else { MASK_BLOCK };
     for first in (0..n).step_by(step) {
         let last = n.min(first + step);
-        let seen =
-            offset.map_or(count, |offset| (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned());
+        let seen = offset.map_or(count, |offset| {
+            (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned()
+        });
         if seen == 0 && !set {
             continue;
         }
@@ -269,7 +289,10 @@ fn attend_one<T: Scalar>(
 #[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
 #[cfg_attr(
     feature = "serde",
-    serde(bound(serialize = "T: Scalar + serde::Serialize", deserialize = "T: Scalar + serde::Deserialize<'de>"))
+    serde(bound(
+        serialize = "T: Scalar + serde::Serialize",
+        deserialize = "T: Scalar + serde::Deserialize<'de>"
+    ))
 )]
 pub struct ExactMemory<T> {
     head_dim: usize,
@@ -285,7 +308,8 @@ impl<T: Scalar> ExactMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a dimension is 0, [`Error::InvalidOption`] if `scale` is not positive and finite.
+    /// [`Error::ZeroSize`] if a dimension is 0, [`Error::InvalidOption`] if `scale` is not positive
+    /// and finite.
     pub fn new(head_dim: usize, value_dim: usize, scale: f64) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("value_dim", value_dim)?;
@@ -401,7 +425,11 @@ struct Parts<T> {
 #[cfg(feature = "serde")]
 impl<T: Scalar> From<ExactMemory<T>> for Parts<T> {
     fn from(memory: ExactMemory<T>) -> Self {
-        Self { scale: memory.scale, keys: memory.keys().to_owned(), values: memory.values().to_owned() }
+        Self {
+            scale: memory.scale,
+            keys: memory.keys().to_owned(),
+            values: memory.values().to_owned(),
+        }
     }
 }
 

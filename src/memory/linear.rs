@@ -17,16 +17,19 @@ const VALUE_BLOCK: usize = 8;
 /// Chunks with fewer tokens than this are absorbed token by token.
 pub(super) const FEW_TOKENS: usize = 6;
 
-/// The most that the running maximum of the log scales may rise within tokens that share one unit, in natural-log
-/// units. Larger jumps begin a new group, so that a huge later key cannot push the sums of earlier queries out of range.
+/// The most that the running maximum of the log scales may rise within tokens that share one unit,
+/// in natural-log units. Larger jumps begin a new group, so that a huge later key cannot push the
+/// sums of earlier queries out of range.
 const GROUP_RISE: f64 = 16.0;
 
-/// The most that the log scale of a single token may lie above that of a state whose sums decay, before they are brought to it, in
-/// natural-log units: a decode step then changes sums only now and then.
+/// The most that the log scale of a single token may lie above that of a state whose sums decay,
+/// before they are brought to it, in natural-log units: a decode step then changes sums only now
+/// and then.
 const STEP_RISE: f64 = 8.0;
 
-/// Values up to this are small: as many of them as there will be, times the largest features, at the largest log scale, leave sums that can be
-/// read without a denominator, up to [`MOST_FEATURES`] of them and [`LARGEST_SCALE`].
+/// Values up to this are small: as many of them as there will be, times the largest features, at
+/// the largest log scale, leave sums that can be read without a denominator, up to
+/// [`MOST_FEATURES`] of them and [`LARGEST_SCALE`].
 const SMALL_VALUE: f64 = 1e6;
 
 /// What 2⁴⁰ small values may sum to.
@@ -38,8 +41,8 @@ const MOST_FEATURES: usize = 1 << 13;
 /// See [`SMALL_VALUE`]; in natural-log units.
 const LARGEST_SCALE: f64 = 12.0;
 
-/// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of one, so that their
-/// products stay in range.
+/// Rows of features whose maximum is above this, or below its inverse, are brought to a maximum of
+/// one, so that their products stay in range.
 const LARGEST_FEATURE: f64 = 1024.0;
 
 /// The sums over every token absorbed, for a feature map φ:
@@ -48,12 +51,13 @@ const LARGEST_FEATURE: f64 = 1024.0;
 /// S = Σ_j φ(k̂_j) v_jᵀ  [num_features, value_dim],    z = Σ_j φ(k̂_j)  [num_features],    x̂ = √scale·x
 /// ```
 ///
-/// kept in units of `e^{log_scale}`, the running maximum of the keys' log scales. It answers a query with
-/// `φ(q̂)ᵀS / φ(q̂)ᵀz` (Katharopoulos et al., arXiv 2006.16236, equation 5).
+/// kept in units of `e^{log_scale}`, the running maximum of the keys' log scales. It answers a
+/// query with `φ(q̂)ᵀS / φ(q̂)ᵀz` (Katharopoulos et al., arXiv 2006.16236, equation 5).
 ///
-/// Sums are compensated (Kahan): each carries its rounding error beside it, so that the error does not grow with the
-/// number of tokens. Plain sums in `f32` would lose four digits in a million tokens and stand still after some hundred
-/// million. The size is `2·num_features·(value_dim + 1) + 1` numbers, whatever the number of tokens.
+/// Sums are compensated (Kahan): each carries its rounding error beside it, so that the error does
+/// not grow with the number of tokens. Plain sums in `f32` would lose four digits in a million
+/// tokens and stand still after some hundred million. The size is
+/// `2·num_features·(value_dim + 1) + 1` numbers, whatever the number of tokens.
 ///
 /// ```
 /// use dijiang::{LinearMemory, Memory, Performer};
@@ -84,7 +88,11 @@ pub struct LinearMemory<T, F> {
 
 impl<T: Clone, F> Clone for LinearMemory<T, F> {
     fn clone(&self) -> Self {
-        Self { map: Arc::clone(&self.map), scale_root: self.scale_root.clone(), state: self.state.clone() }
+        Self {
+            map: Arc::clone(&self.map),
+            scale_root: self.scale_root.clone(),
+            state: self.state.clone(),
+        }
     }
 }
 
@@ -109,7 +117,8 @@ impl Size {
     }
 }
 
-/// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty. Rows of the sums are padded.
+/// The sums and their rounding errors, in units of `e^{log_scale}`; −∞ while empty. Rows of the
+/// sums are padded.
 #[derive(Clone, Debug)]
 pub(crate) struct State<T> {
     pub(super) value_dim: usize,
@@ -160,7 +169,10 @@ impl<T: Scalar> State<T> {
         self.sums_low.resize(other.sums_low.len());
         self.normalizer.resize(other.normalizer.len());
         self.normalizer_low.resize(other.normalizer_low.len());
-        self.parts_mut().into_iter().zip(other.parts()).for_each(|(part, other)| part.copy_from_slice(other));
+        self.parts_mut()
+            .into_iter()
+            .zip(other.parts())
+            .for_each(|(part, other)| part.copy_from_slice(other));
         self.set_scale(other.scale());
         self.tokens = other.tokens;
         self.size = other.size;
@@ -189,7 +201,10 @@ impl<T: Scalar> State<T> {
     fn rows(&self) -> impl Iterator<Item = &[T]> {
         let (stride, value_dim, features) = (self.stride(), self.value_dim, self.features());
         let [sums, sums_low, normalizer, normalizer_low] = self.parts();
-        let matrices = sums.chunks_exact(stride).chain(sums_low.chunks_exact(stride)).map(move |row| &row[..value_dim]);
+        let matrices = sums
+            .chunks_exact(stride)
+            .chain(sums_low.chunks_exact(stride))
+            .map(move |row| &row[..value_dim]);
         matrices.chain([&normalizer[..features], &normalizer_low[..features]])
     }
 
@@ -200,10 +215,13 @@ impl<T: Scalar> State<T> {
         kernel::add_compensated(normalizer, normalizer_low, factor, features);
     }
 
-    /// Whether a sum has come so near to the largest number of the type that more tokens could overflow it.
+    /// Whether a sum has come so near to the largest number of the type that more tokens could
+    /// overflow it.
     fn is_too_large(&self) -> bool {
         let limit = T::max_value() * T::from_f64(0.5_f64.powi(24));
-        self.parts().into_iter().any(|part| !kernel::all_finite(part) || kernel::max_abs(part) > limit)
+        self.parts()
+            .into_iter()
+            .any(|part| !kernel::all_finite(part) || kernel::max_abs(part) > limit)
     }
 
     /// Fails if the values were large and their sum has become so.
@@ -240,7 +258,10 @@ impl<T: Scalar> State<T> {
     fn fade(&mut self, fade: &Fade<T>) {
         self.set_scale(decayed(self.scale(), fade.slowest));
         if let Some(fade) = fade.of_features() {
-            for (sum, low) in [(&mut self.sums, &mut self.sums_low), (&mut self.normalizer, &mut self.normalizer_low)] {
+            for (sum, low) in [
+                (&mut self.sums, &mut self.sums_low),
+                (&mut self.normalizer, &mut self.normalizer_low),
+            ] {
                 kernel::FadeRows { fade, factors: &[], x: &[], sum, low }.run();
             }
         }
@@ -283,8 +304,14 @@ impl<T: Scalar> State<T> {
         if token.key_scale[0] <= scale[0] + rise { scale[0] } else { token.key_scale[0] }
     }
 
-    /// Adds a single token, after its features have faded where they differ in that; its own are overwritten.
-    fn absorb_token(&mut self, token: &mut Chunk<T>, gates: &Gates<T>, fade: Option<Fading<'_, T>>) {
+    /// Adds a single token, after its features have faded where they differ in that; its own are
+    /// overwritten.
+    fn absorb_token(
+        &mut self,
+        token: &mut Chunk<T>,
+        gates: &Gates<T>,
+        fade: Option<Fading<'_, T>>,
+    ) {
         self.raise(Self::unit_with(self.scale(), token, gates));
         let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
         let keys = &mut token.keys[..self.normalizer.len()];
@@ -294,9 +321,11 @@ impl<T: Scalar> State<T> {
         let (sums, sums_low) = (&mut self.sums, &mut self.sums_low);
         let (normalizer, normalizer_low) = (&mut self.normalizer, &mut self.normalizer_low);
         if let Some(fade) = fade {
-            kernel::FadeRows { fade, factors: keys, x: &token.values, sum: sums, low: sums_low }.run();
+            kernel::FadeRows { fade, factors: keys, x: &token.values, sum: sums, low: sums_low }
+                .run();
             let one = &[T::one()];
-            kernel::FadeRows { fade, factors: keys, x: one, sum: normalizer, low: normalizer_low }.run();
+            kernel::FadeRows { fade, factors: keys, x: one, sum: normalizer, low: normalizer_low }
+                .run();
         } else {
             kernel::add_outer(sums, sums_low, keys, &token.values);
             kernel::add_compensated(normalizer, normalizer_low, T::one(), keys);
@@ -304,8 +333,8 @@ impl<T: Scalar> State<T> {
         self.tokens += 1;
     }
 
-    /// Answers a single token and adds it, in one pass over the sums, if that can neither fail half-way nor needs another unit: `false`
-    /// says that nothing was done.
+    /// Answers a single token and adds it, in one pass over the sums, if that can neither fail
+    /// half-way nor needs another unit: `false` says that nothing was done.
     fn read_and_absorb_token(
         &mut self,
         token: &mut Chunk<T>,
@@ -356,8 +385,8 @@ impl<T: Scalar> State<T> {
         true
     }
 
-    /// Answers a single token from itself and the state, whose sums have decayed to `scale`; where features differ in that, so has `faded`, the
-    /// query of the sums.
+    /// Answers a single token from itself and the state, whose sums have decayed to `scale`; where
+    /// features differ in that, so has `faded`, the query of the sums.
     fn read_token(
         &self,
         token: &Chunk<T>,
@@ -386,9 +415,16 @@ impl<T: Scalar> State<T> {
         answer.log_scale[0] = token.query_scale[0] + unit;
     }
 
-    /// Answers the queries of a group, in `unit`, which its keys are brought to: block by block, masked scores give the part of the
-    /// group itself and the state the rest. Returns whether every normaliser can be divided by.
-    fn read_group(&self, group: &Chunk<T>, unit: T, scores: &mut Buffer<T>, answer: &mut Answer<T>) -> bool {
+    /// Answers the queries of a group, in `unit`, which its keys are brought to: block by block,
+    /// masked scores give the part of the group itself and the state the rest. Returns whether
+    /// every normaliser can be divided by.
+    fn read_group(
+        &self,
+        group: &Chunk<T>,
+        unit: T,
+        scores: &mut Buffer<T>,
+        answer: &mut Answer<T>,
+    ) -> bool {
         let features = self.features();
         answer.resize(group.tokens, group.width, self.stride());
         if self.tokens == 0 {
@@ -414,7 +450,12 @@ impl<T: Scalar> State<T> {
             into: Into::Set,
         }
         .run();
-        kernel::row_times_matrix(&self.normalizer, &group.queries, group.width, &mut answer.denominator);
+        kernel::row_times_matrix(
+            &self.normalizer,
+            &group.queries,
+            group.width,
+            &mut answer.denominator,
+        );
         let old = unit_ratio(self.scale(), unit);
         if old != T::one() {
             kernel::scale(&mut answer.numerator, old);
@@ -449,8 +490,8 @@ fn exp_difference<T: Scalar>(a: T, b: T) -> T {
     if a == b { T::one() } else { (a - b).exp() }
 }
 
-/// Tokens, mapped, as columns: features `[num_features, width]` in units of their log scales; values `[tokens, value_dim]` with padded
-/// rows. A single token has width 1.
+/// Tokens, mapped, as columns: features `[num_features, width]` in units of their log scales;
+/// values `[tokens, value_dim]` with padded rows. A single token has width 1.
 #[derive(Debug)]
 pub(crate) struct Chunk<T> {
     pub(super) tokens: usize,
@@ -461,7 +502,8 @@ pub(crate) struct Chunk<T> {
     pub(super) key_scale: Buffer<T>,
     pub(super) values: Buffer<T>,
     pub(super) values_size: Size,
-    /// The log decays before the first token and from there to the last, if the scales have been shifted by them.
+    /// The log decays before the first token and from there to the last, if the scales have been
+    /// shifted by them.
     #[cfg(feature = "rayon")]
     pub(super) faded: Option<[T; 2]>,
 }
@@ -492,8 +534,8 @@ impl<T: Scalar> Chunk<T> {
         self.values.resize(tokens * padded::<T>(value_dim));
     }
 
-    /// The longest run of tokens from `start` whose running maximum stays within [`GROUP_RISE`] of where it begins, and
-    /// the maximum it reaches: their common unit.
+    /// The longest run of tokens from `start` whose running maximum stays within [`GROUP_RISE`] of
+    /// where it begins, and the maximum it reaches: their common unit.
     pub(super) fn group(&self, start: usize, log_scale: T) -> (usize, T) {
         let lowest = log_scale.max(self.key_scale[start]);
         let limit = lowest + T::from_f64(GROUP_RISE);
@@ -510,7 +552,8 @@ impl<T: Scalar> Chunk<T> {
         (stop, unit)
     }
 
-    /// As [`group`](Self::group), of sums that decay: scales count as seen from the first token, and features must stay in range.
+    /// As [`group`](Self::group), of sums that decay: scales count as seen from the first token,
+    /// and features must stay in range.
     fn group_that_fades(&self, start: usize, log_scale: T, gates: &Gates<T>) -> (usize, T) {
         let last = gates.last(start, self.tokens);
         let one = gates.width == 1;
@@ -532,7 +575,9 @@ impl<T: Scalar> Chunk<T> {
     pub(super) fn set_values(&mut self, v: ArrayView2<'_, T>) -> Result<(), Error> {
         let stride = padded::<T>(v.ncols());
         let largest = match v.to_slice() {
-            Some(v) if v.len() == self.values.len() => kernel::copy_and_measure(v, &mut self.values),
+            Some(v) if v.len() == self.values.len() => {
+                kernel::copy_and_measure(v, &mut self.values)
+            }
             _ => {
                 let (mut largest, mut mark) = (T::zero(), T::zero());
                 for (row, copy) in v.outer_iter().zip(self.values.chunks_exact_mut(stride)) {
@@ -552,10 +597,21 @@ impl<T: Scalar> Chunk<T> {
     }
 
     /// Takes tokens out of another chunk.
-    fn copy_tokens(&mut self, from: &Self, tokens: Range<usize>, features: usize, value_dim: usize) {
+    fn copy_tokens(
+        &mut self,
+        from: &Self,
+        tokens: Range<usize>,
+        features: usize,
+        value_dim: usize,
+    ) {
         self.resize(tokens.len(), features, value_dim);
-        for (to, from_features) in [(&mut self.queries, &from.queries), (&mut self.keys, &from.keys)] {
-            for (to, row) in to.chunks_exact_mut(self.width).zip(from_features.chunks_exact(from.width)).take(features)
+        for (to, from_features) in
+            [(&mut self.queries, &from.queries), (&mut self.keys, &from.keys)]
+        {
+            for (to, row) in to
+                .chunks_exact_mut(self.width)
+                .zip(from_features.chunks_exact(from.width))
+                .take(features)
             {
                 to.fill(T::zero());
                 to[..tokens.len()].copy_from_slice(&row[tokens.clone()]);
@@ -568,8 +624,9 @@ impl<T: Scalar> Chunk<T> {
         self.values_size = from.values_size;
     }
 
-    /// Answers the queries from the keys and values of this chunk that each sees, the keys in `unit`; sets the numerators or adds to
-    /// them, adds to the denominators. Returns whether every normaliser can be divided by.
+    /// Answers the queries from the keys and values of this chunk that each sees, the keys in
+    /// `unit`; sets the numerators or adds to them, adds to the denominators. Returns whether every
+    /// normaliser can be divided by.
     pub(super) fn answer_itself(
         &self,
         features: usize,
@@ -596,7 +653,11 @@ impl<T: Scalar> Chunk<T> {
                 into: Into::Set,
             }
             .run();
-            columns::mask_and_add_rows(&mut scores[first * width..last * width], first, &mut answer.denominator);
+            columns::mask_and_add_rows(
+                &mut scores[first * width..last * width],
+                first,
+                &mut answer.denominator,
+            );
         }
         for first in (0..tokens).step_by(VALUE_BLOCK) {
             let last = tokens.min(first + VALUE_BLOCK);
@@ -617,7 +678,13 @@ impl<T: Scalar> Chunk<T> {
     }
 
     /// Brings the keys from their own log scales to one unit, and sums the features of each.
-    fn bring_keys_to(&mut self, unit: T, features: usize, factors: &mut Buffer<T>, key_sums: &mut Buffer<T>) {
+    fn bring_keys_to(
+        &mut self,
+        unit: T,
+        features: usize,
+        factors: &mut Buffer<T>,
+        key_sums: &mut Buffer<T>,
+    ) {
         key_factors(&self.key_scale, unit, self.tokens, factors);
         key_sums.resize(features);
         columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
@@ -625,7 +692,12 @@ impl<T: Scalar> Chunk<T> {
 }
 
 /// What brings each key from its log scale to `unit`; 0 beyond the tokens.
-pub(super) fn key_factors<T: Scalar>(key_scale: &[T], unit: T, tokens: usize, factors: &mut Buffer<T>) {
+pub(super) fn key_factors<T: Scalar>(
+    key_scale: &[T],
+    unit: T,
+    tokens: usize,
+    factors: &mut Buffer<T>,
+) {
     let log2_e = T::from_f64(core::f64::consts::LOG2_E);
     factors.resize(key_scale.len());
     for (factor, &scale) in factors.iter_mut().zip(key_scale) {
@@ -709,7 +781,10 @@ impl<T: Scalar> Workspace<T> {
     }
 
     /// Leaves the threads to others.
-    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self, clippy::needless_pass_by_ref_mut))]
+    #[cfg_attr(
+        not(feature = "rayon"),
+        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
+    )]
     pub(crate) fn stay_on_one_thread(&mut self) {
         #[cfg(feature = "rayon")]
         {
@@ -739,7 +814,8 @@ fn too_large(row: usize) -> Error {
     Error::Overflow { which: "the size of the vector", row }
 }
 
-/// New tokens: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`, and log decays `[n, 1 or num_features]` if they have gates.
+/// New tokens: `q [n, d]`, `k [n, d]`, `v [n, value_dim]`, and log decays `[n, 1 or num_features]`
+/// if they have gates.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tokens<'a, T> {
     pub(crate) q: ArrayView2<'a, T>,
@@ -751,7 +827,12 @@ pub(crate) struct Tokens<'a, T> {
 impl<T> Tokens<'_, T> {
     pub(super) fn rows(&self, range: Range<usize>) -> Self {
         let part = |x| views::rows(x, range.clone());
-        Self { q: part(self.q), k: part(self.k), v: part(self.v), log_decay: self.log_decay.map(part) }
+        Self {
+            q: part(self.q),
+            k: part(self.k),
+            v: part(self.v),
+            log_decay: self.log_decay.map(part),
+        }
     }
 }
 
@@ -765,7 +846,11 @@ pub(crate) struct Engine<'a, T> {
 
 impl<'a, T: Scalar> Engine<'a, T> {
     /// For values of `value_dim` columns.
-    pub(crate) fn new(map: &'a dyn FeatureMap<T>, value_dim: usize, scale: f64) -> Result<Self, Error> {
+    pub(crate) fn new(
+        map: &'a dyn FeatureMap<T>,
+        value_dim: usize,
+        scale: f64,
+    ) -> Result<Self, Error> {
         check::at_least_one("value_dim", value_dim)?;
         check::features(map.head_dim(), map.num_features())?;
         check::array("value_dim", value_dim, map.num_features())?;
@@ -782,8 +867,9 @@ impl<'a, T: Scalar> Engine<'a, T> {
         self.map.num_features()
     }
 
-    /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones up to its own. The shapes have been
-    /// checked. On an error with several tokens the state is left half-way.
+    /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones
+    /// up to its own. The shapes have been checked. On an error with several tokens the state is
+    /// left half-way.
     pub(crate) fn extend(
         &self,
         state: &mut State<T>,
@@ -795,8 +881,13 @@ impl<'a, T: Scalar> Engine<'a, T> {
     ) -> Result<(), Error> {
         let n = tokens.q.nrows();
         #[cfg(feature = "rayon")]
-        if work.parallel && parallel::pays(n) && self.decay.is_none_or(|decay| decay.is_common(tokens.log_decay)) {
-            return parallel::inside(|| self.extend_blocks(state, tokens, out, readout, work, keep));
+        if work.parallel
+            && parallel::pays(n)
+            && self.decay.is_none_or(|decay| decay.is_common(tokens.log_decay))
+        {
+            return parallel::inside(|| {
+                self.extend_blocks(state, tokens, out, readout, work, keep)
+            });
         }
         self.extend_in_order(state, tokens, &mut out, readout, work, 0..n, keep)
     }
@@ -848,9 +939,17 @@ impl<'a, T: Scalar> Engine<'a, T> {
         keep: bool,
     ) -> Result<(), Error> {
         let mut lanes = core::mem::take(&mut work.lanes);
-        let done = parallel::extend(*self, state, tokens, &mut out, readout, &mut lanes, |state, out, range| {
-            self.extend_in_order(state, tokens, out, readout, work, range, true)
-        });
+        let done = parallel::extend(
+            *self,
+            state,
+            tokens,
+            &mut out,
+            readout,
+            &mut lanes,
+            |state, out, range| {
+                self.extend_in_order(state, tokens, out, readout, work, range, true)
+            },
+        );
         work.lanes = lanes;
         self.extend_in_order(state, tokens, &mut out, readout, work, done?..tokens.q.nrows(), keep)
     }
@@ -904,7 +1003,13 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// Sets `scaled` to the one row of `√scale·x`.
-    fn scale_one(&self, side: Side, x: ArrayView2<'_, T>, scaled: &mut Buffer<T>, row: usize) -> Result<(), Error> {
+    fn scale_one(
+        &self,
+        side: Side,
+        x: ArrayView2<'_, T>,
+        scaled: &mut Buffer<T>,
+        row: usize,
+    ) -> Result<(), Error> {
         scaled.resize(self.map.head_dim());
         if let Some(x) = x.to_slice() {
             if kernel::scale_into(self.scale_root, x, scaled) == T::zero() {
@@ -987,13 +1092,17 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 kernel::scale(features, largest.recip());
                 log_scale[t] += largest.ln();
             }
-            values[t..].iter_mut().step_by(width).zip(&*features).for_each(|(to, &feature)| *to = feature);
+            values[t..]
+                .iter_mut()
+                .step_by(width)
+                .zip(&*features)
+                .for_each(|(to, &feature)| *to = feature);
         }
         Ok(())
     }
 
-    /// One chunk, already mapped: in groups of tokens whose log scales rise little, or token by token. `keep` says whether the state
-    /// will be needed afterwards.
+    /// One chunk, already mapped: in groups of tokens whose log scales rise little, or token by
+    /// token. `keep` says whether the state will be needed afterwards.
     fn extend_chunk(
         &self,
         state: &mut State<T>,
@@ -1033,7 +1142,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         let mut one_by_one_until = 0;
         while start < n {
             let decays = work.gates.width;
-            // the decay before a group is that of its sums, or if there is little that of its features
+            // the decay before a group is that of its sums, or if there is little that of its
+            // features
             let mild = work.gates.is_mild(start);
             let (mut end, unit) = if decays == 0 {
                 work.chunk.group(start, state.log_scale)
@@ -1057,15 +1167,18 @@ impl<'a, T: Scalar> Engine<'a, T> {
                     gates.fade_group(group, features, start..end);
                 }
                 group.bring_keys_to(unit, features, factors, key_sums);
-                if !state.read_group(group, unit, scores, answer) && readout == Readout::Normalized {
-                    // The unit of the group, set by its largest key, may be too large for an early query.
+                if !state.read_group(group, unit, scores, answer) && readout == Readout::Normalized
+                {
+                    // The unit of the group, set by its largest key, may be too large for an early
+                    // query.
                     one_by_one_until = end;
                     grouped = false;
                     if whole {
                         if decays > 0 {
                             work.gates.restore_query_scales(&mut work.chunk);
                         }
-                        self.map_again(Side::Key, work).map_err(|error| error.in_chunk(first_row))?;
+                        self.map_again(Side::Key, work)
+                            .map_err(|error| error.in_chunk(first_row))?;
                     }
                 }
             }
@@ -1078,7 +1191,11 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 }
                 state.read_token(part, state.scale(), gates, None, answer);
             }
-            answer.write(first_row + start, readout, views::rows_mut(out.view_mut(), start..end))?;
+            answer.write(
+                first_row + start,
+                readout,
+                views::rows_mut(out.view_mut(), start..end),
+            )?;
             if !grouped {
                 state.absorb_token(part, gates, None);
             } else if keep || end < n {
@@ -1098,7 +1215,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         Ok(())
     }
 
-    /// Absorbs keys and values, of checked shapes, without reading. On an error the state is left half-way.
+    /// Absorbs keys and values, of checked shapes, without reading. On an error the state is left
+    /// half-way.
     pub(crate) fn absorb(
         &self,
         state: &mut State<T>,
@@ -1143,7 +1261,9 @@ impl<'a, T: Scalar> Engine<'a, T> {
                 gates.width = 0;
                 state.absorb_token(chunk, gates, None);
             } else {
-                let unit = chunk.key_scale[..chunk.tokens].iter().fold(state.log_scale, |m, &scale| m.max(scale));
+                let unit = chunk.key_scale[..chunk.tokens]
+                    .iter()
+                    .fold(state.log_scale, |m, &scale| m.max(scale));
                 chunk.bring_keys_to(unit, self.num_features(), factors, key_sums);
                 state.absorb_group(chunk, unit, key_sums);
             }
@@ -1152,7 +1272,8 @@ impl<'a, T: Scalar> Engine<'a, T> {
         Ok(())
     }
 
-    /// Answers queries of a checked shape chunk by chunk; `each` is given the first row of the chunk and its answer.
+    /// Answers queries of a checked shape chunk by chunk; `each` is given the first row of the
+    /// chunk and its answer.
     pub(crate) fn read(
         &self,
         state: &State<T>,
@@ -1199,8 +1320,15 @@ impl<'a, T: Scalar> Engine<'a, T> {
             let mut start = 0;
             while let Some(range) = parallel::block::<T>(start, q.nrows()) {
                 let mut out = views::rows_mut(out.view_mut(), range.clone());
-                parallel::read(*self, state, views::rows(q, range.clone()), &mut out, readout, &mut work.lanes)
-                    .map_err(|error| error.in_chunk(start))?;
+                parallel::read(
+                    *self,
+                    state,
+                    views::rows(q, range.clone()),
+                    &mut out,
+                    readout,
+                    &mut work.lanes,
+                )
+                .map_err(|error| error.in_chunk(start))?;
                 start = range.end;
             }
             start
@@ -1217,17 +1345,23 @@ impl<'a, T: Scalar> Engine<'a, T> {
     }
 
     /// `ln φ(√scale·q_i)·φ(√scale·k_j)` of every pair of checked rows.
-    pub(crate) fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Array2<f64>, Error> {
+    pub(crate) fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Array2<f64>, Error> {
         let mut work = Workspace::new();
         let mut out = Array2::zeros((q.nrows(), k.nrows()));
         let m = self.num_features();
-        let feature =
-            |x: &[T], width: usize, t: usize| -> Vec<T> { x[t..].iter().step_by(width).take(m).copied().collect() };
+        let feature = |x: &[T], width: usize, t: usize| -> Vec<T> {
+            x[t..].iter().step_by(width).take(m).copied().collect()
+        };
         for start in (0..k.nrows()).step_by(chunk_len::<T>()) {
             let k = views::rows(k, start..k.nrows().min(start + chunk_len::<T>()));
             work.chunk.resize(k.nrows(), m, 1);
             self.map(Side::Key, k, &mut work, start)?;
-            let keys: Vec<Vec<T>> = (0..k.nrows()).map(|j| feature(&work.chunk.keys, work.chunk.width, j)).collect();
+            let keys: Vec<Vec<T>> =
+                (0..k.nrows()).map(|j| feature(&work.chunk.keys, work.chunk.width, j)).collect();
             let key_scale = work.chunk.key_scale.to_vec();
             for first in (0..q.nrows()).step_by(chunk_len::<T>()) {
                 let q = views::rows(q, first..q.nrows().min(first + chunk_len::<T>()));
@@ -1253,8 +1387,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if `value_dim` is 0 or the map has no features, [`Error::InvalidOption`] if `scale` is not
-    /// positive and finite.
+    /// [`Error::ZeroSize`] if `value_dim` is 0 or the map has no features, [`Error::InvalidOption`]
+    /// if `scale` is not positive and finite.
     pub fn new(map: Arc<F>, value_dim: usize, scale: f64) -> Result<Self, Error> {
         let scale_root = Engine::new(&*map, value_dim, scale)?.scale_root;
         let mut state = State::new();
@@ -1262,13 +1396,15 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Ok(Self { map, scale_root, state })
     }
 
-    /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order. That the maps are the same
-    /// is for the caller to see to; of them only the number of features is compared.
+    /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order. That
+    /// the maps are the same is for the caller to see to; of them only the number of features is
+    /// compared.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the number of features or values differs, [`Error::InvalidOption`] if the scales do,
-    /// [`Error::Overflow`] if a sum becomes too large. This memory is then unchanged.
+    /// [`Error::Shape`] if the number of features or values differs, [`Error::InvalidOption`] if
+    /// the scales do, [`Error::Overflow`] if a sum becomes too large. This memory is then
+    /// unchanged.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check::size("other", "features", self.state.features(), other.state.features())?;
         check::size("other", "value columns", self.value_dim(), other.value_dim())?;
@@ -1311,10 +1447,14 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         if self.state.tokens == 0 {
             return Vec::new();
         }
-        core::iter::once(&self.state.log_scale).chain(self.state.rows().flatten()).copied().collect()
+        core::iter::once(&self.state.log_scale)
+            .chain(self.state.rows().flatten())
+            .copied()
+            .collect()
     }
 
-    /// What rounding left of the log scale, which sums that decay need beside [`numbers`](Self::numbers).
+    /// What rounding left of the log scale, which sums that decay need beside
+    /// [`numbers`](Self::numbers).
     pub(crate) fn log_scale_low(&self) -> T {
         self.state.log_scale_low
     }
@@ -1333,17 +1473,24 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         self.state.reset(self.map.num_features(), self.state.value_dim);
     }
 
-    /// As [`Memory::absorb`] of what has been checked, in the caller's working memory. On an error the state is left half-way.
+    /// As [`Memory::absorb`] of what has been checked, in the caller's working memory. On an error
+    /// the state is left half-way.
     pub(crate) fn absorb_with(
         &mut self,
         k: ArrayView2<'_, T>,
         v: ArrayView2<'_, T>,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        Engine { map: &*self.map, scale_root: self.scale_root, decay: None }.absorb(&mut self.state, k, v, work)
+        Engine { map: &*self.map, scale_root: self.scale_root, decay: None }.absorb(
+            &mut self.state,
+            k,
+            v,
+            work,
+        )
     }
 
-    /// As [`Memory::read`] of what has been checked, in the caller's working memory; `each` is given the first row of a chunk and its answer.
+    /// As [`Memory::read`] of what has been checked, in the caller's working memory; `each` is
+    /// given the first row of a chunk and its answer.
     pub(crate) fn read_with(
         &self,
         q: ArrayView2<'_, T>,
@@ -1376,12 +1523,14 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             take(normalizer_low);
             self.state.log_scale = log_scale;
             self.state.tokens = tokens;
-            let largest = self.state.parts().into_iter().map(kernel::max_abs).fold(T::zero(), T::max);
+            let largest =
+                self.state.parts().into_iter().map(kernel::max_abs).fold(T::zero(), T::max);
             self.state.size = Size::of(largest.as_f64(), SMALL_SUM, 0.0);
         }
     }
 
-    /// Causal attention of new tokens; the shapes have been checked. On an error the state is what it was.
+    /// Causal attention of new tokens; the shapes have been checked. On an error the state is what
+    /// it was.
     pub(crate) fn extend(
         &mut self,
         tokens: Tokens<'_, T>,
@@ -1396,7 +1545,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         })
     }
 
-    /// As [`extend`](Self::extend), of several query heads, each with the same keys and values: `out [group, n, d_v]`.
+    /// As [`extend`](Self::extend), of several query heads, each with the same keys and values:
+    /// `out [group, n, d_v]`.
     pub(crate) fn extend_group<'a>(
         &mut self,
         heads: impl ExactSizeIterator<Item = Tokens<'a, T>>,
@@ -1442,7 +1592,8 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         checkpoint.valid
     }
 
-    /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the state has changed.
+    /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the
+    /// state has changed.
     fn guarded(
         &mut self,
         risky: bool,
@@ -1461,7 +1612,11 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     }
 
     /// `ln φ(√scale·q_i)·φ(√scale·k_j)` of every pair of checked rows.
-    pub(crate) fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>) -> Result<Array2<f64>, Error> {
+    pub(crate) fn log_weights(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+    ) -> Result<Array2<f64>, Error> {
         self.engine().log_weights(q, k)
     }
 }
@@ -1470,7 +1625,9 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
-        self.guarded(true, &mut Workspace::new(), |engine, state, work| engine.absorb(state, k, v, work))
+        self.guarded(true, &mut Workspace::new(), |engine, state, work| {
+            engine.absorb(state, k, v, work)
+        })
     }
 
     fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error> {

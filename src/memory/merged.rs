@@ -1,4 +1,5 @@
-//! Merging memory: a bounded set of mean keys and mean values; the two entries whose union costs least become one.
+//! Merging memory: a bounded set of mean keys and mean values; the two entries whose union costs
+//! least become one.
 
 use super::slab::{Reading, Slab, attend};
 use super::{Memory, Partial};
@@ -13,10 +14,12 @@ pub(crate) const METRIC_TOKENS: usize = 64;
 /// What a token that leaves the window weighs at least.
 const LEAST_WEIGHT: f64 = 1e-9;
 
-/// Where a number that is sorted holds its entry: there are no more of them, and 32 bits of the mantissa are left.
+/// Where a number that is sorted holds its entry: there are no more of them, and 32 bits of the
+/// mantissa are left.
 const ENTRY_BITS: u64 = (1 << 20) - 1;
 
-/// A memory, or a pool of them, holds the distances of all pairs: at 2^14 entries a gigabyte of `f32`.
+/// A memory, or a pool of them, holds the distances of all pairs: at 2^14 entries a gigabyte of
+/// `f32`.
 const MOST_ENTRIES: usize = 1 << 14;
 
 /// Refuses more entries than a memory can have.
@@ -38,8 +41,9 @@ const QUERY_BLOCK: usize = 32;
 pub enum Metric {
     /// `‖Δk̄‖²`.
     Identity,
-    /// `Σ_c r_c Δk̄_c²`, with `r_c` the mean of `q̂_c²` over the first 64 tokens behind the sinks (and the query heads of the group),
-    /// scaled to mean 1, then fixed: directions in which queries vary count more.
+    /// `Σ_c r_c Δk̄_c²`, with `r_c` the mean of `q̂_c²` over the first 64 tokens behind the sinks
+    /// (and the query heads of the group), scaled to mean 1, then fixed: directions in which
+    /// queries vary count more.
     #[default]
     QueryDiagonal,
 }
@@ -70,25 +74,29 @@ pub(crate) enum Distance {
     Matrix(Arc<Array2<f64>>),
 }
 
-/// A bounded set of entries, each a mean key k̄, a mean value v̄, the number n of tokens it stands for and their weight a. It answers a
-/// query with `Σ_i n_i e^{scale·q·k̄_i} (v̄_i, 1)`.
+/// A bounded set of entries, each a mean key k̄, a mean value v̄, the number n of tokens it stands
+/// for and their weight a. It answers a query with `Σ_i n_i e^{scale·q·k̄_i} (v̄_i, 1)`.
 ///
-/// A token enters with n = 1 and the weight it is given. Beyond the bound, the two entries with the smallest
+/// A token enters with n = 1 and the weight it is given. Beyond the bound, the two entries with the
+/// smallest
 ///
 /// ```text
 /// a_i a_j/(a_i + a_j) · ‖R(k̄_i − k̄_j)‖²
 /// ```
 ///
-/// become one, with a-weighted means of keys and values (Ward's method, J. Am. Stat. Assoc. 58, 1963): the least increase of the weighted
-/// squared error. [`HybridAttention`](crate::HybridAttention) builds such memories ([`Far::ward`](crate::Far::ward),
-/// [`Far::merged`](crate::Far::merged)); this type is for use by itself.
+/// become one, with a-weighted means of keys and values (Ward's method, J. Am. Stat. Assoc. 58,
+/// 1963): the least increase of the weighted squared error.
+/// [`HybridAttention`](crate::HybridAttention) builds such memories
+/// ([`Far::ward`](crate::Far::ward), [`Far::merged`](crate::Far::merged)); this type is for use by
+/// itself.
 ///
 /// ```
 /// use dijiang::{Memory, MergedMemory, Partial};
 /// use ndarray::array;
 ///
 /// let mut memory = MergedMemory::<f64>::new(1, 1, 2, 1.0)?; // two entries
-/// memory.absorb(array![[0.0], [5.0], [0.2]].view(), array![[1.0], [2.0], [3.0]].view())?;
+/// memory
+///     .absorb(array![[0.0], [5.0], [0.2]].view(), array![[1.0], [2.0], [3.0]].view())?;
 /// assert_eq!(memory.keys(), array![[0.1], [5.0]]); // 0.0 and 0.2 were the nearest
 /// assert_eq!(memory.counts(), [2.0, 1.0]);
 /// let mut answer = Partial::new(1, 1)?;
@@ -106,8 +114,9 @@ pub struct MergedMemory<T> {
     pub(crate) weights: Buffer<T>,
     absorbed: usize,
     units: Units<T>,
-    /// What distances are taken of, entries as columns; and `1/distance²` of every pair, zero on the diagonal and beyond the entries. Both
-    /// follow from the entries; those from `fresh` on are not yet there.
+    /// What distances are taken of, entries as columns; and `1/distance²` of every pair, zero on
+    /// the diagonal and beyond the entries. Both follow from the entries; those from `fresh` on are
+    /// not yet there.
     points: Buffer<T>,
     affinity: Buffer<T>,
     fresh: usize,
@@ -136,12 +145,19 @@ struct Units<T> {
 }
 
 impl<T: Scalar> MergedMemory<T> {
-    /// An empty memory of at most `entries` entries, with weights `exp(scale·q·k)` and distances `‖Δk̄‖²`.
+    /// An empty memory of at most `entries` entries, with weights `exp(scale·q·k)` and distances
+    /// `‖Δk̄‖²`.
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and finite or there are more than 16 384 entries.
-    pub fn new(head_dim: usize, value_dim: usize, entries: usize, scale: f64) -> Result<Self, Error> {
+    /// [`Error::ZeroSize`] if a size is 0, [`Error::InvalidOption`] if `scale` is not positive and
+    /// finite or there are more than 16 384 entries.
+    pub fn new(
+        head_dim: usize,
+        value_dim: usize,
+        entries: usize,
+        scale: f64,
+    ) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("value_dim", value_dim)?;
         check_entries(entries.saturating_add(1))?;
@@ -165,8 +181,8 @@ impl<T: Scalar> MergedMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if `metric` has another number of columns, [`Error::NotFinite`] if it holds NaN or infinity. The memory must
-    /// be empty: [`Error::Unsupported`] if it is not.
+    /// [`Error::Shape`] if `metric` has another number of columns, [`Error::NotFinite`] if it holds
+    /// NaN or infinity. The memory must be empty: [`Error::Unsupported`] if it is not.
     pub fn with_metric(mut self, metric: Array2<f64>) -> Result<Self, Error> {
         check::size("metric", "columns", self.slab.head_dim, metric.ncols())?;
         check::at_least_one("metric rows", metric.nrows())?;
@@ -180,11 +196,13 @@ impl<T: Scalar> MergedMemory<T> {
         Ok(self)
     }
 
-    /// Takes tokens in that weigh `weights [n]` where entries are merged: the attention expected, or received.
+    /// Takes tokens in that weigh `weights [n]` where entries are merged: the attention expected,
+    /// or received.
     ///
     /// # Errors
     ///
-    /// As [`absorb`](Memory::absorb); [`Error::InvalidOption`] if a weight is not positive and finite.
+    /// As [`absorb`](Memory::absorb); [`Error::InvalidOption`] if a weight is not positive and
+    /// finite.
     pub fn absorb_weighted(
         &mut self,
         k: ArrayView2<'_, T>,
@@ -196,7 +214,11 @@ impl<T: Scalar> MergedMemory<T> {
         check::size("weights", "elements", k.nrows(), weights.len())?;
         if let Some(bad) = weights.iter().find(|w| !(w.is_finite() && **w > T::zero())) {
             let found = bad.to_string();
-            return Err(Error::InvalidOption { which: "weights", found, needed: "positive finite numbers" });
+            return Err(Error::InvalidOption {
+                which: "weights",
+                found,
+                needed: "positive finite numbers",
+            });
         }
         for ((k, v), &weight) in k.outer_iter().zip(v.outer_iter()).zip(weights) {
             self.slab.put(self.held, k, v);
@@ -321,7 +343,8 @@ impl<T: Scalar> MergedMemory<T> {
         self.places.resize(other.places.len(), 0);
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
-        (self.units.tokens, self.units.squared_values) = (other.units.tokens, other.units.squared_values);
+        (self.units.tokens, self.units.squared_values) =
+            (other.units.tokens, other.units.squared_values);
         (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, 0);
     }
 
@@ -336,7 +359,9 @@ impl<T: Scalar> MergedMemory<T> {
 
     fn value_columns(&self) -> usize {
         if self.rule.value_weight > 0.0 {
-            self.rule.value_columns.map_or(self.slab.value_dim, |columns| columns.min(self.slab.value_dim))
+            self.rule
+                .value_columns
+                .map_or(self.slab.value_dim, |columns| columns.min(self.slab.value_dim))
         } else {
             0
         }
@@ -352,8 +377,13 @@ impl<T: Scalar> MergedMemory<T> {
         self.value_columns() > 0 || matches!(self.rule.metric, Distance::QueryDiagonal)
     }
 
-    /// Takes one token into the units of the metric: its queries (a row for each head of the group) and its value.
-    pub(crate) fn observe<'a>(&mut self, queries: impl Iterator<Item = ArrayView1<'a, T>>, value: ArrayView1<'_, T>) {
+    /// Takes one token into the units of the metric: its queries (a row for each head of the group)
+    /// and its value.
+    pub(crate) fn observe<'a>(
+        &mut self,
+        queries: impl Iterator<Item = ArrayView1<'a, T>>,
+        value: ArrayView1<'_, T>,
+    ) {
         if self.units.tokens >= METRIC_TOKENS || !self.has_units() {
             return;
         }
@@ -395,7 +425,8 @@ impl<T: Scalar> MergedMemory<T> {
         attention + T::from_f64(LEAST_WEIGHT)
     }
 
-    /// Sets the factors of the coordinates. Distances are in units in which keys count as they are; these units do not change what is least.
+    /// Sets the factors of the coordinates. Distances are in units in which keys count as they are;
+    /// these units do not change what is least.
     #[allow(clippy::cast_precision_loss)]
     fn set_factors(&mut self) {
         let (head_dim, columns) = (self.slab.head_dim, self.value_columns());
@@ -430,7 +461,12 @@ impl<T: Scalar> MergedMemory<T> {
             Distance::Matrix(_) => {
                 distance.iter_mut().zip(slab.key(entry)).for_each(|(to, x)| *to = clamp(x));
                 let rows = padded::<T>(keys);
-                kernel::row_times_matrix(&distance[..slab.head_dim], metric, rows, &mut point[..keys]);
+                kernel::row_times_matrix(
+                    &distance[..slab.head_dim],
+                    metric,
+                    rows,
+                    &mut point[..keys],
+                );
             }
         }
         point[keys..keys + columns].copy_from_slice(&slab.value(entry)[..columns]);
@@ -447,10 +483,18 @@ impl<T: Scalar> MergedMemory<T> {
         distance[self.held..].fill(T::zero());
         distance[entry] = T::zero();
         if self.gaps > 0 {
-            distance.iter_mut().zip(&self.counts).filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
+            distance
+                .iter_mut()
+                .zip(&self.counts)
+                .filter(|(_, count)| **count == 0.0)
+                .for_each(|(x, _)| *x = T::zero());
         }
         affinity[entry * capacity..][..capacity].copy_from_slice(&distance[..capacity]);
-        affinity[entry..].iter_mut().step_by(capacity).zip(&distance[..self.held]).for_each(|(to, &x)| *to = x);
+        affinity[entry..]
+            .iter_mut()
+            .step_by(capacity)
+            .zip(&distance[..self.held])
+            .for_each(|(to, &x)| *to = x);
     }
 
     /// Brings points and distances up to date.
@@ -468,7 +512,8 @@ impl<T: Scalar> MergedMemory<T> {
         self.fresh = self.held;
     }
 
-    /// Finds for each entry the largest `(1/a_i + 1/a_j)/distance²`: the inverse of the least cost of a pair.
+    /// Finds for each entry the largest `(1/a_i + 1/a_j)/distance²`: the inverse of the least cost
+    /// of a pair.
     fn find_best(&mut self) {
         let used = self.used();
         for (r, w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.held) {
@@ -492,7 +537,8 @@ impl<T: Scalar> MergedMemory<T> {
         best * (T::one() - T::epsilon() * T::from_f64(64.0))
     }
 
-    /// The pair of least cost; of equal ones the lowest first entry, then the lowest second. `None` if all but `least` entries are gone.
+    /// The pair of least cost; of equal ones the lowest first entry, then the lowest second. `None`
+    /// if all but `least` entries are gone.
     fn best_pair(&mut self, least: usize) -> Option<(T, usize, usize)> {
         if self.held - self.gaps <= least.max(1) {
             return None;
@@ -500,7 +546,8 @@ impl<T: Scalar> MergedMemory<T> {
         self.refresh_all();
         self.find_best();
         let best = self.best[..self.held].iter().fold(T::zero(), |m, &x| m.max(x));
-        let i = (0..self.held).find(|&i| self.counts[i] > 0.0 && self.best[i] >= Self::tied(best))?;
+        let i =
+            (0..self.held).find(|&i| self.counts[i] > 0.0 && self.best[i] >= Self::tied(best))?;
         let j = self.first_partner(i, best)?;
         Some((best, i.min(j), i.max(j)))
     }
@@ -510,7 +557,11 @@ impl<T: Scalar> MergedMemory<T> {
         let share = self.weights[j] / (self.weights[i] + self.weights[j]);
         let mean = |x: T, y: T| {
             let difference = y - x;
-            if difference.is_finite() { x + share * difference } else { x * (T::one() - share) + y * share }
+            if difference.is_finite() {
+                x + share * difference
+            } else {
+                x * (T::one() - share) + y * share
+            }
         };
         // columns of the slab are apart: a copy of one
         let Self { slab, point, .. } = self;
@@ -532,7 +583,8 @@ impl<T: Scalar> MergedMemory<T> {
     fn note(&mut self, i: usize, j: usize) {
         #[cfg(test)]
         {
-            let place = |entry: usize| self.counts[..entry].iter().filter(|&&count| count > 0.0).count();
+            let place =
+                |entry: usize| self.counts[..entry].iter().filter(|&&count| count > 0.0).count();
             self.merges.push([place(i), place(j)]);
         }
         let _ = (i, j);
@@ -583,7 +635,11 @@ impl<T: Scalar> MergedMemory<T> {
         self.slab.empty(j);
         self.counts[j] = 0.0;
         self.affinity[j * capacity..(j + 1) * capacity].fill(T::zero());
-        self.affinity[j..].iter_mut().step_by(capacity).take(self.held).for_each(|x| *x = T::zero());
+        self.affinity[j..]
+            .iter_mut()
+            .step_by(capacity)
+            .take(self.held)
+            .for_each(|x| *x = T::zero());
         self.gaps += 1;
     }
 
@@ -618,7 +674,8 @@ impl<T: Scalar> MergedMemory<T> {
         reduce(core::slice::from_mut(self), budget, 1, block, &mut Vec::new());
     }
 
-    /// After a read in which entry `i` received the probability `Σ_g factors_g·p_gi`: `a_i ← decay·a_i + it`.
+    /// After a read in which entry `i` received the probability `Σ_g factors_g·p_gi`:
+    /// `a_i ← decay·a_i + it`.
     pub(crate) fn receive(&mut self, decay: T, factors: &[T], p: &[T], ld: usize) {
         let used = self.used();
         pairs::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
@@ -642,12 +699,20 @@ impl<T: Scalar> MergedMemory<T> {
     }
 
     /// The inverse; `seen` tokens have been observed. `false` if the numbers are none of a memory.
-    pub(crate) fn set_numbers(&mut self, entries: usize, absorbed: usize, seen: usize, numbers: &[T]) -> bool {
+    pub(crate) fn set_numbers(
+        &mut self,
+        entries: usize,
+        absorbed: usize,
+        seen: usize,
+        numbers: &[T],
+    ) -> bool {
         self.clear();
         let (d, dv) = (self.slab.head_dim, self.slab.value_dim);
         let (all, units) = numbers.split_at(entries * (d + dv + 2));
         for (slot, entry) in all.chunks_exact(d + dv + 2).enumerate() {
-            if slot >= self.slab.capacity || !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero()) {
+            if slot >= self.slab.capacity
+                || !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero())
+            {
                 return false;
             }
             self.slab.put(slot, ArrayView1::from(&entry[..d]), ArrayView1::from(&entry[d..d + dv]));
@@ -684,7 +749,8 @@ pub(crate) struct Pair<T> {
     j: usize,
 }
 
-/// Merges the pairs of least cost, anywhere, until all memories together have `budget` entries; at least `least` stay in each.
+/// Merges the pairs of least cost, anywhere, until all memories together have `budget` entries; at
+/// least `least` stay in each.
 pub(crate) fn reduce<T: Scalar>(
     heads: &mut [MergedMemory<T>],
     budget: usize,
@@ -727,7 +793,9 @@ pub(crate) fn reduce<T: Scalar>(
         if pairs.is_empty() {
             break;
         }
-        pairs.sort_unstable_by(|a, b| descending(a.affinity, b.affinity).then((a.head, a.i).cmp(&(b.head, b.i))));
+        pairs.sort_unstable_by(|a, b| {
+            descending(a.affinity, b.affinity).then((a.head, a.i).cmp(&(b.head, b.i)))
+        });
         pairs.truncate(total - budget);
         total -= pairs.len();
         // all at once: distances to what is merged in the same round come last
@@ -749,7 +817,8 @@ fn descending<T: Scalar>(a: T, b: T) -> core::cmp::Ordering {
 }
 
 impl<T: Scalar> MergedMemory<T> {
-    /// Adds the pairs of entries that are the nearest to each other: the `most` that cost least, and no more than leave `least` entries.
+    /// Adds the pairs of entries that are the nearest to each other: the `most` that cost least,
+    /// and no more than leave `least` entries.
     fn mutual_pairs(&mut self, head: usize, least: usize, most: usize, pairs: &mut Vec<Pair<T>>) {
         let most = most.min((self.held - self.gaps).saturating_sub(least.max(1)));
         if most == 0 {
@@ -758,10 +827,12 @@ impl<T: Scalar> MergedMemory<T> {
         self.refresh_all();
         self.find_best();
         let start = pairs.len();
-        // The best of both entries is the affinity of the pair: they stand side by side in the order of the best.
+        // The best of both entries is the affinity of the pair: they stand side by side in the
+        // order of the best.
         self.order.clear();
         for entry in (0..self.held).filter(|&entry| self.counts[entry] > 0.0) {
-            // bits of positive numbers have the order of the numbers, and integers are sorted faster; the last bits make room for the entry
+            // bits of positive numbers have the order of the numbers, and integers are sorted
+            // faster; the last bits make room for the entry
             self.order.push((!self.best[entry].as_f64().to_bits() & !ENTRY_BITS) | entry as u64);
         }
         self.order.sort_unstable();
@@ -790,7 +861,8 @@ impl<T: Scalar> MergedMemory<T> {
             pairs.push(Pair { affinity, head, i, j }); // rounding hid that the best pair is one
         }
         if pairs.len() - start > most {
-            pairs[start..].sort_unstable_by(|a, b| descending(a.affinity, b.affinity).then(a.i.cmp(&b.i)));
+            pairs[start..]
+                .sort_unstable_by(|a, b| descending(a.affinity, b.affinity).then(a.i.cmp(&b.i)));
             pairs.truncate(start + most);
         }
     }
@@ -806,7 +878,8 @@ impl<T: Scalar> MergedMemory<T> {
         let is_other = |j: usize| j != i && self.counts[j] > 0.0; // an entry, not a gap
         let row = &self.affinity[i * self.slab.capacity..][..self.held];
         let mut all = row.iter().zip(&self.reciprocal[..self.held]).enumerate();
-        all.find(|&(j, (&affinity, &other))| is_other(j) && (own + other) * affinity >= enough).map(|(j, _)| j)
+        all.find(|&(j, (&affinity, &other))| is_other(j) && (own + other) * affinity >= enough)
+            .map(|(j, _)| j)
     }
 }
 

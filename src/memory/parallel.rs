@@ -1,11 +1,14 @@
 //! One long sequence on several threads, with the result of one thread, bit for bit.
 //!
-//! Blocks of [`BLOCK`] chunks go through two steps, each shared out over the threads: run through the mapped chunks with a part of the
-//! features each, which keeps the state before every chunk; answer every chunk from that state, and map one of the next block. A block
-//! with values near the largest number, or with log scales that jump within a chunk, is left to one thread; so are sums whose features decay
-//! differently.
+//! Blocks of [`BLOCK`] chunks go through two steps, each shared out over the threads: run through
+//! the mapped chunks with a part of the features each, which keeps the state before every chunk;
+//! answer every chunk from that state, and map one of the next block. A block with values near the
+//! largest number, or with log scales that jump within a chunk, is left to one thread; so are sums
+//! whose features decay differently.
 
-use super::linear::{Chunk, Engine, FEW_TOKENS, Size, State, Tokens, Workspace, decayed, key_factors, unit_ratio};
+use super::linear::{
+    Chunk, Engine, FEW_TOKENS, Size, State, Tokens, Workspace, decayed, key_factors, unit_ratio,
+};
 use super::{Answer, Readout};
 use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
@@ -37,7 +40,12 @@ pub(crate) struct Lanes<T> {
 
 impl<T: Scalar> Default for Lanes<T> {
     fn default() -> Self {
-        Self { chunks: Vec::new(), threads: Vec::new(), snapshots: Vec::new(), before: State::new() }
+        Self {
+            chunks: Vec::new(),
+            threads: Vec::new(),
+            snapshots: Vec::new(),
+            before: State::new(),
+        }
     }
 }
 
@@ -75,7 +83,8 @@ struct Snapshots<T> {
     normalizer: Buffer<T>,
 }
 
-/// The causal attention of all whole chunks; returns how many tokens they are. Blocks that one thread must do are given to `in_order`.
+/// The causal attention of all whole chunks; returns how many tokens they are. Blocks that one
+/// thread must do are given to `in_order`.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn extend<T: Scalar>(
     engine: Engine<'_, T>,
@@ -84,7 +93,11 @@ pub(crate) fn extend<T: Scalar>(
     out: &mut ArrayViewMut2<'_, T>,
     readout: Readout,
     lanes: &mut Lanes<T>,
-    mut in_order: impl FnMut(&mut State<T>, &mut ArrayViewMut2<'_, T>, Range<usize>) -> Result<(), Error>,
+    mut in_order: impl FnMut(
+        &mut State<T>,
+        &mut ArrayViewMut2<'_, T>,
+        Range<usize>,
+    ) -> Result<(), Error>,
 ) -> Result<usize, Error> {
     let (features, value_dim) = (engine.num_features(), tokens.v.ncols());
     let chunks = tokens.q.nrows() / chunk_len::<T>();
@@ -113,31 +126,35 @@ pub(crate) fn extend<T: Scalar>(
         let outputs = block.axis_chunks_iter_mut(Axis(0), chunk_len::<T>());
         let snapshots = &*snapshots;
         // answers, and the next block mapped into the memory that has done its work
-        let steps = share(threads, lanes.iter_mut().take(count).zip(outputs), |work, c, (lane, out)| {
-            let answered = match &units {
-                Some(units) => {
-                    let Unit { before: old, unit } = units[c];
-                    let has_past = before.tokens > 0 || c > 0;
-                    let (chunk, Workspace { scores, answer, factors, .. }) = (&*lane, &mut *work);
-                    answer.resize(chunk_len::<T>(), chunk.width, padded::<T>(value_dim));
-                    if has_past {
-                        read_snapshots(snapshots, c, chunk, factors, answer);
-                        scale_answer(answer, unit_ratio(old, unit));
-                    } else {
-                        answer.denominator.fill(T::zero());
+        let steps =
+            share(threads, lanes.iter_mut().take(count).zip(outputs), |work, c, (lane, out)| {
+                let answered = match &units {
+                    Some(units) => {
+                        let Unit { before: old, unit } = units[c];
+                        let has_past = before.tokens > 0 || c > 0;
+                        let (chunk, Workspace { scores, answer, factors, .. }) =
+                            (&*lane, &mut *work);
+                        answer.resize(chunk_len::<T>(), chunk.width, padded::<T>(value_dim));
+                        if has_past {
+                            read_snapshots(snapshots, c, chunk, factors, answer);
+                            scale_answer(answer, unit_ratio(old, unit));
+                        } else {
+                            answer.denominator.fill(T::zero());
+                        }
+                        if chunk.answer_itself(features, value_dim, has_past, unit, scores, answer)
+                            || readout == Readout::Unnormalized
+                        {
+                            answer
+                                .write((first + c) * chunk_len::<T>(), readout, out)
+                                .map(|()| true)
+                        } else {
+                            Ok(false)
+                        }
                     }
-                    if chunk.answer_itself(features, value_dim, has_past, unit, scores, answer)
-                        || readout == Readout::Unnormalized
-                    {
-                        answer.write((first + c) * chunk_len::<T>(), readout, out).map(|()| true)
-                    } else {
-                        Ok(false)
-                    }
-                }
-                None => Ok(false),
-            };
-            (answered, if c < next { map(work, first + count + c, lane) } else { Ok(()) })
-        });
+                    None => Ok(false),
+                };
+                (answered, if c < next { map(work, first + count + c, lane) } else { Ok(()) })
+            });
         mapped = Vec::with_capacity(count);
         let mut all_answered = true;
         for (answered, next) in steps {
@@ -165,10 +182,12 @@ pub(crate) fn block<T: Scalar>(start: usize, tokens: usize) -> Option<Range<usiz
     (chunks > 1).then(|| start..start + chunks * chunk_len::<T>())
 }
 
-/// Runs `run` on every item with its index, in the memory of the thread it runs on; the results in order.
+/// Runs `run` on every item with its index, in the memory of the thread it runs on; the results in
+/// order.
 ///
-/// Every thread begins with the same share of neighbours each time, so that what one step of a block left in the caches of a core is
-/// there for the next; who is done takes from the end of another's share, so that nobody waits for long.
+/// Every thread begins with the same share of neighbours each time, so that what one step of a
+/// block left in the caches of a core is there for the next; who is done takes from the end of
+/// another's share, so that nobody waits for long.
 fn share<T: Scalar, I: Send, R: Send>(
     threads: &mut [Workspace<T>],
     items: impl IntoIterator<Item = I>,
@@ -187,7 +206,10 @@ fn share<T: Scalar, I: Send, R: Send>(
     }
     let next = |thread: usize| {
         let own = shares[thread].lock().ok()?.pop_front();
-        own.or_else(|| (1..shares.len()).find_map(|i| shares[(thread + i) % shares.len()].lock().ok()?.pop_back()))
+        own.or_else(|| {
+            (1..shares.len())
+                .find_map(|i| shares[(thread + i) % shares.len()].lock().ok()?.pop_back())
+        })
     };
     rayon::broadcast(|thread| {
         if let Some(mut memory) = memory.get(thread.index()).and_then(|memory| memory.lock().ok()) {
@@ -198,7 +220,12 @@ fn share<T: Scalar, I: Send, R: Send>(
         }
     });
     let mut results: Vec<(usize, R)> = Vec::with_capacity(count);
-    results.extend(memory.into_iter().filter_map(|memory| memory.into_inner().ok()).flat_map(|(_, results)| results));
+    results.extend(
+        memory
+            .into_iter()
+            .filter_map(|memory| memory.into_inner().ok())
+            .flat_map(|(_, results)| results),
+    );
     results.sort_unstable_by_key(|(i, _)| *i);
     results.into_iter().map(|(_, result)| result).collect()
 }
@@ -213,7 +240,8 @@ struct Unit<T> {
 }
 
 impl<T: Scalar> Unit<T> {
-    /// The log scale after the chunk, which lets the sums decay by what its tokens after the first do.
+    /// The log scale after the chunk, which lets the sums decay by what its tokens after the first
+    /// do.
     fn after(self, chunk: &Chunk<T>) -> [T; 2] {
         let scale = if self.unit > self.before[0] { [self.unit, T::zero()] } else { self.before };
         chunk.faded.map_or(scale, |[_, rest]| decayed(scale, rest))
@@ -251,7 +279,8 @@ fn absorb<T: Scalar>(
     // whole tiles of a product, several for each thread
     let height = features.div_ceil(4 * threads.len()).next_multiple_of(8);
     // the keys of every chunk by ranges of features
-    let mut keys: Vec<Vec<&mut [T]>> = (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
+    let mut keys: Vec<Vec<&mut [T]>> =
+        (0..features.div_ceil(height)).map(|_| Vec::with_capacity(chunks)).collect();
     let mut rest: Vec<(&Buffer<T>, &Buffer<T>)> = Vec::with_capacity(chunks);
     for chunk in lanes {
         state.size = state.size.max(chunk.values_size);
@@ -259,48 +288,59 @@ fn absorb<T: Scalar>(
         keys.iter_mut().zip(parts).for_each(|(keys, part)| keys.push(part));
         rest.push((&chunk.key_scale, &chunk.values));
     }
-    let sums = state.sums.chunks_mut(height * stride).zip(state.sums_low.chunks_mut(height * stride));
-    let normalizer = state.normalizer.chunks_mut(height).zip(state.normalizer_low.chunks_mut(height));
-    snapshots.resize_with(keys.len(), || Snapshots { features: 0..0, sums: Buffer::new(), normalizer: Buffer::new() });
-    let parts = sums.zip(normalizer).zip(keys).zip(snapshots);
-    share(threads, parts, |work, i, ((((sums, low), (normalizer, normalizer_low)), keys), snapshots)| {
-        let count = normalizer.len();
-        snapshots.features = i * height..i * height + count;
-        if keep {
-            snapshots.sums.resize(chunks * count * stride);
-            snapshots.normalizer.resize(chunks * count);
-        }
-        let Workspace { factors, key_sums, .. } = work;
-        key_sums.resize(count);
-        for (c, (keys, (key_scale, values))) in keys.into_iter().zip(&rest).enumerate() {
-            if keep {
-                snapshots.sums[c * count * stride..(c + 1) * count * stride].copy_from_slice(sums);
-                snapshots.normalizer[c * count..(c + 1) * count].copy_from_slice(normalizer);
-            }
-            let Unit { before, unit } = units[c];
-            if unit > before[0] && (had_tokens || c > 0) {
-                let factor = unit_ratio(before, unit);
-                for part in [&mut *sums, &mut *low, &mut *normalizer, &mut *normalizer_low] {
-                    kernel::scale(part, factor);
-                }
-            }
-            key_factors(key_scale, unit, values.len() / stride, factors);
-            columns::scale_and_sum_rows(keys, factors, key_sums);
-            Product {
-                m: count,
-                n: stride,
-                k: values.len() / stride,
-                a: Matrix::rows(keys, factors.len()),
-                b: values,
-                ldb: stride,
-                c: sums,
-                ldc: stride,
-                into: Into::Compensated(low),
-            }
-            .run();
-            kernel::add_compensated(normalizer, normalizer_low, T::one(), key_sums);
-        }
+    let sums =
+        state.sums.chunks_mut(height * stride).zip(state.sums_low.chunks_mut(height * stride));
+    let normalizer =
+        state.normalizer.chunks_mut(height).zip(state.normalizer_low.chunks_mut(height));
+    snapshots.resize_with(keys.len(), || Snapshots {
+        features: 0..0,
+        sums: Buffer::new(),
+        normalizer: Buffer::new(),
     });
+    let parts = sums.zip(normalizer).zip(keys).zip(snapshots);
+    share(
+        threads,
+        parts,
+        |work, i, ((((sums, low), (normalizer, normalizer_low)), keys), snapshots)| {
+            let count = normalizer.len();
+            snapshots.features = i * height..i * height + count;
+            if keep {
+                snapshots.sums.resize(chunks * count * stride);
+                snapshots.normalizer.resize(chunks * count);
+            }
+            let Workspace { factors, key_sums, .. } = work;
+            key_sums.resize(count);
+            for (c, (keys, (key_scale, values))) in keys.into_iter().zip(&rest).enumerate() {
+                if keep {
+                    snapshots.sums[c * count * stride..(c + 1) * count * stride]
+                        .copy_from_slice(sums);
+                    snapshots.normalizer[c * count..(c + 1) * count].copy_from_slice(normalizer);
+                }
+                let Unit { before, unit } = units[c];
+                if unit > before[0] && (had_tokens || c > 0) {
+                    let factor = unit_ratio(before, unit);
+                    for part in [&mut *sums, &mut *low, &mut *normalizer, &mut *normalizer_low] {
+                        kernel::scale(part, factor);
+                    }
+                }
+                key_factors(key_scale, unit, values.len() / stride, factors);
+                columns::scale_and_sum_rows(keys, factors, key_sums);
+                Product {
+                    m: count,
+                    n: stride,
+                    k: values.len() / stride,
+                    a: Matrix::rows(keys, factors.len()),
+                    b: values,
+                    ldb: stride,
+                    c: sums,
+                    ldc: stride,
+                    into: Into::Compensated(low),
+                }
+                .run();
+                kernel::add_compensated(normalizer, normalizer_low, T::one(), key_sums);
+            }
+        },
+    );
     state.set_scale(after.unwrap_or(state.scale()));
     state.tokens += chunks * chunk_len::<T>();
 }
@@ -330,7 +370,8 @@ fn read_snapshots<T: Scalar>(
             into: if i == 0 { Into::Set } else { Into::Add },
         }
         .run();
-        normalizer[part.features.clone()].copy_from_slice(&part.normalizer[c * count..(c + 1) * count]);
+        normalizer[part.features.clone()]
+            .copy_from_slice(&part.normalizer[c * count..(c + 1) * count]);
     }
     kernel::row_times_matrix(normalizer, &chunk.queries, width, &mut answer.denominator);
 }
@@ -360,7 +401,9 @@ pub(crate) fn absorb_only<T: Scalar>(
             work.chunk.resize(chunk_len::<T>(), engine.num_features(), v.ncols());
             work.chunk.faded = None;
             engine.map(Side::Key, views::rows(k, rows.clone()), work, rows.start)?;
-            work.chunk.set_values(views::rows(v, rows.clone())).map_err(|error| error.in_chunk(rows.start))
+            work.chunk
+                .set_values(views::rows(v, rows.clone()))
+                .map_err(|error| error.in_chunk(rows.start))
         })
     });
     if let Err(error) = mapped.into_iter().collect::<Result<(), Error>>() {
@@ -371,7 +414,8 @@ pub(crate) fn absorb_only<T: Scalar>(
     }
     let mut scale = state.scale();
     let raise = |chunk: &Chunk<T>| {
-        let unit = chunk.key_scale[..chunk_len::<T>()].iter().fold(scale[0], |m, &scale| m.max(scale));
+        let unit =
+            chunk.key_scale[..chunk_len::<T>()].iter().fold(scale[0], |m, &scale| m.max(scale));
         let unit = Unit { before: scale, unit };
         scale = unit.after(chunk);
         unit
@@ -391,8 +435,10 @@ pub(crate) fn read<T: Scalar>(
     lanes: &mut Lanes<T>,
 ) -> Result<(), Error> {
     lanes.reserve(0);
-    let answered =
-        share(&mut lanes.threads, out.axis_chunks_iter_mut(Axis(0), chunk_len::<T>()), |work, c, mut out| {
+    let answered = share(
+        &mut lanes.threads,
+        out.axis_chunks_iter_mut(Axis(0), chunk_len::<T>()),
+        |work, c, mut out| {
             let q = views::rows(q, c * chunk_len::<T>()..(c + 1) * chunk_len::<T>());
             engine
                 .read(state, q, work, |start, answer| {
@@ -400,6 +446,7 @@ pub(crate) fn read<T: Scalar>(
                     answer.write(start, readout, views::rows_mut(out.view_mut(), rows))
                 })
                 .map_err(|error| error.in_chunk(c * chunk_len::<T>()))
-        });
+        },
+    );
     answered.into_iter().collect()
 }

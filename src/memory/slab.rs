@@ -1,12 +1,13 @@
-//! Tokens, or means of tokens, in the layout of the inner loops, and the softmax over several such sets at once.
+//! Tokens, or means of tokens, in the layout of the inner loops, and the softmax over several such
+//! sets at once.
 
 use super::Answer;
 use crate::Scalar;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, padded};
 use ndarray::ArrayView1;
 
-/// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot what is added to its scores to base
-/// 2: log₂ of its multiplicity, or −∞ while it is empty.
+/// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot
+/// what is added to its scores to base 2: log₂ of its multiplicity, or −∞ while it is empty.
 #[derive(Clone, Debug)]
 pub(crate) struct Slab<T> {
     pub(crate) head_dim: usize,
@@ -20,7 +21,14 @@ pub(crate) struct Slab<T> {
 
 impl<T: Scalar> Slab<T> {
     pub(crate) fn new() -> Self {
-        Self { head_dim: 0, value_dim: 0, capacity: 0, keys: Buffer::new(), values: Buffer::new(), bias: Buffer::new() }
+        Self {
+            head_dim: 0,
+            value_dim: 0,
+            capacity: 0,
+            keys: Buffer::new(),
+            values: Buffer::new(),
+            bias: Buffer::new(),
+        }
     }
 
     /// Makes every slot empty, for these sizes.
@@ -35,10 +43,13 @@ impl<T: Scalar> Slab<T> {
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {
-        (self.head_dim, self.value_dim, self.capacity) = (other.head_dim, other.value_dim, other.capacity);
-        for (to, from) in
-            [(&mut self.keys, &other.keys), (&mut self.values, &other.values), (&mut self.bias, &other.bias)]
-        {
+        (self.head_dim, self.value_dim, self.capacity) =
+            (other.head_dim, other.value_dim, other.capacity);
+        for (to, from) in [
+            (&mut self.keys, &other.keys),
+            (&mut self.values, &other.values),
+            (&mut self.bias, &other.bias),
+        ] {
             to.resize(from.len());
             to.copy_from_slice(from);
         }
@@ -98,8 +109,9 @@ impl<T: Scalar> Slab<T> {
     }
 }
 
-/// Working memory of [`attend`]. Queries `[rows, head_dim]` are in units of scores to base 2; row `i` of the scores `[rows, width]` holds
-/// the slots of one slab after the other, and begins with their biases.
+/// Working memory of [`attend`]. Queries `[rows, head_dim]` are in units of scores to base 2; row
+/// `i` of the scores `[rows, width]` holds the slots of one slab after the other, and begins with
+/// their biases.
 #[derive(Debug)]
 pub(crate) struct Reading<T> {
     pub(crate) queries: Buffer<T>,
@@ -135,10 +147,16 @@ impl<T: Scalar> Reading<T> {
     }
 }
 
-/// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several slabs, as many as given: whole cache lines.
+/// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several slabs, as
+/// many as given: whole cache lines.
 ///
-/// A row gets the same bits whatever the number of rows: products and sums of a row do not depend on the others.
-pub(crate) fn attend<T: Scalar>(slabs: &[(&Slab<T>, usize)], rows: usize, reading: &mut Reading<T>) {
+/// A row gets the same bits whatever the number of rows: products and sums of a row do not depend
+/// on the others.
+pub(crate) fn attend<T: Scalar>(
+    slabs: &[(&Slab<T>, usize)],
+    rows: usize,
+    reading: &mut Reading<T>,
+) {
     let Reading { queries, scores, width, answer } = reading;
     let width = *width;
     let mut offset = 0;

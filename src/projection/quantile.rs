@@ -4,7 +4,8 @@ use crate::{Error, check};
 
 /// The quantile of the standard normal distribution: the x with Φ(x) = t, for 0 < t < 1.
 ///
-/// Wichura's algorithm AS 241 (Applied Statistics 37, 1988), routine PPND16: relative error about 1e-16.
+/// Wichura's algorithm AS 241 (Applied Statistics 37, 1988), routine PPND16: relative error about
+/// 1e-16.
 ///
 /// ```
 /// let x = dijiang::projection::normal_quantile(0.975)?;
@@ -20,12 +21,14 @@ pub fn normal_quantile(t: f64) -> Result<f64, Error> {
     Ok(normal(t))
 }
 
-/// The quantile of the chi distribution with `degrees` degrees of freedom, the law of the length of a standard normal
-/// vector: the x with `P(degrees/2, x²/2) = t`, for 0 < t < 1, P being the regularised lower incomplete gamma function.
+/// The quantile of the chi distribution with `degrees` degrees of freedom, the law of the length of
+/// a standard normal vector: the x with `P(degrees/2, x²/2) = t`, for 0 < t < 1, P being the
+/// regularised lower incomplete gamma function.
 ///
 /// ```
 /// let x = dijiang::projection::chi_quantile(2, 0.5)?;
 /// assert!((x - (2.0 * 2f64.ln()).sqrt()).abs() < 1e-15); // closed form for two degrees
+///     
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 ///
@@ -44,7 +47,11 @@ fn check_probability(t: f64) -> Result<(), Error> {
     if t > 0.0 && t < 1.0 {
         Ok(())
     } else {
-        Err(Error::InvalidOption { which: "t", found: t.to_string(), needed: "strictly between 0 and 1" })
+        Err(Error::InvalidOption {
+            which: "t",
+            found: t.to_string(),
+            needed: "strictly between 0 and 1",
+        })
     }
 }
 
@@ -134,7 +141,8 @@ const TAIL: Ratio = [
 ];
 
 fn ratio(x: f64, coefficients: &Ratio) -> f64 {
-    let [numerator, denominator] = coefficients.map(|c| c.iter().rev().fold(0.0, |sum, c| sum * x + c));
+    let [numerator, denominator] =
+        coefficients.map(|c| c.iter().rev().fold(0.0, |sum, c| sum * x + c));
     numerator / denominator
 }
 
@@ -149,7 +157,11 @@ fn gamma_quantile(a: f64, t: f64) -> f64 {
     for _ in 0..100 {
         let (ln_p, ln_q, ln_term) = log_gamma_tails(a, y);
         // d ln P / d ln y = y^a e^{−y}/Γ(a) / P, and likewise with −Q
-        let (value, slope) = if lower { (ln_p, libm::exp(ln_term - ln_p)) } else { (ln_q, -libm::exp(ln_term - ln_q)) };
+        let (value, slope) = if lower {
+            (ln_p, libm::exp(ln_term - ln_p))
+        } else {
+            (ln_q, -libm::exp(ln_term - ln_q))
+        };
         let step = ((value - target) / slope).clamp(-1.0, 1.0);
         y *= libm::exp(-step);
         if step.abs() < 4e-16 {
@@ -159,8 +171,8 @@ fn gamma_quantile(a: f64, t: f64) -> f64 {
     y
 }
 
-/// `ln P(a, y)`, `ln Q(a, y)` and `ln (y^a e^{−y}/Γ(a))`. The smaller tail comes from its own series (lower) or
-/// continued fraction (upper), so neither loses digits to 1 − x.
+/// `ln P(a, y)`, `ln Q(a, y)` and `ln (y^a e^{−y}/Γ(a))`. The smaller tail comes from its own
+/// series (lower) or continued fraction (upper), so neither loses digits to 1 − x.
 fn log_gamma_tails(a: f64, y: f64) -> (f64, f64, f64) {
     let ln_term = log_gamma_term(a, y);
     if y < a + 1.0 {
@@ -208,7 +220,9 @@ fn log_gamma_term(a: f64, y: f64) -> f64 {
     let u = (y - a) / a;
     let s = 1.0 / (a * a);
     let delta = (1.0 / 12.0
-        - s * (1.0 / 360.0 - s * (1.0 / 1260.0 - s * (1.0 / 1680.0 - s * (1.0 / 1188.0 - s * 691.0 / 360_360.0)))))
+        - s * (1.0 / 360.0
+            - s * (1.0 / 1260.0
+                - s * (1.0 / 1680.0 - s * (1.0 / 1188.0 - s * 691.0 / 360_360.0)))))
         / a;
     0.5 * libm::log(a / (2.0 * core::f64::consts::PI)) - delta + a * (libm::log1p(u) - u)
 }

@@ -4,8 +4,9 @@ use super::{Subject, assert_close, normal, strided, tokens, wide};
 use dijiang::{Attention, Error, FeatureMap, Mask, Scalar, Stream};
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 
-/// Units of epsilon that a result in `T` may differ from the naive f64 formula, relative to the largest number. In f32
-/// the exponents themselves, up to `exponent` in absolute value, carry their rounding into the result.
+/// Units of epsilon that a result in `T` may differ from the naive f64 formula, relative to the
+/// largest number. In f32 the exponents themselves, up to `exponent` in absolute value, carry their
+/// rounding into the result.
 pub fn units<T: Scalar>(exponent: f64) -> f64 {
     if T::NAME == "f64" { 4096.0 } else { 64.0 + 16.0 * exponent }
 }
@@ -41,8 +42,8 @@ fn run<T: Scalar>(kernel: &dyn Attention<T>, [q, k, v]: &[Array2<T>; 3], mask: M
     out
 }
 
-/// Forward, causal and full and cross, into a NaN-filled buffer, is the formula. f32 is compared with f64 arithmetic on
-/// the same f32 input.
+/// Forward, causal and full and cross, into a NaN-filled buffer, is the formula. f32 is compared
+/// with f64 arithmetic on the same f32 input.
 fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>, n: usize) {
     let (d, dv) = (subject.head_dim, 3);
     let input = tokens::<T>(n, d, dv, 0.7, n as u64);
@@ -53,7 +54,9 @@ fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>,
         assert_close(&format!("{} n={n} {mask:?}", subject.name), &out, &exact, units::<T>(60.0));
     }
     if !subject.masks().contains(&Mask::Full) {
-        let error = kernel.forward(input[0].view(), input[1].view(), input[2].view(), Mask::Full).unwrap_err();
+        let error = kernel
+            .forward(input[0].view(), input[1].view(), input[2].view(), Mask::Full)
+            .unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{}: {error}", subject.name);
         return;
     }
@@ -67,7 +70,11 @@ fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>,
 }
 
 /// Feeds a stream in pieces of the given sizes, into NaN-filled buffers.
-pub fn feed<T: Scalar>(stream: &mut dyn Stream<T>, [q, k, v]: &[Array2<T>; 3], sizes: &[usize]) -> Array2<T> {
+pub fn feed<T: Scalar>(
+    stream: &mut dyn Stream<T>,
+    [q, k, v]: &[Array2<T>; 3],
+    sizes: &[usize],
+) -> Array2<T> {
     let mut out = Array2::from_elem((q.nrows(), v.ncols()), T::nan());
     let mut start = 0;
     for size in sizes {
@@ -97,13 +104,19 @@ fn check_splits<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     assert_close(&format!("{} uneven pieces", subject.name), &out, &whole, units::<T>(60.0));
 }
 
-/// What comes later changes nothing before: not another last token, not one with a key, a query or a value far outside
-/// the others.
+/// What comes later changes nothing before: not another last token, not one with a key, a query or
+/// a value far outside the others.
 fn check_no_future<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
-    // After keys of large norm a small one has the largest log scale by far, and the other way round.
-    for (n, norm) in [2, 33, 64, 65, 100].into_iter().flat_map(|n| [(n, 0.7), (n, 30.0 / subject.head_dim as f64)]) {
+    // After keys of large norm a small one has the largest log scale by far, and the other way
+    // round.
+    for (n, norm) in [2, 33, 64, 65, 100]
+        .into_iter()
+        .flat_map(|n| [(n, 0.7), (n, 30.0 / subject.head_dim as f64)])
+    {
         let input = tokens::<T>(n, subject.head_dim, 2, norm, 2);
-        let Ok(before) = kernel.forward(input[0].view(), input[1].view(), input[2].view(), Mask::Causal) else {
+        let Ok(before) =
+            kernel.forward(input[0].view(), input[1].view(), input[2].view(), Mask::Causal)
+        else {
             assert!(norm > 1.0 && subject.has_features(), "{}", subject.name);
             continue; // out of the range of f32 as it is
         };
@@ -133,26 +146,44 @@ fn check_no_future<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     }
 }
 
-/// All-ones values give ones; outputs of positive kernels stay within the smallest and largest value of each column.
+/// All-ones values give ones; outputs of positive kernels stay within the smallest and largest
+/// value of each column.
 fn check_ones_and_hull<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     if !subject.normalized() {
         return;
     }
     for size in [0.1, 1.0, 2.0] {
         let [q, k, v] = tokens::<T>(70, subject.head_dim, 3, size, 4);
-        let values = concatenate![Axis(1), v, Array2::ones((70, 1)), Array2::from_elem((70, 1), T::from_f64(-7.0))];
+        let values = concatenate![
+            Axis(1),
+            v,
+            Array2::ones((70, 1)),
+            Array2::from_elem((70, 1), T::from_f64(-7.0))
+        ];
         for &mask in subject.masks() {
             let out = run(kernel, &[q.clone(), k.clone(), values.clone()], mask);
             let slack = T::epsilon() * T::from_f64(units::<T>(60.0));
             for (t, row) in out.outer_iter().enumerate() {
-                assert!((row[3] - T::one()).abs() <= slack, "{}: ones give {}", subject.name, row[3]);
-                assert!((row[4] + T::from_f64(7.0)).abs() <= slack * T::from_f64(7.0), "{}", subject.name);
+                assert!(
+                    (row[3] - T::one()).abs() <= slack,
+                    "{}: ones give {}",
+                    subject.name,
+                    row[3]
+                );
+                assert!(
+                    (row[4] + T::from_f64(7.0)).abs() <= slack * T::from_f64(7.0),
+                    "{}",
+                    subject.name
+                );
                 let seen = values.slice(s![..super::visible(mask, t, 70), ..]);
                 for (x, column) in row.iter().zip(seen.columns()).filter(|_| subject.positive) {
-                    let (low, high) =
-                        column.fold((T::infinity(), T::neg_infinity()), |(l, h), &v| (l.min(v), h.max(v)));
+                    let (low, high) = column
+                        .fold((T::infinity(), T::neg_infinity()), |(l, h), &v| {
+                            (l.min(v), h.max(v))
+                        });
                     assert!(
-                        *x >= low - slack * T::from_f64(4.0) && *x <= high + slack * T::from_f64(4.0),
+                        *x >= low - slack * T::from_f64(4.0)
+                            && *x <= high + slack * T::from_f64(4.0),
                         "{}: {x} outside [{low}, {high}]",
                         subject.name
                     );
@@ -167,36 +198,40 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let n = 70;
     let input = tokens::<T>(n, subject.head_dim, 3, 0.7, 5);
     let [q, k, v] = &input;
-    let compare =
-        |what: &str, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>, input: &[Array2<T>; 3]| {
-            for &mask in subject.masks() {
-                let exact = wide(&run(kernel, input, mask));
-                let mut buffer = Array2::from_elem((2 * n, 9), T::nan());
-                kernel.forward_into(q, k, v, mask, buffer.slice_mut(s![..;2, ..;3])).unwrap();
-                let out = buffer.slice(s![..;2, ..;3]).to_owned();
-                assert_close(&format!("{} {what} {mask:?}", subject.name), &out, &exact, 64.0);
-            }
-            if !subject.has_streams() {
-                return;
-            }
-            let exact = wide(&run(kernel, input, Mask::Causal));
-            let mut stream = kernel.stream(3).unwrap();
-            let mut out = Array2::from_elem((n, 3), T::nan());
-            for (t, out) in out.axis_chunks_iter_mut(Axis(0), 1).enumerate().take(5) {
-                let rows = s![t..=t, ..];
-                stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out).unwrap();
-            }
-            let rows = s![5.., ..];
-            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
-            assert_close(&format!("{} {what} stream", subject.name), &out, &exact, units::<T>(60.0));
-        };
+    let compare = |what: &str,
+                   q: ArrayView2<'_, T>,
+                   k: ArrayView2<'_, T>,
+                   v: ArrayView2<'_, T>,
+                   input: &[Array2<T>; 3]| {
+        for &mask in subject.masks() {
+            let exact = wide(&run(kernel, input, mask));
+            let mut buffer = Array2::from_elem((2 * n, 9), T::nan());
+            kernel.forward_into(q, k, v, mask, buffer.slice_mut(s![..;2, ..;3])).unwrap();
+            let out = buffer.slice(s![..;2, ..;3]).to_owned();
+            assert_close(&format!("{} {what} {mask:?}", subject.name), &out, &exact, 64.0);
+        }
+        if !subject.has_streams() {
+            return;
+        }
+        let exact = wide(&run(kernel, input, Mask::Causal));
+        let mut stream = kernel.stream(3).unwrap();
+        let mut out = Array2::from_elem((n, 3), T::nan());
+        for (t, out) in out.axis_chunks_iter_mut(Axis(0), 1).enumerate().take(5) {
+            let rows = s![t..=t, ..];
+            stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out).unwrap();
+        }
+        let rows = s![5.., ..];
+        stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+        assert_close(&format!("{} {what} stream", subject.name), &out, &exact, units::<T>(60.0));
+    };
     let wide_views = [q, k, v].map(|x| strided(x.view()));
     let [a, b, c] = wide_views.each_ref().map(|x| x.slice(s![..;2, ..;3]));
     compare("strided", a, b, c, &input);
     let columns = [q, k, v].map(|x| x.t().as_standard_layout().into_owned());
     let [a, b, c] = columns.each_ref().map(|x| x.t());
     compare("transposed", a, b, c, &input);
-    let reversed = input.clone().map(|x| x.slice(s![..;-1, ..;-1]).as_standard_layout().into_owned());
+    let reversed =
+        input.clone().map(|x| x.slice(s![..;-1, ..;-1]).as_standard_layout().into_owned());
     let [a, b, c] = [q, k, v].map(|x| x.slice(s![..;-1, ..;-1]));
     compare("reversed", a, b, c, &reversed);
     let row = input.clone().map(|x| x.slice(s![..1, ..]).to_owned());
@@ -205,7 +240,8 @@ fn check_layouts<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     compare("broadcast", a, b, c, &repeated);
 }
 
-/// Clone, reset, save and restore; state sizes that do not depend on the length unless the kernel is exact.
+/// Clone, reset, save and restore; state sizes that do not depend on the length unless the kernel
+/// is exact.
 fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let input = tokens::<T>(90, subject.head_dim, 2, 0.7, 6);
     let (first, rest): ([Array2<T>; 3], [Array2<T>; 3]) = (
@@ -231,7 +267,11 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
 
     let mut tried = kernel.stream(2).unwrap();
     feed(&mut *tried, &first, &[50]);
-    assert!(matches!(tried.rollback(), Err(Error::Unsupported { .. })), "{}: no checkpoint yet", subject.name);
+    assert!(
+        matches!(tried.rollback(), Err(Error::Unsupported { .. })),
+        "{}: no checkpoint yet",
+        subject.name
+    );
     assert!(tried.checkpoint());
     for _ in 0..2 {
         assert_eq!(feed(&mut *tried, &rest, &sizes), out, "{}: from a checkpoint", subject.name);
@@ -239,10 +279,17 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
         assert_eq!(tried.save().unwrap(), saved, "{}: rolled back", subject.name);
     }
     tried.reset();
-    assert!(matches!(tried.rollback(), Err(Error::Unsupported { .. })), "{}: reset since", subject.name);
+    assert!(
+        matches!(tried.rollback(), Err(Error::Unsupported { .. })),
+        "{}: reset since",
+        subject.name
+    );
 
     stream.reset();
-    assert_eq!((stream.len(), stream.state_floats(), stream.save().unwrap()), (0, empty.0, empty.1.clone()));
+    assert_eq!(
+        (stream.len(), stream.state_floats(), stream.save().unwrap()),
+        (0, empty.0, empty.1.clone())
+    );
     let again = feed(&mut *stream, &first, &[50]);
     let mut fresh = kernel.stream(2).unwrap();
     assert_eq!(feed(&mut *fresh, &first, &[50]), again, "{}: a reset stream", subject.name);
@@ -259,14 +306,19 @@ fn check_stream_life<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     stream.restore(&empty.1).unwrap();
     assert!(stream.is_empty());
     let mut other = kernel.stream(3).unwrap();
-    assert!(matches!(other.restore(&saved), Err(Error::State { which: "shape", .. })), "{}", subject.name);
+    assert!(
+        matches!(other.restore(&saved), Err(Error::State { which: "shape", .. })),
+        "{}",
+        subject.name
+    );
 }
 
 /// A kernel that has no causal form says so, and takes bad input as the others do.
 fn check_full_only<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     let name = &subject.name;
     let [q, k, v] = tokens::<T>(70, subject.head_dim, 2, 0.7, 7);
-    let unsupported = |error: Error| assert!(matches!(error, Error::Unsupported { .. }), "{name}: {error}");
+    let unsupported =
+        |error: Error| assert!(matches!(error, Error::Unsupported { .. }), "{name}: {error}");
     unsupported(kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err());
     unsupported(kernel.stream(2).unwrap_err());
     unsupported(kernel.state_floats(2, 70).unwrap_err());
@@ -284,21 +336,32 @@ fn check_full_only<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
         }
         if argument != "v" {
             let error = call(&|x| *x = Array2::zeros((70, subject.head_dim + 1))).unwrap_err();
-            assert!(matches!(error, Error::Shape { which, .. } if which == argument), "{name}: {error}");
+            assert!(
+                matches!(error, Error::Shape { which, .. } if which == argument),
+                "{name}: {error}"
+            );
         }
         // finite, but beyond the range of the type: an error or a finite result
         for size in [1e10, 1e30, 1e37] {
             let size = T::from_f64(if T::NAME == "f64" { 1e270 * size } else { size });
             match call(&|x| x.row_mut(66).mapv_inplace(|x| x * size)) {
-                Ok(out) => assert!(out.iter().all(|x| x.is_finite()), "{name}: {argument} times {size}"),
+                Ok(out) => {
+                    assert!(out.iter().all(|x| x.is_finite()), "{name}: {argument} times {size}")
+                }
                 Err(error) => {
-                    assert!(matches!(error, Error::Overflow { .. } | Error::NotFinite { .. }), "{name}: {error}")
+                    assert!(
+                        matches!(error, Error::Overflow { .. } | Error::NotFinite { .. }),
+                        "{name}: {error}"
+                    )
                 }
             }
         }
     }
     let nothing = (Array2::zeros((0, subject.head_dim)), Array2::zeros((0, 2)));
-    assert!(kernel.forward(q.view(), nothing.0.view(), nothing.1.view(), Mask::Full).is_err(), "{name}: no keys");
+    assert!(
+        kernel.forward(q.view(), nothing.0.view(), nothing.1.view(), Mask::Full).is_err(),
+        "{name}: no keys"
+    );
 }
 
 /// Bad input gives the documented error, and the stream is bit for bit what it was.
@@ -338,7 +401,8 @@ fn check_bad_input<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
         match error {
             Error::NotFinite { which, row, column } => {
                 assert_eq!(which, *argument, "{name}");
-                let x = [q, k, v][["q", "k", "v"].iter().position(|x| *x == which).unwrap()][[row, column]];
+                let x = [q, k, v][["q", "k", "v"].iter().position(|x| *x == which).unwrap()]
+                    [[row, column]];
                 assert!(!x.is_finite(), "{name}: {error}");
             }
             Error::Shape { .. } | Error::ZeroSize { .. } => {}
@@ -358,9 +422,13 @@ fn check_bad_input<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
     assert!(matches!(kernel.stream(0), Err(Error::ZeroSize { .. })), "{name}");
     let none = Array2::zeros((0, d));
     let values = Array2::zeros((0, 2));
-    assert!(kernel.forward(q.view(), none.view(), values.view(), Mask::Full).is_err(), "{name}: no keys");
+    assert!(
+        kernel.forward(q.view(), none.view(), values.view(), Mask::Full).is_err(),
+        "{name}: no keys"
+    );
 
-    // finite, but beyond the range of the type: an error or a finite result, never NaN; and all or nothing
+    // finite, but beyond the range of the type: an error or a finite result, never NaN; and all or
+    // nothing
     for size in [1e10_f64, 1e18, 1e30, 1e37] {
         let huge = T::from_f64(if T::NAME == "f64" { size * size.powi(6) } else { size });
         for which in 0..3 {
@@ -375,11 +443,17 @@ fn check_bad_input<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) {
                 let before = stream.save().unwrap();
                 match stream.extend(q.view(), k.view(), v.view(), out.view_mut()) {
                     Ok(()) => {
-                        assert!(out.iter().all(|x| x.is_finite()), "{name}: input {which} row {row} times {huge}");
+                        assert!(
+                            out.iter().all(|x| x.is_finite()),
+                            "{name}: input {which} row {row} times {huge}"
+                        );
                         stream.restore(&before).unwrap();
                     }
                     Err(error) => {
-                        assert!(matches!(error, Error::Overflow { .. } | Error::Normalizer { .. }), "{name}: {error}");
+                        assert!(
+                            matches!(error, Error::Overflow { .. } | Error::Normalizer { .. }),
+                            "{name}: {error}"
+                        );
                         assert_eq!(stream.save().unwrap(), before, "{name}: {error}");
                     }
                 }
@@ -413,7 +487,10 @@ pub fn check_feature_map<T: Scalar>(name: &str, map: &dyn FeatureMap<T>) {
         };
         for keys in [false, true] {
             let (values, log_scale) = evaluate(x.view(), keys);
-            assert!(values.iter().chain(&log_scale).all(|x| x.is_finite()), "{name}: dirty buffers");
+            assert!(
+                values.iter().chain(&log_scale).all(|x| x.is_finite()),
+                "{name}: dirty buffers"
+            );
             // a row depends on nothing but itself
             for i in 0..n {
                 let (alone, alone_scale) = evaluate(x.slice(s![i..=i, ..]), keys);
@@ -431,7 +508,10 @@ pub fn check_feature_map<T: Scalar>(name: &str, map: &dyn FeatureMap<T>) {
             let large = strided(x.view());
             let mut strided_values = Array2::from_elem((m, 2 * n), T::nan());
             let mut strided_scale = Array1::from_elem(3 * n, T::nan());
-            let (input, output) = (large.slice(s![..;2, ..;3]), strided_values.slice_mut(s![.., ..;2]).reversed_axes());
+            let (input, output) = (
+                large.slice(s![..;2, ..;3]),
+                strided_values.slice_mut(s![.., ..;2]).reversed_axes(),
+            );
             if keys {
                 map.map_keys(input, output, strided_scale.slice_mut(s![..;3])).unwrap();
             } else {
@@ -440,20 +520,29 @@ pub fn check_feature_map<T: Scalar>(name: &str, map: &dyn FeatureMap<T>) {
             for ((i, j), value) in values.indexed_iter() {
                 let slack = T::epsilon() * T::from_f64(256.0);
                 assert!((strided_values[[j, 2 * i]] - *value).abs() <= slack, "{name}: strided");
-                assert!((strided_scale[3 * i] - log_scale[i]).abs() <= slack * (T::one() + log_scale[i].abs()));
+                assert!(
+                    (strided_scale[3 * i] - log_scale[i]).abs()
+                        <= slack * (T::one() + log_scale[i].abs())
+                );
             }
         }
     }
     // bad input
-    let (x, mut values, mut log_scale) = (normal::<T>(3, d, 1.0, 1), Array2::zeros((3, m)), Array1::zeros(3));
+    let (x, mut values, mut log_scale) =
+        (normal::<T>(3, d, 1.0, 1), Array2::zeros((3, m)), Array1::zeros(3));
     for value in [T::nan(), T::infinity()] {
         let mut bad = x.clone();
         bad[[2, d - 1]] = value;
-        let error = map.map_queries(bad.view(), values.view_mut(), log_scale.view_mut()).unwrap_err();
+        let error =
+            map.map_queries(bad.view(), values.view_mut(), log_scale.view_mut()).unwrap_err();
         assert_eq!(error, Error::NotFinite { which: "x", row: 2, column: d - 1 }, "{name}");
     }
     let shape = |error| assert!(matches!(error, Err(Error::Shape { .. })), "{name}");
-    shape(map.map_queries(Array2::zeros((3, d + 1)).view(), values.view_mut(), log_scale.view_mut()));
+    shape(map.map_queries(
+        Array2::zeros((3, d + 1)).view(),
+        values.view_mut(),
+        log_scale.view_mut(),
+    ));
     shape(map.map_queries(x.view(), Array2::zeros((2, m)).view_mut(), log_scale.view_mut()));
     shape(map.map_queries(x.view(), Array2::zeros((3, m + 1)).view_mut(), log_scale.view_mut()));
     shape(map.map_keys(x.view(), values.view_mut(), Array1::zeros(4).view_mut()));
@@ -461,8 +550,12 @@ pub fn check_feature_map<T: Scalar>(name: &str, map: &dyn FeatureMap<T>) {
     for size in [1e-30, 1.0, 30.0, 1e6, 1e15, 1e25] {
         let large = x.mapv(|x| x * T::from_f64(size));
         match map.map_queries(large.view(), values.view_mut(), log_scale.view_mut()) {
-            Ok(()) => assert!(values.iter().chain(&log_scale).all(|x| x.is_finite()), "{name} at {size}"),
-            Err(error) => assert!(matches!(error, Error::Overflow { .. }), "{name} at {size}: {error}"),
+            Ok(()) => {
+                assert!(values.iter().chain(&log_scale).all(|x| x.is_finite()), "{name} at {size}")
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Overflow { .. }), "{name} at {size}: {error}")
+            }
         }
     }
 }

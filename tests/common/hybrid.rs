@@ -69,7 +69,8 @@ struct State {
 }
 
 impl HybridFormula {
-    /// Causal outputs `[head][group] [n, d_v]` of some heads with their query heads; `pooled` heads share one budget of entries.
+    /// Causal outputs `[head][group] [n, d_v]` of some heads with their query heads; `pooled` heads
+    /// share one budget of entries.
     pub fn causal(
         &self,
         q: &[Vec<Array2<f64>>],
@@ -80,10 +81,14 @@ impl HybridFormula {
     ) -> Vec<Vec<Array2<f64>>> {
         let n = k[0].nrows();
         let root = scale.sqrt();
-        let qh: Vec<Vec<Array2<f64>>> = q.iter().map(|heads| heads.iter().map(|q| q * root).collect()).collect();
+        let qh: Vec<Vec<Array2<f64>>> =
+            q.iter().map(|heads| heads.iter().map(|q| q * root).collect()).collect();
         let kh: Vec<Array2<f64>> = k.iter().map(|k| k * root).collect();
-        let mut out: Vec<Vec<Array2<f64>>> =
-            q.iter().zip(v).map(|(heads, v)| vec![Array2::zeros((n, v.ncols())); heads.len()]).collect();
+        let mut out: Vec<Vec<Array2<f64>>> = q
+            .iter()
+            .zip(v)
+            .map(|(heads, v)| vec![Array2::zeros((n, v.ncols())); heads.len()])
+            .collect();
         let mut states: Vec<State> = kh.iter().map(|k| State::new(k.ncols())).collect();
         for t in 0..n {
             for (h, state) in states.iter_mut().enumerate() {
@@ -91,7 +96,17 @@ impl HybridFormula {
             }
             self.merge(&mut states, pooled);
             for (h, state) in states.iter_mut().enumerate() {
-                self.answer(state, t, &qh[h], &kh[h], &v[h], [&q[h], &vec![k[h].clone()]], scale, pooled, &mut out[h]);
+                self.answer(
+                    state,
+                    t,
+                    &qh[h],
+                    &kh[h],
+                    &v[h],
+                    [&q[h], &vec![k[h].clone()]],
+                    scale,
+                    pooled,
+                    &mut out[h],
+                );
             }
         }
         out
@@ -105,7 +120,14 @@ impl HybridFormula {
         }
     }
 
-    fn arrive(&self, state: &mut State, t: usize, qh: &[Array2<f64>], kh: &Array2<f64>, v: &Array2<f64>) {
+    fn arrive(
+        &self,
+        state: &mut State,
+        t: usize,
+        qh: &[Array2<f64>],
+        kh: &Array2<f64>,
+        v: &Array2<f64>,
+    ) {
         if t < self.sinks {
             state.sinks.push(t);
             return;
@@ -126,7 +148,8 @@ impl HybridFormula {
         }
     }
 
-    /// A token leaves the window: to the heavy keys, if its score is among the largest; the one it displaces goes on.
+    /// A token leaves the window: to the heavy keys, if its score is among the largest; the one it
+    /// displaces goes on.
     fn leave(&self, state: &mut State, token: (usize, f64), kh: &Array2<f64>, v: &Array2<f64>) {
         let mut token = token;
         if self.heavy > 0 {
@@ -136,7 +159,9 @@ impl HybridFormula {
                 return;
             }
             let all = 0..state.heavy.len();
-            let least = all.min_by(|&a, &b| score(state.heavy[a].0).total_cmp(&score(state.heavy[b].0))).unwrap();
+            let least = all
+                .min_by(|&a, &b| score(state.heavy[a].0).total_cmp(&score(state.heavy[b].0)))
+                .unwrap();
             if score(token.0) > score(state.heavy[least].0) {
                 std::mem::swap(&mut token, &mut state.heavy[least]);
             }
@@ -145,10 +170,17 @@ impl HybridFormula {
         state.gone.push(j);
         let weight = match &self.far {
             FarFormula::Merged(_) => received + 1e-9,
-            FarFormula::WardCalibrated { .. } => self.calibration.as_ref().unwrap().expected_attention(kh.row(j)),
+            FarFormula::WardCalibrated { .. } => {
+                self.calibration.as_ref().unwrap().expected_attention(kh.row(j))
+            }
             _ => 1.0,
         };
-        state.entries.push(Entry { key: kh.row(j).to_owned(), value: v.row(j).to_owned(), count: 1.0, weight });
+        state.entries.push(Entry {
+            key: kh.row(j).to_owned(),
+            value: v.row(j).to_owned(),
+            count: 1.0,
+            weight,
+        });
     }
 
     fn cost(&self, state: &State, i: usize, j: usize) -> f64 {
@@ -159,7 +191,11 @@ impl HybridFormula {
             FarFormula::Merged(received) => {
                 let rho = state.value_squares / state.seen as f64;
                 let mean = state.query_squares.mean().unwrap();
-                let r = if received.diagonal { &state.query_squares / mean } else { Array1::ones(dk.len()) };
+                let r = if received.diagonal {
+                    &state.query_squares / mean
+                } else {
+                    Array1::ones(dk.len())
+                };
                 let keys = match &self.metric {
                     Some(metric) => metric.dot(&dk).mapv(|x| x * x).sum(),
                     None => (&dk * &dk).dot(&r),
@@ -247,8 +283,12 @@ impl HybridFormula {
         pooled: bool,
         out: &mut [Array2<f64>],
     ) {
-        let exact: Vec<usize> =
-            state.sinks.iter().copied().chain(state.window.iter().chain(&state.heavy).map(|w| w.0)).collect();
+        let exact: Vec<usize> = state
+            .sinks
+            .iter()
+            .copied()
+            .chain(state.window.iter().chain(&state.heavy).map(|w| w.0))
+            .collect();
         let slots = exact.len() + state.entries.len();
         let mut received = vec![0.0; slots];
         for (g, q) in qh.iter().enumerate() {
@@ -277,7 +317,8 @@ impl HybridFormula {
                 }
             }
             let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let weights: Vec<f64> = logits.iter().zip(&signs).map(|(x, s)| s * (x - largest).exp()).collect();
+            let weights: Vec<f64> =
+                logits.iter().zip(&signs).map(|(x, s)| s * (x - largest).exp()).collect();
             let total: f64 = weights.iter().sum();
             for (weight, value) in weights.iter().zip(&values) {
                 out[g].row_mut(t).scaled_add(weight / total, value);
@@ -303,8 +344,15 @@ impl HybridFormula {
         }
     }
 
-    /// Every query sees every key: those behind the sinks have all gone to the far memory, in order.
-    pub fn full(&self, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, scale: f64) -> Array2<f64> {
+    /// Every query sees every key: those behind the sinks have all gone to the far memory, in
+    /// order.
+    pub fn full(
+        &self,
+        q: &Array2<f64>,
+        k: &Array2<f64>,
+        v: &Array2<f64>,
+        scale: f64,
+    ) -> Array2<f64> {
         assert_eq!(self.window, 0);
         let root = scale.sqrt();
         let (qh, kh) = (q * root, k * root);
@@ -327,7 +375,9 @@ impl HybridFormula {
         let [state] = states;
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         let (fq, lq) = match &self.far {
-            FarFormula::Features(map) | FarFormula::Taylor(_, map) => features(&**map, q, scale, false),
+            FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
+                features(&**map, q, scale, false)
+            }
             _ => (Array2::zeros((0, 0)), Array1::zeros(0)),
         };
         for t in 0..q.nrows() {
@@ -343,7 +393,11 @@ impl HybridFormula {
                     let (fk, lk) = features(&**map, k, scale, true);
                     for &j in &state.gone {
                         let product = fq.row(t).dot(&fk.row(j));
-                        all.push((product.abs().ln() + lq[t] + lk[j], product.signum(), v.row(j).to_owned()));
+                        all.push((
+                            product.abs().ln() + lq[t] + lk[j],
+                            product.signum(),
+                            v.row(j).to_owned(),
+                        ));
                     }
                 }
                 _ => {

@@ -1,5 +1,5 @@
-//! What the tests share: random input, naive oracles written for reading, tolerances in units of epsilon, golden files,
-//! and the list of every kernel and every map.
+//! What the tests share: random input, naive oracles written for reading, tolerances in units of
+//! epsilon, golden files, and the list of every kernel and every map.
 #![allow(dead_code)]
 
 pub mod checker;
@@ -7,9 +7,9 @@ pub mod hybrid;
 pub mod written;
 
 use dijiang::{
-    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, IdentityFeatures, LinearAttention, Mask, Metric, Performer, Points, Radii, RadiusPoints,
-    ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
+    Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Metric, Performer,
+    Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -26,7 +26,11 @@ pub fn normal<T: Scalar>(n: usize, d: usize, size: f64, seed: u64) -> Array2<T> 
 
 /// Queries, keys and values of `n` tokens, with `|x|` of about `size·√d`.
 pub fn tokens<T: Scalar>(n: usize, d: usize, dv: usize, size: f64, seed: u64) -> [Array2<T>; 3] {
-    [normal(n, d, size, 3 * seed), normal(n, d, size, 3 * seed + 1), normal(n, dv, 1.0, 3 * seed + 2)]
+    [
+        normal(n, d, size, 3 * seed),
+        normal(n, d, size, 3 * seed + 1),
+        normal(n, dv, 1.0, 3 * seed + 2),
+    ]
 }
 
 pub fn wide<T: Scalar>(x: &Array2<T>) -> Array2<f64> {
@@ -39,7 +43,13 @@ pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
 }
 
 /// Softmax attention as the formula stands, in f64.
-pub fn naive_softmax(q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, scale: f64, mask: Mask) -> Array2<f64> {
+pub fn naive_softmax(
+    q: &Array2<f64>,
+    k: &Array2<f64>,
+    v: &Array2<f64>,
+    scale: f64,
+    mask: Mask,
+) -> Array2<f64> {
     let mut out = Array2::zeros((q.nrows(), v.ncols()));
     for t in 0..q.nrows() {
         let seen = visible(mask, t, k.nrows());
@@ -55,7 +65,12 @@ pub fn naive_softmax(q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, scale: f
 }
 
 /// The logarithms and signs of `φ(√scale·x)`, row by row, in f64.
-pub fn features(map: &dyn FeatureMap<f64>, x: &Array2<f64>, scale: f64, keys: bool) -> (Array2<f64>, Array1<f64>) {
+pub fn features(
+    map: &dyn FeatureMap<f64>,
+    x: &Array2<f64>,
+    scale: f64,
+    keys: bool,
+) -> (Array2<f64>, Array1<f64>) {
     let mut values = Array2::from_elem((x.nrows(), map.num_features()), f64::NAN);
     let mut log_scale = Array1::from_elem(x.nrows(), f64::NAN);
     let x = x * scale.sqrt();
@@ -81,7 +96,8 @@ pub fn naive_linear(
     for t in 0..q.nrows() {
         let seen = visible(mask, t, k.nrows());
         let largest = (0..seen).map(|j| lk[j]).fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = (0..seen).map(|j| fq.row(t).dot(&fk.row(j)) * (lk[j] - largest).exp()).collect();
+        let weights: Vec<f64> =
+            (0..seen).map(|j| fq.row(t).dot(&fk.row(j)) * (lk[j] - largest).exp()).collect();
         let total: f64 = weights.iter().sum();
         let factor = if normalized { 1.0 / total } else { (lq[t] + largest).exp() };
         for (j, w) in weights.iter().enumerate() {
@@ -157,11 +173,17 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
         "performer-iid" => Arc::new(Performer::iid(d, m, seed).unwrap()),
         "performer-hyperbolic" => Arc::new(Performer::hyperbolic(d, even, seed).unwrap()),
         "dct" => Arc::new(DctFeatures::new(d, m, seed).unwrap()),
-        "dct-antithetic" => Arc::new(DctFeatures::new(d, even, seed).unwrap().with_radii(Radii::Antithetic).unwrap()),
-        "dct-normal" => Arc::new(DctFeatures::new(d, m, seed).unwrap().with_radii(Radii::Normal).unwrap()),
+        "dct-antithetic" => Arc::new(
+            DctFeatures::new(d, even, seed).unwrap().with_radii(Radii::Antithetic).unwrap(),
+        ),
+        "dct-normal" => {
+            Arc::new(DctFeatures::new(d, m, seed).unwrap().with_radii(Radii::Normal).unwrap())
+        }
         "official" => Arc::new(official(d, seed)),
         "wpff" => Arc::new(Wpff::new(d, m, seed).unwrap()),
-        "wpff-sobol" => Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap()),
+        "wpff-sobol" => {
+            Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap())
+        }
         "wpff-weighted" => {
             let weights = Array1::from_shape_fn(m, |i| T::from_f64([0.0, 0.5, 1.0, 2.0][i % 4]));
             let weights = if m == 1 { Array1::ones(1) } else { weights };
@@ -172,12 +194,15 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
             // correlated, so that means, bases and coefficients are far from trivial
             let [q, k, _] = tokens::<f64>(120, d, 1, 0.7, seed);
             let (q, k) = (&q * 0.5 + &k + 0.2, &k - 0.3);
-            let calibration = Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
+            let calibration =
+                Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
             Arc::new(CalibratedTaylor::new(d.min(4), &calibration).unwrap())
         }
         "elu" => Arc::new(EluFeatures::new(d).unwrap()),
         "relu" => Arc::new(ReluFeatures::new(d).unwrap()),
-        "relu-projected" => Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap()),
+        "relu-projected" => {
+            Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap())
+        }
         "identity" => Arc::new(IdentityFeatures::new(d).unwrap()),
         _ => panic!("no map {name}"),
     }
@@ -287,14 +312,22 @@ fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
 
 /// The kernel of a formula.
 pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridAttention<T> {
-    let builder = HybridAttention::builder(d).window(formula.window).sinks(formula.sinks).heavy(formula.heavy);
+    let builder = HybridAttention::builder(d)
+        .window(formula.window)
+        .sinks(formula.sinks)
+        .heavy(formula.heavy);
     let far = far(&formula.far, d, m);
     let far = match (&formula.metric, &formula.calibration) {
-        (Some(_), Some(calibration)) => return builder.far(far.calibrated(calibration)).build().unwrap(),
+        (Some(_), Some(calibration)) => {
+            return builder.far(far.calibrated(calibration)).build().unwrap();
+        }
         _ => far,
     };
     let builder = builder.far(far);
-    let builder = formula.calibration.iter().fold(builder, |builder, calibration| builder.calibrated(calibration));
+    let builder = formula
+        .calibration
+        .iter()
+        .fold(builder, |builder, calibration| builder.calibrated(calibration));
     builder.build().unwrap()
 }
 
@@ -314,7 +347,8 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
     let options = CalibrationOptions::new().with_window(8).with_sinks(1);
     let calibration = Arc::new(Calibration::from_samples(q.view(), k.view(), options).unwrap());
     let rank = d.min(3);
-    let taylor = || FarFormula::Taylor(rank, Arc::new(CalibratedTaylor::new(rank, &calibration).unwrap()));
+    let taylor =
+        || FarFormula::Taylor(rank, Arc::new(CalibratedTaylor::new(rank, &calibration).unwrap()));
     let metric = Arc::new(calibration.metric());
     let ward = || FarFormula::WardCalibrated { entries: 6, metric: metric.clone() };
     let calibrated = [
@@ -353,9 +387,11 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
     plain
         .chain(calibrated)
         .map(|(window, sinks, heavy, far, calibration)| {
-            let name = format!("hybrid window {window} sinks {sinks} heavy {heavy} {far:.60?} d={d}");
+            let name =
+                format!("hybrid window {window} sinks {sinks} heavy {heavy} {far:.60?} d={d}");
             // calibrated merging without heavy keys takes its metric from the calibration
-            let metric = calibration.as_ref().filter(|_| heavy == 0 && matches!(far, FarFormula::Merged(_)));
+            let metric =
+                calibration.as_ref().filter(|_| heavy == 0 && matches!(far, FarFormula::Merged(_)));
             let metric = metric.map(|calibration| {
                 let metric = calibration.metric();
                 let mean = metric.mapv(|x| x * x).sum() / metric.nrows() as f64;
@@ -378,7 +414,9 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
 impl Subject {
     pub fn normalized(&self) -> bool {
         match &self.formula {
-            Formula::Linear(_, normalized) | Formula::Written(Written { normalized, .. }) => *normalized,
+            Formula::Linear(_, normalized) | Formula::Written(Written { normalized, .. }) => {
+                *normalized
+            }
             Formula::Softmax | Formula::Hybrid(_) => true,
         }
     }
@@ -392,7 +430,9 @@ impl Subject {
                 &[Mask::Causal]
             }
             // with sinks alone, a token that is none of them sees nothing
-            Formula::Hybrid(HybridFormula { sinks: 0, heavy: 0, far: FarFormula::None, .. }) => &[Mask::Causal],
+            Formula::Hybrid(HybridFormula {
+                sinks: 0, heavy: 0, far: FarFormula::None, ..
+            }) => &[Mask::Causal],
             Formula::Written(written) => written.masks,
             _ => &[Mask::Causal, Mask::Full],
         }
@@ -406,7 +446,9 @@ impl Subject {
         match &self.formula {
             Formula::Softmax => false,
             Formula::Linear(..) => true,
-            Formula::Hybrid(hybrid) => matches!(hybrid.far, FarFormula::Features(_) | FarFormula::Taylor(..)),
+            Formula::Hybrid(hybrid) => {
+                matches!(hybrid.far, FarFormula::Features(_) | FarFormula::Taylor(..))
+            }
             Formula::Written(written) => written.has_features,
         }
     }
@@ -426,26 +468,41 @@ impl Subject {
         };
         let (received, block, far) = match far {
             FarFormula::None => (0, 1, 0),
-            FarFormula::Features(map) | FarFormula::Taylor(_, map) => (0, 1, 2 * map.num_features() * (dv + 1) + 1),
+            FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
+                (0, 1, 2 * map.num_features() * (dv + 1) + 1)
+            }
             FarFormula::Ward { entries, block } => (0, *block, entries * (token + 2)),
             FarFormula::WardCalibrated { entries, .. } => (0, 1, entries * (token + 2)),
             FarFormula::Merged(rule) => {
                 let diagonal = rule.diagonal && metric.is_none();
-                let units = if diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
+                let units =
+                    if diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
                 (1, rule.block, rule.entries * (token + 2) + units)
             }
         };
-        sinks * token + (window + block - 1) * (token + received) + heavy * (token + 1 + received) + far
+        sinks * token
+            + (window + block - 1) * (token + received)
+            + heavy * (token + 1 + received)
+            + far
     }
 
     /// The kernel's formula, naively, in f64.
-    pub fn oracle(&self, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>, mask: Mask) -> Array2<f64> {
+    pub fn oracle(
+        &self,
+        q: &Array2<f64>,
+        k: &Array2<f64>,
+        v: &Array2<f64>,
+        mask: Mask,
+    ) -> Array2<f64> {
         match &self.formula {
             Formula::Softmax => naive_softmax(q, k, v, self.scale, mask),
-            Formula::Linear(map, normalized) => naive_linear(&**map, [q, k, v], self.scale, mask, *normalized),
+            Formula::Linear(map, normalized) => {
+                naive_linear(&**map, [q, k, v], self.scale, mask, *normalized)
+            }
             Formula::Hybrid(formula) if mask == Mask::Full => formula.full(q, k, v, self.scale),
             Formula::Hybrid(formula) => {
-                let (q, k, v) = (&[vec![q.clone()]], std::slice::from_ref(k), std::slice::from_ref(v));
+                let (q, k, v) =
+                    (&[vec![q.clone()]], std::slice::from_ref(k), std::slice::from_ref(v));
                 formula.causal(q, k, v, self.scale, false).remove(0).remove(0)
             }
             Formula::Written(written) => (written.output)([q, k, v], mask),
@@ -478,13 +535,17 @@ pub struct Head {
 
 /// The heads of `data/heads.safetensors`.
 pub fn heads() -> Vec<Head> {
-    let bytes = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/data/heads.safetensors")).unwrap();
+    let bytes =
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/data/heads.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let read = |name: String| -> Array2<f64> {
         let tensor = file.tensor(&name).unwrap();
         assert_eq!(tensor.dtype(), safetensors::Dtype::F32);
-        let numbers: Vec<f64> =
-            tensor.data().chunks_exact(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap()))).collect();
+        let numbers: Vec<f64> = tensor
+            .data()
+            .chunks_exact(4)
+            .map(|b| f64::from(f32::from_le_bytes(b.try_into().unwrap())))
+            .collect();
         Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), numbers).unwrap()
     };
     ["L00H4", "L11H5", "L17H4", "L29H2", "M02H3"]
@@ -498,7 +559,8 @@ pub fn heads() -> Vec<Head> {
         .collect()
 }
 
-/// A view as a user of another layout has it: every second row and column of a larger array, reversed twice.
+/// A view as a user of another layout has it: every second row and column of a larger array,
+/// reversed twice.
 pub fn strided<T: Scalar>(x: ArrayView2<'_, T>) -> Array2<T> {
     let mut large = Array2::from_elem((2 * x.nrows(), 3 * x.ncols()), T::nan());
     large.slice_mut(ndarray::s![..;2, ..;3]).assign(&x);

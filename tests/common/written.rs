@@ -2,8 +2,8 @@
 
 use super::{Formula, Subject, Written, features, map, naive_softmax, normal, visible};
 use dijiang::{
-    Attention, CosFormer, LinearAttention, Linformer, Mask, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar,
-    WithLogDecay,
+    Attention, CosFormer, LinearAttention, Linformer, Mask, Retention, Rotary, RotaryAttention,
+    RotaryPairs, Scalar, WithLogDecay,
 };
 use ndarray::Array2;
 use std::f64::consts::PI;
@@ -15,20 +15,27 @@ pub fn written(d: usize, others: Vec<Subject>) -> Vec<Subject> {
     let even = d - d % 2;
     let rotaries = [
         Rotary::partial(d, even).unwrap(),
-        Rotary::partial(d, even).unwrap().with_base(20.0).unwrap().with_pairs(RotaryPairs::Interleaved),
+        Rotary::partial(d, even)
+            .unwrap()
+            .with_base(20.0)
+            .unwrap()
+            .with_pairs(RotaryPairs::Interleaved),
         Rotary::partial(d, even / 2 - even / 2 % 2).unwrap().with_base(100.0).unwrap(),
     ];
     let others = others.into_iter().chain([cosformer(d, 1000, 0.1)]);
     let turned = others.enumerate().map(|(i, other)| turned(rotaries[i % 3].clone(), other));
     let cosines = [cosformer(d, 200, 1e-6), cosformer(d, 1_000_000, 0.001), cosformer(d, 180, 0.5)];
-    let linformers = [linformer(d, 1, 130, 0.7), linformer(d, 5, 200, 0.1), linformer(d, 40, 131, 2.0)];
+    let linformers =
+        [linformer(d, 1, 130, 0.7), linformer(d, 5, 200, 0.1), linformer(d, 40, 131, 2.0)];
     turned.chain(cosines).chain(linformers).chain(retentions(d)).chain(decays(d)).collect()
 }
 
-/// Linear attention whose sums decay, by one number, by one for each feature, and by what comes with the tokens.
+/// Linear attention whose sums decay, by one number, by one for each feature, and by what comes
+/// with the tokens.
 fn decays(d: usize) -> Vec<Subject> {
     let gates = |columns, strength| {
-        let mut gates = normal::<f64>(200, columns, strength, 9).mapv(|x| f64::from((-x.abs()) as f32));
+        let mut gates =
+            normal::<f64>(200, columns, strength, 9).mapv(|x| f64::from((-x.abs()) as f32));
         gates.row_mut(3).fill(f64::NEG_INFINITY);
         gates.row_mut(67)[0] = f64::NEG_INFINITY;
         gates.row_mut(68).fill(0.0);
@@ -45,12 +52,21 @@ fn decays(d: usize) -> Vec<Subject> {
             decayed(name, d, normalized, gates(d, 4.0)),
         ]
     };
-    ["elu", "relu"].into_iter().flat_map(|name| all(name, true)).chain(all("identity", false)).collect()
+    ["elu", "relu"]
+        .into_iter()
+        .flat_map(|name| all(name, true))
+        .chain(all("identity", false))
+        .collect()
 }
 
 /// With log decays `[1 or tokens, 1 or d]`: a single row is one of the kernel.
 fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Subject {
-    fn kernel<T: Scalar>(name: &str, d: usize, normalized: bool, log_decay: &Array2<f64>) -> Arc<dyn Attention<T>> {
+    fn kernel<T: Scalar>(
+        name: &str,
+        d: usize,
+        normalized: bool,
+        log_decay: &Array2<f64>,
+    ) -> Arc<dyn Attention<T>> {
         let kernel = LinearAttention::new(map::<T>(name, d, d, 5)).with_scale(1.0);
         let kernel = if normalized { kernel } else { kernel.unnormalized() };
         match log_decay.dim() {
@@ -97,7 +113,8 @@ pub fn naive_rotation(x: &Array2<f64>, dims: usize, base: f64, pairs: RotaryPair
     let mut turned = x.clone();
     for t in 0..x.nrows() {
         for i in 0..dims / 2 {
-            let (a, b) = if pairs == RotaryPairs::Halves { (i, i + dims / 2) } else { (2 * i, 2 * i + 1) };
+            let (a, b) =
+                if pairs == RotaryPairs::Halves { (i, i + dims / 2) } else { (2 * i, 2 * i + 1) };
             let angle = t as f64 * base.powf(-2.0 * i as f64 / dims as f64);
             turned[[t, a]] = x[[t, a]] * angle.cos() - x[[t, b]] * angle.sin();
             turned[[t, b]] = x[[t, a]] * angle.sin() + x[[t, b]] * angle.cos();
@@ -108,7 +125,13 @@ pub fn naive_rotation(x: &Array2<f64>, dims: usize, base: f64, pairs: RotaryPair
 
 /// A kernel with rotary position embedding inside.
 fn turned(rotary: Rotary, other: Subject) -> Subject {
-    let name = format!("rotary {} of {} {:?} {}", rotary.dims(), rotary.head_dim(), rotary.pairs(), other.name);
+    let name = format!(
+        "rotary {} of {} {:?} {}",
+        rotary.dims(),
+        rotary.head_dim(),
+        rotary.pairs(),
+        other.name
+    );
     let (dims, pairs) = (rotary.dims(), rotary.pairs());
     // θ_1 = base^(−2/dims)
     let base = rotary.frequencies().get(1).map_or(1.0, |second| second.powf(-0.5 * dims as f64));
@@ -172,7 +195,9 @@ fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
             output: Box::new(move |[q, k, v], mask| {
                 let [q, k] = [q, k].map(|x| x.mapv(|x| x.max(0.0) + epsilon));
                 let distance = |i: usize, j: usize| (i as f64 - j as f64) / max_len as f64;
-                let weight = |i: usize, j: usize| q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance(i, j)).cos();
+                let weight = |i: usize, j: usize| {
+                    q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance(i, j)).cos()
+                };
                 naive_weights(v, q.nrows(), mask, weight, true)
             }),
         }),
@@ -190,18 +215,28 @@ pub struct RetentionFormula {
 }
 
 impl RetentionFormula {
-    /// Columns (2i, 2i + 1) or (i, i + d/2), of a dimension that is even or leaves the last column alone.
-    pub fn new(d: usize, decay: f64, scale: f64, pairs: RotaryPairs, xpos: bool, theta: impl Fn(usize) -> f64) -> Self {
+    /// Columns (2i, 2i + 1) or (i, i + d/2), of a dimension that is even or leaves the last column
+    /// alone.
+    pub fn new(
+        d: usize,
+        decay: f64,
+        scale: f64,
+        pairs: RotaryPairs,
+        xpos: bool,
+        theta: impl Fn(usize) -> f64,
+    ) -> Self {
         let half = d / 2;
         let pair = |i| {
-            let columns = if pairs == RotaryPairs::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
+            let columns =
+                if pairs == RotaryPairs::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
             let zeta = if xpos { (2.0 * i as f64 / (2 * half) as f64 + 0.4) / 1.4 } else { 1.0 };
             (columns, theta(i), zeta)
         };
         Self { decay, scale, head_dim: d, pairs: (0..half).map(pair).collect() }
     }
 
-    /// The queries times ζ^{n/512} or the keys times ζ^{−n/512}, turned: good for short sequences, in f64.
+    /// The queries times ζ^{n/512} or the keys times ζ^{−n/512}, turned: good for short sequences,
+    /// in f64.
     fn place(&self, x: &Array2<f64>, power: f64) -> Array2<f64> {
         let mut placed = x.clone();
         for (n, mut row) in placed.outer_iter_mut().enumerate() {
@@ -209,7 +244,8 @@ impl RetentionFormula {
             for &([a, b], theta, zeta) in &self.pairs {
                 let (cos, sin) = ((n * theta).cos(), (n * theta).sin());
                 let size = zeta.powf(power * n / 512.0);
-                (row[a], row[b]) = (size * (row[a] * cos - row[b] * sin), size * (row[a] * sin + row[b] * cos));
+                (row[a], row[b]) =
+                    (size * (row[a] * cos - row[b] * sin), size * (row[a] * sin + row[b] * cos));
             }
         }
         placed
@@ -229,23 +265,37 @@ fn retentions(d: usize) -> Vec<Subject> {
     let (even, usual) = (d - d % 2, 1.0 / (d as f64).sqrt());
     let released = move |i: usize| 10_000_f64.powf(-(i as f64) / ((d / 2).max(2) - 1) as f64);
     let su = move |i: usize| 300_f64.powf(-2.0 * i as f64 / even as f64);
-    let rotary = |pairs| Rotary::partial(d, even).unwrap().with_base(300.0).unwrap().with_pairs(pairs);
+    let rotary =
+        |pairs| Rotary::partial(d, even).unwrap().with_base(300.0).unwrap().with_pairs(pairs);
     let interleaved = RotaryPairs::Interleaved;
-    let formula = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, released);
+    let formula =
+        |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, released);
     let own = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, su);
     vec![
         retention(formula(0.9, usual, interleaved, false), None, false),
         retention(formula(0.9375, 0.5, interleaved, true), None, true),
         retention(formula(0.0, 1.0, interleaved, true), None, true),
         retention(formula(1.0, 1.0, interleaved, false), None, false),
-        retention(own(1.0, usual, RotaryPairs::Halves, true), Some(rotary(RotaryPairs::Halves)), true),
-        retention(own(0.98, usual, RotaryPairs::Halves, false), Some(rotary(RotaryPairs::Halves)), false),
+        retention(
+            own(1.0, usual, RotaryPairs::Halves, true),
+            Some(rotary(RotaryPairs::Halves)),
+            true,
+        ),
+        retention(
+            own(0.98, usual, RotaryPairs::Halves, false),
+            Some(rotary(RotaryPairs::Halves)),
+            false,
+        ),
         retention(own(0.999, 2.0, interleaved, true), Some(rotary(interleaved)), true),
     ]
 }
 
 /// The kernel of a formula.
-pub fn retention_kernel<T: Scalar>(formula: &RetentionFormula, rotary: Option<&Rotary>, xpos: bool) -> Retention<T> {
+pub fn retention_kernel<T: Scalar>(
+    formula: &RetentionFormula,
+    rotary: Option<&Rotary>,
+    xpos: bool,
+) -> Retention<T> {
     let kernel = Retention::new(formula.head_dim, formula.decay).unwrap().with_scale(formula.scale);
     let kernel = if xpos { kernel.with_xpos() } else { kernel };
     match rotary {

@@ -14,7 +14,8 @@ const MOST_NAMED: usize = 8;
 
 /// A few plain sentences; those that the run has no data for are left out.
 pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
-    let heads: Vec<Head> = inputs(results).into_iter().map(|input| Head::new(results, input)).collect();
+    let heads: Vec<Head> =
+        inputs(results).into_iter().map(|input| Head::new(results, input)).collect();
     [
         closest(&heads),
         against_windows(&heads),
@@ -70,12 +71,22 @@ pub fn caption(results: &Results, input: usize) -> String {
         return String::new();
     };
     let far = results.hybrids.baselines[input].map_or(1.0, |baseline| baseline.far_share);
-    let far = if far < 1.0 { format!("{} of attention is far", percent(far)) } else { "Every key is far".to_owned() };
+    let far = if far < 1.0 {
+        format!("{} of attention is far", percent(far))
+    } else {
+        "Every key is far".to_owned()
+    };
     let against = match (best.equal_window, best.gain()) {
         (Some(window), Some(gain)) if gain > 1.0 => {
-            format!("{} times closer than the window of equal size ({})", short(gain), short(window.error))
+            format!(
+                "{} times closer than the window of equal size ({})",
+                short(gain),
+                short(window.error)
+            )
         }
-        (Some(window), _) => format!("no closer than the window of equal size ({})", short(window.error)),
+        (Some(window), _) => {
+            format!("no closer than the window of equal size ({})", short(window.error))
+        }
         (None, _) => format!("uniform attention has {}", short(head.uniform())),
     };
     format!(
@@ -88,7 +99,8 @@ pub fn caption(results: &Results, input: usize) -> String {
 }
 
 fn closest(heads: &[Head<'_>]) -> Option<String> {
-    let best: Vec<(&Head<'_>, &Row)> = heads.iter().filter_map(|head| Some((head, best(&head.of_table)?))).collect();
+    let best: Vec<(&Head<'_>, &Row)> =
+        heads.iter().filter_map(|head| Some((head, best(&head.of_table)?))).collect();
     let hybrids = || heads.iter().flat_map(|head| head.of_table.iter().map(move |row| (head, row)));
     let floats = hybrids().map(|(_, row)| row.state_floats).max()?;
     let share = hybrids().map(|(head, row)| head.share_of_exact(row)).reduce(f64::max)?;
@@ -113,7 +125,8 @@ fn closest(heads: &[Head<'_>]) -> Option<String> {
         }
     }
     counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    let counts: Vec<String> = counts.iter().map(|(label, count)| format!("{label} on {count}")).collect();
+    let counts: Vec<String> =
+        counts.iter().map(|(label, count)| format!("{label} on {count}")).collect();
     let gains = median(best.iter().filter_map(|(_, row)| row.gain()));
     let gains = gains.map_or_else(String::new, |gain| {
         format!("; in the median {} times closer than the window of equal size", short(gain))
@@ -131,17 +144,26 @@ fn one(head: &Head<'_>, row: &Row) -> String {
         ),
         _ => format!("uniform attention {}", short(head.uniform())),
     };
-    format!("on {} {} with {} ({beside})", head.name(), row.contestant.label(), short(row.error.median))
+    format!(
+        "on {} {} with {} ({beside})",
+        head.name(),
+        row.contestant.label(),
+        short(row.error.median)
+    )
 }
 
 /// What does not beat the window that costs as much.
 fn against_windows(heads: &[Head<'_>]) -> Option<String> {
     let (lost, won) = tally(heads, |_, row| row.gain().map(|gain| gain > 1.0))?;
     Some(match (lost.is_empty(), won.is_empty()) {
-        (true, _) => format!("Closer to softmax than the window of equal size, on every causal head: {won}."),
+        (true, _) => {
+            format!("Closer to softmax than the window of equal size, on every causal head: {won}.")
+        }
         (_, true) => format!("Not closer to softmax than the window of equal size: {lost}."),
         _ => {
-            format!("Not closer to softmax than the window of equal size: {lost}. Closer on every causal head: {won}.")
+            format!(
+                "Not closer to softmax than the window of equal size: {lost}. Closer on every causal head: {won}."
+            )
         }
     })
 }
@@ -152,18 +174,22 @@ fn against_uniform(heads: &[Head<'_>]) -> Option<String> {
     (!lost.is_empty()).then(|| format!("Not closer to softmax than uniform attention: {lost}."))
 }
 
-/// The kernels of the table that failed somewhere, with the heads, and those that never did; `None` if `passes` says of none
-/// whether it did.
-fn tally(heads: &[Head<'_>], passes: impl Fn(&Head<'_>, &Row) -> Option<bool>) -> Option<(String, String)> {
+/// The kernels of the table that failed somewhere, with the heads, and those that never did; `None`
+/// if `passes` says of none whether it did.
+fn tally(
+    heads: &[Head<'_>],
+    passes: impl Fn(&Head<'_>, &Row) -> Option<bool>,
+) -> Option<(String, String)> {
     let mut kernels: Vec<(String, Vec<&str>, usize)> = Vec::new();
     for head in heads {
         for row in &head.of_table {
             let Some(passed) = passes(head, row) else { continue };
             let label = row.contestant.label();
-            let place = kernels.iter().position(|(other, ..)| *other == label).unwrap_or_else(|| {
-                kernels.push((label, Vec::new(), 0));
-                kernels.len() - 1
-            });
+            let place =
+                kernels.iter().position(|(other, ..)| *other == label).unwrap_or_else(|| {
+                    kernels.push((label, Vec::new(), 0));
+                    kernels.len() - 1
+                });
             kernels[place].2 += 1;
             if !passed {
                 kernels[place].1.push(head.name());
@@ -173,7 +199,8 @@ fn tally(heads: &[Head<'_>], passes: impl Fn(&Head<'_>, &Row) -> Option<bool>) -
     if kernels.is_empty() {
         return None;
     }
-    let (lost, won): (Vec<_>, Vec<_>) = kernels.into_iter().partition(|(_, heads, _)| !heads.is_empty());
+    let (lost, won): (Vec<_>, Vec<_>) =
+        kernels.into_iter().partition(|(_, heads, _)| !heads.is_empty());
     let lost: Vec<String> = lost
         .into_iter()
         .map(|(label, heads, of)| match heads.len() {
@@ -186,24 +213,30 @@ fn tally(heads: &[Head<'_>], passes: impl Fn(&Head<'_>, &Row) -> Option<bool>) -
     Some((lost.join("; "), won.join("; ")))
 }
 
-/// How the error of the merging memory falls with its entries, beside that of windows of equal size.
+/// How the error of the merging memory falls with its entries, beside that of windows of equal
+/// size.
 fn more_entries(heads: &[Head<'_>]) -> Option<String> {
     let curve = |contestant: &Contestant| match contestant.memory {
         Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal } => Some(entries),
         _ => None,
     };
-    let mut entries: Vec<usize> =
-        heads.iter().flat_map(|head| head.rows.iter().filter_map(|row| curve(&row.contestant))).collect();
+    let mut entries: Vec<usize> = heads
+        .iter()
+        .flat_map(|head| head.rows.iter().filter_map(|row| curve(&row.contestant)))
+        .collect();
     entries.sort_unstable();
     entries.dedup();
     // only sizes that every causal head has
     let causal = heads.iter().filter(|head| head.dropped().is_some()).count();
     let mut points = Vec::new();
     for size in entries {
-        let rows: Vec<&Row> =
-            heads.iter().filter_map(|head| head.rows.iter().find(|row| curve(&row.contestant) == Some(size))).collect();
+        let rows: Vec<&Row> = heads
+            .iter()
+            .filter_map(|head| head.rows.iter().find(|row| curve(&row.contestant) == Some(size)))
+            .collect();
         if rows.len() == causal {
-            let window = median(rows.iter().filter_map(|row| row.equal_window.map(|window| window.error)))?;
+            let window =
+                median(rows.iter().filter_map(|row| row.equal_window.map(|window| window.error)))?;
             points.push((size, median(rows.iter().map(|row| row.error.median))?, window));
         }
     }
@@ -212,7 +245,8 @@ fn more_entries(heads: &[Head<'_>]) -> Option<String> {
         .iter()
         .map(|(size, error, window)| format!("{} with {size} ({})", short(*error), short(*window)))
         .collect();
-    let over = if causal == 1 { String::new() } else { format!(" median over {causal} causal heads,") };
+    let over =
+        if causal == 1 { String::new() } else { format!(" median over {causal} causal heads,") };
     Some(format!(
         "The error of the merging memory by number of entries,{over} in brackets that of the window of equal size: {}.",
         each.join(", ")
@@ -233,18 +267,26 @@ fn options(heads: &[Head<'_>]) -> Option<String> {
     };
     let rows_of = |hybrid: Hybrid| {
         heads.iter().flat_map(move |head| {
-            head.of_table.iter().filter(move |row| row.contestant.hybrid() == hybrid).map(move |row| (head, row))
+            head.of_table
+                .iter()
+                .filter(move |row| row.contestant.hybrid() == hybrid)
+                .map(move |row| (head, row))
         })
     };
     let from = |pick: &dyn Fn(Memory) -> Option<Memory>, hybrid| -> Vec<f64> {
         rows_of(hybrid)
-            .filter_map(|(head, row)| Some(row.error.median / head.error(pick(row.contestant.memory)?)?))
+            .filter_map(|(head, row)| {
+                Some(row.error.median / head.error(pick(row.contestant.memory)?)?)
+            })
             .collect()
     };
-    let features = rows_of(Hybrid::Features).filter_map(|(head, row)| Some(row.error.median / head.dropped()?));
+    let features = rows_of(Hybrid::Features)
+        .filter_map(|(head, row)| Some(row.error.median / head.dropped()?));
     change("features behind the window instead of nothing", features.collect());
     let uncalibrated = |memory| match memory {
-        Memory::Ward { entries, calibrated: true } => Some(Memory::Ward { entries, calibrated: false }),
+        Memory::Ward { entries, calibrated: true } => {
+            Some(Memory::Ward { entries, calibrated: false })
+        }
         _ => None,
     };
     change("calibrating Ward's rule", from(&uncalibrated, Hybrid::Ward));
@@ -254,7 +296,9 @@ fn options(heads: &[Head<'_>]) -> Option<String> {
     };
     change("heavy keys before the Taylor map", from(&light, Hybrid::Heavy));
     let one_by_one = |memory| match memory {
-        Memory::Merged { entries, block, metric } if block > 1 => Some(Memory::Merged { entries, block: 1, metric }),
+        Memory::Merged { entries, block, metric } if block > 1 => {
+            Some(Memory::Merged { entries, block: 1, metric })
+        }
         _ => None,
     };
     change("merging in blocks", from(&one_by_one, Hybrid::Merged));
@@ -265,7 +309,8 @@ fn options(heads: &[Head<'_>]) -> Option<String> {
         _ => None,
     };
     change("merging by plain distances of keys", from(&weighted, Hybrid::Merged));
-    (!changes.is_empty()).then(|| format!("The median change of the output error by: {}.", changes.join("; ")))
+    (!changes.is_empty())
+        .then(|| format!("The median change of the output error by: {}.", changes.join("; ")))
 }
 
 fn too_short(results: &Results, plan: &Plan, heads: &[Head<'_>]) -> Option<String> {
@@ -282,6 +327,7 @@ fn too_short(results: &Results, plan: &Plan, heads: &[Head<'_>]) -> Option<Strin
 
 fn failures(results: &Results) -> Option<String> {
     let measurements = results.hybrids.measurements.iter();
-    let measurements = measurements.map(|m| (m.contestant.label(), m.input, m.outcome.as_ref().err()));
+    let measurements =
+        measurements.map(|m| (m.contestant.label(), m.input, m.outcome.as_ref().err()));
     failures_of("measurements of hybrids", results, measurements)
 }

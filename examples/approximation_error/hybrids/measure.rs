@@ -39,9 +39,11 @@ pub struct EqualWindow {
 /// What the hybrids of one input are held against.
 #[derive(Clone, Copy, Debug)]
 pub struct Baseline {
-    /// The share of attention outside the window and the sinks: the mean over queries with a key there.
+    /// The share of attention outside the window and the sinks: the mean over queries with a key
+    /// there.
     pub far_share: f64,
-    /// The output error of the same window with its far part dropped; `None` where there is no window.
+    /// The output error of the same window with its far part dropped; `None` where there is no
+    /// window.
     pub dropped_error: Option<f64>,
 }
 
@@ -57,7 +59,13 @@ pub struct Results {
 pub fn errors(inputs: &[Input], references: &[Reference<f32>], plan: &Plan) -> Results {
     let calibrations: Vec<_> = inputs
         .par_iter()
-        .map(|input| if plan.hybrids.is_empty() || !input.is_real() { None } else { calibration(input, &plan.sizes) })
+        .map(|input| {
+            if plan.hybrids.is_empty() || !input.is_real() {
+                None
+            } else {
+                calibration(input, &plan.sizes)
+            }
+        })
         .collect();
     let mut jobs = Vec::new();
     for (i, input) in inputs.iter().enumerate().filter(|(_, input)| input.is_real()) {
@@ -71,13 +79,21 @@ pub fn errors(inputs: &[Input], references: &[Reference<f32>], plan: &Plan) -> R
         .into_par_iter()
         .with_max_len(1)
         .filter_map(|(i, contestant, seed)| {
-            let measured = measure(&inputs[i], &references[i], calibrations[i].as_ref(), contestant, seed);
+            let measured =
+                measure(&inputs[i], &references[i], calibrations[i].as_ref(), contestant, seed);
             progress.inc(1);
             let (state_floats, outcome) = match measured? {
                 Ok((state_floats, outcome)) => (state_floats, Ok(outcome)),
                 Err(error) => (0, Err(error.to_string())),
             };
-            Some(Measurement { input: i, contestant, seed, state_floats, microseconds: None, outcome })
+            Some(Measurement {
+                input: i,
+                contestant,
+                seed,
+                state_floats,
+                microseconds: None,
+                outcome,
+            })
         })
         .collect();
     progress.finish_and_clear();
@@ -147,7 +163,8 @@ fn baseline(input: &Input, reference: &Reference<f32>, plan: &Plan) -> Option<Ba
         .map(|(t, row)| row.iter().take(t + 1 - tokens).skip(sinks).sum())
         .collect();
     let far_share = if far.is_empty() { 0.0 } else { far.iter().sum::<f64>() / far.len() as f64 };
-    let dropped_error = window(input, tokens, sinks).and_then(|kernel| reference.output_error(&kernel)).ok()?;
+    let dropped_error =
+        window(input, tokens, sinks).and_then(|kernel| reference.output_error(&kernel)).ok()?;
     Some(Baseline { far_share, dropped_error: Some(dropped_error) })
 }
 
@@ -165,7 +182,8 @@ pub fn times(inputs: &[Input], results: &mut Results, plan: &Plan) {
             None => {
                 let calibration = calibration(input, &plan.sizes).and_then(Result::ok);
                 let kernel = contestant.build(input.head_dim(), calibration.as_ref(), 0).ok();
-                let time = kernel.and_then(|kernel| microseconds_per_token(kernel.as_ref(), input, plan.quick));
+                let time = kernel
+                    .and_then(|kernel| microseconds_per_token(kernel.as_ref(), input, plan.quick));
                 known.push((shape, contestant, time));
                 time
             }

@@ -4,7 +4,8 @@ use super::rows::{Row, rows};
 use super::{Hybrid, Memory};
 use crate::measure::Results;
 use crate::plots::{
-    Axis, BLUE, Failure, GREEN, GREY, GUIDE, Look, PURPLE, Panel, REFERENCE, Series, Shape, VERMILLION,
+    Axis, BLUE, Failure, GREEN, GREY, GUIDE, Look, PURPLE, Panel, REFERENCE, Series, Shape,
+    VERMILLION,
 };
 use dijiang::Metric;
 
@@ -93,20 +94,30 @@ impl Family {
 pub fn marks(chosen: &[Hybrid]) -> impl Iterator<Item = (Look, &'static str)> {
     // windows of equal size are always there
     let shown = |family: &Family| *family == Family::Window || chosen.contains(&family.hybrid());
-    Family::ALL.into_iter().filter(move |family| shown(family)).map(|family| (family.look(), family.name()))
+    Family::ALL
+        .into_iter()
+        .filter(move |family| shown(family))
+        .map(|family| (family.look(), family.name()))
 }
 
-/// Output error against state floats on one head; upright the cache of exact attention, across uniform attention.
+/// Output error against state floats on one head; upright the cache of exact attention, across
+/// uniform attention.
 pub fn pareto(results: &Results, input: usize) -> Result<Option<String>, Failure> {
     let rows = rows(results, input);
     let uniform = results.exact[input].report.uniform_error;
     let exact = results.exact[input].state_floats as f64;
-    let all: Vec<Series> = Family::ALL.into_iter().filter_map(|family| series(results, input, &rows, family)).collect();
+    let all: Vec<Series> = Family::ALL
+        .into_iter()
+        .filter_map(|family| series(results, input, &rows, family))
+        .collect();
     let back = |x: f64| 10_f64.powf(x);
-    let points = || all.iter().flat_map(|series| series.points.iter().chain(series.bars.iter().flatten()));
+    let points =
+        || all.iter().flat_map(|series| series.points.iter().chain(series.bars.iter().flatten()));
     let states: Vec<f64> = points().map(|(x, _)| back(*x)).chain([exact]).collect();
     let errors: Vec<f64> = points().map(|(_, y)| back(*y)).chain([uniform]).collect();
-    let (Some(x), Some(y)) = (Axis::log("state (floats)", &states), Axis::log("relative output error", &errors)) else {
+    let (Some(x), Some(y)) =
+        (Axis::log("state (floats)", &states), Axis::log("relative output error", &errors))
+    else {
         return Ok(None);
     };
     if all.is_empty() {
@@ -140,7 +151,18 @@ fn series(results: &Results, input: usize, rows: &[Row], family: Family) -> Opti
         .filter(|(_, errors)| errors.iter().all(|y| y.is_finite()))
         .collect();
     let points: Vec<_> = drawn.iter().map(|(x, [median, ..])| (*x, *median)).collect();
-    let bars = drawn.iter().filter(|(_, [_, a, b])| a < b).map(|(x, [_, a, b])| [(*x, *a), (*x, *b)]).collect();
+    let bars = drawn
+        .iter()
+        .filter(|(_, [_, a, b])| a < b)
+        .map(|(x, [_, a, b])| [(*x, *a), (*x, *b)])
+        .collect();
     let (joined, size) = (points.len() > 1, if family == Family::Window { 3 } else { 4 });
-    (!points.is_empty()).then(|| Series { look: family.look(), points, bars, joined, size, alpha: 1.0 })
+    (!points.is_empty()).then(|| Series {
+        look: family.look(),
+        points,
+        bars,
+        joined,
+        size,
+        alpha: 1.0,
+    })
 }

@@ -21,7 +21,8 @@ impl Row {
         self.equal_window.map(|window| window.error / self.error.median)
     }
 
-    /// Whether it is closer than the window of equal size, or where there is none than uniform attention.
+    /// Whether it is closer than the window of equal size, or where there is none than uniform
+    /// attention.
     pub fn is_useful(&self, uniform: f64) -> bool {
         self.error.median < self.equal_window.map_or(uniform, |window| window.error)
     }
@@ -35,7 +36,8 @@ impl Row {
 pub fn rows(results: &Results, input: usize) -> Vec<Row> {
     let mut of_contestants: Vec<Vec<&Measurement>> = Vec::new();
     for measurement in results.hybrids.measurements.iter().filter(|m| m.input == input) {
-        match of_contestants.last_mut().filter(|last| last[0].contestant == measurement.contestant) {
+        match of_contestants.last_mut().filter(|last| last[0].contestant == measurement.contestant)
+        {
             Some(last) => last.push(measurement),
             None => of_contestants.push(vec![measurement]),
         }
@@ -44,7 +46,8 @@ pub fn rows(results: &Results, input: usize) -> Vec<Row> {
 }
 
 fn row(measurements: &[&Measurement]) -> Option<Row> {
-    let good: Vec<_> = measurements.iter().filter_map(|m| Some((*m, m.outcome.as_ref().ok()?))).collect();
+    let good: Vec<_> =
+        measurements.iter().filter_map(|m| Some((*m, m.outcome.as_ref().ok()?))).collect();
     let errors: Vec<f64> = good.iter().map(|(_, outcome)| outcome.report.output_error).collect();
     let (first, outcome) = good.first()?;
     Some(Row {

@@ -33,7 +33,8 @@ fn of_head(results: &Results, input: usize) -> Vec<Line> {
     rows.iter()
         .enumerate()
         .map(|(i, row)| {
-            let name = if i == 0 { shortened(&results.inputs[input].name, 14) } else { String::new() };
+            let name =
+                if i == 0 { shortened(&results.inputs[input].name, 14) } else { String::new() };
             line(results, input, name, row, best == Some(row.contestant))
         })
         .collect()

@@ -40,7 +40,11 @@ pub struct Results {
 }
 
 /// The errors, on all threads.
-pub fn errors(inputs: &[Input], references: &[Reference<f32>], plan: &Plan) -> Result<Results, Error> {
+pub fn errors(
+    inputs: &[Input],
+    references: &[Reference<f32>],
+    plan: &Plan,
+) -> Result<Results, Error> {
     let mut jobs = Vec::new();
     for (i, input) in inputs.iter().enumerate() {
         for &rival in plan.rivals.iter().filter(|rival| rival.applies_to(input)) {
@@ -63,11 +67,17 @@ pub fn errors(inputs: &[Input], references: &[Reference<f32>], plan: &Plan) -> R
         })
         .collect();
     progress.finish_and_clear();
-    let uniform = inputs.par_iter().zip(references).map(|(input, reference)| uniform(input, reference));
+    let uniform =
+        inputs.par_iter().zip(references).map(|(input, reference)| uniform(input, reference));
     Ok(Results { measurements, uniform_factor_errors: uniform.collect::<Result<_, _>>()? })
 }
 
-fn measure(input: &Input, reference: &Reference<f32>, rival: Rival, seed: u64) -> Result<(usize, Outcome), Error> {
+fn measure(
+    input: &Input,
+    reference: &Reference<f32>,
+    rival: Rival,
+    seed: u64,
+) -> Result<(usize, Outcome), Error> {
     let kernel = rival.build(input, seed)?;
     let output = kernel.forward(input.q.view(), input.k.view(), input.v.view(), input.mask)?;
     let factor_error = after_best_factor(&output, reference.output());
@@ -86,7 +96,9 @@ fn uniform(input: &Input, reference: &Reference<f32>) -> Result<f64, Error> {
 /// `min_c ‖c·a − b‖/‖b‖`.
 fn after_best_factor(a: &Array2<f32>, b: ArrayView2<'_, f64>) -> f64 {
     let a = a.mapv(f64::from);
-    let dot = |x: ArrayView2<'_, f64>, y: ArrayView2<'_, f64>| Zip::from(x).and(y).fold(0.0, |sum, x, y| sum + x * y);
+    let dot = |x: ArrayView2<'_, f64>, y: ArrayView2<'_, f64>| {
+        Zip::from(x).and(y).fold(0.0, |sum, x, y| sum + x * y)
+    };
     let size = dot(a.view(), a.view());
     let factor = if size > 0.0 { dot(a.view(), b) / size } else { 0.0 };
     let difference = a * factor - b;

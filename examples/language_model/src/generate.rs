@@ -34,7 +34,8 @@ pub struct Written {
     pub state: State,
 }
 
-/// Reads a prompt and writes up to `most` tokens, each given to `show` as text as soon as it is a whole one.
+/// Reads a prompt and writes up to `most` tokens, each given to `show` as text as soon as it is a
+/// whole one.
 pub fn generate(
     model: &Model,
     tokenizer: &Tokenizer,
@@ -46,7 +47,10 @@ pub fn generate(
 ) -> Result<Written> {
     let Some((&last, before)) = prompt.split_last() else { bail!("the prompt is empty") };
     let Sampling { temperature, top_p, seed } = sampling;
-    ensure!(temperature >= 0.0 && temperature.is_finite(), "the temperature is {temperature}: it cannot be negative");
+    ensure!(
+        temperature >= 0.0 && temperature.is_finite(),
+        "the temperature is {temperature}: it cannot be negative"
+    );
     ensure!(top_p > 0.0 && top_p <= 1.0, "top-p is {top_p}: it must be a probability above 0");
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut state = model.state(layers)?;
@@ -104,10 +108,14 @@ fn draw(logits: ArrayView1<'_, f32>, sampling: Sampling, random: &mut ChaCha8Rng
 pub fn chat(template: &str, tokenizer: &Tokenizer, text: &str) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
-    let special = |id: Option<u32>| id.and_then(|id| tokenizer.decode(&[id]).ok()).unwrap_or_default();
+    environment.add_function(
+        "raise_exception",
+        |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        },
+    );
+    let special =
+        |id: Option<u32>| id.and_then(|id| tokenizer.decode(&[id]).ok()).unwrap_or_default();
     environment
         .render_str(
             template,

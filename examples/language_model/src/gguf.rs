@@ -19,12 +19,14 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the header. Says what is wrong with a file that is not GGUF, is cut off or holds another architecture.
+    /// Reads the header. Says what is wrong with a file that is not GGUF, is cut off or holds
+    /// another architecture.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let mut file = BufReader::new(file);
-        let content = caught(|| Content::read(&mut file))
-            .with_context(|| format!("{} is not a GGUF file that can be read: is it complete?", path.display()))?;
+        let content = caught(|| Content::read(&mut file)).with_context(|| {
+            format!("{} is not a GGUF file that can be read: is it complete?", path.display())
+        })?;
         Ok(Self { content, file })
     }
 
@@ -44,7 +46,10 @@ impl Gguf {
             architecture == "llama",
             "the architecture is `{architecture}`; this program runs `llama` (LLaMA, SmolLM, TinyLlama, Mistral, ...)"
         );
-        ensure!(self.optional("expert_count")?.unwrap_or(0) == 0, "mixtures of experts are not supported");
+        ensure!(
+            self.optional("expert_count")?.unwrap_or(0) == 0,
+            "mixtures of experts are not supported"
+        );
         let (width, heads) = (self.size("embedding_length")?, self.size("attention.head_count")?);
         let kv_heads = self.optional("attention.head_count_kv")?.unwrap_or(heads);
         ensure!(
@@ -54,7 +59,10 @@ impl Gguf {
         let head_dim = match self.positive("attention.key_length")? {
             Some(length) => length,
             None => {
-                ensure!(width.is_multiple_of(heads), "an embedding of {width} does not divide into {heads} heads");
+                ensure!(
+                    width.is_multiple_of(heads),
+                    "an embedding of {width} does not divide into {heads} heads"
+                );
                 width / heads
             }
         };
@@ -81,7 +89,11 @@ impl Gguf {
             config.rms_epsilon
         );
         ensure!(config.vocabulary > 0, "the vocabulary is empty");
-        ensure!(u32::try_from(config.vocabulary).is_ok(), "a vocabulary of {} tokens is too large", config.vocabulary);
+        ensure!(
+            u32::try_from(config.vocabulary).is_ok(),
+            "a vocabulary of {} tokens is too large",
+            config.vocabulary
+        );
         self.check_names(&config)?;
         Ok(config)
     }
@@ -102,7 +114,9 @@ impl Gguf {
             (Some(Value::String(kind)), _) => {
                 bail!("positions scaled by `{kind}` are not supported; `linear` and `none` are")
             }
-            (Some(other), _) => bail!("`llama.rope.scaling.type` is {other:?}: a name was expected"),
+            (Some(other), _) => {
+                bail!("`llama.rope.scaling.type` is {other:?}: a name was expected")
+            }
         };
         let factors = match self.content.tensor_infos.contains_key("rope_freqs.weight") {
             true => Some(self.vector("rope_freqs.weight", dims / 2)?.to_vec()),
@@ -114,8 +128,11 @@ impl Gguf {
             .context("the rotary embedding cannot be used")?;
         let factor = |i: usize| factors.as_ref().map_or(1.0, |factors| f64::from(factors[i]));
         let frequencies = rotary.frequencies().iter().enumerate();
-        let frequencies = frequencies.map(|(i, frequency)| frequency / stretch / factor(i)).collect();
-        let rotary = rotary.with_frequencies(frequencies).context("the factors of the rotary embedding are damaged")?;
+        let frequencies =
+            frequencies.map(|(i, frequency)| frequency / stretch / factor(i)).collect();
+        let rotary = rotary
+            .with_frequencies(frequencies)
+            .context("the factors of the rotary embedding are damaged")?;
         Ok(rotary.with_pairs(RotaryPairs::Interleaved))
     }
 
@@ -139,25 +156,37 @@ impl Gguf {
 
     /// A tensor, dequantised.
     fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let Some(info) = self.content.tensor_infos.get(name) else { bail!("the GGUF file has no tensor `{name}`") };
+        let Some(info) = self.content.tensor_infos.get(name) else {
+            bail!("the GGUF file has no tensor `{name}`")
+        };
         let found = info.shape.dims();
-        ensure!(found == shape, "`{name}` has the shape {found:?}, but the header's sizes need {shape:?}");
+        ensure!(
+            found == shape,
+            "`{name}` has the shape {found:?}, but the header's sizes need {shape:?}"
+        );
         let read = || {
-            let tensor = info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu)?;
+            let tensor =
+                info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
-        let values = caught(read).with_context(|| format!("cannot read `{name}`: is the file complete?"))?;
+        let values =
+            caught(read).with_context(|| format!("cannot read `{name}`: is the file complete?"))?;
         ensure!(values.iter().all(|x| x.is_finite()), "`{name}` holds values that are not finite");
         Ok(values)
     }
 
-    /// Every tensor must be one that the forward pass uses: a bias left out would give wrong numbers without a word.
+    /// Every tensor must be one that the forward pass uses: a bias left out would give wrong
+    /// numbers without a word.
     fn check_names(&self, config: &Config) -> Result<()> {
-        let known = |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
-            Some((layer, part)) => layer.parse::<usize>().is_ok_and(|l| l < config.layers) && LAYER.contains(&part),
-            None => MODEL.contains(&name),
-        };
-        let mut unknown: Vec<_> = self.content.tensor_infos.keys().filter(|name| !known(name)).collect();
+        let known =
+            |name: &str| match name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+                Some((layer, part)) => {
+                    layer.parse::<usize>().is_ok_and(|l| l < config.layers) && LAYER.contains(&part)
+                }
+                None => MODEL.contains(&name),
+            };
+        let mut unknown: Vec<_> =
+            self.content.tensor_infos.keys().filter(|name| !known(name)).collect();
         unknown.sort();
         match unknown.first() {
             Some(name) => bail!(
@@ -193,7 +222,8 @@ impl Gguf {
 
     fn optional(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.metadata().get(&format!("llama.{key}")) else { return Ok(None) };
-        let size = value.to_u64().ok().or_else(|| value.to_i32().ok().and_then(|x| x.try_into().ok()));
+        let size =
+            value.to_u64().ok().or_else(|| value.to_i32().ok().and_then(|x| x.try_into().ok()));
         match size.and_then(|size| u32::try_from(size).ok()) {
             Some(size) => Ok(Some(size as usize)),
             None => bail!("`llama.{key}` is {value:?}: a single count was expected"),
@@ -211,7 +241,8 @@ impl Gguf {
 }
 
 /// Tensors of the model as a whole.
-const MODEL: [&str; 4] = ["token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"];
+const MODEL: [&str; 4] =
+    ["token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"];
 
 /// Tensors of a layer.
 const LAYER: [&str; 9] = [
@@ -226,7 +257,8 @@ const LAYER: [&str; 9] = [
     "ffn_down.weight",
 ];
 
-/// The reader panics on some damaged headers (an alignment of 0, sizes whose product overflows): an error like the others.
+/// The reader panics on some damaged headers (an alignment of 0, sizes whose product overflows): an
+/// error like the others.
 fn caught<R>(read: impl FnOnce() -> candle_core::Result<R>) -> Result<R> {
     match catch_unwind(AssertUnwindSafe(read)) {
         Ok(result) => Ok(result?),

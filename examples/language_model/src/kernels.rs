@@ -5,8 +5,9 @@ use crate::model::Config;
 use crate::plan::Plan;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention,
-    LinearAttention, Metric, MultiHead, Performer, ReluFeatures, SoftmaxAttention, Wpff, projection,
+    Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
+    HybridAttention, LinearAttention, Metric, MultiHead, Performer, ReluFeatures, SoftmaxAttention,
+    Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
@@ -91,7 +92,8 @@ struct Options {
 pub enum Exact {
     /// None beyond what the kernel is.
     None,
-    /// So many, chosen on the calibration text by the errors of this kernel, or of the kernel itself.
+    /// So many, chosen on the calibration text by the errors of this kernel, or of the kernel
+    /// itself.
     Count(usize, Option<Box<Kernel>>),
     /// Those of a file.
     Plan(PathBuf),
@@ -117,7 +119,8 @@ impl FromStr for Kernel {
         let mut by = None;
         let mut given = Vec::new();
         for part in parts {
-            let (key, value) = part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
+            let (key, value) =
+                part.split_once('=').map_or((part, None), |(key, value)| (key, Some(value)));
             ensure!(!given.contains(&key), "`{key}` is given twice in `{text}`");
             given.push(key);
             match (key, value) {
@@ -139,9 +142,14 @@ impl FromStr for Kernel {
                 _ => bail!("`{part}` is not an option of a kernel\n\n{GRAMMAR}"),
             }
         }
-        ensure!(!(given.contains(&"exact") && given.contains(&"plan")), "`exact` and `plan` are two choices of heads");
+        ensure!(
+            !(given.contains(&"exact") && given.contains(&"plan")),
+            "`exact` and `plan` are two choices of heads"
+        );
         if by.is_some() {
-            let Exact::Count(count, _) = exact else { bail!("`by` says how to choose heads: it needs `exact=N`") };
+            let Exact::Count(count, _) = exact else {
+                bail!("`by` says how to choose heads: it needs `exact=N`")
+            };
             exact = Exact::Count(count, by);
         }
         let sized = |default| size.unwrap_or(default);
@@ -159,20 +167,30 @@ impl FromStr for Kernel {
             "relu" => Family::Map(Map::Relu),
             _ => bail!("there is no kernel `{name}`\n\n{GRAMMAR}"),
         };
-        let sizeless = matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
+        let sizeless =
+            matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
         ensure!(size.is_none() || !sizeless, "`{name}` has no size");
         if family == Family::Window {
-            ensure!(size.is_some() != options.window.is_some(), "`window` needs one size: `window:128`");
+            ensure!(
+                size.is_some() != options.window.is_some(),
+                "`window` needs one size: `window:128`"
+            );
             options.window = options.window.or(size);
         }
         if matches!(family, Family::Softmax) && exact != Exact::None {
             bail!("`softmax` is exact in every head already");
         }
         if options.pool && (options.calibrated || options.heavy.is_some_and(|n| n > 0)) {
-            bail!("heads that share their entries (`pool`) need one kernel: no `calibrated`, no `heavy`");
+            bail!(
+                "heads that share their entries (`pool`) need one kernel: no `calibrated`, no `heavy`"
+            );
         }
-        let kernel =
-            Self { name: text.split(',').map(str::trim).collect::<Vec<_>>().join(","), family, options, exact };
+        let kernel = Self {
+            name: text.split(',').map(str::trim).collect::<Vec<_>>().join(","),
+            family,
+            options,
+            exact,
+        };
         for key in given.iter().filter(|key| !["exact", "by", "plan"].contains(key)) {
             ensure!(kernel.takes(key), "`{key}` means nothing to `{head}`{}", kernel.hint(key));
         }
@@ -193,7 +211,8 @@ impl Kernel {
         &self.exact
     }
 
-    /// The kernel in heads that do not stay exact, each with a memory of its own: what exact heads are chosen by.
+    /// The kernel in heads that do not stay exact, each with a memory of its own: what exact heads
+    /// are chosen by.
     #[must_use]
     pub fn alone(&self) -> Self {
         let options = Options { pool: false, ..self.options.clone() };
@@ -211,19 +230,33 @@ impl Kernel {
     /// Whether it needs the calibration text, apart from the choice of exact heads.
     #[must_use]
     pub fn is_fitted(&self) -> bool {
-        self.options.calibrated || matches!(self.family, Family::Taylor(_)) || self.options.heavy.is_some_and(|n| n > 0)
+        self.options.calibrated
+            || matches!(self.family, Family::Taylor(_))
+            || self.options.heavy.is_some_and(|n| n > 0)
     }
 
     /// Whether an option has a meaning here.
     fn takes(&self, key: &str) -> bool {
-        let fitted = matches!(self.family, Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)));
+        let fitted =
+            matches!(self.family, Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)));
         match key {
-            "window" => !matches!(self.family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu)),
+            "window" => !matches!(
+                self.family,
+                Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu)
+            ),
             "sinks" | "heavy" => self.is_hybrid(),
-            "decay" | "min-age" | "value-weight" | "metric" | "pool" => matches!(self.family, Family::Merged(_)),
+            "decay" | "min-age" | "value-weight" | "metric" | "pool" => {
+                matches!(self.family, Family::Merged(_))
+            }
             "block" => matches!(self.family, Family::Merged(_) | Family::Ward(_)),
             "seed" => fitted || self.family == Family::Map(Map::Official),
-            "calibrated" => fitted || matches!(self.family, Family::Merged(_) | Family::Ward(_) | Family::Taylor(_)),
+            "calibrated" => {
+                fitted
+                    || matches!(
+                        self.family,
+                        Family::Merged(_) | Family::Ward(_) | Family::Taylor(_)
+                    )
+            }
             _ => false,
         }
     }
@@ -256,14 +289,20 @@ impl Kernel {
         let head = |layer, kv_head| -> Result<AnyKernel> {
             let sample = capture.sample(layer, kv_head);
             let stride = sample.k.nrows().div_ceil(CALIBRATION_ROWS).max(1);
-            let (window, sinks) = if self.is_hybrid() { (self.window(), self.sinks()) } else { (0, 0) };
-            let options = CalibrationOptions::new().with_window(window).with_sinks(sinks).with_stride(stride);
+            let (window, sinks) =
+                if self.is_hybrid() { (self.window(), self.sinks()) } else { (0, 0) };
+            let options =
+                CalibrationOptions::new().with_window(window).with_sinks(sinks).with_stride(stride);
             let (q, k) = (sample.q.slice(s![.., ..;stride, ..]), sample.k.slice(s![..;stride, ..]));
             let calibration = Calibration::from_group(q, k, options);
-            let built = calibration.map_err(|error| anyhow!(error)).and_then(|fit| self.build(d, Some(&fit)));
+            let built = calibration
+                .map_err(|error| anyhow!(error))
+                .and_then(|fit| self.build(d, Some(&fit)));
             built.with_context(|| format!("kv head {kv_head} of layer {layer}"))
         };
-        (0..config.layers).map(|layer| (0..config.kv_heads).map(|kv| head(layer, kv)).collect()).collect()
+        (0..config.layers)
+            .map(|layer| (0..config.kv_heads).map(|kv| head(layer, kv)).collect())
+            .collect()
     }
 
     /// The attention of every layer.
@@ -273,7 +312,11 @@ impl Kernel {
         capture: Option<&Capture>,
         plan: Option<&Plan>,
     ) -> Result<Vec<MultiHead<f32>>> {
-        ensure!(plan.is_some() == (self.exact != Exact::None), "`{}` and the plan do not belong together", self.name);
+        ensure!(
+            plan.is_some() == (self.exact != Exact::None),
+            "`{}` and the plan do not belong together",
+            self.name
+        );
         let exact: AnyKernel = Arc::new(SoftmaxAttention::new(config.head_dim)?);
         let heads = self.heads(config, capture)?;
         let layer = |(l, kernels): (usize, Vec<AnyKernel>)| -> Result<MultiHead<f32>> {
@@ -284,7 +327,11 @@ impl Kernel {
             let kernels = kernels.into_iter().enumerate().map(choose).collect();
             let layer = MultiHead::per_kv_head(kernels, config.heads)?;
             // where the plan leaves one head of a layer, it has nobody to share with
-            Ok(if self.options.pool && layer.poolable().len() > 1 { layer.pooled()? } else { layer })
+            Ok(if self.options.pool && layer.poolable().len() > 1 {
+                layer.pooled()?
+            } else {
+                layer
+            })
         };
         heads.into_iter().enumerate().map(layer).collect()
     }
@@ -344,8 +391,17 @@ impl Kernel {
     }
 
     /// A map in linear attention, or behind a window.
-    fn with_map(&self, d: usize, map: impl FeatureMap<f32> + 'static, fit: Option<&Calibration>) -> Result<AnyKernel> {
-        if self.is_hybrid() { self.hybrid(d, Far::features(map), fit) } else { Ok(Arc::new(LinearAttention::new(map))) }
+    fn with_map(
+        &self,
+        d: usize,
+        map: impl FeatureMap<f32> + 'static,
+        fit: Option<&Calibration>,
+    ) -> Result<AnyKernel> {
+        if self.is_hybrid() {
+            self.hybrid(d, Far::features(map), fit)
+        } else {
+            Ok(Arc::new(LinearAttention::new(map)))
+        }
     }
 
     fn merged(&self, entries: usize, calibrated: Option<&Calibration>) -> Far<f32> {
@@ -374,7 +430,11 @@ impl Kernel {
 
     fn hybrid(&self, d: usize, far: Far<f32>, fit: Option<&Calibration>) -> Result<AnyKernel> {
         let heavy = self.options.heavy.unwrap_or(0);
-        let mut builder = HybridAttention::builder(d).window(self.window()).sinks(self.sinks()).heavy(heavy).far(far);
+        let mut builder = HybridAttention::builder(d)
+            .window(self.window())
+            .sinks(self.sinks())
+            .heavy(heavy)
+            .far(far);
         if let Some(fit) = fit.filter(|_| heavy > 0 || matches!(self.family, Family::Taylor(_))) {
             builder = builder.calibrated(fit);
         }
@@ -399,13 +459,16 @@ impl fmt::Display for Kernel {
 /// A name without the choice of exact heads.
 #[must_use]
 pub fn without_choice(name: &str) -> String {
-    let about_heads = |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
+    let about_heads =
+        |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
     name.split(',').filter(|part| !about_heads(part)).collect::<Vec<_>>().join(",")
 }
 
 /// Bytes of the states of all layers after so many tokens.
 pub fn state_bytes(layers: &[MultiHead<f32>], config: &Config, tokens: usize) -> Result<usize> {
-    layers.iter().try_fold(0_usize, |sum, layer| Ok(sum.saturating_add(layer.state_bytes(config.value_dim, tokens)?)))
+    layers.iter().try_fold(0_usize, |sum, layer| {
+        Ok(sum.saturating_add(layer.state_bytes(config.value_dim, tokens)?))
+    })
 }
 
 fn number<N: FromStr>(what: &str, text: &str) -> Result<N> {

@@ -1,4 +1,5 @@
-//! A pretrained language model with any attention kernel of `dijiang` in any of its heads: what is lost, what is gained.
+//! A pretrained language model with any attention kernel of `dijiang` in any of its heads: what is
+//! lost, what is gained.
 
 pub mod args;
 pub mod capture;

@@ -26,8 +26,9 @@ impl Linear {
 
     /// `x [n, in]` gives `[n, out]`, on all threads.
     ///
-    /// A single row is computed twice. The matrix product adds the terms of a row in one order for any `n > 1`, in another for `n = 1`; so
-    /// a token has the same bits alone and in a chunk, and a third more time is the price.
+    /// A single row is computed twice. The matrix product adds the terms of a row in one order for
+    /// any `n > 1`, in another for `n = 1`; so a token has the same bits alone and in a chunk, and
+    /// a third more time is the price.
     #[must_use]
     pub fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
         let (rows, inputs, outputs) = (x.nrows(), self.weight.nrows(), self.weight.ncols());
@@ -39,7 +40,9 @@ impl Linear {
         }
         let x = x.as_standard_layout();
         let mut y = Array2::zeros((rows, outputs));
-        if let (Some(x), Some(w), Some(y)) = (x.as_slice(), self.weight.as_slice(), y.as_slice_mut()) {
+        if let (Some(x), Some(w), Some(y)) =
+            (x.as_slice(), self.weight.as_slice(), y.as_slice_mut())
+        {
             matmul(
                 MatMut::from_row_major_slice_mut(y, rows, outputs),
                 Accum::Replace,

@@ -31,9 +31,19 @@ fn main() -> Result<()> {
         Command::Plan { kernel, exact, budget, at, output } => {
             plan(&open(&input)?, &kernel, exact, budget.zip(at), &output)
         }
-        Command::Generate { kernel, prompt, prompt_file, chat, tokens, temperature, top_p, seed } => {
+        Command::Generate {
+            kernel,
+            prompt,
+            prompt_file,
+            chat,
+            tokens,
+            temperature,
+            top_p,
+            seed,
+        } => {
             let prompt = match prompt_file {
-                Some(file) => fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?,
+                Some(file) => fs::read_to_string(&file)
+                    .with_context(|| format!("cannot read {}", file.display()))?,
                 None => prompt,
             };
             write(&input, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
@@ -56,7 +66,12 @@ fn model(input: &Input) -> Result<&Path> {
 }
 
 fn open(input: &Input) -> Result<Session> {
-    Session::open(model(input)?, &input.texts, input.calibration.as_deref(), input.calibration_tokens)
+    Session::open(
+        model(input)?,
+        &input.texts,
+        input.calibration.as_deref(),
+        input.calibration_tokens,
+    )
 }
 
 fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<()> {
@@ -119,9 +134,13 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
         let mut line = format!("{:28}", kernel.name());
         let hidden = ProgressBar::hidden();
         for &task in &all {
-            bar.set_message(format!("{kernel}, {} pairs over {} tokens", task.pairs, task.distance));
+            bar.set_message(format!(
+                "{kernel}, {} pairs over {} tokens",
+                task.pairs, task.distance
+            ));
             let score = session.recall(&attention.layers, task, asked.prompts, &hidden)?;
-            line += &format!("  ({}, {}) {}/{}", task.pairs, task.distance, score.right, score.asked);
+            line +=
+                &format!("  ({}, {}) {}/{}", task.pairs, task.distance, score.right, score.asked);
             bar.inc(1);
         }
         let score = session.copying(&attention.layers, asked.copied, &hidden)?;
@@ -138,7 +157,10 @@ fn plan(
     budget: Option<(f64, usize)>,
     output: &Path,
 ) -> Result<()> {
-    ensure!(*kernel.exact() == Exact::None, "`{kernel}` has a choice of heads already: leave `exact` and `plan` out");
+    ensure!(
+        *kernel.exact() == Exact::None,
+        "`{kernel}` has a choice of heads already: leave `exact` and `plan` out"
+    );
     let config = session.model.config();
     let errors = session.errors(kernel)?;
     let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
@@ -146,8 +168,15 @@ fn plan(
         (Some(count), _) => errors.keep(count),
         (None, Some((mib, tokens))) => {
             ensure!(mib >= 0.0, "`--budget` is {mib}");
-            let small = kernel.alone().heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
-            errors.keep_within((mib * 1_048_576.0) as usize, tokens, &softmax as &dyn Attention<f32>, &*small[0][0])?
+            let small = kernel
+                .alone()
+                .heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
+            errors.keep_within(
+                (mib * 1_048_576.0) as usize,
+                tokens,
+                &softmax as &dyn Attention<f32>,
+                &*small[0][0],
+            )?
         }
         (None, None) => errors.keep((config.layers * config.kv_heads).div_ceil(10)),
     };
@@ -157,13 +186,18 @@ fn plan(
         plan.kernel, plan.text, plan.tokens, plan.warm_up
     );
     println!("{errors}");
-    let heads: Vec<String> = plan.heads.heads().iter().map(|(layer, head)| format!("{layer}.{head}")).collect();
-    println!("exact (layer.kv head): {}", if heads.is_empty() { "none".to_owned() } else { heads.join(" ") });
+    let heads: Vec<String> =
+        plan.heads.heads().iter().map(|(layer, head)| format!("{layer}.{head}")).collect();
+    println!(
+        "exact (layer.kv head): {}",
+        if heads.is_empty() { "none".to_owned() } else { heads.join(" ") }
+    );
     plan.save(output)?;
     let by_file: Kernel = format!("{},plan={}", kernel, output.display()).parse()?;
     let layers = session.attention(&by_file)?.layers;
     for tokens in [1024, 8192, 65_536] {
-        let (bytes, cache) = (state_bytes(&layers, config, tokens)?, softmax_bytes(session, tokens)?);
+        let (bytes, cache) =
+            (state_bytes(&layers, config, tokens)?, softmax_bytes(session, tokens)?);
         println!(
             "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
             mib(bytes),
@@ -202,12 +236,24 @@ fn write(
         print!("{text}");
         Ok(stdout().flush()?)
     };
-    let written = generate(&session.model, &session.tokenizer, &layers, &prompt, tokens, sampling, &mut show)?;
+    let written = generate(
+        &session.model,
+        &session.tokenizer,
+        &layers,
+        &prompt,
+        tokens,
+        sampling,
+        &mut show,
+    )?;
     println!("\n");
     let rate = |tokens: usize, time: Time| tokens as f64 / time.total().as_secs_f64();
     let position = written.state.position();
     if prompt.len() > 1 {
-        println!("read     {:6} tokens, {:6.1} tokens/s", prompt.len() - 1, rate(prompt.len() - 1, written.reading));
+        println!(
+            "read     {:6} tokens, {:6.1} tokens/s",
+            prompt.len() - 1,
+            rate(prompt.len() - 1, written.reading)
+        );
     }
     let steps = position + 1 - prompt.len();
     let (attention, products, rest) = shares(written.writing);
@@ -240,7 +286,13 @@ fn all(
     let softmax: Kernel = "softmax".parse()?;
     kernels.retain(|kernel| *kernel != softmax);
     kernels.insert(0, softmax);
-    let program = Program { context, tasks: tasks(asked), prompts: asked.prompts, copied: asked.copied, lengths };
+    let program = Program {
+        context,
+        tasks: tasks(asked),
+        prompts: asked.prompts,
+        copied: asked.copied,
+        lengths,
+    };
     let found = compare(session, &kernels, &program)?;
     fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
     let save = |name: &str, content: &str| {

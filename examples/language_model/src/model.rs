@@ -1,4 +1,5 @@
-//! A LLaMA (Touvron et al., arXiv 2302.13971): the forward pass, with any attention of this crate in its heads.
+//! A LLaMA (Touvron et al., arXiv 2302.13971): the forward pass, with any attention of this crate
+//! in its heads.
 
 use crate::gguf::Gguf;
 use crate::linear::Linear;
@@ -50,7 +51,8 @@ pub struct Model {
     layers: Vec<Layer>,
     norm: Array1<f32>,
     rotary: Rotary,
-    /// `[width, vocabulary]`; its columns embed the tokens, also where the output head has a weight of its own.
+    /// `[width, vocabulary]`; its columns embed the tokens, also where the output head has a weight
+    /// of its own.
     embedding: Linear,
     /// The output head, where it is not the embedding.
     output: Option<Linear>,
@@ -90,8 +92,8 @@ pub struct Time {
     pub rest: Duration,
 }
 
-/// What the attention of a layer is given: queries `[heads, n, d]`, keys `[kv_heads, n, d]` after the rotary embedding, values
-/// `[kv_heads, n, d_v]`.
+/// What the attention of a layer is given: queries `[heads, n, d]`, keys `[kv_heads, n, d]` after
+/// the rotary embedding, values `[kv_heads, n, d_v]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Projections<'a> {
     /// The layer, from 0.
@@ -121,12 +123,26 @@ impl Model {
                 Ok(Linear::new(file.matrix(&format!("blk.{l}.{name}.weight"), inputs, outputs)?))
             };
             let (query, key) = (linear("attn_q", width, queries)?, linear("attn_k", width, keys)?);
-            let (value, output) = (linear("attn_v", width, values)?, linear("attn_output", heads * value_dim, width)?);
-            let (gate, up) = (linear("ffn_gate", width, feed_forward)?, linear("ffn_up", width, feed_forward)?);
+            let (value, output) = (
+                linear("attn_v", width, values)?,
+                linear("attn_output", heads * value_dim, width)?,
+            );
+            let (gate, up) =
+                (linear("ffn_gate", width, feed_forward)?, linear("ffn_up", width, feed_forward)?);
             let down = linear("ffn_down", feed_forward, width)?;
             let attention_norm = file.vector(&format!("blk.{l}.attn_norm.weight"), width)?;
             let feed_forward_norm = file.vector(&format!("blk.{l}.ffn_norm.weight"), width)?;
-            layers.push(Layer { attention_norm, query, key, value, output, feed_forward_norm, gate, up, down });
+            layers.push(Layer {
+                attention_norm,
+                query,
+                key,
+                value,
+                output,
+                feed_forward_norm,
+                gate,
+                up,
+                down,
+            });
         }
         let output = match file.has("output.weight") {
             true => Some(Linear::new(file.matrix("output.weight", width, config.vocabulary)?)),
@@ -151,12 +167,21 @@ impl Model {
     /// An empty state, with this attention in each layer.
     pub fn state(&self, attention: &[MultiHead<f32>]) -> Result<State> {
         let config = &self.config;
-        ensure!(attention.len() == config.layers, "{} layers of attention for {}", attention.len(), config.layers);
-        let attention = attention.iter().map(|heads| heads.stream(1, config.value_dim)).collect::<Result<_, _>>()?;
+        ensure!(
+            attention.len() == config.layers,
+            "{} layers of attention for {}",
+            attention.len(),
+            config.layers
+        );
+        let attention = attention
+            .iter()
+            .map(|heads| heads.stream(1, config.value_dim))
+            .collect::<Result<_, _>>()?;
         Ok(State { attention, position: 0, broken: false, time: Time::default() })
     }
 
-    /// Reads tokens and returns the last hidden state of each, `[n, width]`. How the tokens are split over calls makes no difference.
+    /// Reads tokens and returns the last hidden state of each, `[n, width]`. How the tokens are
+    /// split over calls makes no difference.
     pub fn extend(&self, state: &mut State, tokens: &[u32]) -> Result<Array2<f32>> {
         self.extend_observed(state, tokens, &mut |_| Ok(()))
     }
@@ -169,7 +194,8 @@ impl Model {
         observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
     ) -> Result<Array2<f32>> {
         ensure!(!state.broken, "this state failed before: reset it");
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary) {
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary)
+        {
             anyhow::bail!("token {token} is beyond the vocabulary of {}", self.config.vocabulary);
         }
         state.broken = true;

@@ -14,13 +14,15 @@ pub const CHUNK: usize = 512;
 /// Negative log likelihoods of the tokens of some windows of text.
 #[derive(Clone, Debug, Default)]
 pub struct Losses {
-    /// For each window its text and, for each position, −ln of the probability that the model gave to the next token, in nats.
+    /// For each window its text and, for each position, −ln of the probability that the model gave
+    /// to the next token, in nats.
     pub windows: Vec<(String, Vec<f64>)>,
     /// Where the time went.
     pub time: Time,
 }
 
-/// The windows of a text, `context` predictions each, one after the other: a rest is left out, unless there is nothing else.
+/// The windows of a text, `context` predictions each, one after the other: a rest is left out,
+/// unless there is nothing else.
 #[must_use]
 pub fn windows(text: &Text, context: usize) -> Vec<&[u32]> {
     let tokens = &text.tokens;
@@ -36,7 +38,8 @@ pub fn predicted(texts: &[Text], context: usize) -> usize {
     texts.iter().flat_map(|text| windows(text, context)).map(|window| window.len() - 1).sum()
 }
 
-/// Reads every window of every text from an empty state. Advances the bar by one for each prediction.
+/// Reads every window of every text from an empty state. Advances the bar by one for each
+/// prediction.
 pub fn losses(
     model: &Model,
     layers: &[MultiHead<f32>],
@@ -48,7 +51,11 @@ pub fn losses(
     let mut state = model.state(layers)?;
     let mut losses = Losses::default();
     for text in texts {
-        ensure!(text.tokens.len() > 1, "the text `{}` has a single token: there is nothing to predict", text.name);
+        ensure!(
+            text.tokens.len() > 1,
+            "the text `{}` has a single token: there is nothing to predict",
+            text.name
+        );
         for window in windows(text, context) {
             state.reset();
             let mut nats = Vec::with_capacity(window.len() - 1);
@@ -57,9 +64,11 @@ pub fn losses(
                 let hidden = model.extend(&mut state, read)?;
                 let logits = model.logits(&mut state, &hidden);
                 let mut of_chunk = vec![0.0; next.len()];
-                Zip::from(&mut of_chunk[..]).and(logits.rows()).and(next).par_for_each(|loss, logits, &token| {
-                    *loss = loss_of(logits, token);
-                });
+                Zip::from(&mut of_chunk[..]).and(logits.rows()).and(next).par_for_each(
+                    |loss, logits, &token| {
+                        *loss = loss_of(logits, token);
+                    },
+                );
                 nats.extend(of_chunk);
                 bar.inc(read.len() as u64);
             }
@@ -79,14 +88,16 @@ pub fn loss_of(logits: ArrayView1<'_, f32>, token: u32) -> f64 {
 }
 
 impl Losses {
-    /// The mean over all windows of the positions in a range, in nats; none if no window reaches it.
+    /// The mean over all windows of the positions in a range, in nats; none if no window reaches
+    /// it.
     #[must_use]
     pub fn mean(&self, positions: Range<usize>) -> Option<f64> {
         let within = |(_, nats): &(String, Vec<f64>)| {
             let range = positions.start.min(nats.len())..positions.end.min(nats.len());
             (range.len(), nats[range].iter().sum::<f64>())
         };
-        let (count, sum) = self.windows.iter().map(within).fold((0, 0.0), |(n, s), (m, t)| (n + m, s + t));
+        let (count, sum) =
+            self.windows.iter().map(within).fold((0, 0.0), |(n, s), (m, t)| (n + m, s + t));
         (count > 0).then(|| sum / count as f64)
     }
 
@@ -96,7 +107,8 @@ impl Losses {
         self.mean(positions).map(f64::exp)
     }
 
-    /// The means over the first half of the longest window and over the second, in nats; NaN where no window has predictions.
+    /// The means over the first half of the longest window and over the second, in nats; NaN where
+    /// no window has predictions.
     #[must_use]
     pub fn halves(&self) -> [f64; 2] {
         let length = self.longest();
@@ -113,14 +125,17 @@ impl Losses {
 /// The token with the highest score in each row.
 fn best(logits: &Array2<f32>) -> Vec<u32> {
     let best = |row: ArrayView1<'_, f32>| {
-        let largest =
-            row.iter().enumerate().fold((0, f32::NEG_INFINITY), |a, (i, &x)| if x > a.1 { (i, x) } else { a });
+        let largest = row
+            .iter()
+            .enumerate()
+            .fold((0, f32::NEG_INFINITY), |a, (i, &x)| if x > a.1 { (i, x) } else { a });
         largest.0 as u32
     };
     logits.outer_iter().map(best).collect()
 }
 
-/// Reads tokens in chunks and returns the token with the highest score after each of the given places, in order.
+/// Reads tokens in chunks and returns the token with the highest score after each of the given
+/// places, in order.
 pub(crate) fn predictions(
     model: &Model,
     layers: &[MultiHead<f32>],
@@ -133,8 +148,11 @@ pub(crate) fn predictions(
     for (i, chunk) in tokens.chunks(CHUNK).enumerate() {
         let hidden = model.extend(&mut state, chunk)?;
         let start = i * CHUNK;
-        let rows: Vec<usize> =
-            places.iter().filter(|&&p| (start..start + chunk.len()).contains(&p)).map(|p| p - start).collect();
+        let rows: Vec<usize> = places
+            .iter()
+            .filter(|&&p| (start..start + chunk.len()).contains(&p))
+            .map(|p| p - start)
+            .collect();
         if !rows.is_empty() {
             found.extend(best(&model.logits(&mut state, &hidden.select(Axis(0), &rows))));
         }

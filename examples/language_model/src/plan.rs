@@ -32,10 +32,17 @@ pub struct Plan {
 pub const WARM_UP: usize = 256;
 
 /// Measures a kernel in every kv head, alone, against exact attention.
-pub fn measure(kernel: &Kernel, config: &Config, capture: &Capture, warm_up: usize) -> Result<HeadErrors> {
+pub fn measure(
+    kernel: &Kernel,
+    config: &Config,
+    capture: &Capture,
+    warm_up: usize,
+) -> Result<HeadErrors> {
     let exact = SoftmaxAttention::<f32>::new(config.head_dim)?;
     let kernels = kernel.alone().heads(config, Some(capture))?;
-    let of = |head: &dijiang::HeadSample<'_, f32>| -> &dyn Attention<f32> { &*kernels[head.layer][head.kv_head] };
+    let of = |head: &dijiang::HeadSample<'_, f32>| -> &dyn Attention<f32> {
+        &*kernels[head.layer][head.kv_head]
+    };
     HeadErrors::measure_each(&exact, of, &capture.samples(), warm_up)
         .with_context(|| format!("measuring `{}` in every head", kernel.alone()))
 }
@@ -43,7 +50,13 @@ pub fn measure(kernel: &Kernel, config: &Config, capture: &Capture, warm_up: usi
 impl Plan {
     /// A choice made from errors measured on this text.
     #[must_use]
-    pub fn new(config: &Config, kernel: &Kernel, text: &Text, warm_up: usize, heads: ExactHeads) -> Self {
+    pub fn new(
+        config: &Config,
+        kernel: &Kernel,
+        text: &Text,
+        warm_up: usize,
+        heads: ExactHeads,
+    ) -> Self {
         Self {
             model: config.name.clone(),
             kernel: kernel.alone().name().to_owned(),
@@ -62,12 +75,15 @@ impl Plan {
 
     /// Reads what [`save`](Self::save) wrote, for a model of these sizes.
     pub fn load(path: &Path, config: &Config) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let plan: Self = serde_json::from_str(&text).with_context(|| format!("{} is not a plan", path.display()))?;
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let plan: Self = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not a plan", path.display()))?;
         let inside = |layer, kv_head| layer < config.layers && kv_head < config.kv_heads;
         let ranked = plan.heads.errors().ranked();
         // each head once, too: a person may have changed the file
-        let heads: HashSet<_> = ranked.iter().map(|e| (e.layer, e.kv_head)).filter(|&(l, kv)| inside(l, kv)).collect();
+        let heads: HashSet<_> =
+            ranked.iter().map(|e| (e.layer, e.kv_head)).filter(|&(l, kv)| inside(l, kv)).collect();
         let fits = [ranked.len(), heads.len()] == [config.layers * config.kv_heads; 2];
         ensure!(
             fits,

@@ -12,8 +12,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-/// A list of pairs, some prose, and the list again. The second list is given to the model as it is; a pair is recalled where each token of
-/// its code is the one the model would have chosen.
+/// A list of pairs, some prose, and the list again. The second list is given to the model as it is;
+/// a pair is recalled where each token of its code is the one the model would have chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Task {
     /// Names with a code of four digits.
@@ -127,17 +127,29 @@ const NAMES: [&str; 80] = [
 ];
 
 impl Task {
-    /// The prompt of a seed: names, codes and the second order are drawn from it. `prose` fills the distance, repeated where it is short.
+    /// The prompt of a seed: names, codes and the second order are drawn from it. `prose` fills the
+    /// distance, repeated where it is short.
     pub fn prompt(&self, tokenizer: &Tokenizer, prose: &[u32], seed: u64) -> Result<Prompt> {
-        ensure!((1..=MOST_PAIRS).contains(&self.pairs), "a list has 1 to {MOST_PAIRS} pairs, not {}", self.pairs);
-        ensure!(self.distance == 0 || !prose.is_empty(), "there is no prose to put between the lists");
+        ensure!(
+            (1..=MOST_PAIRS).contains(&self.pairs),
+            "a list has 1 to {MOST_PAIRS} pairs, not {}",
+            self.pairs
+        );
+        ensure!(
+            self.distance == 0 || !prose.is_empty(),
+            "there is no prose to put between the lists"
+        );
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mut names = NAMES;
         names.shuffle(&mut random);
-        let mut pairs: Vec<(&str, String)> =
-            names[..self.pairs].iter().map(|&name| (name, random.random_range(1000..10_000).to_string())).collect();
-        let mut prompt =
-            Prompt { tokens: tokenizer.encode("Here is a list of names and their codes.\n\n")?, answers: vec![] };
+        let mut pairs: Vec<(&str, String)> = names[..self.pairs]
+            .iter()
+            .map(|&name| (name, random.random_range(1000..10_000).to_string()))
+            .collect();
+        let mut prompt = Prompt {
+            tokens: tokenizer.encode("Here is a list of names and their codes.\n\n")?,
+            answers: vec![],
+        };
         let line = |prompt: &mut Prompt, (name, code): &(&str, String)| -> Result<()> {
             prompt.tokens.extend(tokenizer.encode_more(&format!("{name}:"))?);
             let code = tokenizer.encode_more(&format!(" {code}"))?;
@@ -155,7 +167,9 @@ impl Task {
         prompt.answers.clear();
         prompt.tokens.extend(tokenizer.encode_more("\n")?);
         prompt.tokens.extend(prose.iter().cycle().take(self.distance));
-        prompt.tokens.extend(tokenizer.encode_more("\nHere is the same list again, in another order.\n\n")?);
+        prompt
+            .tokens
+            .extend(tokenizer.encode_more("\nHere is the same list again, in another order.\n\n")?);
         pairs.shuffle(&mut random);
         for pair in &pairs {
             line(&mut prompt, pair)?;
@@ -173,21 +187,33 @@ pub fn copying(text: &Text, length: usize) -> Result<Prompt> {
         text.tokens.len()
     );
     let once = &text.tokens[..length];
-    Ok(Prompt { tokens: [once, once].concat(), answers: (length + 1..2 * length).map(|i| i..i + 1).collect() })
+    Ok(Prompt {
+        tokens: [once, once].concat(),
+        answers: (length + 1..2 * length).map(|i| i..i + 1).collect(),
+    })
 }
 
 impl Prompt {
     /// The answers that a model finds.
-    pub fn score(&self, model: &Model, layers: &[MultiHead<f32>], bar: &ProgressBar) -> Result<Score> {
+    pub fn score(
+        &self,
+        model: &Model,
+        layers: &[MultiHead<f32>],
+        bar: &ProgressBar,
+    ) -> Result<Score> {
         // the token before says what comes next
-        let places: Vec<usize> = self.answers.iter().cloned().flatten().map(|place| place - 1).collect();
+        let places: Vec<usize> =
+            self.answers.iter().cloned().flatten().map(|place| place - 1).collect();
         let found = predictions(model, layers, &self.tokens, &places, bar)?;
         let mut found = found.iter();
         let right = |answer: &std::ops::Range<usize>| {
             let of_answer: Vec<&u32> = found.by_ref().take(answer.len()).collect();
             of_answer.into_iter().eq(&self.tokens[answer.clone()])
         };
-        Ok(Score { right: self.answers.iter().map(right).filter(|&right| right).count(), asked: self.answers.len() })
+        Ok(Score {
+            right: self.answers.iter().map(right).filter(|&right| right).count(),
+            asked: self.answers.len(),
+        })
     }
 }
 

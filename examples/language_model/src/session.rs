@@ -15,7 +15,8 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// A model, its tokenizer and the texts of a run. What is measured on the calibration text is measured once.
+/// A model, its tokenizer and the texts of a run. What is measured on the calibration text is
+/// measured once.
 pub struct Session {
     /// The model.
     pub model: Model,
@@ -49,8 +50,10 @@ impl Session {
         calibration_tokens: usize,
     ) -> Result<Self> {
         let mut file = Gguf::open(model)?;
-        let tokenizer = Tokenizer::from_metadata(file.metadata()).context("the tokenizer of the model")?;
-        let model = Model::from_gguf(&mut file).with_context(|| format!("in {}", model.display()))?;
+        let tokenizer =
+            Tokenizer::from_metadata(file.metadata()).context("the tokenizer of the model")?;
+        let model =
+            Model::from_gguf(&mut file).with_context(|| format!("in {}", model.display()))?;
         ensure!(
             tokenizer.vocab_size() <= model.config().vocabulary,
             "the tokenizer has {} tokens, the embedding only {}",
@@ -64,7 +67,12 @@ impl Session {
 
     /// A session of these parts.
     #[must_use]
-    pub fn new(model: Model, tokenizer: Tokenizer, corpus: Corpus, calibration_tokens: usize) -> Self {
+    pub fn new(
+        model: Model,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        calibration_tokens: usize,
+    ) -> Self {
         let (capture, errors) = (OnceCell::new(), RefCell::new(HashMap::new()));
         Self { model, tokenizer, corpus, template: None, calibration_tokens, capture, errors }
     }
@@ -73,7 +81,10 @@ impl Session {
     #[must_use]
     pub fn calibration(&self) -> Text {
         let Text { name, tokens } = &self.corpus.calibration;
-        Text { name: name.clone(), tokens: tokens[..tokens.len().min(self.calibration_tokens)].to_vec() }
+        Text {
+            name: name.clone(),
+            tokens: tokens[..tokens.len().min(self.calibration_tokens)].to_vec(),
+        }
     }
 
     /// What the heads are given on the calibration text.
@@ -96,8 +107,15 @@ impl Session {
         Ok(errors)
     }
 
-    /// Pairs that a model with these layers recalls in the prompts of the first seeds. The prose between lists is of the calibration text.
-    pub fn recall(&self, layers: &[MultiHead<f32>], task: Task, prompts: u64, bar: &ProgressBar) -> Result<Score> {
+    /// Pairs that a model with these layers recalls in the prompts of the first seeds. The prose
+    /// between lists is of the calibration text.
+    pub fn recall(
+        &self,
+        layers: &[MultiHead<f32>],
+        task: Task,
+        prompts: u64,
+        bar: &ProgressBar,
+    ) -> Result<Score> {
         let mut score = Score::default();
         for seed in 0..prompts {
             let prompt = task.prompt(&self.tokenizer, &self.corpus.calibration.tokens, seed)?;
@@ -107,12 +125,18 @@ impl Session {
     }
 
     /// Tokens that it copies of the first text, of so many or of all there are.
-    pub fn copying(&self, layers: &[MultiHead<f32>], length: usize, bar: &ProgressBar) -> Result<Score> {
+    pub fn copying(
+        &self,
+        layers: &[MultiHead<f32>],
+        length: usize,
+        bar: &ProgressBar,
+    ) -> Result<Score> {
         let text = &self.corpus.evaluation[0];
         copying(text, length.min(text.tokens.len()))?.score(&self.model, layers, bar)
     }
 
-    /// The first tokens of the calibration text, which do not count in errors; a quarter of a text that is short.
+    /// The first tokens of the calibration text, which do not count in errors; a quarter of a text
+    /// that is short.
     #[must_use]
     pub fn warm_up(&self) -> usize {
         plan::WARM_UP.min(self.calibration().tokens.len() / 4)
@@ -125,7 +149,10 @@ impl Session {
             Exact::None => None,
             Exact::Count(count, by) => {
                 let heads = config.layers * config.kv_heads;
-                ensure!(*count <= heads, "`{kernel}` keeps {count} heads exact; the model has {heads} kv heads");
+                ensure!(
+                    *count <= heads,
+                    "`{kernel}` keeps {count} heads exact; the model has {heads} kv heads"
+                );
                 let by = by.as_deref().unwrap_or(kernel);
                 let choice = self.errors(by)?.keep(*count);
                 Some(Plan::new(config, by, &self.calibration(), self.warm_up(), choice))
@@ -133,7 +160,9 @@ impl Session {
             Exact::Plan(path) => Some(Plan::load(path, config)?),
         };
         let capture = if kernel.is_fitted() { Some(self.capture()?) } else { None };
-        let layers = kernel.layers(config, capture, plan.as_ref()).with_context(|| format!("kernel `{kernel}`"))?;
+        let layers = kernel
+            .layers(config, capture, plan.as_ref())
+            .with_context(|| format!("kernel `{kernel}`"))?;
         Ok(Attentions { layers, plan })
     }
 }

@@ -1,4 +1,5 @@
-//! The texts that a model reads: three that come with the program, or files of text or of token ids.
+//! The texts that a model reads: three that come with the program, or files of text or of token
+//! ids.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,11 +38,16 @@ struct Both {
 }
 
 impl Corpus {
-    /// The texts of a run: those files and that calibration text, or what comes with the program in place of what is not given.
+    /// The texts of a run: those files and that calibration text, or what comes with the program in
+    /// place of what is not given.
     ///
-    /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8 text. A calibration text may also come
-    /// from a `.json` file that names one.
-    pub fn open(files: &[PathBuf], calibration: Option<&Path>, tokenizer: &Tokenizer) -> Result<Self> {
+    /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
+    /// text. A calibration text may also come from a `.json` file that names one.
+    pub fn open(
+        files: &[PathBuf],
+        calibration: Option<&Path>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
         let mut evaluation = Vec::new();
         let mut named = Vec::new();
         for file in files {
@@ -57,7 +63,11 @@ impl Corpus {
                 other.display()
             ),
             (None, [(_, text)]) => text.clone(),
-            (None, []) => embedded("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt"), tokenizer)?,
+            (None, []) => embedded(
+                "Forests (Roosevelt, 1908)",
+                include_str!("../texts/calibration.txt"),
+                tokenizer,
+            )?,
         };
         if files.is_empty() {
             for (name, text) in EVALUATION {
@@ -89,16 +99,24 @@ fn only(file: &Path, tokenizer: &Tokenizer) -> Result<Text> {
     match (read.calibration, read.evaluation.len()) {
         (Some(text), _) => Ok(text),
         (None, 1) => Ok(read.evaluation.remove(0)),
-        (None, count) => bail!("{count} texts, none named \"calibration\": give a file of one text"),
+        (None, count) => {
+            bail!("{count} texts, none named \"calibration\": give a file of one text")
+        }
     }
 }
 
 fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
-    let name = || file.file_stem().map_or_else(|| "text".to_owned(), |stem| stem.to_string_lossy().into_owned());
+    let name = || {
+        file.file_stem()
+            .map_or_else(|| "text".to_owned(), |stem| stem.to_string_lossy().into_owned())
+    };
     let bytes = fs::read(file).context("cannot be read")?;
     let text = match String::from_utf8(bytes) {
         Ok(text) => text,
-        Err(error) => bail!("not UTF-8 text at byte {}: convert it to UTF-8", error.utf8_error().valid_up_to()),
+        Err(error) => bail!(
+            "not UTF-8 text at byte {}: convert it to UTF-8",
+            error.utf8_error().valid_up_to()
+        ),
     };
     let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
     let json = file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
@@ -107,7 +125,10 @@ fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
     } else if text.trim().is_empty() {
         bail!("the file has no text in it")
     } else {
-        Both { calibration: None, evaluation: vec![Text { name: name(), tokens: tokenizer.encode(text)? }] }
+        Both {
+            calibration: None,
+            evaluation: vec![Text { name: name(), tokens: tokenizer.encode(text)? }],
+        }
     };
     for text in both.calibration.iter().chain(&both.evaluation) {
         if text.tokens.is_empty() {
@@ -138,7 +159,9 @@ fn ids(text: &str, name: impl FnOnce() -> String) -> Result<Both> {
     match &value {
         Value::Array(_) => Ok(single(Text { name: name(), tokens: to(value)? })),
         Value::Object(map) if map.contains_key("tokens") => Ok(single(to(value)?)),
-        Value::Object(map) if map.contains_key("evaluation") || map.contains_key("calibration") => to(value),
+        Value::Object(map) if map.contains_key("evaluation") || map.contains_key("calibration") => {
+            to(value)
+        }
         _ => bail!(SHAPES),
     }
 }
@@ -178,8 +201,16 @@ mod tests {
         for text in corpus.evaluation.iter().chain([&corpus.calibration]) {
             let decoded = tokenizer.decode(&text.tokens).unwrap();
             assert!((10_000..11_000).contains(&decoded.len()), "{}: {}", text.name, decoded.len());
-            assert!(decoded.ends_with('.') && !decoded.contains('\r') && decoded.is_ascii(), "{}", text.name);
-            assert!(decoded.split("\n\n").all(|paragraph| !paragraph.contains('\n')), "{}", text.name);
+            assert!(
+                decoded.ends_with('.') && !decoded.contains('\r') && decoded.is_ascii(),
+                "{}",
+                text.name
+            );
+            assert!(
+                decoded.split("\n\n").all(|paragraph| !paragraph.contains('\n')),
+                "{}",
+                text.name
+            );
         }
     }
 
@@ -199,8 +230,12 @@ mod tests {
             None,
             &byte_level(),
         );
-        let evaluation =
-            vec![text("plain", &[258, 111, 10]), text("bare", &[1, 2, 3]), text("One", &[4]), text("E", &[6])];
+        let evaluation = vec![
+            text("plain", &[258, 111, 10]),
+            text("bare", &[1, 2, 3]),
+            text("One", &[4]),
+            text("E", &[6]),
+        ];
         assert_eq!(corpus.unwrap(), Corpus { calibration: text("C", &[5]), evaluation });
     }
 
@@ -210,14 +245,25 @@ mod tests {
         let both = r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#;
         let (one, other) = (files.file("one.json", both), files.file("other.json", both));
         let plain = files.file("plain.txt", "a");
-        let calibration =
-            |file: &Path| Corpus::open(&[one.clone(), other.clone()], Some(file), &byte_level()).unwrap().calibration;
+        let calibration = |file: &Path| {
+            Corpus::open(&[one.clone(), other.clone()], Some(file), &byte_level())
+                .unwrap()
+                .calibration
+        };
         assert_eq!(calibration(&one), text("C", &[5]));
         assert_eq!(calibration(&plain), text("plain", &[97]));
         assert!(error(&[one.clone(), other.clone()], None).contains("name a calibration text"));
-        assert!(Corpus::open(&[plain], None, &byte_level()).unwrap().calibration.name.contains("Roosevelt"));
-        let two =
-            files.file("two.json", r#"{"evaluation": [{"name": "a", "tokens": [1]}, {"name": "b", "tokens": [1]}]}"#);
+        assert!(
+            Corpus::open(&[plain], None, &byte_level())
+                .unwrap()
+                .calibration
+                .name
+                .contains("Roosevelt")
+        );
+        let two = files.file(
+            "two.json",
+            r#"{"evaluation": [{"name": "a", "tokens": [1]}, {"name": "b", "tokens": [1]}]}"#,
+        );
         assert!(error(&[one], Some(&two)).contains("2 texts, none named \"calibration\""));
     }
 
@@ -230,7 +276,11 @@ mod tests {
             ("c.txt", b"ab\xFF", "not UTF-8 text at byte 2"),
             ("d.json", b"[1, 2", "not JSON"),
             ("e.json", b"[]", "has no tokens"),
-            ("f.json", b"[1, 262]", "token 1 of the text \"f\" is 262, but the model's vocabulary has 262 tokens"),
+            (
+                "f.json",
+                b"[1, 262]",
+                "token 1 of the text \"f\" is 262, but the model's vocabulary has 262 tokens",
+            ),
             ("g.json", b"[-1]", "expected [1, 2, 3]"),
             ("h.json", b"[\"a\"]", "expected [1, 2, 3]"),
             ("i.json", b"7", "expected [1, 2, 3]"),
@@ -244,7 +294,10 @@ mod tests {
         ];
         for (name, content, expected) in cases {
             let message = error(&[files.file(name, content)], None);
-            assert!(message.contains(name) && message.contains(expected), "{message} does not say {expected}");
+            assert!(
+                message.contains(name) && message.contains(expected),
+                "{message} does not say {expected}"
+            );
         }
         assert!(error(&[files.0.path().join("none.txt")], None).contains("cannot be read"));
         let only = files.file("m.json", r#"{"calibration": {"name": "C", "tokens": [5]}}"#);

@@ -51,9 +51,9 @@ impl Tokenizer {
     /// Reads the tokenizer out of a GGUF file's metadata.
     pub fn from_metadata(metadata: &HashMap<String, Value>) -> Result<Self> {
         let metadata = Metadata(metadata);
-        let model = metadata
-            .text("tokenizer.ggml.model")?
-            .context("tokenizer.ggml.model is missing: use a GGUF file that has its tokenizer in it")?;
+        let model = metadata.text("tokenizer.ggml.model")?.context(
+            "tokenizer.ggml.model is missing: use a GGUF file that has its tokenizer in it",
+        )?;
         let vocabulary = Vocabulary::read(&metadata, model == "llama")?;
         let (mut inner, pieces, family) = match model {
             "gpt2" => {
@@ -62,13 +62,21 @@ impl Tokenizer {
                 (built.tokenizer, byte_level::pieces(&vocabulary), family)
             }
             "llama" => {
-                let key = metadata.id("tokenizer.ggml.unknown_token_id", vocabulary.tokens.len())?;
+                let key =
+                    metadata.id("tokenizer.ggml.unknown_token_id", vocabulary.tokens.len())?;
                 let unknown = key.or_else(|| {
-                    (0..).zip(&vocabulary.kinds).find(|(_, kind)| **kind == Kind::Unknown).map(|(id, _)| id)
+                    (0..)
+                        .zip(&vocabulary.kinds)
+                        .find(|(_, kind)| **kind == Kind::Unknown)
+                        .map(|(id, _)| id)
                 });
                 let prefix = metadata.flag("tokenizer.ggml.add_space_prefix", true)?;
                 let family = Family::SentencePiece { prefix, covers_all: unknown.is_some() };
-                (sentence_piece::build(&metadata, &vocabulary, unknown)?, sentence_piece::pieces(&vocabulary)?, family)
+                (
+                    sentence_piece::build(&metadata, &vocabulary, unknown)?,
+                    sentence_piece::pieces(&vocabulary)?,
+                    family,
+                )
             }
             other => bail!(
                 "tokenizer.ggml.model is \"{other}\", but only \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece \
@@ -77,7 +85,9 @@ impl Tokenizer {
         };
         let user_defined = vocabulary.named(Kind::UserDefined);
         inner
-            .add_tokens(user_defined.map(|token| AddedToken::from(token.clone(), false).normalized(false)))
+            .add_tokens(
+                user_defined.map(|token| AddedToken::from(token.clone(), false).normalized(false)),
+            )
             .map_err(|error| anyhow!("the user-defined tokens cannot be used: {error}"))?;
         let special = |token: &String| vocabulary.ids.get(token).map(|id| (token.clone(), *id));
         let mut special: Vec<_> = vocabulary.named(Kind::Control).filter_map(special).collect();
@@ -86,15 +96,17 @@ impl Tokenizer {
         let default = model == "llama" && vocabulary.bos.is_some();
         let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", default)?;
         if adds_bos && vocabulary.bos.is_none() {
-            bail!("tokenizer.ggml.add_bos_token is set without tokenizer.ggml.bos_token_id: the file is damaged");
+            bail!(
+                "tokenizer.ggml.add_bos_token is set without tokenizer.ggml.bos_token_id: the file is damaged"
+            );
         }
         let Vocabulary { ids, bos, eos, ends, .. } = vocabulary;
         let special_ids = special.iter().map(|(_, id)| *id).collect();
         Ok(Self { inner, pieces, ids, special, special_ids, family, bos, eos, ends, adds_bos })
     }
 
-    /// The tokens of a text, in which names of special tokens are plain text. The token that begins a text comes first
-    /// where the model wants one.
+    /// The tokens of a text, in which names of special tokens are plain text. The token that begins
+    /// a text comes first where the model wants one.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.begin();
         self.encode_part(text, &mut ids)?;
@@ -108,8 +120,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The tokens of a text in which names of special tokens stand for them, as in chat templates. The token that begins
-    /// a text is not added to a text that has it already.
+    /// The tokens of a text in which names of special tokens stand for them, as in chat templates.
+    /// The token that begins a text is not added to a text that has it already.
     pub fn encode_special(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = Vec::new();
         for part in self.parts(text) {
@@ -124,7 +136,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The text of these tokens; special tokens come out as their names, broken characters as U+FFFD.
+    /// The text of these tokens; special tokens come out as their names, broken characters as
+    /// U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         let mut bytes = Vec::new();
         let mut starts = matches!(self.family, Family::SentencePiece { prefix: true, .. });
@@ -174,10 +187,9 @@ impl Tokenizer {
 
     fn piece(&self, id: u32) -> Result<&[u8]> {
         let size = self.pieces.len();
-        self.pieces
-            .get(id as usize)
-            .map(Vec::as_slice)
-            .with_context(|| format!("token {id} is not in the vocabulary of {size} tokens: it is of another model"))
+        self.pieces.get(id as usize).map(Vec::as_slice).with_context(|| {
+            format!("token {id} is not in the vocabulary of {size} tokens: it is of another model")
+        })
     }
 
     /// Adds the tokens of a text without special tokens.
@@ -186,7 +198,10 @@ impl Tokenizer {
             return Ok(());
         }
         if let Some(letter) = text.chars().find(|letter| !self.covers(*letter)) {
-            bail!("the vocabulary has no token for {letter:?} (U+{:04X}): take it out of the text", u32::from(letter));
+            bail!(
+                "the vocabulary has no token for {letter:?} (U+{:04X}): take it out of the text",
+                u32::from(letter)
+            );
         }
         let encoded = match self.family {
             Family::SentencePiece { prefix, .. } => {
@@ -196,7 +211,9 @@ impl Tokenizer {
             Family::ByteLevel { .. } => self.inner.encode_fast(text, false),
         };
         ids.extend_from_slice(
-            encoded.map_err(|error| anyhow!("the text cannot be split into tokens: {error}"))?.get_ids(),
+            encoded
+                .map_err(|error| anyhow!("the text cannot be split into tokens: {error}"))?
+                .get_ids(),
         );
         Ok(())
     }
@@ -205,10 +222,13 @@ impl Tokenizer {
     fn covers(&self, letter: char) -> bool {
         let mut buffer = [0; 4];
         match &self.family {
-            Family::ByteLevel { bytes } => letter.encode_utf8(&mut buffer).bytes().all(|byte| bytes[usize::from(byte)]),
+            Family::ByteLevel { bytes } => {
+                letter.encode_utf8(&mut buffer).bytes().all(|byte| bytes[usize::from(byte)])
+            }
             Family::SentencePiece { covers_all: true, .. } => true,
             Family::SentencePiece { .. } => {
-                let text: &str = if letter == ' ' { "▁" } else { letter.encode_utf8(&mut buffer) };
+                let text: &str =
+                    if letter == ' ' { "▁" } else { letter.encode_utf8(&mut buffer) };
                 self.ids.contains_key(text)
                     || text.bytes().all(|byte| self.ids.contains_key(&format!("<0x{byte:02X}>")))
             }
@@ -217,12 +237,15 @@ impl Tokenizer {
 
     /// The text cut at special tokens; where several begin, the longest counts.
     fn parts<'a>(&self, text: &'a str) -> Vec<Part<'a>> {
-        let first: HashSet<u8> = self.special.iter().filter_map(|(name, _)| name.bytes().next()).collect();
+        let first: HashSet<u8> =
+            self.special.iter().filter_map(|(name, _)| name.bytes().next()).collect();
         let mut parts = Vec::new();
         let (mut start, mut at) = (0, 0);
         while let Some(byte) = text.as_bytes().get(at) {
             let rest = text.get(at..).filter(|_| first.contains(byte)).unwrap_or("");
-            let Some((name, id)) = self.special.iter().find(|(name, _)| rest.starts_with(name.as_str())) else {
+            let Some((name, id)) =
+                self.special.iter().find(|(name, _)| rest.starts_with(name.as_str()))
+            else {
                 at += 1;
                 continue;
             };

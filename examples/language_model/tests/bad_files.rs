@@ -1,4 +1,5 @@
-//! Files that are damaged, cut off or of another kind: an error that says what is wrong, never a panic, never much memory.
+//! Files that are damaged, cut off or of another kind: an error that says what is wrong, never a
+//! panic, never much memory.
 
 mod common;
 
@@ -55,7 +56,8 @@ unsafe impl GlobalAlloc for Watched {
 #[global_allocator]
 static WATCHED: Watched = Watched;
 
-/// A folder to write files to; panics of the GGUF reader, which the loader catches, are not printed.
+/// A folder to write files to; panics of the GGUF reader, which the loader catches, are not
+/// printed.
 struct Folder(TempDir);
 
 impl Folder {
@@ -142,8 +144,15 @@ fn use_it(model: &Model) {
 fn what_is_not_gguf() {
     let folder = Folder::new();
     let bytes = good(&sizes());
-    for bytes in [&b""[..], b"G", b"GGUF", b"not a model at all, but a text", &[0; 4096], &[0xFF; 4096], b"{\"a\": 1}"]
-    {
+    for bytes in [
+        &b""[..],
+        b"G",
+        b"GGUF",
+        b"not a model at all, but a text",
+        &[0; 4096],
+        &[0xFF; 4096],
+        b"{\"a\": 1}",
+    ] {
         assert!(folder.error(bytes).contains("is not a GGUF file that can be read"));
     }
     let patched = |place: usize, with: &[u8]| {
@@ -206,7 +215,10 @@ fn files_cut_off_anywhere() {
     lengths.extend([bytes.len() - 1, content.tensor_data_offset as usize - 1]);
     for length in lengths {
         let error = folder.error(&bytes[..length]);
-        assert!(error.contains("is it complete?") || error.contains("is the file complete?"), "{length}: {error}");
+        assert!(
+            error.contains("is it complete?") || error.contains("is the file complete?"),
+            "{length}: {error}"
+        );
     }
 }
 
@@ -287,7 +299,8 @@ fn values_that_no_model_has() {
         cases.push((key, Some(Value::U64(1 << 40)), "a single count was expected"));
         cases.push((key, list(), "a single count was expected"));
     }
-    for key in ["llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count"] {
+    for key in ["llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count"]
+    {
         cases.push((key, number(u32::MAX - 3), ""));
     }
     for (key, value, expected) in cases {
@@ -301,7 +314,12 @@ fn values_that_no_model_has() {
     folder.loads(&parts.set("llama.rope.freq_base", Some(Value::F64(1e4))));
     // the largest that sizes can be, with nothing behind them
     let mut huge = sizes().parts();
-    for key in ["attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"] {
+    for key in [
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+    ] {
         huge = huge.set(&format!("llama.{key}"), number(u32::MAX));
     }
     assert!(folder.error_of(&huge).contains("has the shape"));
@@ -332,8 +350,11 @@ fn tensors_that_are_missing_misshapen_or_too_many() {
         // one row more or less, the transpose, another number of axes
         let dims = values.dims();
         let count = dims.iter().product::<usize>();
-        let mut others =
-            vec![[&[dims[0] + 1], &dims[1..]].concat(), [&[dims[0] - 1], &dims[1..]].concat(), vec![1, count, 1]];
+        let mut others = vec![
+            [&[dims[0] + 1], &dims[1..]].concat(),
+            [&[dims[0] - 1], &dims[1..]].concat(),
+            vec![1, count, 1],
+        ];
         if let [rows, columns] = dims
             && rows != columns
         {
@@ -343,7 +364,8 @@ fn tensors_that_are_missing_misshapen_or_too_many() {
         for shape in others {
             let other = tensor(vec![0.5; shape.iter().product()], &shape);
             let error = folder.error_of(&parts.clone().put(name, Some(other)));
-            // another number of rows of the embedding is another vocabulary, for which the output head is the wrong one
+            // another number of rows of the embedding is another vocabulary, for which the output
+            // head is the wrong one
             assert!(error.contains("has the shape"), "{name} {shape:?}: {error}");
         }
     }
@@ -358,7 +380,10 @@ fn tensors_that_are_missing_misshapen_or_too_many() {
         "",
     ] {
         let error = folder.error_of(&parts.clone().put(extra, Some(tensor(vec![0.0; 32], &[32]))));
-        assert!(error.contains(&format!("tensor `{extra}` has no place in a LLaMA of 2 layers")), "{error}");
+        assert!(
+            error.contains(&format!("tensor `{extra}` has no place in a LLaMA of 2 layers")),
+            "{error}"
+        );
     }
     let error = folder.error_of(&parts.put("token_embd.weight", Some(tensor(vec![], &[0, 32]))));
     assert!(error.contains("vocabulary is empty"), "{error}");
@@ -374,8 +399,13 @@ fn weights_that_are_not_numbers() {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let last = numbers.len() - 1;
                 numbers[last] = bad;
-                let error = folder.error_of(&parts.clone().put(name, Some(tensor(numbers.clone(), values.dims()))));
-                assert!(error.contains(&format!("`{name}` holds values that are not finite")), "{error}");
+                let error = folder.error_of(
+                    &parts.clone().put(name, Some(tensor(numbers.clone(), values.dims()))),
+                );
+                assert!(
+                    error.contains(&format!("`{name}` holds values that are not finite")),
+                    "{error}"
+                );
             }
         }
     }
@@ -383,12 +413,16 @@ fn weights_that_are_not_numbers() {
     let sizes = Sizes { weights: GgmlDType::Q8_0, ..sizes() };
     let mut bytes = good(&sizes);
     let content = Content::read(&mut File::open(sizes.write().path).unwrap()).unwrap();
-    let place = (content.tensor_data_offset + content.tensor_infos["blk.1.ffn_up.weight"].offset) as usize;
+    let place =
+        (content.tensor_data_offset + content.tensor_infos["blk.1.ffn_up.weight"].offset) as usize;
     bytes[place..place + 2].copy_from_slice(&0x7E00_u16.to_le_bytes());
-    assert!(folder.error(&bytes).contains("`blk.1.ffn_up.weight` holds values that are not finite"));
+    assert!(
+        folder.error(&bytes).contains("`blk.1.ffn_up.weight` holds values that are not finite")
+    );
     // a factor of 0 divides
-    let parts =
-        Sizes { rope_factors: true, ..sizes }.parts().put("rope_freqs.weight", Some(tensor(vec![0.0; 4], &[4])));
+    let parts = Sizes { rope_factors: true, ..sizes }
+        .parts()
+        .put("rope_freqs.weight", Some(tensor(vec![0.0; 4], &[4])));
     assert!(folder.error_of(&parts).contains("factors of the rotary embedding"));
 }
 
@@ -397,7 +431,8 @@ fn weights_so_large_that_sums_overflow() {
     let folder = Folder::new();
     let huge = tensor(vec![3e38; 32 * 32], &[32, 32]);
     sizes().parts().put("blk.0.attn_q.weight", Some(huge.clone())).write(&folder.path());
-    let parts = Sizes { weights: GgmlDType::F32, ..sizes() }.parts().put("blk.0.attn_q.weight", Some(huge));
+    let parts =
+        Sizes { weights: GgmlDType::F32, ..sizes() }.parts().put("blk.0.attn_q.weight", Some(huge));
     parts.write(&folder.path());
     let model = load(&folder.path()).unwrap();
     let mut state = model.state(&softmax(&model)).unwrap();
@@ -412,7 +447,8 @@ fn dimensions_whose_product_overflows() {
     let bytes = good(&sizes());
     let name = b"token_embd.weight";
     let place = bytes.windows(name.len()).position(|part| part == name).unwrap() + name.len() + 4;
-    for (columns, rows) in [(32, 1 << 59), (32, u64::MAX), (u64::MAX, u64::MAX), (1 << 32, 1 << 32), (0, 270), (32, 0)]
+    for (columns, rows) in
+        [(32, 1 << 59), (32, u64::MAX), (u64::MAX, u64::MAX), (1 << 32, 1 << 32), (0, 270), (32, 0)]
     {
         let mut bytes = bytes.clone();
         bytes[place..place + 8].copy_from_slice(&u64::to_le_bytes(columns));
@@ -458,8 +494,13 @@ fn damaged(sizes: &Sizes, rounds: u64, changes: usize) {
 
 #[test]
 fn bytes_of_the_header_that_changed() {
-    let sizes =
-        Sizes { tied: false, rope_factors: true, scaling: Scaling::Linear(2.0), key_length: Some(8), ..sizes() };
+    let sizes = Sizes {
+        tied: false,
+        rope_factors: true,
+        scaling: Scaling::Linear(2.0),
+        key_length: Some(8),
+        ..sizes()
+    };
     damaged(&sizes, 400, 1);
     damaged(&Sizes { rope_dims: Some(4), ..sizes }, 100, 3);
 }
@@ -476,7 +517,8 @@ fn bytes_of_sizes_and_shapes_that_changed() {
         .set("tokenizer.ggml.token_type", None);
     parts.write(&folder.path());
     let bytes = fs::read(folder.path()).unwrap();
-    let end = Content::read(&mut File::open(folder.path()).unwrap()).unwrap().tensor_data_offset as usize;
+    let end =
+        Content::read(&mut File::open(folder.path()).unwrap()).unwrap().tensor_data_offset as usize;
     assert!(end < 2500);
     let mut random = ChaCha8Rng::seed_from_u64(1);
     for place in 0..end {

@@ -1,7 +1,10 @@
-//! Values that another program found for SmolLM2-135M-Instruct (Q4_1), where the file of the model is there.
+//! Values that another program found for SmolLM2-135M-Instruct (Q4_1), where the file of the model
+//! is there.
 //!
-//! `DIJIANG_MODEL` is the GGUF file, `DIJIANG_TOKENS` a JSON file of token ids, `{"calibration": {"name": .., "tokens": [..]}, "evaluation":
-//! [{"name": .., "tokens": [..]}, ..]}`: the articles Art, Abraham Lincoln and Apollo 11 of Wikipedia, 2049 tokens each of the last two.
+//! `DIJIANG_MODEL` is the GGUF file, `DIJIANG_TOKENS` a JSON file of token ids,
+//! `{"calibration": {"name": .., "tokens": [..]}, "evaluation": [{"name": .., "tokens": [..]},
+//! ..]}`: the articles Art, Abraham Lincoln and Apollo 11 of Wikipedia, 2049 tokens each of the
+//! last two.
 
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
@@ -16,7 +19,8 @@ const FIRST: std::ops::Range<usize> = 0..1024;
 const SECOND: std::ops::Range<usize> = 1024..2048;
 
 /// Mean losses of softmax in nats, over the first 1024 predictions and the rest.
-const SOFTMAX: [(&str, [f64; 2]); 2] = [("Abraham Lincoln", [2.54681, 2.73820]), ("Apollo 11", [2.72909, 3.12152])];
+const SOFTMAX: [(&str, [f64; 2]); 2] =
+    [("Abraham Lincoln", [2.54681, 2.73820]), ("Apollo 11", [2.72909, 3.12152])];
 
 /// Perplexity over both articles, in percent above softmax.
 const ABOVE: [(&str, [f64; 2]); 4] = [
@@ -27,7 +31,8 @@ const ABOVE: [(&str, [f64; 2]); 4] = [
 ];
 
 /// The heads in which `merged:64` errs most on the calibration article, layer and kv head.
-const EXACT: [(usize, usize); 9] = [(7, 2), (8, 0), (14, 1), (17, 1), (18, 2), (20, 1), (20, 2), (23, 0), (24, 0)];
+const EXACT: [(usize, usize); 9] =
+    [(7, 2), (8, 0), (14, 1), (17, 1), (18, 2), (20, 1), (20, 2), (23, 0), (24, 0)];
 
 fn file(variable: &str) -> Option<PathBuf> {
     env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from)
@@ -42,7 +47,8 @@ fn smollm2_gives_the_values_that_were_found() {
     let session = Session::open(&model, &[tokens], None, 2048).unwrap();
     let attention = |name: &str| session.attention(&name.parse::<Kernel>().unwrap()).unwrap();
     let read = |layers: &[MultiHead<f32>]| -> Losses {
-        losses(&session.model, layers, &session.corpus.evaluation, 2048, &ProgressBar::hidden()).unwrap()
+        losses(&session.model, layers, &session.corpus.evaluation, 2048, &ProgressBar::hidden())
+            .unwrap()
     };
 
     let exact = read(&attention("softmax").layers);
@@ -62,7 +68,10 @@ fn smollm2_gives_the_values_that_were_found() {
             let above = found.mean(range.clone()).unwrap() - exact.mean(range.clone()).unwrap();
             let percent = 100.0 * above.exp_m1();
             println!("{name}, {range:?}: {percent:+.2} %, {expected:+.2} % expected");
-            assert!((percent - expected).abs() < 0.4, "{name}, {range:?}: {percent:+.2} % for {expected:+.2} %");
+            assert!(
+                (percent - expected).abs() < 0.4,
+                "{name}, {range:?}: {percent:+.2} % for {expected:+.2} %"
+            );
         }
         let Some(plan) = plan else { continue };
         let same = plan.heads.heads().iter().filter(|head| EXACT.contains(head)).count();
@@ -70,7 +79,8 @@ fn smollm2_gives_the_values_that_were_found() {
         assert!(plan.heads.heads().len() == 9 && same >= 8, "{:?}", plan.heads.heads());
         let mut score = Score::default();
         for seed in 0..2 {
-            let prompt = Task { pairs: 20, distance: 0 }.prompt(&session.tokenizer, &[], seed).unwrap();
+            let prompt =
+                Task { pairs: 20, distance: 0 }.prompt(&session.tokenizer, &[], seed).unwrap();
             score += prompt.score(&session.model, &layers, &ProgressBar::hidden()).unwrap();
         }
         println!("{} of {} pairs recalled", score.right, score.asked);

@@ -28,7 +28,14 @@ fn heads_grouped_or_not() {
     check(&Sizes::default());
     check(&Sizes { kv_heads: 4, layers: 3, seed: 2, ..Sizes::default() });
     check(&Sizes { kv_heads: 1, seed: 3, ..Sizes::default() });
-    check(&Sizes { width: 96, heads: 6, kv_heads: 3, feed_forward: 64, seed: 4, ..Sizes::default() });
+    check(&Sizes {
+        width: 96,
+        heads: 6,
+        kv_heads: 3,
+        feed_forward: 64,
+        seed: 4,
+        ..Sizes::default()
+    });
 }
 
 #[test]
@@ -36,7 +43,14 @@ fn keys_and_values_of_other_lengths() {
     check(&Sizes { width: 32, heads: 4, key_length: Some(16), seed: 5, ..Sizes::default() });
     check(&Sizes { key_length: Some(16), value_length: Some(8), seed: 6, ..Sizes::default() });
     check(&Sizes { key_length: Some(8), value_length: Some(24), seed: 7, ..Sizes::default() });
-    check(&Sizes { width: 40, heads: 3, kv_heads: 3, key_length: Some(10), seed: 8, ..Sizes::default() });
+    check(&Sizes {
+        width: 40,
+        heads: 3,
+        kv_heads: 3,
+        key_length: Some(10),
+        seed: 8,
+        ..Sizes::default()
+    });
 }
 
 #[test]
@@ -47,13 +61,23 @@ fn an_output_head_of_its_own() {
 #[test]
 fn every_way_of_storing_weights() {
     for (i, weights) in
-        [GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::Q4_0].into_iter().enumerate()
+        [GgmlDType::F16, GgmlDType::BF16, GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::Q4_0]
+            .into_iter()
+            .enumerate()
     {
         check(&Sizes { weights, tied: i % 2 == 0, seed: 10 + i as u64, ..Sizes::default() });
     }
     // blocks of 256
     for weights in [GgmlDType::Q4K, GgmlDType::Q6K] {
-        check(&Sizes { weights, width: 256, heads: 4, feed_forward: 256, layers: 1, seed: 16, ..Sizes::default() });
+        check(&Sizes {
+            weights,
+            width: 256,
+            heads: 4,
+            feed_forward: 256,
+            layers: 1,
+            seed: 16,
+            ..Sizes::default()
+        });
     }
 }
 
@@ -73,7 +97,9 @@ fn rotary_embeddings() {
 
 #[test]
 fn positions_that_are_scaled() {
-    for scaling in [Scaling::Linear(4.0), Scaling::FactorOnly(4.0), Scaling::Old(4.0), Scaling::Off(4.0)] {
+    for scaling in
+        [Scaling::Linear(4.0), Scaling::FactorOnly(4.0), Scaling::Old(4.0), Scaling::Off(4.0)]
+    {
         check(&Sizes { scaling, seed: 24, ..Sizes::default() });
     }
 }

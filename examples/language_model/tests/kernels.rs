@@ -67,11 +67,18 @@ fn good_names_come_back() {
         assert_eq!((alone.exact(), alone.alone()), (&Exact::None, alone.clone()));
     }
     assert_eq!(kernel(" merged:8 , pool,  exact=2 ").name(), "merged:8,pool,exact=2");
-    assert_eq!(kernel("merged:8,pool,exact=2,by=elu,decay=0.9").alone().name(), "merged:8,decay=0.9");
+    assert_eq!(
+        kernel("merged:8,pool,exact=2,by=elu,decay=0.9").alone().name(),
+        "merged:8,decay=0.9"
+    );
     assert_eq!(*kernel("merged,exact=3").exact(), Exact::Count(3, None));
     assert_eq!(*kernel("merged,plan=a b.json").exact(), Exact::Plan("a b.json".into()));
-    for (name, fitted) in [("merged", false), ("merged,calibrated", true), ("taylor", true), ("window:8,heavy=1", true)]
-    {
+    for (name, fitted) in [
+        ("merged", false),
+        ("merged,calibrated", true),
+        ("taylor", true),
+        ("window:8,heavy=1", true),
+    ] {
         assert_eq!(kernel(name).is_fitted(), fitted, "{name}");
     }
 }
@@ -179,21 +186,33 @@ fn sizes_that_cannot_be_are_refused_when_built() {
         assert!(error.to_lowercase().contains(expected), "`{name}`: {error}");
     }
     let error = format!("{:#}", session.attention(&kernel("merged:8,exact=7")).unwrap_err());
-    assert!(error.contains("`merged:8,exact=7` keeps 7 heads exact; the model has 6 kv heads"), "{error}");
-    let error = kernel("taylor").layers(session.model.config(), None, None).unwrap_err().to_string();
+    assert!(
+        error.contains("`merged:8,exact=7` keeps 7 heads exact; the model has 6 kv heads"),
+        "{error}"
+    );
+    let error =
+        kernel("taylor").layers(session.model.config(), None, None).unwrap_err().to_string();
     assert!(error.contains("needs a calibration text"), "{error}");
 }
 
 /// `‖ÂV − AV‖/‖AV‖` of a kernel in every head, behind the warm-up, worst first.
 fn measured(session: &Session, name: &str) -> Vec<(f64, usize, usize)> {
     let exact = SoftmaxAttention::<f32>::new(session.model.config().head_dim).unwrap();
-    let kernels = kernel(name).heads(session.model.config(), Some(session.capture().unwrap())).unwrap();
+    let kernels =
+        kernel(name).heads(session.model.config(), Some(session.capture().unwrap())).unwrap();
     let mut errors = Vec::new();
     for sample in session.capture().unwrap().samples() {
         let run = |kernel: &dyn Attention<f32>| {
             let mut out = Array3::zeros((sample.q.dim().0, sample.q.dim().1, sample.v.ncols()));
             kernel
-                .forward_group(sample.q, sample.k, sample.v, Mask::Causal, out.view_mut(), &mut Default::default())
+                .forward_group(
+                    sample.q,
+                    sample.k,
+                    sample.v,
+                    Mask::Causal,
+                    out.view_mut(),
+                    &mut Default::default(),
+                )
                 .unwrap();
             out.slice(s![.., session.warm_up().., ..]).mapv(f64::from)
         };
@@ -233,12 +252,17 @@ fn the_heads_with_the_largest_errors_stay_exact() {
             }
             // the same by hand
             let exact: Arc<dyn Attention<f32>> = Arc::new(SoftmaxAttention::new(16).unwrap());
-            let mut heads = kernel(alone).heads(session.model.config(), Some(session.capture().unwrap())).unwrap();
+            let mut heads = kernel(alone)
+                .heads(session.model.config(), Some(session.capture().unwrap()))
+                .unwrap();
             for (layer, kv_head) in expected {
                 heads[layer][kv_head] = Arc::clone(&exact);
             }
-            let layers: Vec<_> = heads.into_iter().map(|layer| MultiHead::per_kv_head(layer, 4).unwrap()).collect();
-            let of = |layers| logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[]);
+            let layers: Vec<_> =
+                heads.into_iter().map(|layer| MultiHead::per_kv_head(layer, 4).unwrap()).collect();
+            let of = |layers| {
+                logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[])
+            };
             assert_eq!(of(&attention.layers), of(&layers), "{name}{count}");
         }
     }
@@ -248,7 +272,11 @@ fn the_heads_with_the_largest_errors_stay_exact() {
 fn another_kernel_may_choose_the_heads() {
     let (session, _file) = tiny();
     for by in ["elu", "performer:16", "window:4", "taylor:2"] {
-        let plan = session.attention(&kernel(&format!("merged:8,pool,exact=2,by={by}"))).unwrap().plan.unwrap();
+        let plan = session
+            .attention(&kernel(&format!("merged:8,pool,exact=2,by={by}")))
+            .unwrap()
+            .plan
+            .unwrap();
         let mut expected: Vec<_> = measured(&session, by)[..2].iter().map(|e| (e.1, e.2)).collect();
         expected.sort_unstable();
         assert_eq!((plan.heads.heads(), plan.kernel.as_str()), (&expected[..], by));
@@ -259,9 +287,16 @@ fn another_kernel_may_choose_the_heads() {
 fn all_heads_exact_is_softmax() {
     let (session, _file) = tiny();
     let read = tokens(80, 300, 2);
-    let of = |layers: &[MultiHead<f32>]| logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[]);
+    let of = |layers: &[MultiHead<f32>]| {
+        logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[])
+    };
     let exact = of(&softmax(&session.model));
-    for name in ["merged:8,window=8,exact=6", "merged:8,window=8,pool,exact=6", "elu,exact=6", "taylor:2,exact=6"] {
+    for name in [
+        "merged:8,window=8,exact=6",
+        "merged:8,window=8,pool,exact=6",
+        "elu,exact=6",
+        "taylor:2,exact=6",
+    ] {
         assert_eq!(of(&session.attention(&kernel(name)).unwrap().layers), exact, "{name}");
     }
 }
@@ -275,15 +310,21 @@ fn plans_are_saved_and_loaded() {
     let plan = attention.plan.unwrap();
     plan.save(&path).unwrap();
     assert_eq!(Plan::load(&path, config).unwrap(), plan);
-    let again = session.attention(&kernel(&format!("merged:8,window=16,pool,plan={}", path.display()))).unwrap();
+    let again = session
+        .attention(&kernel(&format!("merged:8,window=16,pool,plan={}", path.display())))
+        .unwrap();
     assert_eq!(again.plan.unwrap(), plan);
     let read = tokens(90, 300, 3);
-    let of = |layers: &[MultiHead<f32>]| logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[]);
+    let of = |layers: &[MultiHead<f32>]| {
+        logits(&session.model, &mut session.model.state(layers).unwrap(), &read, &[])
+    };
     assert_eq!(of(&again.layers), of(&attention.layers));
     let missing = file.folder.path().join("nowhere").join("plan.json");
     assert!(plan.save(&missing).unwrap_err().to_string().contains("cannot write"));
     // a plan belongs to a kernel that asks for one
-    for (name, plan) in [("merged:8", Some(&plan)), ("merged:8,exact=3", None), ("merged:8,plan=x", None)] {
+    for (name, plan) in
+        [("merged:8", Some(&plan)), ("merged:8,exact=3", None), ("merged:8,plan=x", None)]
+    {
         let error = kernel(name).layers(config, None, plan).unwrap_err().to_string();
         assert!(error.contains("do not belong together"), "{error}");
     }
@@ -300,11 +341,22 @@ fn plans_that_do_not_fit_are_refused() {
         error
     };
     assert!(refused().contains("cannot read"));
-    session.attention(&kernel("merged:8,window=16,exact=2")).unwrap().plan.unwrap().save(&path).unwrap();
+    session
+        .attention(&kernel("merged:8,window=16,exact=2"))
+        .unwrap()
+        .plan
+        .unwrap()
+        .save(&path)
+        .unwrap();
     let good = fs::read_to_string(&path).unwrap();
-    for damaged in
-        ["", "[]", "7", &good[..good.len() / 2], &good.replace("\"kernel\"", "\"karnel\""), &format!("{good}x")]
-    {
+    for damaged in [
+        "",
+        "[]",
+        "7",
+        &good[..good.len() / 2],
+        &good.replace("\"kernel\"", "\"karnel\""),
+        &format!("{good}x"),
+    ] {
         fs::write(&path, damaged).unwrap();
         assert!(refused().contains("is not a plan"));
     }
@@ -316,12 +368,19 @@ fn plans_that_do_not_fit_are_refused() {
         refused()
     };
     // heads that the table does not have, or has once
-    assert!(edited(&|json| json["heads"]["heads"] = json!([[0, 0], [3, 0]])).contains("kv head 0 of layer 3"));
-    assert!(edited(&|json| json["heads"]["heads"] = json!([[1, 0], [0, 0], [1, 0]])).contains("kv head 0 of layer 1"));
+    assert!(
+        edited(&|json| json["heads"]["heads"] = json!([[0, 0], [3, 0]]))
+            .contains("kv head 0 of layer 3")
+    );
+    assert!(
+        edited(&|json| json["heads"]["heads"] = json!([[1, 0], [0, 0], [1, 0]]))
+            .contains("kv head 0 of layer 1")
+    );
     assert!(edited(&|json| json["heads"]["heads"] = json!([[-1, 0]])).contains("is not a plan"));
     // a table that is not one of this model
     let sizes = "a model of other sizes";
-    let short = edited(&|json| drop(json["heads"]["errors"]["ranked"].as_array_mut().unwrap().pop()));
+    let short =
+        edited(&|json| drop(json["heads"]["errors"]["ranked"].as_array_mut().unwrap().pop()));
     assert!(short.contains(sizes), "{short}");
     let doubled = edited(&|json| {
         let ranked = json["heads"]["errors"]["ranked"].as_array_mut().unwrap();
@@ -334,9 +393,17 @@ fn plans_that_do_not_fit_are_refused() {
         json["heads"]["heads"] = json!([]);
     });
     assert!(beyond.contains(sizes), "{beyond}");
-    for other in [Sizes { kv_heads: 1, ..Sizes::default() }, Sizes { layers: 2, ..Sizes::default() }] {
+    for other in
+        [Sizes { kv_heads: 1, ..Sizes::default() }, Sizes { layers: 2, ..Sizes::default() }]
+    {
         let (other, _file) = common::session(&other, 100);
-        other.attention(&kernel("merged:8,window=16,exact=1")).unwrap().plan.unwrap().save(&path).unwrap();
+        other
+            .attention(&kernel("merged:8,window=16,exact=1"))
+            .unwrap()
+            .plan
+            .unwrap()
+            .save(&path)
+            .unwrap();
         let error = refused();
         assert!(error.contains(sizes) && error.contains("3 layers of 2 kv heads"), "{error}");
     }
@@ -357,13 +424,15 @@ fn a_pool_of_one_head_is_a_head_alone() {
     plan.heads = plan.heads.errors().choose(&[(1, 0), (2, 0), (2, 1)]).unwrap();
     plan.save(&path).unwrap();
     let of = |name: &str| {
-        let layers = session.attention(&kernel(&format!("{name},plan={}", path.display()))).unwrap().layers;
+        let layers =
+            session.attention(&kernel(&format!("{name},plan={}", path.display()))).unwrap().layers;
         let mut state = session.model.state(&layers).unwrap();
         let found = logits(&session.model, &mut state, &tokens(100, 300, 5), &[]);
         assert_eq!(state.bytes(), state_bytes(&layers, config, 100).unwrap());
         (found, layers.iter().map(|layer| layer.state_bytes(16, 100).unwrap()).collect::<Vec<_>>())
     };
-    let ((pooled, bytes), (apart, bytes_apart)) = (of("merged:8,window=16,pool"), of("merged:8,window=16"));
+    let ((pooled, bytes), (apart, bytes_apart)) =
+        (of("merged:8,window=16,pool"), of("merged:8,window=16"));
     assert_eq!(bytes, bytes_apart);
     assert_eq!(bytes[2], 2 * 100 * 32 * 4);
     assert!(pooled != apart && bytes[0] < bytes[1] && bytes[1] < bytes[2]);

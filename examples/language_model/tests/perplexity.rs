@@ -29,11 +29,16 @@ fn losses_are_those_of_the_formula() {
     let (session, _file, naive) = tiny();
     let model = &session.model;
     let bar = ProgressBar::hidden();
-    // one window and a rest that is left out; a text shorter than the context; a window of several chunks
+    // one window and a rest that is left out; a text shorter than the context; a window of several
+    // chunks
     let texts = [named("one", tokens(150, 300, 1)), named("two", tokens(31, 300, 2))];
     let found = losses(model, &softmax(model), &texts, 70, &bar).unwrap();
-    let expected = [&texts[0].tokens[..71], &texts[0].tokens[70..141], &texts[1].tokens].map(|read| naive.losses(read));
-    assert_eq!(found.windows.iter().map(|w| w.0.as_str()).collect::<Vec<_>>(), ["one", "one", "two"]);
+    let expected = [&texts[0].tokens[..71], &texts[0].tokens[70..141], &texts[1].tokens]
+        .map(|read| naive.losses(read));
+    assert_eq!(
+        found.windows.iter().map(|w| w.0.as_str()).collect::<Vec<_>>(),
+        ["one", "one", "two"]
+    );
     assert_eq!(bar.position(), 70 + 70 + 30);
     for ((_, found), expected) in found.windows.iter().zip(&expected) {
         assert_eq!(found.len(), expected.len());
@@ -44,7 +49,8 @@ fn losses_are_those_of_the_formula() {
     let all: Vec<f64> = expected.concat();
     let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
     assert!((found.mean(0..usize::MAX).unwrap() - mean(&all)).abs() < 1e-4);
-    let second: Vec<f64> = expected.iter().flat_map(|window| window.iter().skip(20)).copied().collect();
+    let second: Vec<f64> =
+        expected.iter().flat_map(|window| window.iter().skip(20)).copied().collect();
     assert!((found.perplexity(20..70).unwrap().ln() - mean(&second)).abs() < 1e-4);
     let last: Vec<f64> = expected[..2].iter().flat_map(|window| &window[40..]).copied().collect();
     assert!((found.mean(40..500).unwrap() - mean(&last)).abs() < 1e-4);
@@ -56,7 +62,9 @@ fn chunks_do_not_show() {
     let (session, _file, naive) = tiny();
     let model = &session.model;
     let text = named("long", tokens(CHUNK + 40, 300, 3));
-    let found = losses(model, &softmax(model), std::slice::from_ref(&text), 2048, &ProgressBar::hidden()).unwrap();
+    let found =
+        losses(model, &softmax(model), std::slice::from_ref(&text), 2048, &ProgressBar::hidden())
+            .unwrap();
     let expected = naive.losses(&text.tokens);
     assert_eq!(found.windows[0].1.len(), expected.len());
     for (found, expected) in found.windows[0].1.iter().zip(&expected) {
@@ -84,12 +92,18 @@ fn windows_follow_each_other() {
 fn what_predicts_nothing_is_refused() {
     let (session, _file, _) = tiny();
     let layers = softmax(&session.model);
-    let of = |texts: &[Text], context| losses(&session.model, &layers, texts, context, &ProgressBar::hidden());
+    let of = |texts: &[Text], context| {
+        losses(&session.model, &layers, texts, context, &ProgressBar::hidden())
+    };
     let error = of(&[named("short", vec![5])], 10).unwrap_err().to_string();
     assert!(error.contains("`short` has a single token"), "{error}");
     assert!(of(&[named("none", vec![])], 10).is_err());
-    assert!(of(&[named("some", vec![1, 2, 3])], 0).unwrap_err().to_string().contains("context of 0"));
-    assert!(of(&[named("far", vec![1, 300, 3])], 10).unwrap_err().to_string().contains("token 300"));
+    assert!(
+        of(&[named("some", vec![1, 2, 3])], 0).unwrap_err().to_string().contains("context of 0")
+    );
+    assert!(
+        of(&[named("far", vec![1, 300, 3])], 10).unwrap_err().to_string().contains("token 300")
+    );
     assert_eq!(of(&[], 10).unwrap().mean(0..10), None);
 }
 
@@ -115,9 +129,13 @@ fn lists_are_what_they_say() {
         let prompt = task.prompt(tokenizer, &prose, seed).unwrap();
         assert_eq!(prompt, task.prompt(tokenizer, &prose, seed).unwrap());
         let text = tokenizer.decode(&prompt.tokens).unwrap();
-        let (first, second) = text.split_once("\nHere is the same list again, in another order.\n\n").unwrap();
-        let (first, between) =
-            first.strip_prefix("Here is a list of names and their codes.\n\n").unwrap().split_once("\n\n").unwrap();
+        let (first, second) =
+            text.split_once("\nHere is the same list again, in another order.\n\n").unwrap();
+        let (first, between) = first
+            .strip_prefix("Here is a list of names and their codes.\n\n")
+            .unwrap()
+            .split_once("\n\n")
+            .unwrap();
         assert_eq!(tokenizer.encode_more(between).unwrap().len(), distance);
         assert!("Some prose. ".repeat(distance).starts_with(between));
         let (first, second) = (pairs(first), pairs(second));
@@ -126,10 +144,17 @@ fn lists_are_what_they_say() {
         assert_eq!(first.iter().map(|pair| pair.0).collect::<BTreeSet<_>>().len(), count);
         assert_eq!(first == second, count == 1);
         // the places of the answers hold the digits of the second list, and nothing else
-        let answers: Vec<String> =
-            prompt.answers.iter().map(|answer| tokenizer.decode(&prompt.tokens[answer.clone()]).unwrap()).collect();
+        let answers: Vec<String> = prompt
+            .answers
+            .iter()
+            .map(|answer| tokenizer.decode(&prompt.tokens[answer.clone()]).unwrap())
+            .collect();
         assert_eq!(answers, second.iter().map(|pair| pair.1).collect::<Vec<_>>());
-        assert!(answers.iter().all(|code| code.len() == 4 && code.bytes().all(|byte| byte.is_ascii_digit())));
+        assert!(
+            answers
+                .iter()
+                .all(|code| code.len() == 4 && code.bytes().all(|byte| byte.is_ascii_digit()))
+        );
         for (answer, (name, _)) in prompt.answers.iter().zip(&second) {
             let before = tokenizer.decode(&prompt.tokens[..answer.start]).unwrap();
             assert!(before.ends_with(&format!("\n{name}: ")), "{before}");
@@ -138,7 +163,13 @@ fn lists_are_what_they_say() {
     let other = |seed| Task { pairs: 5, distance: 0 }.prompt(tokenizer, &[], seed).unwrap();
     assert_ne!(other(0), other(1));
     for pairs in [0, MOST_PAIRS + 1] {
-        assert!(Task { pairs, distance: 0 }.prompt(tokenizer, &prose, 0).unwrap_err().to_string().contains("1 to 80"));
+        assert!(
+            Task { pairs, distance: 0 }
+                .prompt(tokenizer, &prose, 0)
+                .unwrap_err()
+                .to_string()
+                .contains("1 to 80")
+        );
     }
     let error = Task { pairs: 2, distance: 1 }.prompt(tokenizer, &[], 0).unwrap_err().to_string();
     assert!(error.contains("no prose"), "{error}");
@@ -153,16 +184,27 @@ fn copies_ask_for_all_but_the_first_token() {
     assert_eq!(copying(&text, 4).unwrap().answers.len(), 3);
     for length in [0, 1, 5] {
         let error = copying(&text, length).unwrap_err().to_string();
-        assert!(error.contains(&format!("cannot copy {length} tokens of `text`, which has 4")), "{error}");
+        assert!(
+            error.contains(&format!("cannot copy {length} tokens of `text`, which has 4")),
+            "{error}"
+        );
     }
 }
 
 /// Answers that the naive model would give.
 fn by_hand(naive: &Naive, prompt: &Prompt) -> Score {
     let logits = naive.logits(&prompt.tokens);
-    let right = |answer: &mut Range<usize>| answer.all(|place| argmax(logits.row(place - 1)) == prompt.tokens[place]);
+    let right = |answer: &mut Range<usize>| {
+        answer.all(|place| argmax(logits.row(place - 1)) == prompt.tokens[place])
+    };
     Score {
-        right: prompt.answers.iter().cloned().map(|mut answer| right(&mut answer)).filter(|&right| right).count(),
+        right: prompt
+            .answers
+            .iter()
+            .cloned()
+            .map(|mut answer| right(&mut answer))
+            .filter(|&right| right)
+            .count(),
         asked: prompt.answers.len(),
     }
 }
@@ -171,7 +213,8 @@ fn by_hand(naive: &Naive, prompt: &Prompt) -> Score {
 fn answers_are_counted_right() {
     let (session, _file, naive) = tiny();
     let (model, layers) = (&session.model, softmax(&session.model));
-    // a text of the model's own choosing in which some tokens are changed: right answers and wrong ones, in both chunks and across them
+    // a text of the model's own choosing in which some tokens are changed: right answers and wrong
+    // ones, in both chunks and across them
     let mut read = tokens(20, 300, 5);
     let mut state = model.state(&layers).unwrap();
     let mut hidden = model.extend(&mut state, &read).unwrap();
@@ -182,8 +225,19 @@ fn answers_are_counted_right() {
         read.push(next);
         hidden = model.extend(&mut state, &[next]).unwrap();
     }
-    let answers =
-        vec![22..25, 26..30, 29..31, 35..36, 36..37, 41..43, 508..511, 510..514, 512..518, 519..523, 560..567];
+    let answers = vec![
+        22..25,
+        26..30,
+        29..31,
+        35..36,
+        36..37,
+        41..43,
+        508..511,
+        510..514,
+        512..518,
+        519..523,
+        560..567,
+    ];
     let prompt = Prompt { tokens: read, answers };
     let bar = ProgressBar::hidden();
     let found = prompt.score(model, &layers, &bar).unwrap();
@@ -202,7 +256,8 @@ fn prompts_are_scored_as_by_hand() {
     let mut prompts = vec![copying(&named("text", tokens(40, 300, 6)), 40).unwrap()];
     // a text of one token over and over is what a model without training copies
     prompts.extend((0..20).map(|token| copying(&named("text", vec![token; 12]), 12).unwrap()));
-    prompts.push(Task { pairs: 3, distance: 10 }.prompt(&session.tokenizer, &[5, 6, 7], 0).unwrap());
+    prompts
+        .push(Task { pairs: 3, distance: 10 }.prompt(&session.tokenizer, &[5, 6, 7], 0).unwrap());
     for prompt in &prompts {
         let found = prompt.score(model, &layers, &ProgressBar::hidden()).unwrap();
         assert_eq!(found, by_hand(&naive, prompt));

@@ -57,8 +57,8 @@ const KERNELS: [&str; 42] = [
     "relu,exact=2",
 ];
 
-/// Of the largest logit. Here, windows and everything behind one gave the same bits however the tokens were split; softmax and
-/// linear attention did not, nor what keeps heads exact.
+/// Of the largest logit. Here, windows and everything behind one gave the same bits however the
+/// tokens were split; softmax and linear attention did not, nor what keeps heads exact.
 const TOLERANCE: f64 = 1e-4;
 
 const TOKENS: usize = 101;
@@ -72,7 +72,8 @@ fn each(mut check: impl FnMut(&Session, &str, &[MultiHead<f32>])) {
     let (session, _file) = tiny();
     for name in KERNELS {
         let kernel: Kernel = name.parse().unwrap();
-        let attention = session.attention(&kernel).unwrap_or_else(|error| panic!("{name}: {error:#}"));
+        let attention =
+            session.attention(&kernel).unwrap_or_else(|error| panic!("{name}: {error:#}"));
         check(&session, name, &attention.layers);
     }
 }
@@ -97,7 +98,11 @@ fn pieces_make_no_difference() {
             let mut state = model.state(layers).unwrap();
             let found = logits(model, &mut state, &read, pieces);
             assert_eq!(state.position(), TOKENS);
-            assert_eq!(state.bytes(), state_bytes(layers, model.config(), TOKENS).unwrap(), "{name}");
+            assert_eq!(
+                state.bytes(),
+                state_bytes(layers, model.config(), TOKENS).unwrap(),
+                "{name}"
+            );
             found
         };
         let whole = fed(&[]);
@@ -137,10 +142,18 @@ fn reset_forgets_and_a_clone_goes_on() {
         logits(model, &mut state, &first, &[]);
         state.reset();
         assert_eq!(state.position(), 0);
-        assert_eq!(logits(model, &mut state, &second[..40], &[]), fresh.slice(s![..40, ..]), "{name}");
+        assert_eq!(
+            logits(model, &mut state, &second[..40], &[]),
+            fresh.slice(s![..40, ..]),
+            "{name}"
+        );
         let mut clone = state.clone();
         for state in [&mut state, &mut clone] {
-            assert_eq!(logits(model, state, &second[40..], &[]), fresh.slice(s![40.., ..]), "{name}");
+            assert_eq!(
+                logits(model, state, &second[40..], &[]),
+                fresh.slice(s![40.., ..]),
+                "{name}"
+            );
         }
         assert_eq!((clone.position(), clone.bytes()), (state.position(), state.bytes()));
     });
@@ -174,10 +187,11 @@ fn a_failure_between_layers_breaks_the_state_until_it_is_reset() {
         let mut state = model.state(layers).unwrap();
         logits(model, &mut state, &read[..30], &[]);
         // the first layer has read the tokens, the second has not
-        let error = model.extend_observed(&mut state, &read[30..40], &mut |seen| match seen.layer {
-            0 => Ok(()),
-            layer => bail!("enough seen in layer {layer}"),
-        });
+        let error =
+            model.extend_observed(&mut state, &read[30..40], &mut |seen| match seen.layer {
+                0 => Ok(()),
+                layer => bail!("enough seen in layer {layer}"),
+            });
         assert_eq!(error.unwrap_err().to_string(), "enough seen in layer 1");
         for state in [&mut state.clone(), &mut state] {
             let error = model.extend(state, &read[30..]).unwrap_err().to_string();

@@ -1,4 +1,5 @@
-//! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when, and scores of single keys.
+//! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when, and
+//! scores of single keys.
 
 use super::options::MakeMemory;
 use crate::calibration::{Calibration, LEAST_ATTENTION};
@@ -14,7 +15,8 @@ use std::sync::Arc;
 /// Entries that stay in every head where heads share one budget.
 pub(crate) const LEAST_ENTRIES: usize = 4;
 
-/// Tokens behind the window whose slots are not yet used again, where nothing but the window holds tokens.
+/// Tokens behind the window whose slots are not yet used again, where nothing but the window holds
+/// tokens.
 pub(super) const TRAIL: usize = 16;
 
 /// How entries are weighed.
@@ -54,7 +56,8 @@ pub(crate) struct Config<T: Scalar> {
     pub(super) expected: Option<ExpectedAttention<T>>,
 }
 
-/// `ln E_q e^{q̂·k̂}` up to a constant, for queries of the calibrated mean and covariance: see [`Calibration::static_score`].
+/// `ln E_q e^{q̂·k̂}` up to a constant, for queries of the calibrated mean and covariance: see
+/// [`Calibration::static_score`].
 pub(super) struct StaticScore<T> {
     query_mean: Vec<T>,
     key_mean: Vec<T>,
@@ -67,11 +70,17 @@ impl<T: Scalar> StaticScore<T> {
         let d = calibration.head_dim();
         let stride = padded::<T>(d);
         let mut covariance = Buffer::zeros(d * stride);
-        for (row, exact) in covariance.chunks_exact_mut(stride).zip(calibration.query_covariance().outer_iter()) {
+        for (row, exact) in
+            covariance.chunks_exact_mut(stride).zip(calibration.query_covariance().outer_iter())
+        {
             row.iter_mut().zip(exact).for_each(|(to, &x)| *to = T::from_f64(x));
         }
         let narrow = |x: ArrayView1<'_, f64>| x.iter().map(|&x| T::from_f64(x)).collect();
-        Self { query_mean: narrow(calibration.query_mean()), key_mean: narrow(calibration.key_mean()), covariance }
+        Self {
+            query_mean: narrow(calibration.query_mean()),
+            key_mean: narrow(calibration.key_mean()),
+            covariance,
+        }
     }
 
     /// Of a scaled key, which is overwritten.
@@ -80,12 +89,18 @@ impl<T: Scalar> StaticScore<T> {
         let stride = padded::<T>(key.len());
         scratch.resize(stride);
         kernel::row_times_matrix(key, &self.covariance, stride, scratch);
-        let score = kernel::dot(&self.query_mean, key) + T::from_f64(0.5) * kernel::dot(key, &scratch[..key.len()]);
-        if score.is_nan() { -T::max_value() } else { score.max(-T::max_value()).min(T::max_value()) }
+        let score = kernel::dot(&self.query_mean, key)
+            + T::from_f64(0.5) * kernel::dot(key, &scratch[..key.len()]);
+        if score.is_nan() {
+            -T::max_value()
+        } else {
+            score.max(-T::max_value()).min(T::max_value())
+        }
     }
 }
 
-/// The mean softmax weight of the calibrated queries on a key: see [`Calibration::expected_attention`].
+/// The mean softmax weight of the calibrated queries on a key: see
+/// [`Calibration::expected_attention`].
 pub(super) struct ExpectedAttention<T> {
     /// Queries as columns `[d, padded queries]`, for scores to base 2.
     queries: Buffer<T>,
@@ -101,7 +116,10 @@ impl<T: Scalar> ExpectedAttention<T> {
         for ((query, column), &x) in exact.indexed_iter() {
             queries[column * width + query] = T::from_f64(x * log2_e);
         }
-        Self { queries, log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect() }
+        Self {
+            queries,
+            log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect(),
+        }
     }
 
     /// Of a scaled key.
@@ -113,7 +131,11 @@ impl<T: Scalar> ExpectedAttention<T> {
         scratch.iter_mut().zip(&self.log2_normalizers).for_each(|(x, &log2)| *x -= log2);
         let largest = kernel::max(scratch);
         if !largest.is_finite() {
-            return if largest > T::zero() { T::max_value().sqrt() } else { T::from_f64(LEAST_ATTENTION) };
+            return if largest > T::zero() {
+                T::max_value().sqrt()
+            } else {
+                T::from_f64(LEAST_ATTENTION)
+            };
         }
         kernel::exp2_slice(scratch, largest);
         let mean = kernel::sum(scratch) / T::from_f64(count as f64) * largest.exp2();
@@ -163,15 +185,20 @@ impl<T: Scalar> Config<T> {
 
     /// Whether heads of this kernel and another may share one budget of entries.
     pub(crate) fn pools_with(&self, other: &Self) -> bool {
-        let FarKind::Merged { rule: a, weighing: Weighing::Received { decay: x, min_age: m } } = &self.far else {
+        let FarKind::Merged { rule: a, weighing: Weighing::Received { decay: x, min_age: m } } =
+            &self.far
+        else {
             return false;
         };
-        let FarKind::Merged { rule: b, weighing: Weighing::Received { decay: y, min_age: n } } = &other.far else {
+        let FarKind::Merged { rule: b, weighing: Weighing::Received { decay: y, min_age: n } } =
+            &other.far
+        else {
             return false;
         };
         let same_metric = matches!(
             (&a.metric, &b.metric),
-            (Distance::Identity, Distance::Identity) | (Distance::QueryDiagonal, Distance::QueryDiagonal)
+            (Distance::Identity, Distance::Identity)
+                | (Distance::QueryDiagonal, Distance::QueryDiagonal)
         );
         let sizes = |config: &Self, rule: &Rule| {
             [config.head_dim, config.window, config.sinks, config.heavy, config.block, rule.entries]
@@ -209,7 +236,9 @@ impl<T: Scalar> Config<T> {
     pub(super) fn near_floats(&self, value_dim: usize) -> usize {
         let token = self.head_dim + value_dim;
         let received = usize::from(self.learns());
-        self.sinks * token + (self.window + self.block - 1) * (token + received) + self.heavy * (token + 1 + received)
+        self.sinks * token
+            + (self.window + self.block - 1) * (token + received)
+            + self.heavy * (token + 1 + received)
     }
 
     /// The slot of the token at this position.
@@ -220,7 +249,8 @@ impl<T: Scalar> Config<T> {
         }
     }
 
-    /// The positions that fell out of the window between token `first` and token `t`; with a window of 0, `first` itself.
+    /// The positions that fell out of the window between token `first` and token `t`; with a window
+    /// of 0, `first` itself.
     pub(super) fn expired(&self, first: usize, t: usize) -> Range<usize> {
         self.outside(first).saturating_sub(1).max(self.sinks)..self.outside(t)
     }
@@ -267,20 +297,34 @@ impl<T: Scalar> Config<T> {
         end - held..end
     }
 
-    /// The slots' positions that a step `t` must not see, of steps `first..newest`: later tokens, and what fell out of its window only since `first`.
-    pub(super) fn hidden(&self, first: usize, t: usize, newest: usize) -> impl Iterator<Item = usize> {
+    /// The slots' positions that a step `t` must not see, of steps `first..newest`: later tokens,
+    /// and what fell out of its window only since `first`.
+    pub(super) fn hidden(
+        &self,
+        first: usize,
+        t: usize,
+        newest: usize,
+    ) -> impl Iterator<Item = usize> {
         let gone = if self.trails() { self.expired(first, t) } else { 0..0 };
         gone.chain(t + 1..newest)
     }
 
     /// The score of a heavy key.
-    pub(super) fn static_score(&self, key: impl Iterator<Item = T>, [scaled, scratch]: &mut [Buffer<T>; 2]) -> T {
+    pub(super) fn static_score(
+        &self,
+        key: impl Iterator<Item = T>,
+        [scaled, scratch]: &mut [Buffer<T>; 2],
+    ) -> T {
         self.scaled(key, scaled);
         self.scores.as_ref().map_or(T::zero(), |score| score.of(scaled, scratch))
     }
 
     /// The attention a key is expected to receive.
-    pub(super) fn expected_attention(&self, key: impl Iterator<Item = T>, [scaled, scratch]: &mut [Buffer<T>; 2]) -> T {
+    pub(super) fn expected_attention(
+        &self,
+        key: impl Iterator<Item = T>,
+        [scaled, scratch]: &mut [Buffer<T>; 2],
+    ) -> T {
         self.scaled(key, scaled);
         self.expected.as_ref().map_or(T::one(), |expected| expected.of(scaled, scratch))
     }
@@ -301,7 +345,8 @@ impl<T: Scalar> Config<T> {
             FarKind::Linear(map) => [map.num_features(), 3],
             FarKind::Own(_) => [0, 4],
         };
-        let near = [heads, self.head_dim, value_dim, self.window, self.sinks, self.heavy, self.block];
+        let near =
+            [heads, self.head_dim, value_dim, self.window, self.sinks, self.heavy, self.block];
         near.into_iter().chain(far).collect()
     }
 }

@@ -1,8 +1,10 @@
-//! The state of a hybrid kernel and its causal pass: some heads of keys and values, each with the query heads it serves.
+//! The state of a hybrid kernel and its causal pass: some heads of keys and values, each with the
+//! query heads it serves.
 //!
-//! A step appends the token, moves the oldest tokens out of the window if they are due, and reads. Between two moves nothing but the
-//! window changes, and by new tokens only: those steps are computed at once, by matrix products. Every row of such a product gets the
-//! bits it would get alone, so that the cut of a sequence into pieces changes nothing at all.
+//! A step appends the token, moves the oldest tokens out of the window if they are due, and reads.
+//! Between two moves nothing but the window changes, and by new tokens only: those steps are
+//! computed at once, by matrix products. Every row of such a product gets the bits it would get
+//! alone, so that the cut of a sequence into pieces changes nothing at all.
 #![allow(clippy::cast_precision_loss)] // sizes of heads and memories
 
 use super::config::{Config, FarKind, LEAST_ENTRIES, Weighing};
@@ -118,13 +120,19 @@ impl<T: Scalar> Near<T> {
     fn measure(&mut self) {
         for slot in 0..self.slab.capacity {
             self.largest_key = self.slab.key(slot).fold(self.largest_key, |m, x| m.max(x.abs()));
-            self.largest_value = self.slab.value(slot).iter().fold(self.largest_value, |m, x| m.max(x.abs()));
+            self.largest_value =
+                self.slab.value(slot).iter().fold(self.largest_value, |m, x| m.max(x.abs()));
         }
     }
 
-    /// Decides what becomes of a token that leaves the window: it may stay as a heavy key. Returns the slot of the token that goes on to the
-    /// far memory, if one does.
-    fn sift(&mut self, slot: usize, config: &Config<T>, keys: &mut [Buffer<T>; 2]) -> Option<usize> {
+    /// Decides what becomes of a token that leaves the window: it may stay as a heavy key. Returns
+    /// the slot of the token that goes on to the far memory, if one does.
+    fn sift(
+        &mut self,
+        slot: usize,
+        config: &Config<T>,
+        keys: &mut [Buffer<T>; 2],
+    ) -> Option<usize> {
         if config.heavy == 0 {
             return Some(slot);
         }
@@ -191,7 +199,9 @@ impl<T: Scalar> Store<T> {
                 *self = Self::Linear((0..heads).map(|_| memory()).collect::<Result<_, _>>()?);
             }
             FarKind::Own(make) => {
-                *self = Self::Own((0..heads).map(|_| make(value_dim, config.scale)).collect::<Result<_, _>>()?);
+                *self = Self::Own(
+                    (0..heads).map(|_| make(value_dim, config.scale)).collect::<Result<_, _>>()?,
+                );
             }
         }
         Ok(())
@@ -203,7 +213,8 @@ impl<T: Scalar> Layer<T> {
         Self { tokens: 0, value_dim: 0, near: Vec::new(), far: Store::None }
     }
 
-    /// Makes it empty, for these sizes. What is merged is decided by the first `deciding_columns` of the values, or all.
+    /// Makes it empty, for these sizes. What is merged is decided by the first `deciding_columns`
+    /// of the values, or all.
     pub(crate) fn prepare(
         &mut self,
         config: &Config<T>,
@@ -260,7 +271,8 @@ impl<T: Scalar> Layer<T> {
         }
     }
 
-    /// Causal attention of new tokens, of checked shapes and finite; the state is as before if it fails.
+    /// Causal attention of new tokens, of checked shapes and finite; the state is as before if it
+    /// fails.
     pub(crate) fn extend(
         &mut self,
         config: &Config<T>,
@@ -286,7 +298,8 @@ impl<T: Scalar> Layer<T> {
         Ok(())
     }
 
-    /// Whether nothing can fail half-way: exact tokens and merged entries, and no score and no sum of values that can leave the range of `T`.
+    /// Whether nothing can fail half-way: exact tokens and merged entries, and no score and no sum
+    /// of values that can leave the range of `T`.
     pub(crate) fn is_safe(&self, config: &Config<T>, calls: &[Call<'_, T>]) -> bool {
         let limit = T::max_value() * T::from_f64(1.0 / 64.0);
         let slots = T::from_f64((config.near_slots() + config.far_slots(self.near.len())) as f64);
@@ -301,7 +314,12 @@ impl<T: Scalar> Layer<T> {
             })
     }
 
-    fn steps(&mut self, config: &Config<T>, calls: &mut [Call<'_, T>], work: &mut Work<T>) -> Result<(), Error> {
+    fn steps(
+        &mut self,
+        config: &Config<T>,
+        calls: &mut [Call<'_, T>],
+        work: &mut Work<T>,
+    ) -> Result<(), Error> {
         let n = calls[0].k.nrows();
         let group = calls[0].q.len_of(Axis(0));
         let most = (MOST_ROWS / group).max(1);
@@ -339,7 +357,8 @@ impl<T: Scalar> Layer<T> {
             if self.tokens >= config.sinks
                 && let Store::Merged(memories) = &mut self.far
             {
-                memories[head].observe(call.q.outer_iter().map(|q| q.index_axis_move(Axis(0), i)), value);
+                memories[head]
+                    .observe(call.q.outer_iter().map(|q| q.index_axis_move(Axis(0), i)), value);
             }
         }
     }
@@ -358,7 +377,12 @@ impl<T: Scalar> Layer<T> {
         if rest.is_empty() { Ok(()) } else { self.move_out(config, rest, work) }
     }
 
-    fn move_out(&mut self, config: &Config<T>, leaving: Range<usize>, work: &mut Work<T>) -> Result<(), Error> {
+    fn move_out(
+        &mut self,
+        config: &Config<T>,
+        leaving: Range<usize>,
+        work: &mut Work<T>,
+    ) -> Result<(), Error> {
         for position in leaving {
             let slot = config.slot(position);
             for head in 0..self.near.len() {
@@ -368,7 +392,9 @@ impl<T: Scalar> Layer<T> {
                 self.near[head].slab.empty(slot);
             }
         }
-        if let (Store::Merged(memories), FarKind::Merged { rule, .. }) = (&mut self.far, &config.far) {
+        if let (Store::Merged(memories), FarKind::Merged { rule, .. }) =
+            (&mut self.far, &config.far)
+        {
             let heads = memories.len();
             let least = if heads > 1 { LEAST_ENTRIES } else { 1 };
             work.pairs.clear();
@@ -379,7 +405,13 @@ impl<T: Scalar> Layer<T> {
     }
 
     /// Gives the token in a slot to the far memory.
-    fn far_absorb(&mut self, config: &Config<T>, head: usize, slot: usize, work: &mut Work<T>) -> Result<(), Error> {
+    fn far_absorb(
+        &mut self,
+        config: &Config<T>,
+        head: usize,
+        slot: usize,
+        work: &mut Work<T>,
+    ) -> Result<(), Error> {
         let near = &self.near[head];
         let (d, dv) = (config.head_dim, self.value_dim);
         match &mut self.far {
@@ -388,7 +420,9 @@ impl<T: Scalar> Layer<T> {
                 let memory = &mut memories[head];
                 let weight = match config.weighing() {
                     Weighing::One => T::one(),
-                    Weighing::Expected => config.expected_attention(near.slab.key(slot), &mut work.keys),
+                    Weighing::Expected => {
+                        config.expected_attention(near.slab.key(slot), &mut work.keys)
+                    }
                     Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
                 };
                 let end = memory.held;
@@ -413,7 +447,12 @@ impl<T: Scalar> Layer<T> {
     }
 
     /// Attention of every query to all keys, which are taken in first; of one head, which is empty.
-    pub(crate) fn full(&mut self, config: &Config<T>, call: &mut Call<'_, T>, work: &mut Work<T>) -> Result<(), Error> {
+    pub(crate) fn full(
+        &mut self,
+        config: &Config<T>,
+        call: &mut Call<'_, T>,
+        work: &mut Work<T>,
+    ) -> Result<(), Error> {
         for i in 0..call.k.nrows() {
             if config.trails() && i >= config.sinks {
                 break;
@@ -432,8 +471,8 @@ impl<T: Scalar> Layer<T> {
         Ok(())
     }
 
-    /// Answers steps `start..start + run` of a head, and tells the memories what they received. `causal`: the last of these steps is the
-    /// newest token, and none sees those after it.
+    /// Answers steps `start..start + run` of a head, and tells the memories what they received.
+    /// `causal`: the last of these steps is the newest token, and none sees those after it.
     #[allow(clippy::too_many_arguments)]
     fn read(
         &mut self,
@@ -471,7 +510,11 @@ impl<T: Scalar> Layer<T> {
                 merged.copy_from_slice(&memory.slab.bias[..far]);
             }
         }
-        attend(&[(&near.slab, own), (memory.map_or(&near.slab, |memory| &memory.slab), far)], rows, reading);
+        attend(
+            &[(&near.slab, own), (memory.map_or(&near.slab, |memory| &memory.slab), far)],
+            rows,
+            reading,
+        );
         if let Some(row) = reading.answer.first_overflow() {
             return Err(Error::Overflow { which: "a score", row: start + row / group });
         }
@@ -504,8 +547,15 @@ impl<T: Scalar> Layer<T> {
         match &self.far {
             Store::Linear(memories) if memories[head].len() > 0 => {
                 memories[head].read_with(q, linear, |first, part| {
-                    for (i, numerator) in part.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
-                        answer.add_row(first + i, numerator, part.denominator[i], part.log_scale[i]);
+                    for (i, numerator) in
+                        part.numerator.chunks_exact(padded::<T>(value_dim)).enumerate()
+                    {
+                        answer.add_row(
+                            first + i,
+                            numerator,
+                            part.denominator[i],
+                            part.log_scale[i],
+                        );
                     }
                     Ok(())
                 })
@@ -528,7 +578,8 @@ impl<T: Scalar> Layer<T> {
         .map_err(|error: Error| error.in_chunk(start))
     }
 
-    /// Weights by the attention just received; the factors `inverse` make probabilities of the rows of weights.
+    /// Weights by the attention just received; the factors `inverse` make probabilities of the rows
+    /// of weights.
     fn receive(
         &mut self,
         config: &Config<T>,
@@ -543,10 +594,13 @@ impl<T: Scalar> Layer<T> {
         if let Store::Own(memories) = &mut self.far {
             let answer = &reading.answer;
             log_normalizer.clear();
-            log_normalizer.extend((0..run * group).map(|row| answer.denominator[row].ln() + answer.log_scale[row]));
+            log_normalizer.extend(
+                (0..run * group).map(|row| answer.denominator[row].ln() + answer.log_scale[row]),
+            );
             memories[head].received(queries(call, start, run), ArrayView1::from(&*log_normalizer));
         }
-        let (Store::Merged(memories), Weighing::Received { decay, min_age }) = (&mut self.far, config.weighing())
+        let (Store::Merged(memories), Weighing::Received { decay, min_age }) =
+            (&mut self.far, config.weighing())
         else {
             return;
         };
@@ -576,12 +630,20 @@ impl<T: Scalar> Layer<T> {
                 }
             }
             let scores = &reading.scores[rows.start * width..];
-            pairs::receive(&mut near.received, decay, MergedMemory::<T>::least_weight(), factors, scores, width);
+            pairs::receive(
+                &mut near.received,
+                decay,
+                MergedMemory::<T>::least_weight(),
+                factors,
+                scores,
+                width,
+            );
             memory.receive(decay, factors, &scores[own..], width);
         }
     }
 
-    /// What has to be kept to go on from here: for each head the sinks, the window from its oldest token on, the heavy keys, the far memory.
+    /// What has to be kept to go on from here: for each head the sinks, the window from its oldest
+    /// token on, the heavy keys, the far memory.
     pub(crate) fn numbers(&self, config: &Config<T>) -> Option<Vec<T>> {
         let mut out = Vec::new();
         for (head, near) in self.near.iter().enumerate() {
@@ -592,7 +654,9 @@ impl<T: Scalar> Layer<T> {
             };
             (0..config.sinks.min(self.tokens)).for_each(&mut token);
             config.held(self.tokens).map(|position| config.slot(position)).for_each(&mut token);
-            (0..near.heavy_scores.len()).map(|i| config.sinks + config.ring + i).for_each(&mut token);
+            (0..near.heavy_scores.len())
+                .map(|i| config.sinks + config.ring + i)
+                .for_each(&mut token);
             out.extend(&near.heavy_scores);
             match &self.far {
                 Store::None => {}
@@ -607,8 +671,14 @@ impl<T: Scalar> Layer<T> {
         Some(out)
     }
 
-    /// The inverse; `false` if the numbers are not as many as they should be. The state is then unspecified.
-    pub(crate) fn set_numbers(&mut self, config: &Config<T>, tokens: usize, mut numbers: &[T]) -> bool {
+    /// The inverse; `false` if the numbers are not as many as they should be. The state is then
+    /// unspecified.
+    pub(crate) fn set_numbers(
+        &mut self,
+        config: &Config<T>,
+        tokens: usize,
+        mut numbers: &[T],
+    ) -> bool {
         self.clear(config);
         self.tokens = tokens;
         let (d, dv) = (config.head_dim, self.value_dim);
@@ -620,7 +690,9 @@ impl<T: Scalar> Layer<T> {
             let ring = config.held(tokens).map(|position| config.slot(position));
             let heavy_slots = (0..heavy).map(|i| config.sinks + config.ring + i);
             for slot in sinks.chain(ring).chain(heavy_slots) {
-                let Some((token, rest)) = numbers.split_at_checked(d + dv + 1) else { return false };
+                let Some((token, rest)) = numbers.split_at_checked(d + dv + 1) else {
+                    return false;
+                };
                 near.put(slot, ArrayView1::from(&token[..d]), ArrayView1::from(&token[d..d + dv]));
                 near.received[slot] = token[d + dv];
                 if near.received[slot] < T::zero() {
@@ -637,11 +709,18 @@ impl<T: Scalar> Layer<T> {
                     let memory = &mut memories[head];
                     let Some((&entries, rest)) = numbers.split_first() else { return false };
                     let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
-                    let Some(entries) = (0..=memory.slab.capacity).find(is_it) else { return false };
+                    let Some(entries) = (0..=memory.slab.capacity).find(is_it) else {
+                        return false;
+                    };
                     all_entries += entries;
                     let count = memory.count_numbers(entries);
                     let Some(own) = rest.get(..count) else { return false };
-                    if !memory.set_numbers(entries, gone - heavy, tokens.saturating_sub(config.sinks), own) {
+                    if !memory.set_numbers(
+                        entries,
+                        gone - heavy,
+                        tokens.saturating_sub(config.sinks),
+                        own,
+                    ) {
                         return false;
                     }
                     count + 1
@@ -659,7 +738,8 @@ impl<T: Scalar> Layer<T> {
             near.measure();
             if let Store::Merged(memories) = &self.far {
                 near.largest_key = near.largest_key.max(largest(memories[head].keys().view()));
-                near.largest_value = near.largest_value.max(largest(memories[head].values().view()));
+                near.largest_value =
+                    near.largest_value.max(largest(memories[head].values().view()));
             }
         }
         let merged = match &config.far {
@@ -670,7 +750,8 @@ impl<T: Scalar> Layer<T> {
     }
 }
 
-/// The queries of some steps, as rows: of one step those of all heads, of several steps those of one head.
+/// The queries of some steps, as rows: of one step those of all heads, of several steps those of
+/// one head.
 fn queries<'a, T: Scalar>(call: &Call<'a, T>, start: usize, run: usize) -> ArrayView2<'a, T> {
     if run == 1 {
         call.q.index_axis_move(Axis(1), start)
@@ -704,7 +785,10 @@ fn write_rows<T: Scalar>(
             mark
         };
         if mark != T::zero() {
-            return Err(Error::Overflow { which: "the weighted sum of values", row: start + row / group });
+            return Err(Error::Overflow {
+                which: "the weighted sum of values",
+                row: start + row / group,
+            });
         }
     }
     Ok(())
@@ -756,7 +840,9 @@ mod tests {
             let name = case["name"].as_str().unwrap();
             let heads: Vec<_> = case["q"].as_array().unwrap().iter().map(matrix).collect();
             let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
-            let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| heads[g][[t, c]]);
+            let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| {
+                heads[g][[t, c]]
+            });
             let block = number(&case["block"]);
             let far = Far::merged(number(&case["entries_max"]))
                 .with_decay(case["gamma"].as_f64().unwrap())
@@ -765,42 +851,66 @@ mod tests {
                 .with_metric(Metric::Identity)
                 .with_block(block);
             let (window, sinks) = (number(&case["window"]), number(&case["sinks"]));
-            let kernel =
-                HybridAttention::<f64>::builder(k.ncols()).window(window).sinks(sinks).far(far).build().unwrap();
+            let kernel = HybridAttention::<f64>::builder(k.ncols())
+                .window(window)
+                .sinks(sinks)
+                .far(far)
+                .build()
+                .unwrap();
             let config = kernel.config();
             let mut layer = Layer::new();
             layer.prepare(config, 1, v.ncols(), None).unwrap();
             let (mut work, mut out) = (Work::new(), Array3::zeros((heads.len(), 1, v.ncols())));
             for t in 0..k.nrows() {
-                let rows = |x: &'_ Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
+                let rows =
+                    |x: &'_ Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
                 let (k, v) = (rows(&k), rows(&v));
                 let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
-                let call = Call { q, k: k.view(), v: v.view(), log_decay: None, out: out.view_mut() };
+                let call =
+                    Call { q, k: k.view(), v: v.view(), log_decay: None, out: out.view_mut() };
                 layer.extend(config, &mut [call], &mut work).unwrap();
                 let Store::Merged(memories) = &mut layer.far else { panic!() };
                 let what = format!("{name} t={t}");
-                let expected = case["merges"].as_array().unwrap().iter().find(|step| number(&step["t"]) == t);
+                let expected =
+                    case["merges"].as_array().unwrap().iter().find(|step| number(&step["t"]) == t);
                 let pairs = |rounds: &Value| -> Vec<[usize; 2]> {
                     let rounds = rounds.as_array().unwrap().iter();
-                    rounds.flat_map(|round| round.as_array().unwrap()).map(|p| [number(&p[0]), number(&p[1])]).collect()
+                    rounds
+                        .flat_map(|round| round.as_array().unwrap())
+                        .map(|p| [number(&p[0]), number(&p[1])])
+                        .collect()
                 };
                 let expected = expected.map_or(Vec::new(), |step| pairs(&step["rounds"]));
                 assert_eq!(memories[0].merges, expected, "{what}");
                 memories[0].merges.clear();
-                for step in case["trace"].as_array().unwrap().iter().filter(|step| number(&step["t"]) == t) {
+                for step in
+                    case["trace"].as_array().unwrap().iter().filter(|step| number(&step["t"]) == t)
+                {
                     let entries = step["entries"].as_array().unwrap();
                     let root = config.scale.sqrt();
-                    let all = |x: &str| entries.iter().flat_map(|e| vector(&e[x])).collect::<Vec<_>>();
-                    let one = |x: &str| entries.iter().map(|e| e[x].as_f64().unwrap()).collect::<Vec<_>>();
-                    near(&what, &(memories[0].keys() * root).into_iter().collect::<Vec<_>>(), &all("key"));
-                    near(&what, &memories[0].values().into_iter().collect::<Vec<_>>(), &all("value"));
+                    let all =
+                        |x: &str| entries.iter().flat_map(|e| vector(&e[x])).collect::<Vec<_>>();
+                    let one = |x: &str| {
+                        entries.iter().map(|e| e[x].as_f64().unwrap()).collect::<Vec<_>>()
+                    };
+                    near(
+                        &what,
+                        &(memories[0].keys() * root).into_iter().collect::<Vec<_>>(),
+                        &all("key"),
+                    );
+                    near(
+                        &what,
+                        &memories[0].values().into_iter().collect::<Vec<_>>(),
+                        &all("value"),
+                    );
                     near(&what, memories[0].counts(), &one("count"));
                     near(&what, memories[0].weights(), &one("weight"));
                 }
             }
             let held = config.held(k.nrows());
             assert_eq!(held.start, number(&case["window_end"]["first"]), "{name}");
-            let received: Vec<f64> = held.map(|position| layer.near[0].received[config.slot(position)]).collect();
+            let received: Vec<f64> =
+                held.map(|position| layer.near[0].received[config.slot(position)]).collect();
             near(name, &received, &vector(&case["window_end"]["acc"]));
         }
     }

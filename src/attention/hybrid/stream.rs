@@ -86,7 +86,11 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
 
     fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
         self.check(calls)?;
-        if calls[0].k.nrows() == 0 { Ok(()) } else { self.layer.extend(&self.config, calls, &mut self.work) }
+        if calls[0].k.nrows() == 0 {
+            Ok(())
+        } else {
+            self.layer.extend(&self.config, calls, &mut self.work)
+        }
     }
 
     fn cannot_fail(&self, calls: &[HeadCall<'_, T>]) -> bool {

@@ -17,11 +17,15 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten; `None` where nothing is positive.
+    /// A logarithmic axis around the values, with ticks at 1, 2, 5 or at powers of ten; `None`
+    /// where nothing is positive.
     pub fn log(label: &str, values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let (low, high) = extremes(values.into_iter().filter(|x| *x > 0.0).map(f64::log10))?;
         let (low, high) = log_ends(low, high);
-        let ticks = log_ticks(low, high, 2.5).into_iter().map(|value| (value.log10(), tick(value))).collect();
+        let ticks = log_ticks(low, high, 2.5)
+            .into_iter()
+            .map(|value| (value.log10(), tick(value)))
+            .collect();
         Some(Self { label: label.to_owned(), low, high, ticks })
     }
 
@@ -29,7 +33,11 @@ impl Axis {
     pub fn contexts(label: &str, contexts: &[usize]) -> Option<Self> {
         let mut axis = Self::log(label, contexts.iter().map(|n| *n as f64))?;
         if (2..=9).contains(&contexts.len()) {
-            axis.ticks = contexts.iter().filter(|n| **n > 0).map(|n| ((*n as f64).log10(), count(*n))).collect();
+            axis.ticks = contexts
+                .iter()
+                .filter(|n| **n > 0)
+                .map(|n| ((*n as f64).log10(), count(*n)))
+                .collect();
         }
         Some(axis)
     }
@@ -46,10 +54,14 @@ impl Axis {
     pub fn between(label: &str, low: f64, high: f64) -> Self {
         let rough = (high - low) / 7.0;
         let power = 10_f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 2.5, 5.0, 10.0].map(|step| step * power).into_iter().find(|step| *step >= rough);
+        let step = [1.0, 2.0, 2.5, 5.0, 10.0]
+            .map(|step| step * power)
+            .into_iter()
+            .find(|step| *step >= rough);
         let step = step.filter(|step| step.is_finite() && *step > 0.0).unwrap_or(1.0);
         let first = (low / step - 1e-9).ceil();
-        let ticks = (0..12).map(|i| (first + f64::from(i)) * step).take_while(|x| *x <= high + 1e-9 * step);
+        let ticks =
+            (0..12).map(|i| (first + f64::from(i)) * step).take_while(|x| *x <= high + 1e-9 * step);
         Self { label: label.to_owned(), low, high, ticks: ticks.map(|x| (x, tick(x))).collect() }
     }
 

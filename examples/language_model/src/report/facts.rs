@@ -52,12 +52,14 @@ pub fn state_at(comparison: &Comparison, row: &Row, tokens: usize) -> Option<usi
 
 /// The state at the end of the context as a share of the reference's.
 pub fn state_share(comparison: &Comparison, row: &Row) -> f64 {
-    reference(comparison).map_or(f64::NAN, |first| row.state_bytes as f64 / first.state_bytes as f64)
+    reference(comparison)
+        .map_or(f64::NAN, |first| row.state_bytes as f64 / first.state_bytes as f64)
 }
 
 /// Contexts at which decode steps were timed, in rising order.
 pub fn lengths(comparison: &Comparison) -> Vec<usize> {
-    let mut lengths: Vec<usize> = comparison.rows.iter().flat_map(|row| row.decode.iter().map(|d| d.tokens)).collect();
+    let mut lengths: Vec<usize> =
+        comparison.rows.iter().flat_map(|row| row.decode.iter().map(|d| d.tokens)).collect();
     lengths.sort_unstable();
     lengths.dedup();
     lengths
@@ -81,7 +83,10 @@ pub fn lists(comparison: &Comparison) -> Vec<(usize, usize)> {
 
 /// The score of a row on a list.
 pub fn score(row: &Row, (pairs, distance): (usize, usize)) -> Option<Score> {
-    row.recall.iter().find(|recall| (recall.pairs, recall.distance) == (pairs, distance)).map(|recall| recall.score)
+    row.recall
+        .iter()
+        .find(|recall| (recall.pairs, recall.distance) == (pairs, distance))
+        .map(|recall| recall.score)
 }
 
 /// The sum over the lists that are at least so far apart.

@@ -1,8 +1,8 @@
 //! What was found, in sentences that follow from the numbers.
 
 use super::facts::{
-    best_constant, change, decode_at, exact_heads, is_constant, is_map_alone, is_window, lengths, on_scale, others,
-    recalled, reference, state_at, state_share,
+    best_constant, change, decode_at, exact_heads, is_constant, is_map_alone, is_window, lengths,
+    on_scale, others, recalled, reference, state_at, state_share,
 };
 use super::numbers::{self, count, extremes, list, mib, perplexity, plain, range, share};
 use crate::compare::{Comparison, Row};
@@ -16,7 +16,8 @@ pub use cautions::cautions;
 #[must_use]
 pub fn findings(comparison: &Comparison) -> Vec<String> {
     let mut sentences = found(comparison);
-    sentences.extend(cautions(comparison).into_iter().map(|caution| format!("Not shown: {caution}")));
+    sentences
+        .extend(cautions(comparison).into_iter().map(|caution| format!("Not shown: {caution}")));
     sentences
 }
 
@@ -36,7 +37,12 @@ pub fn found(comparison: &Comparison) -> Vec<String> {
     let mut sentences: Vec<String> = best(comparison, first).into_iter().collect();
     sentences.extend(against_windows(comparison));
     sentences.extend(exact(comparison, first));
-    let rest = [maps(comparison), recall(comparison, first), memory(comparison, first), decode(comparison, first)];
+    let rest = [
+        maps(comparison),
+        recall(comparison, first),
+        memory(comparison, first),
+        decode(comparison, first),
+    ];
     sentences.extend(rest.into_iter().flatten());
     sentences.extend(reading(comparison, first));
     sentences
@@ -78,7 +84,9 @@ fn against_windows(comparison: &Comparison) -> Vec<String> {
         };
         let (better, worse): (Vec<&Row>, Vec<&Row>) =
             others(comparison).filter(near).partition(|row| row.halves[1] < window.halves[1]);
-        let changes = |rows: &[&Row]| -> Vec<String> { rows.iter().map(|row| with_change(comparison, row)).collect() };
+        let changes = |rows: &[&Row]| -> Vec<String> {
+            rows.iter().map(|row| with_change(comparison, row)).collect()
+        };
         let mut parts = Vec::new();
         if !better.is_empty() {
             parts.push(format!("lower in {}", list(&changes(&better))));
@@ -104,9 +112,10 @@ fn exact(comparison: &Comparison, first: &Row) -> Vec<String> {
         let name = without_choice(&row.kernel);
         let base = comparison.rows.iter().find(|base| base.plan.is_none() && base.kernel == name);
         let (from, recall) = match base {
-            Some(base) => {
-                (format!(" from {}", numbers::change(change(comparison, base))), format!("from {} to", right(base)))
-            }
+            Some(base) => (
+                format!(" from {}", numbers::change(change(comparison, base))),
+                format!("from {} to", right(base)),
+            ),
             None => (String::new(), "to".to_owned()),
         };
         let asked = recalled(row, 0).asked;
@@ -136,7 +145,8 @@ fn maps(comparison: &Comparison) -> Option<String> {
     let all: Vec<&Row> = others(comparison).filter(|row| is_map_alone(row)).collect();
     let lost: Vec<&Row> = all.iter().copied().filter(|row| !on_scale(comparison, row)).collect();
     let (least, most) = extremes(lost.iter().map(|row| row.halves[1].exp()))?;
-    let every = if lost.len() == all.len() { "Feature maps alone" } else { "These feature maps alone" };
+    let every =
+        if lost.len() == all.len() { "Feature maps alone" } else { "These feature maps alone" };
     Some(format!(
         "{every} cannot stand in for softmax in a model that was not trained with them: perplexities of {} ({}).",
         range(least, most),
@@ -147,14 +157,21 @@ fn maps(comparison: &Comparison) -> Option<String> {
 fn recall(comparison: &Comparison, first: &Row) -> Option<String> {
     let whole = recalled(first, 0);
     if whole.right == 0 {
-        return (whole.asked > 0).then(|| format!("{} itself recalls none of {} codes.", first.kernel, whole.asked));
+        return (whole.asked > 0)
+            .then(|| format!("{} itself recalls none of {} codes.", first.kernel, whole.asked));
     }
     let kept = |row: &&Row| recalled(row, 0).right as f64 / whole.right as f64;
     let rows: Vec<&Row> = others(comparison).filter(|row| recalled(row, 0).asked > 0).collect();
     let within = |from: f64, to: f64| -> Vec<String> {
         let rows = rows.iter().filter(|row| (from..to).contains(&kept(row)));
-        rows.map(|row| if right(row) == "0" { row.kernel.clone() } else { format!("{} ({})", row.kernel, right(row)) })
-            .collect()
+        rows.map(|row| {
+            if right(row) == "0" {
+                row.kernel.clone()
+            } else {
+                format!("{} ({})", row.kernel, right(row))
+            }
+        })
+        .collect()
     };
     let zero = f64::MIN_POSITIVE;
     let groups = [
@@ -205,14 +222,28 @@ fn memory(comparison: &Comparison, first: &Row) -> Option<String> {
     if let Some((least, most)) = extremes(sizes.iter().map(|bytes| *bytes as f64)) {
         let (least, most) = (least as usize, most as usize);
         let sizes = range(mib(least), mib(most));
-        parts.push(format!("kernels of constant memory {sizes} MiB, {} times less", range(times(most), times(least))));
+        parts.push(format!(
+            "kernels of constant memory {sizes} MiB, {} times less",
+            range(times(most), times(least))
+        ));
     }
     for row in useful().filter(|row| row.plan.is_some()) {
         let Some(bytes) = state_at(comparison, row, longest) else { continue };
-        parts.push(format!("{} {} MiB, {} times less", row.kernel, plain(mib(bytes)), plain(times(bytes))));
+        parts.push(format!(
+            "{} {} MiB, {} times less",
+            row.kernel,
+            plain(mib(bytes)),
+            plain(times(bytes))
+        ));
     }
     (!parts.is_empty()).then(|| {
-        format!("At {} tokens, {} keeps {} MiB; {}.", count(longest), first.kernel, plain(mib(whole)), parts.join("; "))
+        format!(
+            "At {} tokens, {} keeps {} MiB; {}.",
+            count(longest),
+            first.kernel,
+            plain(mib(whole)),
+            parts.join("; ")
+        )
     })
 }
 
@@ -233,8 +264,11 @@ fn decode(comparison: &Comparison, first: &Row) -> Option<String> {
         ))
     };
     let constant: Vec<&Row> = useful().filter(|row| is_constant(comparison, row)).collect();
-    let mut parts: Vec<String> = describe("kernels of constant memory", &constant).into_iter().collect();
-    parts.extend(useful().filter(|row| row.plan.is_some()).filter_map(|row| describe(&row.kernel, &[row])));
+    let mut parts: Vec<String> =
+        describe("kernels of constant memory", &constant).into_iter().collect();
+    parts.extend(
+        useful().filter(|row| row.plan.is_some()).filter_map(|row| describe(&row.kernel, &[row])),
+    );
     if parts.is_empty() {
         return None;
     }

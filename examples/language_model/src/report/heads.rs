@@ -11,8 +11,13 @@ const ACROSS: usize = 820;
 const MOST_CELLS: usize = 20_000;
 
 /// From no error to the largest.
-const COLOURS: [[f64; 3]; 5] =
-    [[255.0, 243.0, 205.0], [254.0, 196.0, 94.0], [239.0, 116.0, 55.0], [176.0, 38.0, 72.0], [74.0, 12.0, 84.0]];
+const COLOURS: [[f64; 3]; 5] = [
+    [255.0, 243.0, 205.0],
+    [254.0, 196.0, 94.0],
+    [239.0, 116.0, 55.0],
+    [176.0, 38.0, 72.0],
+    [74.0, 12.0, 84.0],
+];
 
 /// The plans there are, each with the kernels that have it.
 pub fn plans(comparison: &Comparison) -> Vec<(Vec<&str>, &Chosen)> {
@@ -55,7 +60,11 @@ pub fn picture(comparison: &Comparison, plan: &Chosen) -> Option<String> {
         let top = 8 + kv_head * tall;
         svg.push_str(&text(LEFT - 10, top + 18, "end", &kv_head.to_string()));
         for layer in 0..layers {
-            let found = plan.errors.ranked().iter().find(|head| (head.layer, head.kv_head) == (layer, kv_head));
+            let found = plan
+                .errors
+                .ranked()
+                .iter()
+                .find(|head| (head.layer, head.kv_head) == (layer, kv_head));
             let error = found.map(|head| head.output_error).filter(|error| error.is_finite());
             let (x, is_exact) = (LEFT + layer * step, plan.exact.contains(&(layer, kv_head)));
             let (w, h) = (step - gap, tall - 8);
@@ -88,7 +97,12 @@ pub fn picture(comparison: &Comparison, plan: &Chosen) -> Option<String> {
     }
     let every = layers.div_ceil(12).max(1);
     for layer in (0..layers).step_by(every) {
-        svg.push_str(&text(LEFT + layer * step + step / 2, bottom + 16, "middle", &layer.to_string()));
+        svg.push_str(&text(
+            LEFT + layer * step + step / 2,
+            bottom + 16,
+            "middle",
+            &layer.to_string(),
+        ));
     }
     svg.push_str(&text(LEFT + layers * step / 2, bottom + 36, "middle", "layer"));
     let middle = 8 + kv_heads * tall / 2;
@@ -128,7 +142,10 @@ fn colour(share: f64) -> String {
     let place = share.clamp(0.0, 1.0) * (COLOURS.len() - 1) as f64;
     let below = (place.floor() as usize).min(COLOURS.len() - 2);
     let part = place - below as f64;
-    let mixed: Vec<u8> =
-        COLOURS[below].iter().zip(COLOURS[below + 1]).map(|(a, b)| (a + part * (b - a)).round() as u8).collect();
+    let mixed: Vec<u8> = COLOURS[below]
+        .iter()
+        .zip(COLOURS[below + 1])
+        .map(|(a, b)| (a + part * (b - a)).round() as u8)
+        .collect();
     mixed.iter().fold(String::from("#"), |text, byte| text + &format!("{byte:02X}"))
 }

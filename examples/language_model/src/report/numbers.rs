@@ -89,7 +89,11 @@ pub fn list<S: AsRef<str>>(names: &[S]) -> String {
             let first: Vec<&str> = first.iter().map(AsRef::as_ref).collect();
             format!(
                 "{} and {}",
-                first.join(if names.iter().any(|n| n.as_ref().contains(", ")) { "; " } else { ", " }),
+                first.join(if names.iter().any(|n| n.as_ref().contains(", ")) {
+                    "; "
+                } else {
+                    ", "
+                }),
                 last.as_ref()
             )
         }

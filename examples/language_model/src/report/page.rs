@@ -1,7 +1,8 @@
 //! The HTML page: one file that needs no other.
 
 use super::charts::{
-    alike, attention_time, distance, load, looks, memory, off_scale, perplexity, positions, recalling, total_time,
+    alike, attention_time, distance, load, looks, memory, off_scale, perplexity, positions,
+    recalling, total_time,
 };
 use super::facts::{lengths, lists, on_scale, recalled, reference};
 use super::findings::{cautions, found};
@@ -77,7 +78,9 @@ fn legend(comparison: &Comparison) -> String {
          context; their change is that of the second half against {first}. "
     );
     if !lists(comparison).is_empty() {
-        text.push_str("Codes recalled of those asked for, exact in every digit, by pairs of a list. ");
+        text.push_str(
+            "Codes recalled of those asked for, exact in every digit, by pairs of a list. ",
+        );
     }
     text.push_str(&format!(
         "Copied: tokens of a text that is given twice. Shaded: {first}; green: the lowest perplexity of constant memory; \
@@ -95,10 +98,16 @@ fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
         let off: Vec<String> = far
             .iter()
             .map(|row| {
-                format!("{} ({} MiB, {})", name(row), plain(mib(row.state_bytes)), numbers::perplexity(row.halves[1]))
+                format!(
+                    "{} ({} MiB, {})",
+                    name(row),
+                    plain(mib(row.state_bytes)),
+                    numbers::perplexity(row.halves[1])
+                )
             })
             .collect();
-        let off = if off.is_empty() { String::new() } else { format!(" Off the scale: {}.", list(&off)) };
+        let off =
+            if off.is_empty() { String::new() } else { format!(" Off the scale: {}.", list(&off)) };
         let caption = format!(
             "Lower is better, further left is smaller: perplexity in the second half of {} tokens against the bytes of the state \
              there, on a logarithmic scale; the dashed line is {first}, thin lines join a kernel to itself with exact heads.{off}",
@@ -108,7 +117,8 @@ fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
     }
     if let Some(panel) = positions(comparison) {
         section(html, "Where in the context it is lost");
-        let drawn = looks(comparison).into_iter().skip(1).filter(|(row, _)| on_scale(comparison, row));
+        let drawn =
+            looks(comparison).into_iter().skip(1).filter(|(row, _)| on_scale(comparison, row));
         html.push_str(&key(drawn.map(|(row, look)| (look, row.kernel.as_str())), Some(&first)));
         let off = left_out(&far, "Off the scale and left out");
         let caption = format!(
@@ -127,22 +137,30 @@ fn recall(html: &mut String, comparison: &Comparison) -> Result<()> {
         return Ok(());
     }
     section(html, "Recall of codes");
-    html.push_str(&key(recalling(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())), None));
+    html.push_str(&key(
+        recalling(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())),
+        None,
+    ));
     html.push_str("<div class=\"panels\">\n");
     if let Some((panel, distance)) = by_load {
-        let between =
-            if distance == 0 { "directly after it".to_owned() } else { format!("{} tokens later", count(distance)) };
+        let between = if distance == 0 {
+            "directly after it".to_owned()
+        } else {
+            format!("{} tokens later", count(distance))
+        };
         let caption = format!(
             "Codes of four digits that are recalled, in percent, from a list of so many names that comes again {between}."
         );
         figure(html, &panel, &caption)?;
     }
     if let Some((panel, pairs)) = by_distance {
-        let caption =
-            format!("The same in percent for lists of {pairs} names, by tokens of prose between the two lists.");
+        let caption = format!(
+            "The same in percent for lists of {pairs} names, by tokens of prose between the two lists."
+        );
         figure(html, &panel, &caption)?;
     }
-    let none: Vec<&Row> = comparison.rows.iter().filter(|row| recalled(row, 0).right == 0).collect();
+    let none: Vec<&Row> =
+        comparison.rows.iter().filter(|row| recalled(row, 0).right == 0).collect();
     let none = left_out(&none, "Left out, as they recall nothing");
     html.push_str(&format!(
         "</div>\n<p class=\"about\">Marks are moved apart where they would hide each other.{}</p>\n",
@@ -170,7 +188,10 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
         return Ok(());
     }
     section(html, "Memory and time against context");
-    html.push_str(&key(looks(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())), None));
+    html.push_str(&key(
+        looks(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())),
+        None,
+    ));
     html.push_str("<div class=\"panels\">\n");
     for (panel, caption) in panels {
         if let Some(mut panel) = panel {
@@ -180,7 +201,11 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
     }
     let alike = alike(comparison).map(|(rows, least, most)| {
         let names: Vec<String> = rows.iter().map(|row| name(row)).collect();
-        format!(" {} keep {} MiB each, and lie on one line.", list(&names), range(mib(least), mib(most)))
+        format!(
+            " {} keep {} MiB each, and lie on one line.",
+            list(&names),
+            range(mib(least), mib(most))
+        )
     });
     html.push_str(&format!(
         "</div>\n<p class=\"about\">Marks are moved apart where they would hide each other.{}{}</p>\n",
@@ -209,7 +234,10 @@ fn plans(html: &mut String, comparison: &Comparison) {
             worst.unwrap_or_default(),
             plan.exact.len()
         );
-        html.push_str(&format!("<figure>{svg}<figcaption>{}</figcaption></figure>\n", escaped(&caption)));
+        html.push_str(&format!(
+            "<figure>{svg}<figcaption>{}</figcaption></figure>\n",
+            escaped(&caption)
+        ));
     }
 }
 
@@ -227,7 +255,10 @@ fn items(html: &mut String, items: &[String]) {
 
 fn figure(html: &mut String, panel: &Panel, caption: &str) -> Result<()> {
     let svg = panel.svg()?;
-    html.push_str(&format!("<figure>{svg}<figcaption>{}</figcaption></figure>\n", escaped(caption)));
+    html.push_str(&format!(
+        "<figure>{svg}<figcaption>{}</figcaption></figure>\n",
+        escaped(caption)
+    ));
     Ok(())
 }
 

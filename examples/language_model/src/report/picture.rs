@@ -15,7 +15,8 @@ pub fn picture(comparison: &Comparison) -> Result<String> {
     {
         let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
         root.fill(&WHITE)?;
-        let panels: Vec<Panel> = [perplexity(comparison), second(comparison)].into_iter().flatten().collect();
+        let panels: Vec<Panel> =
+            [perplexity(comparison), second(comparison)].into_iter().flatten().collect();
         let areas = root.split_evenly((1, panels.len().max(1)));
         for (mut panel, area) in panels.into_iter().zip(&areas) {
             panel.letters = 13;
@@ -25,7 +26,10 @@ pub fn picture(comparison: &Comparison) -> Result<String> {
     }
     // placeholders of the page, as they look on white
     let dashed = "stroke=\"#1D2430\" stroke-dasharray=\"7 4\"";
-    let svg = svg.replace("stroke=\"#010205\"", dashed).replace("#010203", "#1D2430").replace("#010204", "#E3E6EA");
+    let svg = svg
+        .replace("stroke=\"#010205\"", dashed)
+        .replace("#010203", "#1D2430")
+        .replace("#010204", "#E3E6EA");
     Ok(svg)
 }
 
@@ -46,5 +50,8 @@ fn second(comparison: &Comparison) -> Option<Panel> {
         panel.title = "Time of a decode step".to_owned();
         return Some(panel);
     }
-    distance(comparison).or_else(|| load(comparison)).map(|(panel, _)| panel).or_else(|| attention_time(comparison))
+    distance(comparison)
+        .or_else(|| load(comparison))
+        .map(|(panel, _)| panel)
+        .or_else(|| attention_time(comparison))
 }

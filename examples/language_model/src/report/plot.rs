@@ -76,7 +76,8 @@ impl Panel {
     /// Moves the series side by side, so that none hides another.
     pub fn spread(&mut self, share: f64) {
         let of = self.series.len() as f64;
-        let step = (share * (self.x.high - self.x.low)).min(0.08 * (self.x.high - self.x.low) / of.max(1.0));
+        let step = (share * (self.x.high - self.x.low))
+            .min(0.08 * (self.x.high - self.x.low) / of.max(1.0));
         for (place, series) in self.series.iter_mut().enumerate() {
             let shift = step * (place as f64 - 0.5 * (of - 1.0));
             series.points.iter_mut().for_each(|point| point.0 += shift);
@@ -121,9 +122,11 @@ impl Panel {
             let inside = |(x, y): &(f64, f64)| self.x.holds(*x) && self.y.holds(*y);
             let points: Vec<(f64, f64)> = series.points.iter().copied().filter(inside).collect();
             if points.len() > 1 {
-                chart.draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
+                chart
+                    .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)))?;
             }
-            let at: Vec<(i32, i32)> = points.iter().map(|point| chart.backend_coord(point)).collect();
+            let at: Vec<(i32, i32)> =
+                points.iter().map(|point| chart.backend_coord(point)).collect();
             if let (Some(name), Some(last)) = (&series.name, at.last()) {
                 names.push((*last, shortened(name, LONGEST_NAME)));
             }
@@ -134,12 +137,14 @@ impl Panel {
             shape.draw(&mut chart, points.into_iter(), colour.to_rgba(), 4)?;
         }
         let corner = |x, y| chart.backend_coord(&(x, y));
-        let ((left, bottom), (right, top)) = (corner(self.x.low, self.y.low), corner(self.x.high, self.y.high));
+        let ((left, bottom), (right, top)) =
+            (corner(self.x.low, self.y.low), corner(self.x.high, self.y.high));
         for y in self.across.iter().filter(|y| self.y.holds(**y)) {
             let (_, y) = corner(self.x.low, *y);
             marks.push(Frame { left, top: y - 2, right, bottom: y + 2 });
         }
-        let places = labels::place(&names, self.letters - 1, &Frame { left, top, right, bottom }, &marks);
+        let places =
+            labels::place(&names, self.letters - 1, &Frame { left, top, right, bottom }, &marks);
         let base = root.get_base_pixel();
         for ((_, name), (x, y)) in names.into_iter().zip(places) {
             root.draw(&Text::new(name, (x - base.0, y - base.1), font(self.letters - 1)))?;

@@ -34,11 +34,15 @@ fn header(comparison: &Comparison) -> Vec<String> {
     ];
     let mut header: Vec<String> = fixed.map(str::to_owned).to_vec();
     for (pairs, distance) in lists(comparison) {
-        header.extend(["right", "asked"].map(|what| format!("recall_{pairs}_pairs_{distance}_tokens_between_{what}")));
+        header.extend(
+            ["right", "asked"]
+                .map(|what| format!("recall_{pairs}_pairs_{distance}_tokens_between_{what}")),
+        );
     }
     for length in lengths(comparison) {
         header.extend(
-            ["state_bytes", "decode_attention_us", "decode_total_us"].map(|what| format!("{what}_at_{length}_tokens")),
+            ["state_bytes", "decode_attention_us", "decode_total_us"]
+                .map(|what| format!("{what}_at_{length}_tokens")),
         );
     }
     header
@@ -47,7 +51,8 @@ fn header(comparison: &Comparison) -> Vec<String> {
 fn record(comparison: &Comparison, row: &Row) -> Vec<String> {
     let [first, second] = row.halves;
     let text = |value: Option<usize>| value.map_or_else(String::new, |value| value.to_string());
-    let mut record = vec![row.kernel.clone(), text(exact_heads(row)), comparison.context.to_string()];
+    let mut record =
+        vec![row.kernel.clone(), text(exact_heads(row)), comparison.context.to_string()];
     record.push(row.state_bytes.to_string());
     let numbers = [
         state_share(comparison, row),

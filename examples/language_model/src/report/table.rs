@@ -1,12 +1,14 @@
 //! The table, for the terminal and for the page.
 
 use super::facts::{
-    best_constant, change, decode_at, exact_heads, lengths, lists, on_scale, reference, score, state_share,
+    best_constant, change, decode_at, exact_heads, lengths, lists, on_scale, reference, score,
+    state_share,
 };
 use super::numbers::{self, count, escaped, mib, perplexity, plain, share, shortened};
 use crate::compare::{Comparison, Row};
 use comfy_table::{
-    Attribute, Cell, CellAlignment, ColumnConstraint, ContentArrangement, LineStyle, Table, TableStyle, Width,
+    Attribute, Cell, CellAlignment, ColumnConstraint, ContentArrangement, LineStyle, Table,
+    TableStyle, Width,
 };
 
 /// Lines above, below and under the header.
@@ -25,12 +27,24 @@ pub fn table(comparison: &Comparison) -> String {
     let mut table = Table::new();
     table.load_style(STYLE).set_content_arrangement(ContentArrangement::Dynamic).set_width(WIDTH);
     let bold = |text: String| Cell::new(text).add_attribute(Attribute::Bold);
-    let mut header: Vec<String> =
-        ["\n\nkernel", "\nexact\nheads", "\nstate\nMiB", "\nof\nwhole", "\nppl\n1st", "\nppl\n2nd", "\n\nchange"]
-            .map(str::to_owned)
-            .to_vec();
+    let mut header: Vec<String> = [
+        "\n\nkernel",
+        "\nexact\nheads",
+        "\nstate\nMiB",
+        "\nof\nwhole",
+        "\nppl\n1st",
+        "\nppl\n2nd",
+        "\n\nchange",
+    ]
+    .map(str::to_owned)
+    .to_vec();
     for list in lists(comparison) {
-        let asked = comparison.rows.iter().filter_map(|row| score(row, list)).map(|score| score.asked).max();
+        let asked = comparison
+            .rows
+            .iter()
+            .filter_map(|row| score(row, list))
+            .map(|score| score.asked)
+            .max();
         let (pairs, distance) = list;
         let asked = asked.unwrap_or(0);
         header.push(match distance {
@@ -43,12 +57,19 @@ pub fn table(comparison: &Comparison) -> String {
     let best = best_constant(comparison);
     for row in &comparison.rows {
         let line = cells(comparison, row, |right, _| right.to_string());
-        let stands_out = [best, reference(comparison)].into_iter().flatten().any(|other| std::ptr::eq(other, row));
-        table.add_row(line.into_iter().map(|text| if stands_out { bold(text) } else { Cell::new(text) }));
+        let stands_out = [best, reference(comparison)]
+            .into_iter()
+            .flatten()
+            .any(|other| std::ptr::eq(other, row));
+        table.add_row(
+            line.into_iter().map(|text| if stands_out { bold(text) } else { Cell::new(text) }),
+        );
     }
     for (i, column) in table.column_iter_mut().enumerate() {
         if i == 0 {
-            column.set_padding((0, 0)).set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(28)));
+            column
+                .set_padding((0, 0))
+                .set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(28)));
         } else {
             column.set_padding((1, 0)).set_cell_alignment(CellAlignment::Right);
         }
@@ -81,7 +102,8 @@ fn legend(comparison: &Comparison) -> String {
 /// The table for the page.
 pub fn html(comparison: &Comparison) -> String {
     let lists = lists(comparison);
-    let longest = lengths(comparison).last().map_or_else(String::new, |n| format!(" at {}", count(*n)));
+    let longest =
+        lengths(comparison).last().map_or_else(String::new, |n| format!(" at {}", count(*n)));
     let group = |title: &str, columns: usize| format!("<th colspan=\"{columns}\">{title}</th>");
     let mut groups = String::from("<th></th><th></th>");
     groups.push_str(&group(&format!("state at {}", count(comparison.context)), 2));
@@ -92,7 +114,9 @@ pub fn html(comparison: &Comparison) -> String {
     groups.push_str(&group("copied", 1));
     groups.push_str(&group(&format!("decode{longest}, µs a token"), 2));
     let mut names: Vec<String> =
-        ["kernel", "exact heads", "MiB", "share", "1st half", "2nd half", "change"].map(str::to_owned).to_vec();
+        ["kernel", "exact heads", "MiB", "share", "1st half", "2nd half", "change"]
+            .map(str::to_owned)
+            .to_vec();
     names.extend(lists.iter().map(|(pairs, distance)| match distance {
         0 => count(*pairs),
         _ => format!("{} + {}", count(*pairs), count(*distance)),
@@ -111,7 +135,9 @@ pub fn html(comparison: &Comparison) -> String {
             _ => "plain",
         };
         html.push_str(&format!("<tr class=\"{class}\">"));
-        for (i, cell) in cells(comparison, row, |right, asked| format!("{right}/{asked}")).iter().enumerate() {
+        for (i, cell) in
+            cells(comparison, row, |right, asked| format!("{right}/{asked}")).iter().enumerate()
+        {
             let tag = if i == 0 { "th" } else { "td" };
             html.push_str(&format!("<{tag}>{}</{tag}>", escaped(cell)));
         }
@@ -122,7 +148,11 @@ pub fn html(comparison: &Comparison) -> String {
 }
 
 /// The line of a kernel.
-fn cells(comparison: &Comparison, row: &Row, recalled: impl Fn(usize, usize) -> String) -> Vec<String> {
+fn cells(
+    comparison: &Comparison,
+    row: &Row,
+    recalled: impl Fn(usize, usize) -> String,
+) -> Vec<String> {
     let none = || "–".to_owned();
     let is_first = reference(comparison).is_some_and(|first| std::ptr::eq(first, row));
     let mut cells = vec![

@@ -7,9 +7,14 @@ use anyhow::Result;
 fn row(kernel: &str, loss: f64, per_token: usize) -> Row {
     let bytes = |tokens: usize| 1000 + per_token * tokens;
     let score = Score { right: if loss < 3.2 { 9 } else { 1 }, asked: 10 };
-    let recall = [(5, 0), (10, 0), (10, 64)].map(|(pairs, distance)| Recall { pairs, distance, score });
-    let step =
-        |tokens| Decode { tokens, attention: 10.0 + tokens as f64, total: 900.0 + tokens as f64, bytes: bytes(tokens) };
+    let recall =
+        [(5, 0), (10, 0), (10, 64)].map(|(pairs, distance)| Recall { pairs, distance, score });
+    let step = |tokens| Decode {
+        tokens,
+        attention: 10.0 + tokens as f64,
+        total: 900.0 + tokens as f64,
+        bytes: bytes(tokens),
+    };
     Row {
         kernel: kernel.to_owned(),
         halves: [loss, loss + 0.01],
@@ -51,8 +56,13 @@ fn comparison(rows: Vec<Row>) -> Comparison {
 fn usual() -> Result<Comparison> {
     let mut exact = row("merged:8,exact=1", 3.02, 100);
     exact.plan = Some(chosen()?);
-    let rows =
-        vec![row("softmax", 3.0, 400), row("window:16", 3.3, 0), row("merged:8", 3.2, 0), row("dct:64", 7.0, 0), exact];
+    let rows = vec![
+        row("softmax", 3.0, 400),
+        row("window:16", 3.3, 0),
+        row("merged:8", 3.2, 0),
+        row("dct:64", 7.0, 0),
+        exact,
+    ];
     Ok(comparison(rows))
 }
 
@@ -86,7 +96,10 @@ fn all(comparison: &Comparison) -> Result<String> {
 fn findings_follow_from_the_numbers() -> Result<()> {
     let found = findings(&usual()?);
     let has = |parts: &[&str]| {
-        assert!(found.iter().any(|text| parts.iter().all(|part| text.contains(part))), "{parts:?} {found:#?}")
+        assert!(
+            found.iter().any(|text| parts.iter().all(|part| text.contains(part))),
+            "{parts:?} {found:#?}"
+        )
     };
     has(&["Of 3 kernels of constant memory merged:8 has the lowest perplexity", "+22.1 %"]);
     has(&["The window that costs as much, window:16 (+35.0 %)", "lower in merged:8"]);

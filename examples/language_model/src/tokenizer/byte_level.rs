@@ -1,4 +1,5 @@
-//! Byte-level BPE: every byte is a printable character, text is split by a regular expression first.
+//! Byte-level BPE: every byte is a printable character, text is split by a regular expression
+//! first.
 
 use std::collections::HashMap;
 
@@ -15,8 +16,7 @@ use super::metadata::Metadata;
 use super::vocabulary::{Kind, Vocabulary};
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The model without added tokens, and which bytes have a token of their own.
 pub(super) struct Built {
@@ -40,7 +40,8 @@ pub(super) fn build(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Buil
     }
     let mut bytes = [false; 256];
     for (letter, byte) in alphabet() {
-        bytes[usize::from(byte)] = vocabulary.ids.contains_key(letter.encode_utf8(&mut [0; 4]) as &str);
+        bytes[usize::from(byte)] =
+            vocabulary.ids.contains_key(letter.encode_utf8(&mut [0; 4]) as &str);
     }
     Ok(Built { tokenizer, bytes })
 }
@@ -50,11 +51,14 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizerWrapper> {
     let gpt2 = ByteLevel::new(false, true, true);
     let split = |pattern: &str| -> Result<PreTokenizerWrapper> {
         let pattern = SplitPattern::Regex(pattern.to_owned());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|error| anyhow!("{error}"))?;
+        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
+            .map_err(|error| anyhow!("{error}"))?;
         Ok(Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into())
     };
     match name {
-        "smollm" | "starcoder" | "refact" => Ok(Sequence::new(vec![Digits::new(true).into(), gpt2.into()]).into()),
+        "smollm" | "starcoder" | "refact" => {
+            Ok(Sequence::new(vec![Digits::new(true).into(), gpt2.into()]).into())
+        }
         "gpt-2" | "phi-2" | "default" => Ok(gpt2.into()),
         "llama-bpe" | "llama3" | "llama-v3" => split(LLAMA3),
         "qwen2" => split(QWEN2),
@@ -68,18 +72,26 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizerWrapper> {
 /// The pairs to merge, in order; each pair and what it makes are in the vocabulary.
 fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<(String, String)>> {
     const KEY: &str = "tokenizer.ggml.merges";
-    let lines = metadata
-        .strings(KEY)?
-        .context("tokenizer.ggml.merges is missing: use a GGUF file that was converted with its tokenizer")?;
+    let lines = metadata.strings(KEY)?.context(
+        "tokenizer.ggml.merges is missing: use a GGUF file that was converted with its tokenizer",
+    )?;
     let mut merges = Vec::with_capacity(lines.len());
     for (place, line) in lines.into_iter().enumerate() {
         let (left, right) = match line.split_once(' ') {
-            Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => (left, right),
-            _ => bail!("{KEY}[{place}] is \"{line}\", not two pieces with a space between: the file is damaged"),
+            Some((left, right))
+                if !left.is_empty() && !right.is_empty() && !right.contains(' ') =>
+            {
+                (left, right)
+            }
+            _ => bail!(
+                "{KEY}[{place}] is \"{line}\", not two pieces with a space between: the file is damaged"
+            ),
         };
         for piece in [left, right, &format!("{left}{right}")] {
             if !vocabulary.ids.contains_key(piece) {
-                bail!("{KEY}[{place}] needs \"{piece}\", which is not in the vocabulary: the file is damaged");
+                bail!(
+                    "{KEY}[{place}] needs \"{piece}\", which is not in the vocabulary: the file is damaged"
+                );
             }
         }
         merges.push((left.to_owned(), right.to_owned()));

@@ -4,7 +4,8 @@ use anyhow::Result;
 
 use super::Tokenizer;
 
-/// Turns tokens into text as they come; a character split over several tokens comes out with the last of them.
+/// Turns tokens into text as they come; a character split over several tokens comes out with the
+/// last of them.
 pub struct Decoder<'a> {
     tokenizer: &'a Tokenizer,
     pending: Vec<u8>,

@@ -33,7 +33,9 @@ impl<'a> Metadata<'a> {
         let id = integer(value).ok_or_else(|| wrong(key, "a token id", value))?;
         match u32::try_from(id) {
             Ok(id) if (id as usize) < vocab_size => Ok(Some(id)),
-            _ => bail!("{key} is {id}, but the vocabulary has {vocab_size} tokens: the file is damaged"),
+            _ => bail!(
+                "{key} is {id}, but the vocabulary has {vocab_size} tokens: the file is damaged"
+            ),
         }
     }
 
@@ -59,13 +61,20 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    fn list<T>(&self, key: &str, what: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+    fn list<T>(
+        &self,
+        key: &str,
+        what: &str,
+        read: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
         let values = match self.0.get(key) {
             None => return Ok(None),
             Some(Value::Array(values)) => values,
             Some(other) => return Err(wrong(key, &format!("a list of {what}"), other)),
         };
-        let read = |(place, value)| read(value).ok_or_else(|| wrong(&format!("{key}[{place}]"), what, value));
+        let read = |(place, value)| {
+            read(value).ok_or_else(|| wrong(&format!("{key}[{place}]"), what, value))
+        };
         values.iter().enumerate().map(read).collect::<Result<_>>().map(Some)
     }
 }
@@ -85,5 +94,8 @@ fn integer(value: &Value) -> Option<i64> {
 }
 
 fn wrong(key: &str, expected: &str, value: &Value) -> anyhow::Error {
-    anyhow!("{key} holds {:?} where {expected} was expected: the file is damaged", value.value_type())
+    anyhow!(
+        "{key} holds {:?} where {expected} was expected: the file is damaged",
+        value.value_type()
+    )
 }

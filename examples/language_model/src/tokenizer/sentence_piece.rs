@@ -1,4 +1,5 @@
-//! SentencePiece BPE: merges by score, a space is "▁", characters without a piece are spelt in bytes.
+//! SentencePiece BPE: merges by score, a space is "▁", characters without a piece are spelt in
+//! bytes.
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokenizers::models::bpe::BPE;
@@ -6,31 +7,40 @@ use tokenizers::models::bpe::BPE;
 use super::metadata::Metadata;
 use super::vocabulary::{Kind, Vocabulary};
 
-/// Builds the BPE of `tokenizer.ggml.model` = "llama"; `unknown` stands for what has no piece and no bytes.
+/// Builds the BPE of `tokenizer.ggml.model` = "llama"; `unknown` stands for what has no piece and
+/// no bytes.
 pub(super) fn build(
     metadata: &Metadata,
     vocabulary: &Vocabulary,
     unknown: Option<u32>,
 ) -> Result<tokenizers::Tokenizer> {
     let merges = merges(metadata, vocabulary)?;
-    let mut builder =
-        BPE::builder().vocab_and_merges(vocabulary.ids.clone(), merges).byte_fallback(true).fuse_unk(true);
+    let mut builder = BPE::builder()
+        .vocab_and_merges(vocabulary.ids.clone(), merges)
+        .byte_fallback(true)
+        .fuse_unk(true);
     if let Some(token) = unknown.and_then(|id| vocabulary.tokens.get(id as usize)) {
         builder = builder.unk_token(token.clone());
     }
-    let model = builder.build().map_err(|error| anyhow!("the merges do not fit the vocabulary: {error}"))?;
+    let model = builder
+        .build()
+        .map_err(|error| anyhow!("the merges do not fit the vocabulary: {error}"))?;
     Ok(tokenizers::Tokenizer::new(model))
 }
 
 /// Every way to make a piece of two others, the piece of the highest score first.
 fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<(String, String)>> {
     const KEY: &str = "tokenizer.ggml.scores";
-    let scores = metadata
-        .floats(KEY)?
-        .context("tokenizer.ggml.scores is missing: use a GGUF file that was converted with its tokenizer")?;
+    let scores = metadata.floats(KEY)?.context(
+        "tokenizer.ggml.scores is missing: use a GGUF file that was converted with its tokenizer",
+    )?;
     let (tokens, kinds) = (&vocabulary.tokens, &vocabulary.kinds);
     if scores.len() != tokens.len() {
-        bail!("{KEY} has {} entries for {} tokens: the file is damaged", scores.len(), tokens.len());
+        bail!(
+            "{KEY} has {} entries for {} tokens: the file is damaged",
+            scores.len(),
+            tokens.len()
+        );
     }
     if let Some(place) = scores.iter().position(|score| score.is_nan()) {
         bail!("{KEY}[{place}] is not a number: the file is damaged");
@@ -58,12 +68,14 @@ fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<(String, S
 
 /// The bytes of each token.
 pub(super) fn pieces(vocabulary: &Vocabulary) -> Result<Vec<Vec<u8>>> {
-    let piece = |(id, (token, kind)): (usize, (&String, &Kind))| match kind {
+    let piece = |(id, (token, kind)): (usize, (&String, &Kind))| {
+        match kind {
         Kind::Byte => byte(token).map(|byte| vec![byte]).with_context(|| {
             format!("token {id}, \"{token}\", is a byte by its type, but not by its name: the file is damaged")
         }),
         Kind::Control | Kind::Unknown => Ok(token.clone().into_bytes()),
         _ => Ok(token.replace('▁', " ").into_bytes()),
+    }
     };
     vocabulary.tokens.iter().zip(&vocabulary.kinds).enumerate().map(piece).collect()
 }

@@ -23,7 +23,8 @@ fn set(metadata: &mut Metadata, key: &str, value: Value) {
 fn byte_level_metadata(pre: &str, merges: &[&str], special: &[&str]) -> Metadata {
     let mut letters: Vec<_> = byte_level::alphabet().collect();
     letters.sort_by_key(|(_, byte)| *byte);
-    let mut tokens: Vec<String> = letters.into_iter().map(|(letter, _)| letter.to_string()).collect();
+    let mut tokens: Vec<String> =
+        letters.into_iter().map(|(letter, _)| letter.to_string()).collect();
     tokens.extend(merges.iter().map(|merge| merge.replace(' ', "")));
     let mut types = vec![Value::I32(1); tokens.len()];
     tokens.extend(special.iter().map(|name| (*name).to_owned()));
@@ -40,10 +41,16 @@ fn byte_level_metadata(pre: &str, merges: &[&str], special: &[&str]) -> Metadata
 /// A tokenizer of bytes, four merges (256 to 259) and two special tokens (260, 261).
 pub(crate) fn byte_level() -> Tokenizer {
     let merges = ["h e", "l l", "he ll", "Ġ hell"];
-    Tokenizer::from_metadata(&byte_level_metadata("smollm", &merges, &["<|im_start|>", "<|im_end|>"])).unwrap()
+    Tokenizer::from_metadata(&byte_level_metadata(
+        "smollm",
+        &merges,
+        &["<|im_start|>", "<|im_end|>"],
+    ))
+    .unwrap()
 }
 
-/// Ids 0 to 258 are `<unk>`, `<s>`, `</s>` and the bytes, then the pieces in order of falling score.
+/// Ids 0 to 258 are `<unk>`, `<s>`, `</s>` and the bytes, then the pieces in order of falling
+/// score.
 fn sentence_piece_metadata(pieces: &[&str]) -> Metadata {
     let bytes: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
     let mut tokens = vec!["<unk>", "<s>", "</s>"];
@@ -76,7 +83,10 @@ fn error(metadata: &Metadata) -> String {
 #[test]
 fn merges_apply_in_order() {
     let tokenizer = byte_level();
-    assert_eq!(tokenizer.encode("hello hello").unwrap(), [258, u32::from(b'o'), 259, u32::from(b'o')]);
+    assert_eq!(
+        tokenizer.encode("hello hello").unwrap(),
+        [258, u32::from(b'o'), 259, u32::from(b'o')]
+    );
     assert_eq!(tokenizer.vocab_size(), 262);
     assert_eq!(tokenizer.encode("").unwrap(), [] as [u32; 0]);
 }
@@ -84,7 +94,10 @@ fn merges_apply_in_order() {
 #[test]
 fn digits_stand_alone_where_the_model_wants_them_to() {
     let ids = |pre| {
-        Tokenizer::from_metadata(&byte_level_metadata(pre, &["1 2", "12 3"], &[])).unwrap().encode("1234").unwrap()
+        Tokenizer::from_metadata(&byte_level_metadata(pre, &["1 2", "12 3"], &[]))
+            .unwrap()
+            .encode("1234")
+            .unwrap()
     };
     assert_eq!(ids("smollm"), "1234".bytes().map(u32::from).collect::<Vec<_>>());
     assert_eq!(ids("qwen2"), ids("starcoder"));
@@ -141,7 +154,13 @@ fn a_stream_gives_whole_characters() {
     assert_eq!(pushed, [None, Some("é".to_owned()), None, None, Some("€".to_owned())]);
     assert_eq!(decoder.push(0xE2).unwrap(), None);
     assert_eq!(decoder.push(258).unwrap().as_deref(), Some("\u{FFFD}hell"));
-    assert!(decoder.push(262).unwrap_err().to_string().contains("token 262 is not in the vocabulary of 262 tokens"));
+    assert!(
+        decoder
+            .push(262)
+            .unwrap_err()
+            .to_string()
+            .contains("token 262 is not in the vocabulary of 262 tokens")
+    );
     assert_eq!(decoder.push(0xE2).unwrap(), None);
     assert_eq!(decoder.finish().as_deref(), Some("\u{FFFD}"));
     assert!(tokenizer.decode(&[u32::MAX]).is_err());
@@ -151,7 +170,9 @@ fn a_stream_gives_whole_characters() {
 fn sentence_pieces_merge_by_score() {
     let tokenizer = Tokenizer::from_metadata(&sentence_piece_metadata(&PIECES)).unwrap();
     // "lo" scores above "hel": ▁he l lo, not ▁hel lo.
-    let named = |names: &[&str]| names.iter().map(|name| tokenizer.token_id(name).unwrap()).collect::<Vec<_>>();
+    let named = |names: &[&str]| {
+        names.iter().map(|name| tokenizer.token_id(name).unwrap()).collect::<Vec<_>>()
+    };
     assert_eq!(tokenizer.encode("hello").unwrap(), named(&["▁he", "l", "lo"]));
     assert_eq!(tokenizer.encode(" ho").unwrap(), named(&["▁", "▁", "h", "o"]));
     assert_eq!(tokenizer.encode("é").unwrap(), named(&["▁", "<0xC3>", "<0xA9>"]));
@@ -162,7 +183,10 @@ fn sentence_pieces_merge_by_score() {
     // a file that does not say begins its texts
     let mut silent = sentence_piece_metadata(&PIECES);
     silent.remove("tokenizer.ggml.add_bos_token");
-    assert_eq!(Tokenizer::from_metadata(&silent).unwrap().encode("hello").unwrap(), named(&["<s>", "▁he", "l", "lo"]));
+    assert_eq!(
+        Tokenizer::from_metadata(&silent).unwrap().encode("hello").unwrap(),
+        named(&["<s>", "▁he", "l", "lo"])
+    );
 }
 
 #[test]
@@ -226,14 +250,26 @@ fn malformed_metadata_is_refused() {
             "tokenizer.ggml.tokens[0] holds U8 where strings was expected",
         ),
         ("merges", None, "tokenizer.ggml.merges is missing"),
-        ("merges", Some(texts(&["a b", "ab c"])), "merges[1] needs \"abc\", which is not in the vocabulary"),
+        (
+            "merges",
+            Some(texts(&["a b", "ab c"])),
+            "merges[1] needs \"abc\", which is not in the vocabulary",
+        ),
         ("merges", Some(texts(&["xyz ab"])), "needs \"xyz\""),
         ("merges", Some(texts(&["ab"])), "not two pieces"),
         ("merges", Some(texts(&["a b c"])), "not two pieces"),
-        ("token_type", Some(Value::Array(vec![Value::I32(1)])), "token_type has 1 entries for 258 tokens"),
+        (
+            "token_type",
+            Some(Value::Array(vec![Value::I32(1)])),
+            "token_type has 1 entries for 258 tokens",
+        ),
         ("token_type", Some(Value::Array(vec![Value::I32(9); 258])), "token_type[0] is 9"),
         ("token_type", Some(Value::Array(vec![Value::F32(1.0); 258])), "whole numbers"),
-        ("eos_token_id", Some(Value::U32(258)), "eos_token_id is 258, but the vocabulary has 258 tokens"),
+        (
+            "eos_token_id",
+            Some(Value::U32(258)),
+            "eos_token_id is 258, but the vocabulary has 258 tokens",
+        ),
         ("add_bos_token", Some(Value::U8(1)), "where true or false was expected"),
     ];
     for (key, value, expected) in cases {

@@ -45,9 +45,9 @@ pub(super) struct Vocabulary {
 impl Vocabulary {
     /// Reads the tokens; `spaces` writes a space in a token as "▁".
     pub fn read(metadata: &Metadata, spaces: bool) -> Result<Self> {
-        let names = metadata
-            .strings("tokenizer.ggml.tokens")?
-            .context("tokenizer.ggml.tokens is missing: use a GGUF file that has its tokenizer in it")?;
+        let names = metadata.strings("tokenizer.ggml.tokens")?.context(
+            "tokenizer.ggml.tokens is missing: use a GGUF file that has its tokenizer in it",
+        )?;
         if names.is_empty() {
             bail!("tokenizer.ggml.tokens is empty: use a GGUF file that has its tokenizer in it");
         }
@@ -56,7 +56,10 @@ impl Vocabulary {
         let (bos, eos, turn, message) = (id("bos")?, id("eos")?, id("eot")?, id("eom")?);
         let mut kinds = match metadata.integers("tokenizer.ggml.token_type")? {
             Some(types) if types.len() != size => {
-                bail!("tokenizer.ggml.token_type has {} entries for {size} tokens: the file is damaged", types.len())
+                bail!(
+                    "tokenizer.ggml.token_type has {} entries for {size} tokens: the file is damaged",
+                    types.len()
+                )
             }
             Some(types) => types.into_iter().enumerate().map(kind).collect::<Result<Vec<_>>>()?,
             None => guessed(&names, &[bos, eos, turn, message], spaces),
@@ -93,11 +96,14 @@ fn kind((place, number): (usize, i64)) -> Result<Kind> {
         4 => Kind::UserDefined,
         5 => Kind::Unused,
         6 => Kind::Byte,
-        _ => bail!("tokenizer.ggml.token_type[{place}] is {number}, not a type from 1 to 6: the file is damaged"),
+        _ => bail!(
+            "tokenizer.ggml.token_type[{place}] is {number}, not a type from 1 to 6: the file is damaged"
+        ),
     })
 }
 
-/// Kinds for a file that gives none: what marks begin and end is control, and bytes go by their names.
+/// Kinds for a file that gives none: what marks begin and end is control, and bytes go by their
+/// names.
 fn guessed(names: &[&str], control: &[Option<u32>], bytes: bool) -> Vec<Kind> {
     let guess = |(name, id): (&&str, u32)| match name {
         _ if control.contains(&Some(id)) => Kind::Control,

@@ -1,4 +1,5 @@
-//! Tiny LLaMAs with weights drawn from a seed, written as GGUF files, and a forward pass in `f64` that is easy to check by eye.
+//! Tiny LLaMAs with weights drawn from a seed, written as GGUF files, and a forward pass in `f64`
+//! that is easy to check by eye.
 #![allow(dead_code)] // every test file uses a part
 
 pub mod naive;
@@ -135,7 +136,9 @@ impl Sizes {
         }
         match self.scaling {
             Scaling::None => {}
-            Scaling::Linear(x) | Scaling::FactorOnly(x) | Scaling::Off(x) => set("rope.scaling.factor", Value::F32(x)),
+            Scaling::Linear(x) | Scaling::FactorOnly(x) | Scaling::Off(x) => {
+                set("rope.scaling.factor", Value::F32(x))
+            }
             Scaling::Old(x) => set("rope.scale_linear", Value::F32(x)),
         }
         metadata.extend(tokenizer_metadata());
@@ -146,10 +149,19 @@ impl Sizes {
             let values: Vec<f32> = (0..length).map(|_| 1.0 + 0.2 * normal(random)).collect();
             tensors.push((format!("{name}.weight"), GgmlDType::F32, tensor(values, &[length])));
         };
-        let matrix = |tensors: &mut Vec<_>, random: &mut _, name: &str, outputs: usize, inputs: usize, size: f32| {
+        let matrix = |tensors: &mut Vec<_>,
+                      random: &mut _,
+                      name: &str,
+                      outputs: usize,
+                      inputs: usize,
+                      size: f32| {
             let scale = size / (inputs as f32).sqrt();
             let values = (0..inputs * outputs).map(|_| scale * normal(random)).collect();
-            tensors.push((format!("{name}.weight"), self.weights, tensor(values, &[outputs, inputs])));
+            tensors.push((
+                format!("{name}.weight"),
+                self.weights,
+                tensor(values, &[outputs, inputs]),
+            ));
         };
         let (queries, keys) = (self.heads * self.head_dim(), self.kv_heads * self.head_dim());
         let (values, mixed) = (self.kv_heads * self.value_dim(), self.heads * self.value_dim());
@@ -163,17 +175,36 @@ impl Sizes {
             matrix(&mut tensors, &mut random, &name("attn_v"), values, self.width, 1.0);
             matrix(&mut tensors, &mut random, &name("attn_output"), self.width, mixed, 1.0);
             vector(&mut tensors, &mut random, &name("ffn_norm"), self.width);
-            matrix(&mut tensors, &mut random, &name("ffn_gate"), self.feed_forward, self.width, 1.0);
+            matrix(
+                &mut tensors,
+                &mut random,
+                &name("ffn_gate"),
+                self.feed_forward,
+                self.width,
+                1.0,
+            );
             matrix(&mut tensors, &mut random, &name("ffn_up"), self.feed_forward, self.width, 1.0);
-            matrix(&mut tensors, &mut random, &name("ffn_down"), self.width, self.feed_forward, 1.0);
+            matrix(
+                &mut tensors,
+                &mut random,
+                &name("ffn_down"),
+                self.width,
+                self.feed_forward,
+                1.0,
+            );
         }
         vector(&mut tensors, &mut random, "output_norm", self.width);
         if !self.tied {
             matrix(&mut tensors, &mut random, "output", self.vocabulary, self.width, 2.0);
         }
         if self.rope_factors {
-            let values = (0..self.rope_dims() / 2).map(|_| random.random_range(1.0..8.0_f32)).collect();
-            tensors.push(("rope_freqs.weight".to_owned(), GgmlDType::F32, tensor(values, &[self.rope_dims() / 2])));
+            let values =
+                (0..self.rope_dims() / 2).map(|_| random.random_range(1.0..8.0_f32)).collect();
+            tensors.push((
+                "rope_freqs.weight".to_owned(),
+                GgmlDType::F32,
+                tensor(values, &[self.rope_dims() / 2]),
+            ));
         }
         Parts { metadata, tensors }
     }
@@ -219,17 +250,24 @@ impl Parts {
 
     /// Replaces a tensor, adds it, or removes it.
     pub fn put(mut self, name: &str, value: Option<Tensor>) -> Self {
-        let stored = value.is_some().then(|| self.tensors.iter().find(|t| t.0 == name).map_or(GgmlDType::F32, |t| t.1));
+        let stored = value
+            .is_some()
+            .then(|| self.tensors.iter().find(|t| t.0 == name).map_or(GgmlDType::F32, |t| t.1));
         self.tensors.retain(|tensor| tensor.0 != name);
-        self.tensors.extend(value.zip(stored).map(|(value, stored)| (name.to_owned(), stored, value)));
+        self.tensors
+            .extend(value.zip(stored).map(|(value, stored)| (name.to_owned(), stored, value)));
         self
     }
 
     pub fn write(&self, path: &Path) {
-        let quantise = |(_, stored, values): &(String, GgmlDType, Tensor)| QTensor::quantize(values, *stored).unwrap();
+        let quantise = |(_, stored, values): &(String, GgmlDType, Tensor)| {
+            QTensor::quantize(values, *stored).unwrap()
+        };
         let stored: Vec<QTensor> = self.tensors.iter().map(quantise).collect();
-        let tensors: Vec<(&str, &QTensor)> = self.tensors.iter().map(|t| t.0.as_str()).zip(&stored).collect();
-        let metadata: Vec<(&str, &Value)> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        let tensors: Vec<(&str, &QTensor)> =
+            self.tensors.iter().map(|t| t.0.as_str()).zip(&stored).collect();
+        let metadata: Vec<(&str, &Value)> =
+            self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
     }
 }
@@ -247,7 +285,8 @@ fn normal(random: &mut ChaCha8Rng) -> f32 {
     (0..12).map(|_| random.random::<f32>()).sum::<f32>() - 6.0
 }
 
-/// Ids 0 to 255 are the bytes, 256 to 259 four merges, 260 and 261 special tokens; the embedding has more rows than that.
+/// Ids 0 to 255 are the bytes, 256 to 259 four merges, 260 and 261 special tokens; the embedding
+/// has more rows than that.
 fn tokenizer_metadata() -> Vec<(String, Value)> {
     let mut others = (0x100..).filter_map(char::from_u32);
     let mut letter = |byte: u8| match byte {
@@ -279,26 +318,37 @@ pub fn tokens(count: usize, vocabulary: usize, seed: u64) -> Vec<u32> {
     let mut tokens: Vec<u32> = Vec::with_capacity(count);
     for i in 0..count {
         let again = i > 0 && random.random_bool(0.3);
-        let token = if again { tokens[random.random_range(0..i)] } else { random.random_range(0..vocabulary) as u32 };
+        let token = if again {
+            tokens[random.random_range(0..i)]
+        } else {
+            random.random_range(0..vocabulary) as u32
+        };
         tokens.push(token);
     }
     tokens
 }
 
-/// A tiny model with its texts; `calibration_tokens` of the text that comes with the program are used.
+/// A tiny model with its texts; `calibration_tokens` of the text that comes with the program are
+/// used.
 pub fn session(sizes: &Sizes, calibration_tokens: usize) -> (Session, Written) {
     let written = sizes.write();
     let tokenizer = tokenizer(&written.path);
     let mut corpus = Corpus::open(&[], None, &tokenizer).unwrap();
-    let evaluation = [("one", 90, 3), ("two", 60, 4)]
-        .map(|(name, count, seed)| Text { name: name.to_owned(), tokens: tokens(count, 262, seed) });
+    let evaluation = [("one", 90, 3), ("two", 60, 4)].map(|(name, count, seed)| Text {
+        name: name.to_owned(),
+        tokens: tokens(count, 262, seed),
+    });
     corpus.evaluation = evaluation.to_vec();
     (Session::new(written.model(), tokenizer, corpus, calibration_tokens), written)
 }
 
 /// Exact attention in every layer.
 pub fn softmax(model: &Model) -> Vec<MultiHead<f32>> {
-    "softmax".parse::<language_model::kernels::Kernel>().unwrap().layers(model.config(), None, None).unwrap()
+    "softmax"
+        .parse::<language_model::kernels::Kernel>()
+        .unwrap()
+        .layers(model.config(), None, None)
+        .unwrap()
 }
 
 /// The logits of some tokens, fed in pieces of these lengths and then the rest.

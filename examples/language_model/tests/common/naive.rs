@@ -1,4 +1,5 @@
-//! The forward pass of a LLaMA in `f64`, loop by loop from the formulas, on the weights as a file holds them.
+//! The forward pass of a LLaMA in `f64`, loop by loop from the formulas, on the weights as a file
+//! holds them.
 
 use super::{RMS_EPSILON, Sizes};
 use candle_core::Device;
@@ -23,9 +24,18 @@ impl Naive {
         let mut weights = HashMap::new();
         for (name, info) in &content.tensor_infos {
             let tensor = info.read(&mut file, content.tensor_data_offset, &Device::Cpu).unwrap();
-            let values = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let values = tensor
+                .dequantize(&Device::Cpu)
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap();
             let columns = *info.shape.dims().last().unwrap();
-            let rows = values.chunks(columns).map(|row| row.iter().map(|&x| f64::from(x)).collect()).collect();
+            let rows = values
+                .chunks(columns)
+                .map(|row| row.iter().map(|&x| f64::from(x)).collect())
+                .collect();
             weights.insert(name.clone(), rows);
         }
         Self { sizes: sizes.clone(), weights }
@@ -34,7 +44,8 @@ impl Naive {
     /// The scores of every token of the vocabulary, after each of `tokens`.
     pub fn logits(&self, tokens: &[u32]) -> Array2<f64> {
         let embedding = self.matrix("token_embd");
-        let mut x: Vec<Row> = tokens.iter().map(|&token| embedding[token as usize].clone()).collect();
+        let mut x: Vec<Row> =
+            tokens.iter().map(|&token| embedding[token as usize].clone()).collect();
         for l in 0..self.sizes.layers {
             let layer = |part: &str| format!("blk.{l}.{part}");
             let h = self.norm(&x, &layer("attn_norm"));
@@ -74,7 +85,8 @@ impl Naive {
         logits.outer_iter().zip(&tokens[1..]).map(loss).collect()
     }
 
-    /// Causal softmax attention; query head `h` reads the keys and values of head `h / (heads / kv_heads)`.
+    /// Causal softmax attention; query head `h` reads the keys and values of head
+    /// `h / (heads / kv_heads)`.
     fn attention(&self, q: &[Row], k: &[Row], v: &[Row]) -> Vec<Row> {
         let (d, dv) = (self.sizes.head_dim(), self.sizes.value_dim());
         let group = self.sizes.heads / self.sizes.kv_heads;
@@ -83,7 +95,8 @@ impl Naive {
             let kv = h / group;
             for t in 0..q.len() {
                 let score = |s: usize| -> f64 {
-                    (0..d).map(|c| q[t][h * d + c] * k[s][kv * d + c]).sum::<f64>() / (d as f64).sqrt()
+                    (0..d).map(|c| q[t][h * d + c] * k[s][kv * d + c]).sum::<f64>()
+                        / (d as f64).sqrt()
                 };
                 let scores: Vec<f64> = (0..=t).map(score).collect();
                 let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
@@ -105,7 +118,8 @@ impl Naive {
         for head in row.chunks_mut(self.sizes.head_dim()) {
             for i in 0..dims / 2 {
                 let base = f64::from(self.sizes.rope_base as f32);
-                let factor = if self.sizes.rope_factors { self.matrix("rope_freqs")[0][i] } else { 1.0 };
+                let factor =
+                    if self.sizes.rope_factors { self.matrix("rope_freqs")[0][i] } else { 1.0 };
                 let frequency = 1.0 / base.powf(2.0 * i as f64 / dims as f64);
                 let (sin, cos) = (t as f64 * frequency / self.sizes.stretch() / factor).sin_cos();
                 let (a, b) = (head[2 * i], head[2 * i + 1]);
@@ -120,7 +134,10 @@ impl Naive {
         let gain = &self.matrix(name)[0];
         let of_row = |row: &Row| {
             let mean = row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
-            row.iter().zip(gain).map(|(x, gain)| x / (mean + f64::from(RMS_EPSILON)).sqrt() * gain).collect()
+            row.iter()
+                .zip(gain)
+                .map(|(x, gain)| x / (mean + f64::from(RMS_EPSILON)).sqrt() * gain)
+                .collect()
         };
         x.iter().map(of_row).collect()
     }

@@ -28,12 +28,16 @@ pub fn cautions(comparison: &Comparison) -> Vec<String> {
 fn recall(comparison: &Comparison) -> Option<String> {
     let first = comparison.rows.first()?;
     let lists = lists(comparison);
-    let prompts = |list: &(usize, usize)| Some(score(first, *list)?.asked as f64 / list.0.max(1) as f64);
+    let prompts =
+        |list: &(usize, usize)| Some(score(first, *list)?.asked as f64 / list.0.max(1) as f64);
     let (least, most) = extremes(lists.iter().filter_map(prompts))?;
     let number = if (least, most) == (1.0, 1.0) {
         "one prompt".to_owned()
     } else {
-        format!("{} prompts", if least == most { format!("{least:.0}") } else { format!("{least:.0} to {most:.0}") })
+        format!(
+            "{} prompts",
+            if least == most { format!("{least:.0}") } else { format!("{least:.0} to {most:.0}") }
+        )
     };
     let chosen = comparison.rows.iter().any(|row| exact_heads(row).is_some());
     let prose = if chosen && lists.iter().any(|(_, distance)| *distance > 0) {
@@ -47,12 +51,16 @@ fn recall(comparison: &Comparison) -> Option<String> {
     ))
 }
 
-/// The work outside attention is the same for every kernel: how much it varies is how much times vary.
+/// The work outside attention is the same for every kernel: how much it varies is how much times
+/// vary.
 fn times(comparison: &Comparison) -> Option<String> {
     let steps = comparison.rows.iter().flat_map(|row| &row.decode);
     let (least, most) = extremes(steps.map(|step| (step.total - step.attention) / 1e3))?;
-    let threads =
-        if comparison.threads == 1 { "one thread".to_owned() } else { format!("{} threads", comparison.threads) };
+    let threads = if comparison.threads == 1 {
+        "one thread".to_owned()
+    } else {
+        format!("{} threads", comparison.threads)
+    };
     Some(format!(
         "times elsewhere. These are medians of {STEPS} steps on {threads} of one machine, a kernel after the other. All that is \
          not attention is the same work for every kernel and took {} ms: \
