@@ -261,7 +261,8 @@ fn main() -> ExitCode {
         );
     }
     println!(
-        "d = m = d_v = 64, f32, one thread unless said otherwise, medians of {rounds} interleaved rounds\n"
+        "d = m = d_v = 64, f32, one thread unless said otherwise, medians of {rounds} interleaved \
+         rounds\n"
     );
     let mut targets = Targets { passed: true };
 

@@ -580,13 +580,15 @@ impl Pairs {
             (
                 "sinks",
                 options.sinks,
-                "smaller, or the samples from a longer text: fewer than four of their positions are no sinks",
+                "smaller, or the samples from a longer text: fewer than four of their positions \
+                 are no sinks",
             )
         } else {
             (
                 "window",
                 options.window,
-                "smaller, or the samples from a longer text: no query has four far keys outside window and sinks",
+                "smaller, or the samples from a longer text: no query has four far keys outside \
+                 window and sinks",
             )
         };
         Err(Error::InvalidOption { which, found: found.to_string(), needed })

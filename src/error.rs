@@ -125,13 +125,15 @@ impl fmt::Display for Error {
         match self {
             Self::Shape { which, axis, expected, found } => write!(
                 f,
-                "`{which}` has {found} {axis} where {expected} are needed: check its shape against the other arguments"
+                "`{which}` has {found} {axis} where {expected} are needed: check its shape \
+                 against the other arguments"
             ),
             Self::ZeroSize { which } => write!(f, "`{which}` is 0: pass at least 1"),
             Self::NotFinite { which, row, column } => {
                 write!(
                     f,
-                    "`{which}` is NaN or infinite at row {row}, column {column}: pass finite numbers only"
+                    "`{which}` is NaN or infinite at row {row}, column {column}: pass finite \
+                     numbers only"
                 )
             }
             Self::InvalidOption { which, found, needed } => {
@@ -140,7 +142,8 @@ impl fmt::Display for Error {
             Self::Overflow { which, row } => {
                 write!(
                     f,
-                    "{which} of row {row} left the range of the number type: scale the input down, or use f64"
+                    "{which} of row {row} left the range of the number type: scale the input \
+                     down, or use f64"
                 )
             }
             Self::Normalizer { row } => write!(
@@ -150,19 +153,19 @@ impl fmt::Display for Error {
             ),
             Self::TooLong { max_len, found } => write!(
                 f,
-                "the sequence has {found} tokens where the kernel takes at most {max_len}: \
-                 build it with a larger `max_len`, or begin anew"
+                "the sequence has {found} tokens where the kernel takes at most {max_len}: build \
+                 it with a larger `max_len`, or begin anew"
             ),
             Self::Unsupported { what, why } => write!(f, "{what} is not supported: {why}"),
             Self::State { which, expected, found } => write!(
                 f,
-                "the saved state has {which} {found} where this stream has {expected}: \
-                 restore it into a stream of the kernel that saved it"
+                "the saved state has {which} {found} where this stream has {expected}: restore it \
+                 into a stream of the kernel that saved it"
             ),
             Self::Tensor { name, found, needed } => write!(
                 f,
-                "tensor `{name}` is {found} where {needed} is needed: \
-                 check the file, the prefix of the names and the number of heads"
+                "tensor `{name}` is {found} where {needed} is needed: check the file, the prefix \
+                 of the names and the number of heads"
             ),
         }
     }

@@ -247,6 +247,7 @@ fn wrong_heads_and_numbers_that_are_not_finite() {
     let error =
         DijiangBlock::<f32>::from_safetensors(&file_of, "gpt_neox.layers.8", HEADS, rotary())
             .unwrap_err();
-    let text = "tensor `gpt_neox.layers.8.query_key_value.weight` is missing where one of shape [3·hidden, hidden] is needed";
+    let text = "tensor `gpt_neox.layers.8.query_key_value.weight` is missing where one of shape \
+                [3·hidden, hidden] is needed";
     assert!(error.to_string().starts_with(text), "{error}");
 }

@@ -68,7 +68,8 @@ fn known_coefficients_of_real_heads() {
                 assert_eq!(c(TaylorFit::Constrained), c(TaylorFit::Unconstrained));
             }
             println!(
-                "{} rank {rank}: constrained {:.4?}, clamped {:.4?}, unconstrained {:.4?}; far share {:.3}",
+                "{} rank {rank}: constrained {:.4?}, clamped {:.4?}, unconstrained {:.4?}; far \
+                 share {:.3}",
                 head.name,
                 [c0, c1, c2],
                 c(TaylorFit::Clamped),

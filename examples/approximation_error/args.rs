@@ -9,8 +9,9 @@ use std::path::PathBuf;
 const LONG_HELP: &str = "\
 Measures how close attention kernels come to softmax attention.
 
-Without arguments it runs on five real attention heads that are embedded in the program, and on synthetic Gaussian \
-queries and keys of growing norm. It prints a table, and writes a CSV file and one HTML page.
+Without arguments it runs on five real attention heads that are embedded in the program, and on \
+                         synthetic Gaussian queries and keys of growing norm. It prints a table, \
+                         and writes a CSV file and one HTML page.
 
 YOUR OWN QUERIES, KEYS AND VALUES
 
@@ -18,13 +19,16 @@ YOUR OWN QUERIES, KEYS AND VALUES
 
     <head>/q   <head>/k   <head>/v        (or <head>/test/q, <head>/test/k, <head>/test/v)
 
-of shape [tokens, d] and type F32, F16, BF16 or F64; q and k as the model multiplies them, after the rotary embedding and \
-without the factor 1/sqrt(d). `wpff-weighted`, `hybrid-taylor`, `hybrid-heavy` and one `hybrid-ward` are fitted to
+of shape [tokens, d] and type F32, F16, BF16 or F64; q and k as the model multiplies them, after \
+                         the rotary embedding and without the factor 1/sqrt(d). `wpff-weighted`, \
+                         `hybrid-taylor`, `hybrid-heavy` and one `hybrid-ward` are fitted to
 
     <head>/calibration/q   <head>/calibration/k        (optional; v may be there too)
 
-of another text. If those are every third token, say, the metadata entry `<head>/calibration/stride` must be \"3\". The metadata entry `<head>/causal`, \"true\" or \"false\", tells whether a token sees later ones; without \
-it a head is causal. To dump a head from a PyTorch model:
+of another text. If those are every third token, say, the metadata entry \
+                         `<head>/calibration/stride` must be \"3\". The metadata entry \
+                         `<head>/causal`, \"true\" or \"false\", tells whether a token sees later \
+                         ones; without it a head is causal. To dump a head from a PyTorch model:
 
     from safetensors.torch import save_file
     tensors = {}

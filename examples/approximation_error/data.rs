@@ -123,9 +123,16 @@ fn head(
     let mask = if plan.causal.unwrap_or(causal) { Mask::Causal } else { Mask::Full };
     let calibration_stride = match metadata.get(&format!("{name}/calibration/stride")) {
         None => 1,
-        Some(stride) => stride.parse().ok().filter(|stride| (1..=MOST_STRIDE).contains(stride)).ok_or_else(|| {
-            format!("the metadata `{name}/calibration/stride` is `{stride}`: write a number from 1 to {MOST_STRIDE}")
-        })?,
+        Some(stride) => {
+            stride.parse().ok().filter(|stride| (1..=MOST_STRIDE).contains(stride)).ok_or_else(
+                || {
+                    format!(
+                        "the metadata `{name}/calibration/stride` is `{stride}`: write a number \
+                         from 1 to {MOST_STRIDE}"
+                    )
+                },
+            )?
+        }
     };
     let split = if ["q", "k", "v"]
         .iter()
@@ -189,7 +196,8 @@ fn check_pair(split: &str, q: &Array2<f32>, k: &Array2<f32>, mask: Mask) -> Resu
     }
     if mask == Mask::Causal && q.nrows() != k.nrows() {
         return Err(format!(
-            "`{split}/q` has {} tokens and `{split}/k` has {}, but the head is causal: they must agree, or pass --full",
+            "`{split}/q` has {} tokens and `{split}/k` has {}, but the head is causal: they must \
+             agree, or pass --full",
             q.nrows(),
             k.nrows()
         ));
@@ -209,7 +217,8 @@ fn matrix(tensors: &SafeTensors<'_>, name: &str) -> Result<Array2<f32>, String> 
     }
     if rows > MOST_TOKENS {
         return Err(format!(
-            "`{name}` has {rows} tokens: at most {MOST_TOKENS} can be compared with exact attention"
+            "`{name}` has {rows} tokens: at most {MOST_TOKENS} can be compared with exact \
+             attention"
         ));
     }
     let numbers = numbers(&tensor).ok_or_else(|| {

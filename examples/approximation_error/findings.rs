@@ -42,18 +42,21 @@ fn against_uniform(results: &Results, heads: &Group, rows: &[Row]) -> Option<Str
             let winners =
                 names(rows.iter().filter(|row| row.beats_uniform == count).map(|row| row.kernel));
             format!(
-                "On all {count} real heads {winners} come closer to softmax than uniform attention does"
+                "On all {count} real heads {winners} come closer to softmax than uniform \
+                 attention does"
             )
         }
         0 => {
             format!("On the {count} real heads no feature map beats uniform attention on any head")
         }
         k => format!(
-            "On the {count} real heads no feature map beats uniform attention on more than {k} heads"
+            "On the {count} real heads no feature map beats uniform attention on more than {k} \
+             heads"
         ),
     };
     Some(format!(
-        "{verdict}; the smallest median output error of a map of exp(q·k) is {} ({}, m = {}), that of uniform attention {}.",
+        "{verdict}; the smallest median output error of a map of exp(q·k) is {} ({}, m = {}), \
+         that of uniform attention {}.",
         short(best.output_error.median),
         best.kernel.name(),
         best.features_text(),
@@ -97,8 +100,8 @@ fn more_features(rows: &[Row], heads: usize) -> Option<String> {
     let examples =
         if examples.is_empty() { String::new() } else { format!(" ({})", examples.join("; ")) };
     Some(format!(
-        "From the fewest to the most features the median output error over {heads} heads falls by more than a tenth for \
-         {gained}, of {} maps{examples}.",
+        "From the fewest to the most features the median output error over {heads} heads falls by \
+         more than a tenth for {gained}, of {} maps{examples}.",
         changes.len()
     ))
 }
@@ -132,8 +135,8 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     };
     let useful = if useful.is_empty() { "no map of exp(q·k)".to_owned() } else { useful };
     Some(format!(
-        "On Gaussian inputs with |x̂|² = {SMALL_NORM} uniform attention is off by {}; with m = {m} what beats it is: {useful}; \
-         the closest of all is {} (m = {}) with {}.{ratios}",
+        "On Gaussian inputs with |x̂|² = {SMALL_NORM} uniform attention is off by {}; with m = {m} \
+         what beats it is: {useful}; the closest of all is {} (m = {}) with {}.{ratios}",
         short(group.uniform(results)),
         best.kernel.name(),
         best.features_text(),
@@ -173,12 +176,14 @@ fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
     Some(match largest {
         None => {
             format!(
-                "No exponential map beats uniform attention at any norm |x̂|² from {first} to {last}; {context}."
+                "No exponential map beats uniform attention at any norm |x̂|² from {first} to \
+                 {last}; {context}."
             )
         }
         Some((norm, row, uniform)) => format!(
-            "The largest |x̂|², of those measured from {first} to {last}, at which some exponential map beats uniform attention is \
-             {norm} ({} with m = {}: {} against {}); {context}.",
+            "The largest |x̂|², of those measured from {first} to {last}, at which some \
+             exponential map beats uniform attention is {norm} ({} with m = {}: {} against {}); \
+             {context}.",
             row.kernel.name(),
             row.features_text(),
             short(row.output_error.median),
@@ -229,8 +234,8 @@ fn slopes_at_small_norm(results: &Results, plan: &Plan) -> Vec<String> {
             )
         };
         found.push(format!(
-            "At |x̂|² = {SMALL_NORM} the kernel error changes as a power of m with these exponents (95 % intervals over {} \
-             seeds): {}. {verdict}",
+            "At |x̂|² = {SMALL_NORM} the kernel error changes as a power of m with these exponents \
+             (95 % intervals over {} seeds): {}. {verdict}",
             plan.seeds,
             measured.join(", "),
         ));
@@ -261,7 +266,8 @@ fn weights(rows: &[Row]) -> Option<String> {
         rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
     let change = fitted.output_error.median / plain.output_error.median - 1.0;
     Some(format!(
-        "Weights fitted on another text change the median output error of wpff on the heads by {} % ({} to {} at m = {}).",
+        "Weights fitted on another text change the median output error of wpff on the heads by {} \
+         % ({} to {} at m = {}).",
         format!("{:+.1}", 100.0 * change).replace('-', "−"),
         short(plain.output_error.median),
         short(fitted.output_error.median),

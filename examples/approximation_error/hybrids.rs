@@ -46,15 +46,17 @@ impl Hybrid {
             }
             Self::Features => "window and sinks; FAVOR+ features of what leaves",
             Self::Taylor => {
-                "window and sinks; a second-order Taylor map of this rank, fitted on the calibration split"
+                "window and sinks; a second-order Taylor map of this rank, fitted on the \
+                 calibration split"
             }
             Self::Heavy => "the same with the far keys of the largest static score exact",
             Self::Ward => {
-                "window and sinks; far entries merged by Ward's rule, weighted by the attention expected from the \
-                 calibration split, or alike"
+                "window and sinks; far entries merged by Ward's rule, weighted by the attention \
+                 expected from the calibration split, or alike"
             }
             Self::Merged => {
-                "window and sinks; far entries merged by the attention they receive; needs no calibration"
+                "window and sinks; far entries merged by the attention they receive; needs no \
+                 calibration"
             }
         }
     }

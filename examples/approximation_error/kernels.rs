@@ -92,7 +92,8 @@ impl Kernel {
             Self::DctNormal => "DCT directions, normal radii: estimates exp(q·k/d), not exp(q·k)",
             Self::Official => "the map of the released DiJiang code, on raw q and k",
             Self::Wpff => {
-                "weighted positive fixed features: orthogonal directions, stratified radii, weights 1"
+                "weighted positive fixed features: orthogonal directions, stratified radii, \
+                 weights 1"
             }
             Self::WpffSobol => "the same with Sobol directions and radii",
             Self::WpffWeighted => "wpff with weights fitted on the calibration split",

@@ -153,7 +153,8 @@ fn norms(results: &Results, plan: &Plan) -> String {
         return String::new(); // uniform attention alone
     }
     format!(
-        "\nOutput error on Gaussian q and k of growing norm (in brackets: no better than uniform)\n{}\n",
+        "\nOutput error on Gaussian q and k of growing norm (in brackets: no better than \
+         uniform)\n{}\n",
         table::terminal_norms(&header, &lines)
     )
 }

@@ -20,19 +20,19 @@ const MOST_PANELS: usize = 12;
 pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<String, Failure> {
     let heads = Group::heads(results);
     let mut html = String::from(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>Approximation error of attention kernels</title>\n<style>\n",
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta \
+         name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>Approximation \
+         error of attention kernels</title>\n<style>\n",
     );
     html.push_str(STYLE);
     html.push_str(
         "</style>\n</head>\n<body>\n<h1>How close do attention kernels come to softmax?</h1>\n",
     );
     html.push_str(&format!(
-        "<p class=\"about\">dijiang {}, <code>{}</code>. {} seeds of every random map; kernels in float32, the reference in \
-         float64. Errors are relative Frobenius norms: ‖ÂV − AV‖/‖AV‖ for outputs, ‖K̂ − K‖/‖K‖ for kernels, \
-         K = exp(q̂·k̂). Uniform attention gives every visible key the same weight; a map that does not beat it \
-         approximates nothing.</p>\n",
+        "<p class=\"about\">dijiang {}, <code>{}</code>. {} seeds of every random map; kernels in \
+         float32, the reference in float64. Errors are relative Frobenius norms: ‖ÂV − AV‖/‖AV‖ \
+         for outputs, ‖K̂ − K‖/‖K‖ for kernels, K = exp(q̂·k̂). Uniform attention gives every \
+         visible key the same weight; a map that does not beat it approximates nothing.</p>\n",
         env!("CARGO_PKG_VERSION"),
         escaped(&plan.command),
         plan.seeds
@@ -72,9 +72,12 @@ pub fn page(results: &Results, plan: &Plan, findings: &[String]) -> Result<Strin
         html.push_str(&format!("<dt>{}</dt><dd>{}</dd>\n", rival.name(), rival.description()));
     }
     html.push_str(&format!(
-        "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of one forward on one thread, \
-         and are the only numbers here that differ from run to run.</p>\n</body>\n</html>\n",
-        results.measurements.len() + results.hybrids.measurements.len() + results.rivals.measurements.len()
+        "</dl>\n<p>{} measurements; every one is in <code>measurements.csv</code>. Times are of \
+         one forward on one thread, and are the only numbers here that differ from run to \
+         run.</p>\n</body>\n</html>\n",
+        results.measurements.len()
+            + results.hybrids.measurements.len()
+            + results.rivals.measurements.len()
     ));
     Ok(html)
 }
@@ -133,8 +136,9 @@ fn map_sections(
     figure(
         html,
         by_head,
-        "Median over seeds, with the range over seeds. The dashed bar is uniform attention on that head: marks above it are \
-         worse than looking at all keys alike. Marks at the upper edge may lie beyond it.",
+        "Median over seeds, with the range over seeds. The dashed bar is uniform attention on \
+         that head: marks above it are worse than looking at all keys alike. Marks at the upper \
+         edge may lie beyond it.",
     );
 
     section(html, "Error against the number of features");
@@ -145,8 +149,9 @@ fn map_sections(
         figure(html, plot, "");
     }
     html.push_str(
-        "</div>\n<p>Relative output error, median over seeds with the range over seeds, both axes logarithmic. Gaussian \
-         q and k of the stated norm, then the real heads. Maps whose number of features follows from d are single marks.</p>\n",
+        "</div>\n<p>Relative output error, median over seeds with the range over seeds, both axes \
+         logarithmic. Gaussian q and k of the stated norm, then the real heads. Maps whose number \
+         of features follows from d are single marks.</p>\n",
     );
 
     section(html, "How fast the kernel error falls");
@@ -157,8 +162,8 @@ fn map_sections(
         figure(html, plot, "");
     }
     html.push_str(
-        "</div>\n<p>Relative error of the unnormalised weights against exp(q̂·k̂). Monte Carlo falls with slope −½; \
-         slope −1 is the O(1/m) claimed for quasi-Monte Carlo.</p>\n",
+        "</div>\n<p>Relative error of the unnormalised weights against exp(q̂·k̂). Monte Carlo \
+         falls with slope −½; slope −1 is the O(1/m) claimed for quasi-Monte Carlo.</p>\n",
     );
     let slopes = plots::slopes(results, small, &heads.inputs)?;
     if slopes.is_some() {
@@ -169,15 +174,16 @@ fn map_sections(
             html,
             slopes,
             &format!(
-                "Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the order listed below."
+                "Large marks: |x̂|² = {SMALL_NORM}. Small marks: one for each real head, in the \
+                 order listed below."
             ),
         );
     }
     if let Some(rows) = plots::slope_table(results, small, &heads.inputs) {
         html.push_str(&format!(
-            "<div class=\"scroll\"><table><thead><tr><th>kernel</th><th>claimed</th><th>measured, |x̂|² = {SMALL_NORM}</th>\
-             <th>95 % interval</th><th>mean kernel error by m</th><th>range over heads</th></tr></thead>\
-             <tbody>{rows}</tbody></table></div>\n"
+            "<div class=\"scroll\"><table><thead><tr><th>kernel</th><th>claimed</th><th>measured, \
+             |x̂|² = {SMALL_NORM}</th><th>95 % interval</th><th>mean kernel error by \
+             m</th><th>range over heads</th></tr></thead><tbody>{rows}</tbody></table></div>\n"
         ));
     }
 
@@ -192,8 +198,8 @@ fn map_sections(
         figure(html, plot, "");
     }
     html.push_str(
-        "</div>\n<p>A feature map keeps 2m·(d<sub>v</sub> + 1) + 1 numbers, sums and their rounding errors; exact attention keeps n·(d + d<sub>v</sub>), \
-         the upright line.</p>\n",
+        "</div>\n<p>A feature map keeps 2m·(d<sub>v</sub> + 1) + 1 numbers, sums and their \
+         rounding errors; exact attention keeps n·(d + d<sub>v</sub>), the upright line.</p>\n",
     );
     Ok(())
 }
@@ -207,8 +213,8 @@ fn norms_section(html: &mut String, results: &Results, plan: &Plan) {
     section(html, "Growing norms");
     html.push_str(&plain_table(&header, &lines));
     html.push_str(
-        "<p>Output error on Gaussian q and k; in brackets: no better than uniform attention. † not made to estimate \
-         exp(q·k).</p>\n",
+        "<p>Output error on Gaussian q and k; in brackets: no better than uniform attention. † \
+         not made to estimate exp(q·k).</p>\n",
     );
 }
 
@@ -226,7 +232,10 @@ fn rival_sections(html: &mut String, results: &Results, plan: &Plan, heads: &Gro
     section(html, "Rivals by head");
     let (header, lines) = rivals::table::by_head(results, heads);
     html.push_str(&plain_table(&header, &lines));
-    html.push_str("<p>Output error, median over seeds; in brackets after the best factor. A dash: the kernel has no meaning on that head.</p>\n");
+    html.push_str(
+        "<p>Output error, median over seeds; in brackets after the best factor. A dash: the \
+         kernel has no meaning on that head.</p>\n",
+    );
 }
 
 fn section(html: &mut String, title: &str) {
@@ -268,7 +277,8 @@ fn plain_table(header: &[String], lines: &[Vec<String>]) -> String {
     let head: String = header.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
     let body: String = lines.iter().map(|line| format!("<tr>{}</tr>\n", cells(line, 1))).collect();
     format!(
-        "<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>\n"
+        "<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></\
+         table></div>\n"
     )
 }
 

@@ -241,7 +241,8 @@ pub fn key(
     let mut html = String::from("<p class=\"legend\">");
     for (class, text) in references {
         html.push_str(&format!(
-            "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{text}</span> "
+            "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" \
+             y2=\"7\"/></svg>{text}</span> "
         ));
     }
     for ((colour, shape), name) in marks {
@@ -519,7 +520,8 @@ pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> 
             _ => "-".to_owned(),
         };
         html.push_str(&format!(
-            "<tr><th>{}</th><td>{claimed}</td><td>{measured}</td><td>{interval}</td><td>{errors}</td><td>{range}</td></tr>",
+            "<tr><th>{}</th><td>{claimed}</td><td>{measured}</td><td>{interval}</td><td>{errors}</\
+             td><td>{range}</td></tr>",
             kernel.name()
         ));
     }

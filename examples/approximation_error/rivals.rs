@@ -73,23 +73,25 @@ impl Rival {
             }
             Self::Relu => "the Performer with ReLU: m = d, no projection, at scale 1/√d",
             Self::CosFormer => {
-                "ReLU features and a cosine of the distance, which reaches 0 at the number of tokens"
+                "ReLU features and a cosine of the distance, which reaches 0 at the number of \
+                 tokens"
             }
             Self::DijiangFirst => {
-                "the released DiJiang kernel: its map on raw q and k, random radii, γ = 31/32 (head 1 of 16), no \
-                 normaliser"
+                "the released DiJiang kernel: its map on raw q and k, random radii, γ = 31/32 \
+                 (head 1 of 16), no normaliser"
             }
             Self::DijiangLast => "the same with γ = 511/512 (head 16 of 16)",
             Self::RetentionFirst => {
-                "q·k/√d, γ = 1 − 2⁻⁵ (head 1 of 8), no normaliser; without RetNet's rotation, since q and k come turned"
+                "q·k/√d, γ = 1 − 2⁻⁵ (head 1 of 8), no normaliser; without RetNet's rotation, \
+                 since q and k come turned"
             }
             Self::RetentionLast => "the same with γ = 1 − 2⁻¹² (head 8 of 8)",
             Self::RetentionXpos => {
                 "the same as retention-last with the decays of xPos by pair of columns"
             }
             Self::Ssd => {
-                "Mamba-2: q·k/√d, a gate for each token, exp(−softplus(b + w·k)) with w random of variance 1/d and \
-                 softplus(b) = 0.01"
+                "Mamba-2: q·k/√d, a gate for each token, exp(−softplus(b + w·k)) with w random of \
+                 variance 1/d and softplus(b) = 0.01"
             }
             Self::Gla => {
                 "gated linear attention: q·k/√d, a gate for each column of k, sigmoid(k)^(1/16)"

@@ -130,7 +130,8 @@ pub const LEGEND: &str = "\
 Relative errors of output, attention matrix and exp(q·k) against softmax in f64;
 medians over heads, then over seeds; each kernel at its best m.
 * smallest output error of the maps of exp(q·k).  † not made to estimate it.
-\"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates nothing there.
+\"no: k/n\": no better than uniform attention on at least half of the inputs, so it approximates \
+                          nothing there.
 An output of zeros has error 1.";
 
 /// The output error of every kernel on inputs of growing norm, with about `features` features.

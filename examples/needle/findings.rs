@@ -36,7 +36,8 @@ fn reference(results: &Results) -> String {
         })
         .fold(1.0_f64, |least, score| least.min(score.accuracy()));
     format!(
-        "Exact softmax gives at least {:.0} % right answers at every distance and load; a guess is right in {:.1} %.",
+        "Exact softmax gives at least {:.0} % right answers at every distance and load; a guess \
+         is right in {:.1} %.",
         100.0 * least,
         100.0 / CLASSES as f64
     )
@@ -83,7 +84,8 @@ fn farthest(results: &Results, plan: &Plan, sort: Sort) -> Option<String> {
         .max_by(|a, b| last(*a).accuracy().total_cmp(&last(*b).accuracy()))?;
     let softmax = of_kind(&[Kind::Reference]).next()?;
     Some(format!(
-        "{} pairs {distance} tokens back: the best constant memory is {} with {}; softmax has {}, in {} times as many numbers.",
+        "{} pairs {distance} tokens back: the best constant memory is {} with {}; softmax has {}, \
+         in {} times as many numbers.",
         capital(sort.name()),
         KERNELS[best].name,
         percent(last(best)),

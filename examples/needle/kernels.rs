@@ -58,7 +58,8 @@ pub const KERNELS: [Kernel; 10] = [
     },
     Kernel {
         name: "window 129",
-        about: "4 sinks and the last 129 tokens, which is as many numbers as the memories below keep",
+        about: "4 sinks and the last 129 tokens, which is as many numbers as the memories below \
+                keep",
         kind: Kind::Baseline,
         colour: RGBColor(204, 121, 167),
         shape: Shape::Ring,
@@ -74,7 +75,8 @@ pub const KERNELS: [Kernel; 10] = [
     },
     Kernel {
         name: "Ward 64",
-        about: "4 sinks, the last 64 tokens, and 64 entries merged by Ward's rule on keys, without a calibration",
+        about: "4 sinks, the last 64 tokens, and 64 entries merged by Ward's rule on keys, \
+                without a calibration",
         kind: Kind::Memory,
         colour: RGBColor(230, 159, 0),
         shape: Shape::Triangle,
@@ -114,7 +116,8 @@ pub const KERNELS: [Kernel; 10] = [
     },
     Kernel {
         name: "Taylor 6, calibrated",
-        about: "4 sinks, the last 64 tokens, and a second-order map of rank 6 fitted to another stream; a smaller state",
+        about: "4 sinks, the last 64 tokens, and a second-order map of rank 6 fitted to another \
+                stream; a smaller state",
         kind: Kind::Memory,
         colour: RGBColor(0, 114, 178),
         shape: Shape::Ring,

@@ -15,14 +15,14 @@ pub fn page(
     findings: &[String],
 ) -> Result<String, Box<dyn std::error::Error>> {
     let mut html = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>Recall of attention kernels</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n\
-         <h1>What does a memory of constant size recall?</h1>\n\
-         <p class=\"about\">dijiang {}, <code>{}</code>. Pairs of a key and a value are planted in a stream of filler, and asked for \
-         later by noisy copies of their keys. An answer is right if the planted value is the nearest of 64 codes. Nothing \
-         marks a planted key: it is made as every other one, in sizes and shares that were measured on real heads.</p>\n\
-         <h2>What was found</h2>\n<ul>\n",
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta \
+         name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>Recall of \
+         attention kernels</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<h1>What does a \
+         memory of constant size recall?</h1>\n<p class=\"about\">dijiang {}, <code>{}</code>. \
+         Pairs of a key and a value are planted in a stream of filler, and asked for later by \
+         noisy copies of their keys. An answer is right if the planted value is the nearest of 64 \
+         codes. Nothing marks a planted key: it is made as every other one, in sizes and shares \
+         that were measured on real heads.</p>\n<h2>What was found</h2>\n<ul>\n",
         env!("CARGO_PKG_VERSION"),
         plan.command
     );

@@ -82,7 +82,8 @@ pub fn legend() -> String {
         html.push_str(&shape.key(*colour, name));
     }
     html.push_str(
-        "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>a guess</span></p>",
+        "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" x2=\"25\" \
+         y2=\"7\"/></svg>a guess</span></p>",
     );
     html
 }

@@ -58,8 +58,9 @@ fn percent_and_half(score: Score) -> String {
 /// What the numbers mean.
 pub fn legend(plan: &Plan) -> String {
     format!(
-        "Right answers in %, ± half of a 95 % binomial interval ({} streams for each point; answers of one stream are not independent).\n\
-         A guess is right in {:.1} %. State: numbers kept after the longest stream; that of softmax grows by {} with each token.",
+        "Right answers in %, ± half of a 95 % binomial interval ({} streams for each point; \
+         answers of one stream are not independent).\nA guess is right in {:.1} %. State: numbers \
+         kept after the longest stream; that of softmax grows by {} with each token.",
         plan.seeds,
         100.0 / CLASSES as f64,
         2 * crate::task::HEAD_DIM,

@@ -76,7 +76,8 @@ impl Sort {
             }
             Self::Refreshed => {
                 format!(
-                    "Refreshed needles: up to {READS} queries ask for each pair within {READ_WITHIN} tokens after it came"
+                    "Refreshed needles: up to {READS} queries ask for each pair within \
+                     {READ_WITHIN} tokens after it came"
                 )
             }
         }

@@ -155,7 +155,8 @@ impl<T: Scalar> MultiHead<T> {
         let group = self.group();
         let merging = |kv: usize| kernels[kv * group].as_hybrid();
         if heads.len() < 2 {
-            let why = "it needs two kv heads with `Far::merged` that are not pooled yet, each with one kernel for all its query heads";
+            let why = "it needs two kv heads with `Far::merged` that are not pooled yet, each \
+                       with one kernel for all its query heads";
             return Err(Error::Unsupported { what: "pooling the entries of heads", why });
         }
         let first = merging(heads[0]);

@@ -111,7 +111,8 @@ impl<T: Scalar> HybridAttention<T> {
         check::finite_calls(core::slice::from_ref(&call))?;
         if mask != Mask::Causal {
             if self.config.window > 0 {
-                let why = "a window has no meaning where every query sees every key; build the kernel with `window(0)`";
+                let why = "a window has no meaning where every query sees every key; build the \
+                           kernel with `window(0)`";
                 return Err(Error::Unsupported { what: "a full mask with a window", why });
             }
             if self.config.learns() {

@@ -270,7 +270,8 @@ impl<T: Scalar> Attention<T> for Linformer<T> {
 
 const NOT_CAUSAL: Error = Error::Unsupported {
     what: "causal attention with Linformer",
-    why: "each projected key mixes all positions, so a query would see the future; use `Mask::Full`, or another kernel",
+    why: "each projected key mixes all positions, so a query would see the future; use \
+          `Mask::Full`, or another kernel",
 };
 
 /// What is saved; F is left out where it is E.

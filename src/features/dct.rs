@@ -299,7 +299,8 @@ impl<T: Scalar> DctFeatures<T> {
                 return Err(Error::InvalidOption {
                     which: "projection",
                     found: format!("a matrix with a difference of {difference:.1e} in column {i}"),
-                    needed: "C·diag(t), the orthonormal DCT-II matrix with a radius for each column",
+                    needed: "C·diag(t), the orthonormal DCT-II matrix with a radius for each \
+                             column",
                 });
             }
             radii[i] = T::from_f64(radius);

@@ -261,7 +261,8 @@ impl<T: Scalar> CalibratedTaylor<T> {
             return Err(Error::InvalidOption {
                 which: "coefficients",
                 found: format!("[{c0}, {c1}, {c2}]"),
-                needed: "those of a positive kernel: c0 > 0, c1 and c2 not negative, c1^2 < 2 c0 c2",
+                needed: "those of a positive kernel: c0 > 0, c1 and c2 not negative, c1^2 < 2 c0 \
+                         c2",
             });
         }
         let standard = |x: Array2<T>| x.as_standard_layout().into_owned();

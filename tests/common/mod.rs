@@ -122,7 +122,8 @@ pub fn assert_close<T: Scalar>(what: &str, a: &Array2<T>, b: &Array2<f64>, units
     let (units_found, at) = worst;
     assert!(
         units_found <= units,
-        "{what}: {units_found:.1} units of epsilon ({}) at {at:?}, allowed {units}: {} instead of {}",
+        "{what}: {units_found:.1} units of epsilon ({}) at {at:?}, allowed {units}: {} instead of \
+         {}",
         T::NAME,
         a[at],
         b[at]

@@ -90,7 +90,8 @@ pub fn caption(results: &Results, input: usize) -> String {
         (None, _) => format!("uniform attention has {}", short(head.uniform())),
     };
     format!(
-        "{far}; the closest hybrid of the table is {} with error {} from {} floats, {} of the exact cache; {against}.",
+        "{far}; the closest hybrid of the table is {} with error {} from {} floats, {} of the \
+         exact cache; {against}.",
         best.contestant.label(),
         short(best.error.median),
         count(best.state_floats as f64),
@@ -105,7 +106,8 @@ fn closest(heads: &[Head<'_>]) -> Option<String> {
     let floats = hybrids().map(|(_, row)| row.state_floats).max()?;
     let share = hybrids().map(|(head, row)| head.share_of_exact(row)).reduce(f64::max)?;
     let start = format!(
-        "Among the hybrids of the table, of at most {} floats and {} of the exact cache, the closest to softmax",
+        "Among the hybrids of the table, of at most {} floats and {} of the exact cache, the \
+         closest to softmax",
         count(floats as f64),
         percent(share)
     );
@@ -162,7 +164,8 @@ fn against_windows(heads: &[Head<'_>]) -> Option<String> {
         (_, true) => format!("Not closer to softmax than the window of equal size: {lost}."),
         _ => {
             format!(
-                "Not closer to softmax than the window of equal size: {lost}. Closer on every causal head: {won}."
+                "Not closer to softmax than the window of equal size: {lost}. Closer on every \
+                 causal head: {won}."
             )
         }
     })
@@ -248,7 +251,8 @@ fn more_entries(heads: &[Head<'_>]) -> Option<String> {
     let over =
         if causal == 1 { String::new() } else { format!(" median over {causal} causal heads,") };
     Some(format!(
-        "The error of the merging memory by number of entries,{over} in brackets that of the window of equal size: {}.",
+        "The error of the merging memory by number of entries,{over} in brackets that of the \
+         window of equal size: {}.",
         each.join(", ")
     ))
 }
@@ -320,8 +324,8 @@ fn too_short(results: &Results, plan: &Plan, heads: &[Head<'_>]) -> Option<Strin
         return None;
     }
     Some(format!(
-        "No hybrid was measured on {without} of {real} heads: none of those chosen is smaller there than the keys and \
-         values themselves, or has a meaning."
+        "No hybrid was measured on {without} of {real} heads: none of those chosen is smaller \
+         there than the keys and values themselves, or has a meaning."
     ))
 }
 

@@ -75,14 +75,16 @@ pub fn legend(results: &Results, sizes: &Sizes) -> String {
     let mut text = String::new();
     if any(Mask::Causal) {
         text.push_str(&format!(
-            "Causal heads: a window of {window} tokens and {sinks} sinks exact, a far memory behind them, one normaliser.\n\
-             Equal window: the error of a window of as many floats with no far memory. \"no\": the hybrid is no closer.\n\
-             Far dropped: the error of the same window alone. Far share: of attention, the mean over queries with a far key.\n"
+            "Causal heads: a window of {window} tokens and {sinks} sinks exact, a far memory \
+             behind them, one normaliser.\nEqual window: the error of a window of as many floats \
+             with no far memory. \"no\": the hybrid is no closer.\nFar dropped: the error of the \
+             same window alone. Far share: of attention, the mean over queries with a far key.\n"
         ));
     }
     if any(Mask::Full) {
         text.push_str(
-            "Bidirectional heads: no window, every key is far; merging by received attention needs an order of queries.\n",
+            "Bidirectional heads: no window, every key is far; merging by received attention \
+             needs an order of queries.\n",
         );
     }
     text.push_str("* smallest output error of the head. Features: median over seeds.");

@@ -59,16 +59,17 @@ fn over_seeds(error: Spread) -> String {
 /// What the columns mean, as far as the run has them.
 pub fn legend(results: &Results, heads: &Group, plan: &Plan) -> String {
     let mut text = String::from(
-        "Models are trained with these kernels as they are: the distance from softmax says nothing about their quality.\n\
-         Medians over the heads that a kernel has a meaning on, then over seeds; uniform attention on the same heads.\n\
-         Best factor: each head's output times the one number that fits best. A norm after the kernels that have no\n\
-         normaliser removes any such number.\n",
+        "Models are trained with these kernels as they are: the distance from softmax says \
+         nothing about their quality.\nMedians over the heads that a kernel has a meaning on, \
+         then over seeds; uniform attention on the same heads.\nBest factor: each head's output \
+         times the one number that fits best. A norm after the kernels that have no\nnormaliser \
+         removes any such number.\n",
     );
     let chosen = |rivals: &[Rival]| rivals.iter().any(|rival| plan.rivals.contains(rival));
     if chosen(&[Rival::Ssd, Rival::Gla]) {
         text.push_str(
-            "No gates are trained for these heads: those of ssd and gla come from the keys by the papers' formulas with\n\
-             untrained weights.\n",
+            "No gates are trained for these heads: those of ssd and gla come from the keys by the \
+             papers' formulas with\nuntrained weights.\n",
         );
     }
     if chosen(&[Rival::Linformer]) {
@@ -82,8 +83,9 @@ pub fn legend(results: &Results, heads: &Group, plan: &Plan) -> String {
     };
     if Rival::ALL.iter().any(missing) {
         text.push_str(
-            "Kernels that decay need an order of tokens, so bidirectional heads have none; linformer mixes all positions, so\n\
-             causal heads, and heads of no more tokens than its rank, have none.\n",
+            "Kernels that decay need an order of tokens, so bidirectional heads have none; \
+             linformer mixes all positions, so\ncausal heads, and heads of no more tokens than \
+             its rank, have none.\n",
         );
     }
     text.trim_end().to_owned()

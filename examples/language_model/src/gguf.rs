@@ -44,7 +44,8 @@ impl Gguf {
         };
         ensure!(
             architecture == "llama",
-            "the architecture is `{architecture}`; this program runs `llama` (LLaMA, SmolLM, TinyLlama, Mistral, ...)"
+            "the architecture is `{architecture}`; this program runs `llama` (LLaMA, SmolLM, \
+             TinyLlama, Mistral, ...)"
         );
         ensure!(
             self.optional("expert_count")?.unwrap_or(0) == 0,
@@ -190,7 +191,8 @@ impl Gguf {
         unknown.sort();
         match unknown.first() {
             Some(name) => bail!(
-                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): this variant is not supported",
+                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): this \
+                 variant is not supported",
                 config.layers,
                 unknown.len()
             ),

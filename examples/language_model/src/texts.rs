@@ -138,8 +138,8 @@ fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
         if let Some(place) = text.tokens.iter().position(|id| *id as usize >= size) {
             let id = text.tokens[place];
             bail!(
-                "token {place} of the text {:?} is {id}, but the model's vocabulary has {size} tokens: the ids are of \
-                 another tokenizer",
+                "token {place} of the text {:?} is {id}, but the model's vocabulary has {size} \
+                 tokens: the ids are of another tokenizer",
                 text.name
             );
         }
@@ -149,8 +149,9 @@ fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
 
 /// Token ids in one of the three shapes.
 fn ids(text: &str, name: impl FnOnce() -> String) -> Result<Both> {
-    const SHAPES: &str = "expected [1, 2, 3], {\"name\": \"...\", \"tokens\": [1, 2, 3]}, or {\"calibration\": {...}, \
-                          \"evaluation\": [{...}]} with a name and tokens in each";
+    const SHAPES: &str = "expected [1, 2, 3], {\"name\": \"...\", \"tokens\": [1, 2, 3]}, or \
+                          {\"calibration\": {...}, \"evaluation\": [{...}]} with a name and \
+                          tokens in each";
     fn to<T: DeserializeOwned>(value: Value) -> Result<T> {
         serde_json::from_value(value).context(SHAPES)
     }

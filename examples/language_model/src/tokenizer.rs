@@ -79,8 +79,9 @@ impl Tokenizer {
                 )
             }
             other => bail!(
-                "tokenizer.ggml.model is \"{other}\", but only \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece \
-                 BPE) are known here: use another model, or pass texts as token ids"
+                "tokenizer.ggml.model is \"{other}\", but only \"gpt2\" (byte-level BPE) and \
+                 \"llama\" (SentencePiece BPE) are known here: use another model, or pass texts \
+                 as token ids"
             ),
         };
         let user_defined = vocabulary.named(Kind::UserDefined);
@@ -97,7 +98,8 @@ impl Tokenizer {
         let adds_bos = metadata.flag("tokenizer.ggml.add_bos_token", default)?;
         if adds_bos && vocabulary.bos.is_none() {
             bail!(
-                "tokenizer.ggml.add_bos_token is set without tokenizer.ggml.bos_token_id: the file is damaged"
+                "tokenizer.ggml.add_bos_token is set without tokenizer.ggml.bos_token_id: the \
+                 file is damaged"
             );
         }
         let Vocabulary { ids, bos, eos, ends, .. } = vocabulary;

@@ -9,7 +9,8 @@ use std::process::{Command, Output};
 fn written() -> Written {
     let sizes = Sizes::default();
     let written = sizes.write();
-    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}";
+    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if \
+                    add_generation_prompt %}<a>{% endif %}";
     sizes.parts().set("tokenizer.chat_template", Some(text(template))).write(&written.path);
     fs::write(
         written.folder.path().join("text.txt"),

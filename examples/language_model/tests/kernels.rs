@@ -47,7 +47,8 @@ fn good_names_come_back() {
         "window,window=128",
         "merged",
         "merged:64,pool,exact=9",
-        "merged:64,window=32,sinks=2,heavy=4,decay=0.99,min-age=8,block=16,value-weight=0.5,metric=query-diagonal",
+        "merged:64,window=32,sinks=2,heavy=4,decay=0.99,min-age=8,block=16,value-weight=0.5,\
+         metric=query-diagonal",
         "merged:64,plan=some/file.json",
         "ward:32,calibrated,block=4",
         "taylor",

@@ -28,7 +28,8 @@ pub fn found(comparison: &Comparison) -> Vec<String> {
     };
     if comparison.rows.len() == 1 {
         return vec![format!(
-            "Only {} was measured: perplexity {} in the second half of {} tokens. There is nothing to compare it to.",
+            "Only {} was measured: perplexity {} in the second half of {} tokens. There is \
+             nothing to compare it to.",
             first.kernel,
             perplexity(first.halves[1]),
             count(comparison.context)
@@ -58,8 +59,8 @@ fn best(comparison: &Comparison, first: &Row) -> Option<String> {
     };
     let verb = if of == 1 { "has" } else { "has the lowest" };
     Some(format!(
-        "{among} {} {verb} perplexity: {} in the second half of {} tokens, where {} has {} ({}), from a state of {} MiB, {} \
-         of the size.",
+        "{among} {} {verb} perplexity: {} in the second half of {} tokens, where {} has {} ({}), \
+         from a state of {} MiB, {} of the size.",
         best.kernel,
         perplexity(best.halves[1]),
         count(comparison.context),
@@ -96,7 +97,8 @@ fn against_windows(comparison: &Comparison) -> Vec<String> {
         }
         (!parts.is_empty()).then(|| {
             format!(
-                "The window that costs as much, {}, is what a memory behind a window has to beat: the perplexity is {}.",
+                "The window that costs as much, {}, is what a memory behind a window has to beat: \
+                 the perplexity is {}.",
                 with_change(comparison, window),
                 parts.join(", ")
             )
@@ -131,8 +133,8 @@ fn exact(comparison: &Comparison, first: &Row) -> Vec<String> {
             )
         };
         Some(format!(
-            "{heads} exact of {of} kv heads take the change of the perplexity of {name}{from} to {}{recall}; the state is {} \
-             MiB, {} of the size, and grows with the context.",
+            "{heads} exact of {of} kv heads take the change of the perplexity of {name}{from} to \
+             {}{recall}; the state is {} MiB, {} of the size, and grows with the context.",
             numbers::change(change(comparison, row)),
             plain(mib(row.state_bytes)),
             share(state_share(comparison, row)),
@@ -148,7 +150,8 @@ fn maps(comparison: &Comparison) -> Option<String> {
     let every =
         if lost.len() == all.len() { "Feature maps alone" } else { "These feature maps alone" };
     Some(format!(
-        "{every} cannot stand in for softmax in a model that was not trained with them: perplexities of {} ({}).",
+        "{every} cannot stand in for softmax in a model that was not trained with them: \
+         perplexities of {} ({}).",
         range(least, most),
         list(&names(&lost))
     ))

@@ -52,7 +52,8 @@ pub fn picture(comparison: &Comparison, plan: &Chosen) -> Option<String> {
     let (width, bottom) = (LEFT + layers * step + 16, 8 + kv_heads * tall);
     let width = width.max(LEFT + 320);
     let mut svg = format!(
-        "<svg viewBox=\"0 0 {width} {}\" role=\"img\" aria-label=\"Errors of heads\" style=\"max-width: {width}px\" font-size=\"14\">\n",
+        "<svg viewBox=\"0 0 {width} {}\" role=\"img\" aria-label=\"Errors of heads\" \
+         style=\"max-width: {width}px\" font-size=\"14\">\n",
         bottom + 92
     );
     let mut missing = false;
@@ -80,13 +81,15 @@ pub fn picture(comparison: &Comparison, plan: &Chosen) -> Option<String> {
             );
             let dots = if error.is_none() { " stroke=\"#010204\"" } else { "" };
             svg.push_str(&format!(
-                "<rect x=\"{}\" y=\"{}\" width=\"{w}\" height=\"{h}\" fill=\"{fill}\"{dots}><title>{title}</title></rect>\n",
+                "<rect x=\"{}\" y=\"{}\" width=\"{w}\" height=\"{h}\" \
+                 fill=\"{fill}\"{dots}><title>{title}</title></rect>\n",
                 x + gap / 2,
                 top + 4
             ));
             if is_exact {
                 svg.push_str(&format!(
-                    "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"none\" stroke=\"#010203\" stroke-width=\"2\"/>\n",
+                    "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"none\" \
+                     stroke=\"#010203\" stroke-width=\"2\"/>\n",
                     x + 1,
                     top + 2,
                     step - 2,
@@ -107,7 +110,8 @@ pub fn picture(comparison: &Comparison, plan: &Chosen) -> Option<String> {
     svg.push_str(&text(LEFT + layers * step / 2, bottom + 36, "middle", "layer"));
     let middle = 8 + kv_heads * tall / 2;
     svg.push_str(&format!(
-        "<text x=\"16\" y=\"{middle}\" text-anchor=\"middle\" fill=\"#010203\" transform=\"rotate(-90 16 {middle})\">kv head</text>\n"
+        "<text x=\"16\" y=\"{middle}\" text-anchor=\"middle\" fill=\"#010203\" \
+         transform=\"rotate(-90 16 {middle})\">kv head</text>\n"
     ));
     svg.push_str(&scale(most, bottom + 58, missing));
     svg.push_str("</svg>");

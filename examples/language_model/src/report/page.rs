@@ -18,8 +18,10 @@ const MORE_STYLE: &str = "\
 .compared { font-size: .82rem; }
 .compared th, .compared td { padding: .22rem .32rem; }
 .compared thead th { white-space: normal; }
-.compared tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 10.5rem; max-width: 16rem; }
-.groups th { text-align: center; border-bottom: none; border-left: 1px solid var(--grid); white-space: normal; }
+.compared tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 10.5rem; max-width: \
+                          16rem; }
+.groups th { text-align: center; border-bottom: none; border-left: 1px solid var(--grid); \
+                          white-space: normal; }
 .groups th:first-child, .groups th:nth-child(2) { border-left: none; }
 li, figcaption, p { overflow-wrap: anywhere; }
 ";
@@ -32,10 +34,11 @@ const LONGEST_NAME: usize = 60;
 /// The whole page; `command` is what was typed to get it.
 pub fn page(comparison: &Comparison, command: &str) -> Result<String> {
     let mut html = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>Attention kernels in a language model</title>\n<style>\n{STYLE}{MORE_STYLE}</style>\n</head>\n<body>\n\
-         <h1>What does a language model lose and gain by its attention kernel?</h1>\n{}",
+        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta \
+         name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>Attention \
+         kernels in a language \
+         model</title>\n<style>\n{STYLE}{MORE_STYLE}</style>\n</head>\n<body>\n<h1>What does a \
+         language model lose and gain by its attention kernel?</h1>\n{}",
         about(comparison, command)
     );
     section(&mut html, "What was found");
@@ -58,8 +61,9 @@ pub fn page(comparison: &Comparison, command: &str) -> Result<String> {
 fn about(comparison: &Comparison, command: &str) -> String {
     let Comparison { model, layers, kv_heads, threads, .. } = comparison;
     format!(
-        "<p class=\"about\">{}: {layers} layers of {kv_heads} kv heads, not trained any further. Texts: {}. Calibration: {}. \
-         Windows of {} tokens; {threads} thread{}; {} s in all. <code>{}</code></p>\n",
+        "<p class=\"about\">{}: {layers} layers of {kv_heads} kv heads, not trained any further. \
+         Texts: {}. Calibration: {}. Windows of {} tokens; {threads} thread{}; {} s in all. \
+         <code>{}</code></p>\n",
         escaped(model),
         escaped(&list(&comparison.texts)),
         escaped(&comparison.calibration),
@@ -74,8 +78,9 @@ fn about(comparison: &Comparison, command: &str) -> String {
 fn legend(comparison: &Comparison) -> String {
     let first = name_of_first(comparison);
     let mut text = format!(
-        "The state is of all layers, its share that of {first}. Perplexities are means over the first and the second half of the \
-         context; their change is that of the second half against {first}. "
+        "The state is of all layers, its share that of {first}. Perplexities are means over the \
+         first and the second half of the context; their change is that of the second half \
+         against {first}. "
     );
     if !lists(comparison).is_empty() {
         text.push_str(
@@ -83,8 +88,8 @@ fn legend(comparison: &Comparison) -> String {
         );
     }
     text.push_str(&format!(
-        "Copied: tokens of a text that is given twice. Shaded: {first}; green: the lowest perplexity of constant memory; \
-         grey: perplexity more than {} times that of {first}.",
+        "Copied: tokens of a text that is given twice. Shaded: {first}; green: the lowest \
+         perplexity of constant memory; grey: perplexity more than {} times that of {first}.",
         super::facts::OFF_SCALE
     ));
     text
@@ -109,8 +114,9 @@ fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
         let off =
             if off.is_empty() { String::new() } else { format!(" Off the scale: {}.", list(&off)) };
         let caption = format!(
-            "Lower is better, further left is smaller: perplexity in the second half of {} tokens against the bytes of the state \
-             there, on a logarithmic scale; the dashed line is {first}, thin lines join a kernel to itself with exact heads.{off}",
+            "Lower is better, further left is smaller: perplexity in the second half of {} tokens \
+             against the bytes of the state there, on a logarithmic scale; the dashed line is \
+             {first}, thin lines join a kernel to itself with exact heads.{off}",
             count(comparison.context)
         );
         figure(html, &panel, &caption)?;
@@ -122,8 +128,8 @@ fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
         html.push_str(&key(drawn.map(|(row, look)| (look, row.kernel.as_str())), Some(&first)));
         let off = left_out(&far, "Off the scale and left out");
         let caption = format!(
-            "Nats a token above {first}, each mark the mean over {} positions: a line that rises loses more the longer the \
-             context is.{off}",
+            "Nats a token above {first}, each mark the mean over {} positions: a line that rises \
+             loses more the longer the context is.{off}",
             count(comparison.bucket)
         );
         figure(html, &panel, &caption)?;
@@ -149,13 +155,15 @@ fn recall(html: &mut String, comparison: &Comparison) -> Result<()> {
             format!("{} tokens later", count(distance))
         };
         let caption = format!(
-            "Codes of four digits that are recalled, in percent, from a list of so many names that comes again {between}."
+            "Codes of four digits that are recalled, in percent, from a list of so many names \
+             that comes again {between}."
         );
         figure(html, &panel, &caption)?;
     }
     if let Some((panel, pairs)) = by_distance {
         let caption = format!(
-            "The same in percent for lists of {pairs} names, by tokens of prose between the two lists."
+            "The same in percent for lists of {pairs} names, by tokens of prose between the two \
+             lists."
         );
         figure(html, &panel, &caption)?;
     }
@@ -163,7 +171,8 @@ fn recall(html: &mut String, comparison: &Comparison) -> Result<()> {
         comparison.rows.iter().filter(|row| recalled(row, 0).right == 0).collect();
     let none = left_out(&none, "Left out, as they recall nothing");
     html.push_str(&format!(
-        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each other.{}</p>\n",
+        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each \
+         other.{}</p>\n",
         escaped(&none)
     ));
     Ok(())
@@ -173,15 +182,18 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
     let panels = [
         (
             memory(comparison),
-            "Bytes of the states of all layers in MiB against the tokens of the context, both axes logarithmic: flat lines are constant memory.",
+            "Bytes of the states of all layers in MiB against the tokens of the context, both \
+             axes logarithmic: flat lines are constant memory.",
         ),
         (
             attention_time(comparison),
-            "Milliseconds a token spent in attention while decoding, against the context, both axes logarithmic.",
+            "Milliseconds a token spent in attention while decoding, against the context, both \
+             axes logarithmic.",
         ),
         (
             total_time(comparison),
-            "Milliseconds of a whole decode step, on a linear scale from zero: what the attention saves beside the rest of the model.",
+            "Milliseconds of a whole decode step, on a linear scale from zero: what the attention \
+             saves beside the rest of the model.",
         ),
     ];
     if panels.iter().all(|(panel, _)| panel.is_none()) {
@@ -208,7 +220,8 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
         )
     });
     html.push_str(&format!(
-        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each other.{}{}</p>\n",
+        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each \
+         other.{}{}</p>\n",
         escaped(&alike.unwrap_or_default()),
         if lengths(comparison).is_empty() { " No decode steps were timed." } else { "" }
     ));
@@ -228,8 +241,8 @@ fn plans(html: &mut String, comparison: &Comparison) {
             format!("; the largest is {} in kv head {kv_head} of layer {layer}", plain(error))
         });
         let caption = format!(
-            "{}: each cell is a kv head, its colour the relative error of its output on the calibration text if it does not stay \
-             exact{}; the {} outlined stay exact.",
+            "{}: each cell is a kv head, its colour the relative error of its output on the \
+             calibration text if it does not stay exact{}; the {} outlined stay exact.",
             list(&names),
             worst.unwrap_or_default(),
             plan.exact.len()

@@ -158,7 +158,8 @@ pub fn key<'a>(marks: impl IntoIterator<Item = (Look, &'a str)>, dashed: Option<
     let mut html = String::from("<p class=\"legend\">");
     if let Some(text) = dashed {
         html.push_str(&format!(
-            "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" x2=\"25\" y2=\"7\"/></svg>{}</span> ",
+            "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" \
+             x2=\"25\" y2=\"7\"/></svg>{}</span> ",
             escaped(text)
         ));
     }

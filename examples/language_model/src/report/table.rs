@@ -82,18 +82,20 @@ fn legend(comparison: &Comparison) -> String {
     let first = reference(comparison).map_or("the first", |row| &row.kernel);
     let first = shortened(first, 24);
     let mut text = format!(
-        "State at {} tokens, of whole: as a share of {first}'s. Perplexity in both halves of the context, the change of the second \
-         against\n{first}. Copied: tokens of a text given twice.",
+        "State at {} tokens, of whole: as a share of {first}'s. Perplexity in both halves of the \
+         context, the change of the second against\n{first}. Copied: tokens of a text given twice.",
         comparison.context
     );
     if !lists(comparison).is_empty() {
         text.push_str(
-            " Numbered columns: codes recalled of lists of so many pairs, +tokens of\nprose between, /codes asked for.",
+            " Numbered columns: codes recalled of lists of so many pairs, +tokens of\nprose \
+             between, /codes asked for.",
         );
     }
     if let Some(longest) = lengths(comparison).last() {
         text.push_str(&format!(
-            " µs of a decode step at {longest} tokens. Bold: {first}, and the best of constant memory."
+            " µs of a decode step at {longest} tokens. Bold: {first}, and the best of constant \
+             memory."
         ));
     }
     text
@@ -124,7 +126,8 @@ pub fn html(comparison: &Comparison) -> String {
     names.extend(["tokens", "attention", "all"].map(str::to_owned));
     let names: String = names.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
     let mut html = format!(
-        "<div class=\"scroll\"><table class=\"compared\"><thead><tr class=\"groups\">{groups}</tr>\n<tr>{names}</tr></thead><tbody>\n"
+        "<div class=\"scroll\"><table class=\"compared\"><thead><tr \
+         class=\"groups\">{groups}</tr>\n<tr>{names}</tr></thead><tbody>\n"
     );
     let best = best_constant(comparison);
     for (i, row) in comparison.rows.iter().enumerate() {

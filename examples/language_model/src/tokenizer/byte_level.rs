@@ -63,8 +63,9 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizerWrapper> {
         "llama-bpe" | "llama3" | "llama-v3" => split(LLAMA3),
         "qwen2" => split(QWEN2),
         other => bail!(
-            "tokenizer.ggml.pre is \"{other}\", a way of splitting text that is not known here: use a model with \
-             smollm, starcoder, refact, gpt-2, phi-2, llama-bpe or qwen2, or pass texts as token ids"
+            "tokenizer.ggml.pre is \"{other}\", a way of splitting text that is not known here: \
+             use a model with smollm, starcoder, refact, gpt-2, phi-2, llama-bpe or qwen2, or \
+             pass texts as token ids"
         ),
     }
 }
@@ -84,13 +85,15 @@ fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<(String, S
                 (left, right)
             }
             _ => bail!(
-                "{KEY}[{place}] is \"{line}\", not two pieces with a space between: the file is damaged"
+                "{KEY}[{place}] is \"{line}\", not two pieces with a space between: the file is \
+                 damaged"
             ),
         };
         for piece in [left, right, &format!("{left}{right}")] {
             if !vocabulary.ids.contains_key(piece) {
                 bail!(
-                    "{KEY}[{place}] needs \"{piece}\", which is not in the vocabulary: the file is damaged"
+                    "{KEY}[{place}] needs \"{piece}\", which is not in the vocabulary: the file \
+                     is damaged"
                 );
             }
         }

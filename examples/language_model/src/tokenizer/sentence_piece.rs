@@ -68,14 +68,15 @@ fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<(String, S
 
 /// The bytes of each token.
 pub(super) fn pieces(vocabulary: &Vocabulary) -> Result<Vec<Vec<u8>>> {
-    let piece = |(id, (token, kind)): (usize, (&String, &Kind))| {
-        match kind {
+    let piece = |(id, (token, kind)): (usize, (&String, &Kind))| match kind {
         Kind::Byte => byte(token).map(|byte| vec![byte]).with_context(|| {
-            format!("token {id}, \"{token}\", is a byte by its type, but not by its name: the file is damaged")
+            format!(
+                "token {id}, \"{token}\", is a byte by its type, but not by its name: the file is \
+                 damaged"
+            )
         }),
         Kind::Control | Kind::Unknown => Ok(token.clone().into_bytes()),
         _ => Ok(token.replace('▁', " ").into_bytes()),
-    }
     };
     vocabulary.tokens.iter().zip(&vocabulary.kinds).enumerate().map(piece).collect()
 }

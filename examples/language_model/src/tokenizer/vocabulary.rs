@@ -57,7 +57,8 @@ impl Vocabulary {
         let mut kinds = match metadata.integers("tokenizer.ggml.token_type")? {
             Some(types) if types.len() != size => {
                 bail!(
-                    "tokenizer.ggml.token_type has {} entries for {size} tokens: the file is damaged",
+                    "tokenizer.ggml.token_type has {} entries for {size} tokens: the file is \
+                     damaged",
                     types.len()
                 )
             }
@@ -97,7 +98,8 @@ fn kind((place, number): (usize, i64)) -> Result<Kind> {
         5 => Kind::Unused,
         6 => Kind::Byte,
         _ => bail!(
-            "tokenizer.ggml.token_type[{place}] is {number}, not a type from 1 to 6: the file is damaged"
+            "tokenizer.ggml.token_type[{place}] is {number}, not a type from 1 to 6: the file is \
+             damaged"
         ),
     })
 }

@@ -8,8 +8,8 @@ use crate::decode::STEPS;
 /// What the reader should not conclude.
 pub fn cautions(comparison: &Comparison) -> Vec<String> {
     let mut cautions = vec![format!(
-        "other models and other text. This is one small model ({}, {} layers of {} kv heads) on English prose ({}), contexts of \
-         {} tokens.",
+        "other models and other text. This is one small model ({}, {} layers of {} kv heads) on \
+         English prose ({}), contexts of {} tokens.",
         comparison.model,
         comparison.layers,
         comparison.kv_heads,
@@ -17,7 +17,8 @@ pub fn cautions(comparison: &Comparison) -> Vec<String> {
         count(comparison.context)
     )];
     cautions.push(
-        "what training would repair. Nothing was trained: a kernel takes the place of softmax in a model made with softmax."
+        "what training would repair. Nothing was trained: a kernel takes the place of softmax in \
+         a model made with softmax."
             .to_owned(),
     );
     cautions.extend(recall(comparison));
@@ -46,8 +47,8 @@ fn recall(comparison: &Comparison) -> Option<String> {
         ""
     };
     Some(format!(
-        "recall in real use. The lists of names and codes are synthetic, {number} a point: a difference of a few codes may be \
-         chance.{prose}"
+        "recall in real use. The lists of names and codes are synthetic, {number} a point: a \
+         difference of a few codes may be chance.{prose}"
     ))
 }
 
@@ -62,9 +63,9 @@ fn times(comparison: &Comparison) -> Option<String> {
         format!("{} threads", comparison.threads)
     };
     Some(format!(
-        "times elsewhere. These are medians of {STEPS} steps on {threads} of one machine, a kernel after the other. All that is \
-         not attention is the same work for every kernel and took {} ms: \
-         differences of that kind are noise.",
+        "times elsewhere. These are medians of {STEPS} steps on {threads} of one machine, a \
+         kernel after the other. All that is not attention is the same work for every kernel and \
+         took {} ms: differences of that kind are noise.",
         range(least, most)
     ))
 }
