@@ -1,8 +1,9 @@
 //! Checks of arguments, shared by every public function.
 
-use crate::attention::HeadCall;
-use crate::{Error, Mask, Scalar, kernel};
-use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use crate::error::Error;
+use crate::kernel;
+use crate::scalar::Scalar;
+use ndarray::{ArrayView1, ArrayView2};
 
 /// `found` must equal `expected`.
 pub(crate) fn size(
@@ -97,78 +98,6 @@ pub(crate) fn keys_values<T: Scalar>(
 pub(crate) fn queries<T: Scalar>(head_dim: usize, q: ArrayView2<'_, T>) -> Result<(), Error> {
     size("q", "columns", head_dim, q.ncols())?;
     finite("q", q)
-}
-
-/// The shapes of all arguments of a forward pass.
-pub(crate) fn forward<T: Scalar>(
-    head_dim: usize,
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    mask: Mask,
-    out: &ArrayViewMut2<'_, T>,
-) -> Result<(), Error> {
-    size("q", "columns", head_dim, q.ncols())?;
-    size("k", "columns", head_dim, k.ncols())?;
-    size("v", "rows", k.nrows(), v.nrows())?;
-    at_least_one("v columns", v.ncols())?;
-    size("out", "rows", q.nrows(), out.nrows())?;
-    size("out", "columns", v.ncols(), out.ncols())?;
-    if mask == Mask::Causal {
-        size("k", "rows", q.nrows(), k.nrows())?;
-    }
-    if q.nrows() > 0 {
-        at_least_one("k rows", k.nrows())?;
-    }
-    Ok(())
-}
-
-/// Queries, keys and values must be finite.
-pub(crate) fn all_finite<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-) -> Result<(), Error> {
-    finite("q", q)?;
-    finite("k", k)?;
-    finite("v", v)
-}
-
-/// The shapes of all arguments of [`crate::Stream::extend_group`].
-pub(crate) fn extend_group<T: Scalar>(
-    head_dim: usize,
-    value_dim: usize,
-    group: usize,
-    q: ArrayView3<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    out: &ArrayViewMut3<'_, T>,
-) -> Result<(), Error> {
-    size("q", "heads", group, q.len_of(Axis(0)))?;
-    size("out", "heads", group, out.len_of(Axis(0)))?;
-    size("v", "columns", value_dim, v.ncols())?;
-    size("q", "columns", head_dim, q.len_of(Axis(2)))?;
-    size("k", "columns", head_dim, k.ncols())?;
-    size("v", "rows", k.nrows(), v.nrows())?;
-    size("out", "rows", q.len_of(Axis(1)), out.len_of(Axis(1)))?;
-    size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
-    size("k", "rows", q.len_of(Axis(1)), k.nrows())
-}
-
-/// The numbers of a group of query heads must be finite.
-pub(crate) fn finite_group<T: Scalar>(
-    q: ArrayView3<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-) -> Result<(), Error> {
-    q.outer_iter().try_for_each(|q| finite("q", q))?;
-    finite("k", k)?;
-    finite("v", v)
-}
-
-/// The numbers of several heads must be finite.
-pub(crate) fn finite_calls<T: Scalar>(calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
-    calls.iter().try_for_each(|call| finite_group(call.q, call.k, call.v))
 }
 
 /// Features that come in pairs.

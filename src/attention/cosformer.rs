@@ -1,9 +1,15 @@
 //! cosFormer: ReLU features that forget by a cosine of the distance.
 
-use super::linear::LinearAttention;
-use super::positional::{Positional, Positions, attention_by};
+use crate::attention::linear::LinearAttention;
+use crate::attention::delegate::attention_by;
+use crate::attention::positional::Positional;
+use crate::attention::positional::rotate::Positions;
 use crate::rotary::RotaryAngles;
-use crate::{Error, IdentityFeatures, Rotary, Scalar, check};
+use crate::check;
+use crate::error::Error;
+use crate::features::elementwise::IdentityFeatures;
+use crate::rotary::Rotary;
+use crate::scalar::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Linear attention whose weight falls with the distance (cosFormer, Qin et al., arXiv 2202.08791,
@@ -46,7 +52,7 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// ```
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "Parts", into = "Parts", bound = "T: Scalar"))]
+#[cfg_attr(feature = "serde", serde(try_from = "SavedCosFormer", into = "SavedCosFormer", bound = "T: Scalar"))]
 pub struct CosFormer<T: Scalar> {
     kernel: Positional<Cosines, LinearAttention<IdentityFeatures<T>>>,
 }
@@ -124,7 +130,7 @@ impl Positions for Cosines {
         check::length(self.max_len, end)
     }
 
-    fn place<T: Scalar>(
+    fn rotate<T: Scalar>(
         &self,
         angles: &RotaryAngles<T>,
         x: ArrayView2<'_, T>,
@@ -148,14 +154,14 @@ impl Positions for Cosines {
 /// What is saved.
 #[cfg(feature = "serde")]
 #[derive(serde::Serialize, serde::Deserialize)]
-struct Parts {
+struct SavedCosFormer {
     head_dim: usize,
     max_len: usize,
     epsilon: f64,
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> From<CosFormer<T>> for Parts {
+impl<T: Scalar> From<CosFormer<T>> for SavedCosFormer {
     fn from(kernel: CosFormer<T>) -> Self {
         let Cosines { head_dim, max_len, epsilon, .. } = *kernel.kernel.positions();
         Self { head_dim, max_len, epsilon }
@@ -163,10 +169,10 @@ impl<T: Scalar> From<CosFormer<T>> for Parts {
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<Parts> for CosFormer<T> {
+impl<T: Scalar> TryFrom<SavedCosFormer> for CosFormer<T> {
     type Error = Error;
 
-    fn try_from(parts: Parts) -> Result<Self, Error> {
+    fn try_from(parts: SavedCosFormer) -> Result<Self, Error> {
         Self::new(parts.head_dim, parts.max_len)?.with_epsilon(parts.epsilon)
     }
 }

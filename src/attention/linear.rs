@@ -1,11 +1,21 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
-use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{
-    Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace,
-};
-use crate::{Error, FeatureMap, Scalar, check};
-use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+pub(crate) mod stream;
+
+use crate::attention::call::{Head, NO_FULL_DECAY};
+use crate::attention::linear::stream::{LinearStream, check_gates};
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
+use crate::attention::stream::{Stream, StreamOptions};
+use crate::attention::threads::Threads;
+use crate::attention::{Attention, PairWeights};
+use crate::check;
+use crate::error::Error;
+use crate::features::FeatureMap;
+use crate::mask::Mask;
+use crate::memory::{Decay, Engine, LinearMemory, LogDecay, Readout, State, Tokens, Workspace};
+use crate::scalar::Scalar;
+use ndarray::{Array1, Array2, ArrayView2};
 use std::sync::Arc;
 
 /// Attention whose weight is a product of features (Katharopoulos et al., arXiv 2006.16236):
@@ -224,308 +234,102 @@ impl<F> LinearAttention<F> {
     {
         let decay =
             LogDecay::of(&self.decay, self.map.num_features()).map(|decay| decay.map(Arc::new));
-        Box::new(LinearStream::new(memory, self.readout, decay))
+        Box::new(LinearStream::new(memory, self.readout, decay, 1, Threads::default()))
+    }
+}
+
+/// What a forward pass keeps in the scratch.
+#[derive(Debug)]
+struct LinearScratch<T> {
+    state: State<T>,
+    work: Workspace<T>,
+    log_decay: LogDecay<T>,
+}
+
+impl<T: Scalar> Default for LinearScratch<T> {
+    fn default() -> Self {
+        Self { state: State::new(), work: Workspace::new(), log_decay: LogDecay::new() }
     }
 }
 
 impl<F> LinearAttention<F> {
-    fn new_stream<T: Scalar>(&self, value_dim: usize) -> Result<LinearStream<T, F>, Error>
-    where
-        F: FeatureMap<T> + 'static,
-    {
-        let decay = LogDecay::of(&self.decay, self.map.num_features())?;
-        Ok(LinearStream::new(self.empty(value_dim)?, self.readout, Ok(decay.map(Arc::new))))
-    }
-
-    /// Arguments of checked shapes, but for the log decays.
-    fn forward_checked<T: Scalar>(
+    /// A head of checked shapes, but for the log decays.
+    fn forward_head<T: Scalar>(
         &self,
-        tokens: Tokens<'_, T>,
+        head: &mut Head<'_, T>,
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-        scratch: &mut Scratch<T>,
+        LinearScratch { state, work, log_decay }: &mut LinearScratch<T>,
     ) -> Result<(), Error>
     where
         F: FeatureMap<T>,
     {
         let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
-        let (features, value_dim) = (self.map.num_features(), tokens.v.ncols());
-        let Scratch { state, work, log_decay, .. } = scratch;
+        let (features, value_dim) = (self.map.num_features(), head.v.ncols());
         let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
-        check_gates(decay, features, tokens)?;
+        check_gates(decay, features, head)?;
         let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay);
-        state.reset(features, value_dim);
-        match mask {
-            Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
-            Mask::Full if decay.is_some() => Err(super::NO_FULL_DECAY),
-            Mask::Full => engine.full(state, tokens.q, tokens.k, tokens.v, out, self.readout, work),
-        }
-    }
-}
-
-/// Gated kernels need log decays `[n, 1 or features]`, others take none.
-fn check_gates<T: Scalar>(
-    decay: Option<&LogDecay<T>>,
-    features: usize,
-    tokens: Tokens<'_, T>,
-) -> Result<(), Error> {
-    match (decay.is_some_and(|decay| decay.gated), tokens.log_decay) {
-        (false, None) => Ok(()),
-        (false, Some(_)) => Err(super::NOT_GATED),
-        (true, None) => Err(Error::Unsupported {
-            what: "a call of a gated kernel without log decays",
-            why: "use `forward_gated` or `extend_gated`",
-        }),
-        (true, Some(log_decay)) => {
-            check::size("log_decay", "rows", tokens.q.nrows(), log_decay.nrows())?;
-            if log_decay.ncols() == 1 {
-                Ok(())
-            } else {
-                check::size("log_decay", "columns", features, log_decay.ncols())
+        let Head { q, k, v, log_decay, out, .. } = head;
+        q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
+            state.reset(features, value_dim);
+            let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
+            match mask {
+                Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
+                Mask::Full if decay.is_some() => Err(NO_FULL_DECAY),
+                Mask::Full => engine.full(state, q, *k, *v, out, self.readout, work),
             }
-        }
+        })
     }
 }
 
 impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> {
-    fn forward_into(
+    fn forward_heads(
         &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
-    }
-
-    fn forward_with(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        check::forward(self.map.head_dim(), q, k, v, mask, &out)?;
-        self.forward_checked(Tokens { q, k, v, log_decay: None }, mask, out, scratch)
-    }
-
-    fn forward_gated(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        log_decay: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-        scratch: &mut Scratch<T>,
-    ) -> Result<(), Error> {
-        check::forward(self.map.head_dim(), q, k, v, Mask::Causal, &out)?;
-        self.forward_checked(
-            Tokens { q, k, v, log_decay: Some(log_decay) },
-            Mask::Causal,
-            out,
-            scratch,
-        )
-    }
-
-    fn is_gated(&self) -> bool {
-        self.decay.gated
+        let threads = scratch.threads();
+        scratch.with_part(|part: &mut LinearScratch<T>, _| {
+            part.work.set_threads(threads.are_several());
+            heads.iter_mut().try_for_each(|head| {
+                head.check_forward(self.map.head_dim(), mask)?;
+                self.forward_head(head, mask, part)
+            })
+        })
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(self.new_stream(value_dim)?))
+        self.stream_with(StreamOptions::new(value_dim))
     }
 
-    fn group_stream(
-        &self,
-        group: usize,
-        value_dim: usize,
-    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
-        check::at_least_one("group", group)?;
-        Ok(Some(Box::new(LinearStream { group, ..self.new_stream(value_dim)? })))
+    fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        options.check_one_head()?;
+        let decay = LogDecay::of(&self.decay, self.map.num_features())?.map(Arc::new);
+        let memory = self.empty(options.value_dim)?;
+        let StreamOptions { group, threads, .. } = options;
+        Ok(Box::new(LinearStream::new(memory, self.readout, Ok(decay), group, threads)))
     }
 
-    fn heads_are_independent(&self) -> bool {
-        true
+    fn sharing(&self) -> Sharing {
+        Sharing::Head
     }
 
-    fn state_floats(&self, value_dim: usize, _tokens: usize) -> Result<usize, Error> {
-        Ok(self.new_stream(value_dim)?.state_floats())
+    fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {
+        // of sums that decay the weight depends on the distance as well
+        if self.decay.is_none() { Some(self) } else { None }
     }
+}
 
+impl<T: Scalar, F: FeatureMap<T> + 'static> PairWeights<T> for LinearAttention<F> {
     fn log_weights(
         &self,
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
-    ) -> Result<Option<Array2<f64>>, Error> {
+    ) -> Result<Array2<f64>, Error> {
         let memory = self.empty(1)?;
-        self.decay.check(self.map.num_features())?;
-        if !self.decay.is_none() {
-            return Ok(None); // the weight depends on the distance as well
-        }
         check::queries(self.map.head_dim(), q)?;
         check::size("k", "columns", self.map.head_dim(), k.ncols())?;
         check::finite("k", k)?;
-        memory.log_weights(q, k).map(Some)
-    }
-}
-
-/// A fixed-size state and the scratch of one chunk.
-#[derive(Debug)]
-struct LinearStream<T, F> {
-    memory: LinearMemory<T, F>,
-    group: usize,
-    readout: Readout,
-    decay: Result<Option<Arc<LogDecay<T>>>, Error>,
-    work: Workspace<T>,
-    checkpoint: Checkpoint<T>,
-}
-
-const KERNEL: &str = "linear";
-
-impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
-    fn new(
-        memory: LinearMemory<T, F>,
-        readout: Readout,
-        decay: Result<Option<Arc<LogDecay<T>>>, Error>,
-    ) -> Self {
-        Self {
-            memory,
-            group: 1,
-            readout,
-            decay,
-            work: Workspace::new(),
-            checkpoint: Checkpoint::new(),
-        }
-    }
-
-    fn decays(&self) -> bool {
-        !matches!(self.decay, Ok(None))
-    }
-
-    fn shape(&self) -> [usize; 3] {
-        [self.memory.head_dim(), self.memory.num_features(), self.memory.value_dim()]
-    }
-}
-
-impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
-    fn extend(
-        &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
-    }
-
-    fn extend_gated(
-        &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        log_decay: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
-        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: Some(log_decay), out }])
-    }
-
-    fn group(&self) -> usize {
-        self.group
-    }
-
-    fn extend_group(
-        &mut self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut3<'_, T>,
-    ) -> Result<(), Error> {
-        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: None, out }])
-    }
-
-    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
-        let [HeadCall { q, k, v, log_decay, out }] = calls else { return Err(super::ONE_HEAD) };
-        let (q, k, v, log_decay) = (*q, *k, *v, *log_decay);
-        check::extend_group(
-            self.memory.head_dim(),
-            self.memory.value_dim(),
-            self.group,
-            q,
-            k,
-            v,
-            out,
-        )?;
-        let tokens = |q| Tokens { q, k, v, log_decay };
-        let decay = self.decay.as_ref().map_err(Error::clone)?.as_deref();
-        check_gates(decay, self.memory.num_features(), tokens(q.index_axis_move(Axis(0), 0)))?;
-        if self.group == 1 {
-            let tokens = tokens(q.index_axis_move(Axis(0), 0));
-            return self.memory.extend(
-                tokens,
-                decay,
-                out.index_axis_mut(Axis(0), 0),
-                self.readout,
-                &mut self.work,
-            );
-        }
-        let heads = q.outer_iter().map(tokens);
-        self.memory.extend_group(heads, decay, out.view_mut(), self.readout, &mut self.work)
-    }
-
-    fn len(&self) -> usize {
-        self.memory.len()
-    }
-
-    fn state_floats(&self) -> usize {
-        self.memory.state_floats() + usize::from(self.decays())
-    }
-
-    fn clone_box(&self) -> Box<dyn Stream<T>> {
-        let fresh = Self::new(self.memory.clone(), self.readout, self.decay.clone());
-        Box::new(Self { group: self.group, work: self.work.like(), ..fresh })
-    }
-
-    fn reset(&mut self) {
-        self.memory.reset();
-        self.checkpoint.clear();
-    }
-
-    fn stay_on_one_thread(&mut self) {
-        self.work.stay_on_one_thread();
-    }
-
-    fn checkpoint(&mut self) -> bool {
-        self.memory.save_to(&mut self.checkpoint);
-        true
-    }
-
-    fn rollback(&mut self) -> Result<(), Error> {
-        if self.memory.return_to(&self.checkpoint) { Ok(()) } else { Err(NO_CHECKPOINT) }
-    }
-
-    fn save(&self) -> Result<StreamState<T>, Error> {
-        let mut numbers = self.memory.numbers();
-        if self.decays() && !numbers.is_empty() {
-            numbers.push(self.memory.log_scale_low());
-        }
-        Ok(StreamState::new(KERNEL, self.len(), self.shape().to_vec(), numbers))
-    }
-
-    fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
-        let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
-        let numbers = state.numbers(KERNEL, &self.shape(), count)?;
-        match numbers {
-            [numbers @ .., low] if self.decays() => {
-                self.memory.set_numbers(state.tokens(), numbers);
-                self.memory.set_log_scale_low(*low);
-            }
-            numbers => self.memory.set_numbers(state.tokens(), numbers),
-        }
-        self.checkpoint.clear();
-        Ok(())
+        memory.log_weights(q, k)
     }
 }

@@ -1,10 +1,17 @@
 //! Linformer: softmax attention over projected keys and values.
 
-use super::softmax::SoftmaxAttention;
-use super::{Attention, Mask, Scratch, Stream};
+use crate::attention::Attention;
+use crate::attention::call::Head;
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
+use crate::attention::softmax::SoftmaxAttention;
+use crate::attention::stream::Stream;
+use crate::error::Error;
 use crate::kernel::{Buffer, Into, Matrix, Product, all_finite, chunk_len, padded};
-use crate::{Error, Scalar, check, projection, views};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
+use crate::mask::Mask;
+use crate::scalar::Scalar;
+use crate::{check, projection, views};
+use ndarray::{Array2, ArrayView2, Axis};
 use std::sync::Arc;
 
 /// Softmax attention over `rank` projected keys and values in place of all of them (Linformer, Wang
@@ -45,7 +52,7 @@ use std::sync::Arc;
 /// ```
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(feature = "serde", serde(try_from = "SavedLinformer<T>", into = "SavedLinformer<T>"))]
 #[cfg_attr(
     feature = "serde",
     serde(bound(
@@ -156,7 +163,7 @@ fn random<T: Scalar>(
 /// A projection times the rows of a call, `[rank, columns]`, and what it takes. Grows to the
 /// largest call.
 #[derive(Debug)]
-pub(crate) struct Projected<T> {
+struct Projected<T> {
     /// Some rows, each as wide as whole vectors.
     rows: Buffer<T>,
     sums: Buffer<T>,
@@ -164,8 +171,18 @@ pub(crate) struct Projected<T> {
     low: Buffer<T>,
 }
 
+/// Projected keys and values, in the scratch.
+#[derive(Debug)]
+struct LinformerScratch<T>([Projected<T>; 2]);
+
+impl<T: Scalar> Default for LinformerScratch<T> {
+    fn default() -> Self {
+        Self([Projected::new(), Projected::new()])
+    }
+}
+
 impl<T: Scalar> Projected<T> {
-    pub(crate) fn new() -> Self {
+    fn new() -> Self {
         Self { rows: Buffer::new(), sums: Buffer::new(), low: Buffer::new() }
     }
 
@@ -218,53 +235,39 @@ impl<T: Scalar> Projected<T> {
 }
 
 impl<T: Scalar> Attention<T> for Linformer<T> {
-    fn forward_into(
+    fn forward_heads(
         &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
-    }
-
-    fn forward_with(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        check::forward(self.head_dim, q, k, v, mask, &out)?;
-        if mask != Mask::Full {
-            return Err(NOT_CAUSAL);
-        }
-        check::length(self.max_len(), k.nrows())?;
-        check::all_finite(q, k, v)?;
         let [e, f] = &self.projections;
-        // taken out, so that the softmax can have the rest
-        let [mut keys, mut values] =
-            core::mem::replace(&mut scratch.projected, [Projected::new(), Projected::new()]);
-        let result = keys
-            .set("a projected key", e, k)
-            .and_then(|()| values.set("a projected value", f, v))
-            .and_then(|()| {
-                let (k, v) = (keys.view(e.nrows(), k.ncols()), values.view(f.nrows(), v.ncols()));
-                self.softmax.forward_with(q, k, v, Mask::Full, out, scratch)
-            });
-        scratch.projected = [keys, values];
-        result
+        scratch.with_part(|LinformerScratch([keys, values]), scratch| {
+            heads.iter_mut().try_for_each(|head| {
+                head.check_not_gated()?;
+                head.check_forward(self.head_dim, mask)?;
+                if mask != Mask::Full {
+                    return Err(NOT_CAUSAL);
+                }
+                check::length(self.max_len(), head.keys())?;
+                head.check_finite()?;
+                keys.set("a projected key", e, head.k)?;
+                values.set("a projected value", f, head.v)?;
+                let (head_dim, value_dim) = (head.k.ncols(), head.v.ncols());
+                let k = keys.view(e.nrows(), head_dim);
+                let v = values.view(f.nrows(), value_dim);
+                let projected = Head { k, v, ..head.reborrow() };
+                self.softmax.forward_heads(&mut [projected], Mask::Full, scratch)
+            })
+        })
     }
 
     fn stream(&self, _value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
         Err(NOT_CAUSAL)
     }
 
-    fn heads_are_independent(&self) -> bool {
-        true
+    fn sharing(&self) -> Sharing {
+        Sharing::Head
     }
 }
 
@@ -277,7 +280,7 @@ const NOT_CAUSAL: Error = Error::Unsupported {
 /// What is saved; F is left out where it is E.
 #[cfg(feature = "serde")]
 #[derive(serde::Serialize, serde::Deserialize)]
-struct Parts<T> {
+struct SavedLinformer<T> {
     head_dim: usize,
     scale: Option<f64>,
     e: Array2<T>,
@@ -285,7 +288,7 @@ struct Parts<T> {
 }
 
 #[cfg(feature = "serde")]
-impl<T: Clone> From<Linformer<T>> for Parts<T> {
+impl<T: Clone> From<Linformer<T>> for SavedLinformer<T> {
     fn from(kernel: Linformer<T>) -> Self {
         let [e, f] = &kernel.projections;
         let f = if Arc::ptr_eq(e, f) { None } else { Some((**f).clone()) };
@@ -294,10 +297,10 @@ impl<T: Clone> From<Linformer<T>> for Parts<T> {
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<Parts<T>> for Linformer<T> {
+impl<T: Scalar> TryFrom<SavedLinformer<T>> for Linformer<T> {
     type Error = Error;
 
-    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+    fn try_from(parts: SavedLinformer<T>) -> Result<Self, Error> {
         let kernel = if let Some(f) = parts.f {
             Self::from_projections(parts.head_dim, parts.e, f)?
         } else {

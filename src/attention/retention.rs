@@ -1,8 +1,13 @@
 //! Retention: products of turned queries and keys that decay with the distance.
 
-use super::linear::LinearAttention;
-use super::positional::{Positional, attention_by};
-use crate::{Error, IdentityFeatures, Rotary, RotaryPairs, Scalar, check};
+use crate::attention::linear::LinearAttention;
+use crate::attention::delegate::attention_by;
+use crate::attention::positional::Positional;
+use crate::check;
+use crate::error::Error;
+use crate::features::elementwise::IdentityFeatures;
+use crate::rotary::{Rotary, RotaryPairs};
+use crate::scalar::Scalar;
 use ndarray::Array1;
 
 /// Retention, the attention of RetNet (Sun et al., arXiv 2307.08621, equations 5 to 7):

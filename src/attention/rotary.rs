@@ -1,8 +1,10 @@
 //! Any kernel with rotary position embedding inside.
 
-use super::Attention;
-use super::positional::{Positional, attention_by};
-use crate::{Rotary, Scalar};
+use crate::attention::Attention;
+use crate::attention::delegate::attention_by;
+use crate::attention::positional::Positional;
+use crate::rotary::Rotary;
+use crate::scalar::Scalar;
 
 /// A kernel whose queries and keys are turned by their positions first ([`Rotary`]), for models
 /// that hand out raw ones:

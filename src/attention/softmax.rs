@@ -1,11 +1,20 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
-use super::{Attention, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{ExactMemory, Memory, QUERY_BLOCK, Readout, Tile, attend};
+use crate::attention::call::{Head, one_head};
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
+use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
+use crate::attention::threads::Threads;
+use crate::attention::{Attention, PairWeights};
+use crate::check;
+use crate::error::Error;
+use crate::kernel::max_abs;
+use crate::mask::Mask;
+use crate::memory::{ExactMemory, QUERY_BLOCK, Readout, Tile, attend};
+use crate::scalar::Scalar;
 use crate::views::{rows, rows_mut};
-use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
 /// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
 ///
@@ -58,13 +67,6 @@ impl<T: Scalar> SoftmaxAttention<T> {
         self.scale = Some(scale);
         self
     }
-
-    /// An empty cache for so many query heads.
-    fn stream_of(&self, group: usize, value_dim: usize) -> Result<SoftmaxStream<T>, Error> {
-        let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        let cache = ExactMemory::new(self.head_dim, value_dim, scale)?;
-        Ok(SoftmaxStream { cache, group, tile: Tile::new(), checkpoint: None })
-    }
 }
 
 /// With fewer scores than this, one thread answers.
@@ -72,6 +74,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
 const FEWEST_SCORES: usize = 1 << 18;
 
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
+#[allow(clippy::too_many_arguments)]
 fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
@@ -79,11 +82,12 @@ fn answer<T: Scalar>(
     scale: T,
     first: Option<usize>,
     mut out: ArrayViewMut2<'_, T>,
+    #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
     tile: &mut Tile<T>,
 ) -> Result<(), Error> {
     let n = q.nrows();
     #[cfg(feature = "rayon")]
-    if tile.parallel
+    if threads.are_several()
         && n.saturating_mul(k.nrows()) >= FEWEST_SCORES
         && n > QUERY_BLOCK
         && rayon::current_num_threads() > 1
@@ -108,52 +112,55 @@ fn answer<T: Scalar>(
     Ok(())
 }
 
-impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
-    fn forward_into(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
-    }
+/// What a forward pass keeps in the scratch.
+#[derive(Debug)]
+struct SoftmaxScratch<T>(Tile<T>);
 
-    fn forward_with(
+impl<T: Scalar> Default for SoftmaxScratch<T> {
+    fn default() -> Self {
+        Self(Tile::new())
+    }
+}
+
+impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
+    fn forward_heads(
         &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         let scale = T::from_f64(check::scale::<T>(self.scale, self.head_dim)?);
-        check::forward(self.head_dim, q, k, v, mask, &out)?;
-        check::all_finite(q, k, v)?;
-        let first = match mask {
-            Mask::Causal => Some(0),
-            Mask::Full => None,
-        };
-        answer(q, k, v, scale, first, out, &mut scratch.tile)
+        let first = if mask == Mask::Causal { Some(0) } else { None };
+        let threads = scratch.threads();
+        scratch.with_part(|SoftmaxScratch(tile), _| {
+            heads.iter_mut().try_for_each(|head| {
+                head.check_not_gated()?;
+                head.check_forward(self.head_dim, mask)?;
+                head.check_finite()?;
+                let Head { q, k, v, out, .. } = head;
+                q.outer_iter()
+                    .zip(out.outer_iter_mut())
+                    .try_for_each(|(q, out)| answer(q, *k, *v, scale, first, out, threads, tile))
+            })
+        })
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(self.stream_of(1, value_dim)?))
+        self.stream_with(StreamOptions::new(value_dim))
     }
 
-    fn group_stream(
-        &self,
-        group: usize,
-        value_dim: usize,
-    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
-        check::at_least_one("group", group)?;
-        Ok(Some(Box::new(self.stream_of(group, value_dim)?)))
-    }
-
-    fn heads_are_independent(&self) -> bool {
-        true
+    fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        let StreamOptions { value_dim, group, threads, .. } = options;
+        options.check_one_head()?;
+        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        Ok(Box::new(SoftmaxStream {
+            cache: ExactMemory::new(self.head_dim, value_dim, scale)?,
+            group,
+            threads,
+            tile: Tile::new(),
+            largest: [T::zero(); 2],
+            checkpoint: None,
+        }))
     }
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
@@ -161,17 +168,27 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         Ok(tokens.saturating_mul(self.head_dim + value_dim))
     }
 
+    fn sharing(&self) -> Sharing {
+        Sharing::Head
+    }
+
+    fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {
+        Some(self)
+    }
+}
+
+impl<T: Scalar> PairWeights<T> for SoftmaxAttention<T> {
     fn log_weights(
         &self,
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
-    ) -> Result<Option<Array2<f64>>, Error> {
+    ) -> Result<Array2<f64>, Error> {
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
         check::queries(self.head_dim, q)?;
         check::size("k", "columns", self.head_dim, k.ncols())?;
         check::finite("k", k)?;
         let (q, k) = (q.mapv(|x| x.as_f64() * scale), k.mapv(T::as_f64));
-        Ok(Some(q.dot(&k.t())))
+        Ok(q.dot(&k.t()))
     }
 }
 
@@ -180,49 +197,91 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 struct SoftmaxStream<T> {
     cache: ExactMemory<T>,
     group: usize,
+    threads: Threads,
     tile: Tile<T>,
+    /// The largest magnitudes of keys and of values that the cache has ever held.
+    largest: [T; 2],
     /// Tokens at the last checkpoint.
     checkpoint: Option<usize>,
 }
 
+impl<T: Scalar> Clone for SoftmaxStream<T> {
+    fn clone(&self) -> Self {
+        let (cache, tile) = (self.cache.clone(), Tile::new());
+        Self { cache, tile, checkpoint: None, ..*self }
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.cache.clone_from(&source.cache);
+        self.largest = source.largest;
+    }
+}
+
 const KERNEL: &str = "softmax";
 
-impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
-    fn extend(
-        &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
-    }
-
-    fn group(&self) -> usize {
-        self.group
-    }
-
-    fn extend_group(
-        &mut self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mut out: ArrayViewMut3<'_, T>,
-    ) -> Result<(), Error> {
+impl<T: Scalar> SoftmaxStream<T> {
+    fn check(&self, head: &Head<'_, T>) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
-        check::extend_group(head_dim, value_dim, self.group, q, k, v, &out)?;
-        check::finite_group(q, k, v)?;
+        head.check_not_gated()?;
+        head.check_extend(head_dim, value_dim, self.group)
+    }
+
+    /// The largest magnitudes of keys and of values with those of new tokens; something that is
+    /// not finite if one is not.
+    fn largest_with(&self, head: &Head<'_, T>) -> [T; 2] {
+        let [key, value] = self.largest;
+        [key.max(largest(head.k)), value.max(largest(head.v))]
+    }
+
+    fn absorb(&mut self, head: &mut Head<'_, T>) -> Result<(), Error> {
+        let largest = self.largest_with(head);
+        let Head { q, k, v, out, .. } = head;
         let before = self.cache.len();
-        self.cache.push(k, v);
-        let Self { cache, tile, .. } = self;
+        self.cache.push(*k, *v);
+        let Self { cache, threads, tile, .. } = self;
         let (keys, values, scale) = (cache.keys(), cache.values(), cache.scale());
         let mut heads = q.outer_iter().zip(out.outer_iter_mut());
-        let result =
-            heads.try_for_each(|(q, out)| answer(q, keys, values, scale, Some(before), out, tile));
-        if result.is_err() {
-            self.cache.truncate(before);
+        let result = heads.try_for_each(|(q, out)| {
+            answer(q, keys, values, scale, Some(before), out, *threads, tile)
+        });
+        match result {
+            Ok(()) => self.largest = largest,
+            Err(_) => self.cache.truncate(before),
         }
         result
+    }
+}
+
+/// The largest magnitude.
+fn largest<T: Scalar>(x: ArrayView2<'_, T>) -> T {
+    match x.as_slice() {
+        Some(x) => max_abs(x),
+        None => x.iter().fold(T::zero(), |m, &x| m.max(x.abs())),
+    }
+}
+
+impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
+    fn extend_heads(&mut self, heads: &mut [Head<'_, T>]) -> Result<(), Error> {
+        let head = one_head(heads)?;
+        self.check(head)?;
+        head.check_finite()?;
+        self.absorb(head)
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn prepare_heads(&mut self, heads: &mut [Head<'_, T>]) -> bool {
+        let [head] = heads else { return false };
+        if self.check(head).and_then(|()| head.check_finite()).is_err() {
+            return false;
+        }
+        // No score and no sum of weighted values can leave the range of the type; one factor after
+        // the other, so that no product on the way can.
+        let [key, value] = self.largest_with(head);
+        let query = head.q.outer_iter().fold(T::zero(), |m, q| m.max(largest(q)));
+        let limit = T::max_value() * T::from_f64(1.0 / 64.0);
+        let factor = self.cache.scale().max(T::one()) * T::from_f64(2.0 * self.cache.dims().0 as f64);
+        let tokens = T::from_f64((self.cache.len() + head.keys()) as f64);
+        query * factor * key.max(T::one()) < limit && value * tokens < limit
     }
 
     fn len(&self) -> usize {
@@ -233,22 +292,10 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         self.cache.state_floats()
     }
 
-    fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self {
-            cache: self.cache.clone(),
-            group: self.group,
-            tile: self.tile.like(),
-            checkpoint: None,
-        })
-    }
-
     fn reset(&mut self) {
         self.cache.reset();
+        self.largest = [T::zero(); 2];
         self.checkpoint = None;
-    }
-
-    fn stay_on_one_thread(&mut self) {
-        self.tile.stay_on_one_thread();
     }
 
     fn checkpoint(&mut self) -> bool {
@@ -274,6 +321,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
         let (k, v) = numbers.split_at(tokens * head_dim);
         self.reset();
+        self.largest = [max_abs(k), max_abs(v)];
         self.cache.push(
             ArrayView2::from_shape((tokens, head_dim), k).expect("counted"),
             ArrayView2::from_shape((tokens, value_dim), v).expect("counted"),

@@ -1,19 +1,26 @@
 //! A gated kernel together with the log decays of a sequence, for what knows queries, keys and
 //! values only.
 
-use super::{Attention, Mask, Scratch, Stream, StreamState};
-use crate::{Error, Scalar, check, views};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
+use crate::attention::Attention;
+use crate::attention::call::{Head, NO_FULL_DECAY, one_head};
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
+use crate::attention::stream::{Stream, StreamOptions, StreamState};
+use crate::error::Error;
+use crate::mask::Mask;
+use crate::scalar::Scalar;
+use crate::views;
+use ndarray::{Array2, ArrayView2};
 use std::sync::Arc;
 
 /// A gated kernel and the log decays of one sequence: an [`Attention`] without gates, for tools
 /// that know `q`, `k` and `v` only, such as [`fidelity`](crate::fidelity).
 ///
 /// Token `t` of any call, and of a stream from its first token on, has row `t` of the log decays. A
-/// model calls [`Attention::forward_gated`] instead.
+/// model brings them with every [`Head`] instead.
 ///
 /// ```
-/// use dijiang::{EluFeatures, LinearAttention, Mask, WithLogDecay, fidelity};
+/// use dijiang::{EluFeatures, FixedGates, LinearAttention, Mask, fidelity};
 /// use ndarray::Array2;
 ///
 /// let x = Array2::from_shape_fn((30, 8), |(i, j)| ((i * 8 + j) as f32).sin());
@@ -22,7 +29,7 @@ use std::sync::Arc;
 ///         (30, 1),
 ///         |(t, _)| if t == 20 { f32::NEG_INFINITY } else { -0.01 },
 ///     );
-/// let kernel = WithLogDecay::new(
+/// let kernel = FixedGates::new(
 ///     LinearAttention::new(EluFeatures::<f32>::new(8)?).gated(),
 ///     log_decay,
 /// );
@@ -31,12 +38,12 @@ use std::sync::Arc;
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct WithLogDecay<A, T> {
+pub struct FixedGates<A, T> {
     kernel: A,
     log_decay: Arc<Array2<T>>,
 }
 
-impl<A, T: Scalar> WithLogDecay<A, T> {
+impl<A, T: Scalar> FixedGates<A, T> {
     /// `log_decay [n, 1 or num_features]` serves sequences of up to `n` tokens. Numbers that cannot
     /// be used are reported by the first call that would use them.
     pub fn new(kernel: A, log_decay: Array2<T>) -> Self {
@@ -48,6 +55,16 @@ impl<A, T: Scalar> WithLogDecay<A, T> {
     pub fn kernel(&self) -> &A {
         &self.kernel
     }
+}
+
+/// The head with the log decays of its tokens, of which `first` is the position of the first.
+fn with_gates<'a, T>(
+    head: Head<'a, T>,
+    log_decay: &'a Array2<T>,
+    first: usize,
+) -> Result<Head<'a, T>, Error> {
+    let log_decay = rows(log_decay, first, head.keys())?;
+    Ok(head.with_log_decay(log_decay))
 }
 
 /// Some rows of the log decays, if there are so many.
@@ -64,63 +81,58 @@ fn rows<T>(log_decay: &Array2<T>, first: usize, tokens: usize) -> Result<ArrayVi
     Ok(views::rows(log_decay.view(), first..end))
 }
 
-impl<T: Scalar, A: Attention<T>> Attention<T> for WithLogDecay<A, T> {
-    fn forward_into(
+impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
+    fn forward_heads(
         &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
-    }
-
-    fn forward_with(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         if mask != Mask::Causal {
-            return Err(super::NO_FULL_DECAY);
+            return Err(NO_FULL_DECAY);
         }
-        self.kernel.forward_gated(q, k, v, rows(&self.log_decay, 0, q.nrows())?, out, scratch)
+        heads.iter_mut().try_for_each(|head| {
+            let head = with_gates(head.reborrow(), &self.log_decay, 0)?;
+            self.kernel.forward_heads(&mut [head], mask, scratch)
+        })
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(Gated {
-            stream: self.kernel.stream(value_dim)?,
-            log_decay: Arc::clone(&self.log_decay),
-        }))
+        self.stream_with(StreamOptions::new(value_dim))
+    }
+
+    fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        let log_decay = Arc::clone(&self.log_decay);
+        Ok(Box::new(FixedGatesStream { stream: self.kernel.stream_with(options)?, log_decay }))
     }
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         self.kernel.state_floats(value_dim, tokens)
     }
+
+    fn sharing(&self) -> Sharing {
+        self.kernel.sharing()
+    }
 }
 
 /// A stream whose next token has the row of its position.
-#[derive(Debug)]
-struct Gated<T: Scalar> {
+#[derive(Clone, Debug)]
+struct FixedGatesStream<T: Scalar> {
     stream: Box<dyn Stream<T>>,
     log_decay: Arc<Array2<T>>,
 }
 
-impl<T: Scalar> Stream<T> for Gated<T> {
-    fn extend(
-        &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        check::size("k", "rows", q.nrows(), k.nrows())?;
-        let log_decay = rows(&self.log_decay, self.stream.len(), q.nrows())?;
-        self.stream.extend_gated(q, k, v, log_decay, out)
+impl<T: Scalar> Stream<T> for FixedGatesStream<T> {
+    fn extend_heads(&mut self, heads: &mut [Head<'_, T>]) -> Result<(), Error> {
+        let head = with_gates(one_head(heads)?.reborrow(), &self.log_decay, self.stream.len())?;
+        self.stream.extend_heads(&mut [head])
+    }
+
+    fn prepare_heads(&mut self, heads: &mut [Head<'_, T>]) -> bool {
+        let position = self.stream.len();
+        let head = one_head(heads);
+        head.and_then(|head| with_gates(head.reborrow(), &self.log_decay, position))
+            .is_ok_and(|head| self.stream.prepare_heads(&mut [head]))
     }
 
     fn len(&self) -> usize {
@@ -131,16 +143,8 @@ impl<T: Scalar> Stream<T> for Gated<T> {
         self.stream.state_floats()
     }
 
-    fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(Self { stream: self.stream.clone(), log_decay: Arc::clone(&self.log_decay) })
-    }
-
     fn reset(&mut self) {
         self.stream.reset();
-    }
-
-    fn stay_on_one_thread(&mut self) {
-        self.stream.stay_on_one_thread();
     }
 
     fn checkpoint(&mut self) -> bool {

@@ -1,0 +1,212 @@
+//! What a kernel is called with: one head of keys and values, and the query heads that read it.
+
+use crate::check;
+use crate::error::Error;
+use crate::mask::Mask;
+use crate::scalar::Scalar;
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+
+/// One head of keys and values with the query heads that read it (grouped-query attention,
+/// Ainslie et al., arXiv 2305.13245): the arguments of
+/// [`Attention::forward_heads`](crate::Attention::forward_heads) and
+/// [`Stream::extend_heads`](crate::Stream::extend_heads).
+///
+/// Views may have any strides.
+///
+/// ```
+/// use dijiang::{Attention, Head, Mask, Scratch, SoftmaxAttention};
+/// use ndarray::{Array2, Array3};
+///
+/// let kernel = SoftmaxAttention::<f32>::new(8)?;
+/// let (q, k) = (Array3::zeros((3, 10, 8)), Array2::zeros((10, 8))); // three query heads
+/// let (v, mut out) = (Array2::ones((10, 4)), Array3::zeros((3, 10, 4)));
+/// let mut heads = [Head::group(q.view(), k.view(), v.view(), out.view_mut())];
+/// kernel.forward_heads(&mut heads, Mask::Causal, &mut Scratch::new())?;
+/// assert_eq!(out, Array3::ones((3, 10, 4)));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Head<'a, T> {
+    /// Queries `[group, n_q, d]`, a matrix for each query head.
+    pub q: ArrayView3<'a, T>,
+    /// Keys `[n_k, d]`.
+    pub k: ArrayView2<'a, T>,
+    /// Values `[n_k, d_v]`.
+    pub v: ArrayView2<'a, T>,
+    /// Log decays `[n_k, 1 or num_features]`, of gated kernels
+    /// ([`LinearAttention::gated`](crate::LinearAttention::gated)). Row `t` is the logarithm of
+    /// what token `t` leaves of all that came before it: 0 keeps it, −∞ forgets it.
+    pub log_decay: Option<ArrayView2<'a, T>>,
+    /// How many of the last columns of `v` only show the weights, for tools that measure: no
+    /// decision of a kernel may depend on them. 0 unless set.
+    pub probes: usize,
+    /// Outputs `[group, n_q, d_v]`, written over whatever they held.
+    pub out: ArrayViewMut3<'a, T>,
+}
+
+impl<'a, T> Head<'a, T> {
+    /// One query head: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, `out [n_q, d_v]`.
+    #[inline]
+    pub fn new(
+        q: ArrayView2<'a, T>,
+        k: ArrayView2<'a, T>,
+        v: ArrayView2<'a, T>,
+        out: ArrayViewMut2<'a, T>,
+    ) -> Self {
+        Self::group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
+    }
+
+    /// Several query heads: `q [group, n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`,
+    /// `out [group, n_q, d_v]`.
+    #[inline]
+    pub fn group(
+        q: ArrayView3<'a, T>,
+        k: ArrayView2<'a, T>,
+        v: ArrayView2<'a, T>,
+        out: ArrayViewMut3<'a, T>,
+    ) -> Self {
+        Self { q, k, v, log_decay: None, probes: 0, out }
+    }
+
+    /// Brings the log decays of the tokens, `[n_k, 1 or num_features]`.
+    #[must_use]
+    pub fn with_log_decay(self, log_decay: ArrayView2<'a, T>) -> Self {
+        Self { log_decay: Some(log_decay), ..self }
+    }
+
+    /// Says that the last `probes` columns of `v` only show the weights.
+    #[must_use]
+    pub fn with_probes(self, probes: usize) -> Self {
+        Self { probes, ..self }
+    }
+
+    /// The same head, borrowed for a shorter time.
+    #[inline]
+    pub fn reborrow(&mut self) -> Head<'_, T> {
+        let Self { q, k, v, log_decay, probes, out } = self;
+        Head { q: *q, k: *k, v: *v, log_decay: *log_decay, probes: *probes, out: out.view_mut() }
+    }
+
+    /// Query heads.
+    #[inline]
+    #[must_use]
+    pub fn group_len(&self) -> usize {
+        self.q.len_of(Axis(0))
+    }
+
+    /// Queries of each query head.
+    #[inline]
+    #[must_use]
+    pub fn queries(&self) -> usize {
+        self.q.len_of(Axis(1))
+    }
+
+    /// Keys.
+    #[inline]
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.k.nrows()
+    }
+}
+
+impl<T: Scalar> Head<'_, T> {
+    /// Checks the shapes for a forward pass of a kernel over `head_dim` columns. For kernels of
+    /// one's own: log decays and finite numbers are checked apart.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the shapes do not fit together, or `mask` is [`Mask::Causal`] and there
+    /// are other numbers of queries and keys; [`Error::ZeroSize`] if there are queries but no keys,
+    /// or the values have no columns.
+    pub fn check_forward(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
+        let Self { k, v, out, .. } = self;
+        self.check_sizes(head_dim)?;
+        check::at_least_one("v columns", v.ncols())?;
+        check::size("out", "rows", self.queries(), out.len_of(Axis(1)))?;
+        check::size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
+        if mask == Mask::Causal {
+            check::size("k", "rows", self.queries(), k.nrows())?;
+        }
+        if self.queries() > 0 {
+            check::at_least_one("k rows", k.nrows())?;
+        }
+        Ok(())
+    }
+
+    /// Checks the shapes for a stream of a kernel over `head_dim` columns, with values of
+    /// `value_dim` columns and `group` query heads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if a shape does not fit.
+    pub fn check_extend(
+        &self,
+        head_dim: usize,
+        value_dim: usize,
+        group: usize,
+    ) -> Result<(), Error> {
+        let Self { k, v, out, .. } = self;
+        check::size("q", "heads", group, self.group_len())?;
+        check::size("v", "columns", value_dim, v.ncols())?;
+        self.check_sizes(head_dim)?;
+        check::size("out", "rows", self.queries(), out.len_of(Axis(1)))?;
+        check::size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
+        check::size("k", "rows", self.queries(), k.nrows())
+    }
+
+    fn check_sizes(&self, head_dim: usize) -> Result<(), Error> {
+        check::size("out", "heads", self.group_len(), self.out.len_of(Axis(0)))?;
+        check::size("q", "columns", head_dim, self.q.len_of(Axis(2)))?;
+        check::size("k", "columns", head_dim, self.k.ncols())?;
+        check::size("v", "rows", self.k.nrows(), self.v.nrows())
+    }
+
+    /// Checks that queries, keys and values are finite.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFinite`] if a number is NaN or infinite.
+    pub fn check_finite(&self) -> Result<(), Error> {
+        self.q.outer_iter().try_for_each(|q| check::finite("q", q))?;
+        check::finite("k", self.k)?;
+        check::finite("v", self.v)
+    }
+
+    /// Refuses log decays, for kernels that are not gated.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if there are any.
+    pub fn check_not_gated(&self) -> Result<(), Error> {
+        if self.log_decay.is_some() { Err(NOT_GATED) } else { Ok(()) }
+    }
+}
+
+/// The only head of a call, for streams of one head of keys and values.
+///
+/// # Errors
+///
+/// [`Error::Unsupported`] if there are several, or none.
+pub(crate) fn one_head<'b, 'a, T>(
+    heads: &'b mut [Head<'a, T>],
+) -> Result<&'b mut Head<'a, T>, Error> {
+    match heads {
+        [head] => Ok(head),
+        _ => Err(ONE_HEAD),
+    }
+}
+
+pub(crate) const NOT_GATED: Error = Error::Unsupported {
+    what: "a log decay of each token",
+    why: "this kernel is not one of `LinearAttention::gated`",
+};
+
+pub(crate) const NO_FULL_DECAY: Error = Error::Unsupported {
+    what: "full attention with decay",
+    why: "a decay needs an order of tokens; use `Mask::Causal`",
+};
+
+pub(crate) const ONE_HEAD: Error = Error::Unsupported {
+    what: "several heads of keys and values in one stream",
+    why: "the stream is one of a single head",
+};

@@ -1,0 +1,71 @@
+//! Kernels that are another kernel inside: pointers, and types with a kernel of their own.
+
+use crate::attention::Attention;
+use crate::scalar::Scalar;
+use std::sync::Arc;
+
+/// Implements [`Attention`] for a type by a kernel inside.
+macro_rules! attention_by {
+    ([$($generics:tt)*] $type:ty, $this:ident => $kernel:expr) => {
+        impl<$($generics)*> $crate::attention::Attention<T> for $type {
+            fn forward_heads(
+                &self,
+                heads: &mut [$crate::attention::call::Head<'_, T>],
+                mask: $crate::mask::Mask,
+                scratch: &mut $crate::attention::scratch::Scratch<T>,
+            ) -> Result<(), $crate::error::Error> {
+                let $this = self;
+                $kernel.forward_heads(heads, mask, scratch)
+            }
+
+            fn stream(
+                &self,
+                value_dim: usize,
+            ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
+                let $this = self;
+                $kernel.stream(value_dim)
+            }
+
+            fn stream_with(
+                &self,
+                options: $crate::attention::stream::StreamOptions,
+            ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
+                let $this = self;
+                $kernel.stream_with(options)
+            }
+
+            fn state_floats(
+                &self,
+                value_dim: usize,
+                tokens: usize,
+            ) -> Result<usize, $crate::error::Error> {
+                let $this = self;
+                $kernel.state_floats(value_dim, tokens)
+            }
+
+            fn sharing(&self) -> $crate::attention::sharing::Sharing {
+                let $this = self;
+                $kernel.sharing()
+            }
+
+            fn backward_heads(
+                &self,
+                heads: &mut [$crate::attention::gradient::HeadGradient<'_, T>],
+                mask: $crate::mask::Mask,
+                scratch: &mut $crate::attention::scratch::Scratch<T>,
+            ) -> Result<(), $crate::error::Error> {
+                let $this = self;
+                $kernel.backward_heads(heads, mask, scratch)
+            }
+
+            fn pair_weights(&self) -> Option<&dyn $crate::attention::PairWeights<T>> {
+                let $this = self;
+                $kernel.pair_weights()
+            }
+        }
+    };
+}
+pub(crate) use attention_by;
+
+attention_by!([T: Scalar, A: Attention<T> + ?Sized] Arc<A>, this => (**this));
+attention_by!([T: Scalar, A: Attention<T> + ?Sized] Box<A>, this => (**this));

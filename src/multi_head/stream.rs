@@ -1,0 +1,358 @@
+//! The stream of a layer: the state of every head and sequence, all of which move or none.
+
+use crate::attention::call::Head;
+use crate::attention::stream::{Stream, StreamState};
+use crate::check;
+use crate::error::Error;
+use crate::multi_head::layout::{
+    LayerShape, check_heads, check_lengths, check_log_decay, side_by_side,
+};
+use crate::multi_head::tasks::{LayerCall, are_shared_out, for_each};
+use crate::multi_head::undo::{LayerCheckpoint, Undo};
+use crate::scalar::Scalar;
+use ndarray::{Array4, ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4};
+
+/// The causal state of every head and sequence of a layer.
+///
+/// ```
+/// use dijiang::{LinearAttention, MultiHead, Performer};
+/// use ndarray::Array4;
+///
+/// let layer = MultiHead::new(LinearAttention::new(Performer::<f32>::new(16, 32, 0)?), 4, 2)?;
+/// let mut stream = layer.stream(1, 8)?;
+/// let (q, k, v) = (Array4::zeros((1, 4, 1, 16)), Array4::zeros((1, 2, 1, 16)), Array4::ones((1, 2, 1, 8)));
+/// let mut out = Array4::zeros((1, 4, 1, 8));
+/// stream.extend(q.view(), k.view(), v.view(), None, out.view_mut())?; // one decode step of the whole layer
+/// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct MultiHeadStream<T: Scalar> {
+    shape: LayerShape,
+    /// Sequence after sequence, unit after unit.
+    streams: Vec<Box<dyn Stream<T>>>,
+    /// What the caller may go back to.
+    checkpoint: LayerCheckpoint<T>,
+    /// What a call that fails goes back to.
+    undo: Undo<T>,
+    /// Memory for the heads of a pool; always empty.
+    pool: Vec<Head<'static, T>>,
+}
+
+impl<T: Scalar> Clone for MultiHeadStream<T> {
+    fn clone(&self) -> Self {
+        Self::new(self.shape.clone(), self.streams.clone())
+    }
+}
+
+impl<T: Scalar> MultiHeadStream<T> {
+    pub(crate) fn new(shape: LayerShape, streams: Vec<Box<dyn Stream<T>>>) -> Self {
+        let (checkpoint, undo) = (LayerCheckpoint::new(), Undo::new());
+        Self { shape, streams, checkpoint, undo, pool: Vec::new() }
+    }
+
+    /// Absorbs up to `n` tokens of every sequence: `q [b, query_heads, n, d]`,
+    /// `k [b, kv_heads, n, d]`, `v [b, kv_heads, n, value_dim]`,
+    /// `out [b, query_heads, n, value_dim]`.
+    ///
+    /// `lengths`, one for each sequence, says how many of the `n` tokens are real; the rest is
+    /// padding, never read, with output zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`MultiHead::forward`]. On an error no head of any sequence has moved.
+    pub fn extend(
+        &mut self,
+        q: ArrayView4<'_, T>,
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+        lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        self.extend_all([q, k, v], None, lengths, out)
+    }
+
+    /// As [`extend`](Self::extend), of gated kernels:
+    /// `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Head::log_decay`](crate::Head::log_decay).
+    ///
+    /// # Errors
+    ///
+    /// As [`MultiHead::forward_gated`]. On an error no head of any sequence has moved.
+    pub fn extend_gated(
+        &mut self,
+        q: ArrayView4<'_, T>,
+        k: ArrayView4<'_, T>,
+        v: ArrayView4<'_, T>,
+        log_decay: ArrayView4<'_, T>,
+        lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        self.extend_all([q, k, v], Some(log_decay), lengths, out)
+    }
+
+    fn extend_all(
+        &mut self,
+        [q, k, v]: [ArrayView4<'_, T>; 3],
+        log_decay: Option<ArrayView4<'_, T>>,
+        lengths: Option<&[usize]>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        let LayerShape { query_heads, kv_heads, value_dim, units } = &self.shape;
+        check_heads(*query_heads, *kv_heads, [q.dim(), k.dim(), v.dim(), out.dim()])?;
+        check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
+        check::size("q", "sequences", self.streams.len() / units.len(), q.dim().0)?;
+        check::size("k", "rows", q.dim().2, k.dim().2)?;
+        check::size("v", "columns", *value_dim, v.dim().3)?;
+        check_lengths(lengths, q.dim().0, q.dim().2)?;
+        let group = self.shape.group();
+        let call = LayerCall { q, k, v, log_decay, group, lengths, is_causal: true };
+        let reads: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
+        if are_shared_out(self.streams.len(), reads.saturating_mul(q.dim().2)) {
+            self.extend_on_threads(&call, out)
+        } else {
+            self.extend_in_order(&call, out)
+        }
+    }
+
+    /// One stream after the other, without an allocation.
+    fn extend_in_order(
+        &mut self,
+        call: &LayerCall<'_, T>,
+        mut out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        let Self { shape, streams, undo, pool, .. } = self;
+        let units = || (0..call.q.dim().0).flat_map(|s| shape.units.iter().map(move |u| (s, u)));
+        // a head that fails must not leave the others ahead of it; alone it goes back by itself
+        let is_safe = streams.len() == 1
+            || streams.iter_mut().zip(units()).all(|(stream, (sequence, unit))| {
+                call.with_unit(sequence, unit, &mut out, pool, |heads| stream.prepare_heads(heads))
+            });
+        if !is_safe {
+            undo.set(streams);
+        }
+        let result = streams.iter_mut().zip(units()).try_for_each(|(stream, (sequence, unit))| {
+            call.with_unit(sequence, unit, &mut out, pool, |heads| stream.extend_heads(heads))
+        });
+        if result.is_err() && !is_safe {
+            undo.return_to(streams);
+        }
+        result
+    }
+
+    /// The streams shared out over threads.
+    fn extend_on_threads(
+        &mut self,
+        call: &LayerCall<'_, T>,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        let Self { shape, streams, undo, .. } = self;
+        let mut heads = call.tasks(&shape.units, out);
+        let prepared = for_each(
+            heads.iter_mut().zip(&mut *streams).collect(),
+            |_| (),
+            |(), (heads, stream)| {
+                if stream.prepare_heads(heads) { Ok(()) } else { Err(NOT_SURE) }
+            },
+        );
+        if prepared.is_err() {
+            undo.set(streams);
+        }
+        let result = for_each(
+            heads.iter_mut().zip(&mut *streams).collect(),
+            |_| (),
+            |(), (heads, stream)| stream.extend_heads(heads),
+        );
+        if result.is_err() && prepared.is_err() {
+            undo.return_to(streams);
+        }
+        result
+    }
+
+    /// As [`extend`](Self::extend), on rows as the projections of a model leave them, heads side by
+    /// side: `q [b, n, query_heads · d]`, `k [b, n, kv_heads · d]`,
+    /// `v [b, n, kv_heads · value_dim]`, `out [b, n, query_heads · value_dim]`.
+    ///
+    /// Rows that are contiguous are seen as heads without a copy; others are copied.
+    ///
+    /// ```
+    /// use dijiang::{Far, HybridAttention, MultiHead};
+    /// use ndarray::Array3;
+    ///
+    /// let (heads, kv_heads, d) = (9, 3, 16);
+    /// let kernel = HybridAttention::<f32>::builder(d).window(8).far(Far::merged(8)).build()?;
+    /// let mut stream = MultiHead::new(kernel, heads, kv_heads)?.stream(1, d)?;
+    /// // q = x·W_q and so on, for 20 tokens of one sequence
+    /// let (q, k, v) = (Array3::zeros((1, 20, heads * d)), Array3::zeros((1, 20, kv_heads * d)), Array3::ones((1, 20, kv_heads * d)));
+    /// let mut out = Array3::zeros((1, 20, heads * d));
+    /// stream.extend_rows(q.view(), k.view(), v.view(), None, out.view_mut())?; // on to out·W_o
+    /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`extend`](Self::extend); [`Error::Shape`] if the columns do not divide into the
+    /// heads.
+    pub fn extend_rows(
+        &mut self,
+        q: ArrayView3<'_, T>,
+        k: ArrayView3<'_, T>,
+        v: ArrayView3<'_, T>,
+        lengths: Option<&[usize]>,
+        mut out: ArrayViewMut3<'_, T>,
+    ) -> Result<(), Error> {
+        let (query_heads, kv_heads) = (self.shape.query_heads, self.shape.kv_heads);
+        let (q, k, v) = (
+            side_by_side("q", &q, query_heads)?,
+            side_by_side("k", &k, kv_heads)?,
+            side_by_side("v", &v, kv_heads)?,
+        );
+        let (batch, n, columns) = out.dim();
+        check::size("out", "columns", query_heads * self.shape.value_dim, columns)?;
+        let shape = (batch, n, query_heads, self.shape.value_dim);
+        let order = [0, 2, 1, 3]; // heads before tokens
+        let [q, k, v] = [q.view(), k.view(), v.view()].map(|x| x.permuted_axes(order));
+        if let Ok(out) = out.view_mut().into_shape_with_order(shape) {
+            return self.extend(q, k, v, lengths, out.permuted_axes(order));
+        }
+        let mut rows = Array4::zeros(shape);
+        self.extend(q, k, v, lengths, rows.view_mut().permuted_axes(order))?;
+        out.iter_mut().zip(rows).for_each(|(out, x)| *out = x); // both in the order of rows
+        Ok(())
+    }
+
+    /// Tokens absorbed by each sequence.
+    #[must_use]
+    pub fn lengths(&self) -> Vec<usize> {
+        self.streams.iter().step_by(self.shape.units.len()).map(|stream| stream.len()).collect()
+    }
+
+    /// The size of the state of all heads and sequences now, in numbers of type `T`.
+    #[must_use]
+    pub fn state_floats(&self) -> usize {
+        self.streams.iter().map(|stream| stream.state_floats()).sum()
+    }
+
+    /// The stream that serves one query head of one sequence, to save or to look at. It may serve
+    /// others as well: those of its group, or of its pool.
+    #[must_use]
+    pub fn head(&self, sequence: usize, query_head: usize) -> Option<&dyn Stream<T>> {
+        self.streams.get(self.index(sequence, query_head)?).map(|stream| &**stream)
+    }
+
+    /// The same, to restore.
+    #[must_use]
+    pub fn head_mut(
+        &mut self,
+        sequence: usize,
+        query_head: usize,
+    ) -> Option<&mut Box<dyn Stream<T>>> {
+        let index = self.index(sequence, query_head)?;
+        self.checkpoint.is_whole = false; // the caller may change one without the others
+        self.streams.get_mut(index)
+    }
+
+    fn index(&self, sequence: usize, query_head: usize) -> Option<usize> {
+        if query_head >= self.shape.query_heads {
+            return None;
+        }
+        let group = self.shape.group();
+        let unit = self.shape.units.iter().position(|unit| unit.serves(query_head, group))?;
+        sequence.checked_mul(self.shape.units.len())?.checked_add(unit)
+    }
+
+    /// Forgets every token, and the checkpoint.
+    pub fn reset(&mut self) {
+        self.streams.iter_mut().for_each(|stream| stream.reset());
+        self.checkpoint.clear();
+    }
+
+    /// Remembers the state of every head and sequence as it is now, for
+    /// [`rollback`](Self::rollback); it takes the place of an earlier checkpoint, of
+    /// [single heads](Self::head_mut) too. A growing cache is only measured, states of fixed size
+    /// are copied; nothing is allocated after the first time.
+    ///
+    /// ```
+    /// use dijiang::{MultiHead, SoftmaxAttention};
+    /// use ndarray::Array4;
+    ///
+    /// let mut stream = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 4, 2)?.stream(1, 8)?;
+    /// let (q, kv) = (Array4::ones((1, 4, 3, 8)), Array4::ones((1, 2, 3, 8)));
+    /// let mut out = Array4::zeros(q.dim());
+    /// stream.checkpoint();
+    /// stream.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?; // a draft of 3 tokens
+    /// stream.rollback()?; // it was not accepted
+    /// assert_eq!(stream.lengths(), [0]);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn checkpoint(&mut self) {
+        self.checkpoint.set(&mut self.streams);
+    }
+
+    /// Goes back to the state of the last [`checkpoint`](Self::checkpoint), as often as wanted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if there is none, or the layer or one of its heads was reset or
+    /// restored since. The layer is then unchanged.
+    pub fn rollback(&mut self) -> Result<(), Error> {
+        self.checkpoint.return_to(&mut self.streams)
+    }
+
+    /// Copies the state of every head and sequence out.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Stream::save`].
+    pub fn save(&self) -> Result<MultiHeadState<T>, Error> {
+        let streams = self.streams.iter().map(|stream| stream.save()).collect::<Result<_, _>>()?;
+        Ok(MultiHeadState { streams })
+    }
+
+    /// Replaces the state by a saved one of a layer with the same kernels and as many sequences.
+    ///
+    /// ```
+    /// use dijiang::{MultiHead, SoftmaxAttention};
+    /// use ndarray::Array4;
+    ///
+    /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 4, 2)?;
+    /// let (q, kv) = (Array4::ones((1, 4, 3, 8)), Array4::ones((1, 2, 3, 8)));
+    /// let mut out = Array4::zeros(q.dim());
+    /// let mut first = layer.stream(1, 8)?;
+    /// first.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?;
+    /// let mut second = layer.stream(1, 8)?;
+    /// second.restore(&first.save()?)?;
+    /// assert_eq!(second.lengths(), [3]);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] if it has another number of states, and those of [`Stream::restore`]. The
+    /// layer is then unchanged.
+    pub fn restore(&mut self, state: &MultiHeadState<T>) -> Result<(), Error> {
+        if state.streams.len() != self.streams.len() {
+            return Err(Error::State {
+                which: "number of heads and sequences",
+                expected: self.streams.len().to_string(),
+                found: state.streams.len().to_string(),
+            });
+        }
+        let mut streams = self.streams.clone();
+        streams.iter_mut().zip(&state.streams).try_for_each(|(to, from)| to.restore(from))?;
+        self.streams = streams;
+        self.checkpoint.clear();
+        Ok(())
+    }
+}
+
+/// The saved state of a [`MultiHeadStream`]: those of its streams, sequence after sequence. With
+/// feature `serde` it serialises.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct MultiHeadState<T> {
+    streams: Vec<StreamState<T>>,
+}
+
+/// Says that a stream is not sure to succeed; never shown.
+const NOT_SURE: Error = Error::Unsupported { what: "a step that may fail", why: "see `Undo`" };

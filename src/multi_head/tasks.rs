@@ -1,0 +1,180 @@
+//! The calls of a layer: what each unit of heads computes, one after the other or on threads.
+
+use crate::attention::call::Head;
+use crate::attention::threads::Threads;
+use crate::error::Error;
+use crate::multi_head::layout::HeadUnit;
+use crate::scalar::Scalar;
+use crate::views::{head, heads};
+use ndarray::{ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, Slice};
+
+/// The arguments of a layer but for its outputs.
+#[derive(Clone, Copy)]
+pub(crate) struct LayerCall<'a, T> {
+    pub(crate) q: ArrayView4<'a, T>,
+    pub(crate) k: ArrayView4<'a, T>,
+    pub(crate) v: ArrayView4<'a, T>,
+    pub(crate) log_decay: Option<ArrayView4<'a, T>>,
+    /// Query heads of a kv head.
+    pub(crate) group: usize,
+    /// Real keys of each sequence; all where there is none.
+    pub(crate) lengths: Option<&'a [usize]>,
+    /// Whether queries beyond the real keys are padding as well.
+    pub(crate) is_causal: bool,
+}
+
+impl<'a, T: Scalar> LayerCall<'a, T> {
+    /// The head of the query heads from `first` on, as many as there are outputs
+    /// `[heads, n, d_v]`; what lies beyond the real queries there becomes zero.
+    fn head<'b>(&self, sequence: usize, first: usize, out: ArrayViewMut3<'b, T>) -> Head<'b, T>
+    where
+        'a: 'b,
+    {
+        let Self { q, k, v, log_decay, group, lengths, .. } = self;
+        let keys = lengths.map_or(k.dim().2, |lengths| lengths[sequence]);
+        let queries = if self.is_causal { keys } else { q.dim().2 };
+        let query_heads = first..first + out.len_of(Axis(0));
+        let kv = first / group;
+        let out = if queries < out.len_of(Axis(1)) {
+            let (out, mut padding) = out.split_at(Axis(1), queries);
+            padding.fill(T::zero());
+            out
+        } else {
+            out
+        };
+        Head {
+            q: heads(q, sequence, query_heads, queries),
+            k: head(k, sequence, kv, keys),
+            v: head(v, sequence, kv, keys),
+            log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
+            probes: 0,
+            out,
+        }
+    }
+
+    /// Runs `run` with the heads of a unit. `memory` is for the heads of a pool.
+    #[inline]
+    pub(crate) fn with_unit<R>(
+        &self,
+        sequence: usize,
+        unit: &HeadUnit,
+        out: &mut ArrayViewMut4<'_, T>,
+        memory: &mut Vec<Head<'static, T>>,
+        run: impl FnOnce(&mut [Head<'_, T>]) -> R,
+    ) -> R {
+        let mut out = out.index_axis_mut(Axis(0), sequence);
+        let (first, count) = match unit {
+            HeadUnit::Query(h) => (*h, 1),
+            HeadUnit::Group(kv) => (kv * self.group, self.group),
+            HeadUnit::Pool(pool) => {
+                let mut calls = recycled(core::mem::take(memory));
+                let of_kv = out.axis_chunks_iter_mut(Axis(0), self.group).enumerate();
+                calls.extend(
+                    of_kv
+                        .filter(|(kv, _)| pool.contains(kv))
+                        .map(|(kv, out)| self.head(sequence, kv * self.group, out)),
+                );
+                let result = run(&mut calls);
+                *memory = recycled(calls);
+                return result;
+            }
+        };
+        out.slice_axis_inplace(Axis(0), Slice::from(first..first + count));
+        run(&mut [self.head(sequence, first, out)])
+    }
+
+    /// The heads of every unit, sequence after sequence, unit after unit.
+    pub(crate) fn tasks<'b>(
+        &self,
+        units: &[HeadUnit],
+        mut out: ArrayViewMut4<'b, T>,
+    ) -> Vec<Vec<Head<'b, T>>>
+    where
+        'a: 'b,
+    {
+        let ((batch, query_heads, ..), group) = (out.dim(), self.group);
+        let mut all = Vec::with_capacity(batch * units.len());
+        for sequence in 0..batch {
+            let (first, rest) = out.split_at(Axis(0), 1);
+            out = rest;
+            let mut left = first.index_axis_move(Axis(0), 0);
+            let mut of_kv = Vec::with_capacity(query_heads / group);
+            while left.len_of(Axis(0)) > 0 {
+                let (first, rest) = left.split_at(Axis(0), group);
+                of_kv.push(Some(first));
+                left = rest;
+            }
+            for unit in units {
+                let mut take = |kv: usize| {
+                    of_kv[kv].take().map(|out| self.head(sequence, kv * group, out))
+                };
+                all.push(match unit {
+                    // units of query heads are in order: the first that is left is the one
+                    HeadUnit::Query(h) => {
+                        let split = of_kv[h / group].take().map(|out| out.split_at(Axis(0), 1));
+                        let (first, rest) = split.unzip();
+                        of_kv[h / group] = rest;
+                        first.map(|out| self.head(sequence, *h, out)).into_iter().collect()
+                    }
+                    HeadUnit::Group(kv) => take(*kv).into_iter().collect(),
+                    HeadUnit::Pool(pool) => pool.iter().filter_map(|&kv| take(kv)).collect(),
+                });
+            }
+        }
+        all
+    }
+}
+
+/// A vector without elements in the memory of another.
+fn recycled<'b, T>(mut heads: Vec<Head<'_, T>>) -> Vec<Head<'b, T>> {
+    heads.clear();
+    // an iterator of nothing, collected in place
+    heads.into_iter().filter_map(|_| None).collect()
+}
+
+/// Numbers read, below which waking other threads takes longer than they save: a decode step of
+/// states of constant size, or over a few hundred keys.
+const WORTH_A_THREAD: usize = 1 << 18;
+
+/// Whether so many tasks, which together read so many numbers, are shared out over threads.
+pub(crate) fn are_shared_out(tasks: usize, reads: usize) -> bool {
+    cfg!(feature = "rayon") && tasks > 1 && reads >= WORTH_A_THREAD
+}
+
+/// The threads that each of so many tasks may use: where there are enough tasks for all, one.
+pub(crate) fn threads_of_each(tasks: usize) -> Threads {
+    #[cfg(feature = "rayon")]
+    let threads = rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    let threads = 1;
+    if tasks >= threads { Threads::One } else { Threads::Pool }
+}
+
+/// Runs every task, shared out over the threads there are, in memory that each thread makes for
+/// itself; the error of the first that failed, in order.
+#[cfg(feature = "rayon")]
+pub(crate) fn for_each<I: Send, W: Send>(
+    tasks: Vec<I>,
+    memory: impl Fn(Threads) -> W + Send + Sync,
+    run: impl Fn(&mut W, I) -> Result<(), Error> + Send + Sync,
+) -> Result<(), Error> {
+    use rayon::prelude::*;
+    if tasks.len() == 1 {
+        let mut memory = memory(Threads::Pool);
+        return tasks.into_iter().try_for_each(|task| run(&mut memory, task));
+    }
+    let threads = threads_of_each(tasks.len());
+    let results: Vec<_> = tasks.into_par_iter().map_init(|| memory(threads), run).collect();
+    results.into_iter().collect()
+}
+
+/// As with feature `rayon`, on one thread.
+#[cfg(not(feature = "rayon"))]
+pub(crate) fn for_each<I, W>(
+    tasks: Vec<I>,
+    memory: impl Fn(Threads) -> W,
+    run: impl Fn(&mut W, I) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut memory = memory(Threads::One);
+    tasks.into_iter().try_for_each(|task| run(&mut memory, task))
+}
