@@ -1,9 +1,10 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
 use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{
-    Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace,
-};
+use crate::memory::Memory;
+use crate::memory::answer::Readout;
+use crate::memory::decay::{Decay, LogDecay};
+use crate::memory::linear::{Checkpoint, Engine, LinearMemory, Tokens, Workspace};
 use crate::{Error, FeatureMap, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
