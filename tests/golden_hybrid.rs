@@ -53,17 +53,8 @@ impl<F: FeatureMap<f64> + Clone + 'static> Memory<f64> for Listening<F> {
     fn read(&self, q: ArrayView2<'_, f64>, answer: &mut Partial<f64>) -> Result<(), Error> {
         self.memory.read(q, answer)
     }
-    fn len(&self) -> usize {
-        self.memory.len()
-    }
     fn state_floats(&self) -> usize {
         self.memory.state_floats()
-    }
-    fn reset(&mut self) {
-        self.memory.reset();
-    }
-    fn clone_box(&self) -> Box<dyn Memory<f64>> {
-        Box::new(self.clone())
     }
     fn received(&mut self, _q: ArrayView2<'_, f64>, log_normalizer: ArrayView1<'_, f64>) {
         self.heard.lock().unwrap().extend(log_normalizer);
@@ -184,17 +175,8 @@ impl Memory<f64> for Weighted {
     fn read(&self, q: ArrayView2<'_, f64>, answer: &mut Partial<f64>) -> Result<(), Error> {
         self.memory.read(q, answer)
     }
-    fn len(&self) -> usize {
-        self.memory.len()
-    }
     fn state_floats(&self) -> usize {
         self.memory.state_floats()
-    }
-    fn reset(&mut self) {
-        self.memory.reset();
-    }
-    fn clone_box(&self) -> Box<dyn Memory<f64>> {
-        Box::new(self.clone())
     }
 }
 

@@ -314,6 +314,11 @@ fn a_memory_of_ones_own() {
     stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
     stream.rollback().unwrap();
     assert_eq!((stream.len(), stream.state_floats()), (40, 7 + 3 * 7 + 36 * 7));
+    stream.reset();
+    let mut again = Array2::zeros((40, 3));
+    stream.extend(q.view(), k.view(), v.view(), again.view_mut()).unwrap();
+    assert_close("after a reset", &again, &exact, 64.0);
+    assert_eq!(stream.state_floats(), 7 + 3 * 7 + 36 * 7);
 }
 
 /// Keys beyond all samples: weights at their bound, distances whose inverse vanishes. What is gone

@@ -10,7 +10,10 @@ use crate::check;
 use crate::error::Error;
 use crate::kernel::max_abs;
 use crate::mask::Mask;
-use crate::memory::{ExactMemory, QUERY_BLOCK, Readout, Tile, attend};
+use crate::memory::Memory;
+use crate::memory::answer::Readout;
+use crate::memory::exact::ExactMemory;
+use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
 use crate::scalar::Scalar;
 use crate::views::{rows, rows_mut};
 use core::marker::PhantomData;
@@ -98,7 +101,7 @@ fn answer<T: Scalar>(
             blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
                 let start = block * QUERY_BLOCK;
                 let q = rows(q, start..n.min(start + QUERY_BLOCK));
-                attend(q, k, v, scale, first.map(|first| first + start), tile);
+                online_softmax(q, k, v, scale, first.map(|first| first + start), tile);
                 tile.answer.write(start, Readout::Normalized, out)
             });
         let results: Vec<_> = answered.collect();
@@ -106,7 +109,7 @@ fn answer<T: Scalar>(
     }
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
-        attend(rows(q, start..end), k, v, scale, first.map(|first| first + start), tile);
+        online_softmax(rows(q, start..end), k, v, scale, first.map(|first| first + start), tile);
         tile.answer.write(start, Readout::Normalized, rows_mut(out.view_mut(), start..end))?;
     }
     Ok(())

@@ -1,272 +1,15 @@
-//! Exact memory: the keys and values themselves, read by a tiled softmax with a running maximum.
+//! Exact memory: the keys and values themselves, read by an exact softmax.
 
-use super::{Answer, Memory, Partial};
-use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
-use crate::views::{self, rows};
-use crate::{Error, Scalar, check};
+use crate::check;
+use crate::error::Error;
+use crate::memory::Memory;
+use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
+use crate::memory::partial::Partial;
+use crate::scalar::Scalar;
+use crate::views::rows;
 #[cfg(feature = "serde")]
 use ndarray::Array2;
 use ndarray::ArrayView2;
-
-/// Queries that are answered at once.
-pub(crate) const QUERY_BLOCK: usize = 128;
-
-/// Keys that are scored at once: by many queries, and by one.
-const KEY_BLOCK: usize = 64;
-const KEY_BLOCK_OF_ONE: usize = 512;
-
-/// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little
-/// of the masked half is computed.
-const MASK_BLOCK: usize = 16;
-
-/// Working memory of [`attend`]: the queries of a block, the scores of one tile, copies of its keys
-/// and values where their rows are not contiguous. Never an n × n array.
-#[derive(Debug)]
-pub(crate) struct Tile<T> {
-    queries: Buffer<T>,
-    scores: Buffer<T>,
-    keys: Buffer<T>,
-    values: Buffer<T>,
-    correction: Buffer<T>,
-    pub(crate) answer: Answer<T>,
-    /// Whether many queries may be shared out over threads.
-    #[cfg(feature = "rayon")]
-    pub(crate) parallel: bool,
-}
-
-impl<T: Scalar> Tile<T> {
-    pub(crate) fn new() -> Self {
-        Self {
-            queries: Buffer::new(),
-            scores: Buffer::new(),
-            keys: Buffer::new(),
-            values: Buffer::new(),
-            correction: Buffer::new(),
-            answer: Answer::new(),
-            #[cfg(feature = "rayon")]
-            parallel: true,
-        }
-    }
-
-    /// Empty memory for a copy of a stream.
-    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self))]
-    pub(crate) fn like(&self) -> Self {
-        Self {
-            #[cfg(feature = "rayon")]
-            parallel: self.parallel,
-            ..Self::new()
-        }
-    }
-
-    /// Leaves the threads to others.
-    #[cfg_attr(
-        not(feature = "rayon"),
-        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
-    )]
-    pub(crate) fn stay_on_one_thread(&mut self) {
-        #[cfg(feature = "rayon")]
-        {
-            self.parallel = false;
-        }
-    }
-}
-
-/// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
-/// so, else copied.
-fn contiguous<'a, T: Scalar>(
-    x: ArrayView2<'a, T>,
-    first: usize,
-    count: usize,
-    stride: usize,
-    copy: &'a mut Buffer<T>,
-) -> &'a [T] {
-    if x.ncols() == stride
-        && let Some(all) = x.to_slice()
-    {
-        return &all[first * stride..(first + count) * stride];
-    }
-    copy.resize(count * stride);
-    for (row, copy) in rows(x, first..first + count).outer_iter().zip(copy.chunks_exact_mut(stride))
-    {
-        let (copy, padding) = copy.split_at_mut(row.len());
-        copy.iter_mut().zip(row).for_each(|(copy, &x)| *copy = x);
-        padding.fill(T::zero());
-    }
-    copy
-}
-
-/// Sets the answer to `Σ_j exp(scale·q_i·k_j)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
-/// tile, for the keys that query `i` sees: all of them, or keys `0..=first + i` if `first` is
-/// given.
-///
-/// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
-/// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
-/// 2, with queries as columns.
-pub(crate) fn attend<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    scale: T,
-    first: Option<usize>,
-    tile: &mut Tile<T>,
-) {
-    let (n, d) = q.dim();
-    let stride = padded::<T>(v.ncols());
-    let base_2 = scale * T::from_f64(core::f64::consts::LOG2_E);
-    let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
-    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, answer, .. } = tile;
-    let width = if n == 1 { 1 } else { padded::<T>(n) };
-    queries.resize(d * width);
-    correction.resize(width);
-    answer.resize(n, width, stride);
-    answer.denominator.fill(T::zero());
-    answer.log_scale.fill(T::neg_infinity());
-    if n == 1 {
-        queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
-        attend_one(queries, k, v, base_2, keys, scores, key_copy, value_copy, answer);
-    } else {
-        views::to_columns(q, base_2, correction, queries); // whose norms are not needed
-        for start in (0..keys).step_by(KEY_BLOCK) {
-            let count = KEY_BLOCK.min(keys - start);
-            let k = contiguous(k, start, count, d, key_copy);
-            let v = contiguous(v, start, count, stride, value_copy);
-            scores.resize(count * width);
-            // query i sees keys 0..=i + offset of the tile
-            let offset = first.map(|first| first.cast_signed() - start.cast_signed());
-            score(k, queries, d, width, offset, scores);
-            let changed =
-                columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
-            if changed && start > 0 {
-                columns::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
-            }
-            add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
-        }
-    }
-    if keys == 0 {
-        answer.numerator.fill(T::zero());
-    }
-    let ln_2 = T::from_f64(core::f64::consts::LN_2);
-    answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
-}
-
-/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key.
-#[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
-fn score<T: Scalar>(
-    k: &[T],
-    queries: &[T],
-    d: usize,
-    width: usize,
-    offset: Option<isize>,
-    scores: &mut [T],
-) {
-    let count = scores.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
-    let step = if all_seen { count } else { MASK_BLOCK };
-    for first in (0..count).step_by(step) {
-        let last = count.min(first + step);
-        // the first query that sees the first key of the block, down to a whole vector
-        let seen_by = |key: usize| {
-            offset
-                .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
-                .min(width)
-        };
-        let from = seen_by(first) / T::PAD * T::PAD;
-        let rows = &mut scores[first * width..last * width];
-        if from < width {
-            Product {
-                m: last - first,
-                n: width - from,
-                k: d,
-                a: Matrix::rows(&k[first * d..], d),
-                b: &queries[from..],
-                ldb: width,
-                c: &mut rows[from..],
-                ldc: width,
-                into: Into::Set,
-            }
-            .run();
-        }
-        if !all_seen {
-            for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
-                row[..seen_by(key)].fill(T::neg_infinity());
-            }
-        }
-    }
-}
-
-/// Adds the weighted values of a tile.
-#[allow(clippy::too_many_arguments, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
-fn add_values<T: Scalar>(
-    weights: &[T],
-    v: &[T],
-    n: usize,
-    width: usize,
-    stride: usize,
-    offset: Option<isize>,
-    set: bool,
-    numerator: &mut [T],
-) {
-    let count = weights.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
-    let step = if all_seen { n } else { MASK_BLOCK };
-    for first in (0..n).step_by(step) {
-        let last = n.min(first + step);
-        let seen = offset.map_or(count, |offset| {
-            (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned()
-        });
-        if seen == 0 && !set {
-            continue;
-        }
-        Product {
-            m: last - first,
-            n: stride,
-            k: seen,
-            a: Matrix::columns(&weights[first..], width),
-            b: v,
-            ldb: stride,
-            c: &mut numerator[first * stride..],
-            ldc: stride,
-            into: if set { Into::Set } else { Into::Add },
-        }
-        .run();
-    }
-}
-
-/// One query: a decode step.
-#[allow(clippy::too_many_arguments)]
-fn attend_one<T: Scalar>(
-    q: &[T],
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    base_2: T,
-    keys: usize,
-    scores: &mut Buffer<T>,
-    key_copy: &mut Buffer<T>,
-    value_copy: &mut Buffer<T>,
-    answer: &mut Answer<T>,
-) {
-    let Answer { numerator, denominator, log_scale, .. } = answer;
-    numerator.fill(T::zero());
-    let value_dim = v.ncols();
-    scores.resize(KEY_BLOCK_OF_ONE);
-    for start in (0..keys).step_by(KEY_BLOCK_OF_ONE) {
-        let count = KEY_BLOCK_OF_ONE.min(keys - start);
-        let k = contiguous(k, start, count, q.len(), key_copy);
-        let v = contiguous(v, start, count, value_dim, value_copy);
-        let scores = &mut scores[..count];
-        kernel::rows_dot(base_2, q, k, scores);
-        let old = log_scale[0];
-        let new = old.max(kernel::max(scores));
-        kernel::exp2_slice(scores, new);
-        let correction = if old == new { T::one() } else { (old - new).exp2() };
-        if correction != T::one() {
-            kernel::scale(numerator, correction);
-        }
-        denominator[0] = denominator[0] * correction + kernel::sum(scores);
-        log_scale[0] = new;
-        kernel::add_row_times_matrix(scores, v, value_dim, &mut numerator[..value_dim]);
-    }
-}
 
 /// The keys and values of every token absorbed: `w(q, k) = exp(scale·q·k)`, exactly.
 ///
@@ -286,7 +29,7 @@ fn attend_one<T: Scalar>(
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(feature = "serde", serde(try_from = "SavedExact<T>", into = "SavedExact<T>"))]
 #[cfg_attr(
     feature = "serde",
     serde(bound(
@@ -327,6 +70,23 @@ impl<T: Scalar> ExactMemory<T> {
     #[must_use]
     pub fn values(&self) -> ArrayView2<'_, T> {
         matrix(&self.values, self.tokens, self.value_dim)
+    }
+
+    /// Tokens absorbed so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tokens
+    }
+
+    /// Whether no token has been absorbed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tokens == 0
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        self.truncate(0);
     }
 
     /// Appends the tokens of another memory of the same shape and scale.
@@ -386,7 +146,7 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         let mut tile = Tile::new();
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
-            attend(q, self.keys(), self.values(), self.scale, None, &mut tile);
+            online_softmax(q, self.keys(), self.values(), self.scale, None, &mut tile);
             let block = &tile.answer;
             if let Some(i) = block.first_overflow() {
                 return Err(Error::Overflow { which: "a score", row: start + i });
@@ -396,34 +156,22 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         Ok(())
     }
 
-    fn len(&self) -> usize {
-        self.tokens
-    }
-
     fn state_floats(&self) -> usize {
         self.keys.len() + self.values.len()
-    }
-
-    fn reset(&mut self) {
-        self.truncate(0);
-    }
-
-    fn clone_box(&self) -> Box<dyn Memory<T>> {
-        Box::new(self.clone())
     }
 }
 
 /// What is saved.
 #[cfg(feature = "serde")]
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
-struct Parts<T> {
+struct SavedExact<T> {
     scale: T,
     keys: Array2<T>,
     values: Array2<T>,
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> From<ExactMemory<T>> for Parts<T> {
+impl<T: Scalar> From<ExactMemory<T>> for SavedExact<T> {
     fn from(memory: ExactMemory<T>) -> Self {
         Self {
             scale: memory.scale,
@@ -434,10 +182,10 @@ impl<T: Scalar> From<ExactMemory<T>> for Parts<T> {
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<Parts<T>> for ExactMemory<T> {
+impl<T: Scalar> TryFrom<SavedExact<T>> for ExactMemory<T> {
     type Error = Error;
 
-    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+    fn try_from(parts: SavedExact<T>) -> Result<Self, Error> {
         let mut memory = Self::new(parts.keys.ncols(), parts.values.ncols(), parts.scale.as_f64())?;
         memory.absorb(parts.keys.view(), parts.values.view())?;
         Ok(memory)

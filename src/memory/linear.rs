@@ -3,9 +3,11 @@
 use super::decay::{Fade, Gates, LogDecay};
 #[cfg(feature = "rayon")]
 use super::parallel;
-use super::{Answer, Memory, Partial, Readout};
 use crate::features::Side;
 use crate::kernel::{self, Buffer, Fading, Into, Matrix, Product, chunk_len, columns, padded};
+use crate::memory::Memory;
+use crate::memory::answer::{Answer, Readout};
+use crate::memory::partial::Partial;
 use crate::{Error, FeatureMap, Scalar, check, views};
 use core::ops::Range;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -1396,6 +1398,23 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Ok(Self { map, scale_root, state })
     }
 
+    /// Tokens absorbed so far.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.state.tokens
+    }
+
+    /// Whether no token has been absorbed.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.state.tokens == 0
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        self.forget();
+    }
+
     /// Adds the sums of other tokens, taken with the same map and scale: exact, in any order. That
     /// the maps are the same is for the caller to see to; of them only the number of features is
     /// compared.
@@ -1640,19 +1659,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
         })
     }
 
-    fn len(&self) -> usize {
-        self.state.tokens
-    }
-
     fn state_floats(&self) -> usize {
         2 * self.state.features() * (self.state.value_dim + 1) + 1
-    }
-
-    fn reset(&mut self) {
-        self.forget();
-    }
-
-    fn clone_box(&self) -> Box<dyn Memory<T>> {
-        Box::new(self.clone())
     }
 }

@@ -9,9 +9,9 @@
 use super::linear::{
     Chunk, Engine, FEW_TOKENS, Size, State, Tokens, Workspace, decayed, key_factors, unit_ratio,
 };
-use super::{Answer, Readout};
 use crate::features::Side;
 use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
+use crate::memory::answer::{Answer, Readout};
 use crate::{Error, Scalar, views};
 use core::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2, Axis};

@@ -5,7 +5,7 @@ use super::options::MakeMemory;
 use crate::calibration::{Calibration, LEAST_ATTENTION};
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded};
-use crate::memory::merged::{self, Distance, Rule};
+use crate::memory::merged::rule::{Distance, Rule, check_entries};
 use crate::{Error, Scalar};
 use core::fmt;
 use core::ops::Range;
@@ -214,7 +214,7 @@ impl<T: Scalar> Config<T> {
     pub(crate) fn check_pool(&self, heads: usize) -> Result<(), Error> {
         match &self.far {
             FarKind::Merged { rule, .. } => {
-                merged::check_entries(rule.entries.saturating_mul(heads).saturating_add(rule.block))
+                check_entries(rule.entries.saturating_mul(heads).saturating_add(rule.block))
             }
             _ => Ok(()),
         }

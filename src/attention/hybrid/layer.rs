@@ -11,9 +11,13 @@ use super::config::{Config, FarKind, LEAST_ENTRIES, Weighing};
 use crate::attention::HeadCall as Call;
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded, pairs};
-use crate::memory::merged::{self, MergedMemory, Pair};
-use crate::memory::slab::{Reading, Slab, attend};
-use crate::memory::{LinearMemory, Memory, Partial, Workspace, divisor};
+use crate::memory::Memory;
+use crate::memory::linear::{LinearMemory, Workspace};
+use crate::memory::merged::affinities::Pair;
+use crate::memory::merged::entries::MergedMemory;
+use crate::memory::merged::reduce::reduce;
+use crate::memory::partial::{Partial, divisor};
+use crate::memory::slots::{Reading, Slots, attend};
 use crate::{Error, Scalar, views};
 use core::ops::Range;
 use ndarray::{ArrayView1, ArrayView2, Axis};
@@ -25,7 +29,7 @@ const MOST_ROWS: usize = 32;
 /// Tokens that are kept exactly: the sinks, the window (a ring), and the heavy keys.
 #[derive(Clone, Debug)]
 struct Near<T> {
-    slab: Slab<T>,
+    slots: Slots<T>,
     /// Attention received, of the window and the heavy keys.
     received: Buffer<T>,
     heavy_scores: Vec<T>,
@@ -40,7 +44,11 @@ enum Store<T: Scalar> {
     None,
     Merged(Vec<MergedMemory<T>>),
     Linear(Vec<LinearMemory<T, Arc<dyn FeatureMap<T>>>>),
-    Own(Vec<Box<dyn Memory<T>>>),
+    /// Those of the caller, and what they were before their first token.
+    Own {
+        memories: Vec<Box<dyn Memory<T>>>,
+        empty: Vec<Box<dyn Memory<T>>>,
+    },
 }
 
 /// The state of some heads.
@@ -86,7 +94,7 @@ impl<T: Scalar> Work<T> {
 impl<T: Scalar> Near<T> {
     fn new() -> Self {
         Self {
-            slab: Slab::new(),
+            slots: Slots::new(),
             received: Buffer::new(),
             heavy_scores: Vec::new(),
             largest_key: T::zero(),
@@ -95,8 +103,8 @@ impl<T: Scalar> Near<T> {
     }
 
     fn prepare(&mut self, config: &Config<T>, value_dim: usize) {
-        self.slab.prepare(config.head_dim, value_dim, config.near_slots());
-        self.received.resize(self.slab.capacity);
+        self.slots.prepare(config.head_dim, value_dim, config.near_slots());
+        self.received.resize(self.slots.capacity);
         self.received.fill(T::zero());
         self.heavy_scores.clear();
         self.heavy_scores.reserve(config.heavy);
@@ -104,7 +112,7 @@ impl<T: Scalar> Near<T> {
     }
 
     fn copy_from(&mut self, other: &Self) {
-        self.slab.copy_from(&other.slab);
+        self.slots.copy_from(&other.slots);
         self.received.resize(other.received.len());
         self.received.copy_from_slice(&other.received);
         self.heavy_scores.clone_from(&other.heavy_scores);
@@ -112,16 +120,16 @@ impl<T: Scalar> Near<T> {
     }
 
     fn put(&mut self, slot: usize, key: ArrayView1<'_, T>, value: ArrayView1<'_, T>) {
-        self.slab.put(slot, key, value);
+        self.slots.put(slot, key, value);
         self.received[slot] = T::zero();
     }
 
     /// Finds the largest key and value.
     fn measure(&mut self) {
-        for slot in 0..self.slab.capacity {
-            self.largest_key = self.slab.key(slot).fold(self.largest_key, |m, x| m.max(x.abs()));
+        for slot in 0..self.slots.capacity {
+            self.largest_key = self.slots.key(slot).fold(self.largest_key, |m, x| m.max(x.abs()));
             self.largest_value =
-                self.slab.value(slot).iter().fold(self.largest_value, |m, x| m.max(x.abs()));
+                self.slots.value(slot).iter().fold(self.largest_value, |m, x| m.max(x.abs()));
         }
     }
 
@@ -136,12 +144,12 @@ impl<T: Scalar> Near<T> {
         if config.heavy == 0 {
             return Some(slot);
         }
-        let score = config.static_score(self.slab.key(slot), keys);
+        let score = config.static_score(self.slots.key(slot), keys);
         let first = config.sinks + config.ring;
         if self.heavy_scores.len() < config.heavy {
             let to = first + self.heavy_scores.len();
             self.heavy_scores.push(score);
-            self.slab.move_slot(slot, to);
+            self.slots.move_slot(slot, to);
             self.received[to] = self.received[slot];
             return None;
         }
@@ -155,10 +163,10 @@ impl<T: Scalar> Near<T> {
             self.heavy_scores[least] = score;
             // they change places
             let spare = config.near_slots() - 1;
-            self.slab.move_slot(first + least, spare);
-            self.slab.move_slot(slot, first + least);
-            self.slab.move_slot(spare, slot);
-            self.slab.empty(spare);
+            self.slots.move_slot(first + least, spare);
+            self.slots.move_slot(slot, first + least);
+            self.slots.move_slot(spare, slot);
+            self.slots.empty(spare);
             self.received.swap(slot, first + least);
         }
         Some(slot)
@@ -199,9 +207,9 @@ impl<T: Scalar> Store<T> {
                 *self = Self::Linear((0..heads).map(|_| memory()).collect::<Result<_, _>>()?);
             }
             FarKind::Own(make) => {
-                *self = Self::Own(
-                    (0..heads).map(|_| make(value_dim, config.scale)).collect::<Result<_, _>>()?,
-                );
+                let make = |_| make(value_dim, config.scale);
+                let memories = (0..heads).map(make).collect::<Result<Vec<_>, _>>()?;
+                *self = Self::Own { empty: memories.clone(), memories };
             }
         }
         Ok(())
@@ -238,9 +246,9 @@ impl<T: Scalar> Layer<T> {
         }
         match &mut self.far {
             Store::None => {}
-            Store::Merged(all) => all.iter_mut().for_each(Memory::reset),
+            Store::Merged(all) => all.iter_mut().for_each(MergedMemory::reset),
             Store::Linear(all) => all.iter_mut().for_each(LinearMemory::forget),
-            Store::Own(all) => all.iter_mut().for_each(|memory| memory.reset()),
+            Store::Own { memories, empty } => memories.clone_from(empty),
         }
     }
 
@@ -257,6 +265,10 @@ impl<T: Scalar> Layer<T> {
             (Store::Linear(to), Store::Linear(from)) if to.len() == from.len() => {
                 to.iter_mut().zip(from).for_each(|(to, from)| to.copy_from(from));
             }
+            // what they were while empty stays: only a layer that has made its memories is cleared
+            (Store::Own { memories: to, .. }, Store::Own { memories: from, .. }) => {
+                to.clone_from(from);
+            }
             (to, from) => to.clone_from(from),
         }
     }
@@ -267,7 +279,9 @@ impl<T: Scalar> Layer<T> {
             Store::None => 0,
             Store::Merged(all) => all.iter().map(MergedMemory::floats).sum(),
             Store::Linear(all) => all.iter().map(Memory::state_floats).sum(),
-            Store::Own(all) => all.iter().map(|memory| memory.state_floats()).sum(),
+            Store::Own { memories, .. } => {
+                memories.iter().map(|memory| memory.state_floats()).sum()
+            }
         }
     }
 
@@ -340,7 +354,7 @@ impl<T: Scalar> Layer<T> {
             if config.trails() {
                 for gone in config.expired(first, self.tokens) {
                     let slot = config.slot(gone);
-                    self.near.iter_mut().for_each(|near| near.slab.empty(slot));
+                    self.near.iter_mut().for_each(|near| near.slots.empty(slot));
                 }
             }
             start += run;
@@ -389,7 +403,7 @@ impl<T: Scalar> Layer<T> {
                 if let Some(slot) = self.near[head].sift(slot, config, &mut work.keys) {
                     self.far_absorb(config, head, slot, work)?;
                 }
-                self.near[head].slab.empty(slot);
+                self.near[head].slots.empty(slot);
             }
         }
         if let (Store::Merged(memories), FarKind::Merged { rule, .. }) =
@@ -399,7 +413,7 @@ impl<T: Scalar> Layer<T> {
             let least = if heads > 1 { LEAST_ENTRIES } else { 1 };
             work.pairs.clear();
             work.pairs.reserve(heads * (rule.entries + rule.block));
-            merged::reduce(memories, rule.entries * heads, least, rule.block, &mut work.pairs);
+            reduce(memories, rule.entries * heads, least, rule.block, &mut work.pairs);
         }
         Ok(())
     }
@@ -421,27 +435,27 @@ impl<T: Scalar> Layer<T> {
                 let weight = match config.weighing() {
                     Weighing::One => T::one(),
                     Weighing::Expected => {
-                        config.expected_attention(near.slab.key(slot), &mut work.keys)
+                        config.expected_attention(near.slots.key(slot), &mut work.keys)
                     }
                     Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
                 };
                 let end = memory.held;
-                memory.slab.put_from(end, &near.slab, slot);
+                memory.slots.put_from(end, &near.slots, slot);
                 memory.enter(weight);
                 return Ok(());
             }
-            Store::Linear(_) | Store::Own(_) => {}
+            Store::Linear(_) | Store::Own { .. } => {}
         }
         let [key, _] = &mut work.keys;
         key.resize(d);
         work.value.resize(dv);
-        key.iter_mut().zip(near.slab.key(slot)).for_each(|(to, x)| *to = x);
-        work.value.copy_from_slice(near.slab.value(slot));
+        key.iter_mut().zip(near.slots.key(slot)).for_each(|(to, x)| *to = x);
+        work.value.copy_from_slice(near.slots.value(slot));
         let k = ArrayView1::from(&**key).insert_axis(Axis(0));
         let v = ArrayView1::from(&*work.value).insert_axis(Axis(0));
         match &mut self.far {
             Store::Linear(memories) => memories[head].absorb_with(k, v, &mut work.linear),
-            Store::Own(memories) => memories[head].absorb(k, v),
+            Store::Own { memories, .. } => memories[head].absorb(k, v),
             Store::None | Store::Merged(_) => Ok(()),
         }
     }
@@ -491,7 +505,7 @@ impl<T: Scalar> Layer<T> {
             Store::Merged(memories) => Some(&memories[head]),
             _ => None,
         };
-        let (own, far) = (near.slab.capacity, memory.map_or(0, MergedMemory::used));
+        let (own, far) = (near.slots.capacity, memory.map_or(0, MergedMemory::used));
         let Work { reading, inverse, .. } = &mut *work;
         reading.prepare(rows, config.head_dim, own + far, self.value_dim);
         for row in 0..rows {
@@ -499,7 +513,7 @@ impl<T: Scalar> Layer<T> {
             let q = call.q.index_axis(Axis(0), g).index_axis_move(Axis(0), start + step);
             reading.set_query(row, q, config.factor());
             let (exact, merged) = reading.row(row).split_at_mut(own);
-            exact.copy_from_slice(&near.slab.bias);
+            exact.copy_from_slice(&near.slots.bias);
             if causal {
                 let first = self.tokens - run;
                 for hidden in config.hidden(first, first + step, self.tokens) {
@@ -507,11 +521,11 @@ impl<T: Scalar> Layer<T> {
                 }
             }
             if let Some(memory) = memory {
-                merged.copy_from_slice(&memory.slab.bias[..far]);
+                merged.copy_from_slice(&memory.slots.bias[..far]);
             }
         }
         attend(
-            &[(&near.slab, own), (memory.map_or(&near.slab, |memory| &memory.slab), far)],
+            &[(&near.slots, own), (memory.map_or(&near.slots, |memory| &memory.slots), far)],
             rows,
             reading,
         );
@@ -545,7 +559,7 @@ impl<T: Scalar> Layer<T> {
         let answer = &mut reading.answer;
         let value_dim = self.value_dim;
         match &self.far {
-            Store::Linear(memories) if memories[head].len() > 0 => {
+            Store::Linear(memories) if !memories[head].is_empty() => {
                 memories[head].read_with(q, linear, |first, part| {
                     for (i, numerator) in
                         part.numerator.chunks_exact(padded::<T>(value_dim)).enumerate()
@@ -560,7 +574,7 @@ impl<T: Scalar> Layer<T> {
                     Ok(())
                 })
             }
-            Store::Own(memories) => {
+            Store::Own { memories, .. } => {
                 if partial.numerator().dim() == (q.nrows(), value_dim) {
                     partial.reset();
                 } else {
@@ -591,7 +605,7 @@ impl<T: Scalar> Layer<T> {
     ) {
         let group = call.q.len_of(Axis(0));
         let Work { reading, inverse, log_normalizer, .. } = work;
-        if let Store::Own(memories) = &mut self.far {
+        if let Store::Own { memories, .. } = &mut self.far {
             let answer = &reading.answer;
             log_normalizer.clear();
             log_normalizer.extend(
@@ -607,7 +621,7 @@ impl<T: Scalar> Layer<T> {
         let (memory, decay) = (&mut memories[head], T::from_f64(decay));
         let pooled = self.near.len() > 1;
         let near = &mut self.near[head];
-        let (own, width) = (near.slab.capacity, reading.width);
+        let (own, width) = (near.slots.capacity, reading.width);
         for step in 0..run {
             let t = self.tokens - run + step;
             let rows = step * group..(step + 1) * group;
@@ -648,8 +662,8 @@ impl<T: Scalar> Layer<T> {
         let mut out = Vec::new();
         for (head, near) in self.near.iter().enumerate() {
             let mut token = |slot: usize| {
-                out.extend(near.slab.key(slot));
-                out.extend(near.slab.value(slot));
+                out.extend(near.slots.key(slot));
+                out.extend(near.slots.value(slot));
                 out.push(near.received[slot]);
             };
             (0..config.sinks.min(self.tokens)).for_each(&mut token);
@@ -665,7 +679,7 @@ impl<T: Scalar> Layer<T> {
                     memories[head].numbers(&mut out);
                 }
                 Store::Linear(memories) => out.extend(memories[head].numbers()),
-                Store::Own(_) => return None,
+                Store::Own { .. } => return None,
             }
         }
         Some(out)
@@ -709,7 +723,7 @@ impl<T: Scalar> Layer<T> {
                     let memory = &mut memories[head];
                     let Some((&entries, rest)) = numbers.split_first() else { return false };
                     let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
-                    let Some(entries) = (0..=memory.slab.capacity).find(is_it) else {
+                    let Some(entries) = (0..=memory.slots.capacity).find(is_it) else {
                         return false;
                     };
                     all_entries += entries;
@@ -732,7 +746,7 @@ impl<T: Scalar> Layer<T> {
                     memory.set_numbers(gone - heavy, own);
                     count
                 }
-                Store::Own(_) => return false,
+                Store::Own { .. } => return false,
             };
             numbers = &numbers[count..];
             near.measure();

@@ -5,7 +5,7 @@ use super::config::{Config, ExpectedAttention, FarKind, StaticScore, TRAIL, Weig
 use crate::calibration::{Calibration, TaylorFit};
 use crate::features::FeatureMap;
 use crate::features::taylor::CalibratedTaylor;
-use crate::memory::merged::{self, Distance, Metric, Rule};
+use crate::memory::merged::rule::{Distance, Metric, Rule, check_entries};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
 use ndarray::Array2;
@@ -358,7 +358,7 @@ impl<T: Scalar> HybridBuilder<T> {
         check::at_least_one("block", block)?;
         let rule = |entries: usize, metric, value_weight| {
             check::at_least_one("entries", entries)?;
-            merged::check_entries(entries.saturating_add(block))?;
+            check_entries(entries.saturating_add(block))?;
             Ok::<_, Error>(Rule {
                 entries,
                 spare: block,

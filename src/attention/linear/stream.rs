@@ -6,9 +6,12 @@ use crate::attention::threads::Threads;
 use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;
-use crate::memory::{Checkpoint, LinearMemory, LogDecay, Readout, Tokens, Workspace};
+use crate::memory::Memory;
+use crate::memory::answer::Readout;
+use crate::memory::decay::LogDecay;
+use crate::memory::linear::{Checkpoint, LinearMemory, Tokens, Workspace};
 use crate::scalar::Scalar;
-use ndarray::{ArrayView2, Axis};
+use ndarray::Axis;
 use std::sync::Arc;
 
 /// A fixed-size state and the scratch of one chunk.

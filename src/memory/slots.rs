@@ -1,15 +1,17 @@
 //! Tokens, or means of tokens, in the layout of the inner loops, and the softmax over several such
 //! sets at once.
 
-use super::Answer;
-use crate::Scalar;
-use crate::kernel::{self, Buffer, Into, Matrix, Product, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::gemm::{Into, Matrix, Product};
+use crate::memory::answer::Answer;
+use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
 /// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot
 /// what is added to its scores to base 2: log₂ of its multiplicity, or −∞ while it is empty.
 #[derive(Clone, Debug)]
-pub(crate) struct Slab<T> {
+pub(crate) struct Slots<T> {
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
     /// Slots, whole cache lines of them.
@@ -19,7 +21,7 @@ pub(crate) struct Slab<T> {
     pub(crate) bias: Buffer<T>,
 }
 
-impl<T: Scalar> Slab<T> {
+impl<T: Scalar> Slots<T> {
     pub(crate) fn new() -> Self {
         Self {
             head_dim: 0,
@@ -68,7 +70,7 @@ impl<T: Scalar> Slab<T> {
         self.bias[slot] = T::zero();
     }
 
-    /// Fills a slot with what is in a slot of another slab of the same sizes.
+    /// Fills a slot with what is in a slot of another set of the same sizes.
     pub(crate) fn put_from(&mut self, slot: usize, other: &Self, from: usize) {
         let keys = other.keys[from..].iter().step_by(other.capacity);
         for (to, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(keys) {
@@ -78,7 +80,7 @@ impl<T: Scalar> Slab<T> {
         self.bias[slot] = other.bias[from];
     }
 
-    /// The same within this slab.
+    /// The same within this set.
     pub(crate) fn move_slot(&mut self, from: usize, to: usize) {
         for row in self.keys.chunks_exact_mut(self.capacity) {
             row[to] = row[from];
@@ -110,7 +112,7 @@ impl<T: Scalar> Slab<T> {
 }
 
 /// Working memory of [`attend`]. Queries `[rows, head_dim]` are in units of scores to base 2; row
-/// `i` of the scores `[rows, width]` holds the slots of one slab after the other, and begins with
+/// `i` of the scores `[rows, width]` holds the slots of one set after the other, and begins with
 /// their biases.
 #[derive(Debug)]
 pub(crate) struct Reading<T> {
@@ -147,28 +149,28 @@ impl<T: Scalar> Reading<T> {
     }
 }
 
-/// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several slabs, as
+/// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several sets, as
 /// many as given: whole cache lines.
 ///
 /// A row gets the same bits whatever the number of rows: products and sums of a row do not depend
 /// on the others.
 pub(crate) fn attend<T: Scalar>(
-    slabs: &[(&Slab<T>, usize)],
+    sets: &[(&Slots<T>, usize)],
     rows: usize,
     reading: &mut Reading<T>,
 ) {
     let Reading { queries, scores, width, answer } = reading;
     let width = *width;
     let mut offset = 0;
-    for (slab, used) in slabs {
+    for (slots, used) in sets {
         if *used > 0 {
             Product {
                 m: rows,
                 n: *used,
-                k: slab.head_dim,
-                a: Matrix::rows(queries, slab.head_dim),
-                b: &slab.keys,
-                ldb: slab.capacity,
+                k: slots.head_dim,
+                a: Matrix::rows(queries, slots.head_dim),
+                b: &slots.keys,
+                ldb: slots.capacity,
                 c: &mut scores[offset..],
                 ldc: width,
                 into: Into::Add,
@@ -193,15 +195,15 @@ pub(crate) fn attend<T: Scalar>(
         answer.denominator.fill(T::zero());
     }
     let (mut offset, mut first) = (0, true);
-    for (slab, used) in slabs {
-        let stride = padded::<T>(slab.value_dim);
+    for (slots, used) in sets {
+        let stride = padded::<T>(slots.value_dim);
         if *used > 0 {
             Product {
                 m: rows,
                 n: stride,
                 k: *used,
                 a: Matrix::rows(&scores[offset..], width),
-                b: &slab.values,
+                b: &slots.values,
                 ldb: stride,
                 c: &mut answer.numerator,
                 ldc: stride,

@@ -1,0 +1,118 @@
+//! The answers to a block of queries in the layout of the inner loops.
+
+use crate::check;
+use crate::error::Error;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::{self, columns};
+use crate::memory::partial::{Partial, add_sums, divisor};
+use crate::scalar::Scalar;
+use ndarray::ArrayViewMut2;
+
+/// A [`Partial`] in the making, as inner loops want it: `numerator [tokens, value_dim]` with padded
+/// rows, and room beyond the tokens.
+#[derive(Debug)]
+pub(crate) struct Answer<T> {
+    pub(crate) numerator: Buffer<T>,
+    pub(crate) denominator: Buffer<T>,
+    pub(crate) log_scale: Buffer<T>,
+    factors: Buffer<T>,
+    pub(crate) tokens: usize,
+}
+
+impl<T: Scalar> Answer<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            numerator: Buffer::new(),
+            denominator: Buffer::new(),
+            log_scale: Buffer::new(),
+            factors: Buffer::new(),
+            tokens: 0,
+        }
+    }
+
+    pub(crate) fn resize(&mut self, tokens: usize, width: usize, stride: usize) {
+        self.tokens = tokens;
+        self.numerator.resize(tokens * stride);
+        self.denominator.resize(width);
+        self.log_scale.resize(width);
+    }
+
+    /// Sets the log scales: those of the queries, and one of the sums. Returns whether every
+    /// normaliser can be divided by.
+    pub(crate) fn set_scales(&mut self, queries: &[T], sums: T) -> bool {
+        self.log_scale
+            .iter_mut()
+            .zip(queries)
+            .for_each(|(log_scale, &query)| *log_scale = query + sums);
+        self.denominator
+            .iter()
+            .take(self.tokens)
+            .all(|&denominator| divisor(denominator, 0).is_ok())
+    }
+
+    /// Writes the rows to `out`, normalised or in absolute terms; errors count rows from
+    /// `first_row`.
+    pub(crate) fn write(
+        &mut self,
+        first_row: usize,
+        readout: Readout,
+        mut out: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let value_dim = out.ncols();
+        let stride = padded::<T>(value_dim);
+        self.factors.resize(self.tokens);
+        for (t, factor) in self.factors.iter_mut().enumerate() {
+            *factor = match readout {
+                Readout::Normalized => divisor(self.denominator[t], first_row + t)?.recip(),
+                // in two steps: the factor alone may leave the range of a product that does not
+                Readout::Unnormalized => (self.log_scale[t] * T::from_f64(0.5)).exp(),
+            };
+        }
+        if readout == Readout::Unnormalized {
+            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+        }
+        let finite = if let Some(out) = out.as_slice_mut() {
+            columns::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
+        } else {
+            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            for (mut out, row) in out.outer_iter_mut().zip(self.numerator.chunks_exact(stride)) {
+                out.iter_mut().zip(row).for_each(|(out, &sum)| *out = sum);
+            }
+            kernel::all_finite(&self.numerator)
+        };
+        if finite {
+            return Ok(());
+        }
+        let row = out.outer_iter().position(|row| !check::row_is_finite(row)).unwrap_or(0);
+        Err(Error::Overflow { which: "the weighted sum of values", row: first_row + row })
+    }
+
+    /// Adds one row of sums of other tokens.
+    pub(crate) fn add_row(&mut self, row: usize, numerator: &[T], denominator: T, log_scale: T) {
+        let stride = self.numerator.len() / self.tokens;
+        let sums = &mut self.numerator[row * stride..(row + 1) * stride];
+        let scalars = (&mut self.denominator[row], &mut self.log_scale[row]);
+        add_sums(sums, scalars, numerator, denominator, log_scale);
+    }
+
+    /// The first row whose denominator is not finite: a score has overflowed.
+    pub(crate) fn first_overflow(&self) -> Option<usize> {
+        self.denominator.iter().take(self.tokens).position(|denominator| !denominator.is_finite())
+    }
+
+    /// Merges the rows into `answer` from row `first` on.
+    pub(crate) fn add_to(&self, answer: &mut Partial<T>, first: usize) {
+        let value_dim = answer.numerator.ncols();
+        for (i, numerator) in self.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
+            answer.add(first + i, &numerator[..value_dim], self.denominator[i], self.log_scale[i]);
+        }
+    }
+}
+
+/// Whether sums are divided by the sum of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) enum Readout {
+    Normalized,
+    Unnormalized,
+}

@@ -1,0 +1,256 @@
+//! The entries of a merging memory: how they come in, and what is known of them.
+
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::pairs;
+use crate::memory::merged::rule::{Distance, Rule};
+use crate::memory::slots::Slots;
+use crate::scalar::Scalar;
+use ndarray::ArrayView1;
+
+/// Tokens whose queries and values set the units of the metric.
+pub(super) const METRIC_TOKENS: usize = 64;
+
+/// What a token that leaves the window weighs at least.
+const LEAST_WEIGHT: f64 = 1e-9;
+
+/// A bounded set of entries, each a mean key k̄, a mean value v̄, the number n of tokens it stands
+/// for and their weight a. It answers a query with `Σ_i n_i e^{scale·q·k̄_i} (v̄_i, 1)`.
+///
+/// A token enters with n = 1 and the weight it is given. Beyond the bound, the two entries with the
+/// smallest
+///
+/// ```text
+/// a_i a_j/(a_i + a_j) · ‖R(k̄_i − k̄_j)‖²
+/// ```
+///
+/// become one, with a-weighted means of keys and values (Ward's method, J. Am. Stat. Assoc. 58,
+/// 1963): the least increase of the weighted squared error.
+/// [`HybridAttention`](crate::HybridAttention) builds such memories
+/// ([`Far::ward`](crate::Far::ward), [`Far::merged`](crate::Far::merged)); this type is for use by
+/// itself.
+///
+/// ```
+/// use dijiang::{Memory, MergedMemory, Partial};
+/// use ndarray::array;
+///
+/// let mut memory = MergedMemory::<f64>::new(1, 1, 2, 1.0)?; // two entries
+/// memory
+///     .absorb(array![[0.0], [5.0], [0.2]].view(), array![[1.0], [2.0], [3.0]].view())?;
+/// assert_eq!(memory.keys(), array![[0.1], [5.0]]); // 0.0 and 0.2 were the nearest
+/// assert_eq!(memory.counts(), [2.0, 1.0]);
+/// let mut answer = Partial::new(1, 1)?;
+/// memory.read(array![[0.0]].view(), &mut answer)?;
+/// assert!((answer.log_normalizer()[0] - 3f64.ln()).abs() < 1e-15);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct MergedMemory<T> {
+    pub(crate) rule: Rule,
+    pub(crate) slots: Slots<T>,
+    /// Entries now.
+    pub(crate) held: usize,
+    pub(super) counts: Vec<f64>,
+    pub(crate) weights: Buffer<T>,
+    pub(super) absorbed: usize,
+    pub(super) units: Units<T>,
+    /// What distances are taken of, entries as columns; and `1/distance²` of every pair, zero on
+    /// the diagonal and beyond the entries. Both follow from the entries; those from `fresh` on are
+    /// not yet there.
+    pub(super) points: Buffer<T>,
+    pub(super) affinity: Buffer<T>,
+    pub(super) fresh: usize,
+    /// `Rᵀ`, rows padded, if distances are taken through a matrix.
+    pub(super) metric: Buffer<T>,
+    /// Scratch: factors of the coordinates, a point, its distances, 1/a, the best of each row.
+    pub(super) factors: Buffer<T>,
+    pub(super) point: Buffer<T>,
+    pub(super) distance: Buffer<T>,
+    pub(super) reciprocal: Buffer<T>,
+    pub(super) best: Buffer<T>,
+    pub(super) order: Vec<u64>,
+    pub(super) places: Vec<usize>,
+    /// Entries that are gone while pairs are merged in rounds.
+    pub(super) gaps: usize,
+    #[cfg(test)]
+    pub(crate) merges: Vec<[usize; 2]>,
+}
+
+/// Sums over the first tokens, which set the units of keys and values.
+#[derive(Clone, Debug)]
+pub(super) struct Units<T> {
+    pub(super) tokens: usize,
+    pub(super) squared_values: T,
+    pub(super) squared_queries: Vec<T>,
+}
+
+impl<T: Scalar> MergedMemory<T> {
+    pub(crate) fn with_rule(rule: Rule) -> Self {
+        Self {
+            rule,
+            slots: Slots::new(),
+            held: 0,
+            counts: Vec::new(),
+            weights: Buffer::new(),
+            absorbed: 0,
+            units: Units { tokens: 0, squared_values: T::zero(), squared_queries: Vec::new() },
+            points: Buffer::new(),
+            affinity: Buffer::new(),
+            fresh: 0,
+            metric: Buffer::new(),
+            factors: Buffer::new(),
+            point: Buffer::new(),
+            distance: Buffer::new(),
+            reciprocal: Buffer::new(),
+            best: Buffer::new(),
+            order: Vec::new(),
+            places: Vec::new(),
+            gaps: 0,
+            #[cfg(test)]
+            merges: Vec::new(),
+        }
+    }
+
+    /// Makes it empty, for these sizes.
+    pub(crate) fn prepare(&mut self, head_dim: usize, value_dim: usize) {
+        self.slots.prepare(head_dim, value_dim, self.rule.entries + self.rule.spare);
+        let capacity = self.slots.capacity;
+        self.weights.resize(capacity);
+        self.points.resize(self.coordinates() * capacity);
+        self.affinity.resize(capacity * capacity);
+        self.distance.resize(capacity.max(head_dim));
+        self.reciprocal.resize(capacity);
+        self.best.resize(capacity);
+        self.factors.resize(self.coordinates());
+        self.point.resize(self.coordinates().max(head_dim));
+        if let Distance::Matrix(metric) = &self.rule.metric {
+            let rows = padded::<T>(metric.nrows());
+            self.metric.resize(head_dim * rows);
+            self.metric.fill(T::zero());
+            for ((row, column), &x) in metric.indexed_iter() {
+                self.metric[column * rows + row] = T::from_f64(x);
+            }
+        }
+        self.counts.resize(capacity, 0.0);
+        self.places.resize(capacity, 0);
+        self.order.reserve(capacity);
+        self.units.squared_queries.resize(head_dim, T::zero());
+        self.reset();
+    }
+
+    /// Forgets every token.
+    pub fn reset(&mut self) {
+        self.weights.fill(T::zero());
+        self.points.fill(T::zero());
+        self.affinity.fill(T::zero());
+        self.slots.bias.fill(T::neg_infinity());
+        self.counts.fill(0.0);
+        self.units.squared_queries.fill(T::zero());
+        (self.units.tokens, self.units.squared_values) = (0, T::zero());
+        (self.held, self.absorbed, self.fresh) = (0, 0, 0);
+        #[cfg(test)]
+        self.merges.clear();
+    }
+
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        self.rule.clone_from(&other.rule);
+        self.slots.copy_from(&other.slots);
+        self.weights.resize(other.weights.len());
+        self.weights.copy_from_slice(&other.weights);
+        // points and distances follow from the entries, when they are next needed
+        self.points.resize(other.points.len());
+        self.affinity.resize(other.affinity.len());
+        self.metric.resize(other.metric.len());
+        self.metric.copy_from_slice(&other.metric);
+        self.distance.resize(other.distance.len());
+        self.reciprocal.resize(other.reciprocal.len());
+        self.best.resize(other.best.len());
+        self.factors.resize(other.factors.len());
+        self.point.resize(other.point.len());
+        self.places.resize(other.places.len(), 0);
+        self.counts.clone_from(&other.counts);
+        self.units.squared_queries.clone_from(&other.units.squared_queries);
+        (self.units.tokens, self.units.squared_values) =
+            (other.units.tokens, other.units.squared_values);
+        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, 0);
+    }
+
+    /// Coordinates of a point.
+    pub(super) fn coordinates(&self) -> usize {
+        let keys = match &self.rule.metric {
+            Distance::Identity | Distance::QueryDiagonal => self.slots.head_dim,
+            Distance::Matrix(metric) => metric.nrows(),
+        };
+        keys + self.value_columns()
+    }
+
+    pub(super) fn value_columns(&self) -> usize {
+        if self.rule.value_weight > 0.0 {
+            self.rule
+                .value_columns
+                .map_or(self.slots.value_dim, |columns| columns.min(self.slots.value_dim))
+        } else {
+            0
+        }
+    }
+
+    /// Slots to read: all entries and what pads them.
+    pub(crate) fn used(&self) -> usize {
+        padded::<T>(self.held)
+    }
+
+    /// Whether distances depend on the first tokens.
+    pub(super) fn has_units(&self) -> bool {
+        self.value_columns() > 0 || matches!(self.rule.metric, Distance::QueryDiagonal)
+    }
+
+    /// Takes one token into the units of the metric: its queries (a row for each head of the group)
+    /// and its value.
+    pub(crate) fn observe<'a>(
+        &mut self,
+        queries: impl Iterator<Item = ArrayView1<'a, T>>,
+        value: ArrayView1<'_, T>,
+    ) {
+        if self.units.tokens >= METRIC_TOKENS || !self.has_units() {
+            return;
+        }
+        self.units.tokens += 1;
+        let columns = self.value_columns();
+        let squared = value.iter().take(columns).fold(T::zero(), |sum, &x| sum + x * x);
+        self.units.squared_values = (self.units.squared_values + squared).min(T::max_value());
+        if matches!(self.rule.metric, Distance::QueryDiagonal) {
+            for q in queries {
+                for (sum, &x) in self.units.squared_queries.iter_mut().zip(q) {
+                    *sum = (*sum + x * x).min(T::max_value());
+                }
+            }
+        }
+        self.fresh = 0; // other units, other distances
+    }
+
+    /// The slot behind the entries has been filled: makes it an entry.
+    pub(crate) fn enter(&mut self, weight: T) {
+        debug_assert!(self.held < self.slots.capacity);
+        self.counts[self.held] = 1.0;
+        self.weights[self.held] = weight.max(Self::least_weight()).min(T::max_value().sqrt());
+        self.held += 1;
+        self.absorbed += 1;
+    }
+
+    /// Weights that decay end here, before they become denormal.
+    pub(crate) fn least_weight() -> T {
+        T::from_f64(if T::NAME == "f32" { 1e-20 } else { 1e-150 })
+    }
+
+    /// The weight of a token that received `attention` in the window.
+    pub(crate) fn weight_of(attention: T) -> T {
+        attention + T::from_f64(LEAST_WEIGHT)
+    }
+
+    /// After a read in which entry `i` received the probability `Σ_g factors_g·p_gi`:
+    /// `a_i ← decay·a_i + it`.
+    pub(crate) fn receive(&mut self, decay: T, factors: &[T], p: &[T], ld: usize) {
+        let used = self.used();
+        pairs::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
+        self.weights[self.held..].fill(T::zero());
+    }
+}

@@ -1,0 +1,192 @@
+//! Entries of merging memories become one until the bound holds.
+
+use crate::memory::merged::affinities::{Pair, descending};
+use crate::memory::merged::entries::MergedMemory;
+use crate::scalar::Scalar;
+
+/// Merges the pairs of least cost, anywhere, until all memories together have `budget` entries; at
+/// least `least` stay in each.
+pub(crate) fn reduce<T: Scalar>(
+    heads: &mut [MergedMemory<T>],
+    budget: usize,
+    least: usize,
+    block: usize,
+    pairs: &mut Vec<Pair<T>>,
+) {
+    let mut total: usize = heads.iter().map(|head| head.held).sum();
+    if block == 1 && total > budget {
+        pairs.clear();
+        let best = |head: usize, memory: &mut MergedMemory<T>| match memory.best_pair(least) {
+            Some((affinity, i, j)) => Pair { affinity, head, i, j },
+            None => Pair { affinity: T::neg_infinity(), head, i: 0, j: 0 },
+        };
+        pairs.extend(heads.iter_mut().enumerate().map(|(head, memory)| best(head, memory)));
+        while total > budget {
+            let mut chosen = 0;
+            for (head, pair) in pairs.iter().enumerate() {
+                if pair.affinity > pairs[chosen].affinity {
+                    chosen = head;
+                }
+            }
+            let Pair { affinity, head, i, j } = pairs[chosen];
+            if affinity == T::neg_infinity() {
+                return; // nothing may be merged
+            }
+            heads[head].merge_pair(i, j);
+            total -= 1;
+            if total > budget {
+                pairs[chosen] = best(head, &mut heads[head]);
+            }
+        }
+        return;
+    }
+    while total > budget {
+        pairs.clear();
+        for (head, memory) in heads.iter_mut().enumerate() {
+            memory.mutual_pairs(head, least, total - budget, pairs);
+        }
+        if pairs.is_empty() {
+            break;
+        }
+        pairs.sort_unstable_by(|a, b| {
+            descending(a.affinity, b.affinity).then((a.head, a.i).cmp(&(b.head, b.i)))
+        });
+        pairs.truncate(total - budget);
+        total -= pairs.len();
+        // all at once: distances to what is merged in the same round come last
+        for &Pair { head, i, j, .. } in &*pairs {
+            heads[head].note(i, j);
+        }
+        for &Pair { head, i, j, .. } in &*pairs {
+            heads[head].merge_leaving_gap(i, j);
+        }
+        for &Pair { head, i, .. } in &*pairs {
+            heads[head].refresh(i);
+        }
+    }
+    heads.iter_mut().for_each(MergedMemory::close_gaps);
+}
+
+impl<T: Scalar> MergedMemory<T> {
+    /// Merges until the bound is kept.
+    pub(crate) fn reduce(&mut self) {
+        let (budget, block) = (self.rule.entries, self.rule.block);
+        reduce(core::slice::from_mut(self), budget, 1, block, &mut Vec::new());
+    }
+
+    /// Merges a pair; the last entry takes the place of the second.
+    fn merge_pair(&mut self, i: usize, j: usize) {
+        self.note(i, j);
+        self.merge_into(i, j);
+        let (last, capacity) = (self.held - 1, self.slots.capacity);
+        if j != last {
+            self.move_entry(last, j);
+            self.affinity.copy_within(last * capacity..(last + 1) * capacity, j * capacity);
+            for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
+                row[j] = row[last];
+            }
+            self.affinity[j * capacity + j] = T::zero();
+        }
+        self.truncate(last);
+        self.refresh(i);
+    }
+
+    /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).
+    fn merge_leaving_gap(&mut self, i: usize, j: usize) {
+        self.merge_into(i, j);
+        let capacity = self.slots.capacity;
+        self.slots.empty(j);
+        self.counts[j] = 0.0;
+        self.affinity[j * capacity..(j + 1) * capacity].fill(T::zero());
+        self.affinity[j..]
+            .iter_mut()
+            .step_by(capacity)
+            .take(self.held)
+            .for_each(|x| *x = T::zero());
+        self.gaps += 1;
+    }
+
+    /// Moves the entries behind gaps forward, in order.
+    fn close_gaps(&mut self) {
+        if self.gaps == 0 {
+            return;
+        }
+        let (capacity, len) = (self.slots.capacity, self.held);
+        let first = self.counts[..len].iter().position(|&count| count == 0.0).unwrap_or(len);
+        let mut to = first;
+        for entry in first..len {
+            if self.counts[entry] > 0.0 {
+                self.move_entry(entry, to);
+                self.affinity.copy_within(entry * capacity..entry * capacity + len, to * capacity);
+                self.places[to] = entry;
+                to += 1;
+            }
+        }
+        for row in self.affinity.chunks_exact_mut(capacity).take(to) {
+            for place in first..to {
+                row[place] = row[self.places[place]];
+            }
+        }
+        self.gaps = 0;
+        self.truncate(to);
+    }
+
+    /// Makes entry `i` the mean of both; entry `j` remains.
+    fn merge_into(&mut self, i: usize, j: usize) {
+        let share = self.weights[j] / (self.weights[i] + self.weights[j]);
+        let mean = |x: T, y: T| {
+            let difference = y - x;
+            if difference.is_finite() {
+                x + share * difference
+            } else {
+                x * (T::one() - share) + y * share
+            }
+        };
+        // columns of the slots are apart: a copy of one
+        let Self { slots, point, .. } = self;
+        point.iter_mut().zip(slots.key(j)).for_each(|(to, x)| *to = x);
+        slots.key_mut(i).zip(&**point).for_each(|(x, &y)| *x = mean(*x, y));
+        for c in 0..slots.value_dim {
+            let y = slots.value(j)[c];
+            let x = &mut slots.value_mut(i)[c];
+            *x = mean(*x, y);
+        }
+        self.counts[i] += self.counts[j];
+        let added = self.weights[j];
+        self.weights[i] = (self.weights[i] + added).min(T::max_value().sqrt());
+        slots.bias[i] = T::from_f64(libm::log2(self.counts[i]));
+    }
+
+    /// Tests look at what is merged, by places without gaps.
+    #[allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)]
+    fn note(&mut self, i: usize, j: usize) {
+        #[cfg(test)]
+        {
+            let place =
+                |entry: usize| self.counts[..entry].iter().filter(|&&count| count > 0.0).count();
+            self.merges.push([place(i), place(j)]);
+        }
+        let _ = (i, j);
+    }
+
+    fn move_entry(&mut self, from: usize, to: usize) {
+        self.slots.move_slot(from, to);
+        self.counts[to] = self.counts[from];
+        self.weights[to] = self.weights[from];
+        for row in self.points.chunks_exact_mut(self.slots.capacity) {
+            row[to] = row[from];
+        }
+    }
+
+    /// Ends at `len` entries; what lies beyond is empty.
+    fn truncate(&mut self, len: usize) {
+        for slot in len..self.held {
+            self.slots.empty(slot);
+            self.weights[slot] = T::zero();
+            let column = self.affinity[slot..].iter_mut().step_by(self.slots.capacity);
+            column.take(self.held).for_each(|x| *x = T::zero());
+        }
+        self.held = len;
+        self.fresh = self.fresh.min(len);
+    }
+}

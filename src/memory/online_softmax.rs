@@ -1,0 +1,270 @@
+//! Exact softmax of a block of queries over tiles of keys, with a running maximum.
+
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::gemm::{Into, Matrix, Product};
+use crate::kernel::{self, columns};
+use crate::memory::answer::Answer;
+use crate::scalar::Scalar;
+use crate::views;
+use ndarray::ArrayView2;
+
+/// Queries that are answered at once.
+pub(crate) const QUERY_BLOCK: usize = 128;
+
+/// Keys that are scored at once: by many queries, and by one.
+const KEY_BLOCK: usize = 64;
+const KEY_BLOCK_OF_ONE: usize = 512;
+
+/// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little
+/// of the masked half is computed.
+const MASK_BLOCK: usize = 16;
+
+/// Working memory of [`online_softmax`]: the queries of a block, the scores of one tile, copies of its keys
+/// and values where their rows are not contiguous. Never an n × n array.
+#[derive(Debug)]
+pub(crate) struct Tile<T> {
+    queries: Buffer<T>,
+    scores: Buffer<T>,
+    keys: Buffer<T>,
+    values: Buffer<T>,
+    correction: Buffer<T>,
+    pub(crate) answer: Answer<T>,
+    /// Whether many queries may be shared out over threads.
+    #[cfg(feature = "rayon")]
+    pub(crate) parallel: bool,
+}
+
+impl<T: Scalar> Tile<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            queries: Buffer::new(),
+            scores: Buffer::new(),
+            keys: Buffer::new(),
+            values: Buffer::new(),
+            correction: Buffer::new(),
+            answer: Answer::new(),
+            #[cfg(feature = "rayon")]
+            parallel: true,
+        }
+    }
+
+    /// Empty memory for a copy of a stream.
+    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self))]
+    pub(crate) fn like(&self) -> Self {
+        Self {
+            #[cfg(feature = "rayon")]
+            parallel: self.parallel,
+            ..Self::new()
+        }
+    }
+
+    /// Leaves the threads to others.
+    #[cfg_attr(
+        not(feature = "rayon"),
+        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
+    )]
+    pub(crate) fn stay_on_one_thread(&mut self) {
+        #[cfg(feature = "rayon")]
+        {
+            self.parallel = false;
+        }
+    }
+}
+
+/// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
+/// so, else copied.
+fn contiguous<'a, T: Scalar>(
+    x: ArrayView2<'a, T>,
+    first: usize,
+    count: usize,
+    stride: usize,
+    copy: &'a mut Buffer<T>,
+) -> &'a [T] {
+    if x.ncols() == stride
+        && let Some(all) = x.to_slice()
+    {
+        return &all[first * stride..(first + count) * stride];
+    }
+    copy.resize(count * stride);
+    for (row, copy) in
+        views::rows(x, first..first + count).outer_iter().zip(copy.chunks_exact_mut(stride))
+    {
+        let (copy, padding) = copy.split_at_mut(row.len());
+        copy.iter_mut().zip(row).for_each(|(copy, &x)| *copy = x);
+        padding.fill(T::zero());
+    }
+    copy
+}
+
+/// Sets the answer to `Σ_j exp(scale·q_i·k_j)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
+/// tile, for the keys that query `i` sees: all of them, or keys `0..=first + i` if `first` is
+/// given.
+///
+/// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
+/// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
+/// 2, with queries as columns.
+pub(crate) fn online_softmax<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    scale: T,
+    first: Option<usize>,
+    tile: &mut Tile<T>,
+) {
+    let (n, d) = q.dim();
+    let stride = padded::<T>(v.ncols());
+    let base_2 = scale * T::from_f64(core::f64::consts::LOG2_E);
+    let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
+    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, answer, .. } = tile;
+    let width = if n == 1 { 1 } else { padded::<T>(n) };
+    queries.resize(d * width);
+    correction.resize(width);
+    answer.resize(n, width, stride);
+    answer.denominator.fill(T::zero());
+    answer.log_scale.fill(T::neg_infinity());
+    if n == 1 {
+        queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
+        softmax_of_one(queries, k, v, base_2, keys, scores, key_copy, value_copy, answer);
+    } else {
+        views::to_columns(q, base_2, correction, queries); // whose norms are not needed
+        for start in (0..keys).step_by(KEY_BLOCK) {
+            let count = KEY_BLOCK.min(keys - start);
+            let k = contiguous(k, start, count, d, key_copy);
+            let v = contiguous(v, start, count, stride, value_copy);
+            scores.resize(count * width);
+            // query i sees keys 0..=i + offset of the tile
+            let offset = first.map(|first| first.cast_signed() - start.cast_signed());
+            score(k, queries, d, width, offset, scores);
+            let changed =
+                columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
+            if changed && start > 0 {
+                columns::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
+            }
+            add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
+        }
+    }
+    if keys == 0 {
+        answer.numerator.fill(T::zero());
+    }
+    let ln_2 = T::from_f64(core::f64::consts::LN_2);
+    answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
+}
+
+/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key.
+#[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
+fn score<T: Scalar>(
+    k: &[T],
+    queries: &[T],
+    d: usize,
+    width: usize,
+    offset: Option<isize>,
+    scores: &mut [T],
+) {
+    let count = scores.len() / width;
+    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
+    let step = if all_seen { count } else { MASK_BLOCK };
+    for first in (0..count).step_by(step) {
+        let last = count.min(first + step);
+        // the first query that sees the first key of the block, down to a whole vector
+        let seen_by = |key: usize| {
+            offset
+                .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
+                .min(width)
+        };
+        let from = seen_by(first) / T::PAD * T::PAD;
+        let rows = &mut scores[first * width..last * width];
+        if from < width {
+            Product {
+                m: last - first,
+                n: width - from,
+                k: d,
+                a: Matrix::rows(&k[first * d..], d),
+                b: &queries[from..],
+                ldb: width,
+                c: &mut rows[from..],
+                ldc: width,
+                into: Into::Set,
+            }
+            .run();
+        }
+        if !all_seen {
+            for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
+                row[..seen_by(key)].fill(T::neg_infinity());
+            }
+        }
+    }
+}
+
+/// Adds the weighted values of a tile.
+#[allow(clippy::too_many_arguments, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
+fn add_values<T: Scalar>(
+    weights: &[T],
+    v: &[T],
+    n: usize,
+    width: usize,
+    stride: usize,
+    offset: Option<isize>,
+    set: bool,
+    numerator: &mut [T],
+) {
+    let count = weights.len() / width;
+    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
+    let step = if all_seen { n } else { MASK_BLOCK };
+    for first in (0..n).step_by(step) {
+        let last = n.min(first + step);
+        let seen = offset.map_or(count, |offset| {
+            (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned()
+        });
+        if seen == 0 && !set {
+            continue;
+        }
+        Product {
+            m: last - first,
+            n: stride,
+            k: seen,
+            a: Matrix::columns(&weights[first..], width),
+            b: v,
+            ldb: stride,
+            c: &mut numerator[first * stride..],
+            ldc: stride,
+            into: if set { Into::Set } else { Into::Add },
+        }
+        .run();
+    }
+}
+
+/// One query: a decode step.
+#[allow(clippy::too_many_arguments)]
+fn softmax_of_one<T: Scalar>(
+    q: &[T],
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    base_2: T,
+    keys: usize,
+    scores: &mut Buffer<T>,
+    key_copy: &mut Buffer<T>,
+    value_copy: &mut Buffer<T>,
+    answer: &mut Answer<T>,
+) {
+    let Answer { numerator, denominator, log_scale, .. } = answer;
+    numerator.fill(T::zero());
+    let value_dim = v.ncols();
+    scores.resize(KEY_BLOCK_OF_ONE);
+    for start in (0..keys).step_by(KEY_BLOCK_OF_ONE) {
+        let count = KEY_BLOCK_OF_ONE.min(keys - start);
+        let k = contiguous(k, start, count, q.len(), key_copy);
+        let v = contiguous(v, start, count, value_dim, value_copy);
+        let scores = &mut scores[..count];
+        kernel::rows_dot(base_2, q, k, scores);
+        let old = log_scale[0];
+        let new = old.max(kernel::max(scores));
+        kernel::exp2_slice(scores, new);
+        let correction = if old == new { T::one() } else { (old - new).exp2() };
+        if correction != T::one() {
+            kernel::scale(numerator, correction);
+        }
+        denominator[0] = denominator[0] * correction + kernel::sum(scores);
+        log_scale[0] = new;
+        kernel::add_row_times_matrix(scores, v, value_dim, &mut numerator[..value_dim]);
+    }
+}
