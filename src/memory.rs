@@ -15,7 +15,8 @@ pub use linear::LinearMemory;
 pub(crate) use linear::{Checkpoint, Engine, State, Tokens, Workspace};
 pub use merged::{MergedMemory, Metric};
 
-use crate::kernel::{self, Buffer, columns, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::{Error, Scalar, check};
 use core::fmt::Debug;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
@@ -260,12 +261,12 @@ impl<T: Scalar> Answer<T> {
             };
         }
         if readout == Readout::Unnormalized {
-            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            kernel::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
         }
         let finite = if let Some(out) = out.as_slice_mut() {
-            columns::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
+            kernel::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
         } else {
-            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            kernel::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
             for (mut out, row) in out.outer_iter_mut().zip(self.numerator.chunks_exact(stride)) {
                 out.iter_mut().zip(row).for_each(|(out, &sum)| *out = sum);
             }

@@ -2,7 +2,9 @@
 
 use super::softmax::SoftmaxAttention;
 use super::{Attention, Mask, Scratch, Stream};
-use crate::kernel::{Buffer, Into, Matrix, Product, all_finite, chunk_len, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::kernel::{all_finite, chunk_len};
 use crate::{Error, Scalar, check, projection, views};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use std::sync::Arc;
@@ -200,7 +202,7 @@ impl<T: Scalar> Projected<T> {
                 ldb: stride,
                 c: &mut self.sums,
                 ldc: stride,
-                into: Into::Compensated(&mut self.low),
+                into: Epilogue::Compensated(&mut self.low),
             }
             .run();
         }

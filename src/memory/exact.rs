@@ -1,7 +1,9 @@
 //! Exact memory: the keys and values themselves, read by a tiled softmax with a running maximum.
 
 use super::{Answer, Memory, Partial};
-use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::views::{self, rows};
 use crate::{Error, Scalar, check};
 #[cfg(feature = "serde")]
@@ -134,10 +136,14 @@ pub(crate) fn attend<T: Scalar>(
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
             score(k, queries, d, width, offset, scores);
-            let changed =
-                columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
+            let changed = kernel::online_softmax(
+                scores,
+                &mut answer.log_scale,
+                &mut answer.denominator,
+                correction,
+            );
             if changed && start > 0 {
-                columns::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
+                kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
             add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
         }
@@ -182,7 +188,7 @@ fn score<T: Scalar>(
                 ldb: width,
                 c: &mut rows[from..],
                 ldc: width,
-                into: Into::Set,
+                into: Epilogue::Set,
             }
             .run();
         }
@@ -226,7 +232,7 @@ fn add_values<T: Scalar>(
             ldb: stride,
             c: &mut numerator[first * stride..],
             ldc: stride,
-            into: if set { Into::Set } else { Into::Add },
+            into: if set { Epilogue::Set } else { Epilogue::Add },
         }
         .run();
     }

@@ -3,7 +3,8 @@
 
 use super::slab::{Reading, Slab, attend};
 use super::{Memory, Partial};
-use crate::kernel::{self, Buffer, padded, pairs};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::{Error, Scalar, check, views};
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use std::sync::Arc;
@@ -474,7 +475,7 @@ impl<T: Scalar> MergedMemory<T> {
         let capacity = slab.capacity;
         points[entry..].iter_mut().step_by(capacity).zip(&**point).for_each(|(to, &x)| *to = x);
         let used = padded::<T>(self.held);
-        pairs::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
+        kernel::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
         let largest = Self::largest_affinity();
         let least = largest.recip();
         for x in &mut distance[..used] {
@@ -520,7 +521,7 @@ impl<T: Scalar> MergedMemory<T> {
             *r = w.recip(); // of a gap as well, whose affinities are zero
         }
         self.reciprocal[self.held..].fill(T::zero());
-        pairs::largest_affinities(
+        kernel::largest_affinities(
             &self.reciprocal[..used],
             &self.affinity,
             self.slab.capacity,
@@ -678,7 +679,7 @@ impl<T: Scalar> MergedMemory<T> {
     /// `a_i ← decay·a_i + it`.
     pub(crate) fn receive(&mut self, decay: T, factors: &[T], p: &[T], ld: usize) {
         let used = self.used();
-        pairs::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
+        kernel::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
         self.weights[self.held..].fill(T::zero());
     }
 

@@ -3,7 +3,9 @@
 
 use super::Answer;
 use crate::Scalar;
-use crate::kernel::{self, Buffer, Into, Matrix, Product, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use ndarray::ArrayView1;
 
 /// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot
@@ -171,7 +173,7 @@ pub(crate) fn attend<T: Scalar>(
                 ldb: slab.capacity,
                 c: &mut scores[offset..],
                 ldc: width,
-                into: Into::Add,
+                into: Epilogue::Add,
             }
             .run();
         }
@@ -205,7 +207,7 @@ pub(crate) fn attend<T: Scalar>(
                 ldb: stride,
                 c: &mut answer.numerator,
                 ldc: stride,
-                into: if first { Into::Set } else { Into::Add },
+                into: if first { Epilogue::Set } else { Epilogue::Add },
             }
             .run();
             first = false;
