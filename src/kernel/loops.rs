@@ -2,7 +2,6 @@
 //! level.
 #![allow(
     missing_debug_implementations, // arguments of loops, public in name only
-    missing_docs,
     clippy::needless_range_loop, // only loops over plain indices keep arrays in registers
     clippy::manual_memcpy
 )]

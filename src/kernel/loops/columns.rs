@@ -75,8 +75,9 @@ impl<T: Lanes> Exp2ColumnsBelowMaximum<'_, T> {
     }
 }
 
-/// One tile of an online softmax: `scores_it ← 2^(scores_it − log_scale_t)` below the running maximum,
-/// whose change is `correction_t`.
+/// One tile of an online softmax: `log_scale_t ← max(log_scale_t, max_i scores_it)`, then
+/// `scores_it ← 2^(scores_it − log_scale_t)`; `correction_t = 2^(old log_scale_t − log_scale_t)` and
+/// `denominator_t ← correction_t·denominator_t + Σ_i scores_it`.
 pub struct OnlineSoftmax<'a, T> {
     pub(crate) scores: &'a mut [T],
     pub(crate) log_scale: &'a mut [T],
@@ -263,7 +264,8 @@ impl<T: Lanes> Loop for DecayQueriesAndKeys<'_, T> {
     }
 }
 
-/// `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and `squares_t = Σ_p out_pt²`.
+/// `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and
+/// `squares_t = Σ_p out_pt²`.
 pub struct Transpose<'a, T> {
     pub(crate) rows: usize,
     pub(crate) row: &'a dyn Fn(usize) -> &'a [T],
@@ -332,6 +334,7 @@ impl<T: Lanes> Loop for Transpose<'_, T> {
 mod tests {
     use super::*;
     use crate::kernel::buffer::padded;
+    use crate::kernel::loops::samples::wide;
     use crate::kernel::simd::machine::Machine;
 
     /// Numbers between −1 and 1.
@@ -339,14 +342,23 @@ mod tests {
         (0..n).map(|i| T::from((i as f64 * 0.7 + seed).sin()).unwrap()).collect()
     }
 
+    fn assert_close<T: Lanes>(
+        machine: Machine,
+        what: &str,
+        found: T,
+        expected: f64,
+        tolerance: f64,
+    ) {
+        let found = found.to_f64().unwrap();
+        assert!(
+            (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
+            "{machine:?} {what}: {found} {expected}"
+        );
+    }
+
     fn check<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
-        let wide = |x: &[T]| x.iter().map(|x| x.to_f64().unwrap()).collect::<Vec<_>>();
         let close = |what: &str, found: T, expected: f64| {
-            let found = found.to_f64().unwrap();
-            assert!(
-                (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
-                "{machine:?} {what}: {found} {expected}"
-            );
+            assert_close(machine, what, found, expected, tolerance);
         };
         for rows in [1, 2, 3, 7, 16, 17, 64, 130] {
             for width in [T::PAD, 2 * T::PAD, 4 * T::PAD, 5 * T::PAD, 9 * T::PAD] {
@@ -430,6 +442,9 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn check_transpose<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
         for (n, d) in [(1, 1), (1, 64), (3, 5), (16, 16), (17, 80), (64, 64), (63, 31), (130, 9)] {
             let x = numbers::<T>(n * d, 0.9);
             let width = padded::<T>(n) + T::PAD;
@@ -445,11 +460,8 @@ mod tests {
                 out: &mut out,
             });
             for t in 0..width {
-                close(
-                    "squares",
-                    squares[t],
-                    (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum(),
-                );
+                let expected = (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum();
+                assert_close(machine, "squares", squares[t], expected, tolerance);
             }
             for p in 0..d {
                 for t in 0..width {
@@ -465,6 +477,8 @@ mod tests {
         for machine in Machine::all() {
             check::<f32>(machine, 2e-5);
             check::<f64>(machine, 1e-13);
+            check_transpose::<f32>(machine, 2e-5);
+            check_transpose::<f64>(machine, 1e-13);
         }
     }
 }

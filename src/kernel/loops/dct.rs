@@ -370,7 +370,7 @@ impl<T: Lanes, const BACK: bool> Loop for Merge<'_, T, BACK> {
                 match before {
                     None => c[0] = x[stride],
                     Some(before) => {
-                        (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false)
+                        (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false);
                     }
                 }
                 (c[k + 1], s[q - 1 - k]) =

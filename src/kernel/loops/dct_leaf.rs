@@ -1,5 +1,5 @@
-//! Transforms of up to 32 points, written out so that they stay in registers, and the steps that
-//! larger ones share with them; the letters are those of [`dct`](super::dct).
+//! Transforms of up to 32 points, written out so that they stay in registers, and the rotations and
+//! sums that larger ones share with them. Letters are those of the split of larger ones.
 
 use crate::kernel::simd::{Lanes, Level, Loop};
 
@@ -93,7 +93,11 @@ macro_rules! points {
     ($n:literal: $($q:literal)*, $($h:literal)*, $($r:literal)*) => {
         impl Points<$n> for Written {
             #[inline(always)]
-            fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; $n], twiddles: &Twiddles<T>) -> [T::V<L>; $n] {
+            fn dct2<T: Lanes, L: Level>(
+                level: L,
+                x: &[T::V<L>; $n],
+                twiddles: &Twiddles<T>,
+            ) -> [T::V<L>; $n] {
                 const Q: usize = $n / 4;
                 let parts = [$(split::<T, L>(
                     level,
@@ -104,7 +108,8 @@ macro_rules! points {
                 let u = [$(parts[$q][0],)* $(parts[2 * Q - 1 - $h][1]),*];
                 let u: [T::V<L>; 2 * Q] = Self::dct2::<T, L>(level, &u, twiddles);
                 let c: [T::V<L>; Q] = Self::dct2::<T, L>(level, &[$(parts[$q][2]),*], twiddles);
-                let s: [T::V<L>; Q] = Self::dct2::<T, L>(level, &[$(parts[Q - 1 - $q][3]),*], twiddles);
+                let s: [T::V<L>; Q] =
+                    Self::dct2::<T, L>(level, &[$(parts[Q - 1 - $q][3]),*], twiddles);
                 [
                     $(coefficient::<T, L>(level, [&u, &c, &s], $q),)*
                     $(coefficient::<T, L>(level, [&u, &c, &s], $h),)*
@@ -113,7 +118,11 @@ macro_rules! points {
             }
 
             #[inline(always)]
-            fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; $n], twiddles: &Twiddles<T>) -> [T::V<L>; $n] {
+            fn dct3<T: Lanes, L: Level>(
+                level: L,
+                x: &[T::V<L>; $n],
+                twiddles: &Twiddles<T>,
+            ) -> [T::V<L>; $n] {
                 const Q: usize = $n / 4;
                 const H: usize = $n / 2;
                 let pairs = [$(if $q == 0 {
@@ -121,9 +130,14 @@ macro_rules! points {
                 } else {
                     parted::<T, L>(level, x[(4 * $q + $n - 1) % $n], x[4 * $q + 1], $q % 2 == 1)
                 }),*];
-                let u: [T::V<L>; H] = Self::dct3::<T, L>(level, &[$(x[2 * $q],)* $(x[2 * $h]),*], twiddles);
+                let u: [T::V<L>; H] =
+                    Self::dct3::<T, L>(level, &[$(x[2 * $q],)* $(x[2 * $h]),*], twiddles);
                 let c: [T::V<L>; Q] = Self::dct3::<T, L>(level, &[$(pairs[$q].0),*], twiddles);
-                let s: [T::V<L>; Q] = Self::dct3::<T, L>(level, &[$(pairs[if $q == 0 { 0 } else { Q - $q }].1),*], twiddles);
+                let s: [T::V<L>; Q] = Self::dct3::<T, L>(
+                    level,
+                    &[$(pairs[if $q == 0 { 0 } else { Q - $q }].1),*],
+                    twiddles,
+                );
                 let parts = [$(unsplit::<T, L>(
                     level,
                     [u[$q], u[H - 1 - $q], c[$q], s[Q - 1 - $q]],
@@ -133,7 +147,11 @@ macro_rules! points {
                 [
                     $(parts[$q][0],)*
                     $(parts[H - 1 - $h][1],)*
-                    $(if $r < H + Q { parts[$r & (Q - 1)][2] } else { parts[($n - 1 - $r) & (Q - 1)][3] }),*
+                    $(if $r < H + Q {
+                        parts[$r & (Q - 1)][2]
+                    } else {
+                        parts[($n - 1 - $r) & (Q - 1)][3]
+                    }),*
                 ]
             }
         }
@@ -142,7 +160,8 @@ macro_rules! points {
 points!(4: 0, 1, 2 3);
 points!(8: 0 1, 2 3, 4 5 6 7);
 points!(16: 0 1 2 3, 4 5 6 7, 8 9 10 11 12 13 14 15);
-points!(32: 0 1 2 3 4 5 6 7, 8 9 10 11 12 13 14 15, 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
+points!(32: 0 1 2 3 4 5 6 7, 8 9 10 11 12 13 14 15,
+    16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
 
 /// −a.
 #[inline(always)]

@@ -208,7 +208,7 @@ mod tests {
                 close(k[p], 0.5 * b[p]);
                 close(new_z[p], left(p) * c[p] + 0.5 * b[p]);
                 (0..width).for_each(|j| {
-                    close(new_sum[p * width + j], left(p) * d[p * width + j] + 0.5 * b[p] * e[j])
+                    close(new_sum[p * width + j], left(p) * d[p * width + j] + 0.5 * b[p] * e[j]);
                 });
             }
             let mut read = vec![T::nan(); width];

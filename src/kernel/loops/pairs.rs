@@ -156,7 +156,7 @@ mod tests {
         let width = n.next_multiple_of(T::PAD);
         let ld = width + T::PAD;
         let near = |a: T, b: f64| {
-            assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}")
+            assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}");
         };
         let (y, point) = (numbers::<T>(7 * ld, 0.37), numbers::<T>(7, 0.9));
         let mut out = vec![T::nan(); width];
