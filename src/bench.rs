@@ -1,7 +1,9 @@
 //! What the benchmarks of this repository time and nobody else should use: pieces of the inner
 //! loops, without the rest.
 
-use crate::kernel::{self, Buffer, Into, Matrix, chunk_len, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix};
+use crate::kernel::{self, chunk_len};
 use crate::{FeatureMap, Scalar, views};
 use ndarray::{Array2, ArrayView2};
 
@@ -30,7 +32,7 @@ impl Product {
     pub fn run(&mut self) {
         let Self { size: [m, n, k], a, b, c } = self;
         let (m, n, k) = (*m, *n, *k);
-        kernel::Product {
+        kernel::loops::products::Product {
             m,
             n,
             k,
@@ -39,7 +41,7 @@ impl Product {
             ldb: n,
             c,
             ldc: n,
-            into: Into::Set,
+            into: Epilogue::Set,
         }
         .run();
     }

@@ -7,7 +7,8 @@ pub(crate) mod performer;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
 
-use crate::kernel::{self, Buffer, chunk_len, columns, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::{self, chunk_len};
 use crate::{Error, Scalar, check, views};
 use core::fmt::Debug;
 use ndarray::{Array1, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -216,7 +217,7 @@ fn map_by_columns<T: Scalar>(
             &mut scratch,
         )
         .map_err(|error| error.in_chunk(start))?;
-        columns::transpose(
+        kernel::transpose(
             num_features,
             &|i| &features[i * width..(i + 1) * width],
             T::one(),

@@ -116,7 +116,7 @@ pub(crate) mod sealed {
                 const SAFE_VALUE: f64 = $safe_value;
 
                 fn plan_dct(len: usize) -> Dct<Self> {
-                    let plan = crate::kernel::dct::plan::<$t>(len);
+                    let plan = crate::kernel::row_dct::plan::<$t>(len);
                     let scratch_len = plan.get_scratch_len();
                     Dct {
                         plan: Plan::$variant(plan),

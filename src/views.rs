@@ -2,7 +2,7 @@
 //! this crate forbids.)
 
 use crate::Scalar;
-use crate::kernel::columns;
+use crate::kernel;
 use core::ops::Range;
 use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Slice};
 
@@ -76,9 +76,9 @@ pub(crate) fn to_columns<T: Scalar>(
     let width = squares.len();
     let out = &mut out[..length * width];
     if let Some(x) = x.to_slice() {
-        columns::transpose(rows, &|t| &x[t * length..(t + 1) * length], factor, squares, out);
+        kernel::transpose(rows, &|t| &x[t * length..(t + 1) * length], factor, squares, out);
     } else if x.strides()[1] == 1 {
-        columns::transpose(
+        kernel::transpose(
             rows,
             &|t| x.index_axis_move(Axis(0), t).to_slice().unwrap_or_default(),
             factor,

@@ -7,7 +7,9 @@ use crate::attention::sharing::Sharing;
 use crate::attention::softmax::SoftmaxAttention;
 use crate::attention::stream::Stream;
 use crate::error::Error;
-use crate::kernel::{Buffer, Into, Matrix, Product, all_finite, chunk_len, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::kernel::{all_finite, chunk_len};
 use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::{check, projection, views};
@@ -217,7 +219,7 @@ impl<T: Scalar> Projected<T> {
                 ldb: stride,
                 c: &mut self.sums,
                 ldc: stride,
-                into: Into::Compensated(&mut self.low),
+                into: Epilogue::Compensated(&mut self.low),
             }
             .run();
         }

@@ -2,8 +2,8 @@
 
 use super::dense::{Dense, Exponents};
 use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::kernel::Buffer;
-use crate::kernel::lanes_dct::LanesDct;
+use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::dct::LanesDct;
 use crate::projection::{self, Generator};
 use crate::scalar::sealed::Dct;
 use crate::{Calibration, Error, Scalar, check};

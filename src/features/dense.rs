@@ -2,7 +2,9 @@
 //! maximum, one for the exponential.
 
 use super::{ColumnMap, Weights};
-use crate::kernel::{self, Buffer, Into, Matrix, Product, columns, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::{Error, Scalar};
 use ndarray::ArrayView2;
 
@@ -65,7 +67,7 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
                 ldb: width,
                 c: values,
                 ldc: width,
-                into: self.exponents.bias.as_deref().map_or(Into::Set, Into::Bias),
+                into: self.exponents.bias.as_deref().map_or(Epilogue::Set, Epilogue::Bias),
             }
             .run();
         }
@@ -164,7 +166,7 @@ impl<T: Scalar> Exponents<T> {
         } else {
             let half = T::from_f64(0.5);
             scratch.iter_mut().zip(squares).for_each(|(norm, &square)| *norm = half * square);
-            columns::exp2_below_maximum(values, log_scale);
+            kernel::exp2_columns_below_maximum(values, log_scale);
         }
         let ln_2 = T::from_f64(core::f64::consts::LN_2);
         let mut in_range = true;

@@ -2,7 +2,9 @@
 //! kernels that models are trained with.
 
 use super::{ColumnMap, FeatureMap, largest_of_columns, map_by_columns};
-use crate::kernel::{self, Buffer, Into, Matrix, Product};
+use crate::kernel;
+use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::{Error, Scalar, check};
 use core::marker::PhantomData;
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -275,7 +277,7 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
                 if width == 1 {
                     kernel::rows_dot(T::one(), x, projection, values);
                 } else {
-                    let (a, into) = (Matrix::rows(projection, self.head_dim), Into::Set);
+                    let (a, into) = (Matrix::rows(projection, self.head_dim), Epilogue::Set);
                     Product {
                         m,
                         n: width,

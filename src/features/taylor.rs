@@ -1,7 +1,8 @@
 //! The second-order Taylor maps: exp(s) ≈ 1 + s + s²/2, as it stands and calibrated to data.
 
 use super::{ColumnMap, FeatureMap, check_map, map_by_columns};
-use crate::kernel::{self, Buffer};
+use crate::kernel;
+use crate::kernel::buffer::Buffer;
 use crate::views::rows;
 use crate::{Calibration, Error, Scalar, TaylorFit, check};
 use core::marker::PhantomData;

@@ -1,6 +1,6 @@
 //! Buffers whose first element lies on a cache line: vectors that straddle two lines cost twice.
 
-use super::simd::Lanes;
+use crate::kernel::simd::Lanes;
 use core::ops::{Deref, DerefMut};
 
 /// Cache lines of a page. What lies whole pages apart is taken for the same by the stores of a

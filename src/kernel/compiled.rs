@@ -4,8 +4,9 @@
 //! The methods are not generic, so the loops are compiled once, in this crate, at every level; the
 //! crates that use it only call them.
 
-use super::simd::{Lanes, Machine};
-use super::{columns, exp, gemm, lanes_dct, pairs};
+use crate::kernel::loops::{columns, dct, decay, decode, exp, pairs, products, reduce, vectors};
+use crate::kernel::simd::Lanes;
+use crate::kernel::simd::machine::Machine;
 
 macro_rules! compiled {
     ($($name:ident: $($path:ident)::+ $(-> $out:ty)?;)*) => {
@@ -16,7 +17,7 @@ macro_rules! compiled {
                 fn $name(work: $($path)::+<'_, Self>) $(-> $out)?;
             )*
             /// DCT-II, or DCT-III.
-            fn run_dct(columns: lanes_dct::Columns<'_, Self>, third: bool);
+            fn run_dct(columns: dct::DctColumns<'_, Self>, third: bool);
         }
 
         compiled!(@for f32, $($name: $($path)::+ $(-> $out)?;)*);
@@ -30,7 +31,7 @@ macro_rules! compiled {
                 }
             )*
 
-            fn run_dct(columns: lanes_dct::Columns<'_, Self>, third: bool) {
+            fn run_dct(columns: dct::DctColumns<'_, Self>, third: bool) {
                 if third {
                     columns.run::<true>(Machine::best());
                 } else {
@@ -41,32 +42,32 @@ macro_rules! compiled {
     };
 }
 compiled! {
-    run_product: gemm::Product;
-    run_row_times_matrix: gemm::RowTimesMatrix;
-    run_two_rows_times_matrix: gemm::TwoRowsTimesMatrix;
+    run_product: products::Product;
+    run_row_times_matrix: products::RowTimesMatrix;
+    run_two_rows_times_matrix: products::TwoRowsTimesMatrix;
     run_exp2: exp::Exp2;
-    run_exp2_columns: columns::Exp2BelowMaximum;
-    run_soften: columns::Soften -> bool;
+    run_exp2_columns_below_maximum: columns::Exp2ColumnsBelowMaximum;
+    run_online_softmax: columns::OnlineSoftmax -> bool;
     run_scale_and_sum_rows: columns::ScaleAndSumRows;
     run_mask_and_add_rows: columns::MaskAndAddRows;
     run_scale_rows: columns::ScaleRows -> Self;
     run_scale_rows_in_place: columns::ScaleRowsInPlace;
-    run_fade: columns::Fade;
+    run_decay_queries_and_keys: columns::DecayQueriesAndKeys;
     run_transpose: columns::Transpose;
-    run_sum_of: super::SumOf -> Self;
-    run_max_of: super::MaxOf -> Self;
-    run_max_abs_of: super::MaxAbsOf -> Self;
-    run_finite_mark_of: super::FiniteMarkOf -> Self;
-    run_copy_and_measure: super::CopyAndMeasure -> Self;
-    run_dot: super::Dot -> Self;
-    run_rows_dot: super::RowsDot;
-    run_scale_in_place: super::ScaleInPlace;
-    run_add_outer: super::AddOuter;
-    run_fade_rows: super::FadeRows;
-    run_scale_into: super::ScaleInto -> Self;
-    run_exp2_one: super::Exp2BelowMaximum -> (Self, Self);
-    run_decode_step: super::DecodeStep -> Self;
-    run_read_sums: super::ReadSums;
+    run_sum_of: reduce::SumOf -> Self;
+    run_max_of: reduce::MaxOf -> Self;
+    run_max_abs_of: reduce::MaxAbsOf -> Self;
+    run_finite_mark_of: reduce::FiniteMarkOf -> Self;
+    run_copy_and_measure: reduce::CopyAndMeasure -> Self;
+    run_dot: reduce::Dot -> Self;
+    run_rows_dot: reduce::RowsDot;
+    run_scale_in_place: vectors::ScaleInPlace;
+    run_add_outer: vectors::AddOuter;
+    run_decay_rows: decay::DecayRows;
+    run_scale_into: vectors::ScaleInto -> Self;
+    run_exp2_below_maximum: exp::Exp2BelowMaximum -> (Self, Self);
+    run_decode_step: decode::DecodeStep -> Self;
+    run_read_sums: decode::ReadSums;
     run_distances: pairs::Distances;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;

@@ -3,7 +3,7 @@
 use crate::check;
 use crate::error::Error;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::{self, columns};
+use crate::kernel;
 use crate::memory::partial::{Partial, add_sums, divisor};
 use crate::scalar::Scalar;
 use ndarray::ArrayViewMut2;
@@ -69,12 +69,12 @@ impl<T: Scalar> Answer<T> {
             };
         }
         if readout == Readout::Unnormalized {
-            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            kernel::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
         }
         let finite = if let Some(out) = out.as_slice_mut() {
-            columns::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
+            kernel::scale_rows(&self.numerator, stride, &self.factors, value_dim, out)
         } else {
-            columns::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
+            kernel::scale_rows_in_place(&mut self.numerator, stride, &self.factors);
             for (mut out, row) in out.outer_iter_mut().zip(self.numerator.chunks_exact(stride)) {
                 out.iter_mut().zip(row).for_each(|(out, &sum)| *out = sum);
             }

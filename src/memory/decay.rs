@@ -2,7 +2,9 @@
 //! that come with the tokens.
 
 use super::linear::Chunk;
-use crate::kernel::{self, Buffer, Fading, columns};
+use crate::kernel;
+use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::decay::RowDecay;
 use crate::{Error, Scalar, check, views};
 use core::ops::Range;
 use ndarray::ArrayView2;
@@ -128,8 +130,8 @@ pub(super) struct Fade<T> {
 
 impl<T: Scalar> Fade<T> {
     /// If they differ.
-    pub(super) fn of_features(&self) -> Option<Fading<'_, T>> {
-        (!self.kept.is_empty()).then(|| Fading { kept: &self.kept, change: &self.change })
+    pub(super) fn of_features(&self) -> Option<RowDecay<'_, T>> {
+        (!self.kept.is_empty()).then(|| RowDecay { kept: &self.kept, change: &self.change })
     }
 
     fn set(&mut self, log_decay: &[T]) {
@@ -348,9 +350,13 @@ impl<T: Scalar> Gates<T> {
         self.factors.resize(features * group.width);
         let row = |t: usize| &since[t * width..(t + 1) * width];
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
-        columns::transpose(tokens.len(), &row, log2_e, &mut self.squares, &mut self.factors);
+        kernel::transpose(tokens.len(), &row, log2_e, &mut self.squares, &mut self.factors);
         let size = features * group.width;
-        columns::fade(&mut self.factors, &mut group.queries[..size], &mut group.keys[..size]);
+        kernel::decay_queries_and_keys(
+            &mut self.factors,
+            &mut group.queries[..size],
+            &mut group.keys[..size],
+        );
     }
 
     /// Takes [`fade_group`](Self::fade_group) back from the log scales of queries.
@@ -371,7 +377,7 @@ impl<T: Scalar> Gates<T> {
 
     /// What features of a single token decay beyond the slowest, after
     /// [`fade_one`](Self::fade_one).
-    pub(super) fn of_features(&self) -> Option<Fading<'_, T>> {
+    pub(super) fn of_features(&self) -> Option<RowDecay<'_, T>> {
         if self.width > 1 { self.fade.of_features() } else { None }
     }
 

@@ -4,7 +4,11 @@ use super::decay::{Fade, Gates, LogDecay};
 #[cfg(feature = "rayon")]
 use super::parallel;
 use crate::features::Side;
-use crate::kernel::{self, Buffer, Fading, Into, Matrix, Product, chunk_len, columns, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::decay::{DecayRows, RowDecay};
+use crate::kernel::loops::decode::DecodeStep;
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::kernel::{self, chunk_len};
 use crate::memory::Memory;
 use crate::memory::answer::{Answer, Readout};
 use crate::memory::partial::Partial;
@@ -264,7 +268,7 @@ impl<T: Scalar> State<T> {
                 (&mut self.sums, &mut self.sums_low),
                 (&mut self.normalizer, &mut self.normalizer_low),
             ] {
-                kernel::FadeRows { fade, factors: &[], x: &[], sum, low }.run();
+                DecayRows { decay: fade, factors: &[], x: &[], sum, low }.run();
             }
         }
     }
@@ -282,7 +286,7 @@ impl<T: Scalar> State<T> {
             ldb: stride,
             c: &mut self.sums,
             ldc: stride,
-            into: Into::Compensated(&mut self.sums_low),
+            into: Epilogue::Compensated(&mut self.sums_low),
         }
         .run();
         kernel::add_compensated(&mut self.normalizer, &mut self.normalizer_low, T::one(), key_sums);
@@ -312,7 +316,7 @@ impl<T: Scalar> State<T> {
         &mut self,
         token: &mut Chunk<T>,
         gates: &Gates<T>,
-        fade: Option<Fading<'_, T>>,
+        fade: Option<RowDecay<'_, T>>,
     ) {
         self.raise(Self::unit_with(self.scale(), token, gates));
         let factor = unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale);
@@ -323,10 +327,10 @@ impl<T: Scalar> State<T> {
         let (sums, sums_low) = (&mut self.sums, &mut self.sums_low);
         let (normalizer, normalizer_low) = (&mut self.normalizer, &mut self.normalizer_low);
         if let Some(fade) = fade {
-            kernel::FadeRows { fade, factors: keys, x: &token.values, sum: sums, low: sums_low }
+            DecayRows { decay: fade, factors: keys, x: &token.values, sum: sums, low: sums_low }
                 .run();
             let one = &[T::one()];
-            kernel::FadeRows { fade, factors: keys, x: one, sum: normalizer, low: normalizer_low }
+            DecayRows { decay: fade, factors: keys, x: one, sum: normalizer, low: normalizer_low }
                 .run();
         } else {
             kernel::add_outer(sums, sums_low, keys, &token.values);
@@ -363,11 +367,11 @@ impl<T: Scalar> State<T> {
             return false;
         }
         answer.resize(1, 1, self.stride());
-        let denominator = kernel::DecodeStep {
+        let denominator = DecodeStep {
             factor: unit_ratio([token.key_scale[0], -self.log_scale_low], self.log_scale),
             least,
             q: &token.queries[..features],
-            fade: gates.of_features().map(|fade| (&*gates.query, fade)),
+            decay: gates.of_features().map(|fade| (&*gates.query, fade)),
             k: &mut token.keys[..features],
             v: &token.values,
             z: &mut self.normalizer,
@@ -449,7 +453,7 @@ impl<T: Scalar> State<T> {
             ldb: stride,
             c: &mut answer.numerator,
             ldc: stride,
-            into: Into::Set,
+            into: Epilogue::Set,
         }
         .run();
         kernel::row_times_matrix(
@@ -652,10 +656,10 @@ impl<T: Scalar> Chunk<T> {
                 ldb: width,
                 c: &mut scores[first * width + first..],
                 ldc: width,
-                into: Into::Set,
+                into: Epilogue::Set,
             }
             .run();
-            columns::mask_and_add_rows(
+            kernel::mask_and_add_rows(
                 &mut scores[first * width..last * width],
                 first,
                 &mut answer.denominator,
@@ -672,7 +676,7 @@ impl<T: Scalar> Chunk<T> {
                 ldb: stride,
                 c: &mut answer.numerator[first * stride..],
                 ldc: stride,
-                into: if add { Into::Add } else { Into::Set },
+                into: if add { Epilogue::Add } else { Epilogue::Set },
             }
             .run();
         }
@@ -689,7 +693,7 @@ impl<T: Scalar> Chunk<T> {
     ) {
         key_factors(&self.key_scale, unit, self.tokens, factors);
         key_sums.resize(features);
-        columns::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
+        kernel::scale_and_sum_rows(&mut self.keys[..features * self.width], factors, key_sums);
     }
 }
 

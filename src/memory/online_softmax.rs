@@ -2,7 +2,7 @@
 
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gemm::{Into, Matrix, Product};
-use crate::kernel::{self, columns};
+use crate::kernel;
 use crate::memory::answer::Answer;
 use crate::scalar::Scalar;
 use crate::views;
@@ -136,9 +136,9 @@ pub(crate) fn online_softmax<T: Scalar>(
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
             score(k, queries, d, width, offset, scores);
             let changed =
-                columns::soften(scores, &mut answer.log_scale, &mut answer.denominator, correction);
+                kernel::online_softmax(scores, &mut answer.log_scale, &mut answer.denominator, correction);
             if changed && start > 0 {
-                columns::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
+                kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
             add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
         }
@@ -183,7 +183,7 @@ fn score<T: Scalar>(
                 ldb: width,
                 c: &mut rows[from..],
                 ldc: width,
-                into: Into::Set,
+                into: Epilogue::Set,
             }
             .run();
         }
@@ -227,7 +227,7 @@ fn add_values<T: Scalar>(
             ldb: stride,
             c: &mut numerator[first * stride..],
             ldc: stride,
-            into: if set { Into::Set } else { Into::Add },
+            into: if set { Epilogue::Set } else { Epilogue::Add },
         }
         .run();
     }

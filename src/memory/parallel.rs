@@ -10,7 +10,9 @@ use super::linear::{
     Chunk, Engine, FEW_TOKENS, Size, State, Tokens, Workspace, decayed, key_factors, unit_ratio,
 };
 use crate::features::Side;
-use crate::kernel::{self, Buffer, Into, Matrix, Product, chunk_len, columns, padded};
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::kernel::{self, chunk_len};
 use crate::memory::answer::{Answer, Readout};
 use crate::{Error, Scalar, views};
 use core::ops::Range;
@@ -324,7 +326,7 @@ fn absorb<T: Scalar>(
                     }
                 }
                 key_factors(key_scale, unit, values.len() / stride, factors);
-                columns::scale_and_sum_rows(keys, factors, key_sums);
+                kernel::scale_and_sum_rows(keys, factors, key_sums);
                 Product {
                     m: count,
                     n: stride,
@@ -334,7 +336,7 @@ fn absorb<T: Scalar>(
                     ldb: stride,
                     c: sums,
                     ldc: stride,
-                    into: Into::Compensated(low),
+                    into: Epilogue::Compensated(low),
                 }
                 .run();
                 kernel::add_compensated(normalizer, normalizer_low, T::one(), key_sums);
@@ -367,7 +369,7 @@ fn read_snapshots<T: Scalar>(
             ldb: stride,
             c: &mut answer.numerator,
             ldc: stride,
-            into: if i == 0 { Into::Set } else { Into::Add },
+            into: if i == 0 { Epilogue::Set } else { Epilogue::Add },
         }
         .run();
         normalizer[part.features.clone()]

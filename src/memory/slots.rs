@@ -173,7 +173,7 @@ pub(crate) fn attend<T: Scalar>(
                 ldb: slots.capacity,
                 c: &mut scores[offset..],
                 ldc: width,
-                into: Into::Add,
+                into: Epilogue::Add,
             }
             .run();
         }
@@ -207,7 +207,7 @@ pub(crate) fn attend<T: Scalar>(
                 ldb: stride,
                 c: &mut answer.numerator,
                 ldc: stride,
-                into: if first { Into::Set } else { Into::Add },
+                into: if first { Epilogue::Set } else { Epilogue::Add },
             }
             .run();
             first = false;

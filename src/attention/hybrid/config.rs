@@ -4,7 +4,8 @@
 use super::options::MakeMemory;
 use crate::calibration::{Calibration, LEAST_ATTENTION};
 use crate::features::FeatureMap;
-use crate::kernel::{self, Buffer, padded};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::merged::rule::{Distance, Rule, check_entries};
 use crate::{Error, Scalar};
 use core::fmt;

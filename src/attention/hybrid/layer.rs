@@ -10,7 +10,8 @@
 use super::config::{Config, FarKind, LEAST_ENTRIES, Weighing};
 use crate::attention::HeadCall as Call;
 use crate::features::FeatureMap;
-use crate::kernel::{self, Buffer, padded, pairs};
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::Memory;
 use crate::memory::linear::{LinearMemory, Workspace};
 use crate::memory::merged::affinities::Pair;
@@ -644,7 +645,7 @@ impl<T: Scalar> Layer<T> {
                 }
             }
             let scores = &reading.scores[rows.start * width..];
-            pairs::receive(
+            kernel::receive(
                 &mut near.received,
                 decay,
                 MergedMemory::<T>::least_weight(),

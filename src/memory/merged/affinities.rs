@@ -70,7 +70,7 @@ impl<T: Scalar> MergedMemory<T> {
         let capacity = slots.capacity;
         points[entry..].iter_mut().step_by(capacity).zip(&**point).for_each(|(to, &x)| *to = x);
         let used = padded::<T>(self.held);
-        pairs::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
+        kernel::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
         let largest = Self::largest_affinity();
         let least = largest.recip();
         for x in &mut distance[..used] {
@@ -116,7 +116,7 @@ impl<T: Scalar> MergedMemory<T> {
             *r = w.recip(); // of a gap as well, whose affinities are zero
         }
         self.reciprocal[self.held..].fill(T::zero());
-        pairs::largest_affinities(
+        kernel::largest_affinities(
             &self.reciprocal[..used],
             &self.affinity,
             self.slots.capacity,

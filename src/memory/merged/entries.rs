@@ -250,7 +250,7 @@ impl<T: Scalar> MergedMemory<T> {
     /// `a_i ← decay·a_i + it`.
     pub(crate) fn receive(&mut self, decay: T, factors: &[T], p: &[T], ld: usize) {
         let used = self.used();
-        pairs::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
+        kernel::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
         self.weights[self.held..].fill(T::zero());
     }
 }

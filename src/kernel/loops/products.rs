@@ -4,12 +4,12 @@
 //! columns. A tile of 8 rows times 2 vectors of `C` (6 times 2 where there are 16 registers) stays
 //! in registers while it runs along the depth.
 
-use super::compiled::Compiled;
-use super::simd::{Lanes, Level, Loop};
+use crate::kernel::loops::vectors::compensate;
+use crate::kernel::simd::{Lanes, Level, Loop};
 
 /// Where a product goes.
 #[derive(Debug)]
-pub enum Into<'a, T> {
+pub enum Epilogue<'a, T> {
     /// C = A·B.
     Set,
     /// C += A·B.
@@ -17,7 +17,7 @@ pub enum Into<'a, T> {
     /// Every row of C begins as its number: C = bias + A·B.
     Bias(&'a [T]),
     /// C += A·B, with the rounding error of that addition carried in `low`, as wide as C: see
-    /// [`super::add_compensated`].
+    /// [`compensate`].
     Compensated(&'a mut [T]),
 }
 
@@ -55,13 +55,7 @@ pub struct Product<'a, T> {
     pub(crate) ldb: usize,
     pub(crate) c: &'a mut [T],
     pub(crate) ldc: usize,
-    pub(crate) into: Into<'a, T>,
-}
-
-impl<T: Compiled> Product<'_, T> {
-    pub(crate) fn run(self) {
-        T::run_product(self);
-    }
+    pub(crate) into: Epilogue<'a, T>,
 }
 
 impl<T: Lanes> Loop for Product<'_, T> {
@@ -129,8 +123,8 @@ impl<T: Lanes> Product<'_, T> {
         let width = V * T::lanes::<L>();
         let mut sums = [[T::splat(level, T::zero()); V]; R];
         match &self.into {
-            Into::Set | Into::Compensated(_) => {}
-            Into::Add => {
+            Epilogue::Set | Epilogue::Compensated(_) => {}
+            Epilogue::Add => {
                 for r in 0..R {
                     let start = (i + r) * self.ldc + j;
                     let row = T::vectors::<L>(&self.c[start..start + width]);
@@ -139,7 +133,7 @@ impl<T: Lanes> Product<'_, T> {
                     }
                 }
             }
-            Into::Bias(bias) => {
+            Epilogue::Bias(bias) => {
                 for r in 0..R {
                     let bias = T::splat(level, bias[i + r]);
                     for v in 0..V {
@@ -178,13 +172,13 @@ impl<T: Lanes> Product<'_, T> {
                 }
             }
         }
-        if let Into::Compensated(low) = &mut self.into {
+        if let Epilogue::Compensated(low) = &mut self.into {
             for r in 0..R {
                 let start = (i + r) * self.ldc + j;
                 let row = T::vectors_mut::<L>(&mut self.c[start..start + width]);
                 let low = T::vectors_mut::<L>(&mut low[start..start + width]);
                 for v in 0..V {
-                    super::compensate::<T, L>(level, &mut row[v], &mut low[v], sums[r][v]);
+                    compensate::<T, L>(level, &mut row[v], &mut low[v], sums[r][v]);
                 }
             }
         } else {
@@ -199,23 +193,13 @@ impl<T: Lanes> Product<'_, T> {
     }
 }
 
-/// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, rows of B `ldb` apart: one row, several steps of the
-/// depth at once.
-pub(crate) fn row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
-    T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: false });
-}
-
-/// As [`row_times_matrix`], added to `y`.
-pub(crate) fn add_row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y: &mut [T]) {
-    T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: true });
-}
-
+/// `y [n] = Σ_p x_p·B[p, ..n]` for any `n`, added to `y` where `add`.
 pub struct RowTimesMatrix<'a, T> {
-    x: &'a [T],
-    b: &'a [T],
-    ldb: usize,
-    y: &'a mut [T],
-    add: bool,
+    pub(crate) x: &'a [T],
+    pub(crate) b: &'a [T],
+    pub(crate) ldb: usize,
+    pub(crate) y: &'a mut [T],
+    pub(crate) add: bool,
 }
 
 impl<T: Lanes> Loop for RowTimesMatrix<'_, T> {
@@ -271,25 +255,12 @@ impl<T: Lanes> RowTimesMatrix<'_, T> {
     }
 }
 
-/// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of
-/// [`Lanes::PAD`].
-pub(crate) fn two_rows_times_matrix<T: Compiled>(
-    x: [&[T]; 2],
-    b: &[T],
-    ldb: usize,
-    y: [&mut [T]; 2],
-) {
-    debug_assert!(
-        y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len()
-    );
-    T::run_two_rows_times_matrix(TwoRowsTimesMatrix { x, b, ldb, y });
-}
-
+/// [`RowTimesMatrix`] of two rows, which loads the matrix once.
 pub struct TwoRowsTimesMatrix<'a, T> {
-    x: [&'a [T]; 2],
-    b: &'a [T],
-    ldb: usize,
-    y: [&'a mut [T]; 2],
+    pub(crate) x: [&'a [T]; 2],
+    pub(crate) b: &'a [T],
+    pub(crate) ldb: usize,
+    pub(crate) y: [&'a mut [T]; 2],
 }
 
 impl<T: Lanes> Loop for TwoRowsTimesMatrix<'_, T> {
@@ -353,12 +324,9 @@ fn step<T: Lanes, L: Level, const V: usize>(level: L, sums: &mut [T::V<L>; V], x
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::Machine;
     use super::*;
-
-    fn numbers<T: Lanes>(n: usize, step: f64) -> Vec<T> {
-        (0..n).map(|i| T::from((i as f64 * step + 0.2).sin()).unwrap()).collect()
-    }
+    use crate::kernel::loops::samples::numbers;
+    use crate::kernel::simd::machine::Machine;
 
     /// Every way to write one product, against the sum as it reads, in `f64`.
     fn check<T: Lanes>(machine: Machine, [m, n, k]: [usize; 3], tolerance: f64) {
@@ -375,10 +343,10 @@ mod tests {
             for kind in 0..4 {
                 let (mut c, mut low) = (start.clone(), vec![T::zero(); m * ldc]);
                 let into = match kind {
-                    0 => Into::Set,
-                    1 => Into::Add,
-                    2 => Into::Bias(&bias),
-                    _ => Into::Compensated(&mut low),
+                    0 => Epilogue::Set,
+                    1 => Epilogue::Add,
+                    2 => Epilogue::Bias(&bias),
+                    _ => Epilogue::Compensated(&mut low),
                 };
                 machine.run(Product { m, n, k, a, b: &b, ldb, c: &mut c, ldc, into });
                 for i in 0..m {

@@ -5,8 +5,7 @@
 //! Loops over the vectors of a strip are written out: a closure (as in `array::from_fn`) may not be
 //! inlined and then runs without the instructions of its level, a hundred times slower.
 
-use super::compiled::Compiled;
-use super::simd::{Lanes, Level, Loop};
+use crate::kernel::simd::{Lanes, Level, Loop};
 
 /// Columns that are worked on at once, in vectors.
 const STRIP: usize = 4;
@@ -40,16 +39,12 @@ fn store<T: Lanes, L: Level, const V: usize>(x: &mut [T], j: usize, values: [T::
 }
 
 /// `out_t = max_i x_it`, then `x_it ← 2^(x_it − out_t)`.
-pub(crate) fn exp2_below_maximum<T: Compiled>(x: &mut [T], out: &mut [T]) {
-    T::run_exp2_columns(Exp2BelowMaximum { x, out });
+pub struct Exp2ColumnsBelowMaximum<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) out: &'a mut [T],
 }
 
-pub struct Exp2BelowMaximum<'a, T> {
-    x: &'a mut [T],
-    out: &'a mut [T],
-}
-
-impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
+impl<T: Lanes> Loop for Exp2ColumnsBelowMaximum<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -58,7 +53,7 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
     }
 }
 
-impl<T: Lanes> Exp2BelowMaximum<'_, T> {
+impl<T: Lanes> Exp2ColumnsBelowMaximum<'_, T> {
     #[inline(always)]
     fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
         let width = self.out.len();
@@ -80,28 +75,18 @@ impl<T: Lanes> Exp2BelowMaximum<'_, T> {
     }
 }
 
-/// One tile of an exact softmax: `scores [keys, width]` are logarithms to base 2 and become weights
-/// in units of `2^log_scale_t`; the running maximum `log_scale` and the sum of the weights
-/// `denominator` go on. `correction_t` is what sums in the old unit must be multiplied by; returns
-/// whether one of them is not 1.
-pub(crate) fn soften<T: Compiled>(
-    scores: &mut [T],
-    log_scale: &mut [T],
-    denominator: &mut [T],
-    correction: &mut [T],
-) -> bool {
-    T::run_soften(Soften { scores, log_scale, denominator, correction, changed: false })
+/// One tile of an online softmax: `log_scale_t ← max(log_scale_t, max_i scores_it)`, then
+/// `scores_it ← 2^(scores_it − log_scale_t)`; `correction_t = 2^(old log_scale_t − log_scale_t)` and
+/// `denominator_t ← correction_t·denominator_t + Σ_i scores_it`.
+pub struct OnlineSoftmax<'a, T> {
+    pub(crate) scores: &'a mut [T],
+    pub(crate) log_scale: &'a mut [T],
+    pub(crate) denominator: &'a mut [T],
+    pub(crate) correction: &'a mut [T],
+    pub(crate) changed: bool,
 }
 
-pub struct Soften<'a, T> {
-    scores: &'a mut [T],
-    log_scale: &'a mut [T],
-    denominator: &'a mut [T],
-    correction: &'a mut [T],
-    changed: bool,
-}
-
-impl<T: Lanes> Loop for Soften<'_, T> {
+impl<T: Lanes> Loop for OnlineSoftmax<'_, T> {
     type Output = bool;
 
     #[inline(always)]
@@ -111,7 +96,7 @@ impl<T: Lanes> Loop for Soften<'_, T> {
     }
 }
 
-impl<T: Lanes> Soften<'_, T> {
+impl<T: Lanes> OnlineSoftmax<'_, T> {
     #[inline(always)]
     fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
         let width = self.log_scale.len();
@@ -145,14 +130,10 @@ impl<T: Lanes> Soften<'_, T> {
 }
 
 /// `x_it ← x_it·factor_t`, and `sums_i = Σ_t` of the result.
-pub(crate) fn scale_and_sum_rows<T: Compiled>(x: &mut [T], factors: &[T], sums: &mut [T]) {
-    T::run_scale_and_sum_rows(ScaleAndSumRows { x, factors, sums });
-}
-
 pub struct ScaleAndSumRows<'a, T> {
-    x: &'a mut [T],
-    factors: &'a [T],
-    sums: &'a mut [T],
+    pub(crate) x: &'a mut [T],
+    pub(crate) factors: &'a [T],
+    pub(crate) sums: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
@@ -172,18 +153,11 @@ impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
     }
 }
 
-/// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token
-/// `first + i` and keeps its columns from that one on; the others become 0. `first` is a multiple
-/// of that number; columns before it are not looked at. Adds each row to `sums`.
-pub(crate) fn mask_and_add_rows<T: Compiled>(scores: &mut [T], first: usize, sums: &mut [T]) {
-    debug_assert!(first.is_multiple_of(T::PAD) && scores.len() <= T::PAD * sums.len());
-    T::run_mask_and_add_rows(MaskAndAddRows { scores, first, sums });
-}
-
+/// `scores_it ← 0` where `t < first + i`, and `sums_t += Σ_i` of the result.
 pub struct MaskAndAddRows<'a, T> {
-    scores: &'a mut [T],
-    first: usize,
-    sums: &'a mut [T],
+    pub(crate) scores: &'a mut [T],
+    pub(crate) first: usize,
+    pub(crate) sums: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
@@ -209,24 +183,13 @@ impl<T: Lanes> Loop for MaskAndAddRows<'_, T> {
     }
 }
 
-/// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`; returns whether
-/// every number is finite.
-pub(crate) fn scale_rows<T: Compiled>(
-    x: &[T],
-    stride: usize,
-    factors: &[T],
-    length: usize,
-    out: &mut [T],
-) -> bool {
-    T::run_scale_rows(ScaleRows { x, stride, factors, length, out }) == T::zero()
-}
-
+/// `out_t = factor_t·x_t` for rows of `length` numbers, `stride` apart in `x`.
 pub struct ScaleRows<'a, T> {
-    x: &'a [T],
-    stride: usize,
-    factors: &'a [T],
-    length: usize,
-    out: &'a mut [T],
+    pub(crate) x: &'a [T],
+    pub(crate) stride: usize,
+    pub(crate) factors: &'a [T],
+    pub(crate) length: usize,
+    pub(crate) out: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for ScaleRows<'_, T> {
@@ -256,14 +219,10 @@ impl<T: Lanes> Loop for ScaleRows<'_, T> {
 }
 
 /// `x_t ← factor_t·x_t` for rows of `stride` numbers.
-pub(crate) fn scale_rows_in_place<T: Compiled>(x: &mut [T], stride: usize, factors: &[T]) {
-    T::run_scale_rows_in_place(ScaleRowsInPlace { x, stride, factors });
-}
-
 pub struct ScaleRowsInPlace<'a, T> {
-    x: &'a mut [T],
-    stride: usize,
-    factors: &'a [T],
+    pub(crate) x: &'a mut [T],
+    pub(crate) stride: usize,
+    pub(crate) factors: &'a [T],
 }
 
 impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
@@ -280,19 +239,14 @@ impl<T: Lanes> Loop for ScaleRowsInPlace<'_, T> {
     }
 }
 
-/// `f = 2^x`, `queries ← f·queries`, `keys ← keys/f`, and `x ← f`, element by element, for x from
-/// −100 to 0.
-pub(crate) fn fade<T: Compiled>(x: &mut [T], queries: &mut [T], keys: &mut [T]) {
-    T::run_fade(Fade { x, queries, keys });
+/// `f = 2^x`, `queries ← f·queries`, `keys ← keys/f`, and `x ← f`, element by element.
+pub struct DecayQueriesAndKeys<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) queries: &'a mut [T],
+    pub(crate) keys: &'a mut [T],
 }
 
-pub struct Fade<'a, T> {
-    x: &'a mut [T],
-    queries: &'a mut [T],
-    keys: &'a mut [T],
-}
-
-impl<T: Lanes> Loop for Fade<'_, T> {
+impl<T: Lanes> Loop for DecayQueriesAndKeys<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -310,24 +264,14 @@ impl<T: Lanes> Loop for Fade<'_, T> {
     }
 }
 
-/// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns
-/// beyond the rows, and sums their squares, `squares_t = Σ_p out_pt²`. `row(t)` is row `t`.
-pub(crate) fn transpose<'a, T: Compiled>(
-    rows: usize,
-    row: &'a dyn Fn(usize) -> &'a [T],
-    factor: T,
-    squares: &'a mut [T],
-    out: &'a mut [T],
-) {
-    T::run_transpose(Transpose { rows, row, factor, squares, out });
-}
-
+/// `out_pt = factor·x_tp`, with zeros in the columns beyond the rows, and
+/// `squares_t = Σ_p out_pt²`.
 pub struct Transpose<'a, T> {
-    rows: usize,
-    row: &'a dyn Fn(usize) -> &'a [T],
-    factor: T,
-    squares: &'a mut [T],
-    out: &'a mut [T],
+    pub(crate) rows: usize,
+    pub(crate) row: &'a dyn Fn(usize) -> &'a [T],
+    pub(crate) factor: T,
+    pub(crate) squares: &'a mut [T],
+    pub(crate) out: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for Transpose<'_, T> {
@@ -388,22 +332,33 @@ impl<T: Lanes> Loop for Transpose<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::Machine;
     use super::*;
+    use crate::kernel::buffer::padded;
+    use crate::kernel::loops::samples::wide;
+    use crate::kernel::simd::machine::Machine;
 
     /// Numbers between −1 and 1.
     fn numbers<T: Lanes>(n: usize, seed: f64) -> Vec<T> {
         (0..n).map(|i| T::from((i as f64 * 0.7 + seed).sin()).unwrap()).collect()
     }
 
+    fn assert_close<T: Lanes>(
+        machine: Machine,
+        what: &str,
+        found: T,
+        expected: f64,
+        tolerance: f64,
+    ) {
+        let found = found.to_f64().unwrap();
+        assert!(
+            (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
+            "{machine:?} {what}: {found} {expected}"
+        );
+    }
+
     fn check<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
-        let wide = |x: &[T]| x.iter().map(|x| x.to_f64().unwrap()).collect::<Vec<_>>();
         let close = |what: &str, found: T, expected: f64| {
-            let found = found.to_f64().unwrap();
-            assert!(
-                (found - expected).abs() <= tolerance * (1.0 + expected.abs()),
-                "{machine:?} {what}: {found} {expected}"
-            );
+            assert_close(machine, what, found, expected, tolerance);
         };
         for rows in [1, 2, 3, 7, 16, 17, 64, 130] {
             for width in [T::PAD, 2 * T::PAD, 4 * T::PAD, 5 * T::PAD, 9 * T::PAD] {
@@ -411,7 +366,7 @@ mod tests {
                 let wide_x = wide(&x);
                 let column = |t: usize| (0..rows).map(move |i| i * width + t);
                 let (mut y, mut largest) = (x.clone(), vec![T::nan(); width]);
-                machine.run(Exp2BelowMaximum { x: &mut y, out: &mut largest });
+                machine.run(Exp2ColumnsBelowMaximum { x: &mut y, out: &mut largest });
                 for t in 0..width {
                     let expected = column(t).map(|i| wide_x[i]).fold(f64::NEG_INFINITY, f64::max);
                     close("maximum", largest[t], expected);
@@ -423,7 +378,7 @@ mod tests {
                 let (mut scale, mut total, mut correction) =
                     (old.clone(), sums.clone(), vec![T::nan(); width]);
                 let (scores, log_scale) = (&mut y[..], &mut scale[..]);
-                let changed = machine.run(Soften {
+                let changed = machine.run(OnlineSoftmax {
                     scores,
                     log_scale,
                     denominator: &mut total,
@@ -457,12 +412,16 @@ mod tests {
                     x.iter().map(|&x| T::from(40.0).unwrap() * (x - T::one())).collect();
                 let exponents = wide(&factors);
                 let (mut queries, mut keys) = (x.clone(), x.clone());
-                machine.run(Fade { x: &mut factors, queries: &mut queries, keys: &mut keys });
+                machine.run(DecayQueriesAndKeys {
+                    x: &mut factors,
+                    queries: &mut queries,
+                    keys: &mut keys,
+                });
                 for (i, &exponent) in exponents.iter().enumerate() {
                     let relative = |found: T, expected: f64| found / T::from(expected).unwrap();
                     close("factor", relative(factors[i], exponent.exp2()), 1.0);
-                    close("faded query", relative(queries[i], wide_x[i] * exponent.exp2()), 1.0);
-                    close("faded key", relative(keys[i], wide_x[i] * (-exponent).exp2()), 1.0);
+                    close("decayed query", relative(queries[i], wide_x[i] * exponent.exp2()), 1.0);
+                    close("decayed key", relative(keys[i], wide_x[i] * (-exponent).exp2()), 1.0);
                 }
 
                 if rows <= T::PAD {
@@ -483,9 +442,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn check_transpose<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
         for (n, d) in [(1, 1), (1, 64), (3, 5), (16, 16), (17, 80), (64, 64), (63, 31), (130, 9)] {
             let x = numbers::<T>(n * d, 0.9);
-            let width = super::super::buffer::padded::<T>(n) + T::PAD;
+            let width = padded::<T>(n) + T::PAD;
             let mut out = vec![T::nan(); d * width];
             let two = T::one() + T::one();
             let row = &|t: usize| &x[t * d..(t + 1) * d];
@@ -498,11 +460,8 @@ mod tests {
                 out: &mut out,
             });
             for t in 0..width {
-                close(
-                    "squares",
-                    squares[t],
-                    (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum(),
-                );
+                let expected = (0..d).map(|p| out[p * width + t].to_f64().unwrap().powi(2)).sum();
+                assert_close(machine, "squares", squares[t], expected, tolerance);
             }
             for p in 0..d {
                 for t in 0..width {
@@ -518,6 +477,8 @@ mod tests {
         for machine in Machine::all() {
             check::<f32>(machine, 2e-5);
             check::<f64>(machine, 1e-13);
+            check_transpose::<f32>(machine, 2e-5);
+            check_transpose::<f64>(machine, 1e-13);
         }
     }
 }

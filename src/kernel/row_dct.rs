@@ -1,4 +1,4 @@
-//! Plans of rustdct's transforms.
+//! Transforms of one row of points, planned as rustdct does.
 //!
 //! The choices are those of rustdct's own planner, but for sizes that go through an FFT it is a
 //! scalar one: the vectorised planner of rustfft would triple the time this crate takes to compile,

@@ -1,21 +1,14 @@
 //! Loops of a merging memory, whose entries are columns: distances of one entry to all, the nearest
 //! of each, weights by attention received.
 
-use super::compiled::Compiled;
-use super::simd::{Lanes, Level, Loop};
+use crate::kernel::simd::{Lanes, Level, Loop};
 
-/// `out_j = Σ_c (y_cj − point_c)²`, with `y [point.len(), ld]` by rows and `out.len()` a multiple
-/// of [`Lanes::PAD`].
-pub(crate) fn distances<T: Compiled>(y: &[T], ld: usize, point: &[T], out: &mut [T]) {
-    debug_assert!(out.len().is_multiple_of(T::PAD));
-    T::run_distances(Distances { y, ld, point, out });
-}
-
+/// `out_j = Σ_c (y_cj − point_c)²`.
 pub struct Distances<'a, T> {
-    y: &'a [T],
-    ld: usize,
-    point: &'a [T],
-    out: &'a mut [T],
+    pub(crate) y: &'a [T],
+    pub(crate) ld: usize,
+    pub(crate) point: &'a [T],
+    pub(crate) out: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for Distances<'_, T> {
@@ -87,18 +80,12 @@ fn add_squares<T: Lanes, L: Level, const V: usize>(
     }
 }
 
-/// `out_i = max_j (r_i + r_j)·e_ij`, or 0, for each of `out.len()` rows of `e`, as wide as `r`: a
-/// multiple of [`Lanes::PAD`].
-pub(crate) fn largest_affinities<T: Compiled>(r: &[T], e: &[T], ld: usize, out: &mut [T]) {
-    debug_assert!(r.len().is_multiple_of(T::PAD));
-    T::run_largest_affinities(LargestAffinities { r, e, ld, out });
-}
-
+/// `out_i = max_j (r_i + r_j)·e_ij`, or 0.
 pub struct LargestAffinities<'a, T> {
-    r: &'a [T],
-    e: &'a [T],
-    ld: usize,
-    out: &'a mut [T],
+    pub(crate) r: &'a [T],
+    pub(crate) e: &'a [T],
+    pub(crate) ld: usize,
+    pub(crate) out: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for LargestAffinities<'_, T> {
@@ -126,27 +113,14 @@ impl<T: Lanes> Loop for LargestAffinities<'_, T> {
     }
 }
 
-/// `w_j ← max(decay·w_j + Σ_g factor_g·p_gj, least)`, with `p [factors.len(), ld]` by rows and
-/// `w.len()` a multiple of [`Lanes::PAD`].
-pub(crate) fn receive<T: Compiled>(
-    w: &mut [T],
-    decay: T,
-    least: T,
-    factors: &[T],
-    p: &[T],
-    ld: usize,
-) {
-    debug_assert!(w.len().is_multiple_of(T::PAD));
-    T::run_receive(Receive { w, decay, least, factors, p, ld });
-}
-
+/// `w_j ← max(decay·w_j + Σ_g factor_g·p_gj, least)`.
 pub struct Receive<'a, T> {
-    w: &'a mut [T],
-    decay: T,
-    least: T,
-    factors: &'a [T],
-    p: &'a [T],
-    ld: usize,
+    pub(crate) w: &'a mut [T],
+    pub(crate) decay: T,
+    pub(crate) least: T,
+    pub(crate) factors: &'a [T],
+    pub(crate) p: &'a [T],
+    pub(crate) ld: usize,
 }
 
 impl<T: Lanes> Loop for Receive<'_, T> {
@@ -170,8 +144,8 @@ impl<T: Lanes> Loop for Receive<'_, T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::Machine;
     use super::*;
+    use crate::kernel::simd::machine::Machine;
 
     fn numbers<T: Lanes>(n: usize, step: f64) -> Vec<T> {
         (0..n).map(|i| T::from((i as f64 * step + 0.2).sin().abs()).unwrap()).collect()
@@ -182,7 +156,7 @@ mod tests {
         let width = n.next_multiple_of(T::PAD);
         let ld = width + T::PAD;
         let near = |a: T, b: f64| {
-            assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}")
+            assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}");
         };
         let (y, point) = (numbers::<T>(7 * ld, 0.37), numbers::<T>(7, 0.9));
         let mut out = vec![T::nan(); width];

@@ -1,71 +1,12 @@
-//! The exponential of numbers up to 100, as vectors. (Most are not positive.)
-//!
-//! 2ˣ = 2ⁿ·2ᶠ with n the integer next to x and |f| ≤ ½. The integer is read off the low bits of x +
-//! 1.5·2^(mantissa bits), 2ᶠ is a polynomial, and n is added to the exponent's bits. The
-//! polynomials are minimax in relative error with the constant 1, so that 2⁰ is 1 exactly: 9.2e-8
-//! at degree 5, 3.4e-18 at degree 11. Where 2ˣ would be below twice the smallest normal number it
-//! is 0, so 2^−∞ = 0; NaN gives NaN.
+//! Exponentials of the numbers of one vector.
 
-use super::compiled::Compiled;
-use super::simd::{Lanes, Level, Loop};
-use pulp::Simd;
+use crate::kernel::loops::reduce::{Max, Reduce, dot_at};
+use crate::kernel::simd::{Lanes, Level, Loop};
 
-#[allow(clippy::approx_constant)] // near ln 2, but not it
-const F32: [f32; 5] = [0.693_147, 0.240_222_42, 0.055_507_34, 0.009_671_514, 0.001_326_470_9];
-
-const F64: [f64; 11] = [
-    core::f64::consts::LN_2, // to the last bit
-    0.240_226_506_959_101_3,
-    0.055_504_108_664_820_08,
-    0.009_618_129_107_594_08,
-    0.001_333_355_814_677_542_4,
-    0.000_154_035_304_571_540_24,
-    0.000_015_252_733_492_459_916,
-    1.321_543_526_396_640_7e-6,
-    1.017_819_981_931_305_1e-7,
-    7.073_786_074_772_303e-9,
-    4.434_737_455_636_01e-10,
-];
-
-/// 2ˣ for x up to 100.
-#[inline(always)]
-pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
-    const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
-    let shifted = s.add_f32s(x, s.splat_f32s(SHIFT));
-    let f = s.sub_f32s(x, s.sub_f32s(shifted, s.splat_f32s(SHIFT)));
-    let mut p = s.splat_f32s(F32[4]);
-    for c in [F32[3], F32[2], F32[1], F32[0], 1.0] {
-        p = s.mul_add_e_f32s(p, f, s.splat_f32s(c));
-    }
-    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
-    let y = s.transmute_f32s_u32s(s.add_u32s(s.transmute_u32s_f32s(p), n));
-    s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(0.0), y)
-}
-
-/// 2ˣ for x up to 100.
-#[inline(always)]
-pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
-    const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52
-    let shifted = s.add_f64s(x, s.splat_f64s(SHIFT));
-    let f = s.sub_f64s(x, s.sub_f64s(shifted, s.splat_f64s(SHIFT)));
-    let mut p = s.splat_f64s(F64[10]);
-    for c in F64[..10].iter().rev().copied().chain([1.0]) {
-        p = s.mul_add_e_f64s(p, f, s.splat_f64s(c));
-    }
-    // a shift by 52 bits
-    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
-    let y = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(p), n));
-    s.select_f64s(s.less_than_f64s(x, s.splat_f64s(-1021.0)), s.splat_f64s(0.0), y)
-}
-
-/// Replaces every element `x` by `2^(x − shift)`; none may be above `shift`.
-pub(crate) fn exp2_slice<T: Compiled>(x: &mut [T], shift: T) {
-    T::run_exp2(Exp2 { x, shift });
-}
-
+/// `x_i ← 2^(x_i − shift)`; no element may be above `shift`.
 pub struct Exp2<'a, T> {
-    pub(super) x: &'a mut [T],
-    pub(super) shift: T,
+    pub(crate) x: &'a mut [T],
+    pub(crate) shift: T,
 }
 
 impl<T: Lanes> Loop for Exp2<'_, T> {
@@ -85,10 +26,30 @@ impl<T: Lanes> Loop for Exp2<'_, T> {
     }
 }
 
+/// `x_i ← 2^(x_i − max)`; the maximum and ½ Σ v_j².
+pub struct Exp2BelowMaximum<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) v: &'a [T],
+}
+
+impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
+    type Output = (T, T);
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> (T, T) {
+        let half = T::one() / (T::one() + T::one());
+        let norm = half * dot_at(level, self.v, self.v);
+        let largest = Reduce { x: &*self.x, how: Max }.run(level);
+        Exp2 { x: self.x, shift: largest }.run(level);
+        (largest, norm)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::simd::Machine;
     use super::*;
+    use crate::kernel::loops::samples::{assert_near, numbers, wide};
+    use crate::kernel::simd::machine::Machine;
 
     fn exp2<T: Lanes>(machine: Machine, x: T) -> T {
         let mut x = [x];
@@ -147,6 +108,30 @@ mod tests {
                 machine.run(Exp2 { x: &mut x, shift: 3.0 });
                 assert!(x.iter().zip(0..).all(|(x, i)| *x == 2.0_f32.powi(-i)), "{machine:?} {n}");
             }
+        }
+    }
+
+    fn check_below_maximum<T: Lanes>(machine: Machine, tolerance: f64) {
+        for n in 0..=130 {
+            let (x, y) = (numbers::<T>(n, 0.7), numbers::<T>(n, 1.3));
+            let (a, b) = (wide(&x), wide(&y));
+            let mut powers = x.clone();
+            let (largest, norm) = machine.run(Exp2BelowMaximum { x: &mut powers, v: &y });
+            let expected = a.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert_eq!(largest.to_f64().unwrap(), expected);
+            let close = |found: T, expected: f64| {
+                assert_near(machine, n, found, expected, tolerance);
+            };
+            close(norm, 0.5 * b.iter().map(|b| b * b).sum::<f64>());
+            powers.iter().zip(&a).for_each(|(&power, a)| close(power, (a - expected).exp2()));
+        }
+    }
+
+    #[test]
+    fn powers_below_the_maximum_agree_with_their_formula_at_every_size_and_level() {
+        for machine in Machine::all() {
+            check_below_maximum::<f32>(machine, 1e-6);
+            check_below_maximum::<f64>(machine, 1e-15);
         }
     }
 }

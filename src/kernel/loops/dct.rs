@@ -28,12 +28,11 @@
 //! instructions of their level, and in one large loop the addresses of all steps would fight for
 //! registers.
 
-use super::buffer::Buffer;
-use super::simd::{Lanes, Level, Loop, Machine};
+use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::dct_leaf::{LEAF, Leaf, Points, Written, joined, parted, split, unsplit};
+use crate::kernel::simd::machine::Machine;
+use crate::kernel::simd::{Lanes, Level, Loop};
 use core::marker::PhantomData;
-
-/// Points of the largest transform that is written out.
-const LEAF: usize = 32;
 
 /// Points of the largest transform there is.
 const MAX: usize = 512;
@@ -43,9 +42,6 @@ const BLOCKS: usize = 3;
 
 /// Cache lines between two blocks, so that they do not lie whole pages apart.
 const GAP: usize = 24;
-
-/// Twiddles of the transforms that are written out.
-type Twiddles<T> = [[T; 2]; LEAF / 2];
 
 /// Plan of transforms of `len` points, a power of two up to 512, of the columns of arrays.
 #[derive(Clone, Debug)]
@@ -127,44 +123,8 @@ impl<T: Lanes> LanesDct<T> {
     }
 }
 
-impl<T: super::compiled::Compiled> LanesDct<T> {
-    /// DCT-II of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`],
-    /// not normalised:
-    ///
-    /// `out_k = outer_k·Σ_j inner_j·x_j·cos(πk(2j+1)/2len)` for the first `outer.len()` ≤ `len`
-    /// coefficients; `out` is `[outer.len(), width]`.
-    pub(crate) fn dct2(
-        &self,
-        x: &[T],
-        width: usize,
-        inner: &[T],
-        outer: &[T],
-        out: &mut [T],
-        scratch: &mut Buffer<T>,
-    ) {
-        T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), false);
-    }
-
-    /// DCT-III of the columns of `x [len, width]`, row-major, `width` a multiple of [`Lanes::PAD`],
-    /// not normalised:
-    ///
-    /// `out_j = outer_j·(½·inner_0·x_0 + Σ_{k≥1} inner_k·x_k·cos(πk(2j+1)/2len))` for the first
-    /// `outer.len()` ≤ `len` points; `out` is `[outer.len(), width]`.
-    pub(crate) fn dct3(
-        &self,
-        x: &[T],
-        width: usize,
-        inner: &[T],
-        outer: &[T],
-        out: &mut [T],
-        scratch: &mut Buffer<T>,
-    ) {
-        T::run_dct(Columns::new(self, x, width, inner, outer, out, scratch), true);
-    }
-}
-
 /// Columns to transform.
-pub struct Columns<'a, T> {
+pub struct DctColumns<'a, T> {
     plan: &'a LanesDct<T>,
     x: &'a [T],
     width: usize,
@@ -174,8 +134,8 @@ pub struct Columns<'a, T> {
     scratch: &'a mut [T],
 }
 
-impl<'a, T: Lanes> Columns<'a, T> {
-    fn new(
+impl<'a, T: Lanes> DctColumns<'a, T> {
+    pub(crate) fn new(
         plan: &'a LanesDct<T>,
         x: &'a [T],
         width: usize,
@@ -198,7 +158,7 @@ impl<'a, T: Lanes> Columns<'a, T> {
     }
 
     /// The DCT-II, or the DCT-III where `BACK`.
-    pub(super) fn run<const BACK: bool>(self, machine: Machine) {
+    pub(crate) fn run<const BACK: bool>(self, machine: Machine) {
         match self.plan.len {
             1 => machine.run(Small::<T, BACK, 1>(self)),
             2 => machine.run(Small::<T, BACK, 2>(self)),
@@ -315,7 +275,7 @@ impl<T: Lanes> Loop for Store<'_, T> {
 }
 
 /// All of a transform that is written out.
-struct Small<'a, T, const BACK: bool, const N: usize>(Columns<'a, T>);
+struct Small<'a, T, const BACK: bool, const N: usize>(DctColumns<'a, T>);
 
 impl<T: Lanes, const BACK: bool, const N: usize> Loop for Small<'_, T, BACK, N>
 where
@@ -325,7 +285,7 @@ where
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let Columns { plan, x, width, inner, outer, out, scratch } = self.0;
+        let DctColumns { plan, x, width, inner, outer, out, scratch } = self.0;
         let lanes = T::lanes::<L>();
         let (points, coefficients) = scratch.split_at_mut(N * lanes);
         for j in (0..width).step_by(lanes) {
@@ -334,246 +294,6 @@ where
             Leaf::<T, BACK, N> { points, coefficients, twiddles: &plan.twiddles }.run(level);
             let block = if BACK { &*points } else { &*coefficients };
             Store { block, factors: outer, out, width, j }.run(level);
-        }
-    }
-}
-
-/// −a.
-#[inline(always)]
-fn neg<T: Lanes, L: Level>(level: L, a: T::V<L>) -> T::V<L> {
-    T::vsub(level, T::splat(level, T::neg_zero()), a)
-}
-
-/// (c_j, s_{q−1−j}) of (d_j, e_j).
-#[inline(always)]
-fn rotated<T: Lanes, L: Level>(
-    level: L,
-    twiddle: &[T; 2],
-    d: T::V<L>,
-    e: T::V<L>,
-    j_is_odd: bool,
-) -> (T::V<L>, T::V<L>) {
-    let (cos, sin) = (T::splat(level, twiddle[0]), T::splat(level, twiddle[1]));
-    let c = T::vfma(level, sin, e, T::vmul(level, cos, d));
-    let s = if j_is_odd {
-        T::vfma(level, neg::<T, L>(level, sin), d, T::vmul(level, cos, e))
-    } else {
-        T::vfma(level, neg::<T, L>(level, cos), e, T::vmul(level, sin, d))
-    };
-    (c, s)
-}
-
-/// (d_j, e_j) of (c_j, s_{q−1−j}): the transpose of [`rotated`].
-#[inline(always)]
-fn rotated_back<T: Lanes, L: Level>(
-    level: L,
-    twiddle: &[T; 2],
-    c: T::V<L>,
-    s: T::V<L>,
-    j_is_odd: bool,
-) -> (T::V<L>, T::V<L>) {
-    let (cos, sin) = (T::splat(level, twiddle[0]), T::splat(level, twiddle[1]));
-    let (d, e) = (T::vmul(level, cos, c), T::vmul(level, sin, c));
-    if j_is_odd {
-        (T::vfma(level, neg::<T, L>(level, sin), s, d), T::vfma(level, cos, s, e))
-    } else {
-        (T::vfma(level, sin, s, d), T::vfma(level, neg::<T, L>(level, cos), s, e))
-    }
-}
-
-/// (X_{4k−1}, X_{4k+1}) of (C_k, S_{q−k}).
-#[inline(always)]
-fn joined<T: Lanes, L: Level>(
-    level: L,
-    c: T::V<L>,
-    s: T::V<L>,
-    k_is_odd: bool,
-) -> (T::V<L>, T::V<L>) {
-    let (sum, difference) = (T::vadd(level, c, s), T::vsub(level, c, s));
-    if k_is_odd { (difference, sum) } else { (sum, difference) }
-}
-
-/// (C_k, S_{q−k}) of (X_{4k−1}, X_{4k+1}): the transpose of [`joined`].
-#[inline(always)]
-fn parted<T: Lanes, L: Level>(
-    level: L,
-    before: T::V<L>,
-    after: T::V<L>,
-    k_is_odd: bool,
-) -> (T::V<L>, T::V<L>) {
-    let s = if k_is_odd { T::vsub(level, after, before) } else { T::vsub(level, before, after) };
-    (T::vadd(level, before, after), s)
-}
-
-/// Written-out transforms of `N` points.
-///
-/// Arrays are listed, not filled in loops, and indices are literals: else the compiler would keep
-/// the arrays of 32 in memory.
-trait Points<const N: usize> {
-    /// A DCT-II.
-    fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>)
-    -> [T::V<L>; N];
-    /// The transpose of a DCT-II.
-    fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; N], twiddles: &Twiddles<T>)
-    -> [T::V<L>; N];
-}
-
-struct Written;
-
-impl Points<1> for Written {
-    #[inline(always)]
-    fn dct2<T: Lanes, L: Level>(_: L, x: &[T::V<L>; 1], _: &Twiddles<T>) -> [T::V<L>; 1] {
-        *x
-    }
-
-    #[inline(always)]
-    fn dct3<T: Lanes, L: Level>(_: L, x: &[T::V<L>; 1], _: &Twiddles<T>) -> [T::V<L>; 1] {
-        *x
-    }
-}
-
-impl Points<2> for Written {
-    #[inline(always)]
-    fn dct2<T: Lanes, L: Level>(
-        level: L,
-        x: &[T::V<L>; 2],
-        twiddles: &Twiddles<T>,
-    ) -> [T::V<L>; 2] {
-        let cos = T::splat(level, twiddles[0][0]);
-        [T::vadd(level, x[0], x[1]), T::vmul(level, cos, T::vsub(level, x[0], x[1]))]
-    }
-
-    #[inline(always)]
-    fn dct3<T: Lanes, L: Level>(
-        level: L,
-        x: &[T::V<L>; 2],
-        twiddles: &Twiddles<T>,
-    ) -> [T::V<L>; 2] {
-        let cos = T::splat(level, twiddles[0][0]);
-        [T::vfma(level, cos, x[1], x[0]), T::vfma(level, neg::<T, L>(level, cos), x[1], x[0])]
-    }
-}
-
-/// u_j, u_{h−1−j}, c_j and s_{q−1−j} of x_j, x_{h−1−j}, x_{h+j} and x_{M−1−j}.
-#[inline(always)]
-fn split<T: Lanes, L: Level>(
-    level: L,
-    [a, b, y, z]: [T::V<L>; 4],
-    twiddle: &[T; 2],
-    j_is_odd: bool,
-) -> [T::V<L>; 4] {
-    let (c, s) =
-        rotated::<T, L>(level, twiddle, T::vsub(level, a, z), T::vsub(level, b, y), j_is_odd);
-    [T::vadd(level, a, z), T::vadd(level, b, y), c, s]
-}
-
-/// x_j, x_{h−1−j}, x_{h+j} and x_{M−1−j} of u_j, u_{h−1−j}, c_j and s_{q−1−j}: the transpose of
-/// [`split`].
-#[inline(always)]
-fn unsplit<T: Lanes, L: Level>(
-    level: L,
-    [u, v, c, s]: [T::V<L>; 4],
-    twiddle: &[T; 2],
-    j_is_odd: bool,
-) -> [T::V<L>; 4] {
-    let (d, e) = rotated_back::<T, L>(level, twiddle, c, s, j_is_odd);
-    [T::vadd(level, u, d), T::vadd(level, v, e), T::vsub(level, v, e), T::vsub(level, u, d)]
-}
-
-/// X_i of U, C and S.
-#[inline(always)]
-fn coefficient<T: Lanes, L: Level>(level: L, [u, c, s]: [&[T::V<L>]; 3], i: usize) -> T::V<L> {
-    let (k, q) = (i.div_ceil(4), s.len());
-    match i % 4 {
-        0 | 2 => u[i / 2],
-        1 if i == 1 => c[0],
-        3 if k == q => s[0],
-        1 => joined::<T, L>(level, c[k - 1], s[q + 1 - k], k % 2 == 0).1,
-        _ => joined::<T, L>(level, c[k], s[q - k], k % 2 == 1).0,
-    }
-}
-
-macro_rules! points {
-    ($n:literal: $($q:literal)*, $($h:literal)*, $($r:literal)*) => {
-        impl Points<$n> for Written {
-            #[inline(always)]
-            fn dct2<T: Lanes, L: Level>(level: L, x: &[T::V<L>; $n], twiddles: &Twiddles<T>) -> [T::V<L>; $n] {
-                const Q: usize = $n / 4;
-                let parts = [$(split::<T, L>(
-                    level,
-                    [x[$q], x[2 * Q - 1 - $q], x[2 * Q + $q], x[$n - 1 - $q]],
-                    &twiddles[Q + $q],
-                    $q % 2 == 1,
-                )),*];
-                let u = [$(parts[$q][0],)* $(parts[2 * Q - 1 - $h][1]),*];
-                let u: [T::V<L>; 2 * Q] = Self::dct2::<T, L>(level, &u, twiddles);
-                let c: [T::V<L>; Q] = Self::dct2::<T, L>(level, &[$(parts[$q][2]),*], twiddles);
-                let s: [T::V<L>; Q] = Self::dct2::<T, L>(level, &[$(parts[Q - 1 - $q][3]),*], twiddles);
-                [
-                    $(coefficient::<T, L>(level, [&u, &c, &s], $q),)*
-                    $(coefficient::<T, L>(level, [&u, &c, &s], $h),)*
-                    $(coefficient::<T, L>(level, [&u, &c, &s], $r)),*
-                ]
-            }
-
-            #[inline(always)]
-            fn dct3<T: Lanes, L: Level>(level: L, x: &[T::V<L>; $n], twiddles: &Twiddles<T>) -> [T::V<L>; $n] {
-                const Q: usize = $n / 4;
-                const H: usize = $n / 2;
-                let pairs = [$(if $q == 0 {
-                    (x[1], x[$n - 1])
-                } else {
-                    parted::<T, L>(level, x[(4 * $q + $n - 1) % $n], x[4 * $q + 1], $q % 2 == 1)
-                }),*];
-                let u: [T::V<L>; H] = Self::dct3::<T, L>(level, &[$(x[2 * $q],)* $(x[2 * $h]),*], twiddles);
-                let c: [T::V<L>; Q] = Self::dct3::<T, L>(level, &[$(pairs[$q].0),*], twiddles);
-                let s: [T::V<L>; Q] = Self::dct3::<T, L>(level, &[$(pairs[if $q == 0 { 0 } else { Q - $q }].1),*], twiddles);
-                let parts = [$(unsplit::<T, L>(
-                    level,
-                    [u[$q], u[H - 1 - $q], c[$q], s[Q - 1 - $q]],
-                    &twiddles[Q + $q],
-                    $q % 2 == 1,
-                )),*];
-                [
-                    $(parts[$q][0],)*
-                    $(parts[H - 1 - $h][1],)*
-                    $(if $r < H + Q { parts[$r & (Q - 1)][2] } else { parts[($n - 1 - $r) & (Q - 1)][3] }),*
-                ]
-            }
-        }
-    };
-}
-points!(4: 0, 1, 2 3);
-points!(8: 0 1, 2 3, 4 5 6 7);
-points!(16: 0 1 2 3, 4 5 6 7, 8 9 10 11 12 13 14 15);
-points!(32: 0 1 2 3 4 5 6 7, 8 9 10 11 12 13 14 15, 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31);
-
-/// [`Step::Leaf`].
-struct Leaf<'a, T, const BACK: bool, const N: usize> {
-    points: &'a mut [T],
-    coefficients: &'a mut [T],
-    twiddles: &'a [[T; 2]],
-}
-
-impl<T: Lanes, const BACK: bool, const N: usize> Loop for Leaf<'_, T, BACK, N>
-where
-    Written: Points<N>,
-{
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Level>(self, level: L) {
-        let twiddles: &Twiddles<T> =
-            self.twiddles.first_chunk().expect("twiddles of the largest leaf");
-        let (points, coefficients) =
-            (T::vectors_mut::<L>(self.points), T::vectors_mut::<L>(self.coefficients));
-        let points: &mut [T::V<L>; N] = points.first_chunk_mut().expect("as many points");
-        let coefficients: &mut [T::V<L>; N] =
-            coefficients.first_chunk_mut().expect("as many coefficients");
-        if BACK {
-            *points = Written::dct3::<T, L>(level, coefficients, twiddles);
-        } else {
-            *coefficients = Written::dct2::<T, L>(level, points, twiddles);
         }
     }
 }
@@ -650,7 +370,7 @@ impl<T: Lanes, const BACK: bool> Loop for Merge<'_, T, BACK> {
                 match before {
                     None => c[0] = x[stride],
                     Some(before) => {
-                        (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false)
+                        (c[k], s[q - k]) = parted::<T, L>(level, before, x[stride], false);
                     }
                 }
                 (c[k + 1], s[q - 1 - k]) =
@@ -727,7 +447,7 @@ mod tests {
         sum + low
     }
 
-    fn run<T: Lanes>(machine: Machine, is_dct3: bool, columns: Columns<'_, T>) {
+    fn run<T: Lanes>(machine: Machine, is_dct3: bool, columns: DctColumns<'_, T>) {
         if is_dct3 {
             columns.run::<true>(machine);
         } else {
@@ -770,7 +490,7 @@ mod tests {
                     run(
                         machine,
                         is_dct3,
-                        Columns::new(&plan, &x, width, &inner, &outer, &mut out, &mut scratch),
+                        DctColumns::new(&plan, &x, width, &inner, &outer, &mut out, &mut scratch),
                     );
                     for (at, &found) in out.iter().enumerate() {
                         let (i, t) = (at / width, at % width);
@@ -800,8 +520,16 @@ mod tests {
             let x = numbers::<T>(len * width, 7);
             let (mut y, mut z) = (vec![T::nan(); len * width], vec![T::nan(); len * width]);
             let mut scratch = Buffer::new();
-            run(machine, false, Columns::new(&plan, &x, width, &ones, &ones, &mut y, &mut scratch));
-            run(machine, true, Columns::new(&plan, &y, width, &ones, &ones, &mut z, &mut scratch));
+            run(
+                machine,
+                false,
+                DctColumns::new(&plan, &x, width, &ones, &ones, &mut y, &mut scratch),
+            );
+            run(
+                machine,
+                true,
+                DctColumns::new(&plan, &y, width, &ones, &ones, &mut z, &mut scratch),
+            );
             for (x, z) in x.iter().zip(&z) {
                 let error = (wide(*z) / (0.5 * len as f64) - wide(*x)).abs() / wide(T::epsilon());
                 assert!(error <= 4.0, "{machine:?} {len}: {error}");
