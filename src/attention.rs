@@ -11,6 +11,7 @@ pub(crate) mod rotary;
 pub(crate) mod softmax;
 pub(crate) mod with_log_decay;
 
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::memory::{LogDecay, State, Tile, Workspace};
 use crate::{Error, Scalar, check};
 use core::fmt::Debug;
@@ -304,7 +305,7 @@ pub struct Scratch<T: Scalar> {
     pub(crate) placed: Vec<positional::Placed<T>>,
     /// Projected keys and values.
     pub(crate) projected: [linformer::Projected<T>; 2],
-    hybrid: Option<Box<(hybrid::Layer<T>, hybrid::Work<T>)>>,
+    hybrid: Option<Box<(HybridState<T>, HybridScratch<T>)>>,
 }
 
 impl<T: Scalar> Scratch<T> {
@@ -323,11 +324,11 @@ impl<T: Scalar> Scratch<T> {
     }
 
     /// What hybrids need.
-    pub(crate) fn hybrid(&mut self) -> (&mut hybrid::Layer<T>, &mut hybrid::Work<T>) {
-        let (layer, work) = &mut **self
+    pub(crate) fn hybrid(&mut self) -> (&mut HybridState<T>, &mut HybridScratch<T>) {
+        let (state, scratch) = &mut **self
             .hybrid
-            .get_or_insert_with(|| Box::new((hybrid::Layer::new(), hybrid::Work::new())));
-        (layer, work)
+            .get_or_insert_with(|| Box::new((HybridState::new(), HybridScratch::new())));
+        (state, scratch)
     }
 
     /// Memory of one of many threads.

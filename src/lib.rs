@@ -155,7 +155,12 @@ mod views;
 
 pub use attention::cosformer::CosFormer;
 pub use attention::heads::{MultiHead, MultiHeadStream};
-pub use attention::hybrid::{Far, HybridAttention, HybridBuilder};
+pub use attention::hybrid::HybridAttention;
+pub use attention::hybrid::builder::HybridBuilder;
+pub use attention::hybrid::far::Far;
+pub use attention::hybrid::far::merged::Merged;
+pub use attention::hybrid::far::taylor::Taylor;
+pub use attention::hybrid::far::ward::Ward;
 pub use attention::linear::LinearAttention;
 pub use attention::linformer::Linformer;
 pub use attention::retention::Retention;

@@ -1,23 +1,34 @@
 //! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one
 //! normaliser.
 
-mod config;
-mod layer;
-mod options;
+pub(crate) mod builder;
+pub(crate) mod config;
+pub(crate) mod far;
+mod far_memory;
+mod near;
+mod pass;
+mod read;
+mod save;
+mod scores;
+pub(crate) mod state;
 mod stream;
 
-use super::{Attention, HeadCall, Mask, Scratch, Stream};
-use crate::{Error, Scalar, check};
-use config::Config;
-pub(crate) use layer::{Layer, Work};
+use crate::attention::HeadCall;
+use crate::attention::Mask;
+use crate::attention::Scratch;
+use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
+use crate::attention::hybrid::stream::HybridStream;
+use crate::attention::{Attention, Stream};
+use crate::check;
+use crate::error::Error;
+use crate::scalar::Scalar;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
-pub use options::{Far, HybridBuilder};
 use std::sync::Arc;
-use stream::HybridStream;
 
 /// Softmax attention with a memory of fixed size: the last tokens (`window`), the first ones
 /// (`sinks`) and, if wanted, the keys that matter most (`heavy`) are exact; what leaves them goes
-/// to a far memory ([`Far`]), and everything stands under ONE normaliser:
+/// to a far memory ([`Far`](crate::Far)), and everything stands under ONE normaliser:
 ///
 /// ```text
 /// o_t = [Σ_near e^{scale·q_t·k_j} v_j + F(q_t)] / [Σ_near e^{scale·q_t·k_j} + f(q_t)],
@@ -40,8 +51,8 @@ use stream::HybridStream;
 /// ```
 ///
 /// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention
-/// received, which only [`Far::merged`] needs. The far part is 0 for none, `entries·(d + d_v + 2)`
-/// for Ward and merging memories (and `d + 1` for the units of the metric of [`Far::merged`]), and
+/// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none, `entries·(d + d_v + 2)`
+/// for Ward and merging memories (and `d + 1` for the units of the metric of [`Merged`](crate::Merged)), and
 /// `2·features·(d_v + 1) + 1` for feature maps.
 ///
 /// ```
@@ -75,21 +86,6 @@ pub(crate) const FULL_MERGED: Error = Error::Unsupported {
 };
 
 impl<T: Scalar> HybridAttention<T> {
-    /// Begins with a window of 64 tokens, 4 sinks, no heavy keys and
-    /// [`Far::merged(64)`](Far::merged).
-    #[must_use]
-    pub fn builder(head_dim: usize) -> HybridBuilder<T> {
-        HybridBuilder {
-            head_dim,
-            scale: None,
-            window: 64,
-            sinks: 4,
-            heavy: 0,
-            far: Far::merged(64),
-            calibration: None,
-        }
-    }
-
     /// Columns of queries and keys.
     #[must_use]
     pub fn head_dim(&self) -> usize {
@@ -122,12 +118,12 @@ impl<T: Scalar> HybridAttention<T> {
         if call.q.len_of(Axis(1)) == 0 {
             return Ok(());
         }
-        let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, 1, call.v.ncols(), deciding_columns)?;
+        let (state, scratch) = scratch.hybrid();
+        state.prepare(&self.config, 1, call.v.ncols(), deciding_columns)?;
         if mask == Mask::Causal {
-            layer.extend(&self.config, &mut [call], work)
+            state.extend(&self.config, &mut [call], scratch)
         } else {
-            layer.full(&self.config, &mut call, work)
+            state.full(&self.config, &mut call, scratch)
         }
     }
 
@@ -146,9 +142,9 @@ impl<T: Scalar> HybridAttention<T> {
         if calls[0].k.nrows() == 0 {
             return Ok(());
         }
-        let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, calls.len(), calls[0].v.ncols(), None)?;
-        layer.extend(&self.config, calls, work)
+        let (state, scratch) = scratch.hybrid();
+        state.prepare(&self.config, calls.len(), calls[0].v.ncols(), None)?;
+        state.extend(&self.config, calls, scratch)
     }
 }
 
@@ -233,7 +229,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
     }
 
     fn heads_are_independent(&self) -> bool {
-        !self.config.learns() && !matches!(self.config.far, config::FarKind::Own(_))
+        !self.config.learns() && !matches!(self.config.far, FarKind::Own(_))
     }
 
     fn as_hybrid(&self) -> Option<&HybridAttention<T>> {
@@ -257,15 +253,15 @@ impl<T: Scalar> HybridAttention<T> {
             value_dim,
             self.config.near_slots() + self.config.far_slots(heads),
         )?;
-        let mut layer = Layer::new();
-        layer.prepare(&self.config, heads, value_dim, None)?;
+        let mut state = HybridState::new();
+        state.prepare(&self.config, heads, value_dim, None)?;
         Ok(HybridStream {
             config: Arc::clone(&self.config),
             heads,
             group,
             value_dim,
-            layer,
-            work: Work::new(),
+            state,
+            scratch: HybridScratch::new(),
             checkpoint: None,
         })
     }

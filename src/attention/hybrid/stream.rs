@@ -1,9 +1,13 @@
 //! The stream of a hybrid kernel.
 
-use super::config::{Config, FarKind};
-use super::layer::{Layer, Work};
-use crate::attention::{HeadCall, NO_CHECKPOINT, NOT_GATED, Stream, StreamState};
-use crate::{Error, Scalar, check};
+use crate::attention::HeadCall;
+use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
+use crate::attention::{NO_CHECKPOINT, NOT_GATED};
+use crate::attention::{Stream, StreamState};
+use crate::check;
+use crate::error::Error;
+use crate::scalar::Scalar;
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
 
@@ -14,9 +18,9 @@ pub(crate) struct HybridStream<T: Scalar> {
     pub(super) heads: usize,
     pub(super) group: usize,
     pub(super) value_dim: usize,
-    pub(super) layer: Layer<T>,
-    pub(super) work: Work<T>,
-    pub(super) checkpoint: Option<(Layer<T>, bool)>,
+    pub(super) state: HybridState<T>,
+    pub(super) scratch: HybridScratch<T>,
+    pub(super) checkpoint: Option<(HybridState<T>, bool)>,
 }
 
 const KERNEL: &str = "hybrid";
@@ -52,8 +56,8 @@ impl<T: Scalar> Clone for HybridStream<T> {
             heads: self.heads,
             group: self.group,
             value_dim: self.value_dim,
-            layer: self.layer.clone(),
-            work: Work::new(),
+            state: self.state.clone(),
+            scratch: HybridScratch::new(),
             checkpoint: None,
         }
     }
@@ -89,20 +93,20 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         if calls[0].k.nrows() == 0 {
             Ok(())
         } else {
-            self.layer.extend(&self.config, calls, &mut self.work)
+            self.state.extend(&self.config, calls, &mut self.scratch)
         }
     }
 
     fn cannot_fail(&self, calls: &[HeadCall<'_, T>]) -> bool {
-        self.check(calls).is_ok() && self.layer.is_safe(&self.config, calls)
+        self.check(calls).is_ok() && self.state.is_safe(&self.config, calls)
     }
 
     fn len(&self) -> usize {
-        self.layer.tokens
+        self.state.tokens
     }
 
     fn state_floats(&self) -> usize {
-        self.layer.state_floats(&self.config)
+        self.state.state_floats(&self.config)
     }
 
     fn clone_box(&self) -> Box<dyn Stream<T>> {
@@ -110,15 +114,15 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     }
 
     fn reset(&mut self) {
-        self.layer.clear(&self.config);
+        self.state.clear(&self.config);
         if let Some((_, valid)) = &mut self.checkpoint {
             *valid = false;
         }
     }
 
     fn checkpoint(&mut self) -> bool {
-        let (copy, valid) = self.checkpoint.get_or_insert_with(|| (Layer::new(), true));
-        copy.copy_from(&self.layer);
+        let (copy, valid) = self.checkpoint.get_or_insert_with(|| (HybridState::new(), true));
+        copy.copy_from(&self.state);
         *valid = true;
         true
     }
@@ -126,7 +130,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     fn rollback(&mut self) -> Result<(), Error> {
         match &self.checkpoint {
             Some((copy, true)) => {
-                self.layer.copy_from(copy);
+                self.state.copy_from(copy);
                 Ok(())
             }
             _ => Err(NO_CHECKPOINT),
@@ -134,7 +138,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     }
 
     fn save(&self) -> Result<StreamState<T>, Error> {
-        match self.layer.numbers(&self.config) {
+        match self.state.numbers(&self.config) {
             Some(numbers) => Ok(StreamState::new(KERNEL, self.len(), self.shape(), numbers)),
             None => Err(OWN_MEMORY),
         }
@@ -146,8 +150,8 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         if matches!(self.config.far, FarKind::Own(_)) {
             return Err(OWN_MEMORY);
         }
-        let mut layer = self.layer.clone();
-        if !layer.set_numbers(&self.config, state.tokens(), numbers) {
+        let mut restored = self.state.clone();
+        if !restored.set_numbers(&self.config, state.tokens(), numbers) {
             let found = count.to_string();
             return Err(Error::State {
                 which: "size",
@@ -155,7 +159,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
                 found,
             });
         }
-        self.layer = layer;
+        self.state = restored;
         self.checkpoint = None;
         Ok(())
     }
