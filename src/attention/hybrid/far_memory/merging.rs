@@ -11,7 +11,7 @@ use ndarray::{ArrayView1, ArrayView2};
 
 /// A merging memory for each head, which share one budget of entries.
 #[derive(Clone, Debug)]
-pub(crate) struct MergingPool<T: Scalar>(pub(super) Vec<MergedMemory<T>>);
+pub(crate) struct MergingPool<T: Scalar>(pub(crate) Vec<MergedMemory<T>>);
 
 impl<T: Scalar> MergingPool<T> {
     /// Of no sizes yet: [`renew`](FarMemory::renew) comes next.
