@@ -47,13 +47,14 @@ use std::sync::Arc;
 /// # State
 ///
 /// ```text
-/// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,   held = window + block − 1
+/// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,
+/// held = window + block − 1
 /// ```
 ///
 /// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention
-/// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none, `entries·(d + d_v + 2)`
-/// for Ward and merging memories (and `d + 1` for the units of the metric of [`Merged`](crate::Merged)), and
-/// `2·features·(d_v + 1) + 1` for feature maps.
+/// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none,
+/// `entries·(d + d_v + 2)` for [`Ward`](crate::Ward) and [`Merged`](crate::Merged) (the latter has
+/// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps.
 ///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, SoftmaxAttention};

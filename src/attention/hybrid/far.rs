@@ -19,16 +19,16 @@ use std::sync::Arc;
 
 /// What takes the tokens that leave the window.
 ///
-/// | | memory | needs a calibration | its place |
+/// | | memory | calibration | its place |
 /// |---|---|---|---|
-/// | [`none`](Self::none) | nothing | no | the control: a window alone |
-/// | [`features`](Self::features) | sums of features | no | any feature map |
-/// | [`taylor`](Self::taylor), [`Taylor`] | sums of features | yes | broad far attention, smallest state |
-/// | [`ward`](Self::ward), [`Ward`] | merged entries, static weights | better with | encoders; where reading must not write |
-/// | [`merged`](Self::merged), [`Merged`] | merged entries, weighted by the attention received | no; may have one | the default |
+/// | [`none`](Self::none) | nothing | – | the control: a window alone |
+/// | [`features`](Self::features) | sums of features | of the map | any feature map |
+/// | [`taylor`](Self::taylor) | sums of features | needed | broad far attention, smallest state |
+/// | [`ward`](Self::ward) | entries, static weights | wanted | where reading must not write |
+/// | [`merged`](Self::merged) | entries by attention received | may be | the default |
 /// | [`memory`](Self::memory) | yours | | |
 ///
-/// The types beside the functions hold the options of a far memory and convert into this one:
+/// [`Taylor`], [`Ward`] and [`Merged`] hold the options of those and convert into this type:
 /// `Far::merged(64)` is `Merged::new(64).into()`.
 ///
 /// ```

@@ -70,6 +70,7 @@ impl<T: Scalar> HybridState<T> {
 
     /// Weights by the attention just received; the factors `inverse` make probabilities of the rows
     /// of weights.
+    #[allow(clippy::cast_precision_loss)] // heads of a group
     fn receive(
         &mut self,
         config: &Config<T>,
@@ -98,8 +99,8 @@ impl<T: Scalar> HybridState<T> {
                     mass += factor * kernel::sum(&reading.row(row)[config.sinks..]);
                 }
                 if mass > T::zero() {
-                    let unit = T::from_f64(group as f64) / mass;
-                    kernel::scale(factors, unit);
+                    let per_query = T::from_f64(group as f64) / mass;
+                    kernel::scale(factors, per_query);
                 }
             }
             for row in rows.clone() {

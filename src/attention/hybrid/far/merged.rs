@@ -19,11 +19,12 @@ use std::sync::Arc;
 /// window token j:  acc_j ← γ·acc_j + P_j [age ≥ min_age],      entry i:  a_i ← γ·a_i + P_i
 /// ```
 ///
-/// A token that leaves becomes an entry with n = 1 and a = acc + 10⁻⁹. Beyond the bound, the
-/// pair with the smallest
+/// A token that leaves becomes an entry with n = 1 and a = acc + 10⁻⁹. Beyond the bound, the pair
+/// with the smallest
 ///
 /// ```text
-/// a_i a_j/(a_i + a_j) · (‖Δk̄‖² + value_weight·‖Δv̄‖²/ρ²),    ρ² = mean of ‖v_j‖² over the first 64 tokens behind the sinks
+/// a_i a_j/(a_i + a_j) · (‖Δk̄‖² + value_weight·‖Δv̄‖²/ρ²),
+/// ρ² = mean of ‖v_j‖² over the first 64 tokens behind the sinks
 /// ```
 ///
 /// becomes one entry with a-weighted means; keys are scaled (k̂), and ‖Δk̄‖² is taken in a
@@ -101,8 +102,8 @@ impl Merged {
         self
     }
 
-    /// Compares keys by the metric `R = (E q̂q̂ᵀ)^½` of a calibration, scaled to mean 1, in place of
-    /// a [`Metric`]. Make the calibration with the window and sinks of the kernel, which is not
+    /// Compares keys by the metric `R = (E q̂q̂ᵀ)^½` of a calibration, scaled to mean 1, in place
+    /// of a [`Metric`]. Make the calibration with the window and sinks of the kernel, which is not
     /// checked.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
