@@ -156,9 +156,14 @@ mod selection;
 mod views;
 
 pub use attention::cosformer::CosFormer;
+pub use attention::hybrid::HybridAttention;
+pub use attention::hybrid::builder::HybridBuilder;
+pub use attention::hybrid::far::Far;
+pub use attention::hybrid::far::merged::Merged;
+pub use attention::hybrid::far::taylor::Taylor;
+pub use attention::hybrid::far::ward::Ward;
 pub use multi_head::MultiHead;
 pub use multi_head::stream::{MultiHeadState, MultiHeadStream};
-pub use attention::hybrid::{Far, HybridAttention, HybridBuilder};
 pub use attention::linear::LinearAttention;
 pub use attention::linformer::Linformer;
 pub use attention::retention::Retention;

@@ -5,9 +5,9 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Performer,
-    Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention, TaylorFeatures,
-    WithLogDecay,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged,
+    Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
+    TaylorFeatures, WithLogDecay,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -137,7 +137,7 @@ fn steady_calls_allocate_nothing() {
         let hybrids = [
             builder().far(Far::none()),
             builder().far(Far::merged(12)),
-            builder().far(Far::merged(12).with_block(8)),
+            builder().far(Merged::new(12).block(8)),
             builder().far(Far::ward(12)).calibrated(&calibration),
             builder().far(Far::merged(12)).heavy(4).calibrated(&calibration),
             builder().far(Far::features(Performer::new(d, 32, 0).unwrap())),

@@ -5,8 +5,8 @@ mod common;
 use common::{assert_close, golden, matrix, vector};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far,
-    FeatureMap, HybridAttention, LinearMemory, Mask, Memory, MergedMemory, Metric, Partial,
-    Performer, SoftmaxAttention, TaylorFit,
+    FeatureMap, HybridAttention, LinearMemory, Mask, Memory, Merged, MergedMemory, Metric, Partial,
+    Performer, SoftmaxAttention, Taylor, TaylorFit,
 };
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde_json::Value;
@@ -114,7 +114,7 @@ fn taylor2() {
             Calibration::from_samples(samples[0].view(), samples[1].view(), options).unwrap();
         let builder =
             || HybridAttention::builder(6).window(window).sinks(sinks).calibrated(&calibration);
-        let far = || Far::taylor(rank).with_fit(TaylorFit::Clamped);
+        let far = || Taylor::new(rank).fit(TaylorFit::Clamped);
         let check = |kernel: HybridAttention<f64>, column: &str| {
             let out = forward(&kernel, [&q, &k, &v]);
             assert_close(name, &out, &matrix(&case[column]), TOLERANCE);
@@ -244,12 +244,12 @@ fn received() {
         let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
         let exact: Vec<Array2<f64>> =
             case["output"].as_array().unwrap().iter().map(matrix).collect();
-        let far = Far::merged(number(&case["entries_max"]))
-            .with_decay(case["gamma"].as_f64().unwrap())
-            .with_min_age(number(&case["min_age"]))
-            .with_value_weight(case["beta"].as_f64().unwrap().powi(2))
-            .with_metric(Metric::Identity)
-            .with_block(number(&case["block"]));
+        let far = Merged::new(number(&case["entries_max"]))
+            .decay(case["gamma"].as_f64().unwrap())
+            .min_age(number(&case["min_age"]))
+            .value_weight(case["beta"].as_f64().unwrap().powi(2))
+            .metric(Metric::Identity)
+            .block(number(&case["block"]));
         let kernel = HybridAttention::builder(k.ncols())
             .window(number(&case["window"]))
             .sinks(number(&case["sinks"]))

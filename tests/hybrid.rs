@@ -5,8 +5,8 @@ mod common;
 use common::hybrid::{FarFormula, HybridFormula};
 use common::{RECEIVED, assert_close, hybrid, normal, tokens};
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric,
-    MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamState,
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Merged, Metric,
+    MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamState, Ward,
 };
 use ndarray::{
     Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s,
@@ -186,8 +186,8 @@ proptest! {
         let n: usize = sizes.iter().sum();
         prop_assume!(n > 0);
         let far = match kind {
-            0 => Far::merged(entries).with_block(block).with_min_age(3),
-            1 => Far::ward(entries).with_block(block),
+            0 => Merged::new(entries).block(block).min_age(3).into(),
+            1 => Ward::new(entries).block(block).into(),
             _ => Far::none(),
         };
         prop_assume!(kind < 2 || window > 0);
@@ -212,8 +212,8 @@ proptest! {
     }
 }
 
-fn error(far: Far<f64>) -> Error {
-    HybridAttention::builder(4).far(far).build().unwrap_err()
+fn error(far: impl Into<Far<f64>>) -> Error {
+    HybridAttention::<f64>::builder(4).far(far).build().unwrap_err()
 }
 
 #[test]
@@ -222,25 +222,19 @@ fn options_that_cannot_be_used() {
         Error::InvalidOption { which, .. } => assert_eq!(which, expected),
         other => panic!("{other}"),
     };
-    option(error(Far::none().with_decay(0.9)), "decay");
-    option(error(Far::ward(4).with_min_age(3)), "min_age");
-    option(error(Far::ward(4).with_value_weight(3.0)), "value_weight");
-    option(error(Far::ward(4).with_metric(Metric::Identity)), "metric");
-    option(error(Far::none().with_block(8)), "block");
-    option(error(Far::merged(4).with_decay(0.0)), "decay");
-    option(error(Far::merged(4).with_decay(f64::NAN)), "decay");
-    option(error(Far::merged(4).with_value_weight(-1.0)), "value_weight");
+    option(error(Merged::new(4).decay(0.0)), "decay");
+    option(error(Merged::new(4).decay(f64::NAN)), "decay");
+    option(error(Merged::new(4).value_weight(-1.0)), "value_weight");
     option(error(Far::taylor(2)), "calibration");
     let [q, k, _] = tokens::<f64>(100, 4, 1, 1.0, 1);
     let calibration =
         Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();
-    option(error(Far::merged(4).with_metric(Metric::Identity).calibrated(&calibration)), "metric");
-    option(error(Far::none().calibrated(&calibration)), "calibration of the far memory");
+    option(error(Merged::new(4).metric(Metric::Identity).calibrated(&calibration)), "metric");
     assert!(matches!(error(Far::merged(0)), Error::ZeroSize { .. }));
-    assert!(matches!(error(Far::merged(4).with_block(0)), Error::ZeroSize { .. }));
+    assert!(matches!(error(Merged::new(4).block(0)), Error::ZeroSize { .. }));
     assert!(matches!(error(Far::features(Performer::new(5, 8, 0).unwrap())), Error::Shape { .. }));
     for far in
-        [Far::merged(usize::MAX / 2), Far::ward(1 << 60), Far::merged(3).with_block(usize::MAX)]
+        [Far::merged(usize::MAX / 2), Far::ward(1 << 60), Merged::new(3).block(usize::MAX).into()]
     {
         assert!(matches!(error(far), Error::InvalidOption { .. }));
     }
@@ -331,7 +325,7 @@ fn calibrated_ward_with_foreign_keys() {
     for size in [1.0_f32, 1e12, 1e14, 1e15, 1e18] {
         let [q, k, v] = tokens::<f32>(100, 2, 2, 1.0, 21);
         let k = k.mapv(|x| (x + 2.0) * size);
-        let far = Far::ward(2).calibrated(&calibration).with_block(6);
+        let far = Ward::new(2).calibrated(&calibration).block(6);
         let kernel = HybridAttention::builder(2).window(2).sinks(0).far(far).build().unwrap();
         let mut stream = kernel.stream(2).unwrap();
         let mut out = Array2::zeros((100, 2));
@@ -375,7 +369,7 @@ fn large_numbers_are_saved_and_restored() {
 #[test]
 fn damaged_states() {
     let [q, k, v] = tokens::<f64>(40, 3, 2, 1.0, 24);
-    for (far, block, kind) in [(Far::merged(4), 1, 2), (Far::ward(4).with_block(3), 3, 1)] {
+    for (far, block, kind) in [(Far::merged(4), 1, 2), (Ward::new(4).block(3).into(), 3, 1)] {
         let kernel = HybridAttention::builder(3).window(5).sinks(2).far(far).build().unwrap();
         let mut stream = kernel.stream(2).unwrap();
         stream.extend(q.view(), k.view(), v.view(), Array2::zeros((40, 2)).view_mut()).unwrap();

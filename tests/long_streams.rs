@@ -3,7 +3,9 @@
 mod common;
 
 use common::{features, normal};
-use dijiang::{Attention, DctFeatures, Far, HybridAttention, LinearAttention, Mask, Performer};
+use dijiang::{
+    Attention, DctFeatures, Far, HybridAttention, LinearAttention, Mask, Merged, Performer,
+};
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
@@ -109,7 +111,7 @@ fn a_million_tokens_through_merging_memories() {
         .collect();
     let builder = || HybridAttention::<f32>::builder(d).window(32).sinks(2);
     for (far, piece) in
-        [(Far::merged(24), 1), (Far::merged(24).with_block(8), 1000), (Far::ward(24), 1)]
+        [(Far::merged(24), 1), (Merged::new(24).block(8).into(), 1000), (Far::ward(24), 1)]
     {
         let mut stream = builder().far(far).build().unwrap().stream(dv).unwrap();
         let floats = stream.state_floats();

@@ -6,7 +6,7 @@ use common::{Head, golden, heads, map};
 use dijiang::fidelity::Reference;
 use dijiang::{
     Calibration, CalibrationOptions, Far, FeatureMap, HybridAttention, LinearAttention, Mask,
-    Metric, Scalar, TaylorFit,
+    Merged, Metric, Scalar, Taylor, TaylorFit,
 };
 use std::sync::Arc;
 
@@ -102,20 +102,20 @@ fn hybrids_have_the_known_errors() {
         (
             "hybrid_received64",
             64,
-            || Far::merged(64).with_metric(Metric::Identity),
-            || Far::merged(64).with_metric(Metric::Identity),
+            || Merged::new(64).metric(Metric::Identity).into(),
+            || Merged::new(64).metric(Metric::Identity).into(),
         ),
         (
             "hybrid_received64_b8",
             64,
-            || Far::merged(64).with_metric(Metric::Identity).with_block(8),
-            || Far::merged(64).with_metric(Metric::Identity).with_block(8),
+            || Merged::new(64).metric(Metric::Identity).block(8).into(),
+            || Merged::new(64).metric(Metric::Identity).block(8).into(),
         ),
         (
             "hybrid_received64_w48_s48",
             48,
-            || Far::merged(48).with_metric(Metric::Identity),
-            || Far::merged(48).with_metric(Metric::Identity),
+            || Merged::new(48).metric(Metric::Identity).into(),
+            || Merged::new(48).metric(Metric::Identity).into(),
         ),
         ("hybrid_received64_diag", 64, || Far::merged(64), || Far::merged(64)),
     ];
@@ -168,7 +168,7 @@ fn calibrated_hybrids_have_the_known_errors() {
         let (window, sinks) = if mask == Mask::Full { (0, 0) } else { (64, 4) };
         let builder = HybridAttention::builder(calibration.head_dim()).window(window).sinks(sinks);
         let builder = builder.calibrated(calibration);
-        let taylor = |rank| Far::taylor(rank).with_fit(TaylorFit::Clamped);
+        let taylor = |rank| Taylor::new(rank).fit(TaylorFit::Clamped);
         match row {
             "hybrid_taylor2_r6" => builder.far(taylor(6)),
             "hybrid_taylor2_r10" => builder.far(taylor(10)),
@@ -230,13 +230,13 @@ fn options_of_merging_memories() {
         let options = CalibrationOptions::new().with_stride(3);
         let calibration = Calibration::from_samples(q.view(), k.view(), options).unwrap();
         let reference = reference(head);
-        let error = |far| {
+        let error = |far: Merged| {
             let kernel = HybridAttention::builder(64).far(far).build().unwrap();
             reference.output_error(&kernel).unwrap()
         };
-        let default = error(Far::merged(64));
-        let calibrated = error(Far::merged(64).calibrated(&calibration));
-        let decays = [0.99, 0.999, 1.0].map(|decay| error(Far::merged(64).with_decay(decay)));
+        let default = error(Merged::new(64));
+        let calibrated = error(Merged::new(64).calibrated(&calibration));
+        let decays = [0.99, 0.999, 1.0].map(|decay| error(Merged::new(64).decay(decay)));
         println!(
             "{:>8}{default:>10.4}{calibrated:>12.4}{:>10.4}{:>10.4}{:>10.4}",
             head.name, decays[0], decays[1], decays[2]

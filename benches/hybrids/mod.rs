@@ -1,11 +1,13 @@
 //! Hybrids against exact softmax: decode steps and whole sequences from 1 k to 64 k tokens.
 
 use super::{Contestant, D, D_V, Input, Targets, decode, oracle, race_for};
-use dijiang::{Attention, Far, HybridAttention, Mask, Performer, Scalar, SoftmaxAttention, Stream};
+use dijiang::{
+    Attention, Far, HybridAttention, Mask, Merged, Performer, Scalar, SoftmaxAttention, Stream,
+};
 use ndarray::{Array2, s};
 
 /// A window of 64 tokens and 4 sinks.
-fn hybrid<T: Scalar>(far: Far<T>) -> HybridAttention<T> {
+fn hybrid<T: Scalar>(far: impl Into<Far<T>>) -> HybridAttention<T> {
     HybridAttention::builder(D).window(64).sinks(4).far(far).build().expect("the options are valid")
 }
 
@@ -62,11 +64,7 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
     let kernels = [
         ("window alone", hybrid(Far::none()), hybrid(Far::none())),
         ("merged", hybrid(Far::merged(64)), hybrid(Far::merged(64))),
-        (
-            "merged, blocks of 8",
-            hybrid(Far::merged(64).with_block(8)),
-            hybrid(Far::merged(64).with_block(8)),
-        ),
+        ("merged, blocks of 8", hybrid(Merged::new(64).block(8)), hybrid(Merged::new(64).block(8))),
         ("ward", hybrid(Far::ward(64)), hybrid(Far::ward(64))),
         (
             "features",

@@ -9,7 +9,7 @@ pub mod table;
 
 use crate::data::Input;
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Metric,
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Merged, Metric,
     Performer,
 };
 
@@ -246,8 +246,8 @@ impl Contestant {
             Memory::Ward { entries, .. } => builder.far(Far::ward(entries)),
             Memory::Merged { entries, block, metric } => {
                 // 16 behind a window of 64; a window of that age or less would collect nothing
-                let far = Far::merged(entries).with_min_age(self.window / 4);
-                builder.far(far.with_block(block).with_metric(metric))
+                let far = Merged::new(entries).min_age(self.window / 4);
+                builder.far(far.block(block).metric(metric))
             }
         };
         Ok(Box::new(builder.build()?))

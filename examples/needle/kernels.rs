@@ -4,7 +4,7 @@ use crate::shared::plots::Shape;
 use crate::task::{HEAD_DIM, SINKS, Sort, Task, Tokens};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention,
-    LinearAttention, Performer, SoftmaxAttention,
+    LinearAttention, Merged, Performer, SoftmaxAttention, Taylor, Ward,
 };
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use plotters::style::RGBColor;
@@ -96,7 +96,7 @@ pub const KERNELS: [Kernel; 10] = [
         kind: Kind::Memory,
         colour: RGBColor(213, 94, 0),
         shape: Shape::Triangle,
-        build: |_| hybrid(WINDOW, Far::merged(ENTRIES).with_block(8)),
+        build: |_| hybrid(WINDOW, Merged::new(ENTRIES).block(8)),
     },
     Kernel {
         name: "merged 64, γ = 1",
@@ -104,7 +104,7 @@ pub const KERNELS: [Kernel; 10] = [
         kind: Kind::Memory,
         colour: RGBColor(86, 180, 233),
         shape: Shape::Disc,
-        build: |_| hybrid(WINDOW, Far::merged(ENTRIES).with_decay(1.0)),
+        build: |_| hybrid(WINDOW, Merged::new(ENTRIES).decay(1.0)),
     },
     Kernel {
         name: "Ward 64, calibrated",
@@ -112,7 +112,7 @@ pub const KERNELS: [Kernel; 10] = [
         kind: Kind::Memory,
         colour: RGBColor(230, 159, 0),
         shape: Shape::Ring,
-        build: |_| hybrid(WINDOW, Far::ward(ENTRIES).calibrated(calibration()?)),
+        build: |_| hybrid(WINDOW, Ward::new(ENTRIES).calibrated(calibration()?)),
     },
     Kernel {
         name: "Taylor 6, calibrated",
@@ -121,7 +121,7 @@ pub const KERNELS: [Kernel; 10] = [
         kind: Kind::Memory,
         colour: RGBColor(0, 114, 178),
         shape: Shape::Ring,
-        build: |_| hybrid(WINDOW, Far::taylor(6).calibrated(calibration()?)),
+        build: |_| hybrid(WINDOW, Taylor::new(6).calibrated(calibration()?)),
     },
 ];
 
@@ -143,7 +143,7 @@ fn calibration() -> Result<&'static Calibration, Error> {
     CALIBRATION.get_or_init(fit).as_ref().map_err(Clone::clone)
 }
 
-fn hybrid(window: usize, far: Far<f32>) -> Result<Box<dyn Attention<f32>>, Error> {
+fn hybrid(window: usize, far: impl Into<Far<f32>>) -> Result<Box<dyn Attention<f32>>, Error> {
     Ok(Box::new(HybridAttention::builder(HEAD_DIM).window(window).sinks(SINKS).far(far).build()?))
 }
 

@@ -1,23 +1,35 @@
 //! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one
 //! normaliser.
 
-mod config;
-mod layer;
-mod options;
+pub(crate) mod builder;
+pub(crate) mod config;
+pub(crate) mod far;
+mod far_memory;
+mod near;
+mod pass;
+mod read;
+mod save;
+mod scores;
+pub(crate) mod state;
 mod stream;
 
-use super::{Attention, HeadCall, Mask, Scratch, Stream};
-use crate::{Error, Scalar, check};
-use config::Config;
-pub(crate) use layer::{Layer, Work};
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
-pub use options::{Far, HybridBuilder};
+use crate::attention::Attention;
+use crate::attention::call::Head;
+use crate::attention::hybrid::config::Config;
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
+use crate::attention::hybrid::stream::HybridStream;
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
+use crate::attention::stream::{Stream, StreamOptions};
+use crate::check;
+use crate::error::Error;
+use crate::mask::Mask;
+use crate::scalar::Scalar;
 use std::sync::Arc;
-use stream::HybridStream;
 
 /// Softmax attention with a memory of fixed size: the last tokens (`window`), the first ones
 /// (`sinks`) and, if wanted, the keys that matter most (`heavy`) are exact; what leaves them goes
-/// to a far memory ([`Far`]), and everything stands under ONE normaliser:
+/// to a far memory ([`Far`](crate::Far)), and everything stands under ONE normaliser:
 ///
 /// ```text
 /// o_t = [Σ_near e^{scale·q_t·k_j} v_j + F(q_t)] / [Σ_near e^{scale·q_t·k_j} + f(q_t)],
@@ -36,13 +48,14 @@ use stream::HybridStream;
 /// # State
 ///
 /// ```text
-/// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,   held = window + block − 1
+/// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,
+/// held = window + block − 1
 /// ```
 ///
 /// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention
-/// received, which only [`Far::merged`] needs. The far part is 0 for none, `entries·(d + d_v + 2)`
-/// for Ward and merging memories (and `d + 1` for the units of the metric of [`Far::merged`]), and
-/// `2·features·(d_v + 1) + 1` for feature maps.
+/// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none,
+/// `entries·(d + d_v + 2)` for [`Ward`](crate::Ward) and [`Merged`](crate::Merged) (the latter has
+/// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps.
 ///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, SoftmaxAttention};
@@ -69,204 +82,116 @@ pub struct HybridAttention<T: Scalar> {
     config: Arc<Config<T>>,
 }
 
-pub(crate) const FULL_MERGED: Error = Error::Unsupported {
+const FULL_MERGED: Error = Error::Unsupported {
     what: "a full mask with `Far::merged`",
     why: "attention received needs an order of queries; use `Far::ward`",
 };
 
 impl<T: Scalar> HybridAttention<T> {
-    /// Begins with a window of 64 tokens, 4 sinks, no heavy keys and
-    /// [`Far::merged(64)`](Far::merged).
-    #[must_use]
-    pub fn builder(head_dim: usize) -> HybridBuilder<T> {
-        HybridBuilder {
-            head_dim,
-            scale: None,
-            window: 64,
-            sinks: 4,
-            heavy: 0,
-            far: Far::merged(64),
-            calibration: None,
-        }
-    }
-
     /// Columns of queries and keys.
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.config.head_dim
     }
 
-    pub(crate) fn config(&self) -> &Arc<Config<T>> {
-        &self.config
-    }
-
-    /// Attention of checked shapes; of several heads of a causal group, or one.
+    /// Causal attention of checked heads that share one budget, or attention of one head whose
+    /// queries see every key.
     fn forward_checked(
         &self,
-        mut call: HeadCall<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        deciding_columns: Option<usize>,
-        scratch: &mut Scratch<T>,
+        HybridParts { state, work }: &mut HybridParts<T>,
     ) -> Result<(), Error> {
-        check::finite_calls(core::slice::from_ref(&call))?;
-        if mask != Mask::Causal {
-            if self.config.window > 0 {
-                let why = "a window has no meaning where every query sees every key; build the \
-                           kernel with `window(0)`";
-                return Err(Error::Unsupported { what: "a full mask with a window", why });
-            }
-            if self.config.learns() {
-                return Err(FULL_MERGED);
-            }
-        }
-        if call.q.len_of(Axis(1)) == 0 {
+        let [Head { q, k, v, probes, .. }, ..] = &heads else { return Ok(()) };
+        if k.nrows() == 0 || q.is_empty() {
             return Ok(());
         }
-        let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, 1, call.v.ncols(), deciding_columns)?;
+        let deciding = (*probes > 0).then(|| v.ncols().saturating_sub(*probes));
+        state.prepare(&self.config, heads.len(), v.ncols(), deciding)?;
         if mask == Mask::Causal {
-            layer.extend(&self.config, &mut [call], work)
-        } else {
-            layer.full(&self.config, &mut call, work)
+            return state.extend(&self.config, heads, work);
         }
+        heads.iter_mut().try_for_each(|head| state.full(&self.config, head, work))
     }
 
-    /// Causal attention of heads that share one budget.
-    pub(crate) fn forward_pool(
-        &self,
-        calls: &mut [HeadCall<'_, T>],
-        scratch: &mut Scratch<T>,
-    ) -> Result<(), Error> {
-        for HeadCall { q, k, v, .. } in &*calls {
-            check::size("q", "columns", self.config.head_dim, q.len_of(Axis(2)))?;
-            check::size("k", "columns", self.config.head_dim, k.ncols())?;
-            check::at_least_one("v columns", v.ncols())?;
+    fn check_mask(&self, mask: Mask) -> Result<(), Error> {
+        if mask != Mask::Causal && self.config.window > 0 {
+            let why = "a window has no meaning where every query sees every key; build the \
+                       kernel with `window(0)`";
+            return Err(Error::Unsupported { what: "a full mask with a window", why });
         }
-        check::finite_calls(calls)?;
-        if calls[0].k.nrows() == 0 {
-            return Ok(());
+        if mask != Mask::Causal && self.config.learns() {
+            return Err(FULL_MERGED);
         }
-        let (layer, work) = scratch.hybrid();
-        layer.prepare(&self.config, calls.len(), calls[0].v.ncols(), None)?;
-        layer.extend(&self.config, calls, work)
+        Ok(())
+    }
+}
+
+/// What a forward pass keeps in the scratch.
+#[derive(Debug)]
+struct HybridParts<T: Scalar> {
+    state: HybridState<T>,
+    work: HybridScratch<T>,
+}
+
+impl<T: Scalar> Default for HybridParts<T> {
+    fn default() -> Self {
+        Self { state: HybridState::new(), work: HybridScratch::new() }
     }
 }
 
 impl<T: Scalar> Attention<T> for HybridAttention<T> {
-    fn forward_into(
+    fn forward_heads(
         &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
+        heads: &mut [Head<'_, T>],
         mask: Mask,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.forward_with(q, k, v, mask, out, &mut Scratch::new())
-    }
-
-    fn forward_with(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        out: ArrayViewMut2<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        check::forward(self.config.head_dim, q, k, v, mask, &out)?;
-        let (q, out) = (q.insert_axis(Axis(0)), out.insert_axis(Axis(0)));
-        self.forward_checked(HeadCall { q, k, v, log_decay: None, out }, mask, None, scratch)
-    }
-
-    fn forward_group(
-        &self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: Mask,
-        mut out: ArrayViewMut3<'_, T>,
-        scratch: &mut Scratch<T>,
-    ) -> Result<(), Error> {
-        check::size("out", "heads", q.len_of(Axis(0)), out.len_of(Axis(0)))?;
-        let mut heads = q.outer_iter().zip(out.outer_iter_mut());
-        if mask != Mask::Causal {
-            return heads.try_for_each(|(q, out)| self.forward_with(q, k, v, mask, out, scratch));
+        for head in &*heads {
+            head.check_not_gated()?;
+            head.check_forward(self.config.head_dim, mask)?;
+            head.check_finite()?;
         }
-        heads.try_for_each(|(q, out)| check::forward(self.config.head_dim, q, k, v, mask, &out))?;
-        if q.is_empty() {
-            return Ok(());
-        }
-        self.forward_checked(HeadCall { q, k, v, log_decay: None, out }, mask, None, scratch)
-    }
-
-    fn forward_probed(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        value_dim: usize,
-        mask: Mask,
-    ) -> Result<Array2<T>, Error> {
-        let mut out = Array2::zeros((q.nrows(), v.ncols()));
-        check::forward(self.config.head_dim, q, k, v, mask, &out.view_mut())?;
-        let call = HeadCall {
-            q: q.insert_axis(Axis(0)),
-            k,
-            v,
-            log_decay: None,
-            out: out.view_mut().insert_axis(Axis(0)),
-        };
-        self.forward_checked(call, mask, Some(value_dim), &mut Scratch::new())?;
-        Ok(out)
+        self.check_mask(mask)?;
+        scratch.with_part(|parts: &mut HybridParts<T>, _| {
+            if mask == Mask::Causal {
+                return self.forward_checked(heads, mask, parts);
+            }
+            // every query head begins with an empty state
+            heads.iter_mut().try_for_each(|head| {
+                let Head { q, k, v, log_decay, probes, out } = head;
+                q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
+                    let head = Head { log_decay: *log_decay, probes: *probes, ..Head::new(q, *k, *v, out) };
+                    self.forward_checked(&mut [head], mask, parts)
+                })
+            })
+        })
     }
 
     fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<T>>, Error> {
-        Ok(Box::new(self.heads_stream(1, 1, value_dim)?))
+        self.stream_with(StreamOptions::new(value_dim))
     }
 
-    fn group_stream(
-        &self,
-        group: usize,
-        value_dim: usize,
-    ) -> Result<Option<Box<dyn Stream<T>>>, Error> {
-        Ok(Some(Box::new(self.heads_stream(1, group, value_dim)?)))
-    }
-
-    fn heads_are_independent(&self) -> bool {
-        !self.config.learns() && !matches!(self.config.far, config::FarKind::Own(_))
-    }
-
-    fn as_hybrid(&self) -> Option<&HybridAttention<T>> {
-        Some(self)
-    }
-}
-
-impl<T: Scalar> HybridAttention<T> {
-    /// An empty stream of some heads of keys and values that share one budget of entries, each with
-    /// `group` query heads.
-    pub(crate) fn heads_stream(
-        &self,
-        heads: usize,
-        group: usize,
-        value_dim: usize,
-    ) -> Result<HybridStream<T>, Error> {
+    fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        let StreamOptions { value_dim, group, heads, .. } = options;
         check::at_least_one("value_dim", value_dim)?;
         check::at_least_one("group", group)?;
-        check::array(
-            "value_dim",
-            value_dim,
-            self.config.near_slots() + self.config.far_slots(heads),
-        )?;
-        let mut layer = Layer::new();
-        layer.prepare(&self.config, heads, value_dim, None)?;
-        Ok(HybridStream {
-            config: Arc::clone(&self.config),
-            heads,
-            group,
-            value_dim,
-            layer,
-            work: Work::new(),
-            checkpoint: None,
-        })
+        check::at_least_one("heads", heads)?;
+        let max_heads = match self.sharing() {
+            Sharing::Layer { max_heads, .. } => max_heads,
+            _ => 1,
+        };
+        if heads > max_heads {
+            let why = "only `Far::merged` without heavy keys can, with at least 4 entries and up to \
+                       16384 over all heads";
+            return Err(Error::Unsupported { what: "a budget shared by so many heads", why });
+        }
+        let slots = self.config.near_slots() + self.config.far_slots(heads);
+        check::array("value_dim", value_dim, slots)?;
+        Ok(Box::new(HybridStream::new(Arc::clone(&self.config), options)?))
+    }
+
+    fn sharing(&self) -> Sharing {
+        self.config.sharing()
     }
 }

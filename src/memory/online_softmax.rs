@@ -1,7 +1,7 @@
 //! Exact softmax of a block of queries over tiles of keys, with a running maximum.
 
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::gemm::{Into, Matrix, Product};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::kernel;
 use crate::memory::answer::Answer;
 use crate::scalar::Scalar;

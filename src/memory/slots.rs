@@ -3,7 +3,7 @@
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::gemm::{Into, Matrix, Product};
+use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::Answer;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;

@@ -8,8 +8,9 @@ pub mod written;
 
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Metric, Performer,
-    Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Wpff,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
+    Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures,
+    Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -292,21 +293,27 @@ pub fn written_subjects(d: usize, m: usize) -> Vec<Subject> {
     written::written(d, others)
 }
 
-/// A far memory in one number type, of `entries` entries.
-fn far<T: Scalar>(formula: &FarFormula, d: usize, m: usize) -> Far<T> {
+/// A far memory in one number type; a calibration of its own is for merged entries.
+fn far<T: Scalar>(
+    formula: &FarFormula,
+    calibration: Option<&Calibration>,
+    d: usize,
+    m: usize,
+) -> Far<T> {
     match formula {
         FarFormula::None => Far::none(),
         FarFormula::Features(_) => Far::features(map::<T>("performer", d, m, 5)),
         FarFormula::Taylor(rank, _) => Far::taylor(*rank),
-        FarFormula::Ward { entries, block } => Far::ward(*entries).with_block(*block),
+        FarFormula::Ward { entries, block } => Ward::new(*entries).block(*block).into(),
         FarFormula::WardCalibrated { entries, .. } => Far::ward(*entries),
         FarFormula::Merged(rule) => {
-            let far = Far::merged(rule.entries)
-                .with_block(rule.block)
-                .with_decay(rule.gamma)
-                .with_min_age(rule.min_age)
-                .with_value_weight(rule.value_weight);
-            if rule.diagonal { far } else { far.with_metric(Metric::Identity) }
+            let far = Merged::new(rule.entries)
+                .block(rule.block)
+                .decay(rule.gamma)
+                .min_age(rule.min_age)
+                .value_weight(rule.value_weight);
+            let far = if rule.diagonal { far } else { far.metric(Metric::Identity) };
+            calibration.iter().fold(far, |far, c| far.calibrated(c)).into()
         }
     }
 }
@@ -317,18 +324,12 @@ pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridA
         .window(formula.window)
         .sinks(formula.sinks)
         .heavy(formula.heavy);
-    let far = far(&formula.far, d, m);
-    let far = match (&formula.metric, &formula.calibration) {
-        (Some(_), Some(calibration)) => {
-            return builder.far(far.calibrated(calibration)).build().unwrap();
-        }
-        _ => far,
-    };
-    let builder = builder.far(far);
-    let builder = formula
-        .calibration
-        .iter()
-        .fold(builder, |builder, calibration| builder.calibrated(calibration));
+    let calibration = formula.calibration.as_deref();
+    if formula.metric.is_some() && calibration.is_some() {
+        return builder.far(far(&formula.far, calibration, d, m)).build().unwrap();
+    }
+    let builder = builder.far(far(&formula.far, None, d, m));
+    let builder = calibration.iter().fold(builder, |builder, c| builder.calibrated(c));
     builder.build().unwrap()
 }
 

@@ -6,8 +6,8 @@ use crate::plan::Plan;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, LinearAttention, Metric, MultiHead, Performer, ReluFeatures, SoftmaxAttention,
-    Wpff, projection,
+    HybridAttention, LinearAttention, Merged, Metric, MultiHead, Performer, ReluFeatures,
+    SoftmaxAttention, Ward, Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
@@ -348,9 +348,9 @@ impl Kernel {
             Family::Window => self.hybrid(d, Far::none(), fit)?,
             Family::Merged(entries) => self.hybrid(d, self.merged(entries, calibrated), fit)?,
             Family::Ward(entries) => {
-                let mut far = Far::ward(entries);
+                let mut far = Ward::new(entries);
                 if let Some(block) = self.options.block {
-                    far = far.with_block(block);
+                    far = far.block(block);
                 }
                 if let Some(fit) = calibrated {
                     far = far.calibrated(fit);
@@ -407,23 +407,23 @@ impl Kernel {
         }
     }
 
-    fn merged(&self, entries: usize, calibrated: Option<&Calibration>) -> Far<f32> {
+    fn merged(&self, entries: usize, calibrated: Option<&Calibration>) -> Merged {
         let options = &self.options;
-        let mut far = Far::merged(entries);
+        let mut far = Merged::new(entries);
         if let Some(decay) = options.decay {
-            far = far.with_decay(decay);
+            far = far.decay(decay);
         }
         if let Some(min_age) = options.min_age {
-            far = far.with_min_age(min_age);
+            far = far.min_age(min_age);
         }
         if let Some(block) = options.block {
-            far = far.with_block(block);
+            far = far.block(block);
         }
         if let Some(value_weight) = options.value_weight {
-            far = far.with_value_weight(value_weight);
+            far = far.value_weight(value_weight);
         }
         if let Some(metric) = options.metric {
-            far = far.with_metric(metric);
+            far = far.metric(metric);
         }
         if let Some(fit) = calibrated {
             far = far.calibrated(fit);
@@ -431,7 +431,12 @@ impl Kernel {
         far
     }
 
-    fn hybrid(&self, d: usize, far: Far<f32>, fit: Option<&Calibration>) -> Result<AnyKernel> {
+    fn hybrid(
+        &self,
+        d: usize,
+        far: impl Into<Far<f32>>,
+        fit: Option<&Calibration>,
+    ) -> Result<AnyKernel> {
         let heavy = self.options.heavy.unwrap_or(0);
         let mut builder = HybridAttention::builder(d)
             .window(self.window())

@@ -1,24 +1,24 @@
-//! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when, and
-//! scores of single keys.
+//! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when.
 
-use super::options::MakeMemory;
-use crate::calibration::{Calibration, LEAST_ATTENTION};
+use crate::attention::sharing::Sharing;
+use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
+use crate::check;
+use crate::error::Error;
 use crate::features::FeatureMap;
-use crate::kernel;
-use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::merged::rule::{Distance, Rule, check_entries};
-use crate::{Error, Scalar};
+use crate::kernel::buffer::Buffer;
+use crate::memory::Memory;
+use crate::memory::merged::rule::{Distance, MOST_ENTRIES, Rule, check_entries};
+use crate::scalar::Scalar;
 use core::fmt;
 use core::ops::Range;
-use ndarray::ArrayView1;
 use std::sync::Arc;
 
 /// Entries that stay in every head where heads share one budget.
 pub(crate) const LEAST_ENTRIES: usize = 4;
 
-/// Tokens behind the window whose slots are not yet used again, where nothing but the window holds
-/// tokens.
-pub(super) const TRAIL: usize = 16;
+/// Slots beyond a window that drops its tokens: so many steps are read at once, and the slots of
+/// the tokens they drop are not yet used again.
+pub(super) const WINDOW_ONLY_SLOTS: usize = 16;
 
 /// How entries are weighed.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +28,11 @@ pub(super) enum Weighing {
     Received { decay: f64, min_age: usize },
 }
 
+/// Makes an empty memory of the user's own, for values of `value_dim` columns and a scale.
+pub(super) type MakeMemory<T> =
+    dyn Fn(usize, f64) -> Result<Box<dyn Memory<T>>, Error> + Send + Sync;
+
+/// What the far memory is made by.
 #[derive(Clone)]
 pub(super) enum FarKind<T: Scalar> {
     None,
@@ -57,90 +62,29 @@ pub(crate) struct Config<T: Scalar> {
     pub(super) expected: Option<ExpectedAttention<T>>,
 }
 
-/// `ln E_q e^{q̂·k̂}` up to a constant, for queries of the calibrated mean and covariance: see
-/// [`Calibration::static_score`].
-pub(super) struct StaticScore<T> {
-    query_mean: Vec<T>,
-    key_mean: Vec<T>,
-    /// Σ_q `[d, padded d]`
-    covariance: Buffer<T>,
-}
-
-impl<T: Scalar> StaticScore<T> {
-    pub(super) fn new(calibration: &Calibration) -> Self {
-        let d = calibration.head_dim();
-        let stride = padded::<T>(d);
-        let mut covariance = Buffer::zeros(d * stride);
-        for (row, exact) in
-            covariance.chunks_exact_mut(stride).zip(calibration.query_covariance().outer_iter())
-        {
-            row.iter_mut().zip(exact).for_each(|(to, &x)| *to = T::from_f64(x));
-        }
-        let narrow = |x: ArrayView1<'_, f64>| x.iter().map(|&x| T::from_f64(x)).collect();
-        Self {
-            query_mean: narrow(calibration.query_mean()),
-            key_mean: narrow(calibration.key_mean()),
-            covariance,
-        }
+impl<T: Scalar> FarKind<T> {
+    /// Merged entries, unless no memory can have so many.
+    pub(super) fn merged(rule: Rule, weighing: Weighing) -> Result<Self, Error> {
+        check::at_least_one("block", rule.block)?;
+        check::at_least_one("entries", rule.entries)?;
+        check_entries(rule.entries.saturating_add(rule.block))?;
+        Ok(Self::Merged { rule, weighing })
     }
 
-    /// Of a scaled key, which is overwritten.
-    pub(super) fn of(&self, key: &mut [T], scratch: &mut Buffer<T>) -> T {
-        key.iter_mut().zip(&self.key_mean).for_each(|(x, &mean)| *x -= mean);
-        let stride = padded::<T>(key.len());
-        scratch.resize(stride);
-        kernel::row_times_matrix(key, &self.covariance, stride, scratch);
-        let score = kernel::dot(&self.query_mean, key)
-            + T::from_f64(0.5) * kernel::dot(key, &scratch[..key.len()]);
-        if score.is_nan() {
-            -T::max_value()
-        } else {
-            score.max(-T::max_value()).min(T::max_value())
+    pub(super) fn weighing(&self) -> Weighing {
+        match self {
+            Self::Merged { weighing, .. } => *weighing,
+            _ => Weighing::One,
         }
     }
 }
 
-/// The mean softmax weight of the calibrated queries on a key: see
-/// [`Calibration::expected_attention`].
-pub(super) struct ExpectedAttention<T> {
-    /// Queries as columns `[d, padded queries]`, for scores to base 2.
-    queries: Buffer<T>,
-    log2_normalizers: Vec<T>,
-}
-
-impl<T: Scalar> ExpectedAttention<T> {
-    pub(super) fn new(calibration: &Calibration) -> Self {
-        let (exact, log_normalizers) = calibration.queries();
-        let log2_e = core::f64::consts::LOG2_E;
-        let width = padded::<T>(exact.nrows());
-        let mut queries = Buffer::zeros(exact.ncols() * width);
-        for ((query, column), &x) in exact.indexed_iter() {
-            queries[column * width + query] = T::from_f64(x * log2_e);
-        }
-        Self {
-            queries,
-            log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect(),
-        }
-    }
-
-    /// Of a scaled key.
-    #[allow(clippy::cast_precision_loss)]
-    pub(super) fn of(&self, key: &[T], scratch: &mut Buffer<T>) -> T {
-        let count = self.log2_normalizers.len();
-        scratch.resize(count);
-        kernel::row_times_matrix(key, &self.queries, padded::<T>(count), scratch);
-        scratch.iter_mut().zip(&self.log2_normalizers).for_each(|(x, &log2)| *x -= log2);
-        let largest = kernel::max(scratch);
-        if !largest.is_finite() {
-            return if largest > T::zero() {
-                T::max_value().sqrt()
-            } else {
-                T::from_f64(LEAST_ATTENTION)
-            };
-        }
-        kernel::exp2_slice(scratch, largest);
-        let mean = kernel::sum(scratch) / T::from_f64(count as f64) * largest.exp2();
-        (mean + T::from_f64(LEAST_ATTENTION)).min(T::max_value().sqrt())
+/// What needs a calibration has none.
+pub(super) fn missing_calibration(which: &'static str) -> Error {
+    Error::InvalidOption {
+        which: "calibration",
+        found: format!("none, with {which}"),
+        needed: "one, set with `calibrated`",
     }
 }
 
@@ -168,56 +112,40 @@ impl<T: Scalar> Config<T> {
     }
 
     /// Whether tokens that leave the window are just dropped.
-    pub(super) fn trails(&self) -> bool {
+    pub(super) fn is_window_only(&self) -> bool {
         matches!(self.far, FarKind::None) && self.heavy == 0
-    }
-
-    pub(super) fn weighing(&self) -> Weighing {
-        match &self.far {
-            FarKind::Merged { weighing, .. } => *weighing,
-            _ => Weighing::One,
-        }
     }
 
     /// Whether what is read changes the state.
     pub(crate) fn learns(&self) -> bool {
-        matches!(self.weighing(), Weighing::Received { .. })
+        matches!(self.far.weighing(), Weighing::Received { .. })
     }
 
-    /// Whether heads of this kernel and another may share one budget of entries.
-    pub(crate) fn pools_with(&self, other: &Self) -> bool {
-        let FarKind::Merged { rule: a, weighing: Weighing::Received { decay: x, min_age: m } } =
-            &self.far
-        else {
-            return false;
-        };
-        let FarKind::Merged { rule: b, weighing: Weighing::Received { decay: y, min_age: n } } =
-            &other.far
-        else {
-            return false;
-        };
-        let same_metric = matches!(
-            (&a.metric, &b.metric),
-            (Distance::Identity, Distance::Identity)
-                | (Distance::QueryDiagonal, Distance::QueryDiagonal)
-        );
-        let sizes = |config: &Self, rule: &Rule| {
-            [config.head_dim, config.window, config.sinks, config.heavy, config.block, rule.entries]
-        };
-        sizes(self, a) == sizes(other, b)
-            && same_metric
-            && (x, m, self.scale, a.value_weight) == (y, n, other.scale, b.value_weight)
-            && self.heavy == 0
-            && a.entries >= LEAST_ENTRIES
-    }
-
-    /// Whether a pool of so many heads is not too large.
-    pub(crate) fn check_pool(&self, heads: usize) -> Result<(), Error> {
-        match &self.far {
-            FarKind::Merged { rule, .. } => {
-                check_entries(rule.entries.saturating_mul(heads).saturating_add(rule.block))
+    /// What heads share: entries that learn from what is read, of one head or of a pool.
+    pub(crate) fn sharing(&self) -> Sharing {
+        let (rule, decay, min_age) = match &self.far {
+            FarKind::Merged { rule, weighing: Weighing::Received { decay, min_age } } => {
+                (rule, decay, min_age)
             }
-            _ => Ok(()),
+            FarKind::Own(_) => return Sharing::Group,
+            _ => return Sharing::Head,
+        };
+        let metric = match rule.metric {
+            Distance::Identity => "identity",
+            Distance::QueryDiagonal => "query diagonal",
+            Distance::Matrix(_) => "calibrated",
+        };
+        let fits = metric != "calibrated" && self.heavy == 0 && rule.entries >= LEAST_ENTRIES;
+        let most = MOST_ENTRIES.saturating_sub(rule.block) / rule.entries;
+        let Self { head_dim, window, sinks, heavy, block, scale, .. } = self;
+        Sharing::Layer {
+            options: format!(
+                "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, block {block}, \
+                 scale {scale}, entries {}, metric {metric}, decay {decay}, min_age {min_age}, \
+                 value_weight {}",
+                rule.entries, rule.value_weight
+            ),
+            max_heads: if fits { most.max(1) } else { 1 },
         }
     }
 
@@ -265,7 +193,7 @@ impl<T: Scalar> Config<T> {
     pub(super) fn leaving(&self, t: usize) -> Option<Range<usize>> {
         let count = (t + 1).checked_sub(self.sinks)?;
         let beyond = count.checked_sub(self.window)?;
-        if self.trails() || beyond == 0 || !beyond.is_multiple_of(self.block) {
+        if self.is_window_only() || beyond == 0 || !beyond.is_multiple_of(self.block) {
             return None;
         }
         let first = self.sinks + beyond - self.block;
@@ -276,7 +204,7 @@ impl<T: Scalar> Config<T> {
     pub(super) fn steps_at_once(&self, t: usize) -> usize {
         match &self.far {
             FarKind::Linear(_) | FarKind::Own(_) => 1,
-            FarKind::None if self.trails() => TRAIL,
+            FarKind::None if self.is_window_only() => WINDOW_ONLY_SLOTS,
             FarKind::None | FarKind::Merged { .. } => {
                 // the next t that makes `beyond` a positive multiple of the block
                 let beyond = (t + 1).saturating_sub(self.sinks + self.window);
@@ -291,7 +219,7 @@ impl<T: Scalar> Config<T> {
         let count = tokens.saturating_sub(self.sinks);
         let end = self.sinks.max(tokens);
         let held = match count.checked_sub(self.window) {
-            Some(_) if self.trails() => self.window,
+            Some(_) if self.is_window_only() => self.window,
             Some(beyond) => self.window + beyond % self.block,
             None => count,
         };
@@ -306,7 +234,7 @@ impl<T: Scalar> Config<T> {
         t: usize,
         newest: usize,
     ) -> impl Iterator<Item = usize> {
-        let gone = if self.trails() { self.expired(first, t) } else { 0..0 };
+        let gone = if self.is_window_only() { self.expired(first, t) } else { 0..0 };
         gone.chain(t + 1..newest)
     }
 

@@ -1,22 +1,23 @@
 //! The stream of a hybrid kernel.
 
-use super::config::{Config, FarKind};
-use super::layer::{Layer, Work};
-use crate::attention::{HeadCall, NO_CHECKPOINT, NOT_GATED, Stream, StreamState};
-use crate::{Error, Scalar, check};
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use crate::attention::call::Head;
+use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
+use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
+use crate::check;
+use crate::error::Error;
+use crate::scalar::Scalar;
 use std::sync::Arc;
 
 /// The state of a hybrid kernel, for one or several heads of keys and values.
 #[derive(Debug)]
 pub(crate) struct HybridStream<T: Scalar> {
-    pub(super) config: Arc<Config<T>>,
-    pub(super) heads: usize,
-    pub(super) group: usize,
-    pub(super) value_dim: usize,
-    pub(super) layer: Layer<T>,
-    pub(super) work: Work<T>,
-    pub(super) checkpoint: Option<(Layer<T>, bool)>,
+    config: Arc<Config<T>>,
+    options: StreamOptions,
+    state: HybridState<T>,
+    scratch: HybridScratch<T>,
+    /// A state to return to, and whether it is valid.
+    checkpoint: Option<(HybridState<T>, bool)>,
 }
 
 const KERNEL: &str = "hybrid";
@@ -27,98 +28,75 @@ const OWN_MEMORY: Error = Error::Unsupported {
 };
 
 impl<T: Scalar> HybridStream<T> {
-    fn check(&self, calls: &[HeadCall<'_, T>]) -> Result<(), Error> {
-        check::size("q", "kv heads", self.heads, calls.len())?;
-        for HeadCall { q, k, v, log_decay, out } in calls {
-            if log_decay.is_some() {
-                return Err(NOT_GATED);
-            }
-            check::extend_group(self.config.head_dim, self.value_dim, self.group, *q, *k, *v, out)?;
+    /// Empty, for sizes that the kernel has checked.
+    pub(crate) fn new(config: Arc<Config<T>>, options: StreamOptions) -> Result<Self, Error> {
+        let mut state = HybridState::new();
+        state.prepare(&config, options.heads, options.value_dim, None)?;
+        Ok(Self { config, options, state, scratch: HybridScratch::new(), checkpoint: None })
+    }
+
+    fn check(&self, heads: &[Head<'_, T>]) -> Result<(), Error> {
+        let StreamOptions { value_dim, group, .. } = self.options;
+        check::size("q", "kv heads", self.options.heads, heads.len())?;
+        for head in heads {
+            head.check_not_gated()?;
+            head.check_extend(self.config.head_dim, value_dim, group)?;
         }
-        check::finite_calls(calls)
+        heads.iter().try_for_each(Head::check_finite)
     }
 
     fn shape(&self) -> Vec<usize> {
-        let mut shape = self.config.shape(self.heads, self.value_dim);
-        shape.push(self.group);
+        let StreamOptions { value_dim, group, heads, .. } = self.options;
+        let mut shape = self.config.shape(heads, value_dim);
+        shape.push(group);
         shape
     }
 }
 
 impl<T: Scalar> Clone for HybridStream<T> {
     fn clone(&self) -> Self {
-        Self {
-            config: Arc::clone(&self.config),
-            heads: self.heads,
-            group: self.group,
-            value_dim: self.value_dim,
-            layer: self.layer.clone(),
-            work: Work::new(),
-            checkpoint: None,
-        }
+        let (config, state) = (Arc::clone(&self.config), self.state.clone());
+        let options = self.options;
+        Self { config, options, state, scratch: HybridScratch::new(), checkpoint: None }
+    }
+
+    fn clone_from(&mut self, source: &Self) {
+        self.state.copy_from(&source.state);
     }
 }
 
 impl<T: Scalar> Stream<T> for HybridStream<T> {
-    fn extend(
-        &mut self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.extend_group(q.insert_axis(Axis(0)), k, v, out.insert_axis(Axis(0)))
-    }
-
-    fn group(&self) -> usize {
-        self.group
-    }
-
-    fn extend_group(
-        &mut self,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        out: ArrayViewMut3<'_, T>,
-    ) -> Result<(), Error> {
-        self.extend_heads(&mut [HeadCall { q, k, v, log_decay: None, out }])
-    }
-
-    fn extend_heads(&mut self, calls: &mut [HeadCall<'_, T>]) -> Result<(), Error> {
-        self.check(calls)?;
-        if calls[0].k.nrows() == 0 {
+    fn extend_heads(&mut self, heads: &mut [Head<'_, T>]) -> Result<(), Error> {
+        self.check(heads)?;
+        if heads[0].keys() == 0 {
             Ok(())
         } else {
-            self.layer.extend(&self.config, calls, &mut self.work)
+            self.state.extend(&self.config, heads, &mut self.scratch)
         }
     }
 
-    fn cannot_fail(&self, calls: &[HeadCall<'_, T>]) -> bool {
-        self.check(calls).is_ok() && self.layer.is_safe(&self.config, calls)
+    fn prepare_heads(&mut self, heads: &mut [Head<'_, T>]) -> bool {
+        self.check(heads).is_ok() && self.state.is_safe(&self.config, heads)
     }
 
     fn len(&self) -> usize {
-        self.layer.tokens
+        self.state.tokens
     }
 
     fn state_floats(&self) -> usize {
-        self.layer.state_floats(&self.config)
-    }
-
-    fn clone_box(&self) -> Box<dyn Stream<T>> {
-        Box::new(self.clone())
+        self.state.state_floats(&self.config)
     }
 
     fn reset(&mut self) {
-        self.layer.clear(&self.config);
+        self.state.clear(&self.config);
         if let Some((_, valid)) = &mut self.checkpoint {
             *valid = false;
         }
     }
 
     fn checkpoint(&mut self) -> bool {
-        let (copy, valid) = self.checkpoint.get_or_insert_with(|| (Layer::new(), true));
-        copy.copy_from(&self.layer);
+        let (copy, valid) = self.checkpoint.get_or_insert_with(|| (HybridState::new(), true));
+        copy.copy_from(&self.state);
         *valid = true;
         true
     }
@@ -126,7 +104,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     fn rollback(&mut self) -> Result<(), Error> {
         match &self.checkpoint {
             Some((copy, true)) => {
-                self.layer.copy_from(copy);
+                self.state.copy_from(copy);
                 Ok(())
             }
             _ => Err(NO_CHECKPOINT),
@@ -134,7 +112,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
     }
 
     fn save(&self) -> Result<StreamState<T>, Error> {
-        match self.layer.numbers(&self.config) {
+        match self.state.numbers(&self.config) {
             Some(numbers) => Ok(StreamState::new(KERNEL, self.len(), self.shape(), numbers)),
             None => Err(OWN_MEMORY),
         }
@@ -146,8 +124,8 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         if matches!(self.config.far, FarKind::Own(_)) {
             return Err(OWN_MEMORY);
         }
-        let mut layer = self.layer.clone();
-        if !layer.set_numbers(&self.config, state.tokens(), numbers) {
+        let mut restored = self.state.clone();
+        if !restored.set_numbers(&self.config, state.tokens(), numbers) {
             let found = count.to_string();
             return Err(Error::State {
                 which: "size",
@@ -155,7 +133,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
                 found,
             });
         }
-        self.layer = layer;
+        self.state = restored;
         self.checkpoint = None;
         Ok(())
     }

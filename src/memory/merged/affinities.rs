@@ -2,7 +2,6 @@
 
 use crate::kernel;
 use crate::kernel::buffer::padded;
-use crate::kernel::pairs;
 use crate::memory::merged::entries::MergedMemory;
 use crate::memory::merged::rule::Distance;
 use crate::scalar::Scalar;

@@ -46,7 +46,7 @@ pub(crate) enum Distance {
 
 /// A memory, or a pool of them, holds the distances of all pairs: at 2^14 entries a gigabyte of
 /// `f32`.
-const MOST_ENTRIES: usize = 1 << 14;
+pub(crate) const MOST_ENTRIES: usize = 1 << 14;
 
 /// Refuses more entries than a memory can have.
 pub(crate) fn check_entries(entries: usize) -> Result<(), Error> {

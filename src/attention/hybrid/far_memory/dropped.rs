@@ -1,0 +1,66 @@
+//! No far memory: tokens that leave the window are forgotten.
+
+use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::far_memory::{FarMemory, FarScratch};
+use crate::attention::hybrid::near::Near;
+use crate::error::Error;
+use crate::scalar::Scalar;
+
+/// Nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dropped;
+
+impl<T: Scalar> FarMemory<T> for Dropped {
+    fn clone_box(&self) -> Box<dyn FarMemory<T>> {
+        Box::new(*self)
+    }
+
+    fn copy_to(&self, target: &mut Box<dyn FarMemory<T>>) {
+        *target = Box::new(*self);
+    }
+
+    fn renew(
+        &mut self,
+        config: &Config<T>,
+        _heads: usize,
+        _value_dim: usize,
+        _deciding_columns: Option<usize>,
+    ) -> bool {
+        matches!(config.far, FarKind::None)
+    }
+
+    fn clear(&mut self) {}
+
+    fn state_floats(&self) -> usize {
+        0
+    }
+
+    fn cannot_fail(&self) -> bool {
+        true
+    }
+
+    fn absorb(
+        &mut self,
+        _config: &Config<T>,
+        _head: usize,
+        _near: &Near<T>,
+        _slot: usize,
+        _scratch: &mut FarScratch<T>,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn numbers(&self, _head: usize, _out: &mut Vec<T>) -> bool {
+        true
+    }
+
+    fn set_numbers<'a>(
+        &mut self,
+        _head: usize,
+        _absorbed: usize,
+        _observed: usize,
+        numbers: &'a [T],
+    ) -> Option<&'a [T]> {
+        Some(numbers)
+    }
+}

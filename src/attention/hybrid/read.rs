@@ -1,0 +1,169 @@
+//! How a hybrid kernel answers queries, and what it learns from them.
+
+use crate::attention::call::Head;
+use crate::attention::hybrid::config::{Config, Weighing};
+use crate::attention::hybrid::state::{HybridScratch, HybridState};
+use crate::error::Error;
+use crate::kernel;
+use crate::kernel::buffer::padded;
+use crate::memory::partial::divisor;
+use crate::memory::merged::entries::MergedMemory;
+use crate::memory::slots::{Reading, attend};
+use crate::scalar::Scalar;
+use crate::views;
+use ndarray::{ArrayView2, Axis};
+
+impl<T: Scalar> HybridState<T> {
+    /// Answers steps `start..start + run` of a head, and tells the memories what they received.
+    /// `causal`: the last of these steps is the newest token, and none sees those after it.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn read(
+        &mut self,
+        config: &Config<T>,
+        head: usize,
+        call: &mut Head<'_, T>,
+        start: usize,
+        run: usize,
+        causal: bool,
+        scratch: &mut HybridScratch<T>,
+    ) -> Result<(), Error> {
+        let group = call.q.len_of(Axis(0));
+        let rows = run * group;
+        let near = &self.near[head];
+        let own = near.slots.capacity;
+        let entries = self.far.entries(head);
+        let (slots, far) = entries.unwrap_or((&near.slots, 0));
+        let HybridScratch { reading, inverse, far: far_scratch, .. } = scratch;
+        reading.prepare(rows, config.head_dim, own + far, self.value_dim);
+        for row in 0..rows {
+            let (step, g) = (row / group, row % group);
+            let q = call.q.index_axis(Axis(0), g).index_axis_move(Axis(0), start + step);
+            reading.set_query(row, q, config.factor());
+            let (exact, merged) = reading.row(row).split_at_mut(own);
+            exact.copy_from_slice(&near.slots.bias);
+            if causal {
+                let first = self.tokens - run;
+                for hidden in config.hidden(first, first + step, self.tokens) {
+                    exact[config.slot(hidden)] = T::neg_infinity();
+                }
+            }
+            if entries.is_some() {
+                merged.copy_from_slice(&slots.bias[..far]);
+            }
+        }
+        attend(&[(&near.slots, own), (slots, far)], rows, reading);
+        if let Some(row) = reading.answer.first_overflow() {
+            return Err(Error::Overflow { which: "a score", row: start + row / group });
+        }
+        inverse.resize(rows);
+        self.far
+            .add_to(head, queries(call, start, run), &mut reading.answer, far_scratch)
+            .map_err(|error| error.in_chunk(start))?;
+        for (row, inverse) in inverse.iter_mut().enumerate() {
+            *inverse = divisor(reading.answer.denominator[row], start + row / group)?.recip();
+        }
+        write_rows(reading, inverse, call, start, self.value_dim)?;
+        if causal {
+            self.receive(config, head, call, start, run, scratch);
+        }
+        Ok(())
+    }
+
+    /// Weights by the attention just received; the factors `inverse` make probabilities of the rows
+    /// of weights.
+    #[allow(clippy::cast_precision_loss)] // heads of a group
+    fn receive(
+        &mut self,
+        config: &Config<T>,
+        head: usize,
+        call: &Head<'_, T>,
+        start: usize,
+        run: usize,
+        scratch: &mut HybridScratch<T>,
+    ) {
+        let group = call.q.len_of(Axis(0));
+        let HybridScratch { reading, inverse, far, .. } = scratch;
+        self.far.answered(head, queries(call, start, run), &reading.answer, far);
+        let Weighing::Received { decay, min_age } = config.far.weighing() else { return };
+        let decay = T::from_f64(decay);
+        let pooled = self.near.len() > 1;
+        let near = &mut self.near[head];
+        let (own, width) = (near.slots.capacity, reading.width);
+        for step in 0..run {
+            let t = self.tokens - run + step;
+            let rows = step * group..(step + 1) * group;
+            let factors = &mut inverse[rows.clone()];
+            if pooled {
+                // heads compare by what they give to all but the sinks
+                let mut mass = T::zero();
+                for (row, &factor) in rows.clone().zip(&*factors) {
+                    mass += factor * kernel::sum(&reading.row(row)[config.sinks..]);
+                }
+                if mass > T::zero() {
+                    let per_query = T::from_f64(group as f64) / mass;
+                    kernel::scale(factors, per_query);
+                }
+            }
+            for row in rows.clone() {
+                let young = min_age.min(config.ring).min((t + 1).saturating_sub(config.sinks));
+                for position in t + 1 - young..=t {
+                    reading.row(row)[config.slot(position)] = T::zero();
+                }
+            }
+            let scores = &reading.scores[rows.start * width..];
+            kernel::receive(
+                &mut near.received,
+                decay,
+                MergedMemory::<T>::least_weight(),
+                factors,
+                scores,
+                width,
+            );
+            self.far.receive(head, decay, factors, &scores[own..], width);
+        }
+    }
+}
+
+/// The queries of some steps, as rows: of one step those of all heads, of several steps those of
+/// one head.
+fn queries<'a, T: Scalar>(call: &Head<'a, T>, start: usize, run: usize) -> ArrayView2<'a, T> {
+    if run == 1 {
+        call.q.index_axis_move(Axis(1), start)
+    } else {
+        views::rows(call.q.index_axis_move(Axis(0), 0), start..start + run)
+    }
+}
+
+/// Writes numerators times factors.
+fn write_rows<T: Scalar>(
+    reading: &Reading<T>,
+    factors: &[T],
+    call: &mut Head<'_, T>,
+    start: usize,
+    value_dim: usize,
+) -> Result<(), Error> {
+    let group = call.out.len_of(Axis(0));
+    let stride = padded::<T>(value_dim);
+    for (row, &factor) in factors.iter().enumerate() {
+        let numerator = &reading.answer.numerator[row * stride..][..value_dim];
+        let mut out = call.out.index_axis_mut(Axis(0), row % group);
+        let mut out = out.index_axis_mut(Axis(0), start + row / group);
+        let mark = if let Some(out) = out.as_slice_mut() {
+            kernel::scale_into(factor, numerator, out)
+        } else {
+            let mut mark = T::zero();
+            for (out, &x) in out.iter_mut().zip(numerator) {
+                *out = x * factor;
+                mark += *out * T::zero();
+            }
+            mark
+        };
+        if mark != T::zero() {
+            return Err(Error::Overflow {
+                which: "the weighted sum of values",
+                row: start + row / group,
+            });
+        }
+    }
+    Ok(())
+}

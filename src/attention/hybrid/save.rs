@@ -1,0 +1,75 @@
+//! The state of a hybrid kernel as numbers, to be saved and restored.
+
+use crate::attention::hybrid::config::Config;
+use crate::attention::hybrid::state::HybridState;
+use crate::scalar::Scalar;
+use ndarray::ArrayView1;
+
+impl<T: Scalar> HybridState<T> {
+    /// What has to be kept to go on from here: for each head the sinks, the window from its oldest
+    /// token on, the heavy keys, the far memory.
+    pub(super) fn numbers(&self, config: &Config<T>) -> Option<Vec<T>> {
+        let mut out = Vec::new();
+        for (head, near) in self.near.iter().enumerate() {
+            let mut token = |slot: usize| {
+                out.extend(near.slots.key(slot));
+                out.extend(near.slots.value(slot));
+                out.push(near.received[slot]);
+            };
+            (0..config.sinks.min(self.tokens)).for_each(&mut token);
+            config.held(self.tokens).map(|position| config.slot(position)).for_each(&mut token);
+            (0..near.heavy_scores.len())
+                .map(|i| config.sinks + config.ring + i)
+                .for_each(&mut token);
+            out.extend(&near.heavy_scores);
+            if !self.far.numbers(head, &mut out) {
+                return None;
+            }
+        }
+        Some(out)
+    }
+
+    /// The inverse; `false` if the numbers are not as many as they should be. The state is then
+    /// unspecified.
+    pub(super) fn set_numbers(
+        &mut self,
+        config: &Config<T>,
+        tokens: usize,
+        mut numbers: &[T],
+    ) -> bool {
+        self.clear(config);
+        self.tokens = tokens;
+        let (d, dv) = (config.head_dim, self.value_dim);
+        let gone = tokens.saturating_sub(config.sinks) - config.held(tokens).len();
+        let heavy = if config.is_window_only() { 0 } else { gone.min(config.heavy) };
+        for (head, near) in self.near.iter_mut().enumerate() {
+            let sinks = 0..config.sinks.min(tokens);
+            let ring = config.held(tokens).map(|position| config.slot(position));
+            let heavy_slots = (0..heavy).map(|i| config.sinks + config.ring + i);
+            for slot in sinks.chain(ring).chain(heavy_slots) {
+                let Some((token, rest)) = numbers.split_at_checked(d + dv + 1) else {
+                    return false;
+                };
+                near.put(slot, ArrayView1::from(&token[..d]), ArrayView1::from(&token[d..d + dv]));
+                near.received[slot] = token[d + dv];
+                if near.received[slot] < T::zero() {
+                    return false;
+                }
+                numbers = rest;
+            }
+            let Some((scores, rest)) = numbers.split_at_checked(heavy) else { return false };
+            near.heavy_scores.extend_from_slice(scores);
+            numbers = rest;
+            let observed = tokens.saturating_sub(config.sinks);
+            match self.far.set_numbers(head, gone - heavy, observed, numbers) {
+                Some(rest) => numbers = rest,
+                None => return false,
+            }
+            near.measure();
+            let [key, value] = self.far.largest(head);
+            near.largest_key = near.largest_key.max(key);
+            near.largest_value = near.largest_value.max(value);
+        }
+        numbers.is_empty() && self.far.is_complete(gone - heavy)
+    }
+}
