@@ -2,8 +2,14 @@
 //! the exact matrix, and comes with the trivial answer of uniform attention beside it: a kernel
 //! that does not beat it approximates nothing.
 
+mod statistics;
+
+use crate::attention::{Attention, Mask};
+use crate::check;
+use crate::error::Error;
+use crate::fidelity::statistics::{mean_and_standard_error, slope, student_t};
+use crate::scalar::Scalar;
 use crate::views::columns;
-use crate::{Attention, Error, Mask, Scalar, check};
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
 
 /// How far a kernel is from exact softmax attention on one set of queries, keys and values.
@@ -359,38 +365,4 @@ pub fn rate(
         features: features.to_vec(),
         mean_errors,
     })
-}
-
-/// Least squares.
-#[allow(clippy::cast_precision_loss)]
-fn slope(x: &[f64], y: &[f64]) -> f64 {
-    let n = x.len() as f64;
-    let (mean_x, mean_y) = (x.iter().sum::<f64>() / n, y.iter().sum::<f64>() / n);
-    let covariance: f64 = x.iter().zip(y).map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
-    let variance: f64 = x.iter().map(|x| (x - mean_x).powi(2)).sum();
-    covariance / variance
-}
-
-#[allow(clippy::cast_precision_loss)]
-fn mean_and_standard_error(x: &[f64]) -> (f64, f64) {
-    let n = x.len() as f64;
-    let mean = x.iter().sum::<f64>() / n;
-    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (mean, (variance / n).sqrt())
-}
-
-/// The two-sided 95 % quantile of Student's t.
-#[allow(clippy::cast_precision_loss)]
-fn student_t(degrees: usize) -> f64 {
-    const TABLE: [f64; 30] = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-        2.052, 2.048, 2.045, 2.042,
-    ];
-    // beyond the table: the first terms of the expansion in 1/degrees
-    let z = 1.959_964;
-    TABLE
-        .get(degrees.wrapping_sub(1))
-        .copied()
-        .unwrap_or(z + (z * z * z + z) / (4.0 * degrees as f64))
 }

@@ -2,7 +2,7 @@
 
 use super::linear::LinearAttention;
 use super::positional::{Positional, Positions, attention_by};
-use crate::rotary::RotaryAngles;
+use crate::rotary::angles::RotaryAngles;
 use crate::{Error, IdentityFeatures, Rotary, Scalar, check};
 use ndarray::{ArrayView2, ArrayViewMut2};
 

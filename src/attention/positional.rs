@@ -1,7 +1,7 @@
 //! Kernels whose queries and keys are changed by their positions before a kernel inside gets them.
 
 use super::{Attention, HeadCall, Mask, ONE_HEAD, Scratch, Stream, StreamState};
-use crate::rotary::RotaryAngles;
+use crate::rotary::angles::RotaryAngles;
 use crate::{Error, Rotary, Scalar, check, kernel};
 use core::fmt::Debug;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};

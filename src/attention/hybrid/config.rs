@@ -2,7 +2,8 @@
 //! scores of single keys.
 
 use super::options::MakeMemory;
-use crate::calibration::{Calibration, LEAST_ATTENTION};
+use crate::calibration::Calibration;
+use crate::calibration::keys::LEAST_ATTENTION;
 use crate::features::FeatureMap;
 use crate::kernel::{self, Buffer, padded};
 use crate::memory::merged::{self, Distance, Rule};

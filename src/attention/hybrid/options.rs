@@ -2,9 +2,10 @@
 
 use super::HybridAttention;
 use super::config::{Config, ExpectedAttention, FarKind, StaticScore, TRAIL, Weighing};
-use crate::calibration::{Calibration, TaylorFit};
+use crate::calibration::Calibration;
+use crate::calibration::taylor::TaylorFit;
 use crate::features::FeatureMap;
-use crate::features::taylor::CalibratedTaylor;
+use crate::features::calibrated_taylor::CalibratedTaylor;
 use crate::memory::merged::{self, Distance, Metric, Rule};
 use crate::{Error, Memory, Scalar, check};
 use core::fmt;
