@@ -5,7 +5,7 @@ mod oracle;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use dijiang::{
     DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii,
-    RadiusPoints, ReluFeatures, TaylorFeatures, Wpff,
+    ReluFeatures, TaylorFeatures, Wpff,
 };
 use ndarray::{Array1, Array2, ArrayView2};
 
@@ -19,8 +19,8 @@ fn exponential(d: usize, m: usize) -> Vec<Exponential> {
     let performer = Performer::new(d, m, 1).expect("sizes are positive");
     let dct = DctFeatures::new(d, m, 1).expect("sizes are positive");
     let antithetic = dct.clone().with_radii(Radii::Antithetic).expect("m is even");
-    let wpff = Wpff::with_sampling(d, m, 1, Points::Sobol, RadiusPoints::Sobol)
-        .expect("sizes are positive");
+    let wpff =
+        Wpff::with_sampling(d, m, 1, Points::Sobol, Radii::Sobol).expect("sizes are positive");
     let wpff_projection = &wpff.points() * &wpff.radii().view().insert_axis(ndarray::Axis(1));
     let (omega, dct_omega, antithetic_omega) =
         (performer.projection().to_owned(), dct.projection(), antithetic.projection());

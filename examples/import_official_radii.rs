@@ -3,7 +3,7 @@
 //!
 //! `cargo run --example import_official_radii`
 
-use dijiang::{Attention, DctFeatures, LinearAttention, Mask, Performer};
+use dijiang::{Attention, LinearAttention, Mask, OfficialDijiang, Performer};
 use ndarray::{Array2, ArrayView2};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let d = p.ncols();
 
     // It is an error if the matrix is not of this form, but was trained away from it.
-    let map = DctFeatures::official_from_projection(p)?;
+    let map = OfficialDijiang::from_projection(p)?;
     let difference = (&map.projection().t() - &p).fold(0.0_f32, |m, x| m.max(x.abs()));
     println!("largest difference from the stored matrix: {difference:.1e}");
 

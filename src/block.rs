@@ -2,39 +2,28 @@
 //! linear attention, group norm, gate.
 
 #[cfg(feature = "safetensors")]
+mod checkpoint;
+mod linear;
+#[cfg(feature = "safetensors")]
 mod load;
+pub(crate) mod weights;
 
-use crate::attention::heads::{MultiHead, MultiHeadStream};
-use crate::{Attention, DctFeatures, Error, LinearAttention, Rotary, Scalar, check, decay, kernel};
-use ndarray::linalg::general_mat_mul;
+use crate::attention::Attention;
+use crate::multi_head::MultiHead;
+use crate::multi_head::stream::MultiHeadStream;
+use crate::attention::linear::LinearAttention;
+use crate::block::linear::Linear;
+use crate::block::weights::DijiangWeights;
+use crate::check;
+use crate::decay;
+use crate::error::Error;
+use crate::features::official_dijiang::OfficialDijiang;
+use crate::rotary::Rotary;
+use crate::scalar::Scalar;
 use ndarray::{
     Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis,
 };
 use std::sync::Arc;
-
-/// The weights of a [`DijiangBlock`], in the layouts of the released checkpoints. With
-/// `d = hidden/heads`:
-#[derive(Clone, Debug, PartialEq)]
-pub struct DijiangWeights<T> {
-    /// `[3·hidden, hidden]`, as `torch.nn.Linear` has it: rows are outputs, of head 0 its `d`
-    /// queries, `d` keys, `d` values, then of head 1.
-    pub query_key_value: Array2<T>,
-    /// `[3·hidden]`
-    pub query_key_value_bias: Array1<T>,
-    /// The output projection `[hidden, hidden]`: rows are outputs.
-    pub dense: Array2<T>,
-    /// `[hidden]`
-    pub dense_bias: Array1<T>,
-    /// `W_G [hidden, hidden]`: *columns* are outputs, it is no `Linear`.
-    pub gate: Array2<T>,
-    /// `[hidden]`
-    pub group_norm_weight: Array1<T>,
-    /// `[hidden]`
-    pub group_norm_bias: Array1<T>,
-    /// The radii `t [d]` of the feature map, which all heads share. A checkpoint has
-    /// `proj_matrix = C·diag(t)`: [`DctFeatures::official_from_projection`] finds them.
-    pub radii: Array1<T>,
-}
 
 /// The attention block of the released DiJiang models (Chen et al., arXiv 2403.19928;
 /// `GPTNeoXAttention` in the code at github.com/YuchuanTian/DiJiang), with the decay, gate and norm
@@ -42,8 +31,9 @@ pub struct DijiangWeights<T> {
 ///
 /// ```text
 /// [q | k | v] of each head = x W_qkvᵀ + b_qkv,    then q and k turned by their position (Rotary)
-/// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t)),    γ from decay::dijiang
-/// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o,    swish(z) = z/(1 + e^{−z})
+/// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t))
+/// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o
+/// swish(z) = z/(1 + e^{−z}),    γ from decay::dijiang
 /// ```
 ///
 /// Queries and keys are raw (scale 1), and nothing divides by the sum of weights: the norm takes
@@ -90,7 +80,7 @@ pub struct DijiangWeights<T> {
 /// ```
 #[derive(Clone, Debug)]
 pub struct DijiangBlock<T: Scalar> {
-    parts: Arc<Parts<T>>,
+    shared: Arc<SharedWeights<T>>,
     heads: MultiHead<T>,
     rotary: Rotary,
     epsilon: f64,
@@ -98,7 +88,7 @@ pub struct DijiangBlock<T: Scalar> {
 
 /// What copies of a block share.
 #[derive(Debug)]
-struct Parts<T> {
+struct SharedWeights<T> {
     query_key_value: Linear<T>,
     gate: Linear<T>,
     dense: Linear<T>,
@@ -123,9 +113,9 @@ impl<T: Scalar> DijiangBlock<T> {
     ///   for another head dimension;
     /// - [`Error::NotFinite`]: NaN or infinity in a weight.
     pub fn new(weights: DijiangWeights<T>, heads: usize, rotary: Rotary) -> Result<Self, Error> {
-        let head_dim = check_weights(&weights, heads)?;
+        let head_dim = weights.check(heads)?;
         check::size("rotary", "columns", head_dim, rotary.head_dim())?;
-        let kernel = LinearAttention::new(DctFeatures::official(weights.radii)?)
+        let kernel = LinearAttention::new(OfficialDijiang::new(weights.radii)?)
             .with_scale(1.0)
             .unnormalized();
         let kernels = decay::dijiang(heads)
@@ -135,9 +125,10 @@ impl<T: Scalar> DijiangBlock<T> {
         let largest =
             |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
         #[allow(clippy::cast_precision_loss)]
-        let deviation = (heads as f64).sqrt(); // of one number among as many, in units of their standard deviation
+        // of one number among as many, in units of their standard deviation
+        let deviation = (heads as f64).sqrt();
         let norm = weights.group_norm_weight.iter().zip(&weights.group_norm_bias);
-        let parts = Parts {
+        let shared = SharedWeights {
             norm_bounds: norm
                 .map(|(w, b)| deviation * w.as_f64().abs() + b.as_f64().abs())
                 .collect(),
@@ -155,7 +146,7 @@ impl<T: Scalar> DijiangBlock<T> {
             norm_bias: weights.group_norm_bias,
         };
         Ok(Self {
-            parts: Arc::new(parts),
+            shared: Arc::new(shared),
             heads: MultiHead::per_head(kernels, heads)?,
             rotary,
             epsilon: 1e-5,
@@ -183,7 +174,7 @@ impl<T: Scalar> DijiangBlock<T> {
     /// Columns of a token.
     #[must_use]
     pub fn hidden(&self) -> usize {
-        self.parts.norm_weight.len()
+        self.shared.norm_weight.len()
     }
 
     /// Heads.
@@ -241,7 +232,7 @@ impl<T: Scalar> DijiangBlock<T> {
         x: ArrayView2<'_, T>,
         first_position: usize,
     ) -> Result<Array2<T>, Error> {
-        let mut rows = self.parts.query_key_value.apply(x);
+        let mut rows = self.shared.query_key_value.apply(x);
         let angles = self.rotary.angles(first_position, x.nrows())?;
         let [queries, keys, _] = thirds(as_heads(&mut rows, self.heads())?);
         angles.rotate_heads_in_place(queries)?;
@@ -253,18 +244,18 @@ impl<T: Scalar> DijiangBlock<T> {
     /// `swish(x W_G)`; an error if numbers behind the attention might overflow with it, since
     /// nothing may fail there.
     fn gate(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
-        let parts = &*self.parts;
-        let mut gate = parts.gate.apply(x);
+        let shared = &*self.shared;
+        let mut gate = shared.gate.apply(x);
         in_range("the gate", &gate)?;
         gate.mapv_inplace(|z| z / (T::one() + (-z).exp()));
         let limit = 0.25 * T::max_value().as_f64();
         for (row, gate) in gate.rows().into_iter().enumerate() {
             let gated: f64 = gate
                 .iter()
-                .zip(&parts.norm_bounds)
+                .zip(&shared.norm_bounds)
                 .map(|(z, bound)| z.as_f64().abs() * bound)
                 .sum();
-            if !(gated < limit && parts.dense_bounds[0] + gated * parts.dense_bounds[1] < limit) {
+            if !(gated < limit && shared.dense_bounds[0] + gated * shared.dense_bounds[1] < limit) {
                 return Err(Error::Overflow { which: "the gated output", row });
             }
         }
@@ -275,7 +266,7 @@ impl<T: Scalar> DijiangBlock<T> {
     /// fail.
     fn finish(&self, mut mixed: Array2<T>, gate: &Array2<T>, out: ArrayViewMut2<'_, T>) {
         let group = self.heads();
-        let Parts { norm_weight, norm_bias, .. } = &*self.parts;
+        let SharedWeights { norm_weight, norm_bias, .. } = &*self.shared;
         for (mut row, gate) in mixed.rows_mut().into_iter().zip(gate.rows()) {
             let gates = gate.into_iter().zip(norm_weight.iter().zip(norm_bias));
             let mut gates =
@@ -287,7 +278,7 @@ impl<T: Scalar> DijiangBlock<T> {
                 }
             }
         }
-        self.parts.dense.apply_into(mixed.view(), out);
+        self.shared.dense.apply_into(mixed.view(), out);
     }
 }
 
@@ -364,41 +355,6 @@ impl<T: Scalar> DijiangBlockStream<T> {
     }
 }
 
-/// `x W + b`.
-#[derive(Debug)]
-struct Linear<T> {
-    /// `[inputs, outputs]`, in the order of rows: one token is then a sum of rows.
-    weight: Array2<T>,
-    bias: Option<Array1<T>>,
-}
-
-impl<T: Scalar> Linear<T> {
-    fn new(weight: ArrayView2<'_, T>, bias: Option<Array1<T>>) -> Self {
-        Self { weight: weight.as_standard_layout().into_owned(), bias }
-    }
-
-    fn apply(&self, x: ArrayView2<'_, T>) -> Array2<T> {
-        let mut out = Array2::zeros((x.nrows(), self.weight.ncols()));
-        self.apply_into(x, out.view_mut());
-        out
-    }
-
-    fn apply_into(&self, x: ArrayView2<'_, T>, mut out: ArrayViewMut2<'_, T>) {
-        match &self.bias {
-            Some(bias) => out.assign(bias),
-            None => out.fill(T::zero()),
-        }
-        if x.nrows() == 1
-            && let (Some(x), Some(weight), Some(out)) =
-                (x.as_slice(), self.weight.as_slice(), out.as_slice_mut())
-        {
-            kernel::add_row_times_matrix(x, weight, self.weight.ncols(), out);
-        } else {
-            general_mat_mul(T::one(), &x, &self.weight, T::one(), &mut out);
-        }
-    }
-}
-
 /// The mean and the factor `1/√(variance + ε)` of a group in units of `unit`, which keeps squares
 /// within range.
 #[allow(clippy::cast_precision_loss)]
@@ -440,42 +396,4 @@ fn in_range<T: Scalar>(which: &'static str, x: &Array2<T>) -> Result<(), Error> 
         Error::NotFinite { row, .. } => Error::Overflow { which, row },
         other => other,
     })
-}
-
-/// Every shape, and that numbers are finite; returns the head dimension.
-fn check_weights<T: Scalar>(weights: &DijiangWeights<T>, heads: usize) -> Result<usize, Error> {
-    let hidden = weights.query_key_value.ncols();
-    check::at_least_one("heads", heads)?;
-    check::at_least_one("query_key_value columns", hidden)?;
-    if !hidden.is_multiple_of(heads) {
-        let found = format!("{heads} with a hidden size of {hidden}");
-        return Err(Error::InvalidOption {
-            which: "heads",
-            found,
-            needed: "a divisor of the hidden size",
-        });
-    }
-    let head_dim = hidden / heads;
-    let matrices = [
-        ("query_key_value", weights.query_key_value.view(), 3 * hidden),
-        ("dense", weights.dense.view(), hidden),
-        ("gate", weights.gate.view(), hidden),
-    ];
-    for (which, matrix, rows) in matrices {
-        check::size(which, "rows", rows, matrix.nrows())?;
-        check::size(which, "columns", hidden, matrix.ncols())?;
-        check::finite(which, matrix)?;
-    }
-    let vectors = [
-        ("query_key_value_bias", weights.query_key_value_bias.view(), 3 * hidden),
-        ("dense_bias", weights.dense_bias.view(), hidden),
-        ("group_norm_weight", weights.group_norm_weight.view(), hidden),
-        ("group_norm_bias", weights.group_norm_bias.view(), hidden),
-        ("radii", weights.radii.view(), head_dim),
-    ];
-    for (which, vector, len) in vectors {
-        check::size(which, "elements", len, vector.len())?;
-        check::finite(which, vector.insert_axis(Axis(0)))?;
-    }
-    Ok(head_dim)
 }

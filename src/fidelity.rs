@@ -2,8 +2,17 @@
 //! the exact matrix, and comes with the trivial answer of uniform attention beside it: a kernel
 //! that does not beat it approximates nothing.
 
+mod statistics;
+
+use crate::attention::Attention;
+use crate::attention::call::Head;
+use crate::attention::scratch::Scratch;
+use crate::mask::Mask;
+use crate::check;
+use crate::error::Error;
+use crate::fidelity::statistics::{mean_and_standard_error, slope, student_t};
+use crate::scalar::Scalar;
 use crate::views::columns;
-use crate::{Attention, Error, Mask, Scalar, check};
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
 
 /// How far a kernel is from exact softmax attention on one set of queries, keys and values.
@@ -24,7 +33,7 @@ pub struct Report {
     /// The largest absolute difference between outputs.
     pub max_abs: f64,
     /// `‖K̂ − K‖/‖K‖` of the unnormalised weights, `K = exp(scale·q·k)`, over the visible pairs;
-    /// `None` if the kernel has none ([`Attention::log_weights`]).
+    /// `None` if the kernel has none ([`Attention::pair_weights`]).
     pub kernel_error: Option<f64>,
     /// The output error of uniform attention, `Â = 1/(number of visible keys)`.
     pub uniform_error: f64,
@@ -91,15 +100,10 @@ impl<T: Scalar> Reference<T> {
         check::at_least_one("q columns", q.ncols())?;
         check::at_least_one("q rows", q.nrows())?;
         let scale = check::scale::<f64>(Some(scale), q.ncols())?;
-        check::forward(
-            q.ncols(),
-            q,
-            k,
-            v,
-            mask,
-            &Array2::zeros((q.nrows(), v.ncols())).view_mut(),
-        )?;
-        check::all_finite(q, k, v)?;
+        let mut out = Array2::zeros((q.nrows(), v.ncols()));
+        let head = Head::new(q, k, v, out.view_mut());
+        head.check_forward(q.ncols(), mask)?;
+        head.check_finite()?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
         let scores = wide(q).dot(&wide(k).t()) * scale;
         let mut attention = Array2::zeros(scores.dim());
@@ -150,12 +154,15 @@ impl<T: Scalar> Reference<T> {
     /// Those of the kernel's [`forward`](Attention::forward).
     pub fn compare(&self, kernel: &(impl Attention<T> + ?Sized)) -> Result<Report, Error> {
         let (q, k) = (self.q.view(), self.k.view());
-        let both = kernel
-            .forward_probed(q, k, self.values.view(), self.value_dim, self.mask)?
-            .mapv(T::as_f64);
+        let mut both = Array2::zeros((q.nrows(), self.values.ncols()));
+        let head = Head::new(q, k, self.values.view(), both.view_mut()).with_probes(k.nrows());
+        kernel.forward_heads(&mut [head], self.mask, &mut Scratch::new())?;
+        let both = both.mapv(T::as_f64);
         let (output, attention) = both.view().split_at(Axis(1), self.value_dim);
-        let kernel_error =
-            kernel.log_weights(q, k)?.map(|log_weights| self.kernel_error(&log_weights));
+        let kernel_error = match kernel.pair_weights() {
+            Some(weights) => Some(self.kernel_error(&weights.log_weights(q, k)?)),
+            None => None,
+        };
         let uniform = self.uniform();
         let uniform_output =
             uniform.dot(&columns(self.values.view(), 0..self.value_dim).mapv(T::as_f64));
@@ -359,38 +366,4 @@ pub fn rate(
         features: features.to_vec(),
         mean_errors,
     })
-}
-
-/// Least squares.
-#[allow(clippy::cast_precision_loss)]
-fn slope(x: &[f64], y: &[f64]) -> f64 {
-    let n = x.len() as f64;
-    let (mean_x, mean_y) = (x.iter().sum::<f64>() / n, y.iter().sum::<f64>() / n);
-    let covariance: f64 = x.iter().zip(y).map(|(x, y)| (x - mean_x) * (y - mean_y)).sum();
-    let variance: f64 = x.iter().map(|x| (x - mean_x).powi(2)).sum();
-    covariance / variance
-}
-
-#[allow(clippy::cast_precision_loss)]
-fn mean_and_standard_error(x: &[f64]) -> (f64, f64) {
-    let n = x.len() as f64;
-    let mean = x.iter().sum::<f64>() / n;
-    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (mean, (variance / n).sqrt())
-}
-
-/// The two-sided 95 % quantile of Student's t.
-#[allow(clippy::cast_precision_loss)]
-fn student_t(degrees: usize) -> f64 {
-    const TABLE: [f64; 30] = [
-        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-        2.052, 2.048, 2.045, 2.042,
-    ];
-    // beyond the table: the first terms of the expansion in 1/degrees
-    let z = 1.959_964;
-    TABLE
-        .get(degrees.wrapping_sub(1))
-        .copied()
-        .unwrap_or(z + (z * z * z + z) / (4.0 * degrees as f64))
 }

@@ -64,7 +64,7 @@
 //! | [`Performer`] | models trained with FAVOR+ | .123 | 1.04 |
 //! | [`Wpff`] with fitted weights | sampled data to fit to | .101 | 1.06 |
 //! | [`TaylorFeatures`] | scores below 1; (d + 1)(d + 2)/2 features | .001 | .970 |
-//! | [`DctFeatures::official`] | models trained with the released DiJiang code | .124 | .924 |
+//! | [`OfficialDijiang`] | models trained with the released DiJiang code | .124 | .924 |
 //! | [`EluFeatures`], [`ReluFeatures`] | models trained with them | .129, .249 | .949, .916 |
 //! | [`Retention`], [`CosFormer`], [`LinearAttention`] with decay or gates | models trained with them: they do not aim at softmax | – | – |
 //! | [`DijiangBlock`] | the attention block of the released DiJiang models | – | – |
@@ -90,7 +90,7 @@
 //!   [`MultiHead`] takes `[batch, heads, n, d]`. Views may have any strides.
 //! - Queries and keys are *raw*: kernels apply the scale, `1/√d` unless `with_scale` says
 //!   otherwise. A [`FeatureMap`] alone gets scaled vectors `x̂ = √scale·x`, and its products
-//!   estimate `exp(q̂·k̂)` in absolute terms. [`DctFeatures::official`] wants scale 1.
+//!   estimate `exp(q̂·k̂)` in absolute terms. [`OfficialDijiang`] wants scale 1.
 //! - Outputs are weighted means: divided by the sum of the weights, to which nothing is ever added.
 //!   [`LinearAttention::unnormalized`] leaves the division out.
 //! - Bad input gives an [`Error`] that says which argument and what to do; no function panics, and
@@ -133,14 +133,13 @@
     clippy::inline_always // reductions must be inlined to be vectorised
 )]
 
-mod attention;
+pub mod attention;
+#[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod bench;
 mod block;
 mod calibration;
 mod check;
-#[cfg(feature = "safetensors")]
-mod checkpoint;
 pub mod decay;
 mod error;
 mod features;
@@ -155,49 +154,58 @@ mod scalar;
 mod selection;
 mod views;
 
+pub use attention::call::Head;
 pub use attention::cosformer::CosFormer;
+pub use attention::fixed_gates::FixedGates;
+pub use attention::gradient::HeadGradient;
 pub use attention::hybrid::HybridAttention;
 pub use attention::hybrid::builder::HybridBuilder;
 pub use attention::hybrid::far::Far;
 pub use attention::hybrid::far::merged::Merged;
 pub use attention::hybrid::far::taylor::Taylor;
 pub use attention::hybrid::far::ward::Ward;
-pub use multi_head::MultiHead;
-pub use multi_head::stream::{MultiHeadState, MultiHeadStream};
 pub use attention::linear::LinearAttention;
 pub use attention::linformer::Linformer;
+pub use attention::memory_attention::MemoryAttention;
 pub use attention::retention::Retention;
 pub use attention::rotary::RotaryAttention;
-pub use attention::softmax::SoftmaxAttention;
-pub use attention::call::Head;
-pub use attention::fixed_gates::FixedGates;
-pub use attention::gradient::HeadGradient;
-pub use attention::memory_attention::MemoryAttention;
 pub use attention::scratch::Scratch;
 pub use attention::sharing::Sharing;
+pub use attention::softmax::SoftmaxAttention;
 pub use attention::stream::{CloneStream, Stream, StreamOptions, StreamState};
 pub use attention::threads::Threads;
 pub use attention::{Attention, PairWeights};
-pub use mask::Mask;
-pub use block::{DijiangBlock, DijiangBlockStream, DijiangWeights};
-pub use calibration::weights::{WeightFit, fit_weights};
-pub use calibration::{Calibration, CalibrationOptions, TaylorFit};
+pub use block::weights::DijiangWeights;
+pub use block::{DijiangBlock, DijiangBlockStream};
+pub use calibration::Calibration;
+pub use calibration::options::CalibrationOptions;
+pub use calibration::taylor::TaylorFit;
 pub use error::Error;
 pub use features::FeatureMap;
-pub use features::dct::{DctFeatures, Radii};
-pub use features::elementwise::{EluFeatures, IdentityFeatures, ReluFeatures};
+pub use features::calibrated_taylor::CalibratedTaylor;
+pub use features::dct::DctFeatures;
+pub use features::elementwise::{EluFeatures, IdentityFeatures};
+pub use features::fit::{WeightFit, fit_weights};
+pub use features::official_dijiang::OfficialDijiang;
 pub use features::performer::Performer;
-pub use features::taylor::{CalibratedTaylor, TaylorFeatures};
-pub use features::wpff::{Points, RadiusPoints, Wpff};
+pub use features::radii::Radii;
+pub use features::relu::ReluFeatures;
+pub use features::taylor::TaylorFeatures;
+pub use features::wpff::{Points, Wpff};
+pub use mask::Mask;
 pub use memory::exact::ExactMemory;
 pub use memory::linear::LinearMemory;
 pub use memory::merged::entries::MergedMemory;
 pub use memory::merged::rule::Metric;
 pub use memory::partial::Partial;
 pub use memory::{CloneMemory, Memory};
-pub use rotary::{Rotary, RotaryAngles, RotaryPairs};
+pub use multi_head::MultiHead;
+pub use multi_head::stream::{MultiHeadState, MultiHeadStream};
+pub use rotary::Rotary;
+pub use rotary::angles::{RotaryAngles, RotaryPairs};
 pub use scalar::Scalar;
-pub use selection::{ExactHeads, HeadError, HeadErrors, HeadSample};
+pub use selection::exact_heads::ExactHeads;
+pub use selection::{HeadError, HeadErrors, HeadSample};
 
 /// The snippets of the README and the guide, as tests.
 #[cfg(doctest)]

@@ -15,12 +15,65 @@
 
 mod quantile;
 
-pub use quantile::{chi_quantile, normal_quantile};
-
-use crate::{Error, check, kernel};
+use crate::check;
+use crate::error::Error;
+use crate::kernel;
 use ndarray::{Array2, ArrayView1, ArrayViewMut1};
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
+
+/// The quantile of the standard normal distribution: the x with Φ(x) = t, for 0 < t < 1.
+///
+/// Wichura's algorithm AS 241 (Applied Statistics 37, 1988), routine PPND16: relative error about
+/// 1e-16.
+///
+/// ```
+/// let x = dijiang::projection::normal_quantile(0.975)?;
+/// assert!((x - 1.959963984540054).abs() < 1e-15);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// [`Error::InvalidOption`] unless 0 < t < 1.
+pub fn normal_quantile(t: f64) -> Result<f64, Error> {
+    check_probability(t)?;
+    Ok(quantile::normal(t))
+}
+
+/// The quantile of the chi distribution with `degrees` degrees of freedom, the law of the length of
+/// a standard normal vector: the x with `P(degrees/2, x²/2) = t`, for 0 < t < 1, P being the
+/// regularised lower incomplete gamma function.
+///
+/// ```
+/// let x = dijiang::projection::chi_quantile(2, 0.5)?;
+/// assert!((x - (2.0 * 2f64.ln()).sqrt()).abs() < 1e-15); // closed form for two degrees
+///     
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+///
+/// # Errors
+///
+/// [`Error::ZeroSize`] if `degrees` is 0, [`Error::InvalidOption`] unless 0 < t < 1.
+pub fn chi_quantile(degrees: usize, t: f64) -> Result<f64, Error> {
+    check::at_least_one("degrees", degrees)?;
+    check_probability(t)?;
+    #[allow(clippy::cast_precision_loss)]
+    let shape = degrees as f64 / 2.0;
+    Ok((2.0 * quantile::gamma(shape, t)).sqrt())
+}
+
+fn check_probability(t: f64) -> Result<(), Error> {
+    if t > 0.0 && t < 1.0 {
+        Ok(())
+    } else {
+        Err(Error::InvalidOption {
+            which: "t",
+            found: t.to_string(),
+            needed: "strictly between 0 and 1",
+        })
+    }
+}
 
 /// The named generator behind every seed.
 pub(crate) struct Generator(ChaCha8Rng);

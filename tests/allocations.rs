@@ -5,9 +5,7 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged,
-    Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
-    TaylorFeatures, WithLogDecay,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention, TaylorFeatures, WithLogDecay,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -53,7 +51,7 @@ fn maps(d: usize) -> Vec<Box<dyn FeatureMap<f32>>> {
         ),
         Box::new(DctFeatures::new(d, 64, 0).unwrap()),
         Box::new(antithetic),
-        Box::new(DctFeatures::official(Array1::linspace(-2.0, 2.0, d)).unwrap()),
+        Box::new(OfficialDijiang::new(Array1::linspace(-2.0, 2.0, d)).unwrap()),
         Box::new(EluFeatures::new(d).unwrap()),
         Box::new(TaylorFeatures::new(d.min(16)).unwrap()),
     ]

@@ -8,9 +8,7 @@ use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
     Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap,
-    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, MergedMemory,
-    Partial, Performer, Points, Radii, RadiusPoints, ReluFeatures, Retention, Rotary,
-    SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, MergedMemory, OfficialDijiang, Partial, Performer, Points, Radii, ReluFeatures, Retention, Rotary, SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;
@@ -46,7 +44,7 @@ fn sizes_of_maps() {
         zero(Performer::<f32>::hyperbolic(d, m, 0));
         zero(DctFeatures::<f32>::new(d, m, 0));
         zero(Wpff::<f32>::new(d, m, 0));
-        zero(Wpff::<f32>::with_sampling(d, m, 0, Points::Sobol, RadiusPoints::Sobol));
+        zero(Wpff::<f32>::with_sampling(d, m, 0, Points::Sobol, Radii::Sobol));
         zero(Performer::<f32>::from_projection(Array2::zeros((m, d))));
         zero(ReluFeatures::<f32>::from_projection(Array2::zeros((m, d))));
     }
@@ -56,7 +54,7 @@ fn sizes_of_maps() {
     option(Wpff::<f32>::new(1 << 20, 1 << 20, 0));
     option(Performer::<f32>::hyperbolic(4, 7, 0));
     option(DctFeatures::<f32>::new(4, 7, 0).unwrap().with_radii(Radii::Antithetic));
-    zero(DctFeatures::<f32>::official(array![]));
+    zero(OfficialDijiang::<f32>::new(array![]));
 }
 
 #[test]
@@ -100,7 +98,7 @@ fn numbers_of_maps() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         not_finite(Performer::from_projection(array![[1.0, bad]]));
         not_finite(ReluFeatures::from_projection(array![[1.0, bad]]));
-        not_finite(DctFeatures::official(array![1.0, bad]));
+        not_finite(OfficialDijiang::new(array![1.0, bad]));
         not_finite(Wpff::from_parts(array![[1.0, bad]], array![1.0], array![1.0]));
         not_finite(Wpff::from_parts(array![[1.0, 0.0]], array![bad], array![1.0]));
         option(Wpff::from_parts(array![[1.0, 0.0]], array![1.0], array![bad]));
@@ -124,9 +122,11 @@ fn numbers_of_maps() {
     }
     shape(Wpff::from_parts(array![[1.0_f32, 0.0]], array![1.0, 2.0], array![1.0]));
     shape(Wpff::from_parts(array![[1.0_f32, 0.0]], array![1.0], array![1.0, 2.0]));
-    let official = DctFeatures::official(array![1.0_f32, 2.0]).unwrap();
-    assert!(matches!(official.clone().with_radii(Radii::Chi), Err(Error::Unsupported { .. })));
-    assert!(matches!(official.with_weights(array![1.0, 1.0]), Err(Error::Unsupported { .. })));
+    // radii of the other map
+    option(DctFeatures::<f32>::new(4, 8, 0).unwrap().with_radii(Radii::Sobol));
+    for radii in [Radii::Antithetic, Radii::Normal] {
+        option(Wpff::<f32>::with_sampling(4, 8, 0, Points::Sobol, radii));
+    }
 }
 
 /// A scale that cannot be used is reported by every call that would use it.

@@ -5,7 +5,7 @@ mod common;
 
 use common::{golden, matrix, normal, strided, vector, wide};
 use dijiang::{
-    Attention, DctFeatures, DijiangBlock, DijiangWeights, Error, LinearAttention, Mask, Rotary,
+    Attention, DijiangBlock, DijiangWeights, Error, LinearAttention, Mask, OfficialDijiang, Rotary,
     Scalar, decay,
 };
 use ndarray::{Array1, Array2, s};
@@ -382,7 +382,7 @@ fn bad_weights_are_errors() {
 #[test]
 fn heads_are_those_of_the_released_code() {
     for case in golden("golden/official_dijiang")["cases"].as_array().unwrap() {
-        let map = DctFeatures::official_from_projection(matrix(&case["P"]).view()).unwrap();
+        let map = OfficialDijiang::from_projection(matrix(&case["P"]).view()).unwrap();
         let radii = vector(&case["radii_t"]);
         assert!((map.radii() - &radii).iter().all(|e| e.abs() < 1e-14));
         let decays = vector(&case["gamma"]);
@@ -469,9 +469,9 @@ fn checkpoint(case: &serde_json::Value) -> Vec<u8> {
 fn radii_are_found_in_a_projection_of_that_form_only() {
     for d in [1, 3, 8, 64, 80] {
         let radii = normal::<f64>(1, d, 1.0, 4).row(0).to_owned();
-        let p = DctFeatures::official(radii.clone()).unwrap().projection().reversed_axes();
+        let p = OfficialDijiang::new(radii.clone()).unwrap().projection().reversed_axes();
         let found = |p: &Array2<f64>| {
-            DctFeatures::official_from_projection(p.view()).map(|map| map.radii().clone())
+            OfficialDijiang::from_projection(p.view()).map(|map| map.radii().clone())
         };
         assert!((found(&p).unwrap() - &radii).iter().all(|e| e.abs() < 1e-13));
         // stored in eight or eleven bits
@@ -493,7 +493,6 @@ fn radii_are_found_in_a_projection_of_that_form_only() {
             assert!(refused(&trained));
         }
     }
-    let wrong =
-        DctFeatures::<f32>::official_from_projection(Array2::zeros((3, 4)).view()).unwrap_err();
+    let wrong = OfficialDijiang::<f32>::from_projection(Array2::zeros((3, 4)).view()).unwrap_err();
     assert_eq!(wrong, Error::Shape { which: "projection", axis: "columns", expected: 3, found: 4 });
 }

@@ -5,7 +5,7 @@
 mod common;
 
 use common::normal;
-use dijiang::{DctFeatures, DijiangBlock, DijiangWeights, Error, Rotary, decay};
+use dijiang::{DijiangBlock, DijiangWeights, Error, OfficialDijiang, Rotary, decay};
 use half::{bf16, f16};
 use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
@@ -26,7 +26,7 @@ fn tensors() -> Tensors {
     };
     let vector = |len, seed| (vec![len], normal::<f64>(1, len, 0.3, seed).into_iter().collect());
     let radii = normal::<f64>(1, DIM, 1.0, 8).row(0).to_owned();
-    let projection = DctFeatures::official(radii).unwrap().projection();
+    let projection = OfficialDijiang::new(radii).unwrap().projection();
     let positions = 16;
     let powers = |sign: i32| {
         let decays = decay::dijiang(HEADS);
@@ -114,10 +114,7 @@ fn every_type_of_numbers_gives_the_block_of_its_weights() {
                 gate: matrix("W_G"),
                 group_norm_weight: vector("group_norm.weight"),
                 group_norm_bias: vector("group_norm.bias"),
-                radii: DctFeatures::official_from_projection(projection.view())
-                    .unwrap()
-                    .radii()
-                    .clone(),
+                radii: OfficialDijiang::from_projection(projection.view()).unwrap().radii().clone(),
             },
             HEADS,
             rotary(),

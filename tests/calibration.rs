@@ -449,8 +449,6 @@ fn calibrated_weights_fit_the_far_pairs() {
         map.with_weights(odd).unwrap().calibrated(&calibration).unwrap(),
     );
 
-    let official = DctFeatures::official(Array1::<f64>::ones(6)).unwrap();
-    assert!(matches!(official.calibrated(&calibration), Err(Error::Unsupported { .. })));
     assert!(matches!(
         Wpff::<f32>::new(5, 8, 0).unwrap().calibrated(&calibration),
         Err(Error::Shape { .. })

@@ -4,8 +4,8 @@ mod common;
 
 use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures,
-    LinearAttention, Mask, Memory, MultiHead, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
+    Attention, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention,
+    Mask, Memory, MultiHead, OfficialDijiang, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
 };
 use ndarray::{Array1, Array2, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
@@ -317,7 +317,7 @@ fn golden_official_dijiang() {
             let heads = case["heads"].as_u64().unwrap() as usize;
             assert!((dijiang::decay::dijiang(heads)[h] - gamma).abs() < 1e-15);
             let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x][h]));
-            let map = DctFeatures::official(radii.clone()).unwrap();
+            let map = OfficialDijiang::new(radii.clone()).unwrap();
             let kernel = LinearAttention::new(map).with_scale(1.0).unnormalized().with_decay(gamma);
             let exact = matrix(&case["output_unnormalised_decay"][h]);
             let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();

@@ -7,8 +7,8 @@ use common::{assert_close, golden, matrix, vector, wide};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures,
-    FeatureMap, LinearAttention, Mask, Performer, ReluFeatures, Scalar, SoftmaxAttention,
-    TaylorFit, Wpff,
+    FeatureMap, LinearAttention, Mask, OfficialDijiang, Performer, ReluFeatures, Scalar,
+    SoftmaxAttention, TaylorFit, Wpff,
 };
 use ndarray::{Array1, Array2, Axis, concatenate};
 use serde_json::Value;
@@ -141,7 +141,7 @@ fn dct() {
         );
         let (x, dct3) = (vector(&case["x"]), vector(&case["dct3"]));
         // the official map transforms by the DCT-III: ω_i is column i of C
-        let map = DctFeatures::<f64>::official(Array1::ones(d)).unwrap();
+        let map = OfficialDijiang::<f64>::new(Array1::ones(d)).unwrap();
         assert_close("columns of C", &map.projection(), &c.t().to_owned(), TOLERANCE);
         let logits = map.projection().dot(&x).insert_axis(Axis(1));
         assert_close("DCT-III", &logits, &dct3.insert_axis(Axis(1)), TOLERANCE);
@@ -303,9 +303,9 @@ fn performer() {
 fn official_dijiang() {
     let case = &golden("golden/official_dijiang")["cases"][0];
     let radii = vector(&case["radii_t"]);
-    let map = DctFeatures::official(radii.clone()).unwrap();
+    let map = OfficialDijiang::new(radii.clone()).unwrap();
     assert_close("P", &map.projection().reversed_axes(), &matrix(&case["P"]), TOLERANCE);
-    let map32 = DctFeatures::official(radii.mapv(f32::from_f64)).unwrap();
+    let map32 = OfficialDijiang::new(radii.mapv(f32::from_f64)).unwrap();
     for h in 0..2 {
         let [q, k, v] = ["q", "k", "v"].map(|x| matrix(&case[x][h]));
         assert_close(

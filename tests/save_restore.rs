@@ -8,9 +8,8 @@ use common::{checker::feed, normal, official, tokens};
 use dijiang::fidelity::{Rate, Report, compare, rate};
 use dijiang::{
     Attention, CosFormer, DctFeatures, EluFeatures, ExactMemory, FeatureMap, IdentityFeatures,
-    LinearAttention, Linformer, Mask, Memory, Performer, Points, Radii, RadiusPoints, ReluFeatures,
-    Retention, Rotary, RotaryAttention, Scalar, SoftmaxAttention, StreamState, TaylorFeatures,
-    Wpff,
+    LinearAttention, Linformer, Mask, Memory, Performer, Points, Radii, ReluFeatures, Retention,
+    Rotary, RotaryAttention, Scalar, SoftmaxAttention, StreamState, TaylorFeatures, Wpff,
 };
 use ndarray::{Array1, Array2};
 use serde::{Serialize, de::DeserializeOwned};
@@ -60,7 +59,7 @@ fn check_all<T: Scalar + Serialize + DeserializeOwned>() {
     );
     check::<T, _>(official::<T>(5, 1));
     check::<T, _>(Wpff::new(5, 12, 1).unwrap().with_weights(weights()).unwrap());
-    check::<T, _>(Wpff::with_sampling(5, 12, 1, Points::Sobol, RadiusPoints::Sobol).unwrap());
+    check::<T, _>(Wpff::with_sampling(5, 12, 1, Points::Sobol, Radii::Sobol).unwrap());
     check::<T, _>(TaylorFeatures::new(5).unwrap());
     check::<T, _>(EluFeatures::new(5).unwrap());
     check::<T, _>(IdentityFeatures::new(5).unwrap());

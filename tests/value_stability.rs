@@ -3,7 +3,7 @@
 
 mod common;
 
-use dijiang::{DctFeatures, Linformer, Performer, Points, Radii, RadiusPoints, Wpff};
+use dijiang::{DctFeatures, Linformer, Performer, Points, Radii, Wpff};
 use ndarray::{Array2, ArrayView2};
 
 /// The first two and the last number, and the sum of all absolute values, to 1e-13.
@@ -78,7 +78,7 @@ fn wpff() {
         row(map.radii()).view(),
         [2.662049540387386, 1.561597488435817, 1.8362661557006579, 14.843119478182304],
     );
-    let map = Wpff::<f64>::with_sampling(5, 7, 42, Points::Sobol, RadiusPoints::Sobol).unwrap();
+    let map = Wpff::<f64>::with_sampling(5, 7, 42, Points::Sobol, Radii::Sobol).unwrap();
     check(
         "sobol",
         map.points(),
@@ -89,15 +89,14 @@ fn wpff() {
         row(map.radii()).view(),
         [2.0614528961939933, 2.392794160637572, 2.977416866255767, 15.43736057676194],
     );
-    let map =
-        Wpff::<f64>::with_sampling(5, 7, 42, Points::Orthogonal, RadiusPoints::Sobol).unwrap();
+    let map = Wpff::<f64>::with_sampling(5, 7, 42, Points::Orthogonal, Radii::Sobol).unwrap();
     check(
         "orthogonal, sobol radii",
         row(map.radii()).view(),
         [2.527039013543406, 1.9850781165357088, 2.3057909354145214, 15.98960708355459],
     );
     // beyond the tables: more than 256 dimensions
-    let map = Wpff::<f64>::with_sampling(300, 2, 42, Points::Sobol, RadiusPoints::Sobol).unwrap();
+    let map = Wpff::<f64>::with_sampling(300, 2, 42, Points::Sobol, Radii::Sobol).unwrap();
     check(
         "sobol beyond the tables",
         map.points(),
@@ -150,7 +149,7 @@ fn seeds_differ() {
 #[test]
 fn sobol_radii_are_stratified() {
     for d in [3, 256, 300] {
-        let map = Wpff::<f64>::with_sampling(d, 16, 7, Points::Sobol, RadiusPoints::Sobol).unwrap();
+        let map = Wpff::<f64>::with_sampling(d, 16, 7, Points::Sobol, Radii::Sobol).unwrap();
         let mut radii = map.radii().to_vec();
         radii.sort_by(f64::total_cmp);
         for (i, r) in radii.iter().enumerate() {

@@ -3,8 +3,8 @@
 use crate::data::Input;
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, DctFeatures, Error, FeatureMap, LinearAttention, Performer, Points, Radii,
-    RadiusPoints, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, DctFeatures, Error, FeatureMap, LinearAttention, OfficialDijiang, Performer, Points,
+    Radii, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::Array1;
 
@@ -167,7 +167,7 @@ impl Kernel {
             Self::Official => Box::new(official(d, seed)?),
             Self::Wpff => linear(Wpff::new(d, m, seed)?),
             Self::WpffSobol => {
-                linear(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol)?)
+                linear(Wpff::with_sampling(d, m, seed, Points::Sobol, Radii::Sobol)?)
             }
             Self::WpffWeighted => linear(fitted(input, m, seed)?),
             Self::Taylor => linear(TaylorFeatures::new(d)?),
@@ -180,10 +180,13 @@ pub fn linear(map: impl FeatureMap<f32> + 'static) -> Box<dyn Attention<f32>> {
 }
 
 /// The map of the released DiJiang code, with random radii.
-pub fn official(head_dim: usize, seed: u64) -> Result<LinearAttention<DctFeatures<f32>>, Error> {
+pub fn official(
+    head_dim: usize,
+    seed: u64,
+) -> Result<LinearAttention<OfficialDijiang<f32>>, Error> {
     let mut normal = Normal::new(seed);
     let radii = Array1::from_shape_simple_fn(head_dim, || normal.sample());
-    Ok(LinearAttention::new(DctFeatures::official(radii)?).with_scale(1.0))
+    Ok(LinearAttention::new(OfficialDijiang::new(radii)?).with_scale(1.0))
 }
 
 fn fitted(input: &Input, m: usize, seed: u64) -> Result<Wpff<f32>, Error> {

@@ -4,7 +4,7 @@ use crate::attention::linear::LinearAttention;
 use crate::attention::delegate::attention_by;
 use crate::attention::positional::Positional;
 use crate::attention::positional::rotate::Positions;
-use crate::rotary::RotaryAngles;
+use crate::rotary::angles::RotaryAngles;
 use crate::check;
 use crate::error::Error;
 use crate::features::elementwise::IdentityFeatures;

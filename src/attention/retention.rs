@@ -6,7 +6,8 @@ use crate::attention::positional::Positional;
 use crate::check;
 use crate::error::Error;
 use crate::features::elementwise::IdentityFeatures;
-use crate::rotary::{Rotary, RotaryPairs};
+use crate::rotary::Rotary;
+use crate::rotary::angles::RotaryPairs;
 use crate::scalar::Scalar;
 use ndarray::Array1;
 

@@ -1,8 +1,14 @@
 //! The block from a checkpoint of the released layout.
 
-use super::{DijiangBlock, DijiangWeights};
-use crate::checkpoint::Checkpoint;
-use crate::{DctFeatures, Error, Rotary, Scalar, check, decay};
+use crate::block::DijiangBlock;
+use crate::block::checkpoint::LayerTensors;
+use crate::block::weights::DijiangWeights;
+use crate::check;
+use crate::decay;
+use crate::error::Error;
+use crate::features::official_dijiang::OfficialDijiang;
+use crate::rotary::Rotary;
+use crate::scalar::Scalar;
 use safetensors::SafeTensors;
 
 impl<T: Scalar> DijiangBlock<T> {
@@ -63,8 +69,8 @@ impl<T: Scalar> DijiangBlock<T> {
         rotary: Rotary,
     ) -> Result<Self, Error> {
         check::at_least_one("heads", heads)?;
-        let checkpoint = Checkpoint::new(file, prefix);
-        let first = checkpoint.get("query_key_value.weight", "[3·hidden, hidden]")?;
+        let tensors = LayerTensors::new(file, prefix);
+        let first = tensors.get("query_key_value.weight", "[3·hidden, hidden]")?;
         let &[_, hidden] = first.shape() else {
             return Err(first.error(
                 format!("of shape {:?}", first.shape()),
@@ -72,32 +78,30 @@ impl<T: Scalar> DijiangBlock<T> {
             ));
         };
         let head_dim = hidden / heads;
-        let projection = checkpoint.matrix::<T>("proj_matrix", head_dim, head_dim)?;
+        let projection = tensors.matrix::<T>("proj_matrix", head_dim, head_dim)?;
         let map =
-            DctFeatures::official_from_projection(projection.view()).map_err(
-                |error| match error {
-                    Error::InvalidOption { found, needed, .. } => Error::Tensor {
-                        name: format!("{prefix}.proj_matrix"),
-                        found,
-                        needed: needed.to_owned(),
-                    },
-                    other => other,
+            OfficialDijiang::from_projection(projection.view()).map_err(|error| match error {
+                Error::InvalidOption { found, needed, .. } => Error::Tensor {
+                    name: format!("{prefix}.proj_matrix"),
+                    found,
+                    needed: needed.to_owned(),
                 },
-            )?;
-        check_decays(&checkpoint, heads)?;
+                other => other,
+            })?;
+        check_decays(&tensors, heads)?;
         let weights = DijiangWeights {
-            query_key_value: checkpoint.matrix(
+            query_key_value: tensors.matrix(
                 "query_key_value.weight",
                 hidden.saturating_mul(3),
                 hidden,
             )?,
-            query_key_value_bias: checkpoint
+            query_key_value_bias: tensors
                 .vector("query_key_value.bias", hidden.saturating_mul(3))?,
-            dense: checkpoint.matrix("dense.weight", hidden, hidden)?,
-            dense_bias: checkpoint.vector("dense.bias", hidden)?,
-            gate: checkpoint.matrix("W_G", hidden, hidden)?,
-            group_norm_weight: checkpoint.vector("group_norm.weight", hidden)?,
-            group_norm_bias: checkpoint.vector("group_norm.bias", hidden)?,
+            dense: tensors.matrix("dense.weight", hidden, hidden)?,
+            dense_bias: tensors.vector("dense.bias", hidden)?,
+            gate: tensors.matrix("W_G", hidden, hidden)?,
+            group_norm_weight: tensors.vector("group_norm.weight", hidden)?,
+            group_norm_bias: tensors.vector("group_norm.bias", hidden)?,
             radii: map.radii().clone(),
         };
         Self::new(weights, heads, rotary)
@@ -105,8 +109,8 @@ impl<T: Scalar> DijiangBlock<T> {
 }
 
 /// `D1 [1, heads, positions, 1]` holds `γ_h` to the power of the position.
-fn check_decays(checkpoint: &Checkpoint<'_>, heads: usize) -> Result<(), Error> {
-    let Some(table) = checkpoint.find("D1") else { return Ok(()) };
+fn check_decays(tensors: &LayerTensors<'_>, heads: usize) -> Result<(), Error> {
+    let Some(table) = tensors.find("D1") else { return Ok(()) };
     let &[_, _, positions, _] = table.shape() else {
         let found = format!("of shape {:?}", table.shape());
         return Err(table.error(found, format!("one of shape [1, {heads}, positions, 1]")));

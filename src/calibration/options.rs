@@ -1,7 +1,9 @@
 //! What a calibration takes for granted of the kernel it is for: window, sinks, scale, mask, and
 //! where the samples stood.
 
-use crate::{Error, Mask, check};
+use crate::mask::Mask;
+use crate::check;
+use crate::error::Error;
 
 /// Options of [`Calibration`](crate::Calibration): those of the kernel it is for, and the positions
 /// of the samples.

@@ -1,8 +1,11 @@
 //! The three coefficients of the calibrated Taylor kernel: ridge least squares under the condition
 //! that makes it positive.
 
-use super::linalg;
-use crate::Error;
+use crate::calibration::Calibration;
+use crate::calibration::linalg::solve;
+use crate::check;
+use crate::error::Error;
+use crate::views::rows;
 use ndarray::{Array1, Array2, array};
 
 /// How the coefficients of [`CalibratedTaylor`](crate::CalibratedTaylor) are fitted. The kernel is
@@ -33,12 +36,68 @@ const LEAST: f64 = 1e-3;
 /// The largest `c₁/√(2c₀c₂)`.
 const MARGIN: f64 = 0.98;
 
+impl Calibration {
+    /// Fits `c` of the kernel `K = e^{q̂·μ_k + μ_q·(k̂ − μ_k)}·(c₀ + c₁s + c₂s²/2)`,
+    /// `s = Σ_{l<rank} x_l y_l`, to the far pairs in attention space, with a small pull to one:
+    ///
+    /// ```text
+    /// minimise Σ_{t∈R, j∈J_t} ((K_tj − e^{q̂_t·k̂_j}) e^{−lse_t})² + 0.02·Σ_i H_ii (c_i − 1)²
+    /// ```
+    ///
+    /// with `lse_t` over all visible keys and H the Gram matrix of the three columns.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ZeroSize`] if the rank is 0, [`Error::InvalidOption`] if it is above `head_dim`,
+    /// [`Error::Overflow`] if the columns leave the range of `f64`.
+    pub fn taylor_coefficients(&self, rank: usize, fit: TaylorFit) -> Result<[f64; 3], Error> {
+        self.check_rank(rank)?;
+        let x = (&self.pairs.queries - &self.query_mean)
+            .dot(&rows(self.query_basis.view(), 0..rank).t());
+        let centred = &self.pairs.keys - &self.key_mean;
+        let y = centred.dot(&rows(self.key_basis.view(), 0..rank).t());
+        let key_part = centred.dot(&self.query_mean);
+        let (mut h, mut b) = (Array2::zeros((3, 3)), Array1::zeros(3));
+        for row in self.first_used..self.pairs.queries.nrows() {
+            let far = self.pairs.far(row);
+            let normalizer = self.log_normalizers[row];
+            let query_part = self.pairs.queries.row(row).dot(&self.key_mean) - normalizer;
+            let s = rows(y.view(), far.clone()).dot(&x.row(row));
+            for ((s, score), key_part) in s
+                .iter()
+                .zip(&self.pairs.scores(row, far.clone()))
+                .zip(key_part.iter().skip(far.start))
+            {
+                let base = (query_part + key_part).exp();
+                let column = [base, base * s, base * s * s * 0.5];
+                let target = (score - normalizer).exp();
+                for i in 0..3 {
+                    b[i] += column[i] * target;
+                    for j in 0..3 {
+                        h[[i, j]] += column[i] * column[j];
+                    }
+                }
+            }
+        }
+        coefficients(&h, &b, fit)
+    }
+
+    /// The coordinates a map may use are 1 to `head_dim`.
+    fn check_rank(&self, rank: usize) -> Result<(), Error> {
+        check::at_least_one("rank", rank)?;
+        if rank <= self.head_dim() {
+            return Ok(());
+        }
+        Err(Error::InvalidOption {
+            which: "rank",
+            found: rank.to_string(),
+            needed: "at most the head dimension",
+        })
+    }
+}
+
 /// Minimises `cᵀHc − 2bᵀc + Σ_i D_i(c_i − 1)²`, `D = 0.02·diag(H)`, in the way asked for.
-pub(super) fn coefficients(
-    h: &Array2<f64>,
-    b: &Array1<f64>,
-    fit: TaylorFit,
-) -> Result<[f64; 3], Error> {
+fn coefficients(h: &Array2<f64>, b: &Array1<f64>, fit: TaylorFit) -> Result<[f64; 3], Error> {
     let too_large = || Error::Overflow { which: "the fit of the Taylor coefficients", row: 0 };
     if !h.iter().chain(b).all(|x| x.is_finite()) {
         return Err(too_large());
@@ -55,7 +114,7 @@ pub(super) fn coefficients(
         a[[i, i]] += ridge;
         right[i] += ridge * unit[i];
     }
-    let best = linalg::solve(a.view(), &right).ok_or_else(too_large)?;
+    let best = solve(a.view(), &right).ok_or_else(too_large)?;
     let free = &best * &inverse;
     let [c0, c1, c2] = [free[0], free[1], free[2]];
     let result = match fit {
@@ -125,9 +184,7 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
             // unit diagonal, so that three numbers of any size can be solved for
             let scale = hessian.diag().mapv(|x| x.sqrt().recip());
             let scaled = &hessian * &scale * scale.view().insert_axis(ndarray::Axis(1));
-            let Some(step) =
-                linalg::solve(scaled.view(), &(&gradient * &scale)).map(|x| x * &scale)
-            else {
+            let Some(step) = solve(scaled.view(), &(&gradient * &scale)).map(|x| x * &scale) else {
                 break;
             };
             let decrement = gradient.dot(&step);

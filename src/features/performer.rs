@@ -1,8 +1,13 @@
 //! FAVOR+: positive random features.
 
-use super::dense::Dense;
-use super::{ColumnMap, FeatureMap, Weights, map_by_columns};
-use crate::{Calibration, Error, Scalar, check, projection};
+use crate::calibration::Calibration;
+use crate::check;
+use crate::error::Error;
+use crate::features::FeatureMap;
+use crate::features::columns::{ColumnMap, map_by_columns};
+use crate::features::exponential::{Dense, Weights};
+use crate::projection;
+use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
 
 /// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794,
@@ -31,7 +36,7 @@ use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, co
 /// ```
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(feature = "serde", serde(try_from = "SavedPerformer<T>", into = "SavedPerformer<T>"))]
 #[cfg_attr(
     feature = "serde",
     serde(bound(
@@ -134,7 +139,7 @@ impl<T: Scalar> Performer<T> {
     /// The weights D.
     #[must_use]
     pub fn weights(&self) -> &Array1<T> {
-        &self.weights.weights
+        &self.weights.factors
     }
 }
 
@@ -164,23 +169,23 @@ impl<T: Scalar> FeatureMap<T> for Performer<T> {
 /// What is saved.
 #[cfg(feature = "serde")]
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
-struct Parts<T> {
+struct SavedPerformer<T> {
     projection: Array2<T>,
     weights: Array1<T>,
 }
 
 #[cfg(feature = "serde")]
-impl<T> From<Performer<T>> for Parts<T> {
+impl<T> From<Performer<T>> for SavedPerformer<T> {
     fn from(map: Performer<T>) -> Self {
-        Self { projection: map.projection, weights: map.weights.weights }
+        Self { projection: map.projection, weights: map.weights.factors }
     }
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<Parts<T>> for Performer<T> {
+impl<T: Scalar> TryFrom<SavedPerformer<T>> for Performer<T> {
     type Error = Error;
 
-    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+    fn try_from(parts: SavedPerformer<T>) -> Result<Self, Error> {
         Self::from_projection(parts.projection)?.with_weights(parts.weights)
     }
 }

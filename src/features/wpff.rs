@@ -1,33 +1,15 @@
 //! WPFF: weighted positive fixed features.
 
-use super::performer::Performer;
-use super::{ColumnMap, FeatureMap};
+use crate::calibration::Calibration;
+use crate::check;
+use crate::error::Error;
+use crate::features::FeatureMap;
+use crate::features::columns::ColumnMap;
+use crate::features::performer::Performer;
+use crate::features::radii::Radii;
 use crate::projection::{self, Generator};
-use crate::{Calibration, Error, Scalar, check};
+use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
-
-/// How [`Wpff`] places its directions on the sphere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub enum Points {
-    /// Blocks of `head_dim` orthogonal directions, each block turned at random (Haar).
-    Orthogonal,
-    /// Owen-scrambled Sobol points sent to the sphere by the normal quantile. Where the tables end,
-    /// see [`projection`](crate::projection).
-    Sobol,
-}
-
-/// How [`Wpff`] places its radii `r_i = chi_d^{-1}(t_i)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub enum RadiusPoints {
-    /// `t = (i − ½)/m`, i = 1, .., m, in random order.
-    Stratified,
-    /// `t` is one more coordinate of the Sobol points.
-    Sobol,
-}
 
 /// Weighted positive fixed features (Chen et al., DiJiang, arXiv 2403.19928, theorems 3.2 and 3.3):
 ///
@@ -43,10 +25,10 @@ pub enum RadiusPoints {
 /// needs the half. Its claim of an O(1/m) error is not what we measure; see `docs/theory.md`.
 ///
 /// ```
-/// use dijiang::{FeatureMap, Points, RadiusPoints, Wpff};
+/// use dijiang::{FeatureMap, Points, Radii, Wpff};
 ///
 /// let map = Wpff::<f32>::new(64, 128, 3)?; // orthogonal directions, stratified radii
-/// let sobol = Wpff::<f32>::with_sampling(64, 128, 3, Points::Sobol, RadiusPoints::Sobol)?;
+/// let sobol = Wpff::<f32>::with_sampling(64, 128, 3, Points::Sobol, Radii::Sobol)?;
 /// assert_eq!(map.num_features(), sobol.num_features());
 /// // a trained map comes in by its parts
 /// let copy = Wpff::from_parts(
@@ -59,7 +41,7 @@ pub enum RadiusPoints {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "Parts<T>", into = "Parts<T>"))]
+#[cfg_attr(feature = "serde", serde(try_from = "SavedWpff<T>", into = "SavedWpff<T>"))]
 #[cfg_attr(
     feature = "serde",
     serde(bound(
@@ -74,33 +56,40 @@ pub struct Wpff<T> {
     map: Performer<T>,
 }
 
+/// How [`Wpff`] places its directions on the sphere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub enum Points {
+    /// Blocks of `head_dim` orthogonal directions, each block turned at random (Haar).
+    Orthogonal,
+    /// Owen-scrambled Sobol points sent to the sphere by the normal quantile. Where the tables end,
+    /// see [`projection`](crate::projection).
+    Sobol,
+}
+
 impl<T: Scalar> Wpff<T> {
-    /// Orthogonal directions and stratified radii, D = 1.
+    /// [`Points::Orthogonal`] and [`Radii::Chi`], D = 1.
     ///
     /// # Errors
     ///
     /// [`Error::ZeroSize`] if `head_dim` or `num_features` is 0.
     pub fn new(head_dim: usize, num_features: usize, seed: u64) -> Result<Self, Error> {
-        Self::with_sampling(
-            head_dim,
-            num_features,
-            seed,
-            Points::Orthogonal,
-            RadiusPoints::Stratified,
-        )
+        Self::with_sampling(head_dim, num_features, seed, Points::Orthogonal, Radii::Chi)
     }
 
     /// Directions and radii as chosen, D = 1.
     ///
     /// # Errors
     ///
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new), and [`Error::InvalidOption`] unless the radii are [`Radii::Chi`] or
+    /// [`Radii::Sobol`].
     pub fn with_sampling(
         head_dim: usize,
         num_features: usize,
         seed: u64,
         points: Points,
-        radius_points: RadiusPoints,
+        radii: Radii,
     ) -> Result<Self, Error> {
         check::features(head_dim, num_features)?;
         let mut generator = Generator::new(seed);
@@ -117,14 +106,19 @@ impl<T: Scalar> Wpff<T> {
                 (directions, (0..num_features).map(|i| sobol.point(i, head_dim)).collect())
             }
         };
-        let radii = match radius_points {
-            RadiusPoints::Stratified => {
-                projection::stratified_chi(head_dim, num_features, &mut generator)?
-            }
-            RadiusPoints::Sobol => sobol_radii
+        let radii = match radii {
+            Radii::Chi => projection::stratified_chi(head_dim, num_features, &mut generator)?,
+            Radii::Sobol => sobol_radii
                 .into_iter()
                 .map(|t| projection::chi_quantile(head_dim, t))
                 .collect::<Result<_, _>>()?,
+            Radii::Antithetic | Radii::Normal => {
+                return Err(Error::InvalidOption {
+                    which: "radii",
+                    found: format!("`{radii:?}`"),
+                    needed: "`Chi` or `Sobol`, quantiles of the chi distribution",
+                });
+            }
         };
         Self::from_parts(
             directions.mapv(T::from_f64),
@@ -221,24 +215,24 @@ impl<T: Scalar> FeatureMap<T> for Wpff<T> {
 /// What is saved.
 #[cfg(feature = "serde")]
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
-struct Parts<T> {
+struct SavedWpff<T> {
     points: Array2<T>,
     radii: Array1<T>,
     weights: Array1<T>,
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> From<Wpff<T>> for Parts<T> {
+impl<T: Scalar> From<Wpff<T>> for SavedWpff<T> {
     fn from(map: Wpff<T>) -> Self {
         Self { weights: map.weights().clone(), points: map.points, radii: map.radii }
     }
 }
 
 #[cfg(feature = "serde")]
-impl<T: Scalar> TryFrom<Parts<T>> for Wpff<T> {
+impl<T: Scalar> TryFrom<SavedWpff<T>> for Wpff<T> {
     type Error = Error;
 
-    fn try_from(parts: Parts<T>) -> Result<Self, Error> {
+    fn try_from(parts: SavedWpff<T>) -> Result<Self, Error> {
         Self::from_parts(parts.points, parts.radii, parts.weights)
     }
 }

@@ -1,61 +1,6 @@
 //! Quantiles of the normal and the chi distribution, to 1e-12 relative.
 
-use crate::{Error, check};
-
-/// The quantile of the standard normal distribution: the x with Φ(x) = t, for 0 < t < 1.
-///
-/// Wichura's algorithm AS 241 (Applied Statistics 37, 1988), routine PPND16: relative error about
-/// 1e-16.
-///
-/// ```
-/// let x = dijiang::projection::normal_quantile(0.975)?;
-/// assert!((x - 1.959963984540054).abs() < 1e-15);
-/// # Ok::<(), dijiang::Error>(())
-/// ```
-///
-/// # Errors
-///
-/// [`Error::InvalidOption`] unless 0 < t < 1.
-pub fn normal_quantile(t: f64) -> Result<f64, Error> {
-    check_probability(t)?;
-    Ok(normal(t))
-}
-
-/// The quantile of the chi distribution with `degrees` degrees of freedom, the law of the length of
-/// a standard normal vector: the x with `P(degrees/2, x²/2) = t`, for 0 < t < 1, P being the
-/// regularised lower incomplete gamma function.
-///
-/// ```
-/// let x = dijiang::projection::chi_quantile(2, 0.5)?;
-/// assert!((x - (2.0 * 2f64.ln()).sqrt()).abs() < 1e-15); // closed form for two degrees
-///     
-/// # Ok::<(), dijiang::Error>(())
-/// ```
-///
-/// # Errors
-///
-/// [`Error::ZeroSize`] if `degrees` is 0, [`Error::InvalidOption`] unless 0 < t < 1.
-pub fn chi_quantile(degrees: usize, t: f64) -> Result<f64, Error> {
-    check::at_least_one("degrees", degrees)?;
-    check_probability(t)?;
-    #[allow(clippy::cast_precision_loss)]
-    let shape = degrees as f64 / 2.0;
-    Ok((2.0 * gamma_quantile(shape, t)).sqrt())
-}
-
-fn check_probability(t: f64) -> Result<(), Error> {
-    if t > 0.0 && t < 1.0 {
-        Ok(())
-    } else {
-        Err(Error::InvalidOption {
-            which: "t",
-            found: t.to_string(),
-            needed: "strictly between 0 and 1",
-        })
-    }
-}
-
-/// [`normal_quantile`] of a probability that is known to be inside (0, 1).
+/// The x with Φ(x) = t, for 0 < t < 1: Wichura's AS 241.
 pub(crate) fn normal(t: f64) -> f64 {
     let q = t - 0.5;
     if q.abs() <= 0.425 {
@@ -147,7 +92,7 @@ fn ratio(x: f64, coefficients: &Ratio) -> f64 {
 }
 
 /// The y with P(a, y) = t: Newton steps on the logarithm of the smaller tail, in ln y.
-fn gamma_quantile(a: f64, t: f64) -> f64 {
+pub(crate) fn gamma(a: f64, t: f64) -> f64 {
     let lower = t < 0.5;
     let target = if lower { libm::log(t) } else { libm::log(1.0 - t) };
     // Wilson & Hilferty (1931), or the leading term of the series far in the lower tail.

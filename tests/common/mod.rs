@@ -8,9 +8,7 @@ pub mod written;
 
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
-    Performer, Points, Radii, RadiusPoints, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures,
-    Ward, Wpff,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -184,7 +182,7 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
         "official" => Arc::new(official(d, seed)),
         "wpff" => Arc::new(Wpff::new(d, m, seed).unwrap()),
         "wpff-sobol" => {
-            Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, RadiusPoints::Sobol).unwrap())
+            Arc::new(Wpff::with_sampling(d, m, seed, Points::Sobol, Radii::Sobol).unwrap())
         }
         "wpff-weighted" => {
             let weights = Array1::from_shape_fn(m, |i| T::from_f64([0.0, 0.5, 1.0, 2.0][i % 4]));
@@ -232,9 +230,9 @@ pub const MAPS: [&str; 15] = [
 pub const SIGNED_MAPS: [&str; 1] = ["identity"];
 
 /// The released code's map, with radii drawn as it draws them.
-pub fn official<T: Scalar>(d: usize, seed: u64) -> DctFeatures<T> {
+pub fn official<T: Scalar>(d: usize, seed: u64) -> OfficialDijiang<T> {
     let radii = normal::<f64>(1, d, 1.0, seed).row(0).mapv(T::from_f64);
-    DctFeatures::official(radii).unwrap()
+    OfficialDijiang::new(radii).unwrap()
 }
 
 /// Every kernel of the crate.

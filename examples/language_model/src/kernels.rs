@@ -6,8 +6,7 @@ use crate::plan::Plan;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, LinearAttention, Merged, Metric, MultiHead, Performer, ReluFeatures,
-    SoftmaxAttention, Ward, Wpff, projection,
+    HybridAttention, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang, Performer, ReluFeatures, SoftmaxAttention, Ward, Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
@@ -386,7 +385,7 @@ impl Kernel {
                     projection::normal_quantile(uniform).map(|x| x as f32)
                 };
                 let radii = (0..d).map(|_| radius()).collect::<Result<Array1<f32>, _>>()?;
-                Arc::new(LinearAttention::new(DctFeatures::official(radii)?).with_scale(1.0))
+                Arc::new(LinearAttention::new(OfficialDijiang::new(radii)?).with_scale(1.0))
             }
             Family::Map(Map::Elu) => Arc::new(LinearAttention::new(EluFeatures::new(d)?)),
             Family::Map(Map::Relu) => Arc::new(LinearAttention::new(ReluFeatures::new(d)?)),

@@ -1,6 +1,7 @@
 //! Scores of single keys that a calibration gives: how much attention a key may expect.
 
-use crate::calibration::{Calibration, LEAST_ATTENTION};
+use crate::calibration::Calibration;
+use crate::calibration::keys::LEAST_ATTENTION;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::scalar::Scalar;

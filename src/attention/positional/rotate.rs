@@ -4,7 +4,7 @@ use crate::check;
 use crate::error::Error;
 use crate::kernel::all_finite;
 use crate::rotary::Rotary;
-use crate::rotary::RotaryAngles;
+use crate::rotary::angles::RotaryAngles;
 use crate::scalar::Scalar;
 use core::fmt::Debug;
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};

@@ -2,9 +2,9 @@
 
 use crate::attention::hybrid::config::{FarKind, missing_calibration};
 use crate::calibration::Calibration;
-use crate::calibration::TaylorFit;
+use crate::calibration::taylor::TaylorFit;
 use crate::error::Error;
-use crate::features::taylor::CalibratedTaylor;
+use crate::features::calibrated_taylor::CalibratedTaylor;
 use crate::scalar::Scalar;
 use std::sync::Arc;
 

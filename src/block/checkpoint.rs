@@ -1,36 +1,37 @@
 //! Tensors of a checkpoint, by name, in any floating-point type.
 
-use crate::{Error, Scalar};
+use crate::error::Error;
+use crate::scalar::Scalar;
 use half::{bf16, f16};
 use ndarray::{Array1, Array2};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 /// The tensors whose names begin with a prefix and a dot.
-pub(crate) struct Checkpoint<'a> {
+pub(crate) struct LayerTensors<'a> {
     file: &'a SafeTensors<'a>,
     prefix: &'a str,
 }
 
 /// A tensor with its full name.
-pub(crate) struct Tensor<'a> {
+pub(crate) struct NamedTensor<'a> {
     name: String,
     view: TensorView<'a>,
 }
 
-impl<'a> Checkpoint<'a> {
+impl<'a> LayerTensors<'a> {
     pub(crate) fn new(file: &'a SafeTensors<'a>, prefix: &'a str) -> Self {
         Self { file, prefix }
     }
 
     /// A tensor, if it is there.
-    pub(crate) fn find(&self, name: &str) -> Option<Tensor<'a>> {
+    pub(crate) fn find(&self, name: &str) -> Option<NamedTensor<'a>> {
         let name = format!("{}.{name}", self.prefix);
         let view = self.file.tensor(&name).ok()?;
-        Some(Tensor { name, view })
+        Some(NamedTensor { name, view })
     }
 
     /// A tensor that must be there, of a shape described for whoever reads the error.
-    pub(crate) fn get(&self, name: &str, shape: &str) -> Result<Tensor<'a>, Error> {
+    pub(crate) fn get(&self, name: &str, shape: &str) -> Result<NamedTensor<'a>, Error> {
         self.find(name).ok_or_else(|| Error::Tensor {
             name: format!("{}.{name}", self.prefix),
             found: "missing".to_owned(),
@@ -56,7 +57,7 @@ impl<'a> Checkpoint<'a> {
     }
 }
 
-impl Tensor<'_> {
+impl NamedTensor<'_> {
     pub(crate) fn shape(&self) -> &[usize] {
         self.view.shape()
     }

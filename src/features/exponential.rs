@@ -1,12 +1,14 @@
 //! The positive exponential maps of a dense projection: one matrix product, one pass for the
 //! maximum, one for the exponential.
 
-use super::{ColumnMap, Weights};
+use crate::check;
+use crate::error::Error;
+use crate::features::columns::ColumnMap;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
-use crate::{Error, Scalar};
-use ndarray::ArrayView2;
+use crate::scalar::Scalar;
+use ndarray::{Array1, ArrayView2};
 
 /// φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m with any ω, in powers of two: the logits are
 /// `log₂e·(ω_i·x + ln D_i)`.
@@ -120,10 +122,10 @@ impl<T: Scalar> Exponents<T> {
     pub(crate) fn new(longest: f64, weights: &Weights<T>) -> Self {
         let bias = |d: &T| T::from_f64(libm::log2(d.as_f64()));
         let bias = weights
-            .weights
+            .factors
             .iter()
             .any(|&d| d != T::one())
-            .then(|| weights.weights.iter().map(bias).collect());
+            .then(|| weights.factors.iter().map(bias).collect());
         // room for the rounding of long sums, the bias and the difference of two logits
         let largest_logit = T::max_value().as_f64() * 2.0_f64.powi(-12);
         let root = largest_logit / (core::f64::consts::LOG2_E * longest.max(1.0));
@@ -180,5 +182,53 @@ impl<T: Scalar> Exponents<T> {
         let bad = |norm: &T| norm.is_nan() || *norm > self.largest_norm;
         let row = scratch.iter().take(tokens).position(bad).unwrap_or(0);
         Err(Error::Overflow { which: "the size of the vector", row })
+    }
+}
+
+/// Weights D of the features of an exponential map, and the `−½ ln m` of its log scales.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Weights<T> {
+    pub(crate) factors: Array1<T>,
+    /// `−½ ln m`, or zero where features are not divided by `√m`.
+    common: T,
+}
+
+impl<T: Scalar> Weights<T> {
+    /// D = 1.
+    pub(crate) fn ones(num_features: usize) -> Self {
+        Self::scaled(Array1::ones(num_features))
+    }
+
+    /// D = 1 for features that are not divided by √m.
+    pub(crate) fn unscaled(num_features: usize) -> Self {
+        Self { factors: Array1::ones(num_features), common: T::zero() }
+    }
+
+    /// D as given: as many as features, none negative, not all zero.
+    pub(crate) fn new(num_features: usize, weights: Array1<T>) -> Result<Self, Error> {
+        check::size("weights", "elements", num_features, weights.len())?;
+        if let Some((_, bad)) =
+            weights.indexed_iter().find(|(_, w)| !(w.is_finite() && **w >= T::zero()))
+        {
+            return Err(Error::InvalidOption {
+                which: "weights",
+                found: bad.to_string(),
+                needed: "finite numbers that are not negative",
+            });
+        }
+        if weights.iter().all(|w| *w == T::zero()) {
+            return Err(Error::InvalidOption {
+                which: "weights",
+                found: "all zero".to_owned(),
+                needed: "positive for at least one feature",
+            });
+        }
+        Ok(Self::scaled(weights))
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn scaled(factors: Array1<T>) -> Self {
+        let common = T::from_f64(-0.5 * libm::log(factors.len() as f64));
+        Self { factors, common }
     }
 }

@@ -1,8 +1,13 @@
 //! Weights D of the exponential maps, by non-negative least squares in attention space.
 
-use crate::features::Side;
+use crate::mask::Mask;
+use crate::calibration::Calibration;
+use crate::calibration::pairs::log_sum_exp;
+use crate::check;
+use crate::error::Error;
+use crate::features::{FeatureMap, Side};
+use crate::scalar::Scalar;
 use crate::views::rows;
-use crate::{Error, FeatureMap, Mask, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
 
 /// Options of [`fit_weights`].
@@ -63,7 +68,7 @@ const SWEEPS: usize = 5000;
 /// (raw, a few hundred rows), by non-negative least squares in attention space:
 ///
 /// ```text
-/// minimise  Σ_{t,j} ( Σ_i w_i φ_i(q̂_t) φ_i(k̂_j) e^{−lse_t} − A_tj )²  +  λ Σ_i (w_i − 1)²   over w ≥ 0,
+/// minimise  Σ_{t,j} (Σ_i w_i φ_i(q̂_t) φ_i(k̂_j) e^{−lse_t} − A_tj)²  +  λ Σ_i (w_i − 1)²,   w ≥ 0
 /// lse_t = ln Σ_j e^{q̂_t·k̂_j},   A_tj = e^{q̂_t·k̂_j − lse_t},   λ = ridge·Σ A²/m
 /// ```
 ///
@@ -118,7 +123,7 @@ pub fn fit_weights<T: Scalar>(
         log_features(map, scaled_k.view(), Side::Key)?,
     );
     let scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t()) * scale;
-    let mut fit = Fit::new(m);
+    let mut fit = NormalEquations::new(m);
     for t in 0..q.nrows() {
         let seen = if options.mask == Mask::Causal { t + 1 } else { k.nrows() };
         let scores = scores.row(t).split_at(Axis(0), seen).0;
@@ -127,11 +132,75 @@ pub fn fit_weights<T: Scalar>(
     fit.solve(options.ridge)
 }
 
+impl Calibration {
+    /// A map whose weights D are set by `with_weights`, fitted from D = 1.
+    pub(crate) fn refit<T: Scalar, F: FeatureMap<T>>(
+        &self,
+        map: F,
+        with_weights: impl Fn(F, Array1<T>) -> Result<F, Error>,
+    ) -> Result<F, Error> {
+        let ones = Array1::ones(map.num_features());
+        let map = with_weights(map, ones)?;
+        let weights = self.fit_weights(&map, RIDGE)?;
+        with_weights(map, weights)
+    }
+
+    /// Fits the weights D of a map of positive features, all one so far, to the far pairs, as
+    /// [`fit_weights`](crate::fit_weights) does to all pairs: pass them to its `with_weights`, or
+    /// call its `calibrated`. The ridge there is 0.01.
+    ///
+    /// ```
+    /// use dijiang::{Calibration, CalibrationOptions, Wpff};
+    /// use ndarray::Array2;
+    ///
+    /// let x = Array2::from_shape_fn((100, 4), |(t, i)| ((t * 4 + i) as f32).sin());
+    /// let calibration =
+    ///     Calibration::from_samples(x.view(), x.view(), CalibrationOptions::new())?;
+    /// let map = Wpff::<f32>::new(4, 16, 0)?;
+    /// let weights = calibration.fit_weights(&map, 0.01)?;
+    /// assert_eq!(map.clone().with_weights(weights)?, map.calibrated(&calibration)?);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if the map's `head_dim` is another, [`Error::InvalidOption`] for a negative
+    /// ridge, [`Error::Unsupported`] for negative features, [`Error::Overflow`] if features leave
+    /// the range of `f64` in attention space, and the errors of the map.
+    pub fn fit_weights<T: Scalar>(
+        &self,
+        map: &(impl FeatureMap<T> + ?Sized),
+        ridge: f64,
+    ) -> Result<Array1<T>, Error> {
+        check::size("map", "columns", self.head_dim(), map.head_dim())?;
+        check_ridge(ridge)?;
+        if ridge.is_infinite() {
+            return Ok(Array1::ones(map.num_features()));
+        }
+        let (queries, keys) =
+            (self.pairs.queries.mapv(T::from_f64), self.pairs.keys.mapv(T::from_f64));
+        let log_q = log_features(map, queries.view(), Side::Query)?;
+        let log_k = log_features(map, keys.view(), Side::Key)?;
+        let mut fit = NormalEquations::new(map.num_features());
+        for row in self.first_used..queries.nrows() {
+            let far = self.pairs.far(row);
+            let scores = self.pairs.scores(row, far.clone());
+            fit.add(
+                log_q.row(row),
+                rows(log_k.view(), far),
+                scores.view(),
+                self.log_normalizers[row],
+            );
+        }
+        fit.solve(ridge)
+    }
+}
+
 /// Ridge of [`WeightFit`] and of the maps' `calibrated`.
-pub(crate) const RIDGE: f64 = 0.01;
+const RIDGE: f64 = 0.01;
 
 /// A ridge is a number that is not negative.
-pub(super) fn check_ridge(ridge: f64) -> Result<(), Error> {
+fn check_ridge(ridge: f64) -> Result<(), Error> {
     if ridge >= 0.0 {
         return Ok(());
     }
@@ -142,21 +211,15 @@ pub(super) fn check_ridge(ridge: f64) -> Result<(), Error> {
     })
 }
 
-/// `ln Σ e^x`.
-pub(super) fn log_sum_exp(x: ArrayView1<'_, f64>) -> f64 {
-    let largest = x.fold(f64::NEG_INFINITY, |a, &b| a.max(b));
-    largest + x.mapv(|x| (x - largest).exp()).sum().ln()
-}
-
 /// The normal equations of the fit, row of queries after row.
-pub(super) struct Fit {
+struct NormalEquations {
     gram: Array2<f64>,
     target: Array1<f64>,
     size: f64,
 }
 
-impl Fit {
-    pub(super) fn new(num_features: usize) -> Self {
+impl NormalEquations {
+    fn new(num_features: usize) -> Self {
         Self {
             gram: Array2::zeros((num_features, num_features)),
             target: Array1::zeros(num_features),
@@ -166,7 +229,7 @@ impl Fit {
 
     /// Adds the pairs of one query, log features `[m]`, with some keys, log features `[keys, m]`,
     /// and their scores.
-    pub(super) fn add(
+    fn add(
         &mut self,
         log_q: ArrayView1<'_, f64>,
         log_k: ArrayView2<'_, f64>,
@@ -181,7 +244,7 @@ impl Fit {
     }
 
     /// `D = √w`.
-    pub(super) fn solve<T: Scalar>(self, ridge: f64) -> Result<Array1<T>, Error> {
+    fn solve<T: Scalar>(self, ridge: f64) -> Result<Array1<T>, Error> {
         let Self { mut gram, mut target, size } = self;
         if !gram.iter().all(|x| x.is_finite()) {
             return Err(Error::Overflow { which: "the products of the sampled features", row: 0 });
@@ -197,7 +260,7 @@ impl Fit {
 }
 
 /// Logarithms of the features of scaled vectors, `[n, m]`; −∞ where a feature is zero.
-pub(super) fn log_features<T: Scalar>(
+fn log_features<T: Scalar>(
     map: &(impl FeatureMap<T> + ?Sized),
     scaled: ArrayView2<'_, T>,
     side: Side,

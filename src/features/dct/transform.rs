@@ -1,0 +1,224 @@
+//! Exponential features on directions that fast transforms project on: by whichever way is
+//! fastest.
+
+use crate::error::Error;
+use crate::features::columns::ColumnMap;
+use crate::features::exponential::{Dense, Exponents, Weights};
+use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::dct::LanesDct;
+use crate::scalar::Scalar;
+use core::fmt::Debug;
+use ndarray::{Array1, Array2};
+
+/// Directions of features with their radii, ω_i, whose products with a vector are fast transforms.
+pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
+    /// Numbers of a direction.
+    fn head_dim(&self) -> usize;
+
+    /// The radii: the lengths of the ω_i, up to their signs.
+    fn radii(&self) -> &Array1<T>;
+
+    /// The factors of the last transform of [`logits_of_lanes`](Self::logits_of_lanes), to be
+    /// multiplied by `log₂e`.
+    fn last_factors(&self) -> &[T];
+
+    /// How many numbers [`logits`](Self::logits) works in.
+    fn scratch_len(&self) -> usize;
+
+    /// ω_i·x of every feature.
+    fn logits(&self, x: &[T], logits: &mut [T], scratch: &mut [T]);
+
+    /// `log₂e·ω_i·x` of every feature for all columns of `x [head_dim, width]` at once, into
+    /// `values [num_features, width]`.
+    fn logits_of_lanes(
+        &self,
+        lanes: &LanesDct<T>,
+        last_factors: &[T],
+        x: &[T],
+        width: usize,
+        values: &mut [T],
+        scratch: &mut [Buffer<T>; 2],
+    );
+}
+
+/// The factor that makes frequency `j` of rustdct's DCT-II orthonormal.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn norm(j: usize, head_dim: usize) -> f64 {
+    let numerator = if j == 0 { 1.0 } else { 2.0 };
+    (numerator / head_dim as f64).sqrt()
+}
+
+/// The exponential features of such directions: `D_i·exp(ω_i·x − |x|²/2)`, divided by `√m` unless
+/// the weights say otherwise.
+#[derive(Clone, Debug)]
+pub(crate) struct FastExponential<T, D> {
+    directions: D,
+    way: Way<T>,
+}
+
+impl<T: Scalar, D: FastDirections<T>> FastExponential<T, D> {
+    pub(crate) fn new(directions: D, weights: &Weights<T>) -> Self {
+        let way = Way::choose(&directions, weights);
+        Self { directions, way }
+    }
+
+    /// The same features with other weights.
+    pub(crate) fn set_weights(&mut self, weights: &Weights<T>) {
+        self.way = Way::choose(&self.directions, weights);
+    }
+
+    /// The matrix `[num_features, head_dim]` whose rows are the ω_i.
+    pub(crate) fn projection(&self) -> Array2<T> {
+        projection(&self.directions)
+    }
+
+    /// The logits to base 2 of every column, one after the other.
+    fn transform_rows(
+        &self,
+        x: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        scratch: &mut Buffer<T>,
+    ) {
+        let (d, m) = (self.directions.head_dim(), self.directions.radii().len());
+        let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+        scratch.resize(d + m + self.directions.scratch_len());
+        let (column, rest) = scratch.split_at_mut(d);
+        let (logits, scratch) = rest.split_at_mut(m);
+        for t in 0..tokens {
+            column.iter_mut().zip(x[t..].iter().step_by(width)).for_each(|(c, &x)| *c = x);
+            self.directions.logits(column, logits, scratch);
+            values[t..]
+                .iter_mut()
+                .step_by(width)
+                .zip(&*logits)
+                .for_each(|(value, &logit)| *value = logit * log2_e);
+        }
+    }
+}
+
+impl<T, D> FastExponential<T, D> {
+    pub(crate) fn directions(&self) -> &D {
+        &self.directions
+    }
+
+    pub(crate) fn into_directions(self) -> D {
+        self.directions
+    }
+}
+
+/// [`FastExponential::projection`], from the images of the unit vectors.
+fn projection<T: Scalar>(directions: &impl FastDirections<T>) -> Array2<T> {
+    let (head_dim, num_features) = (directions.head_dim(), directions.radii().len());
+    let mut projection = Array2::zeros((num_features, head_dim));
+    let mut scratch = vec![T::zero(); directions.scratch_len()];
+    let mut logits = vec![T::zero(); num_features];
+    let mut unit = vec![T::zero(); head_dim];
+    for j in 0..head_dim {
+        unit.fill(T::zero());
+        unit[j] = T::one();
+        directions.logits(&unit, &mut logits, &mut scratch);
+        projection.column_mut(j).iter_mut().zip(&logits).for_each(|(w, &logit)| *w = logit);
+    }
+    projection
+}
+
+/// How the logits of a chunk are computed; which way is fastest was measured, see
+/// `docs/performance.md`.
+#[derive(Clone, Debug)]
+enum Way<T> {
+    /// A product with the whole projection: small head dimensions.
+    Dense(Dense<T>),
+    /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i`
+    /// times norms; the product for a single token, if it is small.
+    Lanes {
+        lanes: LanesDct<T>,
+        last_factors: Vec<T>,
+        exponents: Exponents<T>,
+        one: Option<Dense<T>>,
+    },
+    /// A fast transform of one token after the other.
+    Rows(Exponents<T>),
+}
+
+/// Whether transforms over lanes beat a product with the whole projection (measured, see
+/// `docs/performance.md`).
+fn lanes_pay(head_dim: usize, num_features: usize) -> bool {
+    head_dim >= 64 && num_features >= 64
+}
+
+/// Up to this many numbers a projection is faster than a transform of one token.
+const SMALL_PRODUCT: usize = 1 << 14;
+
+/// Up to this head dimension the product also beats a transform of one token after the other.
+const DENSE_UP_TO: usize = 512;
+
+impl<T: Scalar> Way<T> {
+    fn choose(directions: &impl FastDirections<T>, weights: &Weights<T>) -> Self {
+        let (head_dim, radii) = (directions.head_dim(), directions.radii());
+        // the directions have unit length
+        let longest = radii.iter().fold(0.0, |m: f64, r| m.max(r.as_f64().abs()));
+        let exponents = Exponents::new(longest, weights);
+        match LanesDct::new(head_dim) {
+            Some(lanes) if lanes_pay(head_dim, radii.len()) => {
+                let base_2 = |x: &T| T::from_f64(x.as_f64() * core::f64::consts::LOG2_E);
+                let last_factors = directions.last_factors().iter().map(base_2).collect();
+                let small = head_dim * radii.len() <= SMALL_PRODUCT;
+                let one = small.then(|| Dense::new(projection(directions).view(), weights));
+                Self::Lanes { lanes, last_factors, exponents, one }
+            }
+            _ if head_dim <= DENSE_UP_TO => {
+                Self::Dense(Dense::new(projection(directions).view(), weights))
+            }
+            _ => Self::Rows(exponents),
+        }
+    }
+}
+
+impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
+    fn map_columns(
+        &self,
+        x: &[T],
+        squares: &[T],
+        width: usize,
+        tokens: usize,
+        values: &mut [T],
+        log_scale: &mut [T],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        let exponents = match &self.way {
+            Way::Dense(dense) => {
+                return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
+            }
+            Way::Lanes { one: Some(dense), .. } if width == 1 => {
+                return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
+            }
+            Way::Lanes { lanes, last_factors, exponents, .. } if width > 1 => {
+                self.directions.logits_of_lanes(lanes, last_factors, x, width, values, scratch);
+                exponents
+            }
+            Way::Lanes { exponents, .. } | Way::Rows(exponents) => {
+                self.transform_rows(x, width, tokens, values, &mut scratch[0]);
+                exponents
+            }
+        };
+        exponents.add_bias(values, width);
+        let values = &mut values[..self.directions.radii().len() * width];
+        exponents.finish(x, squares, width, tokens, values, log_scale, scratch)
+    }
+
+    fn map_pair(
+        &self,
+        x: [&[T]; 2],
+        [first, second]: [&mut [T]; 2],
+        log_scale: [&mut [T]; 2],
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        if let Way::Dense(dense) | Way::Lanes { one: Some(dense), .. } = &self.way {
+            return dense.map_pair(x, [first, second], log_scale, scratch);
+        }
+        self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
+        self.map_columns(x[1], &[], 1, 1, second, log_scale[1], scratch)
+    }
+}
