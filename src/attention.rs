@@ -11,7 +11,10 @@ pub(crate) mod rotary;
 pub(crate) mod softmax;
 pub(crate) mod with_log_decay;
 
-use crate::memory::{LogDecay, State, Tile, Workspace};
+use crate::memory::Tile;
+use crate::memory::linear::decay::LogDecay;
+use crate::memory::linear::entry::Workspace;
+use crate::memory::linear::state::State;
 use crate::{Error, Scalar, check};
 use core::fmt::Debug;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};

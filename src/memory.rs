@@ -1,18 +1,12 @@
 //! Memories answer queries with partial sums, and partial sums merge exactly.
 
-pub(crate) mod decay;
 mod exact;
-mod linear;
+pub(crate) mod linear;
 pub(crate) mod merged;
-#[cfg(feature = "rayon")]
-pub(crate) mod parallel;
 pub(crate) mod slab;
 
-pub(crate) use decay::{Decay, LogDecay};
 pub use exact::ExactMemory;
 pub(crate) use exact::{QUERY_BLOCK, Tile, attend};
-pub use linear::LinearMemory;
-pub(crate) use linear::{Checkpoint, Engine, State, Tokens, Workspace};
 pub use merged::{MergedMemory, Metric};
 
 use crate::kernel::{self, Buffer, columns, padded};

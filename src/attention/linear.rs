@@ -1,9 +1,13 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
 use super::{Attention, HeadCall, Mask, NO_CHECKPOINT, Scratch, Stream, StreamState};
-use crate::memory::{
-    Checkpoint, Decay, Engine, LinearMemory, LogDecay, Memory, Readout, Tokens, Workspace,
-};
+use crate::memory::Memory;
+use crate::memory::Readout;
+use crate::memory::linear::LinearMemory;
+use crate::memory::linear::decay::{Decay, LogDecay};
+use crate::memory::linear::entry::Workspace;
+use crate::memory::linear::pass::{Pass, Tokens};
+use crate::memory::linear::save::SavedState;
 use crate::{Error, FeatureMap, Scalar, check};
 use ndarray::{Array1, Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 use std::sync::Arc;
@@ -253,12 +257,12 @@ impl<F> LinearAttention<F> {
         let Scratch { state, work, log_decay, .. } = scratch;
         let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
         check_gates(decay, features, tokens)?;
-        let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay);
+        let pass = Pass::new(&*self.map, value_dim, scale)?.with_decay(decay);
         state.reset(features, value_dim);
         match mask {
-            Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
+            Mask::Causal => pass.extend(state, tokens, out, self.readout, work, false),
             Mask::Full if decay.is_some() => Err(super::NO_FULL_DECAY),
-            Mask::Full => engine.full(state, tokens.q, tokens.k, tokens.v, out, self.readout, work),
+            Mask::Full => pass.full(state, tokens.q, tokens.k, tokens.v, out, self.readout, work),
         }
     }
 }
@@ -380,7 +384,7 @@ struct LinearStream<T, F> {
     readout: Readout,
     decay: Result<Option<Arc<LogDecay<T>>>, Error>,
     work: Workspace<T>,
-    checkpoint: Checkpoint<T>,
+    checkpoint: SavedState<T>,
 }
 
 const KERNEL: &str = "linear";
@@ -397,7 +401,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
             readout,
             decay,
             work: Workspace::new(),
-            checkpoint: Checkpoint::new(),
+            checkpoint: SavedState::new(),
         }
     }
 
