@@ -220,9 +220,6 @@ pub trait PairWeights<T: Scalar> {
     /// # Errors
     ///
     /// As [`Attention::forward_heads`].
-    fn log_weights(
-        &self,
-        q: ArrayView2<'_, T>,
-        k: ArrayView2<'_, T>,
-    ) -> Result<Array2<f64>, Error>;
+    fn log_weights(&self, q: ArrayView2<'_, T>, k: ArrayView2<'_, T>)
+    -> Result<Array2<f64>, Error>;
 }

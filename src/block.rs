@@ -9,8 +9,6 @@ mod load;
 pub(crate) mod weights;
 
 use crate::attention::Attention;
-use crate::multi_head::MultiHead;
-use crate::multi_head::stream::MultiHeadStream;
 use crate::attention::linear::LinearAttention;
 use crate::block::linear::Linear;
 use crate::block::weights::DijiangWeights;
@@ -18,6 +16,8 @@ use crate::check;
 use crate::decay;
 use crate::error::Error;
 use crate::features::official_dijiang::OfficialDijiang;
+use crate::multi_head::MultiHead;
+use crate::multi_head::stream::MultiHeadStream;
 use crate::rotary::Rotary;
 use crate::scalar::Scalar;
 use ndarray::{

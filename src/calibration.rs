@@ -8,13 +8,13 @@ pub(crate) mod options;
 pub(crate) mod pairs;
 pub(crate) mod taylor;
 
-use crate::mask::Mask;
 use crate::calibration::linalg::{cholesky, inverse_of_lower, symmetric_eigen};
 use crate::calibration::moments::{condition, moments};
 use crate::calibration::options::CalibrationOptions;
 use crate::calibration::pairs::{Pairs, log_sum_exp};
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::views::rows;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, Axis};

@@ -1,13 +1,10 @@
 //! Memories: sets of tokens that answer queries with partial sums.
 
 pub(crate) mod answer;
-pub(crate) mod decay;
 pub(crate) mod exact;
 pub(crate) mod linear;
 pub(crate) mod merged;
 pub(crate) mod online_softmax;
-#[cfg(feature = "rayon")]
-pub(crate) mod parallel;
 pub(crate) mod partial;
 pub(crate) mod slots;
 

@@ -174,8 +174,7 @@ impl<T: Scalar> MultiHead<T> {
                 needed: "at most 16384 over all heads of a pool, with the tokens of a block",
             });
         }
-        let pooled =
-            |unit: &&HeadUnit| matches!(unit, HeadUnit::Group(kv) if heads.contains(kv));
+        let pooled = |unit: &&HeadUnit| matches!(unit, HeadUnit::Group(kv) if heads.contains(kv));
         let mut units: Vec<HeadUnit> =
             self.units.iter().filter(|unit| !pooled(unit)).cloned().collect();
         units.push(HeadUnit::Pool(heads));

@@ -5,7 +5,9 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention, TaylorFeatures, WithLogDecay,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged,
+    OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
+    SoftmaxAttention, TaylorFeatures, WithLogDecay,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};

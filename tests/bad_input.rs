@@ -8,7 +8,9 @@ use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
     Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap,
-    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, MergedMemory, OfficialDijiang, Partial, Performer, Points, Radii, ReluFeatures, Retention, Rotary, SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, MergedMemory,
+    OfficialDijiang, Partial, Performer, Points, Radii, ReluFeatures, Retention, Rotary,
+    SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;

@@ -90,7 +90,8 @@ fn imports(module: &str, text: &str, all: &BTreeMap<String, String>) -> Vec<Stri
         .flat_map(|line| [line, "\n"])
         .collect();
     let parent = module.rsplit_once("::").map_or("", |(parent, _)| parent);
-    let code = code.replace("super::", &format!("crate::{parent}::")).replace("crate::::", "crate::");
+    let code =
+        code.replace("super::", &format!("crate::{parent}::")).replace("crate::::", "crate::");
     let mut found = Vec::new();
     for (at, _) in code.match_indices("crate::") {
         let path = &code[at + "crate::".len()..];
@@ -165,7 +166,11 @@ fn only_the_root_exports_what_others_define() {
             line.starts_with("pub use") || line.starts_with("pub(") && line.contains(") use ")
         });
         let is_macro = |line: &str| text.contains("macro_rules!") && !line.contains("::");
-        assert!(again.is_none_or(is_macro), "{module} exports again: {}", again.unwrap_or_default());
+        assert!(
+            again.is_none_or(is_macro),
+            "{module} exports again: {}",
+            again.unwrap_or_default()
+        );
     }
 }
 

@@ -1,14 +1,14 @@
 //! cosFormer: ReLU features that forget by a cosine of the distance.
 
-use crate::attention::linear::LinearAttention;
 use crate::attention::delegate::attention_by;
+use crate::attention::linear::LinearAttention;
 use crate::attention::positional::Positional;
 use crate::attention::positional::rotate::Positions;
-use crate::rotary::angles::RotaryAngles;
 use crate::check;
 use crate::error::Error;
 use crate::features::elementwise::IdentityFeatures;
 use crate::rotary::Rotary;
+use crate::rotary::angles::RotaryAngles;
 use crate::scalar::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
@@ -52,7 +52,10 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// ```
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(try_from = "SavedCosFormer", into = "SavedCosFormer", bound = "T: Scalar"))]
+#[cfg_attr(
+    feature = "serde",
+    serde(try_from = "SavedCosFormer", into = "SavedCosFormer", bound = "T: Scalar")
+)]
 pub struct CosFormer<T: Scalar> {
     kernel: Positional<Cosines, LinearAttention<IdentityFeatures<T>>>,
 }

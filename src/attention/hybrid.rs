@@ -161,7 +161,11 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             heads.iter_mut().try_for_each(|head| {
                 let Head { q, k, v, log_decay, probes, out } = head;
                 q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
-                    let head = Head { log_decay: *log_decay, probes: *probes, ..Head::new(q, *k, *v, out) };
+                    let head = Head {
+                        log_decay: *log_decay,
+                        probes: *probes,
+                        ..Head::new(q, *k, *v, out)
+                    };
                     self.forward_checked(&mut [head], mask, parts)
                 })
             })

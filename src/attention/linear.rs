@@ -14,8 +14,12 @@ use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::mask::Mask;
 use crate::memory::answer::Readout;
-use crate::memory::decay::{Decay, LogDecay};
-use crate::memory::linear::{Engine, LinearMemory, State, Tokens, Workspace};
+
+use crate::memory::linear::LinearMemory;
+use crate::memory::linear::decay::{Decay, LogDecay};
+use crate::memory::linear::entry::Workspace;
+use crate::memory::linear::pass::{Pass, Tokens};
+use crate::memory::linear::state::State;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2};
 use std::sync::Arc;
@@ -269,15 +273,15 @@ impl<F> LinearAttention<F> {
         let (features, value_dim) = (self.map.num_features(), head.v.ncols());
         let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
         check_gates(decay, features, head)?;
-        let engine = Engine::new(&*self.map, value_dim, scale)?.with_decay(decay);
+        let pass = Pass::new(&*self.map, value_dim, scale)?.with_decay(decay);
         let Head { q, k, v, log_decay, out, .. } = head;
         q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
             state.reset(features, value_dim);
             let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
             match mask {
-                Mask::Causal => engine.extend(state, tokens, out, self.readout, work, false),
+                Mask::Causal => pass.extend(state, tokens, out, self.readout, work, false),
                 Mask::Full if decay.is_some() => Err(NO_FULL_DECAY),
-                Mask::Full => engine.full(state, q, *k, *v, out, self.readout, work),
+                Mask::Full => pass.full(state, q, *k, *v, out, self.readout, work),
             }
         })
     }

@@ -139,7 +139,8 @@ fn extend<T: Scalar>(memory: &mut dyn Memory<T>, head: &mut Head<'_, T>) -> Resu
             .map_err(|error| error.in_chunk(t))?;
         // rows are the query heads, which all stand at token t
         let queries = q.index_axis(Axis(1), t);
-        let rows = answer(memory, queries, 0, true, &mut partial).map_err(|error| at_row(error, t))?;
+        let rows =
+            answer(memory, queries, 0, true, &mut partial).map_err(|error| at_row(error, t))?;
         out.index_axis_mut(Axis(1), t).assign(&rows);
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! Retention: products of turned queries and keys that decay with the distance.
 
-use crate::attention::linear::LinearAttention;
 use crate::attention::delegate::attention_by;
+use crate::attention::linear::LinearAttention;
 use crate::attention::positional::Positional;
 use crate::check;
 use crate::error::Error;

@@ -282,7 +282,8 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let [key, value] = self.largest_with(head);
         let query = head.q.outer_iter().fold(T::zero(), |m, q| m.max(largest(q)));
         let limit = T::max_value() * T::from_f64(1.0 / 64.0);
-        let factor = self.cache.scale().max(T::one()) * T::from_f64(2.0 * self.cache.dims().0 as f64);
+        let factor =
+            self.cache.scale().max(T::one()) * T::from_f64(2.0 * self.cache.dims().0 as f64);
         let tokens = T::from_f64((self.cache.len() + head.keys()) as f64);
         query * factor * key.max(T::one()) < limit && value * tokens < limit
     }

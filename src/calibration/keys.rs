@@ -1,9 +1,9 @@
 //! What a calibration says about a key: its metric, the attention it can expect, its static score.
 
-use crate::mask::Mask;
 use crate::calibration::Calibration;
 use crate::calibration::linalg::symmetric_eigen;
 use crate::check;
+use crate::mask::Mask;
 use crate::views::rows;
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis};
 

@@ -1,9 +1,9 @@
 //! What a calibration takes for granted of the kernel it is for: window, sinks, scale, mask, and
 //! where the samples stood.
 
-use crate::mask::Mask;
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 
 /// Options of [`Calibration`](crate::Calibration): those of the kernel it is for, and the positions
 /// of the samples.

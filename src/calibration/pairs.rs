@@ -1,9 +1,9 @@
 //! The sampled pairs of query and key, and which of them are far.
 
-use crate::mask::Mask;
 use crate::calibration::options::CalibrationOptions;
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::views::rows;
 use core::ops::Range;
 use ndarray::{Array1, Array2, ArrayView1};

@@ -1,11 +1,11 @@
 //! Weights D of the exponential maps, by non-negative least squares in attention space.
 
-use crate::mask::Mask;
 use crate::calibration::Calibration;
 use crate::calibration::pairs::log_sum_exp;
 use crate::check;
 use crate::error::Error;
 use crate::features::{FeatureMap, Side};
+use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::views::rows;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};

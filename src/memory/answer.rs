@@ -2,8 +2,8 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::partial::{Partial, add_sums, divisor};
 use crate::scalar::Scalar;
 use ndarray::ArrayViewMut2;

@@ -1,8 +1,8 @@
 //! Exact softmax of a block of queries over tiles of keys, with a running maximum.
 
+use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
-use crate::kernel;
 use crate::memory::answer::Answer;
 use crate::scalar::Scalar;
 use crate::views;
@@ -135,8 +135,12 @@ pub(crate) fn online_softmax<T: Scalar>(
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
             score(k, queries, d, width, offset, scores);
-            let changed =
-                kernel::online_softmax(scores, &mut answer.log_scale, &mut answer.denominator, correction);
+            let changed = kernel::online_softmax(
+                scores,
+                &mut answer.log_scale,
+                &mut answer.denominator,
+                correction,
+            );
             if changed && start > 0 {
                 kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }

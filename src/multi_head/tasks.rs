@@ -105,9 +105,8 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
                 left = rest;
             }
             for unit in units {
-                let mut take = |kv: usize| {
-                    of_kv[kv].take().map(|out| self.head(sequence, kv * group, out))
-                };
+                let mut take =
+                    |kv: usize| of_kv[kv].take().map(|out| self.head(sequence, kv * group, out));
                 all.push(match unit {
                     // units of query heads are in order: the first that is left is the one
                     HeadUnit::Query(h) => {

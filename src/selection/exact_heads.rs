@@ -1,8 +1,8 @@
 //! Which heads of a model to keep exact, so that the others can have a memory of fixed size.
 
 use crate::attention::Attention;
-use crate::multi_head::MultiHead;
 use crate::error::Error;
+use crate::multi_head::MultiHead;
 use crate::scalar::Scalar;
 use crate::selection::HeadErrors;
 use std::sync::Arc;

@@ -8,7 +8,9 @@ pub mod written;
 
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention, TaylorFeatures, Ward, Wpff,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
+    OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention,
+    TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};

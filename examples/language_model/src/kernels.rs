@@ -6,7 +6,8 @@ use crate::plan::Plan;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang, Performer, ReluFeatures, SoftmaxAttention, Ward, Wpff, projection,
+    HybridAttention, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang, Performer,
+    ReluFeatures, SoftmaxAttention, Ward, Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};

@@ -1,7 +1,7 @@
 //! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when.
 
-use crate::attention::sharing::Sharing;
 use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
+use crate::attention::sharing::Sharing;
 use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;

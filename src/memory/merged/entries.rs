@@ -1,7 +1,7 @@
 //! The entries of a merging memory: how they come in, and what is known of them.
 
-use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::merged::rule::{Distance, Rule};
 use crate::memory::slots::Slots;
 use crate::scalar::Scalar;

@@ -84,7 +84,9 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
     ) -> Result<(), Error> {
         let weight = match config.far.weighing() {
             Weighing::One => T::one(),
-            Weighing::Expected => config.expected_attention(near.slots.key(slot), &mut scratch.keys),
+            Weighing::Expected => {
+                config.expected_attention(near.slots.key(slot), &mut scratch.keys)
+            }
             Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
         };
         let memory = &mut self.0[head];

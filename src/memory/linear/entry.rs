@@ -1,0 +1,150 @@
+//! Where tokens enter: on one thread, or on several where the sequence is worth them.
+
+use crate::error::Error;
+use crate::memory::answer::Readout;
+use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
+use crate::memory::linear::state::State;
+use crate::memory::linear::step::HeldStep;
+#[cfg(feature = "rayon")]
+use crate::memory::linear::threads::{self, ThreadMemory, share};
+use crate::scalar::Scalar;
+use crate::views;
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+/// Working memory. It grows to the largest chunk it has met; between the two halves of a
+/// [step](crate::LinearMemory) it holds what was mapped, and else nothing.
+#[derive(Debug)]
+pub(crate) struct Workspace<T> {
+    pub(super) pass: PassBuffers<T>,
+    pub(super) step: HeldStep<T>,
+    /// The state before a group of query heads.
+    pub(super) group: State<T>,
+    /// Whether long sequences may be shared out over threads, and the memory for that.
+    #[cfg(feature = "rayon")]
+    parallel: bool,
+    #[cfg(feature = "rayon")]
+    threads: ThreadMemory<T>,
+}
+
+impl<T: Scalar> Workspace<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            pass: PassBuffers::new(),
+            step: HeldStep::new(),
+            group: State::new(),
+            #[cfg(feature = "rayon")]
+            parallel: true,
+            #[cfg(feature = "rayon")]
+            threads: ThreadMemory::new(),
+        }
+    }
+
+    /// Whether long sequences may be shared out over the threads of the pool.
+    #[cfg_attr(
+        not(feature = "rayon"),
+        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
+    )]
+    pub(crate) fn set_threads(&mut self, may_be_several: bool) {
+        #[cfg(feature = "rayon")]
+        {
+            self.parallel = may_be_several;
+        }
+        #[cfg(not(feature = "rayon"))]
+        let _ = may_be_several;
+    }
+}
+
+impl<T: Scalar> Pass<'_, T> {
+    /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones
+    /// up to its own. `keep` says whether the state will be needed afterwards. The shapes have been
+    /// checked. On an error with several tokens the state is left half-way.
+    pub(crate) fn extend(
+        &self,
+        state: &mut State<T>,
+        tokens: Tokens<'_, T>,
+        mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+        keep: bool,
+    ) -> Result<(), Error> {
+        let n = tokens.q.nrows();
+        #[cfg(feature = "rayon")]
+        if work.parallel && threads::pays(n) && self.decays_alike(tokens.log_decay) {
+            let Workspace { pass, threads: memory, .. } = work;
+            return share::inside(|| {
+                let done = threads::extend(*self, state, tokens, &mut out, readout, memory, pass)?;
+                self.extend_in_order(state, tokens, &mut out, readout, pass, done..n, keep)
+            });
+        }
+        self.extend_in_order(state, tokens, &mut out, readout, &mut work.pass, 0..n, keep)
+    }
+
+    /// Absorbs keys and values, of checked shapes, without reading. On an error the state is left
+    /// half-way.
+    pub(crate) fn absorb(
+        &self,
+        state: &mut State<T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        let n = k.nrows();
+        #[cfg(feature = "rayon")]
+        if work.parallel && threads::pays(n) {
+            let mut start = 0;
+            while let Some(range) = threads::block::<T>(start, n) {
+                let part = |x| views::rows(x, range.clone());
+                match threads::absorb(*self, state, part(k), part(v), &mut work.threads) {
+                    Some(result) => result.map_err(|error| error.in_chunk(start))?,
+                    None => self.absorb_in_order(state, k, v, &mut work.pass, range.clone())?,
+                }
+                start = range.end;
+            }
+            return self.absorb_in_order(state, k, v, &mut work.pass, start..n);
+        }
+        self.absorb_in_order(state, k, v, &mut work.pass, 0..n)
+    }
+
+    /// Attention of every query to every key.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn full(
+        &self,
+        state: &mut State<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        #[cfg_attr(not(feature = "rayon"), allow(unused_mut))] mut out: ArrayViewMut2<'_, T>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        self.absorb(state, k, v, work)?;
+        let start = 0;
+        #[cfg(feature = "rayon")]
+        let start = if work.parallel && threads::pays(q.nrows()) {
+            let mut start = 0;
+            while let Some(range) = threads::block::<T>(start, q.nrows()) {
+                let mut out = views::rows_mut(out.view_mut(), range.clone());
+                threads::read(
+                    *self,
+                    state,
+                    views::rows(q, range.clone()),
+                    &mut out,
+                    readout,
+                    &mut work.threads,
+                )
+                .map_err(|error| error.in_chunk(start))?;
+                start = range.end;
+            }
+            start
+        } else {
+            start
+        };
+        let q = views::rows(q, start..q.nrows());
+        let mut out = views::rows_mut(out, start..start + q.nrows());
+        self.read(state, q, &mut work.pass, |first, answer| {
+            let rows = first..first + answer.tokens;
+            answer.write(first, readout, views::rows_mut(out.view_mut(), rows))
+        })
+        .map_err(|error| error.in_chunk(start))
+    }
+}
