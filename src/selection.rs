@@ -5,6 +5,8 @@ pub(crate) mod exact_heads;
 use crate::attention::Attention;
 use crate::attention::call::Head;
 use crate::attention::scratch::Scratch;
+#[cfg(feature = "rayon")]
+use crate::attention::threads::Threads;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
@@ -227,7 +229,8 @@ fn each<T: Scalar, I: Sync, R: Send>(
     #[cfg(feature = "rayon")]
     {
         use rayon::prelude::*;
-        let results: Vec<_> = items.par_iter().map_init(Scratch::of_one_thread, run).collect();
+        let memory = || Scratch::with_threads(Threads::One);
+        let results: Vec<_> = items.par_iter().map_init(memory, run).collect();
         results.into_iter().collect()
     }
     #[cfg(not(feature = "rayon"))]

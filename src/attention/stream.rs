@@ -291,7 +291,7 @@ pub(crate) const NO_CHECKPOINT: Error = Error::Unsupported {
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct StreamState<T> {
-    pub(crate) kernel: String,
+    kernel: String,
     tokens: usize,
     shape: Vec<usize>,
     numbers: Vec<T>,
@@ -306,6 +306,18 @@ impl<T: Scalar> StreamState<T> {
         numbers: Vec<T>,
     ) -> Self {
         Self { kernel: kernel.into(), tokens, shape, numbers }
+    }
+
+    /// The name of the kernel it was saved by.
+    #[must_use]
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// The same state under another name, for kernels with one inside.
+    #[must_use]
+    pub fn with_kernel(self, kernel: impl Into<String>) -> Self {
+        Self { kernel: kernel.into(), ..self }
     }
 
     /// How many numbers it holds.

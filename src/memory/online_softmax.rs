@@ -29,9 +29,6 @@ pub(crate) struct Tile<T> {
     values: Buffer<T>,
     correction: Buffer<T>,
     pub(crate) answer: Answer<T>,
-    /// Whether many queries may be shared out over threads.
-    #[cfg(feature = "rayon")]
-    pub(crate) parallel: bool,
 }
 
 impl<T: Scalar> Tile<T> {
@@ -43,30 +40,6 @@ impl<T: Scalar> Tile<T> {
             values: Buffer::new(),
             correction: Buffer::new(),
             answer: Answer::new(),
-            #[cfg(feature = "rayon")]
-            parallel: true,
-        }
-    }
-
-    /// Empty memory for a copy of a stream.
-    #[cfg_attr(not(feature = "rayon"), allow(clippy::unused_self))]
-    pub(crate) fn like(&self) -> Self {
-        Self {
-            #[cfg(feature = "rayon")]
-            parallel: self.parallel,
-            ..Self::new()
-        }
-    }
-
-    /// Leaves the threads to others.
-    #[cfg_attr(
-        not(feature = "rayon"),
-        allow(clippy::unused_self, clippy::needless_pass_by_ref_mut)
-    )]
-    pub(crate) fn stay_on_one_thread(&mut self) {
-        #[cfg(feature = "rayon")]
-        {
-            self.parallel = false;
         }
     }
 }

@@ -84,16 +84,17 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
 
     fn save(&self) -> Result<StreamState<T>, Error> {
         let state = self.stream.save()?;
-        Ok(StreamState { kernel: format!("{} {}", P::NAME, state.kernel), ..state })
+        let kernel = format!("{} {}", P::NAME, state.kernel());
+        Ok(state.with_kernel(kernel))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
-        match state.kernel.split_once(' ') {
+        match state.kernel().split_once(' ') {
             Some((name, kernel)) if name == P::NAME => {
-                self.stream.restore(&StreamState { kernel: kernel.to_owned(), ..state.clone() })
+                self.stream.restore(&state.clone().with_kernel(kernel))
             }
             _ => {
-                let found = state.kernel.clone();
+                let found = state.kernel().to_owned();
                 Err(Error::State { which: "kernel", expected: format!("{} ..", P::NAME), found })
             }
         }

@@ -103,6 +103,7 @@ impl<T, D> FastExponential<T, D> {
         &self.directions
     }
 
+    #[cfg(feature = "serde")]
     pub(crate) fn into_directions(self) -> D {
         self.directions
     }
