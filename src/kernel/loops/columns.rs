@@ -76,8 +76,8 @@ impl<T: Lanes> Exp2ColumnsBelowMaximum<'_, T> {
 }
 
 /// One tile of an online softmax: `log_scale_t ← max(log_scale_t, max_i scores_it)`, then
-/// `scores_it ← 2^(scores_it − log_scale_t)`; `correction_t = 2^(old log_scale_t − log_scale_t)` and
-/// `denominator_t ← correction_t·denominator_t + Σ_i scores_it`.
+/// `scores_it ← 2^(scores_it − log_scale_t)`; `correction_t = 2^(old log_scale_t − log_scale_t)`
+/// and `denominator_t ← correction_t·denominator_t + Σ_i scores_it`.
 pub struct OnlineSoftmax<'a, T> {
     pub(crate) scores: &'a mut [T],
     pub(crate) log_scale: &'a mut [T],

@@ -5,7 +5,7 @@ use crate::kernel::simd::{Lanes, Level, Loop};
 
 /// `sum_i ← kept_i·sum_i + (change_i·sum_i + factor_i·x)` for every row of `sum`, of which there
 /// are as many as kept numbers; what is added to `kept_i·sum_i` is compensated, as in
-/// [`AddOuter`]. No factors add nothing.
+/// [`compensate_with`]. No factors add nothing.
 #[derive(Debug)]
 pub struct DecayRows<'a, T> {
     pub(crate) decay: RowDecay<'a, T>,

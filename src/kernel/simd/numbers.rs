@@ -1,7 +1,6 @@
 //! The vectors of `f32` and of `f64`.
 
-use crate::kernel::simd::exp2;
-use crate::kernel::simd::{Lanes, Level};
+use crate::kernel::simd::{Lanes, Level, exp2};
 use pulp::Simd;
 
 /// Level methods of both types under one name.
