@@ -7,15 +7,16 @@
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of
 //! this crate and of `ndarray`. Name tables to run only these: `forward`, `decode`, `maps`,
-//! `crossover`, `decay`, `hybrids`, `threads`. `--strict` turns a missed target into a failing exit
+//! `crossover`, `decay`, `hybrids`, `layers`, `threads`. `--strict` turns a missed target into a failing exit
 //! code; `--quick` (or `--test`) runs one short round.
 
 mod decay;
 mod hybrids;
+mod layers;
 mod oracle;
 
 use dijiang::{
-    Attention, DctFeatures, FeatureMap, LinearAttention, Mask, Performer, Scalar, Scratch,
+    Attention, DctFeatures, FeatureMap, Head, LinearAttention, Mask, Performer, Scalar, Scratch,
     SoftmaxAttention, Stream,
 };
 use ndarray::{Array1, Array2, ArrayView1, linalg::general_mat_mul, s};
@@ -132,7 +133,11 @@ impl<T: Scalar> Input<T> {
             let rows = s![..n, ..];
             let (q, k, v) = (self.q.slice(rows), self.k.slice(rows), self.v.slice(rows));
             kernel
-                .forward_with(black_box(q), k, v, Mask::Causal, out.view_mut(), &mut scratch)
+                .forward_heads(
+                    &mut [Head::new(black_box(q), k, v, out.view_mut())],
+                    Mask::Causal,
+                    &mut scratch,
+                )
                 .expect("the input is finite");
         }
     }
@@ -268,7 +273,7 @@ fn main() -> ExitCode {
 
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
-    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "threads"]
+    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "layers", "threads"]
         .into_iter()
         .any(has);
     let wanted = |table: &str| !named || has(table);
@@ -296,6 +301,9 @@ fn main() -> ExitCode {
     }
     if wanted("hybrids") {
         hybrids::hybrids(rounds, quick, &mut targets);
+    }
+    if wanted("layers") {
+        layers::layers(rounds, &mut targets);
     }
     #[cfg(feature = "rayon")]
     if wanted("threads") {
@@ -562,7 +570,8 @@ fn threads(
             racers.push(Contestant::new(name, move || {
                 let (q, k, v) = (long.q.view(), long.k.view(), long.v.view());
                 pool.install(|| {
-                    kernel.forward_with(q, k, v, Mask::Causal, out.view_mut(), &mut scratch)
+                    let heads = &mut [Head::new(q, k, v, out.view_mut())];
+                    kernel.forward_heads(heads, Mask::Causal, &mut scratch)
                 })
                 .expect("finite");
             }));

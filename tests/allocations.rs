@@ -5,9 +5,9 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask, Merged,
-    OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
-    SoftmaxAttention, TaylorFeatures, WithLogDecay,
+    FeatureMap, FixedGates, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask,
+    Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
+    SoftmaxAttention, TaylorFeatures,
 };
 use ndarray::{Array1, Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -132,7 +132,7 @@ fn steady_calls_allocate_nothing() {
             let log_decay = normal::<f32>(10_000, columns, 0.1, 9).mapv(|x| -x.abs());
             let gated =
                 LinearAttention::new(IdentityFeatures::new(d).unwrap()).unnormalized().gated();
-            check_causal("gated", &WithLogDecay::new(gated, log_decay), d, false);
+            check_causal("gated", &FixedGates::new(gated, log_decay), d, false);
         }
         let hybrids = [
             builder().far(Far::none()),

@@ -7,9 +7,9 @@ use common::checker::feed;
 use common::written::{RetentionFormula, retention_kernel};
 use common::{assert_close, normal, tokens, wide};
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask,
-    MultiHead, Retention, Rotary, RotaryAttention, RotaryPairs, Scratch, SoftmaxAttention,
-    WithLogDecay,
+    Attention, CosFormer, EluFeatures, Error, FixedGates, IdentityFeatures, LinearAttention,
+    Linformer, Mask, MultiHead, Retention, Rotary, RotaryAttention, RotaryPairs, Scratch,
+    SoftmaxAttention,
 };
 use ndarray::{Array2, Array4, Axis, array, s};
 use std::sync::Arc;
@@ -362,11 +362,11 @@ fn gated_kernels_turn() {
         rotary.rotate_in_place(x.view_mut(), 0).unwrap();
         x
     });
-    let exact = WithLogDecay::new(elu(d).gated(), log_decay.clone());
+    let exact = FixedGates::new(elu(d).gated(), log_decay.clone());
     let exact = exact.forward(turned[0].view(), turned[1].view(), v.view(), Mask::Causal).unwrap();
     let kernel = RotaryAttention::new(rotary, elu(d).gated());
     assert!(Attention::<f64>::is_gated(&kernel));
-    let kernel = WithLogDecay::new(kernel, log_decay);
+    let kernel = FixedGates::new(kernel, log_decay);
     assert_close(
         "forward",
         &kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap(),
@@ -399,7 +399,7 @@ fn gated_groups_turn() {
         let (q, k, v, decay) = (q.slice(&at), k4.slice(&at), v4.slice(&at), decay4.slice(&at));
         stream.extend_gated(q, k, v, decay, None, parts.slice_mut(&at)).unwrap();
     }
-    let alone = WithLogDecay::new(kernel, log_decay);
+    let alone = FixedGates::new(kernel, log_decay);
     for h in 0..group {
         let at = s![0, h, .., ..];
         let exact = alone.forward(q.slice(at), k.view(), v.view(), Mask::Causal).unwrap();

@@ -5,8 +5,8 @@ mod common;
 
 use common::normal;
 use dijiang::{
-    Attention, DctFeatures, EluFeatures, Error, LinearAttention, Mask, MultiHead, Performer,
-    Retention, SoftmaxAttention, WithLogDecay,
+    Attention, DctFeatures, EluFeatures, Error, FixedGates, LinearAttention, Mask, MultiHead,
+    Performer, Retention, SoftmaxAttention,
 };
 use ndarray::{Array2, Array4, ArrayView4, s};
 
@@ -44,7 +44,7 @@ fn gated(columns: usize, resets: bool) -> Box<dyn Attention<f32>> {
     for row in [100, 3000, 3001, 6016, 8000].into_iter().filter(|_| resets) {
         log_decay.row_mut(row).fill(f32::NEG_INFINITY);
     }
-    Box::new(WithLogDecay::new(
+    Box::new(FixedGates::new(
         LinearAttention::new(EluFeatures::<f32>::new(8).unwrap()).gated(),
         log_decay,
     ))

@@ -3,7 +3,7 @@
 
 use super::{Contestant, D, D_V, Input, M, Targets, decode, oracle, race, race_for};
 use dijiang::{
-    Attention, EluFeatures, FeatureMap, IdentityFeatures, LinearAttention, Performer, WithLogDecay,
+    Attention, EluFeatures, FeatureMap, FixedGates, IdentityFeatures, LinearAttention, Performer,
 };
 use ndarray::{Array1, Array2};
 
@@ -60,7 +60,7 @@ fn attention<F: FeatureMap<f32> + 'static>(
 ) -> Box<dyn Attention<f32>> {
     match gates {
         None => Box::new(kernel.clone()),
-        Some(gates) => Box::new(WithLogDecay::new(kernel.clone(), gates.clone())),
+        Some(gates) => Box::new(FixedGates::new(kernel.clone(), gates.clone())),
     }
 }
 

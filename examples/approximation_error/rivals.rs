@@ -9,8 +9,8 @@ use crate::data::Input;
 use crate::kernels::{linear, official};
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, IdentityFeatures, LinearAttention, Linformer, Mask,
-    ReluFeatures, Retention, Rotary, RotaryPairs, WithLogDecay, decay,
+    Attention, CosFormer, EluFeatures, Error, FixedGates, IdentityFeatures, LinearAttention,
+    Linformer, Mask, ReluFeatures, Retention, Rotary, RotaryPairs, decay,
 };
 use ndarray::{Array1, Array2, Axis};
 
@@ -142,7 +142,7 @@ impl Rival {
         };
         let gated = |log_decay| -> Result<Box<dyn Attention<f32>>, Error> {
             let kernel = LinearAttention::new(IdentityFeatures::new(d)?).unnormalized().gated();
-            Ok(Box::new(WithLogDecay::new(kernel, log_decay)))
+            Ok(Box::new(FixedGates::new(kernel, log_decay)))
         };
         Ok(match self {
             Self::Elu => linear(EluFeatures::new(d)?),

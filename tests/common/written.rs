@@ -2,8 +2,8 @@
 
 use super::{Formula, Subject, Written, features, map, naive_softmax, normal, visible};
 use dijiang::{
-    Attention, CosFormer, LinearAttention, Linformer, Mask, Retention, Rotary, RotaryAttention,
-    RotaryPairs, Scalar, WithLogDecay,
+    Attention, CosFormer, FixedGates, LinearAttention, Linformer, Mask, Retention, Rotary,
+    RotaryAttention, RotaryPairs, Scalar,
 };
 use ndarray::Array2;
 use std::f64::consts::PI;
@@ -72,7 +72,7 @@ fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Su
         match log_decay.dim() {
             (1, 1) => Arc::new(kernel.with_decay(log_decay[[0, 0]].exp())),
             (1, _) => Arc::new(kernel.with_channel_decay(log_decay.row(0).mapv(f64::exp))),
-            _ => Arc::new(WithLogDecay::new(kernel.gated(), log_decay.mapv(T::from_f64))),
+            _ => Arc::new(FixedGates::new(kernel.gated(), log_decay.mapv(T::from_f64))),
         }
     }
     let map = map::<f64>(name, d, d, 5);
