@@ -181,7 +181,7 @@ mod tests {
                 .far(far)
                 .build()
                 .unwrap();
-            let config = kernel.config();
+            let config = &kernel.config;
             let mut state = HybridState::new();
             state.prepare(config, 1, v.ncols(), None).unwrap();
             let (mut scratch, mut out) =
@@ -192,7 +192,7 @@ mod tests {
                 let (k, v) = (rows(&k), rows(&v));
                 let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
                 let call =
-                    Head { q, k: k.view(), v: v.view(), log_decay: None, out: out.view_mut() };
+                    Head::group(q, k.view(), v.view(), out.view_mut());
                 state.extend(config, &mut [call], &mut scratch).unwrap();
                 let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
                 let what = format!("{name} t={t}");
