@@ -19,8 +19,8 @@ const KEY_BLOCK_OF_ONE: usize = 512;
 /// of the masked half is computed.
 const MASK_BLOCK: usize = 16;
 
-/// Working memory of [`online_softmax`]: the queries of a block, the scores of one tile, copies of its keys
-/// and values where their rows are not contiguous. Never an n × n array.
+/// Working memory of [`online_softmax`]: the queries of a block, the scores of one tile, copies of
+/// its keys and values where their rows are not contiguous. Never an n × n array.
 #[derive(Debug)]
 pub(crate) struct Tile<T> {
     queries: Buffer<T>,
