@@ -12,7 +12,7 @@ use ndarray::ArrayView2;
 /// Tokens, mapped, as columns: features `[num_features, width]` at their log scales;
 /// values `[tokens, value_dim]` with padded rows. A single token has width 1.
 #[derive(Debug)]
-pub(crate) struct Chunk<T> {
+pub(super) struct Chunk<T> {
     pub(super) tokens: usize,
     pub(super) width: usize,
     pub(super) queries: Buffer<T>,

@@ -12,7 +12,7 @@ use crate::views;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Working memory. It grows to the largest chunk it has met; between the two halves of a
-/// [step](crate::LinearMemory) it holds what was mapped, and else nothing.
+/// decode step it holds what was mapped, and else nothing.
 #[derive(Debug)]
 pub(crate) struct Workspace<T> {
     pub(super) pass: PassBuffers<T>,

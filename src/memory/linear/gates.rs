@@ -36,7 +36,7 @@ pub(super) enum Rates {
 
 /// Log decays of the tokens of a chunk, each of all that came before its token.
 #[derive(Debug)]
-pub(crate) struct Gates<T> {
+pub(super) struct Gates<T> {
     /// Numbers of each token.
     width: usize,
     /// `[tokens, width]`.
@@ -226,8 +226,8 @@ impl<T: Scalar> Gates<T> {
         group.query_scale[..self.query_scale.len()].copy_from_slice(&self.query_scale);
     }
 
-    /// After [`decay_group`](Self::decay_group) of features: the keys and their sums as seen from the
-    /// last token.
+    /// After [`decay_group`](Self::decay_group) of features: the keys and their sums as seen from
+    /// the last token.
     pub(super) fn bring_keys_to_end(&self, group: &mut Chunk<T>, key_sums: &mut [T]) {
         let (width, last) = (group.width, group.tokens - 1);
         let rows = group.keys.chunks_exact_mut(width).zip(self.factors.chunks_exact(width));

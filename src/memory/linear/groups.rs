@@ -156,3 +156,80 @@ fn run_with_decay<T: Scalar>(
     }
     (stop, maximum)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::linear::decay::{Decay, LogDecay};
+
+    /// Tokens whose keys have these log scales, and gates of a decay.
+    fn chunk(scales: &[f64], decay: Option<&Decay>) -> (Chunk<f64>, Gates<f64>) {
+        let (mut chunk, mut gates) = (Chunk::new(), Gates::new());
+        chunk.resize(scales.len(), 2, 1);
+        chunk.key_scale[..scales.len()].copy_from_slice(scales);
+        let decay = decay.map(|decay| LogDecay::of(decay, 2).unwrap().unwrap());
+        gates.set(decay.as_ref(), None, scales.len(), 0).unwrap();
+        (chunk, gates)
+    }
+
+    /// The groups of a chunk, for sums that rise with them.
+    fn all(chunk: &Chunk<f64>, gates: &mut Gates<f64>) -> Vec<Group<f64>> {
+        let mut groups = Groups::new();
+        let mut scale = LogScale::empty();
+        core::iter::from_fn(|| {
+            let group = groups.next(chunk, gates, scale)?;
+            scale = LogScale::of(scale.high.max(group.log_scale));
+            Some(group)
+        })
+        .collect()
+    }
+
+    #[test]
+    fn a_jump_of_log_scales_begins_a_group_and_few_tokens_go_one_by_one() {
+        let mut scales = [0.0; 20];
+        scales[9] = 15.0;
+        scales[12] = 40.0;
+        scales[18] = 80.0;
+        let (chunk, mut gates) = chunk(&scales, None);
+        let groups = all(&chunk, &mut gates);
+        let found: Vec<_> =
+            groups.iter().map(|group| (group.tokens.clone(), group.log_scale)).collect();
+        let expected = [(0..12, 15.0), (12..18, 40.0), (18..19, 80.0), (19..20, 80.0)];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn decay_counts_from_the_first_token_of_a_group() {
+        let common = Decay { common: (-0.9_f64).exp(), ..Decay::default() };
+        let (chunk, mut gates) = chunk(&[0.0; 40], Some(&common));
+        let groups = all(&chunk, &mut gates);
+        // as seen from the first token, the key of token t has log scale 0.9·t
+        assert_eq!(groups[0].tokens, 0..18);
+        assert!((groups[0].log_scale - 15.3).abs() < 1e-12);
+        assert!(groups.iter().all(|group| group.first_decay == FirstDecay::InSums));
+
+        let channels = Decay { channels: Some(vec![1.0, (-2.1_f64).exp()]), ..Decay::default() };
+        let (chunk, mut gates) = self::chunk(&[0.0; 40], Some(&channels));
+        let groups = all(&chunk, &mut gates);
+        assert_eq!(groups[0].tokens, 0..9, "features stay in range");
+        assert_eq!(groups[0].first_decay, FirstDecay::InGroup);
+    }
+
+    #[test]
+    fn a_group_that_is_split_goes_one_by_one_and_decays_once() {
+        for (decay, in_sums) in [(None, false), (Some(0.5), true)] {
+            let decay = decay.map(|common| Decay { common, ..Decay::default() });
+            let (chunk, mut gates) = chunk(&[0.0; 16], decay.as_ref());
+            let (mut groups, scale) = (Groups::new(), LogScale::of(0.0));
+            let group = groups.next(&chunk, &mut gates, scale).unwrap();
+            assert_eq!(group.tokens, 0..16);
+            groups.split(&group);
+            for t in 0..16 {
+                let single = groups.next(&chunk, &mut gates, scale).unwrap();
+                assert_eq!(single.tokens, t..t + 1);
+                assert_eq!(single.first_decay == FirstDecay::InSums, in_sums && t > 0);
+            }
+            assert!(groups.next(&chunk, &mut gates, scale).is_none());
+        }
+    }
+}
