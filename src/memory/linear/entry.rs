@@ -6,7 +6,7 @@ use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::linear::state::State;
 use crate::memory::linear::step::HeldStep;
 #[cfg(feature = "rayon")]
-use crate::memory::linear::threads::{self, ThreadMemory, share};
+use crate::memory::linear::threads::{self, ThreadMemory};
 use crate::scalar::Scalar;
 use crate::views;
 use ndarray::{ArrayView2, ArrayViewMut2};
@@ -71,7 +71,7 @@ impl<T: Scalar> Pass<'_, T> {
         #[cfg(feature = "rayon")]
         if work.parallel && threads::pays(n) && self.decays_alike(tokens.log_decay) {
             let Workspace { pass, threads: memory, .. } = work;
-            return share::inside(|| {
+            return threads::inside(|| {
                 let done = threads::extend(*self, state, tokens, &mut out, readout, memory, pass)?;
                 self.extend_in_order(state, tokens, &mut out, readout, pass, done..n, keep)
             });

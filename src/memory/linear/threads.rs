@@ -7,7 +7,7 @@
 //! whose features decay differently.
 
 mod scan;
-pub(super) mod share;
+mod share;
 
 use crate::error::Error;
 use crate::features::Side;
@@ -42,6 +42,11 @@ pub(super) fn pays(tokens: usize) -> bool {
 pub(super) fn block<T: Scalar>(start: usize, tokens: usize) -> Option<Range<usize>> {
     let chunks = BLOCK.min((tokens - start) / chunk_len::<T>());
     (chunks > 1).then(|| start..start + chunks * chunk_len::<T>())
+}
+
+/// Runs `run` on a thread of the pool, so that the steps of blocks need not wake another one.
+pub(super) fn inside<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| run())
 }
 
 /// Working memory of a block.

@@ -3,11 +3,6 @@
 use std::collections::VecDeque;
 use std::sync::Mutex;
 
-/// Runs `run` on a thread of the pool, so that the steps of blocks need not wake another one.
-pub(in crate::memory::linear) fn inside<R: Send>(run: impl FnOnce() -> R + Send) -> R {
-    rayon::scope(|_| run())
-}
-
 /// Runs `run` on every item with its index, in the memory of the thread it runs on; the results in
 /// order.
 ///
