@@ -191,8 +191,7 @@ mod tests {
                     |x: &'_ Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
                 let (k, v) = (rows(&k), rows(&v));
                 let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
-                let call =
-                    Head::group(q, k.view(), v.view(), out.view_mut());
+                let call = Head::group(q, k.view(), v.view(), out.view_mut());
                 state.extend(config, &mut [call], &mut scratch).unwrap();
                 let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
                 let what = format!("{name} t={t}");

@@ -4,7 +4,8 @@ use super::*;
 use crate::features::elementwise::IdentityFeatures;
 use crate::features::performer::Performer;
 use crate::memory::linear::decay::Decay;
-use ndarray::{Array3, s};
+use crate::views;
+use ndarray::{Array3, Axis};
 
 const HEAD_DIM: usize = 4;
 const VALUE_DIM: usize = 3;
@@ -85,10 +86,10 @@ fn cases(features: usize) -> Vec<Case> {
 impl Case {
     fn heads(&self, token: usize, heads: usize) -> impl ExactSizeIterator<Item = Tokens<'_, f32>> {
         (0..heads).map(move |head| Tokens {
-            q: self.q.slice(s![head, token..token + 1, ..]),
-            k: self.k.slice(s![token..token + 1, ..]),
-            v: self.v.slice(s![token..token + 1, ..]),
-            log_decay: self.log_decay.as_ref().map(|log| log.slice(s![token..token + 1, ..])),
+            q: views::rows(self.q.index_axis(Axis(0), head), token..token + 1),
+            k: views::rows(self.k.view(), token..token + 1),
+            v: views::rows(self.v.view(), token..token + 1),
+            log_decay: self.log_decay.as_ref().map(|x| views::rows(x.view(), token..token + 1)),
         })
     }
 }
