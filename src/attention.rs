@@ -5,6 +5,7 @@ pub(crate) mod heads;
 pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod linformer;
+pub mod naive;
 pub(crate) mod positional;
 pub(crate) mod retention;
 pub(crate) mod rotary;

@@ -133,7 +133,7 @@
     clippy::inline_always // reductions must be inlined to be vectorised
 )]
 
-mod attention;
+pub mod attention;
 #[doc(hidden)]
 pub mod bench;
 mod block;
@@ -162,6 +162,7 @@ pub use attention::retention::Retention;
 pub use attention::rotary::RotaryAttention;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::with_log_decay::WithLogDecay;
+#[doc(inline)]
 pub use attention::{Attention, Mask, Scratch, Stream, StreamState};
 pub use block::{DijiangBlock, DijiangBlockStream, DijiangWeights};
 pub use calibration::weights::{WeightFit, fit_weights};
