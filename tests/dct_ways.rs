@@ -4,24 +4,9 @@
 mod common;
 
 use common::normal;
+use dijiang::attention::naive::features;
 use dijiang::{DctFeatures, FeatureMap, Radii, Scalar};
 use ndarray::{Array1, Array2, s};
-
-/// φ_i(x) = exp(ω_i·x − |x|²/2)/√m, or softmax(ω·x) for the official map, in `f64`.
-fn expected(omega: &Array2<f64>, x: &Array2<f64>, official: bool) -> Array2<f64> {
-    let logits = x.dot(&omega.t());
-    let m = omega.nrows() as f64;
-    Array2::from_shape_fn(logits.dim(), |(t, i)| {
-        let row = x.row(t);
-        if official {
-            let largest = logits.row(t).fold(f64::NEG_INFINITY, |a, &b| a.max(b));
-            let total: f64 = logits.row(t).iter().map(|l| (l - largest).exp()).sum();
-            (logits[[t, i]] - largest).exp() / total
-        } else {
-            (logits[[t, i]] - 0.5 * row.dot(&row)).exp() / m.sqrt()
-        }
-    })
-}
 
 fn check<T: Scalar>(map: &DctFeatures<T>, official: bool, tolerance: f64) {
     let (d, m) = (map.head_dim(), map.num_features());
@@ -29,7 +14,11 @@ fn check<T: Scalar>(map: &DctFeatures<T>, official: bool, tolerance: f64) {
     let size = 1.5 / (d as f64).sqrt();
     let x = normal::<T>(70, d, 1.0, 1).mapv(|x| x * T::from_f64(size));
     let wide = x.mapv(T::as_f64);
-    let exact = expected(&omega, &wide, official);
+    let exact = match official {
+        true => features::official_dijiang(&wide, &map.radii().mapv(T::as_f64)),
+        false => features::performer(&wide, &omega, &Array1::ones(m)),
+    };
+    let exact = exact.absolute();
     for rows in [0..70, 0..1, 69..70, 3..20] {
         let n = rows.len();
         let (mut values, mut scale) =
