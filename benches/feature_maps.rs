@@ -3,6 +3,7 @@
 mod oracle;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dijiang::attention::naive::features::{self, Features};
 use dijiang::{
     DctFeatures, EluFeatures, FeatureMap, LinearAttention, Mask, Performer, Points, Radii,
     ReluFeatures, TaylorFeatures, Wpff,
@@ -60,37 +61,29 @@ fn maps(c: &mut Criterion) {
         let mut group = c.benchmark_group(format!("d={d}, own m"));
         group.throughput(Throughput::Elements(TOKENS as u64)).sample_size(20);
         let taylor = TaylorFeatures::new(d).expect("d is positive");
-        check_product("taylor", &taylor, |s, _, _| 1.0 + s + s * s / 2.0);
+        check_product("taylor", &taylor, features::taylor);
         time(&mut group, "taylor", &taylor);
         let elu = EluFeatures::new(d).expect("d is positive");
-        let elu_plus_one = |x: f64| if x > 0.0 { x + 1.0 } else { x.exp() };
-        check_product("elu", &elu, |_, x, y| {
-            x.iter().zip(y).map(|(a, b)| elu_plus_one(*a) * elu_plus_one(*b)).sum()
-        });
+        check_product("elu", &elu, features::elu);
         time(&mut group, "elu", &elu);
         let relu = ReluFeatures::new(d).expect("d is positive");
-        let relu_plus = |x: f64| x.max(0.0) + 0.001;
-        check_product("relu", &relu, |_, x, y| {
-            x.iter().zip(y).map(|(a, b)| relu_plus(*a) * relu_plus(*b)).sum()
-        });
+        check_product("relu", &relu, |x| features::relu(x, 0.001));
         time(&mut group, "relu", &relu);
         group.finish();
     }
 }
 
-/// Refuses to time a map whose products are not those of its formula, given `x·y`, `x` and `y`.
+/// Refuses to time a map whose products are not those of its formula.
 fn check_product(
     name: &str,
     map: &dyn FeatureMap<f32>,
-    product: impl Fn(f64, &[f64], &[f64]) -> f64,
+    formula: impl Fn(&Array2<f64>) -> Features,
 ) {
     let x = oracle::normal(6, map.head_dim(), 1).mapv(|x| 0.3 * x);
     let (mut values, mut log_scale) = (Array2::zeros((6, map.num_features())), Array1::zeros(6));
     map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).expect("finite input");
-    let wide = oracle::wide_rows(x.view());
-    let expected = Array2::from_shape_fn((6, 6), |(i, j)| {
-        product(oracle::dot(&wide[i], &wide[j]), &wide[i], &wide[j])
-    });
+    let phi = formula(&oracle::wide(x.view())).absolute();
+    let expected = phi.dot(&phi.t());
     let found = Array2::from_shape_fn((6, 6), |(i, j)| {
         values.row(i).dot(&values.row(j)) * (log_scale[i] + log_scale[j]).exp()
     });

@@ -9,6 +9,7 @@ pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod linformer;
 pub(crate) mod memory_attention;
+pub mod naive;
 pub(crate) mod positional;
 pub(crate) mod retention;
 pub(crate) mod rotary;

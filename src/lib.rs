@@ -174,6 +174,7 @@ pub use attention::sharing::Sharing;
 pub use attention::softmax::SoftmaxAttention;
 pub use attention::stream::{CloneStream, Stream, StreamOptions, StreamState};
 pub use attention::threads::Threads;
+#[doc(inline)]
 pub use attention::{Attention, PairWeights};
 pub use block::weights::DijiangWeights;
 pub use block::{DijiangBlock, DijiangBlockStream};

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{golden, matrix, normal, strided, vector, wide};
+use dijiang::attention::naive::block::{Weights, dijiang_block};
 use dijiang::{
     Attention, DijiangBlock, DijiangWeights, Error, LinearAttention, Mask, OfficialDijiang, Rotary,
     Scalar, decay,
@@ -27,9 +28,9 @@ fn weights<T: Scalar>(hidden: usize, heads: usize, seed: u64) -> DijiangWeights<
     }
 }
 
-fn widen<T: Scalar>(w: &DijiangWeights<T>) -> DijiangWeights<f64> {
+fn widen<T: Scalar>(w: &DijiangWeights<T>) -> Weights {
     let row = |x: &Array1<T>| x.mapv(|x| x.as_f64());
-    DijiangWeights {
+    Weights {
         query_key_value: wide(&w.query_key_value),
         query_key_value_bias: row(&w.query_key_value_bias),
         dense: wide(&w.dense),
@@ -39,101 +40,6 @@ fn widen<T: Scalar>(w: &DijiangWeights<T>) -> DijiangWeights<f64> {
         group_norm_bias: row(&w.group_norm_bias),
         radii: row(&w.radii),
     }
-}
-
-/// softmax(x C diag(t)), C[a][i] = s_a cos(π(2i + 1)a/2d).
-fn features(x: &[f64], radii: &Array1<f64>) -> Vec<f64> {
-    let d = x.len();
-    let c = |a: usize, i: usize| {
-        let norm = if a == 0 { 1.0 } else { 2.0 } / d as f64;
-        norm.sqrt() * (std::f64::consts::PI * ((2 * i + 1) * a) as f64 / (2 * d) as f64).cos()
-    };
-    let logits: Vec<f64> =
-        (0..d).map(|i| radii[i] * (0..d).map(|a| x[a] * c(a, i)).sum::<f64>()).collect();
-    let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = logits.iter().map(|l| (l - largest).exp()).sum();
-    logits.iter().map(|l| (l - largest).exp() / sum).collect()
-}
-
-/// The first `dims` columns, (i, i + dims/2) turned by position · 10000^(−2i/dims).
-fn turned(x: &[f64], position: usize, dims: usize) -> Vec<f64> {
-    let mut out = x.to_vec();
-    for i in 0..dims / 2 {
-        let angle = position as f64 * 10_000f64.powf(-((2 * i) as f64) / dims as f64);
-        let (a, b) = (x[i], x[i + dims / 2]);
-        out[i] = a * angle.cos() - b * angle.sin();
-        out[i + dims / 2] = a * angle.sin() + b * angle.cos();
-    }
-    out
-}
-
-/// γ_h = 1 − exp(linspace(ln 1/32, ln 1/512, heads)_h)
-fn gamma(head: usize, heads: usize) -> f64 {
-    let (first, last) = ((1.0f64 / 32.0).ln(), (1.0f64 / 512.0).ln());
-    let step = if heads == 1 { 0.0 } else { (last - first) / (heads - 1) as f64 };
-    1.0 - (first + step * head as f64).exp()
-}
-
-/// `W x + b`
-fn linear(w: &Array2<f64>, b: &Array1<f64>, x: &[f64]) -> Vec<f64> {
-    (0..w.nrows()).map(|i| b[i] + (0..x.len()).map(|j| w[[i, j]] * x[j]).sum::<f64>()).collect()
-}
-
-/// The block, token by token.
-fn naive(
-    w: &DijiangWeights<f64>,
-    heads: usize,
-    dims: usize,
-    epsilon: f64,
-    x: &Array2<f64>,
-) -> Array2<f64> {
-    let (n, hidden) = x.dim();
-    let d = hidden / heads;
-    let projected: Vec<Vec<f64>> = x
-        .rows()
-        .into_iter()
-        .map(|x| linear(&w.query_key_value, &w.query_key_value_bias, &x.to_vec()))
-        .collect();
-    let part = |token: usize, head: usize, which: usize| {
-        let first = head * 3 * d + which * d;
-        &projected[token][first..first + d]
-    };
-    let feature = |token: usize, head: usize, which: usize| {
-        features(&turned(part(token, head, which), token, dims), &w.radii)
-    };
-    let keys: Vec<Vec<Vec<f64>>> =
-        (0..n).map(|t| (0..heads).map(|h| feature(t, h, 1)).collect()).collect();
-    let mut out = Array2::zeros((n, hidden));
-    for t in 0..n {
-        // heads, side by side
-        let mut mixed = vec![0.0; hidden];
-        for h in 0..heads {
-            let query = feature(t, h, 0);
-            for (j, keys) in keys.iter().enumerate().take(t + 1) {
-                let score: f64 = query.iter().zip(&keys[h]).map(|(a, b)| a * b).sum();
-                let weight = score * gamma(h, heads).powi((t - j) as i32);
-                for (c, value) in part(j, h, 2).iter().enumerate() {
-                    mixed[h * d + c] += weight * value;
-                }
-            }
-        }
-        // GroupNorm(num_groups = d): groups of `heads` columns
-        let mut gated = vec![0.0; hidden];
-        for group in 0..d {
-            let columns = group * heads..(group + 1) * heads;
-            let mean = mixed[columns.clone()].iter().sum::<f64>() / heads as f64;
-            let variance = mixed[columns.clone()].iter().map(|x| (x - mean).powi(2)).sum::<f64>()
-                / heads as f64;
-            for c in columns {
-                let normed = (mixed[c] - mean) / (variance + epsilon).sqrt();
-                let gate: f64 = (0..hidden).map(|j| x[[t, j]] * w.gate[[j, c]]).sum();
-                gated[c] = gate / (1.0 + (-gate).exp())
-                    * (normed * w.group_norm_weight[c] + w.group_norm_bias[c]);
-            }
-        }
-        out.row_mut(t).assign(&Array1::from(linear(&w.dense, &w.dense_bias, &gated)));
-    }
-    out
 }
 
 /// The largest difference over the largest number.
@@ -175,7 +81,7 @@ fn check_formula<T: Scalar>(tolerance: f64) {
         let (weights, block) = build::<T>(hidden, heads, dims, 1);
         for n in [1, 2, 70, 150] {
             let x = normal::<T>(n, hidden, 1.0, 9);
-            let exact = naive(&widen(&weights), heads, dims, 1e-5, &wide(&x));
+            let exact = dijiang_block(&wide(&x), &widen(&weights), heads, dims, 1e-5);
             let mut out = Array2::from_elem((n, hidden), T::nan());
             block.forward_into(x.view(), out.view_mut()).unwrap();
             let found = difference(&out, &exact);
@@ -203,8 +109,8 @@ fn epsilon_is_used() {
     let (weights, block) = build::<f64>(12, 3, 2, 2);
     let x = normal::<f64>(6, 12, 1.0, 9);
     let out = block.with_epsilon(0.3).unwrap().forward(x.view()).unwrap();
-    assert!(difference(&out, &naive(&weights, 3, 2, 0.3, &x)) < 1e-11);
-    assert!(difference(&out, &naive(&weights, 3, 2, 1e-5, &x)) > 1e-3);
+    assert!(difference(&out, &dijiang_block(&x, &widen(&weights), 3, 2, 0.3)) < 1e-11);
+    assert!(difference(&out, &dijiang_block(&x, &widen(&weights), 3, 2, 1e-5)) > 1e-3);
 }
 
 fn check_pieces<T: Scalar>(tolerance: f64) {

@@ -4,45 +4,30 @@
 mod common;
 
 use common::normal;
+use dijiang::attention::naive::features;
 use dijiang::{DctFeatures, FeatureMap, OfficialDijiang, Radii, Scalar};
 use ndarray::{Array1, Array2, s};
 
-/// φ_i(x) = exp(ω_i·x − |x|²/2)/√m, or softmax(ω·x) for the official map, in `f64`.
-fn expected(omega: &Array2<f64>, x: &Array2<f64>, official: bool) -> Array2<f64> {
-    let logits = x.dot(&omega.t());
-    let m = omega.nrows() as f64;
-    Array2::from_shape_fn(logits.dim(), |(t, i)| {
-        let row = x.row(t);
-        if official {
-            let largest = logits.row(t).fold(f64::NEG_INFINITY, |a, &b| a.max(b));
-            let total: f64 = logits.row(t).iter().map(|l| (l - largest).exp()).sum();
-            (logits[[t, i]] - largest).exp() / total
-        } else {
-            (logits[[t, i]] - 0.5 * row.dot(&row)).exp() / m.sqrt()
-        }
-    })
-}
-
 fn check_dct<T: Scalar>(map: &DctFeatures<T>, tolerance: f64) {
-    check(map, map.projection(), false, tolerance);
+    let omega = map.projection().mapv(T::as_f64);
+    let ones = Array1::ones(map.num_features());
+    check(map, |x| features::performer(x, &omega, &ones).absolute(), tolerance);
 }
 
 fn check_official<T: Scalar>(map: &OfficialDijiang<T>, tolerance: f64) {
-    check(map, map.projection(), true, tolerance);
+    let radii = map.radii().mapv(T::as_f64);
+    check(map, |x| features::official_dijiang(x, &radii).absolute(), tolerance);
 }
 
 fn check<T: Scalar>(
     map: &impl FeatureMap<T>,
-    projection: Array2<T>,
-    official: bool,
+    exact: impl Fn(&Array2<f64>) -> Array2<f64>,
     tolerance: f64,
 ) {
     let (d, m) = (map.head_dim(), map.num_features());
-    let omega = projection.mapv(T::as_f64);
     let size = 1.5 / (d as f64).sqrt();
     let x = normal::<T>(70, d, 1.0, 1).mapv(|x| x * T::from_f64(size));
-    let wide = x.mapv(T::as_f64);
-    let exact = expected(&omega, &wide, official);
+    let exact = exact(&x.mapv(T::as_f64));
     for rows in [0..70, 0..1, 69..70, 3..20] {
         let n = rows.len();
         let (mut values, mut scale) =
@@ -75,7 +60,7 @@ fn every_way_gives_the_features_of_the_projection() {
             check_dct(&antithetic, 1e-12);
         }
         let radii = normal::<f64>(1, d, 1.0, 4).into_shape_with_order(d).unwrap();
-        check_official(&OfficialDijiang::<f64>::new(radii.clone()).unwrap(), 1e-12);
-        check_official(&OfficialDijiang::<f32>::new(radii.mapv(|r| r as f32)).unwrap(), 2e-5);
+        check_official(&DctFeatures::<f64>::official(radii.clone()).unwrap(), 1e-12);
+        check_official(&DctFeatures::<f32>::official(radii.mapv(|r| r as f32)).unwrap(), 2e-5);
     }
 }

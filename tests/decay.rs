@@ -3,6 +3,7 @@
 mod common;
 
 use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
+use dijiang::attention::naive::{features::elu, linear};
 use dijiang::{
     Attention, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention,
     Mask, Memory, MultiHead, OfficialDijiang, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
@@ -12,8 +13,7 @@ use proptest::prelude::*;
 use serde_json::Value;
 use std::sync::Arc;
 
-/// `S_t = diag(α_t) S_{t−1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t`, as the formula stands, with the
-/// features in absolute terms, in f64; `log_decay [n, 1 or features]`.
+/// The recurrence of `attention::naive`, with the features of a map.
 fn recurrence(
     map: &dyn FeatureMap<f64>,
     [q, k, v]: [&Array2<f64>; 3],
@@ -21,25 +21,13 @@ fn recurrence(
     scale: f64,
     normalized: bool,
 ) -> Array2<f64> {
-    let absolute = |x, keys| {
-        let (values, log_scale) = features(map, x, scale, keys);
-        values * log_scale.mapv(f64::exp).insert_axis(Axis(1))
-    };
-    let (q, k) = (absolute(q, false), absolute(k, true));
-    let mut sums = Array2::<f64>::zeros((q.ncols(), v.ncols()));
-    let mut normalizer = Array1::<f64>::zeros(q.ncols());
-    let mut out = Array2::zeros(v.dim());
-    for t in 0..q.nrows() {
-        for i in 0..q.ncols() {
-            let kept = log_decay[[t, if log_decay.ncols() == 1 { 0 } else { i }]].exp();
-            sums.row_mut(i).mapv_inplace(|x| kept * x);
-            sums.row_mut(i).scaled_add(k[[t, i]], &v.row(t));
-            normalizer[i] = kept * normalizer[i] + k[[t, i]];
-        }
-        let divisor = if normalized { q.row(t).dot(&normalizer) } else { 1.0 };
-        out.row_mut(t).assign(&(q.row(t).dot(&sums) / divisor));
+    let phi_q = features(map, q, scale, false).absolute();
+    let phi_k = features(map, k, scale, true).absolute();
+    if normalized {
+        linear::gated(&phi_q, &phi_k, v, log_decay)
+    } else {
+        linear::gated_unnormalized(&phi_q, &phi_k, v, log_decay)
     }
-    out
 }
 
 /// A linear kernel over one of the maps, in `T`.
@@ -355,32 +343,30 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
         ("each token", plain().gated().unnormalized(), Some(&scalar), 1.0),
         ("each token and feature", plain().gated(), Some(&each), 1.0),
     ];
-    let feature = |x: f32| if x > 0.0 { f64::from(x) + 1.0 } else { f64::from(x).exp() };
+    let (phi_q, phi_k) = (elu(&wide(&q)).values, elu(&wide(&k)).values);
+    let wide_v = wide(&v);
     for (name, kernel, gates, gamma) in kernels {
         let normalized = !format!("{kernel:?}").contains("Unnormalized");
         let mut streams = [64, 1].map(|size| (size, kernel.stream(dv).unwrap()));
         let mut out = Array2::<f32>::zeros((64, dv));
-        let (mut sums, mut normalizer) = (Array2::<f64>::zeros((d, dv)), Array1::<f64>::zeros(d));
+        let mut state = linear::Recurrence::new(d, dv);
         let mut worst = [0.0_f64; 2];
         for start in (0..n).step_by(64) {
             let first = start % period;
             let mut exact = Array2::<f64>::zeros((64, dv));
             for t in 0..64 {
                 let row = first + t;
-                for i in 0..d {
+                state.step(phi_k.row(row), wide_v.row(row), |i| {
                     let gate = gates
                         .map_or(0.0, |gates| f64::from(gates[[row, i.min(gates.ncols() - 1)]]));
                     let own = if name == "each feature" { channels[i] } else { 1.0 };
-                    let kept = gamma * own * gate.exp();
-                    let key = feature(k[[row, i]]);
-                    normalizer[i] = kept * normalizer[i] + key;
-                    for c in 0..dv {
-                        sums[[i, c]] = kept * sums[[i, c]] + key * f64::from(v[[row, c]]);
-                    }
-                }
-                let query = q.row(row).mapv(feature);
-                let divisor = if normalized { query.dot(&normalizer) } else { 1.0 };
-                exact.row_mut(t).assign(&(query.dot(&sums) / divisor));
+                    gamma * own * gate.exp()
+                });
+                let query = phi_q.row(row);
+                exact.row_mut(t).assign(&match normalized {
+                    true => state.read_normalized(query),
+                    false => state.read(query),
+                });
             }
             for ((size, stream), worst) in streams.iter_mut().zip(&mut worst) {
                 for t in (0..64).step_by(*size) {

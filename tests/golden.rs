@@ -4,6 +4,7 @@
 mod common;
 
 use common::{assert_close, golden, matrix, vector, wide};
+use dijiang::attention::naive;
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures,
@@ -97,7 +98,7 @@ fn extreme_scores_in_f32() {
             .unwrap()
             .forward(q.view(), k.view(), v.view(), mask)
             .unwrap();
-        let exact = common::naive_softmax(&wide(&q), &wide(&k), &wide(&v), 0.5, mask);
+        let exact = naive::softmax(&wide(&q), &wide(&k), &wide(&v), 0.5, mask);
         assert_close("extreme", &out, &exact, 8.0 * 500.0);
     }
 }
@@ -125,11 +126,7 @@ fn quantiles() {
 fn dct() {
     for case in golden("golden/dct")["cases"].as_array().unwrap() {
         let d = usize::try_from(case["d"].as_u64().unwrap()).unwrap();
-        // rows are frequencies: c_k(n) = s_k cos(π(2n+1)k/2d)
-        let c = Array2::from_shape_fn((d, d), |(k, n)| {
-            let angle = std::f64::consts::PI * ((2 * n + 1) * k) as f64 / (2 * d) as f64;
-            (if k == 0 { 1.0 } else { 2.0 } / d as f64).sqrt() * angle.cos()
-        });
+        let c = naive::features::dct_matrix(d);
         if let Some(exact) = case.get("matrix_C").filter(|x| x.is_array()) {
             assert_close("C", &c, &matrix(exact), TOLERANCE);
         }
@@ -409,8 +406,9 @@ fn taylor2() {
             CalibratedTaylor::<f64>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
         let map32 =
             CalibratedTaylor::<f32>::with_fit(rank, &calibration, TaylorFit::Clamped).unwrap();
-        let ((fq, lq), (fk, lk)) =
+        let (phi_q, phi_k) =
             (common::features(&map, &q, scale, false), common::features(&map, &k, scale, true));
+        let log_weights = naive::hybrid::log_products(&phi_q, &phi_k);
         let kernel32 = LinearAttention::new(map32)
             .log_weights(narrow(&q).view(), narrow(&k).view())
             .unwrap()
@@ -425,7 +423,7 @@ fn taylor2() {
             for (j, exact) in row.as_array().unwrap().iter().enumerate() {
                 assert_eq!(exact.is_null(), t < j + window || j < sinks);
                 if let Some(exact) = exact.as_f64() {
-                    let found = fq.row(t).dot(&fk.row(j)).ln() + lq[t] + lk[j];
+                    let found = log_weights[[t, j]];
                     assert!(
                         (found - exact).abs() < 1e-9 * largest,
                         "{name} {t} {j}: {found} instead of {exact}"

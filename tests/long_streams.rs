@@ -3,10 +3,11 @@
 mod common;
 
 use common::{features, normal};
+use dijiang::attention::naive::linear::Recurrence;
 use dijiang::{
     Attention, DctFeatures, Far, HybridAttention, LinearAttention, Mask, Merged, Performer,
 };
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array2, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -50,14 +51,12 @@ fn a_million_decode_steps_stay_accurate_and_do_not_grow() {
     let wide_map = Performer::<f64>::new(d, m, 7).unwrap();
     let kernel = LinearAttention::new(Performer::<f32>::new(d, m, 7).unwrap());
 
-    // the oracle: the recurrence in f64, as the formula stands
+    // the oracle: the recurrence in f64
     let scale = 1.0 / (d as f64).sqrt();
-    let absolute = |x: &Array2<f32>, keys| {
-        let (values, log_scale) = features(&wide_map, &common::wide(x), scale, keys);
-        values * log_scale.mapv(f64::exp).insert_axis(ndarray::Axis(1))
-    };
+    let absolute =
+        |x: &Array2<f32>, keys| features(&wide_map, &common::wide(x), scale, keys).absolute();
     let (fq, fk) = (absolute(&q, false), absolute(&k, true));
-    let (mut sums, mut normalizer) = (Array2::<f64>::zeros((m, dv)), Array1::<f64>::zeros(m));
+    let mut state = Recurrence::new(m, dv);
     let wide_v = common::wide(&v);
 
     let mut stream = Attention::<f32>::stream(&kernel, dv).unwrap();
@@ -68,14 +67,9 @@ fn a_million_decode_steps_stay_accurate_and_do_not_grow() {
     for t in 0..MILLION {
         let row = s![t % period..=t % period, ..];
         stream.extend(q.slice(row), k.slice(row), v.slice(row), out.view_mut()).unwrap();
-        let feature = fk.row(t % period);
-        for (i, &f) in feature.iter().enumerate() {
-            sums.row_mut(i).scaled_add(f, &wide_v.row(t % period));
-        }
-        normalizer += &feature;
+        state.step(fk.row(t % period), wide_v.row(t % period), |_| 1.0);
         if t % 997 == 0 || t == MILLION - 1 {
-            let query = fq.row(t % period);
-            let exact = query.dot(&sums) / query.dot(&normalizer);
+            let exact = state.read_normalized(fq.row(t % period));
             let size = exact.dot(&exact).sqrt();
             let error = (out.row(0).mapv(f64::from) - &exact).mapv(|x| x * x).sum().sqrt();
             worst = worst.max(error / size);

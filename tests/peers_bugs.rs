@@ -3,6 +3,7 @@
 mod common;
 
 use common::{MAPS, assert_close, checker::feed, map, normal, tokens, wide};
+use dijiang::attention::naive::linear;
 use dijiang::{
     Attention, DctFeatures, LinearAttention, Mask, MultiHead, Performer, SoftmaxAttention,
 };
@@ -114,13 +115,10 @@ fn log_scales_that_rise_for_ever_do_not_overflow() {
         let map = Performer::<f32>::new(d, 64, 0).unwrap();
         let kernel = LinearAttention::new(map);
         let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
-        let exact = common::naive_linear(
-            &Performer::<f64>::new(d, 64, 0).unwrap(),
-            [&wide(&q), &wide(&k), &wide(&v)],
-            0.5,
-            Mask::Causal,
-            true,
-        );
+        let map = Performer::<f64>::new(d, 64, 0).unwrap();
+        let phi_q = common::features(&map, &wide(&q), 0.5, false);
+        let phi_k = common::features(&map, &wide(&k), 0.5, true);
+        let exact = linear::normalized(&phi_q, &phi_k, &wide(&v), Mask::Causal);
         // exponents reach 1800: f32 rounds them by 1800·ε
         assert_close("rising", &out, &exact, 8.0 * 1800.0);
     }

@@ -6,6 +6,7 @@ mod common;
 use common::checker::feed;
 use common::written::{RetentionFormula, retention_kernel};
 use common::{assert_close, normal, tokens, wide};
+use dijiang::attention::naive::{linear::Recurrence, positional};
 use dijiang::{
     Attention, CosFormer, EluFeatures, Error, FixedGates, IdentityFeatures, LinearAttention,
     Linformer, Mask, MultiHead, Retention, Rotary, RotaryAttention, RotaryPairs, Scratch,
@@ -276,14 +277,20 @@ fn long_retention_stays_accurate() {
         (1.0, RotaryPairs::Halves),
         (0.9995, RotaryPairs::Interleaved),
     ] {
-        let theta = |i: usize| 10_000_f64.powf(-2.0 * i as f64 / d as f64);
-        let formula = RetentionFormula::new(d, decay, 0.5, pairs, true, theta);
+        let angles = positional::rotary_angles(d, 10_000.0);
+        let formula = RetentionFormula::new(d, decay, 0.5, pairs, true, &angles);
+        let mut kept = vec![decay; d];
+        for (([a, b], _), zeta) in formula.pairs.iter().zip(&formula.zeta) {
+            for column in [*a, *b] {
+                kept[column] *= zeta.powf(1.0 / 512.0);
+            }
+        }
         let rotary = Rotary::new(d).unwrap().with_pairs(pairs);
         let kernel = retention_kernel::<f32>(&formula, Some(&rotary), true);
         let mut stream = kernel.stream(dv).unwrap();
         let floats = stream.state_floats();
         let mut out = Array2::<f32>::zeros((period, dv));
-        let mut sums = Array2::<f64>::zeros((d, dv));
+        let mut state = Recurrence::new(d, dv);
         let (mut worst, mut size) = (0.0_f64, 0.0_f64);
         let mut t = 0;
         // prefills of many lengths, and single tokens
@@ -296,22 +303,11 @@ fn long_retention_stays_accurate() {
                 .unwrap();
             for row in start..start + count {
                 let turned = |x: &Array2<f32>| {
-                    let mut x = x.row(row).mapv(f64::from);
-                    for &([a, b], theta, _) in &formula.pairs {
-                        let (sin, cos) = (t as f64 * theta).sin_cos();
-                        (x[a], x[b]) = (x[a] * cos - x[b] * sin, x[a] * sin + x[b] * cos);
-                    }
-                    x
+                    let x = wide(&x.slice(s![row..=row, ..]).to_owned());
+                    positional::rotate(&x, t, &formula.pairs)
                 };
-                let (q, k) = (turned(&q), turned(&k));
-                for &([a, b], _, zeta) in &formula.pairs {
-                    for column in [a, b] {
-                        let kept = decay * zeta.powf(1.0 / 512.0);
-                        sums.row_mut(column).mapv_inplace(|x| kept * x);
-                        sums.row_mut(column).scaled_add(k[column], &v.row(row).mapv(f64::from));
-                    }
-                }
-                let exact = q.dot(&sums) * formula.scale;
+                state.step(turned(&k).row(0), v.row(row).mapv(f64::from).view(), |i| kept[i]);
+                let exact = state.read(turned(&q).row(0)) * formula.scale;
                 size = size.max(exact.iter().fold(0.0, |m, x| m.max(x.abs())));
                 worst = worst.max(
                     (&exact - &out.row(row).mapv(f64::from))

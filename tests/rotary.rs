@@ -3,25 +3,9 @@
 mod common;
 
 use common::{assert_close, normal, strided, wide};
+use dijiang::attention::naive::positional;
 use dijiang::{Error, Rotary, RotaryPairs, Scalar};
 use ndarray::{Array2, Array3, s};
-
-/// The formula, pair by pair.
-fn naive(x: &Array2<f64>, first: usize, dims: usize, base: f64, pairs: RotaryPairs) -> Array2<f64> {
-    let mut out = x.clone();
-    for t in 0..x.nrows() {
-        for i in 0..dims / 2 {
-            let angle = (first + t) as f64 * base.powf(-2.0 * i as f64 / dims as f64);
-            let (a, b) = match pairs {
-                RotaryPairs::Halves => (i, i + dims / 2),
-                _ => (2 * i, 2 * i + 1),
-            };
-            out[[t, a]] = x[[t, a]] * angle.cos() - x[[t, b]] * angle.sin();
-            out[[t, b]] = x[[t, a]] * angle.sin() + x[[t, b]] * angle.cos();
-        }
-    }
-    out
-}
 
 const PAIRS: [RotaryPairs; 2] = [RotaryPairs::Halves, RotaryPairs::Interleaved];
 
@@ -29,7 +13,8 @@ fn check<T: Scalar>(head_dim: usize, dims: usize, base: f64, first: usize, pairs
     let rotary =
         Rotary::partial(head_dim, dims).unwrap().with_base(base).unwrap().with_pairs(pairs);
     let x = normal::<T>(9, head_dim, 1.0, 3);
-    let exact = naive(&wide(&x), first, dims, base, pairs);
+    let columns = common::written::paired(pairs, &positional::rotary_angles(dims, base));
+    let exact = positional::rotate(&wide(&x), first, &columns);
     let what = format!("{dims} of {head_dim} from {first} {pairs:?}");
     let mut out = Array2::from_elem(x.dim(), T::nan());
     rotary.rotate(x.view(), first, out.view_mut()).unwrap();

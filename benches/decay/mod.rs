@@ -2,10 +2,14 @@
 //! steps.
 
 use super::{Contestant, D, D_V, Input, M, Targets, decode, oracle, race, race_for};
+use dijiang::attention::naive::{
+    features::{self, Features},
+    linear,
+};
 use dijiang::{
     Attention, EluFeatures, FeatureMap, FixedGates, IdentityFeatures, LinearAttention, Performer,
 };
-use ndarray::{Array1, Array2};
+use ndarray::{Array1, Array2, s};
 
 /// The decay of the first head of retention and of the released DiJiang code.
 const GAMMA: f64 = 1.0 - 1.0 / 32.0;
@@ -13,31 +17,6 @@ const GAMMA: f64 = 1.0 - 1.0 / 32.0;
 /// Log decays of tokens, around those of [`GAMMA`].
 fn gates(n: usize, columns: usize) -> Array2<f32> {
     oracle::normal(n, columns, 12).mapv(|x| 0.04 * -x.abs())
-}
-
-/// `Σ_j Σ_i φ_i(q_t) φ_i(k_j) e^{Σ_{s=j+1..t} g_si} v_j` for features `[fq, fk]`, over its sum
-/// without v if `normalized`.
-fn formula(
-    [fq, fk]: [Vec<Vec<f64>>; 2],
-    v: &Array2<f32>,
-    normalized: bool,
-    log_decay: impl Fn(usize, usize) -> f64,
-) -> Array2<f64> {
-    let mut out = Array2::zeros(v.dim());
-    for (t, query) in fq.iter().enumerate() {
-        let mut total = 0.0;
-        let mut faded = vec![0.0; M];
-        for j in (0..=t).rev() {
-            let weight: f64 = (0..M).map(|i| query[i] * fk[j][i] * f64::exp(faded[i])).sum();
-            total += weight;
-            out.row_mut(t).scaled_add(weight, &v.row(j).mapv(f64::from));
-            faded.iter_mut().enumerate().for_each(|(i, faded)| *faded += log_decay(j, i));
-        }
-        if normalized {
-            out.row_mut(t).mapv_inplace(|x| x / total);
-        }
-    }
-    out
 }
 
 type Kernel<F> = (&'static str, LinearAttention<F>, Option<Array2<f32>>);
@@ -68,25 +47,21 @@ fn attention<F: FeatureMap<f32> + 'static>(
 fn check<F: FeatureMap<f32> + 'static>(
     kernels: &[Kernel<F>],
     normalized: bool,
-    features: impl Fn(&[f64]) -> Vec<f64>,
+    features: impl Fn(&Array2<f32>) -> Features,
 ) {
     let sample = [2, 3, 4].map(|seed| oracle::normal(200, D, seed));
-    let shrink = (D as f32).powf(-0.25);
-    let of = |x: &Array2<f32>| {
-        oracle::wide_rows(x.mapv(|x| x * shrink).view()).iter().map(|x| features(x)).collect()
-    };
+    let [phi_q, phi_k] = [0, 1].map(|i| features(&sample[i]).absolute());
+    let v = oracle::wide(sample[2].view());
     for (index, kernel) in kernels.iter().enumerate() {
         let channel = |i: usize| (1.0 - (1.0 - GAMMA) * (i as f64 + 0.5) / M as f64).ln();
-        let gates = &kernel.2;
-        let exact =
-            formula([of(&sample[0]), of(&sample[1])], &sample[2], normalized, |t, i| {
-                match (index, gates) {
-                    (_, Some(gates)) => f64::from(gates[[t, i.min(gates.ncols() - 1)]]),
-                    (1, _) => GAMMA.ln(),
-                    (2, _) => channel(i),
-                    _ => 0.0,
-                }
-            });
+        let log_decay = match (index, &kernel.2) {
+            (_, Some(gates)) => oracle::wide(gates.slice(s![..200, ..])),
+            (1, _) => Array2::from_elem((1, 1), GAMMA.ln()),
+            (2, _) => Array2::from_shape_fn((1, M), |(_, i)| channel(i)),
+            _ => Array2::zeros((1, 1)),
+        };
+        let formula = if normalized { linear::gated } else { linear::gated_unnormalized };
+        let exact = formula(&phi_q, &phi_k, &v, &log_decay);
         super::check(kernel.0, &*attention(kernel), &exact, &sample);
     }
 }
@@ -95,17 +70,18 @@ pub fn decay(rounds: usize, quick: bool, targets: &mut Targets) {
     let n = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(n);
     let performer = Performer::<f32>::new(D, M, 1).expect("sizes are positive");
-    let projection = oracle::wide_rows(performer.projection().view());
+    let projection = performer.projection().to_owned();
     let performer = kinds(LinearAttention::new(performer), n);
-    check(&performer, true, |x| {
-        oracle::log_exponential_features(&projection, x).iter().map(|x| x.exp()).collect()
-    });
+    check(&performer, true, |x| oracle::performer(projection.view(), x.view()));
+    // the other maps see scaled vectors too
+    let shrink = (D as f64).powf(-0.25);
+    let scaled = |x: &Array2<f32>| oracle::wide(x.view()) * shrink;
     let elu =
         kinds(LinearAttention::new(EluFeatures::<f32>::new(D).expect("sizes are positive")), n);
-    check(&elu, true, |x| x.iter().map(|&x| if x > 0.0 { x + 1.0 } else { x.exp() }).collect());
+    check(&elu, true, |x| features::elu(&scaled(x)));
     let identity = IdentityFeatures::<f32>::new(D).expect("sizes are positive");
     let identity = kinds(LinearAttention::new(identity).unnormalized(), n);
-    check(&identity, false, <[f64]>::to_vec);
+    check(&identity, false, |x| features::identity(&scaled(x)));
     type Row<'a> = (&'a str, Vec<Box<dyn Attention<f32>>>);
     let rows: [Row; 3] = [
         ("Performer", performer.iter().map(attention).collect()),

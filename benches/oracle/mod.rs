@@ -1,10 +1,9 @@
-//! What the benchmarks compare with before they time anything: attention as its formula reads, in
-//! `f64`, pair by pair. Nothing here is shared with the crate's own loops, and nothing here is
-//! fast.
+//! What the benchmarks compare with before they time anything: `attention::naive` on `f32` input.
 #![allow(dead_code)] // each benchmark uses a part
 
 use dijiang::Mask;
-use ndarray::{Array2, ArrayView2};
+use dijiang::attention::naive::{self, features::Features};
+use ndarray::{Array1, Array2, ArrayView2};
 
 /// `[rows, columns]` standard normal numbers (SplitMix64 and Box-Muller), the same on every
 /// machine.
@@ -23,32 +22,7 @@ pub fn normal(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
     })
 }
 
-/// `o_t = Σ_j w(q_t, k_j) v_j / Σ_j w(q_t, k_j)` for any weight given by its logarithm.
-pub fn attention(
-    q: ArrayView2<f32>,
-    k: ArrayView2<f32>,
-    v: ArrayView2<f32>,
-    mask: Mask,
-    log_weight: impl Fn(&[f64], &[f64]) -> f64,
-) -> Array2<f64> {
-    let (q, k) = (wide_rows(q), wide_rows(k));
-    let mut out = Array2::zeros((q.len(), v.ncols()));
-    for (t, q) in q.iter().enumerate() {
-        let seen = if mask == Mask::Causal { t + 1 } else { k.len() };
-        let logs: Vec<f64> = k[..seen].iter().map(|k| log_weight(q, k)).collect();
-        let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = logs.iter().map(|log| (log - largest).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        for (weight, v) in weights.iter().zip(v.outer_iter()) {
-            for (o, &v) in out.row_mut(t).iter_mut().zip(v) {
-                *o += weight / total * f64::from(v);
-            }
-        }
-    }
-    out
-}
-
-/// Softmax attention: `w(q, k) = exp(q·k/√d)`.
+/// Softmax attention with scale `1/√d`.
 pub fn softmax(
     q: ArrayView2<f32>,
     k: ArrayView2<f32>,
@@ -56,11 +30,11 @@ pub fn softmax(
     mask: Mask,
 ) -> Array2<f64> {
     let scale = 1.0 / (q.ncols() as f64).sqrt();
-    attention(q, k, v, mask, |q, k| scale * dot(q, k))
+    naive::softmax(&wide(q), &wide(k), &wide(v), scale, mask)
 }
 
-/// Linear attention with positive exponential features of the given projection, whose rows are ω:
-/// `w(q, k) = Σ_i φ_i(q̂) φ_i(k̂)`, `ln φ_i(x̂) = ω_i·x̂ − |x̂|²/2 − ½ ln m`, `x̂ = x/d^¼`.
+/// Linear attention with positive exponential features of the given projection, whose rows are ω,
+/// and scale `1/√d`.
 pub fn linear(
     projection: ArrayView2<f32>,
     q: ArrayView2<f32>,
@@ -68,34 +42,19 @@ pub fn linear(
     v: ArrayView2<f32>,
     mask: Mask,
 ) -> Array2<f64> {
-    let shrink = (q.ncols() as f64).powf(-0.25);
-    let projection = wide_rows(projection);
-    let log_features = |x: &[f64]| {
-        let x: Vec<f64> = x.iter().map(|x| x * shrink).collect();
-        log_exponential_features(&projection, &x)
-    };
-    attention(q, k, v, mask, |q, k| {
-        let logs: Vec<f64> =
-            log_features(q).iter().zip(log_features(k)).map(|(a, b)| a + b).collect();
-        let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        logs.iter().map(|log| (log - largest).exp()).sum::<f64>().ln() + largest
-    })
+    let [phi_q, phi_k] = [q, k].map(|x| performer(projection, x));
+    naive::linear::normalized(&phi_q, &phi_k, &wide(v), mask)
 }
 
-/// `ln φ_i(x) = ω_i·x − |x|²/2 − ½ ln m`.
-pub fn log_exponential_features(projection: &[Vec<f64>], x: &[f64]) -> Vec<f64> {
-    let common = 0.5 * dot(x, x) + 0.5 * (projection.len() as f64).ln();
-    projection.iter().map(|omega| dot(omega, x) - common).collect()
+/// Positive exponential features of `x/d^¼`.
+pub fn performer(projection: ArrayView2<f32>, x: ArrayView2<f32>) -> Features {
+    let shrink = (x.ncols() as f64).powf(-0.25);
+    let weights = Array1::ones(projection.nrows());
+    naive::features::performer(&(wide(x) * shrink), &wide(projection), &weights)
 }
 
-/// The rows of a matrix, in `f64`.
-pub fn wide_rows(x: ArrayView2<f32>) -> Vec<Vec<f64>> {
-    x.outer_iter().map(|row| row.iter().map(|&x| f64::from(x)).collect()).collect()
-}
-
-/// Σ xᵢyᵢ.
-pub fn dot(x: &[f64], y: &[f64]) -> f64 {
-    x.iter().zip(y).map(|(x, y)| x * y).sum()
+pub fn wide(x: ArrayView2<f32>) -> Array2<f64> {
+    x.mapv(f64::from)
 }
 
 /// Panics unless `found` is within `tolerance` of `expected`, relative to the largest element

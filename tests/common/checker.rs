@@ -1,6 +1,7 @@
 //! ONE checker: every `Attention` and every `FeatureMap` makes the same promises.
 
 use super::{Subject, assert_close, normal, strided, tokens, wide};
+use dijiang::attention::naive::visible;
 use dijiang::{Attention, Error, FeatureMap, Mask, Scalar, Stream};
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate, s};
 
@@ -175,7 +176,7 @@ fn check_ones_and_hull<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) 
                     "{}",
                     subject.name
                 );
-                let seen = values.slice(s![..super::visible(mask, t, 70), ..]);
+                let seen = values.slice(s![..visible(mask, t, 70), ..]);
                 for (x, column) in row.iter().zip(seen.columns()).filter(|_| subject.positive) {
                     let (low, high) = column
                         .fold((T::infinity(), T::neg_infinity()), |(l, h), &v| {

@@ -1,11 +1,12 @@
-//! What the tests share: random input, naive oracles written for reading, tolerances in units of
-//! epsilon, golden files, and the list of every kernel and every map.
+//! What the tests share: random input, tolerances in units of epsilon, golden files, and the list of
+//! every kernel and every map with its formula in `attention::naive`.
 #![allow(dead_code)]
 
 pub mod checker;
 pub mod hybrid;
 pub mod written;
 
+use dijiang::attention::naive::{self, features::Features};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
     FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
@@ -38,40 +39,8 @@ pub fn wide<T: Scalar>(x: &Array2<T>) -> Array2<f64> {
     x.mapv(|x| x.as_f64())
 }
 
-/// Keys that query `t` sees.
-pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
-    if mask == Mask::Causal { t + 1 } else { keys }
-}
-
-/// Softmax attention as the formula stands, in f64.
-pub fn naive_softmax(
-    q: &Array2<f64>,
-    k: &Array2<f64>,
-    v: &Array2<f64>,
-    scale: f64,
-    mask: Mask,
-) -> Array2<f64> {
-    let mut out = Array2::zeros((q.nrows(), v.ncols()));
-    for t in 0..q.nrows() {
-        let seen = visible(mask, t, k.nrows());
-        let scores: Vec<f64> = (0..seen).map(|j| scale * q.row(t).dot(&k.row(j))).collect();
-        let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|s| (s - largest).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        for (j, w) in weights.iter().enumerate() {
-            out.row_mut(t).scaled_add(w / total, &v.row(j));
-        }
-    }
-    out
-}
-
-/// The logarithms and signs of `φ(√scale·x)`, row by row, in f64.
-pub fn features(
-    map: &dyn FeatureMap<f64>,
-    x: &Array2<f64>,
-    scale: f64,
-    keys: bool,
-) -> (Array2<f64>, Array1<f64>) {
+/// `φ(√scale·x)` of a map of the crate, row by row, in f64.
+pub fn features(map: &dyn FeatureMap<f64>, x: &Array2<f64>, scale: f64, keys: bool) -> Features {
     let mut values = Array2::from_elem((x.nrows(), map.num_features()), f64::NAN);
     let mut log_scale = Array1::from_elem(x.nrows(), f64::NAN);
     let x = x * scale.sqrt();
@@ -80,32 +49,7 @@ pub fn features(
     } else {
         map.map_queries(x.view(), values.view_mut(), log_scale.view_mut()).unwrap();
     }
-    (values, log_scale)
-}
-
-/// Linear attention as the formula stands, pair by pair, in f64.
-pub fn naive_linear(
-    map: &dyn FeatureMap<f64>,
-    [q, k, v]: [&Array2<f64>; 3],
-    scale: f64,
-    mask: Mask,
-    normalized: bool,
-) -> Array2<f64> {
-    let (fq, lq) = features(map, q, scale, false);
-    let (fk, lk) = features(map, k, scale, true);
-    let mut out = Array2::zeros((q.nrows(), v.ncols()));
-    for t in 0..q.nrows() {
-        let seen = visible(mask, t, k.nrows());
-        let largest = (0..seen).map(|j| lk[j]).fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> =
-            (0..seen).map(|j| fq.row(t).dot(&fk.row(j)) * (lk[j] - largest).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let factor = if normalized { 1.0 / total } else { (lq[t] + largest).exp() };
-        for (j, w) in weights.iter().enumerate() {
-            out.row_mut(t).scaled_add(w * factor, &v.row(j));
-        }
-    }
-    out
+    Features { values, log_scale }
 }
 
 /// Fails unless `|a − b| ≤ units·ε·max|b|` everywhere; says where it is worst.
@@ -497,9 +441,15 @@ impl Subject {
         mask: Mask,
     ) -> Array2<f64> {
         match &self.formula {
-            Formula::Softmax => naive_softmax(q, k, v, self.scale, mask),
+            Formula::Softmax => naive::softmax(q, k, v, self.scale, mask),
             Formula::Linear(map, normalized) => {
-                naive_linear(&**map, [q, k, v], self.scale, mask, *normalized)
+                let phi_q = features(&**map, q, self.scale, false);
+                let phi_k = features(&**map, k, self.scale, true);
+                if *normalized {
+                    naive::linear::normalized(&phi_q, &phi_k, v, mask)
+                } else {
+                    naive::linear::unnormalized(&phi_q, &phi_k, v, mask)
+                }
             }
             Formula::Hybrid(formula) if mask == Mask::Full => formula.full(q, k, v, self.scale),
             Formula::Hybrid(formula) => {

@@ -1,12 +1,12 @@
 //! Kernels whose formula is written out as a function: those that know positions, and Linformer.
 
-use super::{Formula, Subject, Written, features, map, naive_softmax, normal, visible};
+use super::{Formula, Subject, Written, features, map, normal};
+use dijiang::attention::naive::{self, features::identity, linear, positional};
 use dijiang::{
     Attention, CosFormer, FixedGates, LinearAttention, Linformer, Mask, Retention, Rotary,
     RotaryAttention, RotaryPairs, Scalar,
 };
 use ndarray::Array2;
-use std::f64::consts::PI;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -89,38 +89,24 @@ fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Su
             has_features: true,
             state: Box::new(move |dv, _| 2 * d * (dv + 1) + 2),
             output: Box::new(move |[q, k, v], _| {
-                let absolute = |x: &Array2<f64>, keys| {
-                    let (values, log_scale) = features(&*map, x, 1.0, keys);
-                    values * log_scale.mapv(f64::exp).insert_axis(ndarray::Axis(1))
-                };
-                let (fq, fk) = (absolute(q, false), absolute(k, true));
-                let own = |t: usize, i: usize| {
-                    let (rows, columns) = log_decay.dim();
-                    log_decay[[t.min(rows - 1), i.min(columns - 1)]]
-                };
-                let weight = |t: usize, j: usize| {
-                    let kept = |i: usize| (j + 1..=t).map(|s| own(s, i)).sum::<f64>().exp();
-                    (0..d).map(|i| fq[[t, i]] * fk[[j, i]] * kept(i)).sum()
-                };
-                naive_weights(v, q.nrows(), Mask::Causal, weight, normalized)
+                let phi_q = features(&*map, q, 1.0, false).absolute();
+                let phi_k = features(&*map, k, 1.0, true).absolute();
+                if normalized {
+                    linear::gated(&phi_q, &phi_k, v, &log_decay)
+                } else {
+                    linear::gated_unnormalized(&phi_q, &phi_k, v, &log_decay)
+                }
             }),
         }),
     }
 }
 
-/// Each pair of columns of token t turned by t·base^(−2i/dims).
-pub fn naive_rotation(x: &Array2<f64>, dims: usize, base: f64, pairs: RotaryPairs) -> Array2<f64> {
-    let mut turned = x.clone();
-    for t in 0..x.nrows() {
-        for i in 0..dims / 2 {
-            let (a, b) =
-                if pairs == RotaryPairs::Halves { (i, i + dims / 2) } else { (2 * i, 2 * i + 1) };
-            let angle = t as f64 * base.powf(-2.0 * i as f64 / dims as f64);
-            turned[[t, a]] = x[[t, a]] * angle.cos() - x[[t, b]] * angle.sin();
-            turned[[t, b]] = x[[t, a]] * angle.sin() + x[[t, b]] * angle.cos();
-        }
+/// The columns that turn together, and their angles.
+pub fn paired(pairs: RotaryPairs, angles: &[f64]) -> Vec<positional::Pair> {
+    match pairs {
+        RotaryPairs::Halves => positional::halves(angles),
+        _ => positional::interleaved(angles),
     }
-    turned
 }
 
 /// A kernel with rotary position embedding inside.
@@ -150,30 +136,12 @@ fn turned(rotary: Rotary, other: Subject) -> Subject {
             has_features: other.has_features(),
             state: Box::new(move |dv, tokens| other.state_floats(dv, tokens)),
             output: Box::new(move |[q, k, v], mask| {
-                let [q, k] = [q, k].map(|x| naive_rotation(x, dims, base, pairs));
+                let pairs = paired(pairs, &positional::rotary_angles(dims, base));
+                let [q, k] = [q, k].map(|x| positional::rotate(x, 0, &pairs));
                 inner.oracle(&q, &k, v, mask)
             }),
         }),
     }
-}
-
-/// Attention with the weight of each pair as it is written.
-pub fn naive_weights(
-    v: &Array2<f64>,
-    queries: usize,
-    mask: Mask,
-    weight: impl Fn(usize, usize) -> f64,
-    normalized: bool,
-) -> Array2<f64> {
-    let mut out = Array2::zeros((queries, v.ncols()));
-    for i in 0..queries {
-        let weights: Vec<f64> = (0..visible(mask, i, v.nrows())).map(|j| weight(i, j)).collect();
-        let total: f64 = if normalized { weights.iter().sum() } else { 1.0 };
-        for (j, w) in weights.iter().enumerate() {
-            out.row_mut(i).scaled_add(w / total, &v.row(j));
-        }
-    }
-    out
 }
 
 fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
@@ -193,84 +161,56 @@ fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
             has_features: true,
             state: Box::new(move |dv, _| 2 * (2 * d) * (dv + 1) + 1),
             output: Box::new(move |[q, k, v], mask| {
-                let [q, k] = [q, k].map(|x| x.mapv(|x| x.max(0.0) + epsilon));
-                let distance = |i: usize, j: usize| (i as f64 - j as f64) / max_len as f64;
-                let weight = |i: usize, j: usize| {
-                    q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance(i, j)).cos()
-                };
-                naive_weights(v, q.nrows(), mask, weight, true)
+                positional::cosformer(q, k, v, max_len, epsilon, mask)
             }),
         }),
     }
 }
 
-/// What retention is made of, and its formula pair by pair.
+/// What retention is made of.
 #[derive(Clone)]
 pub struct RetentionFormula {
     pub decay: f64,
     pub scale: f64,
-    /// Angle per token and, for xPos, ζ, of each pair of columns.
-    pub pairs: Vec<([usize; 2], f64, f64)>,
+    pub pairs: Vec<positional::Pair>,
+    /// ζ of each pair, 1 without xPos.
+    pub zeta: Vec<f64>,
     pub head_dim: usize,
 }
 
 impl RetentionFormula {
-    /// Columns (2i, 2i + 1) or (i, i + d/2), of a dimension that is even or leaves the last column
-    /// alone.
+    /// Of a dimension that is even or leaves the last column alone, with an angle for each pair.
     pub fn new(
         d: usize,
         decay: f64,
         scale: f64,
         pairs: RotaryPairs,
         xpos: bool,
-        theta: impl Fn(usize) -> f64,
+        angles: &[f64],
     ) -> Self {
-        let half = d / 2;
-        let pair = |i| {
-            let columns =
-                if pairs == RotaryPairs::Halves { [i, i + half] } else { [2 * i, 2 * i + 1] };
-            let zeta = if xpos { (2.0 * i as f64 / (2 * half) as f64 + 0.4) / 1.4 } else { 1.0 };
-            (columns, theta(i), zeta)
-        };
-        Self { decay, scale, head_dim: d, pairs: (0..half).map(pair).collect() }
-    }
-
-    /// The queries times ζ^{n/512} or the keys times ζ^{−n/512}, turned: good for short sequences,
-    /// in f64.
-    fn place(&self, x: &Array2<f64>, power: f64) -> Array2<f64> {
-        let mut placed = x.clone();
-        for (n, mut row) in placed.outer_iter_mut().enumerate() {
-            let n = n as f64;
-            for &([a, b], theta, zeta) in &self.pairs {
-                let (cos, sin) = ((n * theta).cos(), (n * theta).sin());
-                let size = zeta.powf(power * n / 512.0);
-                (row[a], row[b]) =
-                    (size * (row[a] * cos - row[b] * sin), size * (row[a] * sin + row[b] * cos));
-            }
-        }
-        placed
+        let zeta = if xpos { positional::xpos(d / 2) } else { vec![1.0; d / 2] };
+        Self { decay, scale, head_dim: d, pairs: paired(pairs, angles), zeta }
     }
 
     pub fn output(&self, [q, k, v]: [&Array2<f64>; 3], mask: Mask) -> Array2<f64> {
-        let (placed_q, placed_k) = (self.place(q, 1.0), self.place(k, -1.0));
-        let weight = |n: usize, m: usize| {
-            let kept = if n >= m { self.decay.powi((n - m) as i32) } else { 1.0 };
-            kept * self.scale * placed_q.row(n).dot(&placed_k.row(m))
-        };
-        naive_weights(v, q.nrows(), mask, weight, false)
+        if mask == Mask::Causal {
+            return positional::retention(q, k, v, self.scale, self.decay, &self.pairs, &self.zeta);
+        }
+        // without decay there is a full form
+        let [q, k] = [q, k].map(|x| identity(&positional::rotate(x, 0, &self.pairs)));
+        linear::unnormalized(&q, &k, v, mask) * self.scale
     }
 }
 
 fn retentions(d: usize) -> Vec<Subject> {
     let (even, usual) = (d - d % 2, 1.0 / (d as f64).sqrt());
-    let released = move |i: usize| 10_000_f64.powf(-(i as f64) / ((d / 2).max(2) - 1) as f64);
-    let su = move |i: usize| 300_f64.powf(-2.0 * i as f64 / even as f64);
+    let (released, su) = (positional::retention_angles(d), positional::rotary_angles(even, 300.0));
     let rotary =
         |pairs| Rotary::partial(d, even).unwrap().with_base(300.0).unwrap().with_pairs(pairs);
     let interleaved = RotaryPairs::Interleaved;
     let formula =
-        |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, released);
-    let own = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, su);
+        |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, &released);
+    let own = |decay, scale, pairs, xpos| RetentionFormula::new(d, decay, scale, pairs, xpos, &su);
     vec![
         retention(formula(0.9, usual, interleaved, false), None, false),
         retention(formula(0.9375, 0.5, interleaved, true), None, true),
@@ -343,14 +283,9 @@ fn linformer(d: usize, rank: usize, max_len: usize, scale: f64) -> Subject {
             normalized: false,
             has_features: false,
             state: Box::new(|_, _| 0),
-            output: Box::new(move |[q, k, v], mask| {
-                // padded to the length of the projections
-                let project = |p: &Array2<f32>, x: &Array2<f64>| {
-                    let mut padded = Array2::zeros((max_len, x.ncols()));
-                    padded.slice_mut(ndarray::s![..x.nrows(), ..]).assign(x);
-                    p.mapv(f64::from).dot(&padded)
-                };
-                naive_softmax(q, &project(&e, k), &project(&f, v), scale, mask)
+            output: Box::new(move |[q, k, v], _| {
+                let [e, f] = [&e, &f].map(|x| x.mapv(f64::from));
+                naive::linformer(q, k, v, [&e, &f], scale)
             }),
         }),
     }

@@ -1,9 +1,10 @@
-//! The forward pass of a LLaMA in `f64`, loop by loop from the formulas, on the weights as a file
-//! holds them.
+//! The forward pass of a LLaMA in `f64` from the formulas, on the weights as a file holds them.
 
 use super::{RMS_EPSILON, Sizes};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
+use dijiang::Mask;
+use dijiang::attention::naive::{self, positional};
 use ndarray::Array2;
 use std::collections::HashMap;
 use std::fs::File;
@@ -49,13 +50,9 @@ impl Naive {
         for l in 0..self.sizes.layers {
             let layer = |part: &str| format!("blk.{l}.{part}");
             let h = self.norm(&x, &layer("attn_norm"));
-            let mut q = self.linear(&h, &layer("attn_q"));
-            let mut k = self.linear(&h, &layer("attn_k"));
+            let q = self.linear(&h, &layer("attn_q"));
+            let k = self.linear(&h, &layer("attn_k"));
             let v = self.linear(&h, &layer("attn_v"));
-            for t in 0..tokens.len() {
-                self.rotate(&mut q[t], t);
-                self.rotate(&mut k[t], t);
-            }
             let mixed = self.attention(&q, &k, &v);
             add(&mut x, &self.linear(&mixed, &layer("attn_output")));
 
@@ -85,48 +82,38 @@ impl Naive {
         logits.outer_iter().zip(&tokens[1..]).map(loss).collect()
     }
 
-    /// Causal softmax attention; query head `h` reads the keys and values of head
-    /// `h / (heads / kv_heads)`.
+    /// Causal softmax attention with rotary embedding; query head `h` reads the keys and values of
+    /// head `h / (heads / kv_heads)`.
     fn attention(&self, q: &[Row], k: &[Row], v: &[Row]) -> Vec<Row> {
         let (d, dv) = (self.sizes.head_dim(), self.sizes.value_dim());
         let group = self.sizes.heads / self.sizes.kv_heads;
-        let mut mixed = vec![vec![0.0; self.sizes.heads * dv]; q.len()];
+        let pairs = self.pairs();
+        let head = |x: &[Row], h: usize, columns: usize| {
+            Array2::from_shape_fn((x.len(), columns), |(t, c)| x[t][h * columns + c])
+        };
+        let mut mixed = vec![Row::new(); q.len()];
         for h in 0..self.sizes.heads {
-            let kv = h / group;
-            for t in 0..q.len() {
-                let score = |s: usize| -> f64 {
-                    (0..d).map(|c| q[t][h * d + c] * k[s][kv * d + c]).sum::<f64>()
-                        / (d as f64).sqrt()
-                };
-                let scores: Vec<f64> = (0..=t).map(score).collect();
-                let largest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
-                let shares: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
-                let sum: f64 = shares.iter().sum();
-                for (s, share) in shares.iter().enumerate() {
-                    for c in 0..dv {
-                        mixed[t][h * dv + c] += share / sum * v[s][kv * dv + c];
-                    }
-                }
+            let q = positional::rotate(&head(q, h, d), 0, &pairs);
+            let k = positional::rotate(&head(k, h / group, d), 0, &pairs);
+            let v = head(v, h / group, dv);
+            let out = naive::softmax(&q, &k, &v, 1.0 / (d as f64).sqrt(), Mask::Causal);
+            for (row, out) in mixed.iter_mut().zip(out.outer_iter()) {
+                row.extend(out);
             }
         }
         mixed
     }
 
-    /// Turns the pair `(2i, 2i + 1)` of each head by `t·base^(−2i/dims)/stretch/factor_i`.
-    fn rotate(&self, row: &mut [f64], t: usize) {
-        let dims = self.sizes.rope_dims();
-        for head in row.chunks_mut(self.sizes.head_dim()) {
-            for i in 0..dims / 2 {
-                let base = f64::from(self.sizes.rope_base as f32);
-                let factor =
-                    if self.sizes.rope_factors { self.matrix("rope_freqs")[0][i] } else { 1.0 };
-                let frequency = 1.0 / base.powf(2.0 * i as f64 / dims as f64);
-                let (sin, cos) = (t as f64 * frequency / self.sizes.stretch() / factor).sin_cos();
-                let (a, b) = (head[2 * i], head[2 * i + 1]);
-                head[2 * i] = a * cos - b * sin;
-                head[2 * i + 1] = a * sin + b * cos;
-            }
+    /// The pairs `(2i, 2i + 1)` of each head and their angles `base^(−2i/dims)/stretch/factor_i`.
+    fn pairs(&self) -> Vec<positional::Pair> {
+        let base = f64::from(self.sizes.rope_base as f32);
+        let mut angles = positional::rotary_angles(self.sizes.rope_dims(), base);
+        for (i, angle) in angles.iter_mut().enumerate() {
+            let factor =
+                if self.sizes.rope_factors { self.matrix("rope_freqs")[0][i] } else { 1.0 };
+            *angle = *angle / self.sizes.stretch() / factor;
         }
+        positional::interleaved(&angles)
     }
 
     /// `x/√(mean x² + ε) ⊙ gain`
