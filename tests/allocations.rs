@@ -5,8 +5,8 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, FixedGates, HybridAttention, IdentityFeatures, LinearAttention, Linformer, Mask,
-    Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
+    FeatureMap, FixedGates, Head, HybridAttention, IdentityFeatures, LinearAttention, Linformer,
+    Mask, Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
     SoftmaxAttention, TaylorFeatures,
 };
 use ndarray::{Array1, Array2, s};
@@ -78,7 +78,11 @@ fn check_masks(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool, m
             let rows = s![..n, ..];
             let out = out.slice_mut(rows);
             kernel
-                .forward_with(q.slice(rows), k.slice(rows), v.slice(rows), mask, out, &mut scratch)
+                .forward_heads(
+                    &mut [Head::new(q.slice(rows), k.slice(rows), v.slice(rows), out)],
+                    mask,
+                    &mut scratch,
+                )
                 .unwrap();
         };
         [300, 1].into_iter().for_each(&mut forward);

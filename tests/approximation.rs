@@ -39,8 +39,8 @@ fn bias(name: &str, seeds: u64) -> (f64, f64) {
     let (mut sum, mut squares) = (Array2::<f64>::zeros((6, 6)), Array2::<f64>::zeros((6, 6)));
     for seed in 0..seeds {
         let kernel = LinearAttention::new(map::<f64>(name, d, m, seed));
-        let log_weights =
-            Attention::<f64>::log_weights(&kernel, q.view(), k.view()).unwrap().unwrap();
+        let log_weights = Attention::<f64>::pair_weights(&kernel).unwrap();
+        let log_weights = log_weights.log_weights(q.view(), k.view()).unwrap();
         let ratio = (log_weights - &exact).mapv(f64::exp);
         squares += &(&ratio * &ratio);
         sum += &ratio;

@@ -147,7 +147,9 @@ fn scales() {
         for kernel in kernels {
             option(kernel.forward(x.view(), x.view(), x.view(), Mask::Causal));
             option(kernel.stream(4));
-            option(kernel.log_weights(x.view(), x.view()));
+            if let Some(weights) = kernel.pair_weights() {
+                option(weights.log_weights(x.view(), x.view()));
+            }
         }
         option(ExactMemory::<f32>::new(4, 4, scale));
         option(LinearMemory::<f32, _>::new(Arc::new(map()), 4, scale));

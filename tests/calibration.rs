@@ -100,8 +100,11 @@ fn known_output_errors_of_real_heads() {
         for rank in [6, 10] {
             let [clamped, constrained] = [TaylorFit::Clamped, TaylorFit::Constrained].map(|fit| {
                 let map = CalibratedTaylor::<f64>::with_fit(rank, &calibration, fit).unwrap();
-                let far =
-                    LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+                let far = LinearAttention::new(map)
+                    .pair_weights()
+                    .unwrap()
+                    .log_weights(q.view(), k.view())
+                    .unwrap();
                 let near = |t: usize, j: usize| head.mask == Mask::Causal && (t < j + 64 || j < 4);
                 norm(
                     &(output(&|t, j| if near(t, j) { scores[[t, j]] } else { far[[t, j]] })
@@ -261,7 +264,8 @@ fn check_map<T: Scalar>(
     assert_eq!((map.rank(), map.num_features()), (rank, (rank + 1) * (rank + 2) / 2));
     let kernel = LinearAttention::new(map.clone()).with_scale(calibration.scale());
     let (narrow_q, narrow_k) = (q.mapv(T::from_f64), k.mapv(T::from_f64));
-    let found = kernel.log_weights(narrow_q.view(), narrow_k.view()).unwrap().unwrap();
+    let found =
+        kernel.pair_weights().unwrap().log_weights(narrow_q.view(), narrow_k.view()).unwrap();
     let [c0, c1, c2] = calibration.taylor_coefficients(rank, TaylorFit::Constrained).unwrap();
     let (q, k) = (scaled(&wide(&narrow_q), calibration), scaled(&wide(&narrow_k), calibration));
     for (t, q) in q.outer_iter().enumerate() {
@@ -308,11 +312,11 @@ fn small_scores_are_modelled_closely() {
     let (q, k) = (&q + 1.0, &k - 2.0);
     let calibration = calibrate_with(&q, &k, CalibrationOptions::new()).unwrap();
     let kernel = LinearAttention::new(CalibratedTaylor::<f64>::new(4, &calibration).unwrap());
-    let found = kernel.log_weights(q.view(), k.view()).unwrap().unwrap();
+    let found = kernel.pair_weights().unwrap().log_weights(q.view(), k.view()).unwrap();
     let exact = q.dot(&k.t()) * 0.5;
     assert!((&found - &exact).iter().all(|x| x.abs() < 0.01));
     let plain = LinearAttention::new(TaylorFeatures::<f64>::new(4).unwrap());
-    let plain = plain.log_weights(q.view(), k.view()).unwrap().unwrap();
+    let plain = plain.pair_weights().unwrap().log_weights(q.view(), k.view()).unwrap();
     assert!((&plain - &exact).iter().any(|x| x.abs() > 1.0));
 }
 
@@ -400,7 +404,11 @@ fn calibrated_weights_fit_the_far_pairs() {
         let lse: Array1<f64> =
             (0..100).map(|t| scores.slice(s![t, ..=t]).mapv(f64::exp).sum().ln()).collect();
         let error = |map: Box<dyn FeatureMap<f64>>| -> f64 {
-            let found = LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+            let found = LinearAttention::new(map)
+                .pair_weights()
+                .unwrap()
+                .log_weights(q.view(), k.view())
+                .unwrap();
             let far =
                 (0..100_usize).flat_map(|t| (4..(t + 1).saturating_sub(20)).map(move |j| (t, j)));
             far.map(|(t, j)| {
@@ -500,8 +508,11 @@ fn degenerate_samples() {
                     );
                 }
                 let map = CalibratedTaylor::<f64>::new(rank, &calibration).unwrap();
-                let found =
-                    LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+                let found = LinearAttention::new(map)
+                    .pair_weights()
+                    .unwrap()
+                    .log_weights(q.view(), k.view())
+                    .unwrap();
                 let exact = q.dot(&k.t()) * calibration.scale();
                 let worst = (&found - &exact).iter().fold(0.0_f64, |m, x| m.max(x.abs()));
                 let slack = if name.starts_with("two") { 0.5 } else { 1e-3 };
@@ -537,7 +548,11 @@ fn degenerate_samples() {
     let calibration = calibrate_with(&one, &one, options().with_mask(Mask::Full)).unwrap();
     assert_eq!((calibration.rows_used(), calibration.far_share()), (1, 1.0));
     let map = CalibratedTaylor::<f64>::new(1, &calibration).unwrap();
-    let found = LinearAttention::new(map).log_weights(one.view(), one.view()).unwrap().unwrap();
+    let found = LinearAttention::new(map)
+        .pair_weights()
+        .unwrap()
+        .log_weights(one.view(), one.view())
+        .unwrap();
     assert!((found[[0, 0]] - 4.0).abs() < 1e-9);
     // more queries than keys
     let calibration =

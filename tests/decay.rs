@@ -5,8 +5,9 @@ mod common;
 use common::{assert_close, features, golden, map, matrix, normal, tokens, vector, wide};
 use dijiang::attention::naive::{features::elu, linear};
 use dijiang::{
-    Attention, EluFeatures, Error, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention,
-    Mask, Memory, MultiHead, OfficialDijiang, Retention, Scalar, Scratch, SoftmaxAttention, Stream,
+    Attention, EluFeatures, Error, FeatureMap, Head, HybridAttention, IdentityFeatures,
+    LinearAttention, Mask, Memory, MultiHead, OfficialDijiang, Retention, Scalar, Scratch,
+    SoftmaxAttention, Stream,
 };
 use ndarray::{Array1, Array2, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
@@ -122,12 +123,10 @@ impl Decays {
             None => kernel.forward_into(q.view(), k.view(), v.view(), Mask::Causal, out.view_mut()),
             Some(gates) => {
                 let gates = gates.mapv(T::from_f64);
-                kernel.forward_gated(
-                    q.view(),
-                    k.view(),
-                    v.view(),
-                    gates.view(),
-                    out.view_mut(),
+                kernel.forward_heads(
+                    &mut [Head::new(q.view(), k.view(), v.view(), out.view_mut())
+                        .with_log_decay(gates.view())],
+                    Mask::Causal,
                     &mut Scratch::new(),
                 )
             }
@@ -152,7 +151,11 @@ impl Decays {
             let [q, k, v] = [q, k, v].map(|x| x.slice(rows));
             match &gates {
                 None => stream.extend(q, k, v, out.slice_mut(rows)),
-                Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out.slice_mut(rows)),
+                Some(gates) => {
+                    stream
+                        .extend_heads(&mut [Head::new(q, k, v, out.slice_mut(rows))
+                            .with_log_decay(gates.slice(rows))])
+                }
             }
             .unwrap();
             start = end;
@@ -248,7 +251,10 @@ fn final_state(
         let mut copy = stream.clone_box();
         let out = row.view_mut().insert_axis(Axis(0));
         if gated {
-            copy.extend_gated(query.view(), key.view(), value.view(), keep.view(), out).unwrap();
+            copy.extend_heads(&mut [
+                Head::new(query.view(), key.view(), value.view(), out).with_log_decay(keep.view())
+            ])
+            .unwrap();
         } else {
             copy.extend(query.view(), key.view(), value.view(), out).unwrap();
             row /= gamma;
@@ -285,7 +291,9 @@ fn golden_values() {
                 let (q, k, v, out) =
                     (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows));
                 match &gates {
-                    Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
+                    Some(gates) => stream.extend_heads(&mut [
+                        Head::new(q, k, v, out).with_log_decay(gates.slice(rows))
+                    ]),
                     None => stream.extend(q, k, v, out),
                 }
                 .unwrap();
@@ -374,7 +382,9 @@ fn a_million_tokens_in_f32_are_the_recurrence_in_f64() {
                     let (q, k, v, out) =
                         (q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(here));
                     match gates {
-                        Some(gates) => stream.extend_gated(q, k, v, gates.slice(rows), out),
+                        Some(gates) => stream.extend_heads(&mut [
+                            Head::new(q, k, v, out).with_log_decay(gates.slice(rows))
+                        ]),
                         None => stream.extend(q, k, v, out),
                     }
                     .unwrap();
@@ -408,12 +418,17 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
         let (kernel, [q, k, v], gates) = gated(columns);
         let mut stream = kernel.stream(2).unwrap();
         let mut out = Array2::zeros((140, 2));
-        stream.extend_gated(q.view(), k.view(), v.view(), gates.view(), out.view_mut()).unwrap();
+        stream
+            .extend_heads(&mut [Head::new(q.view(), k.view(), v.view(), out.view_mut())
+                .with_log_decay(gates.view())])
+            .unwrap();
         let state = stream.save().unwrap();
         let mut refuse = |rows: core::ops::Range<usize>, gates: &Array2<f32>, which: &str| {
             let part = s![rows, ..];
             let (q, k, v, out) = (q.slice(part), k.slice(part), v.slice(part), out.slice_mut(part));
-            let error = stream.extend_gated(q, k, v, gates.view(), out).unwrap_err();
+            let error = stream
+                .extend_heads(&mut [Head::new(q, k, v, out).with_log_decay(gates.view())])
+                .unwrap_err();
             assert!(error.to_string().contains(which), "{error}");
             assert_eq!(stream.save().unwrap(), state, "{error}");
         };
@@ -433,7 +448,7 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
         let error = stream.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap_err();
         assert!(
             matches!(error, Error::Unsupported { .. })
-                && error.to_string().contains("extend_gated"),
+                && error.to_string().contains("extend_heads"),
             "{error}"
         );
         let error = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap_err();
@@ -441,13 +456,13 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
         assert_eq!(stream.save().unwrap(), state);
         let none = s![..0, ..];
         stream
-            .extend_gated(
+            .extend_heads(&mut [Head::new(
                 q.slice(none),
                 k.slice(none),
                 v.slice(none),
-                gates.slice(none),
                 out.slice_mut(none),
             )
+            .with_log_decay(gates.slice(none))])
             .unwrap();
         assert_eq!(stream.save().unwrap(), state);
     }
@@ -457,21 +472,23 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
     let kernels: [&dyn Attention<f32>; 4] =
         [&SoftmaxAttention::new(5).unwrap(), &plain, &window, &Retention::new(5, 0.9).unwrap()];
     for kernel in kernels {
-        assert!(!kernel.is_gated());
         let mut out = Array2::zeros((140, 2));
         let [q, k, v] = [&q, &k, &v].map(|x| x.view());
         let error = kernel
-            .forward_gated(q, k, v, gates.view(), out.view_mut(), &mut Scratch::new())
+            .forward_heads(
+                &mut [Head::new(q, k, v, out.view_mut()).with_log_decay(gates.view())],
+                Mask::Causal,
+                &mut Scratch::new(),
+            )
             .unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
         let error = kernel
             .stream(2)
             .unwrap()
-            .extend_gated(q, k, v, gates.view(), out.view_mut())
+            .extend_heads(&mut [Head::new(q, k, v, out.view_mut()).with_log_decay(gates.view())])
             .unwrap_err();
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
-    assert!(kernel.is_gated());
 }
 
 #[test]
@@ -484,7 +501,6 @@ fn unusable_decays_are_reported_by_the_first_call() {
             Attention::<f64>::stream(&kernel, 3).unwrap_err(),
             kernel.memory::<f64>(3).unwrap_err(),
             Attention::<f64>::state_floats(&kernel, 3, 7).unwrap_err(),
-            kernel.log_weights(x.view(), x.view()).unwrap_err(),
         ];
         assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
         errors[0].clone()
@@ -515,7 +531,7 @@ fn unusable_decays_are_reported_by_the_first_call() {
     ] {
         assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
-    assert!(decays.log_weights(x.view(), x.view()).unwrap().is_none());
+    assert!(Attention::<f64>::pair_weights(&decays).is_none());
     // nothing is kept: every token sees itself alone
     let v = normal::<f64>(2, 3, 1.0, 1);
     let own = kernel().with_decay(0.0).forward(x.view(), x.view(), v.view(), Mask::Causal).unwrap();
@@ -555,12 +571,10 @@ fn layouts_of_log_decays_do_not_matter() {
         let forward = |gates: ArrayView2<'_, f32>| {
             let mut out = Array2::from_elem((140, 2), f32::NAN);
             kernel
-                .forward_gated(
-                    q.view(),
-                    k.view(),
-                    v.view(),
-                    gates,
-                    out.view_mut(),
+                .forward_heads(
+                    &mut [Head::new(q.view(), k.view(), v.view(), out.view_mut())
+                        .with_log_decay(gates)],
+                    Mask::Causal,
                     &mut Scratch::new(),
                 )
                 .unwrap();
@@ -610,12 +624,10 @@ fn layers_of_gated_heads_are_their_heads() {
                 let mut exact = Array2::zeros((length, dv));
                 let (q, k, v, gates) = (part(&q, h), part(&k, kv), part(&v, kv), part(&gates, kv));
                 kernel
-                    .forward_gated(
-                        q.view(),
-                        k.view(),
-                        v.view(),
-                        gates.view(),
-                        exact.view_mut(),
+                    .forward_heads(
+                        &mut [Head::new(q.view(), k.view(), v.view(), exact.view_mut())
+                            .with_log_decay(gates.view())],
+                        Mask::Causal,
                         &mut Scratch::new(),
                     )
                     .unwrap();

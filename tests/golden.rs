@@ -176,8 +176,11 @@ fn wpff() {
         let scale = 1.0 / f64::from(d).sqrt();
         assert_relative(name, &absolute(&map, &q, scale, false), &matrix(&case["phi_q"]), 1e-12);
         assert_relative(name, &absolute(&map, &k, scale, true), &matrix(&case["phi_k"]), 1e-12);
-        let log_weights =
-            LinearAttention::new(map).log_weights(q.view(), k.view()).unwrap().unwrap();
+        let log_weights = LinearAttention::new(map)
+            .pair_weights()
+            .unwrap()
+            .log_weights(q.view(), k.view())
+            .unwrap();
         assert_relative(name, &log_weights.mapv(f64::exp), &matrix(&case["kernel"]), 1e-12);
         if !name.contains("normal radii") {
             for (t, r) in vector(&case["t"]).iter().zip(&vector(&case["radii"])) {
@@ -237,7 +240,7 @@ fn check_performer_case<F: FeatureMap<f64> + 'static, G: FeatureMap<f32> + 'stat
         assert_close(name, &out, &exact, TOLERANCE_F32);
     }
     if let Some(estimate) = case.get("kernel_estimate") {
-        let log_weights = kernel.log_weights(q.view(), k.view()).unwrap().unwrap();
+        let log_weights = kernel.pair_weights().unwrap().log_weights(q.view(), k.view()).unwrap();
         assert_close(name, &log_weights.mapv(f64::exp), &matrix(estimate), TOLERANCE);
     }
 }
@@ -410,8 +413,9 @@ fn taylor2() {
             (common::features(&map, &q, scale, false), common::features(&map, &k, scale, true));
         let log_weights = naive::hybrid::log_products(&phi_q, &phi_k);
         let kernel32 = LinearAttention::new(map32)
-            .log_weights(narrow(&q).view(), narrow(&k).view())
+            .pair_weights()
             .unwrap()
+            .log_weights(narrow(&q).view(), narrow(&k).view())
             .unwrap();
         let largest = case["log_kernel_far"]
             .as_array()

@@ -5,8 +5,8 @@ mod common;
 use common::{assert_close, golden, matrix, vector};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far,
-    FeatureMap, HybridAttention, LinearMemory, Mask, Memory, Merged, MergedMemory, Metric, Partial,
-    Performer, SoftmaxAttention, Taylor, TaylorFit,
+    FeatureMap, Head, HybridAttention, LinearMemory, Mask, Memory, Merged, MergedMemory, Metric,
+    Partial, Performer, SoftmaxAttention, StreamOptions, Taylor, TaylorFit,
 };
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde_json::Value;
@@ -264,13 +264,16 @@ fn received() {
         let q = Array3::from_shape_fn((group, k.nrows(), k.ncols()), |(g, t, c)| heads[g][[t, c]]);
         let mut first: Option<Array3<f64>> = None;
         for size in [k.nrows(), 1, 3, 7] {
-            let mut stream = kernel.group_stream(group, v.ncols()).unwrap().unwrap();
+            let mut stream =
+                kernel.stream_with(StreamOptions::new(v.ncols()).group(group)).unwrap();
             let mut out = Array3::zeros((group, k.nrows(), v.ncols()));
             for start in (0..k.nrows()).step_by(size) {
                 let end = k.nrows().min(start + size);
                 let (q, rows) = (q.slice(s![.., start..end, ..]), s![start..end, ..]);
                 let out = out.slice_mut(s![.., start..end, ..]);
-                stream.extend_group(q, k.slice(rows), v.slice(rows), out).unwrap();
+                stream
+                    .extend_heads(&mut [Head::group(q, k.slice(rows), v.slice(rows), out)])
+                    .unwrap();
             }
             for (found, exact) in out.outer_iter().zip(&exact) {
                 assert_close(name, &found.to_owned(), exact, TOLERANCE);

@@ -5,12 +5,11 @@ mod common;
 use common::hybrid::{FarFormula, HybridFormula};
 use common::{RECEIVED, assert_close, hybrid, normal, tokens};
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Merged, Metric,
-    MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamState, Ward,
+    Attention, Calibration, CalibrationOptions, Error, Far, Head, HybridAttention, Mask, Merged,
+    Metric, MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamOptions, StreamState,
+    Ward,
 };
-use ndarray::{
-    Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s,
-};
+use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -195,13 +194,13 @@ proptest! {
         let [_, k, v] = tokens::<f32>(n, d, dv, 1.0, seed);
         let q = Array3::from_shape_vec((group, n, d), normal::<f32>(group * n, d, 1.0, seed + 7).into_raw_vec_and_offset().0).unwrap();
         let run = |sizes: &[usize]| {
-            let mut stream = kernel.group_stream(group, dv).unwrap().unwrap();
+            let mut stream = kernel.stream_with(StreamOptions::new(dv).group(group)).unwrap();
             let (mut out, mut start) = (Array3::zeros((group, n, dv)), 0);
             for size in sizes {
                 let rows = start..start + size;
                 let q = q.slice(s![.., rows.clone(), ..]);
                 let out = out.slice_mut(s![.., rows.clone(), ..]);
-                stream.extend_group(q, k.slice(s![rows.clone(), ..]), v.slice(s![rows.clone(), ..]), out).unwrap();
+                stream.extend_heads(&mut [Head::group(q, k.slice(s![rows.clone(), ..]), v.slice(s![rows.clone(), ..]), out)]).unwrap();
                 start += size;
             }
             (out, stream.save().unwrap())
@@ -412,36 +411,19 @@ fn a_wrapped_hybrid() {
     #[derive(Debug)]
     struct Wrapped(HybridAttention<f64>);
     impl Attention<f64> for Wrapped {
-        fn forward_into(
+        fn forward_heads(
             &self,
-            q: ArrayView2<'_, f64>,
-            k: ArrayView2<'_, f64>,
-            v: ArrayView2<'_, f64>,
+            heads: &mut [Head<'_, f64>],
             mask: Mask,
-            out: ArrayViewMut2<'_, f64>,
-        ) -> Result<(), Error> {
-            self.0.forward_into(q, k, v, mask, out)
-        }
-        fn forward_group(
-            &self,
-            q: ArrayView3<'_, f64>,
-            k: ArrayView2<'_, f64>,
-            v: ArrayView2<'_, f64>,
-            mask: Mask,
-            out: ArrayViewMut3<'_, f64>,
             scratch: &mut Scratch<f64>,
         ) -> Result<(), Error> {
-            self.0.forward_group(q, k, v, mask, out, scratch)
+            self.0.forward_heads(heads, mask, scratch)
         }
         fn stream(&self, value_dim: usize) -> Result<Box<dyn Stream<f64>>, Error> {
             self.0.stream(value_dim)
         }
-        fn group_stream(
-            &self,
-            group: usize,
-            value_dim: usize,
-        ) -> Result<Option<Box<dyn Stream<f64>>>, Error> {
-            self.0.group_stream(group, value_dim)
+        fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<f64>>, Error> {
+            self.0.stream_with(options)
         }
     }
     let [q, k, v] =

@@ -157,7 +157,7 @@ fn small_features_are_not_drowned_by_an_epsilon() {
             as Box<dyn Attention<f32>>,
         Box::new(LinearAttention::new(DctFeatures::<f32>::new(16, 64, 0).unwrap())),
     ] {
-        let log_weights = kernel.log_weights(x.view(), x.view()).unwrap().unwrap();
+        let log_weights = kernel.pair_weights().unwrap().log_weights(x.view(), x.view()).unwrap();
         assert!(log_weights.iter().any(|w| *w < -400.0));
         let out = kernel.forward(x.view(), x.view(), ones.view(), Mask::Causal).unwrap();
         assert_close("ones", &out, &wide(&ones), 64.0);

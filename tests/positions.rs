@@ -8,9 +8,9 @@ use common::written::{RetentionFormula, retention_kernel};
 use common::{assert_close, normal, tokens, wide};
 use dijiang::attention::naive::{linear::Recurrence, positional};
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, FixedGates, IdentityFeatures, LinearAttention,
+    Attention, CosFormer, EluFeatures, Error, FixedGates, Head, IdentityFeatures, LinearAttention,
     Linformer, Mask, MultiHead, Retention, Rotary, RotaryAttention, RotaryPairs, Scratch,
-    SoftmaxAttention,
+    SoftmaxAttention, StreamOptions,
 };
 use ndarray::{Array2, Array4, Axis, array, s};
 use std::sync::Arc;
@@ -61,13 +61,14 @@ fn groups_are_their_heads() {
             }
         }
         let whole = layer.forward(q.view(), k.view(), k.view(), Mask::Causal, None).unwrap();
-        let mut stream = kernel.group_stream(group, d).unwrap().unwrap();
-        assert_eq!(stream.group(), group);
+        let mut stream = kernel.stream_with(StreamOptions::new(d).group(group)).unwrap();
         let mut out = Array4::<f64>::zeros((1, group, n, d));
         for rows in [0..1, 1..2, 2..30, 30..40] {
             let q = q.slice(s![1, group.., rows.clone(), ..]);
             let k = k.slice(s![1, 1, rows.clone(), ..]);
-            stream.extend_group(q, k, k, out.slice_mut(s![0, .., rows, ..])).unwrap();
+            stream
+                .extend_heads(&mut [Head::group(q, k, k, out.slice_mut(s![0, .., rows, ..]))])
+                .unwrap();
         }
         for h in 0..group {
             let exact = whole.slice(s![1, group + h, .., ..]).to_owned();
@@ -89,12 +90,9 @@ fn one_scratch_for_all() {
         for kernel in kernels(4) {
             let mut out = Array2::from_elem((n, 2), f64::NAN);
             kernel
-                .forward_with(
-                    q.view(),
-                    k.view(),
-                    v.view(),
+                .forward_heads(
+                    &mut [Head::new(q.view(), k.view(), v.view(), out.view_mut())],
                     Mask::Causal,
-                    out.view_mut(),
                     &mut scratch,
                 )
                 .unwrap();
@@ -127,11 +125,11 @@ fn log_weights_know_positions() {
     let [q, k, _] = tokens::<f64>(9, 4, 1, 1.0, 3);
     let identity = Array2::eye(9);
     for kernel in kernels(4) {
-        let Some(weights) = kernel.log_weights(q.view(), k.view()).unwrap() else {
+        let Some(weights) = kernel.pair_weights() else {
             assert!(format!("{kernel:?}").starts_with("Retention")); // its weights have either sign
             continue;
         };
-        let mut weights = weights.mapv(f64::exp);
+        let mut weights = weights.log_weights(q.view(), k.view()).unwrap().mapv(f64::exp);
         let out = kernel.forward(q.view(), k.view(), identity.view(), Mask::Full).unwrap();
         for mut row in weights.rows_mut() {
             let total = row.sum();
@@ -361,7 +359,6 @@ fn gated_kernels_turn() {
     let exact = FixedGates::new(elu(d).gated(), log_decay.clone());
     let exact = exact.forward(turned[0].view(), turned[1].view(), v.view(), Mask::Causal).unwrap();
     let kernel = RotaryAttention::new(rotary, elu(d).gated());
-    assert!(Attention::<f64>::is_gated(&kernel));
     let kernel = FixedGates::new(kernel, log_decay);
     assert_close(
         "forward",

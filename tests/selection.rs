@@ -4,7 +4,8 @@ mod common;
 
 use common::{heads, normal, wide};
 use dijiang::{
-    Attention, Error, Far, HeadErrors, HeadSample, HybridAttention, Mask, SoftmaxAttention,
+    Attention, Error, Far, Head, HeadErrors, HeadSample, HybridAttention, Mask, SoftmaxAttention,
+    StreamOptions,
 };
 use ndarray::{Array2, Array3, Axis, s};
 use std::sync::Arc;
@@ -60,9 +61,11 @@ fn heads_are_ranked_by_their_error() {
     assert!(errors.ranked().windows(2).all(|pair| pair[0].output_error >= pair[1].output_error));
     for error in errors.ranked() {
         let sample = &samples[error.layer * 2 + error.kv_head];
-        let mut stream = small.group_stream(2, 3).unwrap().unwrap();
+        let mut stream = small.stream_with(StreamOptions::new(3).group(2)).unwrap();
         let mut found = Array3::zeros((2, 60, 3));
-        stream.extend_group(sample.q, sample.k, sample.v, found.view_mut()).unwrap();
+        stream
+            .extend_heads(&mut [Head::group(sample.q, sample.k, sample.v, found.view_mut())])
+            .unwrap();
         let (mut difference, mut size) = (0.0, 0.0);
         for g in 0..2 {
             let exact = exact

@@ -38,7 +38,7 @@ pub mod merged;
 pub mod positional;
 pub mod received;
 
-use crate::attention::Mask;
+use crate::mask::Mask;
 use ndarray::{Array1, Array2, Axis};
 
 /// How many keys query `t` sees: the first `t + 1` with [`Mask::Causal`], else all.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Sizes, logits, session, softmax, tokens};
-use dijiang::{Attention, Mask, MultiHead, SoftmaxAttention};
+use dijiang::{Attention, Head, Mask, MultiHead, SoftmaxAttention};
 use language_model::capture::Capture;
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::model::Config;
@@ -206,12 +206,9 @@ fn measured(session: &Session, name: &str) -> Vec<(f64, usize, usize)> {
         let run = |kernel: &dyn Attention<f32>| {
             let mut out = Array3::zeros((sample.q.dim().0, sample.q.dim().1, sample.v.ncols()));
             kernel
-                .forward_group(
-                    sample.q,
-                    sample.k,
-                    sample.v,
+                .forward_heads(
+                    &mut [Head::group(sample.q, sample.k, sample.v, out.view_mut())],
                     Mask::Causal,
-                    out.view_mut(),
                     &mut Default::default(),
                 )
                 .unwrap();

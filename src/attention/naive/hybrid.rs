@@ -3,7 +3,7 @@
 
 use super::features::Features;
 use super::{from_log_weights, scores, visible};
-use crate::attention::Mask;
+use crate::mask::Mask;
 use ndarray::{Array1, Array2};
 
 /// Which keys are read exactly: the first ones (*sinks*; Xiao et al., arXiv 2309.17453), the last

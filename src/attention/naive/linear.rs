@@ -2,7 +2,7 @@
 
 use super::features::Features;
 use super::visible;
-use crate::attention::Mask;
+use crate::mask::Mask;
 use ndarray::{Array1, Array2, ArrayView1};
 
 /// Linear attention (Katharopoulos et al., arXiv 2006.16236, equations 4 to 6):

@@ -2,7 +2,7 @@
 //! Ward's rule.
 
 use super::hybrid::{Held, Near};
-use crate::attention::Mask;
+use crate::mask::Mask;
 use ndarray::{Array1, Array2, ArrayView1};
 
 /// Some tokens as one: read with the weight `count·e^{q̂·key}`.

@@ -3,7 +3,7 @@
 //! Positions count from 0.
 
 use super::{weighted_means, weighted_sums};
-use crate::attention::Mask;
+use crate::mask::Mask;
 use core::f64::consts::PI;
 use ndarray::Array2;
 
