@@ -115,7 +115,8 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
         };
         product(inverse, inverse, T::one());
         for (scaled, x) in scaled.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-            scaled.iter_mut()
+            scaled
+                .iter_mut()
                 .zip(x.iter().zip(&*inverse))
                 .for_each(|(scaled, (&x, &inverse))| *scaled = x * inverse);
             product(scaled, inverse, T::one());

@@ -117,7 +117,13 @@ impl<T: Scalar> RotaryAngles<T> {
     }
 
     /// Turns one token of one head; columns that are not contiguous are copied out and back.
-    fn rotate_token(&self, mut head: ArrayViewMut1<'_, T>, cos: &[T], sin: &[T], copy: &mut Vec<T>) {
+    fn rotate_token(
+        &self,
+        mut head: ArrayViewMut1<'_, T>,
+        cos: &[T],
+        sin: &[T],
+        copy: &mut Vec<T>,
+    ) {
         let dims = 2 * cos.len();
         if let Some(head) = head.as_slice_mut() {
             return self.rotate_slice(&mut head[..dims], cos, sin);
@@ -130,7 +136,7 @@ impl<T: Scalar> RotaryAngles<T> {
 
     fn rotate_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
         let turn = |a: &mut T, b: &mut T, cos: T, sin: T| {
-            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos)
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
         };
         match self.pairs {
             RotaryPairs::Halves => {

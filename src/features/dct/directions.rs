@@ -46,9 +46,9 @@ impl<T: Scalar> MixedDirections<T> {
 #[cfg(feature = "serde")]
 impl<T: Scalar> MixedDirections<T> {
     /// The number of directions, the signs of `S_0` and of the `S_b`, and the radii.
-    pub(crate) fn into_parts(self) -> (usize, [Vec<i8>; 2], Vec<T>) {
-        let signs = |x: Vec<T>| x.into_iter().map(|s| if s > T::zero() { 1 } else { -1 }).collect();
-        (self.count, [self.mixing, self.signs].map(signs), self.radii.to_vec())
+    pub(crate) fn parts(&self) -> (usize, [Vec<i8>; 2], Vec<T>) {
+        let signs = |x: &Vec<T>| x.iter().map(|s| if *s > T::zero() { 1 } else { -1 }).collect();
+        (self.count, [&self.mixing, &self.signs].map(signs), self.radii.to_vec())
     }
 }
 

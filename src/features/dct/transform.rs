@@ -102,10 +102,6 @@ impl<T, D> FastExponential<T, D> {
     pub(crate) fn directions(&self) -> &D {
         &self.directions
     }
-
-    pub(crate) fn into_directions(self) -> D {
-        self.directions
-    }
 }
 
 /// [`FastExponential::projection`], from the images of the unit vectors.
