@@ -125,7 +125,7 @@ impl<T: Scalar> DijiangBlock<T> {
         let largest =
             |x: ArrayView1<'_, T>| x.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
         #[allow(clippy::cast_precision_loss)]
-        // of one number among as many, in units of their standard deviation
+        // One number among so many is off the mean by this many standard deviations at most.
         let deviation = (heads as f64).sqrt();
         let norm = weights.group_norm_weight.iter().zip(&weights.group_norm_bias);
         let shared = SharedWeights {
@@ -272,9 +272,9 @@ impl<T: Scalar> DijiangBlock<T> {
             let mut gates =
                 gates.map(|(gate, (weight, bias))| [gate, weight, bias].map(|x| x.as_f64()));
             for group in row.exact_chunks_mut(group) {
-                let (mean, factor, unit) = moments(group.view(), self.epsilon);
+                let (mean, factor, scale) = moments(group.view(), self.epsilon);
                 for (x, [gate, weight, bias]) in group.into_iter().zip(&mut gates) {
-                    *x = T::from_f64(gate * ((x.as_f64() / unit - mean) * factor * weight + bias));
+                    *x = T::from_f64(gate * ((x.as_f64() / scale - mean) * factor * weight + bias));
                 }
             }
         }
@@ -355,17 +355,17 @@ impl<T: Scalar> DijiangBlockStream<T> {
     }
 }
 
-/// The mean and the factor `1/√(variance + ε)` of a group in units of `unit`, which keeps squares
+/// The mean and the factor `1/√(variance + ε)` of a group divided by `scale`, which keeps squares
 /// within range.
 #[allow(clippy::cast_precision_loss)]
 fn moments<T: Scalar>(group: ArrayView1<'_, T>, epsilon: f64) -> (f64, f64, f64) {
     let count = group.len() as f64;
     let largest = group.iter().fold(0.0, |m: f64, x| m.max(x.as_f64().abs()));
-    let unit = if largest > 1e150 { largest } else { 1.0 };
-    let mean = group.iter().map(|x| x.as_f64() / unit).sum::<f64>() / count;
-    let squares: f64 = group.iter().map(|x| x.as_f64() / unit - mean).map(|x| x * x).sum();
-    let variance = squares / count + epsilon / unit / unit;
-    (mean, variance.max(f64::MIN_POSITIVE).sqrt().recip(), unit)
+    let scale = if largest > 1e150 { largest } else { 1.0 };
+    let mean = group.iter().map(|x| x.as_f64() / scale).sum::<f64>() / count;
+    let squares: f64 = group.iter().map(|x| x.as_f64() / scale - mean).map(|x| x * x).sum();
+    let variance = squares / count + epsilon / scale / scale;
+    (mean, variance.max(f64::MIN_POSITIVE).sqrt().recip(), scale)
 }
 
 /// `[n, heads·columns]` as `[n, heads, columns]`.

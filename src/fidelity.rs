@@ -217,7 +217,7 @@ impl<T: Scalar> Reference<T> {
         Some(total / self.attention.nrows() as f64)
     }
 
-    /// In units of the largest weight of either side, so that nothing overflows.
+    /// Weights are divided by the largest of either side, so that nothing overflows.
     fn kernel_error(&self, log_weights: &Array2<f64>) -> f64 {
         let keys = self.k.nrows();
         let pairs = || {
@@ -226,10 +226,10 @@ impl<T: Scalar> Reference<T> {
                     .map(move |j| (log_weights[[t, j]], self.scores[[t, j]]))
             })
         };
-        let unit = pairs().fold(f64::NEG_INFINITY, |m, (a, b)| m.max(a).max(b));
+        let log_scale = pairs().fold(f64::NEG_INFINITY, |m, (a, b)| m.max(a).max(b));
         let (mut difference, mut size) = (0.0, 0.0);
         for (estimate, exact) in pairs() {
-            let (estimate, exact) = ((estimate - unit).exp(), (exact - unit).exp());
+            let (estimate, exact) = ((estimate - log_scale).exp(), (exact - log_scale).exp());
             difference += (estimate - exact).powi(2);
             size += exact * exact;
         }

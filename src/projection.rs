@@ -190,7 +190,7 @@ impl Sobol {
     pub(crate) fn point(&self, index: usize, dimension: usize) -> f64 {
         const POINTS: usize = 1 << 16;
         const DIMENSIONS: usize = sobol_burley::NUM_DIMENSIONS as usize;
-        // odd multipliers: different parts get different seeds
+        // The multipliers are odd, so different parts get different seeds.
         let part = ((index / POINTS) as u32)
             .wrapping_mul(0x9E37_79B1)
             .wrapping_add(((dimension / DIMENSIONS) as u32).wrapping_mul(0x85EB_CA6B));

@@ -155,7 +155,7 @@ impl Rotary {
     /// most 10⁹ in absolute value.
     pub fn with_frequencies(mut self, frequencies: Vec<f64>) -> Result<Self, Error> {
         check_dims(self.head_dim, frequencies.len().saturating_mul(2))?;
-        let usable = -LARGEST_FREQUENCY..=LARGEST_FREQUENCY; // NaN is not in it
+        let usable = -LARGEST_FREQUENCY..=LARGEST_FREQUENCY; // NaN is not in it.
         if let Some(bad) = frequencies.iter().find(|frequency| !usable.contains(*frequency)) {
             let needed = "a number of at most 10^9 in absolute value";
             return Err(Error::InvalidOption {

@@ -86,7 +86,7 @@ impl NamedTensor<'_> {
         match self.view.dtype() {
             Dtype::BF16 => 1.0 / 256.0,
             Dtype::F16 => 1.0 / 2048.0,
-            _ => 1e-6, // of code that computes in single precision
+            _ => 1e-6, // The code that wrote it computes in single precision.
         }
     }
 

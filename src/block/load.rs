@@ -122,7 +122,7 @@ fn check_decays(tensors: &LayerTensors<'_>, heads: usize) -> Result<(), Error> {
     for (head, (powers, decay)) in
         powers.chunks_exact(positions).zip(decay::dijiang(heads)).enumerate()
     {
-        let same = (powers[1] - decay).abs() <= table.rounding(); // NaN is not
+        let same = (powers[1] - decay).abs() <= table.rounding(); // NaN is not the same.
         if !same {
             let found = format!("a table with a decay of {} in head {head}", powers[1]);
             return Err(

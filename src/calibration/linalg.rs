@@ -15,7 +15,7 @@ pub(super) fn symmetric_eigen(matrix: ArrayView2<'_, f64>) -> (Array1<f64>, Arra
     let d = matrix.nrows();
     let negligible =
         matrix.diag().fold(f64::MIN_POSITIVE, |m, x| m.max(1e-3 * f64::EPSILON * x.abs()));
-    // rows, to rotate them as slices
+    // They are kept as rows, to rotate them as slices.
     let mut a: Vec<Vec<f64>> = matrix.outer_iter().map(|row| row.to_vec()).collect();
     let mut u: Vec<Vec<f64>> = Array2::<f64>::eye(d).outer_iter().map(|row| row.to_vec()).collect();
     for _ in 0..SWEEPS {
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     fn random(n: usize, d: usize) -> Array2<f64> {
-        // a fixed stream that looks random
+        // It is a fixed stream that looks random.
         let mut state = 1_u64;
         Array2::from_shape_simple_fn((n, d), || {
             state = state

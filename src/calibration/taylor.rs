@@ -144,7 +144,7 @@ fn coefficients(h: &Array2<f64>, b: &Array1<f64>, fit: TaylorFit) -> Result<[f64
 /// The first logarithm is the barrier of the cone, convex where u₀, u₂ > 0. A barrier of degree 4
 /// leaves a gap of 4/t.
 fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64; 3] {
-    // sizes of about one
+    // Sizes are brought to about one.
     let size = best.iter().fold(LEAST * unit[0], |m, x| m.max(x.abs()));
     let target = best / size;
     let least = LEAST * unit[0] / size;
@@ -181,7 +181,7 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
             hessian[[2, 0]] -= kappa / cone;
             hessian[[1, 1]] += 2.0 / cone + u[1].powi(-2);
             hessian[[0, 0]] += (u[0] - least).powi(-2);
-            // unit diagonal, so that three numbers of any size can be solved for
+            // The diagonal is brought to one, so that three numbers of any size can be solved for.
             let scale = hessian.diag().mapv(|x| x.sqrt().recip());
             let scaled = &hessian * &scale * scale.view().insert_axis(ndarray::Axis(1));
             let Some(step) = solve(scaled.view(), &(&gradient * &scale)).map(|x| x * &scale) else {
@@ -189,7 +189,7 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
             };
             let decrement = gradient.dot(&step);
             let before = value(t, &u);
-            // the longest of the steps 1, ½, ¼, .. that is as good as it promises
+            // It takes the longest of the steps 1, ½, ¼, .. that is as good as it promises.
             let moved = (0..34).map(|i| 0.5_f64.powi(i)).find_map(|length| {
                 let moved = &u - &(&step * length);
                 (value(t, &moved) <= before - 0.1 * length * decrement).then_some(moved)
@@ -259,8 +259,8 @@ mod tests {
             let found = objective(&h, &b, &c);
             let scale = found.abs().max(objective(&h, &b, &[0.0; 3])).max(b[0].abs() + h[[0, 0]]);
             assert!(objective(&h, &b, &free) <= found + 1e-11 * scale);
-            // brute force: a grid of ratios around the optimum and far from it, including the
-            // boundary
+            // Brute force takes a grid of ratios around the optimum and far from it, including
+            // the boundary.
             let mut best = objective(&h, &b, &clamped);
             for i in -20..=20 {
                 for j in -20..=20 {
@@ -275,7 +275,7 @@ mod tests {
                 }
             }
             assert!(found <= best + 1e-9 * scale, "{seed}: {c:?} has {found}, not {best}");
-            // the optimality condition of a convex problem: no way into the feasible set goes down
+            // In a convex problem no way from the optimum into the feasible set goes down.
             let mut gradient = h.dot(&Array1::from(c.to_vec())) - &b;
             (0..3).for_each(|i| gradient[i] += RIDGE * h[[i, i]] * (c[i] - 1.0));
             let size = h.diag().mapv(f64::sqrt);

@@ -197,9 +197,9 @@ impl<T: Scalar> CalibratedTaylor<T> {
                 .zip(other)
                 .map(|((x, o), m)| (x.as_f64() - o.as_f64()) * m.as_f64())
                 .sum();
-            // in units of max(1, |x|_∞), so that no coordinate overflows
+            // Rows are divided by max(1, |x|_∞), so that no coordinate overflows.
             let inverse = x.fold(one, |m, a| m.max(a.abs())).recip();
-            // the coordinates stand where the linear features will
+            // The coordinates stand where the linear features will.
             values.fill(T::zero());
             for start in (0..x.len()).step_by(BLOCK) {
                 let part = start..x.len().min(start + BLOCK);
@@ -212,10 +212,10 @@ impl<T: Scalar> CalibratedTaylor<T> {
                     values[1 + l] += kernel::dot(&row[part.clone()], &centred[..part.len()]);
                 }
             }
-            // .. and these in units of max(1, |x|_∞), whatever the units of the rows
+            // So are these by their largest, whatever the rows were divided by.
             let largest = (1..=rank).fold(T::zero(), |m, l| m.max(values[l].abs()));
             let mut scale = log;
-            let (unit, factor) = if largest > inverse {
+            let (rescale, factor) = if largest > inverse {
                 scale += 2.0 * (largest.as_f64().ln() - inverse.as_f64().ln());
                 (inverse / largest, largest.recip())
             } else {
@@ -229,18 +229,18 @@ impl<T: Scalar> CalibratedTaylor<T> {
                 return Err(Error::Overflow { which: "a coordinate or log scale", row: i });
             }
             (1..=rank).for_each(|l| values[l] *= factor);
-            write_features(values, rank, unit, roots);
+            write_features(values, rank, rescale, roots);
         }
         Ok(())
     }
 }
 
-/// The features of the coordinates at `1..=rank`, which are in units of `1/unit`, in units of its
+/// The features of the coordinates at `1..=rank`, which were multiplied by `rescale`: times its
 /// square.
 fn write_features<T: Scalar>(
     mut values: ArrayViewMut1<'_, T>,
     rank: usize,
-    unit: T,
+    rescale: T,
     [constant, linear, quadratic]: [T; 3],
 ) {
     let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
@@ -253,8 +253,8 @@ fn write_features<T: Scalar>(
         }
         to += 1 + rank - l;
     }
-    values[0] = constant * unit * unit;
-    (1..=rank).for_each(|l| values[l] *= linear * unit);
+    values[0] = constant * rescale * rescale;
+    (1..=rank).for_each(|l| values[l] *= linear * rescale);
 }
 
 impl<T: Scalar> FeatureMap<T> for CalibratedTaylor<T> {

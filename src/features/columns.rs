@@ -138,7 +138,7 @@ fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
     if largest <= T::one() && (largest >= T::from_f64(1.0 / 1024.0) || largest == T::zero()) {
         return (T::one(), T::zero());
     }
-    // the inverse of a number below the normal ones is infinite
+    // The inverse of a number below the normal ones would be infinite.
     let normal = largest.max(T::min_positive_value());
     (normal.recip(), normal.ln())
 }

@@ -234,7 +234,7 @@ struct SavedDct<T> {
 impl<T: Scalar> From<DctFeatures<T>> for SavedDct<T> {
     fn from(map: DctFeatures<T>) -> Self {
         let DctFeatures { seed, weights, features } = map;
-        let (directions, [mixing, signs], radii) = features.into_directions().into_parts();
+        let (directions, [mixing, signs], radii) = features.directions().parts();
         Self { seed, directions, mixing, signs, radii, weights: weights.factors.to_vec() }
     }
 }

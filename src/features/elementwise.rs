@@ -108,8 +108,8 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
     ) -> Result<(), Error> {
         let values = &mut values[..x.len()];
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
-        // where every coordinate is negative, the largest exponent is taken out before it can
-        // underflow
+        // Where every coordinate is negative, the largest exponent is taken out before it can
+        // underflow.
         largest_of_columns(x, log_scale);
         for shift in log_scale.iter_mut() {
             *shift = shift.min(T::zero());

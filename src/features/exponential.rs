@@ -126,13 +126,13 @@ impl<T: Scalar> Exponents<T> {
             .iter()
             .any(|&d| d != T::one())
             .then(|| weights.factors.iter().map(bias).collect());
-        // room for the rounding of long sums, the bias and the difference of two logits
+        // There is room for the rounding of long sums, the bias and the difference of two logits.
         let largest_logit = T::max_value().as_f64() * 2.0_f64.powi(-12);
         let root = largest_logit / (core::f64::consts::LOG2_E * longest.max(1.0));
         let largest_norm = if T::from_f64(longest * core::f64::consts::LOG2_E).is_finite() {
             T::from_f64((0.5 * root * root).min(T::max_value().as_f64()))
         } else {
-            -T::one() // no vector will do
+            -T::one() // No vector will do.
         };
         Self { bias, common: weights.common, largest_norm }
     }
@@ -173,7 +173,7 @@ impl<T: Scalar> Exponents<T> {
         let ln_2 = T::from_f64(core::f64::consts::LN_2);
         let mut in_range = true;
         for (log_scale, &norm) in log_scale.iter_mut().zip(&**scratch).take(tokens) {
-            in_range &= norm <= self.largest_norm; // false for NaN too
+            in_range &= norm <= self.largest_norm; // NaN is out of it too.
             *log_scale = *log_scale * ln_2 + (self.common - norm);
         }
         if in_range {

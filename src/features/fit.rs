@@ -133,18 +133,6 @@ pub fn fit_weights<T: Scalar>(
 }
 
 impl Calibration {
-    /// A map whose weights D are set by `with_weights`, fitted from D = 1.
-    pub(crate) fn refit<T: Scalar, F: FeatureMap<T>>(
-        &self,
-        map: F,
-        with_weights: impl Fn(F, Array1<T>) -> Result<F, Error>,
-    ) -> Result<F, Error> {
-        let ones = Array1::ones(map.num_features());
-        let map = with_weights(map, ones)?;
-        let weights = self.fit_weights(&map, RIDGE)?;
-        with_weights(map, weights)
-    }
-
     /// Fits the weights D of a map of positive features, all one so far, to the far pairs, as
     /// [`fit_weights`](crate::fit_weights) does to all pairs: pass them to its `with_weights`, or
     /// call its `calibrated`. The ridge there is 0.01.
@@ -193,6 +181,18 @@ impl Calibration {
             );
         }
         fit.solve(ridge)
+    }
+
+    /// A map whose weights D are set by `with_weights`, fitted from D = 1.
+    pub(crate) fn refit<T: Scalar, F: FeatureMap<T>>(
+        &self,
+        map: F,
+        with_weights: impl Fn(F, Array1<T>) -> Result<F, Error>,
+    ) -> Result<F, Error> {
+        let ones = Array1::ones(map.num_features());
+        let map = with_weights(map, ones)?;
+        let weights = self.fit_weights(&map, RIDGE)?;
+        with_weights(map, weights)
     }
 }
 

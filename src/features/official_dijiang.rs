@@ -231,7 +231,7 @@ impl<T: Scalar> FastDirections<T> for Frequencies<T> {
         }
     }
 
-    fn logits_of_lanes(
+    fn logits_of_columns(
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],

@@ -181,7 +181,7 @@ impl<T: Scalar> TryFrom<SavedRelu<T>> for ReluFeatures<T> {
             None => Self::new(parts.head_dim)?,
         };
         check::size("projection", "columns", parts.head_dim, map.head_dim)?;
-        // checked through f64, kept as it is
+        // It is checked as an `f64` and kept as it is.
         Ok(Self { epsilon: parts.epsilon, ..map.with_epsilon(parts.epsilon.as_f64())? })
     }
 }

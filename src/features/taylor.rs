@@ -92,10 +92,10 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
-        // In units of max(1, |x|_∞)² nothing overflows.
+        // Divided by max(1, |x|_∞)², nothing overflows.
         let [scratch, _] = scratch;
         scratch.resize(width + x.len());
-        let (inverse, unit) = scratch.split_at_mut(width);
+        let (inverse, scaled) = scratch.split_at_mut(width);
         inverse.fill(T::one());
         for row in x.chunks_exact(width) {
             inverse.iter_mut().zip(row).for_each(|(size, x)| *size = size.max(x.abs()));
@@ -114,15 +114,16 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
             }
         };
         product(inverse, inverse, T::one());
-        for (unit, x) in unit.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-            unit.iter_mut()
+        for (scaled, x) in scaled.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+            scaled
+                .iter_mut()
                 .zip(x.iter().zip(&*inverse))
-                .for_each(|(unit, (&x, &inverse))| *unit = x * inverse);
-            product(unit, inverse, T::one());
+                .for_each(|(scaled, (&x, &inverse))| *scaled = x * inverse);
+            product(scaled, inverse, T::one());
         }
-        for (l, a) in unit.chunks_exact(width).enumerate() {
+        for (l, a) in scaled.chunks_exact(width).enumerate() {
             product(a, a, half_root);
-            for b in unit.chunks_exact(width).skip(l + 1) {
+            for b in scaled.chunks_exact(width).skip(l + 1) {
                 product(a, b, T::one());
             }
         }

@@ -27,7 +27,7 @@ pub(crate) fn student_t(degrees: usize) -> f64 {
         2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
         2.052, 2.048, 2.045, 2.042,
     ];
-    // beyond the table: the first terms of the expansion in 1/degrees
+    // Beyond the table stand the first terms of the expansion in 1/degrees.
     let z = 1.959_964;
     TABLE
         .get(degrees.wrapping_sub(1))

@@ -101,7 +101,7 @@ pub(crate) fn gamma(a: f64, t: f64) -> f64 {
     let mut y = if cube > 0.3 { a * cube * cube * cube } else { leading };
     for _ in 0..100 {
         let (ln_p, ln_q, ln_term) = log_gamma_tails(a, y);
-        // d ln P / d ln y = y^a e^{−y}/Γ(a) / P, and likewise with −Q
+        // d ln P / d ln y = y^a e^{−y}/Γ(a) / P, and likewise with −Q.
         let (value, slope) = if lower {
             (ln_p, libm::exp(ln_term - ln_p))
         } else {
@@ -121,7 +121,7 @@ pub(crate) fn gamma(a: f64, t: f64) -> f64 {
 fn log_gamma_tails(a: f64, y: f64) -> (f64, f64, f64) {
     let ln_term = log_gamma_term(a, y);
     if y < a + 1.0 {
-        // P = y^a e^{−y}/Γ(a) Σ_n y^n / (a (a+1) ⋯ (a+n))
+        // P = y^a e^{−y}/Γ(a) Σ_n y^n / (a (a+1) ⋯ (a+n)).
         let mut term = 1.0 / a;
         let mut sum = term;
         let mut n = 1.0;
@@ -133,7 +133,7 @@ fn log_gamma_tails(a: f64, y: f64) -> (f64, f64, f64) {
         let ln_p = ln_term + libm::log(sum);
         (ln_p, libm::log1p(-libm::exp(ln_p).min(1.0)), ln_term)
     } else {
-        // Q = y^a e^{−y}/Γ(a) · 1/(y+1−a − 1(1−a)/(y+3−a − 2(2−a)/(y+5−a − ..))), by Lentz' method
+        // Q = y^a e^{−y}/Γ(a) · 1/(y+1−a − 1(1−a)/(y+3−a − 2(2−a)/(y+5−a − ..))), by Lentz' method.
         let mut b = y + 1.0 - a;
         let mut c = f64::INFINITY;
         let mut d = 1.0 / b;

@@ -58,11 +58,11 @@ impl<T: Scalar> RotaryAngles<T> {
             part.reserve_exact(tokens * frequencies.len());
         }
         if frequencies.is_empty() {
-            return; // of any number of tokens
+            return; // These are the angles of any number of tokens.
         }
         for token in 0..tokens {
             #[allow(clippy::cast_precision_loss)]
-            // exact up to 2^53, and unlike the sum of integers never out of range
+            // This is exact up to 2^53, and unlike the sum of integers never out of range.
             let position = first_position as f64 + token as f64;
             for frequency in frequencies {
                 let (s, c) = libm::sincos(position * frequency);
@@ -110,27 +110,33 @@ impl<T: Scalar> RotaryAngles<T> {
         let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
         for (mut heads, (cos, sin)) in x.outer_iter_mut().zip(angles) {
             for head in heads.outer_iter_mut() {
-                self.turn(head, cos, sin, &mut copy);
+                self.rotate_token(head, cos, sin, &mut copy);
             }
         }
         Ok(())
     }
 
     /// Turns one token of one head; columns that are not contiguous are copied out and back.
-    fn turn(&self, mut head: ArrayViewMut1<'_, T>, cos: &[T], sin: &[T], copy: &mut Vec<T>) {
+    fn rotate_token(
+        &self,
+        mut head: ArrayViewMut1<'_, T>,
+        cos: &[T],
+        sin: &[T],
+        copy: &mut Vec<T>,
+    ) {
         let dims = 2 * cos.len();
         if let Some(head) = head.as_slice_mut() {
-            return self.turn_slice(&mut head[..dims], cos, sin);
+            return self.rotate_slice(&mut head[..dims], cos, sin);
         }
         copy.clear();
         copy.extend(head.iter().take(dims));
-        self.turn_slice(copy, cos, sin);
-        head.iter_mut().zip(&*copy).for_each(|(x, &turned)| *x = turned);
+        self.rotate_slice(copy, cos, sin);
+        head.iter_mut().zip(&*copy).for_each(|(x, &rotated)| *x = rotated);
     }
 
-    fn turn_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
+    fn rotate_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
         let turn = |a: &mut T, b: &mut T, cos: T, sin: T| {
-            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos)
+            (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
         };
         match self.pairs {
             RotaryPairs::Halves => {

@@ -142,7 +142,7 @@ impl HeadErrors {
         let (exact, small): (usize, usize) = (of(exact)?, of(kernel)?);
         let all = self.ranked.len();
         if exact <= small && exact.saturating_mul(all) <= bytes {
-            return Ok(self.keep(all)); // so short a context needs no compression
+            return Ok(self.keep(all)); // So short a context needs no compression.
         }
         let Some(rest) = bytes.checked_sub(small.saturating_mul(all)) else {
             return Err(Error::InvalidOption {

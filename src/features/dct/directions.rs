@@ -46,9 +46,9 @@ impl<T: Scalar> MixedDirections<T> {
 #[cfg(feature = "serde")]
 impl<T: Scalar> MixedDirections<T> {
     /// The number of directions, the signs of `S_0` and of the `S_b`, and the radii.
-    pub(crate) fn into_parts(self) -> (usize, [Vec<i8>; 2], Vec<T>) {
-        let signs = |x: Vec<T>| x.into_iter().map(|s| if s > T::zero() { 1 } else { -1 }).collect();
-        (self.count, [self.mixing, self.signs].map(signs), self.radii.to_vec())
+    pub(crate) fn parts(&self) -> (usize, [Vec<i8>; 2], Vec<T>) {
+        let signs = |x: &Vec<T>| x.iter().map(|s| if *s > T::zero() { 1 } else { -1 }).collect();
+        (self.count, [&self.mixing, &self.signs].map(signs), self.radii.to_vec())
     }
 }
 
@@ -83,7 +83,7 @@ impl<T: Scalar> FastDirections<T> for MixedDirections<T> {
             }
             T::dct2(&self.transform, block, scratch);
             let (first, last) = (b * d, self.count.min(b * d + d));
-            // features on the same directions differ in their radii
+            // Features on the same directions differ in their radii.
             for (logits, outer) in
                 logits.chunks_exact_mut(self.count).zip(self.outer.chunks_exact(self.count))
             {
@@ -96,7 +96,7 @@ impl<T: Scalar> FastDirections<T> for MixedDirections<T> {
         }
     }
 
-    fn logits_of_lanes(
+    fn logits_of_columns(
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],
@@ -112,7 +112,7 @@ impl<T: Scalar> FastDirections<T> for MixedDirections<T> {
         lanes.dct2(x, width, &self.mixing, ones, mixed, transform);
         for (b, inner) in self.inner.chunks_exact(d).enumerate() {
             let (first, last) = (b * d, self.count.min(b * d + d));
-            // features on the same directions differ in their radii
+            // Features on the same directions differ in their radii.
             for (values, outer) in values
                 .chunks_exact_mut(self.count * width)
                 .zip(last_factors.chunks_exact(self.count))

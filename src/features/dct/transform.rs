@@ -18,7 +18,7 @@ pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
     /// The radii: the lengths of the ω_i, up to their signs.
     fn radii(&self) -> &Array1<T>;
 
-    /// The factors of the last transform of [`logits_of_lanes`](Self::logits_of_lanes), to be
+    /// The factors of the last transform of [`logits_of_columns`](Self::logits_of_columns), to be
     /// multiplied by `log₂e`.
     fn last_factors(&self) -> &[T];
 
@@ -30,7 +30,7 @@ pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
 
     /// `log₂e·ω_i·x` of every feature for all columns of `x [head_dim, width]` at once, into
     /// `values [num_features, width]`.
-    fn logits_of_lanes(
+    fn logits_of_columns(
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],
@@ -102,11 +102,6 @@ impl<T, D> FastExponential<T, D> {
     pub(crate) fn directions(&self) -> &D {
         &self.directions
     }
-
-    #[cfg(feature = "serde")]
-    pub(crate) fn into_directions(self) -> D {
-        self.directions
-    }
 }
 
 /// [`FastExponential::projection`], from the images of the unit vectors.
@@ -133,7 +128,7 @@ enum Way<T> {
     Dense(Dense<T>),
     /// Fast transforms of many tokens at once, powers of two, with the last factors `log₂e·r_i`
     /// times norms; the product for a single token, if it is small.
-    Lanes {
+    Columns {
         lanes: LanesDct<T>,
         last_factors: Vec<T>,
         exponents: Exponents<T>,
@@ -143,9 +138,9 @@ enum Way<T> {
     Rows(Exponents<T>),
 }
 
-/// Whether transforms over lanes beat a product with the whole projection (measured, see
-/// `docs/performance.md`).
-fn lanes_pay(head_dim: usize, num_features: usize) -> bool {
+/// Whether transforms of many tokens at once beat a product with the whole projection (measured,
+/// see `docs/performance.md`).
+fn columns_pay(head_dim: usize, num_features: usize) -> bool {
     head_dim >= 64 && num_features >= 64
 }
 
@@ -158,16 +153,16 @@ const DENSE_UP_TO: usize = 512;
 impl<T: Scalar> Way<T> {
     fn choose(directions: &impl FastDirections<T>, weights: &Weights<T>) -> Self {
         let (head_dim, radii) = (directions.head_dim(), directions.radii());
-        // the directions have unit length
+        // The directions have length one.
         let longest = radii.iter().fold(0.0, |m: f64, r| m.max(r.as_f64().abs()));
         let exponents = Exponents::new(longest, weights);
         match LanesDct::new(head_dim) {
-            Some(lanes) if lanes_pay(head_dim, radii.len()) => {
+            Some(lanes) if columns_pay(head_dim, radii.len()) => {
                 let base_2 = |x: &T| T::from_f64(x.as_f64() * core::f64::consts::LOG2_E);
                 let last_factors = directions.last_factors().iter().map(base_2).collect();
                 let small = head_dim * radii.len() <= SMALL_PRODUCT;
                 let one = small.then(|| Dense::new(projection(directions).view(), weights));
-                Self::Lanes { lanes, last_factors, exponents, one }
+                Self::Columns { lanes, last_factors, exponents, one }
             }
             _ if head_dim <= DENSE_UP_TO => {
                 Self::Dense(Dense::new(projection(directions).view(), weights))
@@ -192,14 +187,14 @@ impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
             Way::Dense(dense) => {
                 return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
             }
-            Way::Lanes { one: Some(dense), .. } if width == 1 => {
+            Way::Columns { one: Some(dense), .. } if width == 1 => {
                 return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
             }
-            Way::Lanes { lanes, last_factors, exponents, .. } if width > 1 => {
-                self.directions.logits_of_lanes(lanes, last_factors, x, width, values, scratch);
+            Way::Columns { lanes, last_factors, exponents, .. } if width > 1 => {
+                self.directions.logits_of_columns(lanes, last_factors, x, width, values, scratch);
                 exponents
             }
-            Way::Lanes { exponents, .. } | Way::Rows(exponents) => {
+            Way::Columns { exponents, .. } | Way::Rows(exponents) => {
                 self.transform_rows(x, width, tokens, values, &mut scratch[0]);
                 exponents
             }
@@ -216,7 +211,7 @@ impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
         log_scale: [&mut [T]; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        if let Way::Dense(dense) | Way::Lanes { one: Some(dense), .. } = &self.way {
+        if let Way::Dense(dense) | Way::Columns { one: Some(dense), .. } = &self.way {
             return dense.map_pair(x, [first, second], log_scale, scratch);
         }
         self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
