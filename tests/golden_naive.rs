@@ -9,7 +9,7 @@ use dijiang::attention::naive::hybrid::{self, Near};
 use dijiang::attention::naive::merged::{self, Entry, Ward, ward};
 use dijiang::attention::naive::received::{self, Head, Metric, Received, State};
 use dijiang::attention::naive::{self, block, linear};
-use dijiang::{DctFeatures, FeatureMap, Mask};
+use dijiang::{DctFeatures, Mask};
 use ndarray::{Array1, Array2, Axis, concatenate, s};
 use serde_json::Value;
 
