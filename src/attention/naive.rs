@@ -22,8 +22,8 @@
 //! `o [n_q, d_v]`. `t` counts queries and `j` keys, both from 0. Query `t` sees all keys with
 //! [`Mask::Full`] and the keys `j ≤ t` with [`Mask::Causal`]: [`visible`] many. `scale` multiplies
 //! the product `q·k` of raw vectors and is `1/√d` in most models; a vector with a hat is scaled,
-//! `x̂ = √scale·x`, so that `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are kept
-//! as logarithms, relative to the largest, wherever they are divided by their sum.
+//! `x̂ = √scale·x`, so that `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are
+//! kept as logarithms, relative to the largest, wherever they are divided by their sum.
 //!
 //! # Panics
 //!
@@ -60,10 +60,10 @@ pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
 /// Weights from their logarithms, and the logarithms of their sums:
 ///
 /// ```text
-/// A_tj = e^{l_tj} / Σ_i e^{l_ti},    L_t = ln Σ_j e^{l_tj}    over the keys that t sees; A_tj = 0 elsewhere
+/// A_tj = e^{l_tj} / Σ_i e^{l_ti},    L_t = ln Σ_j e^{l_tj}
 /// ```
 ///
-/// `l [n_q, n_k]` gives `A [n_q, n_k]` and `L [n_q]`. Any size of `l` is in range: the largest of a
+/// over the keys that `t` sees; the weights of others are 0. `l [n_q, n_k]` gives `A [n_q, n_k]` and `L [n_q]`. Any size of `l` is in range: the largest of a
 /// row is taken out first (Milakov and Gimelshein, arXiv 1805.02867, algorithm 2).
 ///
 /// ```

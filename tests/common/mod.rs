@@ -1,5 +1,5 @@
-//! What the tests share: random input, tolerances in units of epsilon, golden files, and the list of
-//! every kernel and every map with its formula in `attention::naive`.
+//! What the tests share: random input, tolerances in units of epsilon, golden files, and the list
+//! of every kernel and every map with its formula in `attention::naive`.
 #![allow(dead_code)]
 
 pub mod checker;

@@ -52,10 +52,13 @@ pub fn decays(heads: usize) -> Vec<f64> {
 /// of RetNet (Sun et al., arXiv 2307.08621, equation 8):
 ///
 /// ```text
-/// [q | k | v] of each head = x W_qkvᵀ + b_qkv,    then the first `dims` columns of q and k turn with their position
+/// [q | k | v] of each head = x W_qkvᵀ + b_qkv
 /// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t)),    γ of [`decays`]
-/// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o,    swish(z) = z/(1 + e^{−z})
+/// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o
 /// ```
+///
+/// with `swish(z) = z/(1 + e^{−z})` and the first `dims` columns of q and k turned by their position
+/// before φ.
 ///
 /// `x` and `y` are `[n, hidden]`; `epsilon` is that of the norm, 10⁻⁵ in the released code.
 ///
@@ -107,8 +110,8 @@ pub fn dijiang_block(
     (swish * normed).dot(&weights.dense.t()) + &weights.dense_bias
 }
 
-/// The group norm of each row, of groups of `width` *neighbouring* columns, with the biased variance
-/// (`torch.nn.GroupNorm(hidden/width, hidden)` of `[n, hidden]`, without weight and bias):
+/// The group norm of each row, of groups of `width` *neighbouring* columns, with the biased
+/// variance (`torch.nn.GroupNorm(hidden/width, hidden)` of `[n, hidden]`, without weight and bias):
 ///
 /// ```text
 /// y_c = (x_c − mean)/√(variance + ε)

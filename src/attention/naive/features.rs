@@ -136,8 +136,8 @@ pub fn dct_matrix(d: usize) -> Array2<f64> {
     })
 }
 
-/// The projection `ω [m, d]` of DiJiang's DCT features (Chen et al., arXiv 2403.19928, section 3.3),
-/// which are [`performer`] of it:
+/// The projection `ω [m, d]` of DiJiang's DCT features (Chen et al., arXiv 2403.19928, section
+/// 3.3), which are [`performer`] of it:
 ///
 /// ```text
 /// ω_i = r_i·(row a of C S_b)·(C S_0),    i = b·d + a,    0 ≤ a < d
@@ -234,7 +234,8 @@ fn monomials(x: ArrayView1<'_, f64>) -> Array1<f64> {
     Array1::from(all)
 }
 
-/// What a calibrated Taylor map knows of its queries and keys: `docs/theory.md` has how it is found.
+/// What a calibrated Taylor map knows of its queries and keys; `docs/theory.md` says how it is
+/// found.
 #[derive(Clone, Debug)]
 pub struct TaylorCalibration {
     /// `μ_q [d]`, the mean of the scaled queries.

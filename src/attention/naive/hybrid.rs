@@ -146,7 +146,8 @@ pub fn window_only(
 /// Near keys exactly and the others through features, under one normaliser:
 ///
 /// ```text
-/// o_t = [Σ_near e^{scale·q_t·k_j} v_j + Σ_far (φ(q_t)·φ(k_j)) v_j] / [Σ_near e^{scale·q_t·k_j} + Σ_far φ(q_t)·φ(k_j)]
+/// o_t = [Σ_near e^{scale·q_t·k_j} v_j + Σ_far (φ(q_t)·φ(k_j)) v_j]
+///     / [Σ_near e^{scale·q_t·k_j}     + Σ_far  φ(q_t)·φ(k_j)]
 /// ```
 ///
 /// where the far keys of `t` are those it sees that are not near. All products of features must be
@@ -197,8 +198,8 @@ pub fn log_products(phi_q: &Features, phi_k: &Features) -> Array2<f64> {
 }
 
 /// The logarithms of the weights of a hybrid, `[n_q, n_k]`: `scale·q_t·k_j` of near keys, those of
-/// `far` elsewhere, and −∞ for keys that `t` does not see. With [`normalize`](super::normalize) they
-/// give its attention matrix and log normalisers.
+/// `far` elsewhere, and −∞ for keys that `t` does not see. With [`normalize`](super::normalize)
+/// they give its attention matrix and log normalisers.
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive::hybrid::{self, Near}};

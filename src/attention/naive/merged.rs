@@ -5,10 +5,11 @@ use super::hybrid::{Held, Near};
 use crate::mask::Mask;
 use ndarray::{Array1, Array2, ArrayView1};
 
-/// Some tokens as one: read with the weight `count·e^{q̂·key}`.
+/// Some tokens as one: read with the weight `count·e^{scale·q·key}`.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// The weighted mean of the scaled keys, `[d]`.
+    /// The weighted mean of the keys, `[d]`: of the raw ones in [`ward`], of the scaled ones in
+    /// [`received`](super::received).
     pub key: Array1<f64>,
     /// The weighted mean of the values, `[d_v]`.
     pub value: Array1<f64>,
@@ -28,14 +29,17 @@ impl Entry {
     /// Two entries as one:
     ///
     /// ```text
-    /// key = (a_i key_i + a_j key_j)/(a_i + a_j),    value likewise,    count = n_i + n_j,    a = a_i + a_j
+    /// key = (a_i key_i + a_j key_j)/(a_i + a_j),    value likewise
+    /// n = n_i + n_j,    a = a_i + a_j
     /// ```
     ///
     /// ```
     /// use dijiang::attention::naive::merged::Entry;
     /// use ndarray::array;
     ///
-    /// let token = |x: f64, weight| Entry::token(array![x].view(), array![10.0 * x].view(), weight);
+    /// let token = |x: f64, weight| {
+    ///     Entry::token(array![x].view(), array![10.0 * x].view(), weight)
+    /// };
     /// let both = token(1.0, 3.0).merge(&token(5.0, 1.0));
     /// assert_eq!((both.key, both.value), (array![2.0], array![20.0]));
     /// assert_eq!((both.count, both.weight), (2.0, 4.0));
@@ -64,7 +68,8 @@ impl Entry {
 /// use dijiang::attention::naive::merged::{self, Entry};
 /// use ndarray::array;
 ///
-/// let [a, b] = [3.0, 1.0].map(|weight| Entry::token(array![0.0].view(), array![0.0].view(), weight));
+/// let zero = array![0.0];
+/// let [a, b] = [3.0, 1.0].map(|weight| Entry::token(zero.view(), zero.view(), weight));
 /// assert_eq!(merged::ward_cost(&a, &b, 8.0), 6.0);
 /// ```
 #[must_use]
@@ -86,7 +91,9 @@ pub fn ward_cost(a: &Entry, b: &Entry, distance: f64) -> f64 {
 /// use ndarray::array;
 ///
 /// let token = |x: f64| Entry::token(array![x].view(), array![x].view(), 1.0);
-/// let cost = |_: usize, a: &Entry, b: &Entry| merged::ward_cost(a, b, (a.key[0] - b.key[0]).powi(2));
+/// let cost = |_: usize, a: &Entry, b: &Entry| {
+///     merged::ward_cost(a, b, (a.key[0] - b.key[0]).powi(2))
+/// };
 /// let keys = |list: &[Entry]| list.iter().map(|entry| entry.key[0]).collect::<Vec<_>>();
 /// let tokens: Vec<Entry> = [0.0, 10.0, 1.0, 5.0].map(token).to_vec();
 ///
@@ -168,8 +175,10 @@ fn mutual_pairs(h: usize, list: &[Entry], cost: impl Fn(&Entry, &Entry) -> f64) 
 /// values:
 ///
 /// ```text
-/// o = Σ_near e^{q̂·k̂_j} v_j + Σ_i n_i e^{q̂·key_i} value_i    over the same without v
+/// o = Σ_near e^{q·k_j} v_j + Σ_i n_i e^{q·key_i} value_i    over the same without v
 /// ```
+///
+/// The query is scaled as it must be for these keys.
 ///
 /// ```
 /// use dijiang::attention::naive::merged::{self, Entry};
@@ -217,7 +226,7 @@ pub struct Ward {
 /// does not change (Ward, J. Am. Stat. Assoc. 58, 1963; this crate):
 ///
 /// ```text
-/// o_t = Σ_near e^{q̂_t·k̂_j} v_j + Σ_i n_i e^{q̂_t·key_i} value_i    over the same without v
+/// o_t = Σ_near e^{scale·q_t·k_j} v_j + Σ_i n_i e^{scale·q_t·key_i} value_i    over it without v
 /// cost of merging i and j = a_i a_j/(a_i + a_j)·|R(key_i − key_j)|²
 /// ```
 ///
@@ -248,7 +257,7 @@ pub fn ward(
     mask: Mask,
 ) -> Array2<f64> {
     assert!(mask == Mask::Causal || near.window == 0, "a window needs an order of queries");
-    let [q, k] = [q, k].map(|x| x * scale.sqrt());
+    let q = q * scale;
     let distance = |a: &Entry, b: &Entry| {
         let difference = &a.key - &b.key;
         match &rule.metric {
@@ -267,7 +276,7 @@ pub fn ward(
         entries.extend(held.step(near, t).into_iter().map(token));
         make_room(&mut entries);
         if mask == Mask::Causal {
-            out.row_mut(t).assign(&read(q.row(t), &held.exact(), &k, v, &entries).1);
+            out.row_mut(t).assign(&read(q.row(t), &held.exact(), k, v, &entries).1);
         }
     }
     if mask == Mask::Full {
@@ -275,7 +284,7 @@ pub fn ward(
         entries.extend(held.window.drain(..).map(token));
         make_room(&mut entries);
         for (q, mut row) in q.outer_iter().zip(out.outer_iter_mut()) {
-            row.assign(&read(q, &held.exact(), &k, v, &entries).1);
+            row.assign(&read(q, &held.exact(), k, v, &entries).1);
         }
     }
     out

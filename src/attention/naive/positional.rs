@@ -155,7 +155,8 @@ pub fn retention(
 /// cosFormer (Qin et al., arXiv 2202.08791, equations 10 to 13):
 ///
 /// ```text
-/// o_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = φ(q_i)·φ(k_j)·cos(π/2·(i − j)/M),    φ(x) = max(0, x) + ε
+/// o_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = φ(q_i)·φ(k_j)·cos(π/2·(i − j)/M)
+/// φ(x) = max(0, x) + ε
 /// ```
 ///
 /// with `M` the longest sequence there will be, on raw vectors: a scale would cancel.

@@ -136,7 +136,9 @@ fn make_room(states: &mut [State], rule: &Received, least: usize, block: usize) 
 /// The outputs of the query heads at token `t`, and what was read, summed over them:
 ///
 /// ```text
-/// window token j: acc_j ← γ acc_j + P_j [t − j ≥ min_age],    heavy key: acc ← γ acc + P,    entry i: a_i ← γ a_i + P_i
+/// window token j:  acc_j ← γ acc_j + P_j [t − j ≥ min_age]
+/// heavy key j:     acc_j ← γ acc_j + P_j
+/// entry i:         a_i ← γ a_i + P_i
 /// ```
 ///
 /// In a pool the probabilities `P` are scaled so that those of all but the sinks sum to the number
@@ -213,8 +215,8 @@ pub fn step(
 }
 
 /// Near keys exactly and the others as at most `entries` merged entries, weighted by the attention
-/// they received (this crate; the merging rule is Ward's, J. Am. Stat. Assoc. 58, 1963), causal, for
-/// the query heads `q` of one head of keys and values.
+/// they received (this crate; the merging rule is Ward's, J. Am. Stat. Assoc. 58, 1963), causal,
+/// for the query heads `q` of one head of keys and values.
 ///
 /// In each step, with `P` the probabilities just used, summed over the query heads:
 ///
@@ -266,8 +268,8 @@ pub fn received(
 
 /// [`received`] for several heads of keys and values that share one budget: together they have at
 /// most `entries` times as many entries as there are heads, and each keeps at least four. Pairs of
-/// all heads compete by their costs, and the probabilities `P` of a head are scaled so that those of
-/// all but the sinks sum to the number of its query heads.
+/// all heads compete by their costs, and the probabilities `P` of a head are scaled so that those
+/// of all but the sinks sum to the number of its query heads.
 ///
 /// `q [head][group]`, `k [head]` and `v [head]` give outputs `[head][group]`.
 ///
@@ -278,7 +280,9 @@ pub fn received(
 /// let rule = Received {
 ///     entries: 5, gamma: 0.98, min_age: 1, value_weight: 4.0, metric: Metric::QueryDiagonal,
 /// };
-/// let x = |phase: f64| Array2::from_shape_fn((20, 2), |(t, i)| (phase + (2 * t + i) as f64).sin());
+/// let x = |phase: f64| {
+///     Array2::from_shape_fn((20, 2), |(t, i)| (phase + (2 * t + i) as f64).sin())
+/// };
 /// let (q, k) = ([vec![x(0.1)], vec![x(0.2)]], [x(0.3), x(0.4)]);
 /// let out = received::received_pooled(&q, &k, &k, 0.7, &Near::new(3, 1), &rule);
 /// assert_eq!((out.len(), out[1].len(), out[1][0].dim()), (2, 1, (20, 2)));
