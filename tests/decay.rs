@@ -466,7 +466,7 @@ fn bad_log_decays_are_refused_and_leave_the_state() {
             .unwrap();
         assert_eq!(stream.save().unwrap(), state);
     }
-    let (kernel, [q, k, v], gates) = gated(1);
+    let (_, [q, k, v], gates) = gated(1);
     let plain = LinearAttention::new(EluFeatures::<f32>::new(5).unwrap()).with_decay(0.9);
     let window = HybridAttention::<f32>::builder(5).window(4).build().unwrap();
     let kernels: [&dyn Attention<f32>; 4] =

@@ -5,7 +5,7 @@ mod common;
 use common::{Head, golden, heads, map};
 use dijiang::fidelity::Reference;
 use dijiang::{
-    Calibration, CalibrationOptions, Far, FeatureMap, Head, HybridAttention, LinearAttention, Mask,
+    Calibration, CalibrationOptions, Far, FeatureMap, HybridAttention, LinearAttention, Mask,
     Merged, Metric, Scalar, Taylor, TaylorFit,
 };
 use std::sync::Arc;
