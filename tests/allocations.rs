@@ -1,5 +1,6 @@
 //! A decode loop and a steady forward pass allocate nothing.
 
+#[path = "suite/common/mod.rs"]
 mod common;
 
 use common::normal;

@@ -1,5 +1,6 @@
 //! A million tokens: accuracy holds and memory does not grow.
 
+#[path = "suite/common/mod.rs"]
 mod common;
 
 use common::{features, normal};

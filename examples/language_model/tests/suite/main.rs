@@ -1,0 +1,12 @@
+//! The tests of the language model, in one program: they share a small model, and are compiled and
+//! linked once.
+
+mod common;
+
+mod bad_files;
+mod check_values;
+mod cli;
+mod forward;
+mod kernels;
+mod perplexity;
+mod splits;

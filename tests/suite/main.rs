@@ -1,0 +1,31 @@
+//! The tests of the promises, in one program: they share their helpers, and are compiled and linked
+//! once. `cargo test --test suite decay` runs those of one file.
+
+mod common;
+
+mod approximation;
+mod approximation_error_cli;
+mod bad_input;
+mod block;
+#[cfg(feature = "safetensors")]
+mod block_checkpoint;
+mod calibration;
+mod dct_ways;
+mod decay;
+mod golden;
+mod golden_hybrid;
+mod golden_naive;
+mod hybrid;
+mod layers;
+mod multi_head;
+mod needle_cli;
+mod peers_bugs;
+mod positions;
+mod promises;
+mod real_heads;
+mod rotary;
+#[cfg(feature = "serde")]
+mod save_restore;
+mod selection;
+mod threads;
+mod value_stability;
