@@ -84,10 +84,10 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// takes several heads of keys and values, which then share one budget; of other kernels each
     /// head is answered by itself.
     ///
-    /// Log decays are data of the tokens ([`Head::log_decay`]), computed as keys and values are, and
-    /// so an argument. Kernels that are not [gated](crate::LinearAttention::gated) refuse them. What
-    /// only knows `q`, `k` and `v` ([`fidelity`](crate::fidelity), for example) takes a gated kernel
-    /// together with the log decays of a sequence: [`FixedGates`](crate::FixedGates).
+    /// Log decays are data of the tokens ([`Head::log_decay`]), computed as keys and values are,
+    /// and so an argument. Kernels that are not [gated](crate::LinearAttention::gated) refuse them.
+    /// What only knows `q`, `k` and `v` ([`fidelity`](crate::fidelity), for example) takes a gated
+    /// kernel together with the log decays of a sequence: [`FixedGates`](crate::FixedGates).
     ///
     /// # Errors
     ///

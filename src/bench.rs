@@ -1,10 +1,12 @@
 //! What the benchmarks of this repository time and nobody else should use: pieces of the inner
 //! loops, without the rest.
 
+use crate::features::FeatureMap;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix};
 use crate::kernel::{self, chunk_len};
-use crate::{FeatureMap, Scalar, views};
+use crate::scalar::Scalar;
+use crate::views;
 use ndarray::{Array2, ArrayView2};
 
 /// A matrix product of the crate's own, in `f32`.

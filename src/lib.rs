@@ -16,7 +16,8 @@
 //! use ndarray::Array2;
 //!
 //! let (n, d) = (100, 64);
-//! let make = |phase: f32| Array2::from_shape_fn((n, d), |(t, i)| 0.5 * (phase + (t * d + i) as f32).sin());
+//! let wave = |phase: f32, at: usize| 0.5 * (phase + at as f32).sin();
+//! let make = |phase: f32| Array2::from_shape_fn((n, d), |(t, i)| wave(phase, t * d + i));
 //! let (q, k, v) = (make(0.0), make(1.0), make(2.0));
 //!
 //! let kernel = LinearAttention::new(DctFeatures::<f32>::new(d, 128, 7)?); // 128 features, seed 7
@@ -24,7 +25,7 @@
 //! assert_eq!(out.dim(), (n, d));
 //!
 //! let report = fidelity::compare(&kernel, q.view(), k.view(), v.view(), Mask::Causal)?;
-//! println!("output error {:.3}, of uniform attention {:.3}", report.output_error, report.uniform_error);
+//! println!("output error {:.3}, uniform {:.3}", report.output_error, report.uniform_error);
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
@@ -103,7 +104,7 @@
 //! at run time: a plain `cargo build --release` is the fast one. Feed long sequences in one call:
 //! [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix
 //! products. Keep the last axis of arrays contiguous, and a [`Scratch`] for
-//! [`Attention::forward_with`]. Feature `rayon` shares heads and sequences, or one long sequence,
+//! [`Attention::forward_heads`]. Feature `rayon` shares heads and sequences, or one long sequence,
 //! over threads. `cargo bench --bench targets` measures the machine; `docs/performance.md` has what
 //! was measured.
 //!

@@ -37,7 +37,8 @@ use std::sync::Arc;
 /// use dijiang::{Mask, MultiHead, SoftmaxAttention};
 /// use ndarray::Array4;
 ///
-/// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(16)?, 4, 2)?; // 4 query heads on 2 kv heads
+/// // 4 query heads on 2 kv heads
+/// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(16)?, 4, 2)?;
 /// let q = Array4::from_elem((3, 4, 10, 16), 0.1);
 /// let k = Array4::from_elem((3, 2, 10, 16), 0.2);
 /// let v = Array4::from_elem((3, 2, 10, 8), 0.3);
@@ -309,8 +310,8 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// # Errors
     ///
-    /// As [`forward`](Self::forward), and those of [`Head::log_decay`](crate::Head::log_decay). After an error the
-    /// content of `out` is unspecified.
+    /// As [`forward`](Self::forward); [`Error::Unsupported`] if a kernel is not gated. After an
+    /// error the content of `out` is unspecified.
     pub fn forward_gated(
         &self,
         q: ArrayView4<'_, T>,

@@ -1,8 +1,8 @@
 //! Parts of views by ranges of rows and columns. (`ndarray`'s macro `s!` expands to `unsafe`, which
 //! this crate forbids.)
 
-use crate::Scalar;
 use crate::kernel;
+use crate::scalar::Scalar;
 use core::ops::Range;
 use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Slice};
 

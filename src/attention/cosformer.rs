@@ -16,7 +16,8 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// equations 10 to 13):
 ///
 /// ```text
-/// o_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = φ(q_i)·φ(k_j)·cos(π/2·(i − j)/M),    φ(x) = max(0, x) + ε,    M = max_len
+/// o_i = Σ_j w_ij v_j / Σ_j w_ij,    w_ij = φ(q_i)·φ(k_j)·cos(π/2·(i − j)/M),
+/// φ(x) = max(0, x) + ε,    M = max_len
 /// ```
 ///
 /// which is linear attention over `2·head_dim` features, since
@@ -43,7 +44,8 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// use dijiang::{Attention, CosFormer, Mask};
 /// use ndarray::{Array2, array};
 ///
-/// let kernel = CosFormer::<f64>::new(1, 3)?; // three positions, so cosines of 0, 30 and 60 degrees
+/// // three positions, so cosines of 0, 30 and 60 degrees
+/// let kernel = CosFormer::<f64>::new(1, 3)?;
 /// let (ones, v) = (Array2::ones((3, 1)), array![[1.0], [0.0], [0.0]]);
 /// let out = kernel.forward(ones.view(), ones.view(), v.view(), Mask::Causal)?;
 /// let (near, far) = ((std::f64::consts::PI / 6.0).cos(), 0.5);

@@ -186,8 +186,8 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             _ => 1,
         };
         if heads > max_heads {
-            let why = "only `Far::merged` without heavy keys can, with at least 4 entries and up to \
-                       16384 over all heads";
+            let why = "only `Far::merged` without heavy keys can, with at least 4 entries and \
+                       up to 16384 over all heads";
             return Err(Error::Unsupported { what: "a budget shared by so many heads", why });
         }
         let slots = self.config.near_slots() + self.config.far_slots(heads);

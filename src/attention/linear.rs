@@ -27,7 +27,8 @@ use std::sync::Arc;
 /// Attention whose weight is a product of features (Katharopoulos et al., arXiv 2006.16236):
 ///
 /// ```text
-/// o_t = φ(q̂_t)ᵀ Σ_j φ(k̂_j) v_jᵀ / φ(q̂_t)ᵀ Σ_j φ(k̂_j),   x̂ = √scale·x,   scale = 1/√head_dim unless set.
+/// o_t = φ(q̂_t)ᵀ Σ_j φ(k̂_j) v_jᵀ / φ(q̂_t)ᵀ Σ_j φ(k̂_j),
+/// x̂ = √scale·x,   scale = 1/√head_dim unless set.
 /// ```
 ///
 /// The sums over `j` are the state: `2·num_features·(value_dim + 1) + 1` numbers (sums and their
@@ -42,7 +43,8 @@ use std::sync::Arc;
 /// The sums may forget. With `S_t [num_features, value_dim]` and `z_t` the sums after token `t`,
 ///
 /// ```text
-/// S_t = diag(α_t) S_{t−1} + φ(k̂_t) v_tᵀ,    z_t = α_t ⊙ z_{t−1} + φ(k̂_t),    o_t = φ(q̂_t)ᵀ S_t / φ(q̂_t)ᵀ z_t,
+/// S_t = diag(α_t) S_{t−1} + φ(k̂_t) v_tᵀ,    z_t = α_t ⊙ z_{t−1} + φ(k̂_t),
+/// o_t = φ(q̂_t)ᵀ S_t / φ(q̂_t)ᵀ z_t,
 /// ```
 ///
 /// where token `t` itself has not decayed in `o_t`, and `α_t` is
@@ -54,7 +56,7 @@ use std::sync::Arc;
 /// - data of the token, one number (Mamba-2, Dao and Gu, arXiv 2405.21060, its structured masked
 ///   attention) or one for each feature (gated linear attention, Yang et al., arXiv 2312.06635,
 ///   section 4): [`gated`](Self::gated), and log decays with every call of
-///   [`Attention::forward_gated`] or [`Stream::extend_gated`].
+///   [`Attention::forward_heads`] or [`Stream::extend_heads`].
 ///
 /// They multiply where several are set. Most models of this kind have no denominator:
 /// [`unnormalized`](Self::unnormalized). Decays are kept as logarithms, and only the decay from one
@@ -159,11 +161,11 @@ impl<F> LinearAttention<F> {
     }
 
     /// Lets the sums decay by what comes with each token: every call is then one of
-    /// [`Attention::forward_gated`] or [`Stream::extend_gated`], which take log decays; those
+    /// [`Attention::forward_heads`] or [`Stream::extend_heads`] with [`Head::log_decay`]; those
     /// without give [`Error::Unsupported`]. See [Decay](Self#decay).
     ///
     /// ```
-    /// use dijiang::{Attention, EluFeatures, LinearAttention, Scratch};
+    /// use dijiang::{Attention, EluFeatures, Head, LinearAttention, Mask, Scratch};
     /// use ndarray::{Array2, array};
     ///
     /// let kernel = LinearAttention::new(EluFeatures::<f64>::new(1)?).unnormalized().gated();
@@ -171,7 +173,9 @@ impl<F> LinearAttention<F> {
     /// // the second token halves what came before it, the third forgets it
     /// let log_decay = array![[0.0], [0.5_f64.ln()], [f64::NEG_INFINITY]];
     /// let mut out = Array2::zeros((3, 1));
-    /// kernel.forward_gated(zero.view(), zero.view(), ones.view(), log_decay.view(), out.view_mut(), &mut Scratch::new())?;
+    /// let head = Head::new(zero.view(), zero.view(), ones.view(), out.view_mut());
+    /// let mut heads = [head.with_log_decay(log_decay.view())];
+    /// kernel.forward_heads(&mut heads, Mask::Causal, &mut Scratch::new())?;
     /// assert!((out - array![[1.0], [1.5], [1.0]]).iter().all(|e| e.abs() < 1e-14));
     /// # Ok::<(), dijiang::Error>(())
     /// ```

@@ -42,7 +42,8 @@ use std::sync::Arc;
 ///
 /// impl Memory<f64> for Alibi {
 ///     fn absorb(&mut self, k: ArrayView2<f64>, v: ArrayView2<f64>) -> Result<(), Error> {
-///         self.tokens.extend(k.outer_iter().zip(v.outer_iter()).map(|(k, v)| (k.into_owned(), v.into_owned())));
+///         let tokens = k.outer_iter().zip(v.outer_iter());
+///         self.tokens.extend(tokens.map(|(k, v)| (k.to_owned(), v.to_owned())));
 ///         Ok(())
 ///     }
 ///
@@ -52,8 +53,8 @@ use std::sync::Arc;
 ///             let log_weights = q.dot(k) * scale - self.slope * (last - 1 - j) as f64;
 ///             let values = v.broadcast((q.nrows(), v.len())).expect("one for each query");
 ///             // each token is a partial sum of its own: weight 1 at the log scale of its score
-///             let one = Partial::from_parts(values.to_owned(), Array1::ones(q.nrows()), log_weights)?;
-///             answer.merge(&one)?;
+///             let ones = Array1::ones(q.nrows());
+///             answer.merge(&Partial::from_parts(values.to_owned(), ones, log_weights)?)?;
 ///         }
 ///         Ok(())
 ///     }

@@ -63,8 +63,9 @@ pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
 /// A_tj = e^{l_tj} / Σ_i e^{l_ti},    L_t = ln Σ_j e^{l_tj}
 /// ```
 ///
-/// over the keys that `t` sees; the weights of others are 0. `l [n_q, n_k]` gives `A [n_q, n_k]` and `L [n_q]`. Any size of `l` is in range: the largest of a
-/// row is taken out first (Milakov and Gimelshein, arXiv 1805.02867, algorithm 2).
+/// over the keys that `t` sees; the weights of others are 0. `l [n_q, n_k]` gives `A [n_q, n_k]`
+/// and `L [n_q]`. Any size of `l` is in range: the largest of a row is taken out first (Milakov and
+/// Gimelshein, arXiv 1805.02867, algorithm 2).
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive};

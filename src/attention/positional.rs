@@ -73,7 +73,8 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
 
     fn sharing(&self) -> Sharing {
         match self.kernel.sharing() {
-            Sharing::Layer { .. } => Sharing::Group, // streams here are of one head of keys and values
+            // streams here are of one head of keys and values
+            Sharing::Layer { .. } => Sharing::Group,
             other => other,
         }
     }

@@ -118,7 +118,8 @@ impl<T: Scalar> Retention<T> {
     /// 2212.10554, with the 512 of its code):
     ///
     /// ```text
-    /// ζ_i = (2i/dims + 0.4)/1.4,    i = 0 .. dims/2,    for the columns that turn; others do not decay
+    /// ζ_i = (2i/dims + 0.4)/1.4,    i = 0 .. dims/2,    for the columns that turn;
+    /// others do not decay
     /// ```
     ///
     /// The paper multiplies queries by `ζ^n` and keys by `ζ^{−m}`, which leave the range of `f32`

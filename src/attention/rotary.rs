@@ -22,7 +22,7 @@ use crate::scalar::Scalar;
 /// Each head computes the angles of its tokens again, and one copy of `q` and `k` of a call; in a
 /// layer of many heads [`Rotary::angles`] and
 /// [`RotaryAngles::rotate_heads_in_place`](crate::RotaryAngles::rotate_heads_in_place) before the
-/// kernels are cheaper. [Gated](Attention::forward_gated) kernels get the log decays of their
+/// kernels are cheaper. [Gated](crate::LinearAttention::gated) kernels get the log decays of their
 /// tokens.
 ///
 /// ```

@@ -40,7 +40,8 @@ use std::sync::Arc;
 /// The sums over every token absorbed, for a feature map φ:
 ///
 /// ```text
-/// S = Σ_j φ(k̂_j) v_jᵀ  [num_features, value_dim],    z = Σ_j φ(k̂_j)  [num_features],    x̂ = √scale·x
+/// S = Σ_j φ(k̂_j) v_jᵀ  [num_features, value_dim],    z = Σ_j φ(k̂_j)  [num_features],
+/// x̂ = √scale·x
 /// ```
 ///
 /// kept in units of `e^{log_scale}`, the running maximum of the keys' log scales. It answers a

@@ -20,9 +20,11 @@ use ndarray::{Array4, ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4};
 ///
 /// let layer = MultiHead::new(LinearAttention::new(Performer::<f32>::new(16, 32, 0)?), 4, 2)?;
 /// let mut stream = layer.stream(1, 8)?;
-/// let (q, k, v) = (Array4::zeros((1, 4, 1, 16)), Array4::zeros((1, 2, 1, 16)), Array4::ones((1, 2, 1, 8)));
+/// let (q, k) = (Array4::zeros((1, 4, 1, 16)), Array4::zeros((1, 2, 1, 16)));
+/// let v = Array4::ones((1, 2, 1, 8));
 /// let mut out = Array4::zeros((1, 4, 1, 8));
-/// stream.extend(q.view(), k.view(), v.view(), None, out.view_mut())?; // one decode step of the whole layer
+/// // one decode step of the whole layer
+/// stream.extend(q.view(), k.view(), v.view(), None, out.view_mut())?;
 /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -73,7 +75,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     }
 
     /// As [`extend`](Self::extend), of gated kernels:
-    /// `log_decay [b, kv_heads, n, 1 or num_features]`; see [`Head::log_decay`](crate::Head::log_decay).
+    /// `log_decay [b, kv_heads, n, 1 or num_features]`; see
+    /// [`Head::log_decay`](crate::Head::log_decay).
     ///
     /// # Errors
     ///
@@ -182,7 +185,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     /// let kernel = HybridAttention::<f32>::builder(d).window(8).far(Far::merged(8)).build()?;
     /// let mut stream = MultiHead::new(kernel, heads, kv_heads)?.stream(1, d)?;
     /// // q = x·W_q and so on, for 20 tokens of one sequence
-    /// let (q, k, v) = (Array3::zeros((1, 20, heads * d)), Array3::zeros((1, 20, kv_heads * d)), Array3::ones((1, 20, kv_heads * d)));
+    /// let (q, k) = (Array3::zeros((1, 20, heads * d)), Array3::zeros((1, 20, kv_heads * d)));
+    /// let v = Array3::ones((1, 20, kv_heads * d));
     /// let mut out = Array3::zeros((1, 20, heads * d));
     /// stream.extend_rows(q.view(), k.view(), v.view(), None, out.view_mut())?; // on to out·W_o
     /// assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-6));

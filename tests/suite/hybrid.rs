@@ -188,17 +188,20 @@ proptest! {
             _ => Far::none(),
         };
         prop_assume!(kind < 2 || window > 0);
-        let kernel = HybridAttention::<f32>::builder(d).window(window).sinks(sinks).far(far).build().unwrap();
+        let builder = HybridAttention::<f32>::builder(d).window(window).sinks(sinks);
+        let kernel = builder.far(far).build().unwrap();
         let [_, k, v] = tokens::<f32>(n, d, dv, 1.0, seed);
-        let q = Array3::from_shape_vec((group, n, d), normal::<f32>(group * n, d, 1.0, seed + 7).into_raw_vec_and_offset().0).unwrap();
+        let q = normal::<f32>(group * n, d, 1.0, seed + 7);
+        let q = q.into_shape_with_order((group, n, d)).unwrap();
         let run = |sizes: &[usize]| {
             let mut stream = kernel.stream_with(StreamOptions::new(dv).group(group)).unwrap();
             let (mut out, mut start) = (Array3::zeros((group, n, dv)), 0);
             for size in sizes {
                 let rows = start..start + size;
-                let q = q.slice(s![.., rows.clone(), ..]);
                 let out = out.slice_mut(s![.., rows.clone(), ..]);
-                stream.extend_heads(&mut [Head::group(q, k.slice(s![rows.clone(), ..]), v.slice(s![rows.clone(), ..]), out)]).unwrap();
+                let q = q.slice(s![.., rows.clone(), ..]);
+                let (k, v) = (k.slice(s![rows.clone(), ..]), v.slice(s![rows, ..]));
+                stream.extend_heads(&mut [Head::group(q, k, v, out)]).unwrap();
                 start += size;
             }
             (out, stream.save().unwrap())

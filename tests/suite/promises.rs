@@ -61,6 +61,7 @@ proptest! {
         let [q, k, v] = &input;
         let whole = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
         let out = feed(&mut *Attention::<f64>::stream(&kernel, dv).unwrap(), &input, &sizes);
-        crate::common::assert_close(&format!("{} d={d} m={m} {sizes:?}", MAPS[which]), &out, &whole, 1e5);
+        let what = format!("{} d={d} m={m} {sizes:?}", MAPS[which]);
+        crate::common::assert_close(&what, &out, &whole, 1e5);
     }
 }

@@ -140,9 +140,9 @@ impl<T: Scalar> Config<T> {
         let Self { head_dim, window, sinks, heavy, block, scale, .. } = self;
         Sharing::Layer {
             options: format!(
-                "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, block {block}, \
-                 scale {scale}, entries {}, metric {metric}, decay {decay}, min_age {min_age}, \
-                 value_weight {}",
+                "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, \
+                 block {block}, scale {scale}, entries {}, metric {metric}, decay {decay}, \
+                 min_age {min_age}, value_weight {}",
                 rule.entries, rule.value_weight
             ),
             max_heads: if fits { most.max(1) } else { 1 },

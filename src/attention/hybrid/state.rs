@@ -102,7 +102,8 @@ impl<T: Scalar> HybridState<T> {
         for (head, (near, call)) in self.near.iter_mut().zip(calls).enumerate() {
             let value = views::row(call.v, i);
             near.put(slot, views::row(call.k, i), value);
-            if self.tokens >= config.sinks {
+            // without learning there may be more keys than queries
+            if config.learns() && self.tokens >= config.sinks {
                 self.far.observe(head, call.q.index_axis_move(Axis(1), i), value);
             }
         }

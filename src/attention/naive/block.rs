@@ -57,8 +57,8 @@ pub fn decays(heads: usize) -> Vec<f64> {
 /// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o
 /// ```
 ///
-/// with `swish(z) = z/(1 + e^{−z})` and the first `dims` columns of q and k turned by their position
-/// before φ.
+/// with `swish(z) = z/(1 + e^{−z})` and the first `dims` columns of q and k turned by their
+/// position before φ.
 ///
 /// `x` and `y` are `[n, hidden]`; `epsilon` is that of the norm, 10⁻⁵ in the released code.
 ///

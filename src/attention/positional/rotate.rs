@@ -26,7 +26,8 @@ pub(crate) trait Positions: Debug + Send + Sync + 'static {
     /// Fails unless every position before `end` has a meaning.
     fn check_end(&self, end: usize) -> Result<(), Error>;
 
-    /// Rotates, or changes in another way, `x [n, head_dim]`, at the positions of the angles, to `out [n, inner_dim]`.
+    /// Rotates, or changes in another way, `x [n, head_dim]`, at the positions of the angles, to
+    /// `out [n, inner_dim]`.
     fn rotate<T: Scalar>(
         &self,
         angles: &RotaryAngles<T>,
