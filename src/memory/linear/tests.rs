@@ -1,10 +1,12 @@
 //! Tests of the two halves of a decode step.
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
 use super::*;
 use crate::features::elementwise::IdentityFeatures;
 use crate::features::performer::Performer;
 use crate::memory::linear::decay::Decay;
-use ndarray::{Array3, s};
+use crate::views;
+use ndarray::Array3;
 
 const HEAD_DIM: usize = 4;
 const VALUE_DIM: usize = 3;
@@ -85,10 +87,10 @@ fn cases(features: usize) -> Vec<Case> {
 impl Case {
     fn heads(&self, token: usize, heads: usize) -> impl ExactSizeIterator<Item = Tokens<'_, f32>> {
         (0..heads).map(move |head| Tokens {
-            q: self.q.slice(s![head, token..token + 1, ..]),
-            k: self.k.slice(s![token..token + 1, ..]),
-            v: self.v.slice(s![token..token + 1, ..]),
-            log_decay: self.log_decay.as_ref().map(|log| log.slice(s![token..token + 1, ..])),
+            q: views::rows(self.q.index_axis(Axis(0), head), token..token + 1),
+            k: views::rows(self.k.view(), token..token + 1),
+            v: views::rows(self.v.view(), token..token + 1),
+            log_decay: self.log_decay.as_ref().map(|log| views::rows(log.view(), token..token + 1)),
         })
     }
 }
