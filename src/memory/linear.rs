@@ -259,12 +259,12 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         let mut heads = heads.zip(out.outer_iter_mut()).zip(left);
         if single {
             // all but the last head only look
-            return heads.try_for_each(|((tokens, out), left)| match left {
-                1 => self.extend(tokens, decay, out, readout, work),
-                _ => {
-                    self.pass().with_decay(decay).map_tokens(tokens, &mut work.pass, 0)?;
-                    token::peek(&self.state, &mut work.pass, out, readout)
+            return heads.try_for_each(|((tokens, out), left)| {
+                if left == 1 {
+                    return self.extend(tokens, decay, out, readout, work);
                 }
+                self.pass().with_decay(decay).map_tokens(tokens, &mut work.pass, 0)?;
+                token::peek(&self.state, &mut work.pass, out, readout)
             });
         }
         let mut before = core::mem::replace(&mut work.group, State::new());

@@ -131,7 +131,7 @@ impl<T: Scalar> State<T> {
         if log_scale > self.scale.high {
             if self.tokens > 0 {
                 let factor = self.scale.ratio_to(log_scale);
-                self.all_sums().scale(factor);
+                self.all_rows().scale(factor);
             }
             self.scale = LogScale::of(log_scale);
         }
@@ -151,8 +151,8 @@ impl<T: Scalar> State<T> {
     }
 
     /// The sums of all features.
-    pub(super) fn all_sums(&mut self) -> Sums<'_, T> {
-        Sums {
+    pub(super) fn all_rows(&mut self) -> StateRows<'_, T> {
+        StateRows {
             sums: &mut self.sums,
             sums_low: &mut self.sums_low,
             normalizer: &mut self.normalizer,
@@ -162,13 +162,13 @@ impl<T: Scalar> State<T> {
 
     /// The sums of ranges of features, `height` of them at a time.
     #[cfg(feature = "rayon")]
-    pub(super) fn parts(&mut self, height: usize) -> impl Iterator<Item = Sums<'_, T>> {
+    pub(super) fn parts(&mut self, height: usize) -> impl Iterator<Item = StateRows<'_, T>> {
         let stride = self.stride();
         let sums =
             self.sums.chunks_mut(height * stride).zip(self.sums_low.chunks_mut(height * stride));
         let normalizer =
             self.normalizer.chunks_mut(height).zip(self.normalizer_low.chunks_mut(height));
-        sums.zip(normalizer).map(|((sums, sums_low), (normalizer, normalizer_low))| Sums {
+        sums.zip(normalizer).map(|((sums, sums_low), (normalizer, normalizer_low))| StateRows {
             sums,
             sums_low,
             normalizer,
@@ -179,14 +179,14 @@ impl<T: Scalar> State<T> {
 
 /// The sums of some features, all at one log scale.
 #[derive(Debug)]
-pub(super) struct Sums<'a, T> {
+pub(super) struct StateRows<'a, T> {
     pub(super) sums: &'a mut [T],
     pub(super) sums_low: &'a mut [T],
     pub(super) normalizer: &'a mut [T],
     pub(super) normalizer_low: &'a mut [T],
 }
 
-impl<T: Scalar> Sums<'_, T> {
+impl<T: Scalar> StateRows<'_, T> {
     /// Multiplies them.
     pub(super) fn scale(&mut self, factor: T) {
         let Self { sums, sums_low, normalizer, normalizer_low } = self;

@@ -190,6 +190,6 @@ pub(super) fn absorb<T: Scalar>(
     key_sums: &[T],
 ) {
     state.rescale(log_scale);
-    state.all_sums().add(&tokens.keys, tokens.width, &tokens.values, key_sums);
+    state.all_rows().add(&tokens.keys, tokens.width, &tokens.values, key_sums);
     state.tokens += tokens.tokens;
 }

@@ -1,4 +1,5 @@
 //! Tests of the two halves of a decode step.
+#![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
 use super::*;
 use crate::features::elementwise::IdentityFeatures;
