@@ -16,6 +16,7 @@ mod golden;
 mod golden_hybrid;
 mod golden_naive;
 mod hybrid;
+mod layer_streams;
 mod layers;
 mod multi_head;
 mod needle_cli;

@@ -1,5 +1,6 @@
 //! Every kernel and every map keeps the promises of the shared checker.
 
+use crate::common::alibi::alibi_subject;
 use crate::common::checker::{check_attention, check_feature_map, feed};
 use crate::common::{MAPS, SIGNED_MAPS, map, subjects, tokens, written_subjects};
 use dijiang::{Attention, LinearAttention, Mask};
@@ -19,6 +20,16 @@ fn every_attention_with_positions_keeps_its_promises() {
     for (d, m) in [(8, 20), (1, 1), (3, 7), (16, 16)] {
         for subject in written_subjects(d, m) {
             check_attention(&subject);
+        }
+    }
+}
+
+/// A kernel of one's own, in three methods, is held to the same promises.
+#[test]
+fn a_kernel_of_three_methods_keeps_its_promises() {
+    for d in [1, 3, 8] {
+        for slope in [0.0, 0.25] {
+            check_attention(&alibi_subject(d, slope));
         }
     }
 }

@@ -2,6 +2,7 @@
 //! of every kernel and every map with its formula in `attention::naive`.
 #![allow(dead_code)]
 
+pub mod alibi;
 pub mod checker;
 pub mod hybrid;
 pub mod written;
