@@ -5,12 +5,14 @@
 //! standard output:
 //!
 //! ```text
-//! load DIR N D               q.bin, k.bin, v.bin [N, D], omega.bin [m, D], raw little-endian f32   → ok
-//! run KIND REPEATS           causal `forward_into` over what was loaded                           → seconds per call
-//! write KIND FILE            the output of the last `run`, raw                                    → ok
-//! decode KIND STEPS          single-token `extend` after a prefill of all N tokens                → seconds per step
-//! write-decode KIND FILE     the outputs of the last `decode`, raw                                → ok
+//! load DIR N D               q.bin, k.bin, v.bin [N, D], omega.bin [m, D]        → ok
+//! run KIND REPEATS           causal `forward_into` over what was loaded          → seconds per call
+//! write KIND FILE            the output of the last `run`                        → ok
+//! decode KIND STEPS          single-token `extend` after a prefill of N tokens   → seconds per step
+//! write-decode KIND FILE     the outputs of the last `decode`                    → ok
 //! ```
+//!
+//! Files are raw little-endian `f32`.
 //!
 //! `KIND` is `linear` (the Performer map of omega), `elu` (elu + 1, scale 1) or `softmax`; file
 //! names have no spaces. Decoded tokens are the loaded ones again, from the first. A request that
@@ -95,7 +97,8 @@ impl Loaded {
         let contestant = |kind, kernel| Contestant {
             kind,
             kernel,
-            out: Array2::from_elem((n, d), f32::NAN), // an output that was never written fails its check
+            // an output that was never written fails its check
+            out: Array2::from_elem((n, d), f32::NAN),
             decoded: Array2::zeros((0, d)),
         };
         let contestants = [
@@ -139,7 +142,8 @@ impl Loaded {
         let (n, d_v) = v.dim();
         let mut stream = kernel.stream(d_v)?;
         stream.extend(q.view(), k.view(), v.view(), out.view_mut())?;
-        *decoded = Array2::from_elem((usize::from(steps), d_v), f32::NAN); // an unwritten row fails its check
+        // an unwritten row fails its check
+        *decoded = Array2::from_elem((usize::from(steps), d_v), f32::NAN);
         let start = Instant::now();
         for (step, out) in decoded.axis_chunks_iter_mut(Axis(0), 1).enumerate() {
             let token = s![step % n..=step % n, ..];

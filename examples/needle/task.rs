@@ -7,11 +7,11 @@
 //!
 //! ```text
 //! key of a token:     k = mean + topic + own                    |k̂|² = 18 + 4 + 14
-//! its query:          q = mean + gain·(topic + own') + noise    |q̂|² = 18 + 1.25²·(4 + 14) + 3,  own' as own
+//! its query:          q = mean + gain·(topic + own') + noise    |q̂|² = 18 + 1.25²·(4 + 14) + 3
 //! a query for key k:  q = mean + gain·(k − mean) + noise
 //! ```
 //!
-//! One of eight topics holds for 64 tokens on average, then another comes. So filler queries look
+//! with `own'` of the law of `own`. One of eight topics holds for 64 tokens on average, then another comes. So filler queries look
 //! at the present topic, and at a few tokens of it by chance. A planted key is made as every other
 //! one: nothing marks it, so no memory can know it from its key. The first four tokens are sinks:
 //! keys along the mean, values near zero. A planted value is one of 64 random codes, filler values

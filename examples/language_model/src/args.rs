@@ -133,7 +133,12 @@ pub enum Command {
         #[command(flatten)]
         tasks: Tasks,
         /// Lengths of contexts at which decode steps are timed
-        #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_values_t = [512, 1024, 2048, 4096, 8192])]
+        #[arg(
+            long,
+            value_name = "TOKENS",
+            value_delimiter = ',',
+            default_values_t = [512, 1024, 2048, 4096, 8192]
+        )]
         lengths: Vec<usize>,
         /// Folder for report.html, comparison.csv, comparison.json and picture.svg
         #[arg(long, short, value_name = "DIR", default_value = "target/language_model")]

@@ -215,6 +215,11 @@ mod tests {
         }
     }
 
+    const BOTH: &str = concat!(
+        r#"{"calibration": {"name": "C", "tokens": [5]}, "#,
+        r#""evaluation": [{"name": "E", "tokens": [6]}]}"#
+    );
+
     #[test]
     fn files_of_every_shape() {
         let files = Files::new();
@@ -223,10 +228,7 @@ mod tests {
                 files.file("plain.txt", "\u{FEFF}hello\n"),
                 files.file("bare.json", "[1, 2, 3]"),
                 files.file("one.JSON", r#"{"name": "One", "tokens": [4]}"#),
-                files.file(
-                    "both.json",
-                    r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#,
-                ),
+                files.file("both.json", BOTH),
             ],
             None,
             &byte_level(),
@@ -243,8 +245,7 @@ mod tests {
     #[test]
     fn the_calibration_file_decides() {
         let files = Files::new();
-        let both = r#"{"calibration": {"name": "C", "tokens": [5]}, "evaluation": [{"name": "E", "tokens": [6]}]}"#;
-        let (one, other) = (files.file("one.json", both), files.file("other.json", both));
+        let (one, other) = (files.file("one.json", BOTH), files.file("other.json", BOTH));
         let plain = files.file("plain.txt", "a");
         let calibration = |file: &Path| {
             Corpus::open(&[one.clone(), other.clone()], Some(file), &byte_level())

@@ -32,7 +32,9 @@ fn row(kernel: &str, loss: f64, per_token: usize) -> Row {
 
 fn chosen() -> Result<Chosen> {
     let heads: Vec<_> = [(0, 0, 0.5), (1, 1, 0.25), (0, 1, 0.1)]
-        .map(|(layer, kv_head, error)| serde_json::json!({"layer": layer, "kv_head": kv_head, "output_error": error}))
+        .map(|(layer, kv_head, error)| {
+            serde_json::json!({"layer": layer, "kv_head": kv_head, "output_error": error})
+        })
         .to_vec();
     let errors = serde_json::from_value(serde_json::json!({"ranked": heads, "value_dim": 8}))?;
     Ok(Chosen { exact: vec![(0, 0), (7, 7)], errors })
