@@ -5,11 +5,11 @@
 //! standard output:
 //!
 //! ```text
-//! load DIR N D               q.bin, k.bin, v.bin [N, D], omega.bin [m, D]        → ok
-//! run KIND REPEATS           causal `forward_into` over what was loaded          → seconds per call
-//! write KIND FILE            the output of the last `run`                        → ok
-//! decode KIND STEPS          single-token `extend` after a prefill of N tokens   → seconds per step
-//! write-decode KIND FILE     the outputs of the last `decode`                    → ok
+//! load DIR N D               q.bin, k.bin, v.bin [N, D], omega.bin [m, D]      → ok
+//! run KIND REPEATS           causal `forward_into` over what was loaded        → seconds per call
+//! write KIND FILE            the output of the last `run`                      → ok
+//! decode KIND STEPS          single-token `extend` after a prefill of all N    → seconds per step
+//! write-decode KIND FILE     the outputs of the last `decode`                  → ok
 //! ```
 //!
 //! Files are raw little-endian `f32`.

@@ -11,13 +11,13 @@
 //! a query for key k:  q = mean + gain·(k − mean) + noise
 //! ```
 //!
-//! with `own'` of the law of `own`. One of eight topics holds for 64 tokens on average, then another comes. So filler queries look
-//! at the present topic, and at a few tokens of it by chance. A planted key is made as every other
-//! one: nothing marks it, so no memory can know it from its key. The first four tokens are sinks:
-//! keys along the mean, values near zero. A planted value is one of 64 random codes, filler values
-//! are `mean + topic + own` of the same size. The pairs come in a row, as a list of facts, behind
-//! 128 tokens of filler. Each question is asked exactly `distance` tokens after its pair, and
-//! forgotten again: it changes nothing for the next one.
+//! with `own'` of the law of `own`. One of eight topics holds for 64 tokens on average, then
+//! another comes. So filler queries look at the present topic, and at a few tokens of it by chance.
+//! A planted key is made as every other one: nothing marks it, so no memory can know it from its
+//! key. The first four tokens are sinks: keys along the mean, values near zero. A planted value is
+//! one of 64 random codes, filler values are `mean + topic + own` of the same size. The pairs come
+//! in a row, as a list of facts, behind 128 tokens of filler. Each question is asked exactly
+//! `distance` tokens after its pair, and forgotten again: it changes nothing for the next one.
 
 use dijiang::projection;
 use ndarray::{Array1, Array2, ArrayView1};
