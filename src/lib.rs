@@ -117,10 +117,15 @@
 //! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with
 //!   `DijiangBlock::from_safetensors`.
 //!
-//! - `safetensors`: [`DijiangBlock`] from the checkpoints of the released models.
+//! # A kernel of your own
 //!
-//! The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`) derives
-//! every formula.
+//! [`MemoryAttention`] makes a kernel of any [`Memory`]: three methods, and it has a forward pass, a
+//! stream, groups of query heads, and a place in a [`MultiHead`]. A [`FeatureMap`] of your own goes
+//! into [`LinearAttention`]. Where neither fits, [`Attention`] has two required methods.
+//!
+//! Every formula stands in [`attention::naive`] as plain loops in `f64`: to be read, and to test
+//! against. The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`)
+//! derives every formula, and `docs/architecture.md` shows the plan of the code.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
 #![warn(clippy::pedantic)]

@@ -7,10 +7,10 @@ use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
     FeatureMap, FixedGates, Head, HybridAttention, IdentityFeatures, LinearAttention, Linformer,
-    Mask, Merged, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention, Scratch,
-    SoftmaxAttention, TaylorFeatures,
+    Mask, Merged, MultiHead, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention,
+    Scratch, SoftmaxAttention, TaylorFeatures,
 };
-use ndarray::{Array1, Array2, s};
+use ndarray::{Array1, Array2, Array4, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -166,4 +166,52 @@ fn a_softmax_cache_grows_by_doubling() {
         }
     });
     assert!(count < 50, "{count} allocations in 4096 steps");
+}
+
+/// All heads of a layer move or none, and nothing is allocated for that.
+#[test]
+fn a_step_of_a_layer_allocates_nothing() {
+    let d = 16;
+    let linear = || LinearAttention::new(Performer::<f32>::new(d, 32, 0).unwrap());
+    let hybrid = |far: Far<f32>| HybridAttention::builder(d).window(20).sinks(3).far(far).build();
+    let layer = |kernel: Box<dyn Attention<f32>>| MultiHead::new(kernel, 4, 2).unwrap();
+    let features = Far::features(Performer::new(d, 32, 0).unwrap());
+    let layers = [
+        ("linear", layer(Box::new(linear()))),
+        ("unnormalized", layer(Box::new(linear().unnormalized()))),
+        ("decay", layer(Box::new(linear().with_decay(0.97)))),
+        ("retention", layer(Box::new(Retention::new(d, 0.9).unwrap().with_xpos()))),
+        ("cosformer", layer(Box::new(CosFormer::new(d, 10_000).unwrap()))),
+        ("window", layer(Box::new(hybrid(Far::none()).unwrap()))),
+        ("merged", layer(Box::new(hybrid(Far::merged(12)).unwrap()))),
+        ("pooled", layer(Box::new(hybrid(Far::merged(12)).unwrap())).pooled().unwrap()),
+        ("features", layer(Box::new(hybrid(features).unwrap()))),
+    ];
+    for (name, layer) in layers {
+        let draw = |heads: usize, seed: u64| {
+            normal::<f32>(2 * heads * 300, d, 0.5, seed)
+                .into_shape_with_order((2, heads, 300, d))
+                .unwrap()
+        };
+        let (q, k, v) = (draw(4, 1), draw(2, 2), draw(2, 3));
+        let mut out = Array4::<f32>::zeros((2, 4, 300, d));
+        let mut stream = layer.stream(2, d).unwrap();
+        let mut extend = |n: usize| {
+            let rows = s![.., .., ..n, ..];
+            let (q, k, v) = (q.slice(rows), k.slice(rows), v.slice(rows));
+            stream.extend(q, k, v, None, out.slice_mut(rows)).unwrap();
+        };
+        [300, 3, 1, 1].into_iter().for_each(&mut extend);
+        let count = allocations(|| (0..50).for_each(|_| extend(1)));
+        assert_eq!(count, 0, "{name}: a decode step allocates");
+        let count = allocations(|| [3, 8, 1].into_iter().for_each(&mut extend));
+        assert_eq!(count, 0, "{name}: some tokens allocate");
+        stream.checkpoint();
+        stream.rollback().unwrap();
+        let count = allocations(|| {
+            stream.checkpoint();
+            stream.rollback().unwrap();
+        });
+        assert_eq!(count, 0, "{name}: a checkpoint allocates");
+    }
 }

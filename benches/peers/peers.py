@@ -90,7 +90,9 @@ def error_against(formula, inputs, found, ranges):
     worst, start = 0.0, len(inputs[0]) - len(found)
     for first, last in ranges:
         right = expected(formula, *inputs, first, last)
-        error = ((found[first - start : last - start].double() - right).abs().amax() / right.abs().amax()).item()
+        error = (
+            (found[first - start : last - start].double() - right).abs().amax() / right.abs().amax()
+        ).item()
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
 
@@ -119,7 +121,9 @@ class Favor:
 
 class Elu:
     def queries(self, q):
-        return q.clamp(max=0).exp_().add_(q.clamp(min=0))  # elu + 1; F.elu takes more than ten times as long
+        return (
+            q.clamp(max=0).exp_().add_(q.clamp(min=0))
+        )  # elu + 1; F.elu takes more than ten times as long
 
     def keys(self, k, _):
         return self.queries(k), 0.0
@@ -179,7 +183,9 @@ def fastest_chunked(features, q, k, v):
         seconds = [timed(call)[0] for _ in range(4)][1:]
         return min(seconds), f"{variant.__name__}, chunks of {chunk}", call
 
-    candidates = [candidate(variant, chunk) for variant in (batched, loop, segments) for chunk in CHUNKS]
+    candidates = [
+        candidate(variant, chunk) for variant in (batched, loop, segments) for chunk in CHUNKS
+    ]
     return min(candidates, key=lambda candidate: candidate[0])[1:]
 
 
@@ -235,12 +241,20 @@ class Server:
         if built.returncode != 0:
             sys.exit("cargo could not build the server; its messages are above")
         messages = [json.loads(line) for line in built.stdout.splitlines() if line.startswith("{")]
-        executables = [m["executable"] for m in messages if m.get("target", {}).get("name") == "peers" and m["executable"]]
+        executables = [
+            m["executable"]
+            for m in messages
+            if m.get("target", {}).get("name") == "peers" and m["executable"]
+        ]
         if not executables:
             sys.exit("cargo built no executable named peers")
         self.directory = Path(directory)
         self.process = subprocess.Popen(
-            [executables[-1], "--serve"], cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [executables[-1], "--serve"],
+            cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def ask(self, *request):
@@ -340,7 +354,9 @@ def performer_pytorch(omega):
         warnings.simplefilter("ignore")
         from performer_pytorch import FastAttention
 
-        attention = FastAttention(dim_heads=D, nb_features=D, causal=True, no_projection=False).eval()
+        attention = FastAttention(
+            dim_heads=D, nb_features=D, causal=True, no_projection=False
+        ).eval()
     attention.projection_matrix.copy_(omega)
     return lambda q, k, v: attention(*(x.view(1, 1, -1, D) for x in (q, k, v)))
 
@@ -372,9 +388,15 @@ def forward_contestants(server, n, q, k, v, omega, everything):
             performer_pytorch_weights,
             lambda: performer(q, k, v),
         ),
-        "elu": server_contestant(server, "dijiang, elu + 1", "another map: elu + 1", elu_weights, "elu"),
-        "torch elu": torch_contestant(f"torch, elu + 1, {elu_name}", "another map: elu + 1", elu_weights, elu),
-        "softmax": server_contestant(server, "dijiang, softmax", softmax, softmax_weights, "softmax"),
+        "elu": server_contestant(
+            server, "dijiang, elu + 1", "another map: elu + 1", elu_weights, "elu"
+        ),
+        "torch elu": torch_contestant(
+            f"torch, elu + 1, {elu_name}", "another map: elu + 1", elu_weights, elu
+        ),
+        "softmax": server_contestant(
+            server, "dijiang, softmax", softmax, softmax_weights, "softmax"
+        ),
         "sdpa": torch_contestant(f"torch SDPA ({sdpa_backend()})", softmax, softmax_weights, sdpa),
     }
     if n > SOFTMAX_LIMIT and not everything:
@@ -411,7 +433,9 @@ def decode_contestants(server, q, k, v, omega):
 
     def ours(name, computes, formula, kind):
         burst = lambda _: float(server.ask("decode", kind, STEPS))
-        return Contestant(name, computes, formula, burst, lambda: server.output(kind, "write-decode"))
+        return Contestant(
+            name, computes, formula, burst, lambda: server.output(kind, "write-decode")
+        )
 
     def torchs(name, computes, formula, prepare, call, count=1):
         last = []
@@ -427,7 +451,11 @@ def decode_contestants(server, q, k, v, omega):
     return {
         "linear": ours("dijiang, linear", "FAVOR+", favor_weights, "linear"),
         "torch linear": torchs(
-            "torch, linear", "FAVOR+", favor_weights, state.clone, lambda s: decode_linear(favor, s, shift, tokens["one"])
+            "torch, linear",
+            "FAVOR+",
+            favor_weights,
+            state.clone,
+            lambda s: decode_linear(favor, s, shift, tokens["one"]),
         ),
         "torch heads": torchs(
             f"torch, linear, {HEADS} heads at once, per head",
@@ -460,7 +488,14 @@ def row(*cells):
 
 
 def table(contestants, unit, factor, rate):
-    head = ["contestant", "computes", f"{unit}, median (least to most)", "time ÷ ours, linear", "error", "rounds"]
+    head = [
+        "contestant",
+        "computes",
+        f"{unit}, median (least to most)",
+        "time ÷ ours, linear",
+        "error",
+        "rounds",
+    ]
     if rate:
         head.insert(3, "tokens/s")
     lines = [row(*head), row(*["---", "---"] + ["---:"] * (len(head) - 2))]
@@ -469,31 +504,50 @@ def table(contestants, unit, factor, rate):
         if c.refused:
             lines.append(row(c.name, c.computes, c.refused, *["–"] * (len(head) - 3)))
             continue
-        figure = lambda seconds: f"{seconds * factor:.3g}" if seconds * factor < 1000 else f"{seconds * factor:.0f}"
+        figure = lambda seconds: (
+            f"{seconds * factor:.3g}" if seconds * factor < 1000 else f"{seconds * factor:.0f}"
+        )
         cells = [f"{figure(c.median)} ({figure(min(c.seconds))} to {figure(max(c.seconds))})"]
         if rate:
             cells.append(f"{rate / c.median:,.0f}".replace(",", " "))
-        cells += [f"{c.median / base:.2f}" if base == base else "–", f"{c.error:.0e}", str(len(c.seconds))]
+        cells += [
+            f"{c.median / base:.2f}" if base == base else "–",
+            f"{c.error:.0e}",
+            str(len(c.seconds)),
+        ]
         lines.append(row(c.name, c.computes, *cells))
     return lines
 
 
 def ratio(contestants, ours, theirs, what):
     """The sentence of a pair that computes the same, if both were timed."""
-    pair = [contestants[name].median if name in contestants else math.nan for name in (ours, theirs)]
-    return [f"- {what}: ours takes {pair[0] / pair[1]:.2f} × torch's time."] if all(x == x for x in pair) else []
+    pair = [
+        contestants[name].median if name in contestants else math.nan for name in (ours, theirs)
+    ]
+    return (
+        [f"- {what}: ours takes {pair[0] / pair[1]:.2f} × torch's time."]
+        if all(x == x for x in pair)
+        else []
+    )
 
 
 def machine():
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor() or platform.machine(),
     )
-    rustc = subprocess.run(["rustc", "--version"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.split()[1]
+    rustc = subprocess.run(
+        ["rustc", "--version"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ).stdout.split()[1]
     flags = os.environ.get("RUSTFLAGS")
     return (
         f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()} in torch; torch {torch.__version__}, "
-        f"Python {platform.python_version()}, rustc {rustc}" + (f" with RUSTFLAGS `{flags}`" if flags else "")
+        f"Python {platform.python_version()}, rustc {rustc}"
+        + (f" with RUSTFLAGS `{flags}`" if flags else "")
     )
 
 
@@ -524,7 +578,9 @@ def measure(options):
             if any(len(c.seconds) == 1 < options.rounds for c in contestants.values()):
                 lines += [f"- One round where a call takes more than {SLOW:.0f} s."]
             if "softmax" not in contestants:
-                lines += [f"- Our exact softmax is left out above {SOFTMAX_LIMIT} tokens (`--all` runs it)."]
+                lines += [
+                    f"- Our exact softmax is left out above {SOFTMAX_LIMIT} tokens (`--all` runs it)."
+                ]
 
         say(f"decode steps after {CONTEXT} tokens")
         q, k, v = normal(CONTEXT)
@@ -536,7 +592,13 @@ def measure(options):
         wrong += [c.name for c in contestants.values() if c.is_wrong()]
         interleave(contestants.values(), options.rounds)
         server.close()
-    lines += ["", f"### A decode step after {CONTEXT} tokens", "", *table(contestants, "µs", 1e6, 0), ""]
+    lines += [
+        "",
+        f"### A decode step after {CONTEXT} tokens",
+        "",
+        *table(contestants, "µs", 1e6, 0),
+        "",
+    ]
     lines += ratio(contestants, "linear", "torch linear", "FAVOR+, one head")
     lines += ratio(contestants, "linear", "torch heads", f"FAVOR+, per head of {HEADS}")
     lines += ratio(contestants, "softmax", "sdpa", "Exact softmax")
@@ -572,11 +634,17 @@ def write(text):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 8192, 65536], help="tokens, multiples of 256")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[2048, 8192, 65536], help="tokens, multiples of 256"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, default 7")
     parser.add_argument("--seed", type=int, default=1, help="of the inputs and the projection")
-    parser.add_argument("--all", action="store_true", help=f"our exact softmax above {SOFTMAX_LIMIT} tokens too")
-    parser.add_argument("--dry-run", action="store_true", help="print only; leave docs/performance.md alone")
+    parser.add_argument(
+        "--all", action="store_true", help=f"our exact softmax above {SOFTMAX_LIMIT} tokens too"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print only; leave docs/performance.md alone"
+    )
     options = parser.parse_args()
     if options.rounds < 1 or any(n < 256 or n % 256 for n in options.sizes):
         parser.error("sizes must be multiples of 256, and rounds at least 1")
@@ -590,7 +658,9 @@ def main():
     text = section(options, measured)
     print(text)
     if wrong:
-        sys.exit(f"nothing is written, since these are off their formula or cannot run: {'; '.join(wrong)}")
+        sys.exit(
+            f"nothing is written, since these are off their formula or cannot run: {'; '.join(wrong)}"
+        )
     if not options.dry_run:
         write(text)
 

@@ -121,7 +121,7 @@ pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     /// # Errors
     ///
     /// [`Error::Unsupported`] for a stream that has not implemented it; every stream of this crate
-    /// has.
+    /// has, unless it holds a [`Memory`](crate::Memory) of your own, which alone knows its state.
     fn save(&self) -> Result<StreamState<T>, Error> {
         let why = "its type does not implement `Stream::save`";
         Err(Error::Unsupported { what: "saving this stream", why })

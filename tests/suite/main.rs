@@ -17,7 +17,6 @@ mod golden_hybrid;
 mod golden_naive;
 mod hybrid;
 mod layer_streams;
-mod layers;
 mod multi_head;
 mod needle_cli;
 mod peers_bugs;

@@ -14,13 +14,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 file = GGUFReader(sys.argv[1])
 weights = {t.name: dequantize(t.data, t.tensor_type).astype(np.float64) for t in file.tensors}
 value = lambda key: file.fields[key].contents()
-layers, heads, kv_heads = (value(f"llama.{k}") for k in ("block_count", "attention.head_count", "attention.head_count_kv"))
-d, base, eps = value("llama.rope.dimension_count"), value("llama.rope.freq_base"), value("llama.attention.layer_norm_rms_epsilon")
+layers, heads, kv_heads = (
+    value(f"llama.{k}") for k in ("block_count", "attention.head_count", "attention.head_count_kv")
+)
+d, base, eps = (
+    value("llama.rope.dimension_count"),
+    value("llama.rope.freq_base"),
+    value("llama.attention.layer_norm_rms_epsilon"),
+)
 
 merges = [tuple(m.split(" ")) for m in value("tokenizer.ggml.merges")]
-tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(value("tokenizer.ggml.tokens"))}, merges))
+tokenizer = Tokenizer(
+    models.BPE({t: i for i, t in enumerate(value("tokenizer.ggml.tokens"))}, merges)
+)
 tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
 )
 
 
@@ -42,7 +53,11 @@ def losses(tokens):
         w = lambda name: weights[f"blk.{l}.{name}.weight"]
         h = norm(x, w("attn_norm"))
         q, k, v = (h @ w(f"attn_{name}").T for name in "qkv")
-        q, k, v = rotary(q.reshape(n, heads, d)), rotary(k.reshape(n, kv_heads, d)), v.reshape(n, kv_heads, d)
+        q, k, v = (
+            rotary(q.reshape(n, heads, d)),
+            rotary(k.reshape(n, kv_heads, d)),
+            v.reshape(n, kv_heads, d),
+        )
         mixed = np.empty((n, heads, d))
         for head in range(heads):
             of = head * kv_heads // heads
@@ -62,4 +77,6 @@ def losses(tokens):
 for name in ("newton_opticks", "austen_persuasion"):
     text = (Path(__file__).parent / f"../texts/{name}.txt").read_text().rstrip()
     nats = losses(tokenizer.encode(text).ids[:2049])
-    print(f"{name}: {nats[:1024].mean():.6f} (predictions 0..1023), {nats[1024:].mean():.6f} (1024..2047)")
+    print(
+        f"{name}: {nats[:1024].mean():.6f} (predictions 0..1023), {nats[1024:].mean():.6f} (1024..2047)"
+    )

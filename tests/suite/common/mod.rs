@@ -520,18 +520,23 @@ pub fn strided<T: Scalar>(x: ArrayView2<'_, T>) -> Array2<T> {
     large
 }
 
-/// Runs an example as a person does, with the features of the tests, so that nothing is compiled
-/// again.
+/// Runs an example as a person does, with the features of the tests. Where `EXAMPLES_FOLDER` is set,
+/// the programs there are taken as they are.
 pub fn run_example(name: &str, arguments: &[&str]) -> std::process::Output {
-    let features = [
-        ("rayon", cfg!(feature = "rayon")),
-        ("serde", cfg!(feature = "serde")),
-        ("safetensors", cfg!(feature = "safetensors")),
-    ];
-    let mut command = std::process::Command::new(env!("CARGO"));
-    command.args(["run", "--quiet", "--example", name]);
-    let wanted = features.iter().filter(|(_, is_on)| *is_on);
-    wanted.for_each(|(feature, _)| _ = command.args(["--features", feature]));
-    command.arg("--").args(arguments);
-    command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+    let mut command = if let Some(folder) = std::env::var_os("EXAMPLES_FOLDER") {
+        std::process::Command::new(std::path::Path::new(&folder).join(name))
+    } else {
+        let features = [
+            ("rayon", cfg!(feature = "rayon")),
+            ("serde", cfg!(feature = "serde")),
+            ("safetensors", cfg!(feature = "safetensors")),
+        ];
+        let mut command = std::process::Command::new(env!("CARGO"));
+        command.args(["run", "--quiet", "--example", name]);
+        let wanted = features.iter().filter(|(_, is_on)| *is_on);
+        wanted.for_each(|(feature, _)| _ = command.args(["--features", feature]));
+        command.arg("--");
+        command
+    };
+    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
 }

@@ -1,10 +1,10 @@
 //! Files that are damaged, cut off or of another kind: an error that says what is wrong, never a
 //! panic, never much memory.
 
+use crate::common::{Parts, Scaling, Sizes, softmax, tensor, text};
 use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use crate::common::{Parts, Scaling, Sizes, softmax, tensor, text};
 use language_model::gguf::Gguf;
 use language_model::model::Model;
 use language_model::tokenizer::Tokenizer;

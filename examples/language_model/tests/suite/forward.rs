@@ -1,8 +1,8 @@
 //! The model against a forward pass in `f64` written for reading.
 
-use candle_core::quantized::GgmlDType;
 use crate::common::naive::Naive;
 use crate::common::{Scaling, Sizes, difference, logits, softmax, tokens};
+use candle_core::quantized::GgmlDType;
 
 /// Within this of the largest logit: what `f32` gives, times four.
 const TOLERANCE: f64 = 4e-6;

@@ -1,7 +1,7 @@
 //! How tokens are split over calls makes no difference, whatever the kernel.
 
-use anyhow::bail;
 use crate::common::{Sizes, difference, logits, session, tokens};
+use anyhow::bail;
 use dijiang::MultiHead;
 use language_model::kernels::{Kernel, state_bytes};
 use language_model::session::Session;
