@@ -44,7 +44,7 @@
 //!     stream.extend(token.view(), token.view(), token.view(), out.view_mut())?;
 //! }
 //! assert_eq!((stream.len(), stream.state_floats()), (100, size)); // it does not grow
-//!     
+//!
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
@@ -119,9 +119,9 @@
 //!
 //! # A kernel of your own
 //!
-//! [`MemoryAttention`] makes a kernel of any [`Memory`]: three methods, and it has a forward pass, a
-//! stream, groups of query heads, and a place in a [`MultiHead`]. A [`FeatureMap`] of your own goes
-//! into [`LinearAttention`]. Where neither fits, [`Attention`] has two required methods.
+//! [`MemoryAttention`] makes a kernel of any [`Memory`]: three methods, and it has a forward pass,
+//! a stream, groups of query heads, and a place in a [`MultiHead`]. A [`FeatureMap`] of your own
+//! goes into [`LinearAttention`]. Where neither fits, [`Attention`] has two required methods.
 //!
 //! Every formula stands in [`attention::naive`] as plain loops in `f64`: to be read, and to test
 //! against. The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`)

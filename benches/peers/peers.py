@@ -1,8 +1,10 @@
-"""Times this crate beside its Python peers: one thread, f32, causal, one head, d = d_v = m = 64, the same inputs.
+"""Times this crate beside its Python peers: one thread, f32, causal, one head, d = d_v = m = 64,
+the same inputs.
 
-Every contestant is first compared with its own formula in f64 (the first 512 and the last 64 tokens of the very sequence that is
-timed) and is not timed where they differ. Rounds of all contestants are interleaved, so that a slow spell of the machine meets
-all of them, and medians are reported. The result replaces the section between the markers of docs/performance.md.
+Every contestant is first compared with its own formula in f64 (the first 512 and the last 64 tokens
+of the very sequence that is timed) and is not timed where they differ. Rounds of all contestants
+are interleaved, so that a slow spell of the machine meets all of them, and medians are reported.
+The result replaces the section between the markers of docs/performance.md.
 """
 
 import os
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -70,14 +73,16 @@ def elu_weights(q, k, _):
 
 
 def performer_pytorch_weights(q, k, omega):
-    """As favor_weights, with that library's maxima (of omega·x alone), its epsilon in every feature and that of its sums."""
+    """As favor_weights, with that library's maxima (of omega·x alone), its epsilon in every feature
+    and that of its sums."""
     largest = (SCALE * q @ omega.T).amax(1, keepdim=True), (SCALE * k @ omega.T).amax()
     q, k = (((favor_logs(x, omega) - top).exp() + 1e-4) / D**0.5 for x, top in zip((q, k), largest))
     return q @ k.T, 1e-6 * q.sum(1, keepdim=True)
 
 
 def expected(formula, q, k, v, omega, first, last):
-    """Rows first..last of causal attention. The formula is given all keys, since one peer looks at the future ones."""
+    """Rows first..last of causal attention. The formula is given all keys, since one peer looks at
+    the future ones."""
     q, k, v, omega = (x.double() for x in (q[first:last], k, v, omega))
     weights, added = formula(q, k, omega)
     weights = weights.tril(first)
@@ -85,8 +90,8 @@ def expected(formula, q, k, v, omega, first, last):
 
 
 def error_against(formula, inputs, found, ranges):
-    """The largest deviation, relative to the largest element expected; NaN counts as infinite. The output `found` may be
-    that of the last tokens only."""
+    """The largest deviation, relative to the largest element expected; NaN counts as infinite. The
+    output `found` may be that of the last tokens only."""
     worst, start = 0.0, len(inputs[0]) - len(found)
     for first, last in ranges:
         right = expected(formula, *inputs, first, last)
@@ -97,8 +102,9 @@ def error_against(formula, inputs, found, ranges):
     return worst
 
 
-# Causal linear attention in torch. Factors that every key shares, or that a query gives to all its keys, cancel in the
-# quotient: each query is scaled by its own largest feature, and all keys by the largest feature of any key so far.
+# Causal linear attention in torch. Factors that every key shares, or that a query gives to all its
+# keys, cancel in the quotient: each query is scaled by its own largest feature, and all keys by the
+# largest feature of any key so far.
 
 
 class Favor:
@@ -156,7 +162,8 @@ def loop(features, q, k, v, chunk):
 
 
 def segments(features, q, k, v, chunk):
-    """The chunks of 1024 tokens at once, segment by segment: few calls, and all of them work in the cache."""
+    """The chunks of 1024 tokens at once, segment by segment: few calls, and all of them work in the
+    cache."""
     count = 1024 // chunk
     out, shift = torch.empty_like(v), -math.inf
     ones, states = v.new_ones(count, chunk, D + 1), v.new_zeros(count + 1, D, D + 1)
@@ -189,7 +196,8 @@ def fastest_chunked(features, q, k, v):
     return min(candidates, key=lambda candidate: candidate[0])[1:]
 
 
-# Decode steps in torch. Each takes tokens that are already views of their own and returns the outputs.
+# Decode steps in torch. Each takes tokens that are already views of their own and returns the
+# outputs.
 
 
 def decode_linear(features, state, shift, tokens):
@@ -295,7 +303,8 @@ class Contestant:
     refused: str = ""
 
     def is_wrong(self):
-        """Whether the page must not be written: off its formula, or ours and unable to run. A peer may be missing."""
+        """Whether the page must not be written: off its formula, or ours and unable to run. A peer
+        may be missing."""
         return self.error > TOLERANCE or bool(self.refused and self.name.startswith("dijiang"))
 
     @property
@@ -329,7 +338,8 @@ def server_contestant(server, name, computes, formula, kind):
 
 
 def check(contestant, inputs, ranges):
-    """Runs it once against its formula; one that fails, in whatever way, is refused with the reason."""
+    """Runs it once against its formula; one that fails, in whatever way, is refused with the
+    reason."""
     try:
         contestant.first = contestant.burst(1)
         contestant.error = error_against(contestant.formula, inputs, contestant.output(), ranges)
@@ -349,7 +359,8 @@ def interleave(contestants, rounds):
 
 
 def performer_pytorch(omega):
-    """FastAttention with our omega. Its CUDA kernel is not there on a CPU, and it says so and takes its own fallback."""
+    """FastAttention with our omega. Its CUDA kernel is not there on a CPU, and it says so and takes
+    its own fallback."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         from performer_pytorch import FastAttention
@@ -415,7 +426,8 @@ def sdpa_backend():
 
 
 def decode_contestants(server, q, k, v, omega):
-    """Single tokens after a context, which is not timed; the tokens are the first of the context again."""
+    """Single tokens after a context, which is not timed; the tokens are the first of the context
+    again."""
     favor = Favor(omega)
     keys, shift = favor.keys(k, -math.inf)
     with_one = torch.cat([v, v.new_ones(len(v), 1)], 1)
@@ -545,8 +557,8 @@ def machine():
     ).stdout.split()[1]
     flags = os.environ.get("RUSTFLAGS")
     return (
-        f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()} in torch; torch {torch.__version__}, "
-        f"Python {platform.python_version()}, rustc {rustc}"
+        f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()} in torch; "
+        f"torch {torch.__version__}, Python {platform.python_version()}, rustc {rustc}"
         + (f" with RUSTFLAGS `{flags}`" if flags else "")
     )
 
@@ -579,7 +591,8 @@ def measure(options):
                 lines += [f"- One round where a call takes more than {SLOW:.0f} s."]
             if "softmax" not in contestants:
                 lines += [
-                    f"- Our exact softmax is left out above {SOFTMAX_LIMIT} tokens (`--all` runs it)."
+                    f"- Our exact softmax is left out above {SOFTMAX_LIMIT} tokens "
+                    "(`--all` runs it)."
                 ]
 
         say(f"decode steps after {CONTEXT} tokens")
@@ -603,8 +616,8 @@ def measure(options):
     lines += ratio(contestants, "linear", "torch heads", f"FAVOR+, per head of {HEADS}")
     lines += ratio(contestants, "softmax", "sdpa", "Exact softmax")
     lines += [
-        f"- {STEPS} steps in a round, one head. A step in torch is a dozen calls of almost nothing, whose overhead "
-        f"{HEADS} heads at once share; our figure is of one head, whose state stays in the cache."
+        f"- {STEPS} steps in a round, one head. A step in torch is a dozen calls of almost "
+        f"nothing, whose overhead {HEADS} heads at once share; our figure is of one head, whose state stays in the cache."
     ]
     return lines, wrong
 
@@ -614,13 +627,23 @@ def section(options, measured):
     intro = [
         "## Beside Python peers",
         "",
-        f"One thread, f32, causal, one head, d = d_v = m = 64, standard normal inputs, medians of {options.rounds} interleaved "
-        "rounds. Every contestant was first compared with its own formula in f64; *error* is the largest deviation found, "
-        "relative to the largest output. *torch* rows are written by hand, the fastest of three ways and four chunk sizes.",
+        "One thread, f32, causal, one head, d = d_v = m = 64, standard normal inputs, medians of "
+        f"{options.rounds} interleaved rounds. Every contestant was first compared with its own "
+        "formula in f64; *error* is the largest deviation found, relative to the largest output. "
+        "*torch* rows are written by hand, the fastest of three ways and four chunk sizes.",
         "",
         f"*`{command}`, {datetime.date.today()}, {machine()}.*",
     ]
-    return "\n".join([*intro, *measured])
+    return "\n".join(folded(line) for line in [*intro, *measured])
+
+
+def folded(line):
+    """A line of prose at no more than 100 columns; a row of a table as it is."""
+    indent = "  " if line.startswith("- ") else ""
+    fold = lambda text: textwrap.fill(
+        text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return line if line.startswith("|") else fold(line)
 
 
 def write(text):
@@ -633,7 +656,7 @@ def write(text):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[2048, 8192, 65536], help="tokens, multiples of 256"
     )
@@ -659,7 +682,8 @@ def main():
     print(text)
     if wrong:
         sys.exit(
-            f"nothing is written, since these are off their formula or cannot run: {'; '.join(wrong)}"
+            "nothing is written, since these are off their formula or cannot run: "
+            + "; ".join(wrong)
         )
     if not options.dry_run:
         write(text)

@@ -1,4 +1,5 @@
-"""The check values of the texts that come along: a forward pass in numpy, f64, independent of the Rust one.
+"""The check values of the texts that come along: a forward pass in numpy, f64, independent of the
+Rust one.
 
 pip install gguf numpy tokenizers
 python tests/reference.py SmolLM2-135M-Instruct.Q4_1.gguf
@@ -78,5 +79,6 @@ for name in ("newton_opticks", "austen_persuasion"):
     text = (Path(__file__).parent / f"../texts/{name}.txt").read_text().rstrip()
     nats = losses(tokenizer.encode(text).ids[:2049])
     print(
-        f"{name}: {nats[:1024].mean():.6f} (predictions 0..1023), {nats[1024:].mean():.6f} (1024..2047)"
+        f"{name}: {nats[:1024].mean():.6f} (predictions 0..1023), "
+        f"{nats[1024:].mean():.6f} (1024..2047)"
     )

@@ -1,4 +1,5 @@
-//! A kernel of one's own, as a user writes it: softmax attention with linear biases, in three methods.
+//! A kernel of one's own, as a user writes it: softmax attention with linear biases, in three
+//! methods.
 
 use super::{Formula, Subject, Written};
 use dijiang::attention::naive;

@@ -520,8 +520,8 @@ pub fn strided<T: Scalar>(x: ArrayView2<'_, T>) -> Array2<T> {
     large
 }
 
-/// Runs an example as a person does, with the features of the tests. Where `EXAMPLES_FOLDER` is set,
-/// the programs there are taken as they are.
+/// Runs an example as a person does, with the features of the tests. Where `EXAMPLES_FOLDER` is
+/// set, the programs there are taken as they are.
 pub fn run_example(name: &str, arguments: &[&str]) -> std::process::Output {
     let mut command = if let Some(folder) = std::env::var_os("EXAMPLES_FOLDER") {
         std::process::Command::new(std::path::Path::new(&folder).join(name))
