@@ -617,7 +617,8 @@ def measure(options):
     lines += ratio(contestants, "softmax", "sdpa", "Exact softmax")
     lines += [
         f"- {STEPS} steps in a round, one head. A step in torch is a dozen calls of almost "
-        f"nothing, whose overhead {HEADS} heads at once share; our figure is of one head, whose state stays in the cache."
+        f"nothing, whose overhead {HEADS} heads at once share; our figure is of one head, whose "
+        "state stays in the cache."
     ]
     return lines, wrong
 
