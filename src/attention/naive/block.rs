@@ -53,7 +53,7 @@ pub fn decays(heads: usize) -> Vec<f64> {
 ///
 /// ```text
 /// [q | k | v] of each head = x W_qkvᵀ + b_qkv
-/// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t)),    γ of [`decays`]
+/// o_n = Σ_{j≤n} γ_h^{n−j} (φ(q_n)·φ(k_j)) v_j,    φ(x) = softmax(x C diag(t)),    γ from decays
 /// y   = (swish(x W_G) ⊙ GroupNorm([o of head 0 | o of head 1 | …])) W_oᵀ + b_o
 /// ```
 ///

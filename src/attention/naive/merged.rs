@@ -226,7 +226,8 @@ pub struct Ward {
 /// does not change (Ward, J. Am. Stat. Assoc. 58, 1963; this crate):
 ///
 /// ```text
-/// o_t = Σ_near e^{scale·q_t·k_j} v_j + Σ_i n_i e^{scale·q_t·key_i} value_i    over it without v
+/// o_t = Σ_near e^{scale·q_t·k_j} v_j + Σ_i n_i e^{scale·q_t·key_i} value_i
+///     over the same without v
 /// cost of merging i and j = a_i a_j/(a_i + a_j)·|R(key_i − key_j)|²
 /// ```
 ///

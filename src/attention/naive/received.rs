@@ -228,7 +228,7 @@ pub fn step(
 /// ```
 ///
 /// with `ρ²` the mean of `|v|²` over the first 64 tokens behind the sinks. How pairs merge, singly
-/// or in blocks, is in [`reduce`](super::merged::reduce). Returns the outputs `[n, d_v]` of the
+/// or in blocks, is in [`reduce`]. Returns the outputs `[n, d_v]` of the
 /// query heads.
 ///
 /// ```
