@@ -121,7 +121,7 @@ fn floor(module: &str) -> usize {
     let is_in = |part: &&str| module == *part || module.starts_with(&format!("{part}::"));
     FLOORS
         .iter()
-        .position(|floor| floor.iter().any(|part| is_in(&part)))
+        .position(|floor| floor.iter().any(is_in))
         .unwrap_or_else(|| panic!("{module} stands on no floor: add it to FLOORS"))
 }
 

@@ -47,6 +47,7 @@ pub struct Head<'a, T> {
 impl<'a, T> Head<'a, T> {
     /// One query head: `q [n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`, `out [n_q, d_v]`.
     #[inline]
+    #[must_use]
     pub fn new(
         q: ArrayView2<'a, T>,
         k: ArrayView2<'a, T>,
@@ -59,6 +60,7 @@ impl<'a, T> Head<'a, T> {
     /// Several query heads: `q [group, n_q, d]`, `k [n_k, d]`, `v [n_k, d_v]`,
     /// `out [group, n_q, d_v]`.
     #[inline]
+    #[must_use]
     pub fn group(
         q: ArrayView3<'a, T>,
         k: ArrayView2<'a, T>,

@@ -94,12 +94,9 @@ impl<T: Scalar, P: Positions, A: Attention<T>> PairWeights<T> for Positional<P, 
         check::size("k", "columns", self.positions.head_dim(), k.ncols())?;
         let mut rotated = Rotated::default();
         let (q, k) = rotated.rotate(&*self.positions, 0, q.insert_axis(Axis(0)), k)?;
-        match self.kernel.pair_weights() {
-            Some(weights) => weights.log_weights(q.index_axis_move(Axis(0), 0), k),
-            None => {
-                let why = "the kernel inside has none";
-                Err(Error::Unsupported { what: "the weights of single pairs", why })
-            }
-        }
+        let why = "the kernel inside has none";
+        let none = Error::Unsupported { what: "the weights of single pairs", why };
+        let weights = self.kernel.pair_weights().ok_or(none)?;
+        weights.log_weights(q.index_axis_move(Axis(0), 0), k)
     }
 }

@@ -79,8 +79,8 @@ impl<T> Scratch<T> {
         P: Default + Debug + Send + 'static,
     {
         // From the end, and back to the end: a kernel within itself finds its own again.
-        let is_part = |part: &Box<dyn Part>| (&**part as &dyn Any).is::<P>();
-        let mut part = match self.parts.iter().rposition(is_part) {
+        let place = self.parts.iter().rposition(|part| (&**part as &dyn Any).is::<P>());
+        let mut part = match place {
             Some(index) => self.parts.remove(index),
             None => Box::new(P::default()),
         };

@@ -128,7 +128,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
 fn recycled<'b, T>(mut heads: Vec<Head<'_, T>>) -> Vec<Head<'b, T>> {
     heads.clear();
     // an iterator of nothing, collected in place
-    heads.into_iter().filter_map(|_| None).collect()
+    heads.into_iter().map_while(|_| None).collect()
 }
 
 /// Numbers read, below which waking other threads takes longer than they save: a decode step of
