@@ -62,7 +62,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// # Errors
     ///
-    /// As [`MultiHead::forward`]. On an error no head of any sequence has moved.
+    /// As [`MultiHead::forward`](crate::MultiHead::forward). On an error no head of any sequence
+    /// has moved.
     pub fn extend(
         &mut self,
         q: ArrayView4<'_, T>,
@@ -80,7 +81,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// # Errors
     ///
-    /// As [`MultiHead::forward_gated`]. On an error no head of any sequence has moved.
+    /// As [`MultiHead::forward_gated`](crate::MultiHead::forward_gated). On an error no head of any
+    /// sequence has moved.
     pub fn extend_gated(
         &mut self,
         q: ArrayView4<'_, T>,
