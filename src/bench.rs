@@ -2,6 +2,7 @@
 //! loops, without the rest.
 
 use crate::features::FeatureMap;
+use crate::features::columns::Columns;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix};
 use crate::kernel::{self, chunk_len};
@@ -83,16 +84,9 @@ impl<T: Scalar> Map<T> {
         (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
             let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
             views::to_columns(rows, T::one(), squares, vectors);
-            map.map_columns(
-                vectors,
-                squares,
-                chunk_len::<T>(),
-                rows.nrows(),
-                values,
-                log_scale,
-                scratch,
-            )
-            .is_ok()
+            let (width, tokens) = (chunk_len::<T>(), rows.nrows());
+            let mut columns = Columns { x: vectors, squares, width, tokens, values, log_scale };
+            map.map_columns(&mut columns, scratch).is_ok()
         })
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod calibrated_taylor;
 pub(crate) mod columns;
 pub(crate) mod dct;
+pub(crate) mod delegate;
 pub(crate) mod elementwise;
 pub(crate) mod exponential;
 pub(crate) mod fit;
@@ -18,7 +19,6 @@ use crate::features::columns::ColumnMap;
 use crate::scalar::Scalar;
 use core::fmt::Debug;
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
-use std::sync::Arc;
 
 /// A map from `head_dim` numbers to `num_features` features whose products estimate `exp(x·y)`:
 ///
@@ -148,41 +148,3 @@ impl Side {
         }
     }
 }
-
-macro_rules! map_behind_pointer {
-    ($pointer:ident) => {
-        impl<T: Scalar, F: FeatureMap<T> + ?Sized> FeatureMap<T> for $pointer<F> {
-            fn head_dim(&self) -> usize {
-                (**self).head_dim()
-            }
-
-            fn num_features(&self) -> usize {
-                (**self).num_features()
-            }
-
-            fn map_queries(
-                &self,
-                x: ArrayView2<'_, T>,
-                values: ArrayViewMut2<'_, T>,
-                log_scale: ArrayViewMut1<'_, T>,
-            ) -> Result<(), Error> {
-                (**self).map_queries(x, values, log_scale)
-            }
-
-            fn map_keys(
-                &self,
-                x: ArrayView2<'_, T>,
-                values: ArrayViewMut2<'_, T>,
-                log_scale: ArrayViewMut1<'_, T>,
-            ) -> Result<(), Error> {
-                (**self).map_keys(x, values, log_scale)
-            }
-
-            fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-                (**self).column_map()
-            }
-        }
-    };
-}
-map_behind_pointer!(Arc);
-map_behind_pointer!(Box);

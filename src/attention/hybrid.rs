@@ -16,6 +16,7 @@ mod stream;
 use crate::attention::Attention;
 use crate::attention::call::Head;
 use crate::attention::hybrid::config::Config;
+use crate::attention::hybrid::far_memory::Sizes;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::attention::hybrid::stream::HybridStream;
 use crate::attention::scratch::Scratch;
@@ -106,8 +107,10 @@ impl<T: Scalar> HybridAttention<T> {
         if k.nrows() == 0 || q.is_empty() {
             return Ok(());
         }
-        let deciding = (*probes > 0).then(|| v.ncols().saturating_sub(*probes));
-        state.prepare(&self.config, heads.len(), v.ncols(), deciding)?;
+        let value_dim = v.ncols();
+        let deciding_columns = (*probes > 0).then(|| value_dim.saturating_sub(*probes));
+        let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns };
+        state.prepare(&self.config, sizes)?;
         if mask == Mask::Causal {
             return state.extend(&self.config, heads, work);
         }

@@ -4,8 +4,8 @@ use crate::calibration::Calibration;
 use crate::calibration::taylor::TaylorFit;
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
 use crate::features::columns::check_map;
+use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::scalar::Scalar;
 use crate::views::rows;
@@ -181,13 +181,20 @@ impl<T: Scalar> CalibratedTaylor<T> {
     /// Maps rows, as coordinates `basis·(x − mean)` and log scales `other·(x − origin)`.
     fn map_rows(
         &self,
-        [mean, origin, other]: [ArrayView1<'_, T>; 3],
-        basis: ArrayView2<'_, T>,
+        side: Side,
         x: ArrayView2<'_, T>,
         mut values: ArrayViewMut2<'_, T>,
         mut log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        check_map(basis.ncols(), self.num_features(), x, &values, &log_scale)?;
+        check_map(self.head_dim(), self.num_features(), x, &values, &log_scale)?;
+        let zero = T::zero();
+        let origin = ArrayView1::from(core::slice::from_ref(&zero));
+        let origin = origin.broadcast(self.head_dim()).unwrap_or(origin);
+        let (query_mean, key_mean) = (self.query_mean(), self.key_mean());
+        let ([mean, origin, other], basis) = match side {
+            Side::Query => ([query_mean, origin, key_mean], self.query_basis()),
+            Side::Key => ([key_mean, key_mean, query_mean], self.key_basis()),
+        };
         let roots = self.coefficients.map(T::sqrt);
         let (one, rank) = (T::one(), basis.nrows());
         for (i, (x, mut values)) in x.outer_iter().zip(values.outer_iter_mut()).enumerate() {
@@ -272,11 +279,7 @@ impl<T: Scalar> FeatureMap<T> for CalibratedTaylor<T> {
         values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        let zero = T::zero();
-        let origin = ArrayView1::from(core::slice::from_ref(&zero));
-        let origin = origin.broadcast(self.head_dim()).unwrap_or(origin);
-        let vectors = [self.query_mean.view(), origin, self.key_mean.view()];
-        self.map_rows(vectors, self.query_basis.view(), x, values, log_scale)
+        self.map_rows(Side::Query, x, values, log_scale)
     }
 
     fn map_keys(
@@ -285,8 +288,7 @@ impl<T: Scalar> FeatureMap<T> for CalibratedTaylor<T> {
         values: ArrayViewMut2<'_, T>,
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
-        let vectors = [self.key_mean.view(), self.key_mean.view(), self.query_mean.view()];
-        self.map_rows(vectors, self.key_basis.view(), x, values, log_scale)
+        self.map_rows(Side::Key, x, values, log_scale)
     }
 }
 

@@ -2,108 +2,76 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::{self, chunk_len};
+use crate::kernel;
+use crate::kernel::buffer::Buffer;
 use crate::scalar::Scalar;
-use crate::views;
 use core::fmt::Debug;
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
+/// Vectors as columns, and room for their features.
+///
+/// The columns behind the vectors are zero in `x` and unspecified in what is written.
+#[derive(Debug)]
+pub struct Columns<'a, T> {
+    /// The vectors, `[head_dim, width]`, which are finite.
+    pub x: &'a [T],
+    /// Their squared norms, `[width]`; a width of 1 does not need them.
+    pub squares: &'a [T],
+    /// Columns: a multiple of 64 bytes' numbers; or 1, then `values` has room for its padded length.
+    pub width: usize,
+    /// How many of the columns are vectors: the first.
+    pub tokens: usize,
+    /// Their features, `[num_features, width]`.
+    pub values: &'a mut [T],
+    /// The log scales of their features, `[width]`.
+    pub log_scale: &'a mut [T],
+}
+
+impl<'a, T> Columns<'a, T> {
+    /// One vector.
+    pub(crate) fn one(x: &'a [T], values: &'a mut [T], log_scale: &'a mut [T]) -> Self {
+        Self { x, squares: &[], width: 1, tokens: 1, values, log_scale }
+    }
+
+    /// The same for a while, without the room behind so many features.
+    pub(crate) fn with_features(&mut self, num_features: usize) -> Columns<'_, T> {
+        let values = &mut self.values[..num_features * self.width];
+        Columns { values, log_scale: &mut *self.log_scale, ..*self }
+    }
+}
+
 /// A map, the same for queries and keys, in the layout of the inner loops: tokens as columns.
 pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
-    /// Maps the first `tokens` columns of `x [head_dim, width]` to those of
-    /// `values [num_features, width]` and to `log_scale [width]`. The other columns of `x` are
-    /// zero, those of the outputs unspecified. `width` is a multiple of 64 bytes' numbers; or it is
-    /// 1, then `values` has room for its padded length.
-    ///
-    /// `squares [width]` are the squared norms of the columns; a width of 1 does not need them. The
-    /// vectors are finite. Features become finite, of a maximum between 1/1024 and 1024 in each
-    /// column.
+    /// Numbers of a vector.
+    fn head_dim(&self) -> usize;
+
+    /// Features of a vector.
+    fn num_features(&self) -> usize;
+
+    /// Maps vectors. Features become finite, of a maximum between 1/1024 and 1024 in each column.
     ///
     /// # Errors
     ///
     /// [`Error::Overflow`] with the column as row.
-    #[allow(clippy::too_many_arguments)]
     fn map_columns(
         &self,
-        x: &[T],
-        squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error>;
 
-    /// Maps two vectors, as [`map_columns`](Self::map_columns) with width 1.
+    /// Maps two vectors, each of width 1, as [`map_columns`](Self::map_columns) does.
     ///
     /// # Errors
     ///
     /// Those of [`map_columns`](Self::map_columns) for either.
     fn map_pair(
         &self,
-        x: [&[T]; 2],
-        [first, second]: [&mut [T]; 2],
-        log_scale: [&mut [T]; 2],
+        [first, second]: [&mut Columns<'_, T>; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
-        self.map_columns(x[1], &[], 1, 1, second, log_scale[1], scratch)
+        self.map_columns(first, scratch)?;
+        self.map_columns(second, scratch)
     }
-}
-
-/// [`FeatureMap::map_queries`](crate::FeatureMap::map_queries) of a column map: checks, and
-/// transposes there and back.
-pub(crate) fn map_by_columns<T: Scalar>(
-    map: &dyn ColumnMap<T>,
-    num_features: usize,
-    head_dim: usize,
-    x: ArrayView2<'_, T>,
-    mut values: ArrayViewMut2<'_, T>,
-    mut log_scale: ArrayViewMut1<'_, T>,
-) -> Result<(), Error> {
-    check_map(head_dim, num_features, x, &values, &log_scale)?;
-    let width = padded::<T>(x.nrows().min(chunk_len::<T>()));
-    let (mut vectors, mut features) =
-        (Buffer::zeros(head_dim * width), Buffer::zeros(num_features * width));
-    let mut squares = Buffer::zeros(width);
-    let (mut scales, mut scratch) = (Buffer::zeros(width), [Buffer::new(), Buffer::new()]);
-    let stride = padded::<T>(num_features);
-    let (mut copy, mut unused) = (Buffer::zeros(width * stride), Buffer::zeros(stride));
-    for start in (0..x.nrows()).step_by(chunk_len::<T>()) {
-        let rows = start..x.nrows().min(start + chunk_len::<T>());
-        let tokens = rows.len();
-        views::to_columns(views::rows(x, rows.clone()), T::one(), &mut squares, &mut vectors);
-        map.map_columns(
-            &vectors,
-            &squares,
-            width,
-            tokens,
-            &mut features,
-            &mut scales,
-            &mut scratch,
-        )
-        .map_err(|error| error.in_chunk(start))?;
-        kernel::transpose(
-            num_features,
-            &|i| &features[i * width..(i + 1) * width],
-            T::one(),
-            &mut unused,
-            &mut copy,
-        );
-        for (mut row, copy) in views::rows_mut(values.view_mut(), rows.clone())
-            .outer_iter_mut()
-            .zip(copy.chunks(stride))
-        {
-            row.iter_mut().zip(copy).for_each(|(value, &new)| *value = new);
-        }
-        log_scale
-            .iter_mut()
-            .skip(start)
-            .zip(&scales[..tokens])
-            .for_each(|(scale, &new)| *scale = new);
-    }
-    Ok(())
 }
 
 /// Checks the arguments of a map.

@@ -7,15 +7,16 @@ use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, map_by_columns};
+use crate::features::columns::ColumnMap;
 use crate::features::dct::directions::MixedDirections;
 use crate::features::dct::transform::{FastDirections, FastExponential};
+use crate::features::delegate::features_by;
 use crate::features::exponential::Weights;
 use crate::features::official_dijiang::OfficialDijiang;
 use crate::features::radii::Radii;
 use crate::projection::{self, Generator};
 use crate::scalar::Scalar;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2};
 
 /// Positive features on DCT directions, DiJiang's WDCF (Chen et al., arXiv 2403.19928, section 3.3)
 /// for the softmax kernel:
@@ -188,29 +189,7 @@ impl<T: Scalar> DctFeatures<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for DctFeatures<T> {
-    fn head_dim(&self) -> usize {
-        self.features.directions().head_dim()
-    }
-
-    fn num_features(&self) -> usize {
-        self.radii().len()
-    }
-
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        let (m, d) = (self.num_features(), self.head_dim());
-        map_by_columns(&self.features, m, d, x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(&self.features)
-    }
-}
+features_by!([T: Scalar] DctFeatures<T>, this => &this.features as &dyn ColumnMap<T>);
 
 impl<T: PartialEq> PartialEq for DctFeatures<T> {
     fn eq(&self, other: &Self) -> bool {

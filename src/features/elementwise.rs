@@ -2,13 +2,12 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, largest_of_columns, map_by_columns, take_maxima};
+use crate::features::columns::{ColumnMap, Columns, largest_of_columns, take_maxima};
+use crate::features::delegate::features_by;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::scalar::Scalar;
 use core::marker::PhantomData;
-use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 /// A map with nothing but a number of columns, and as many features: all but its [`ColumnMap`].
 macro_rules! map_of_columns {
@@ -25,28 +24,7 @@ macro_rules! map_of_columns {
             }
         }
 
-        impl<T: Scalar> FeatureMap<T> for $map<T> {
-            fn head_dim(&self) -> usize {
-                self.head_dim
-            }
-
-            fn num_features(&self) -> usize {
-                self.head_dim
-            }
-
-            fn map_queries(
-                &self,
-                x: ArrayView2<'_, T>,
-                values: ArrayViewMut2<'_, T>,
-                log_scale: ArrayViewMut1<'_, T>,
-            ) -> Result<(), Error> {
-                map_by_columns(self, self.head_dim, self.head_dim, x, values, log_scale)
-            }
-
-            fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-                Some(self)
-            }
-        }
+        features_by!([T: Scalar] $map<T>, this => this as &dyn ColumnMap<T>);
 
         #[cfg(feature = "serde")]
         impl<T> From<$map<T>> for usize {
@@ -96,17 +74,20 @@ pub struct EluFeatures<T> {
 }
 
 impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.head_dim
+    }
+
     fn map_columns(
         &self,
-        x: &[T],
-        _squares: &[T],
-        width: usize,
-        _tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        let values = &mut values[..x.len()];
+        let Columns { x, width, values, log_scale, .. } = columns.with_features(self.head_dim);
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         // Where every coordinate is negative, the largest exponent is taken out before it can
         // underflow.
@@ -162,17 +143,20 @@ pub struct IdentityFeatures<T> {
 }
 
 impl<T: Scalar> ColumnMap<T> for IdentityFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.head_dim
+    }
+
     fn map_columns(
         &self,
-        x: &[T],
-        _squares: &[T],
-        _width: usize,
-        _tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        let values = &mut values[..x.len()];
+        let Columns { x, values, log_scale, .. } = columns.with_features(self.head_dim);
         values.copy_from_slice(x);
         log_scale.fill(T::zero());
         take_maxima(values, log_scale, &mut scratch[0]);

@@ -3,7 +3,7 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::ColumnMap;
+use crate::features::columns::{ColumnMap, Columns};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
@@ -45,17 +45,21 @@ impl<T: Scalar> Dense<T> {
 }
 
 impl<T: Scalar> ColumnMap<T> for Dense<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.num_features
+    }
+
     fn map_columns(
         &self,
-        x: &[T],
-        squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let (m, stride) = (self.num_features, padded::<T>(self.num_features));
+        let Columns { x, width, ref mut values, .. } = *columns;
         if width == 1 {
             kernel::row_times_matrix(x, &self.projection, stride, &mut values[..stride]);
             self.exponents.add_bias(values, 1);
@@ -73,42 +77,32 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
             }
             .run();
         }
-        self.exponents.finish(
-            x,
-            squares,
-            width,
-            tokens,
-            &mut values[..m * width],
-            log_scale,
-            scratch,
-        )
+        self.exponents.finish(columns, scratch)
     }
 
     fn map_pair(
         &self,
-        x: [&[T]; 2],
-        [first, second]: [&mut [T]; 2],
-        log_scale: [&mut [T]; 2],
+        [first, second]: [&mut Columns<'_, T>; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        let (m, stride) = (self.num_features, padded::<T>(self.num_features));
+        let stride = padded::<T>(self.num_features);
         kernel::two_rows_times_matrix(
-            x,
+            [first.x, second.x],
             &self.projection,
             stride,
-            [&mut first[..stride], &mut second[..stride]],
+            [&mut first.values[..stride], &mut second.values[..stride]],
         );
-        for ((x, values), log_scale) in x.into_iter().zip([first, second]).zip(log_scale) {
-            self.exponents.add_bias(&mut values[..m], 1);
-            self.exponents.finish(x, &[], 1, 1, &mut values[..m], log_scale, scratch)?;
-        }
-        Ok(())
+        self.exponents.add_bias(first.values, 1);
+        self.exponents.add_bias(second.values, 1);
+        self.exponents.finish(first, scratch)?;
+        self.exponents.finish(second, scratch)
     }
 }
 
 /// The end of every exponential map, once the logits are there.
 #[derive(Clone, Debug)]
 pub(crate) struct Exponents<T> {
+    num_features: usize,
     /// `log₂e·ln D_i`, unless every D is 1.
     bias: Option<Vec<T>>,
     /// `−½ ln m`, of the log scale.
@@ -134,7 +128,7 @@ impl<T: Scalar> Exponents<T> {
         } else {
             -T::one() // No vector will do.
         };
-        Self { bias, common: weights.common, largest_norm }
+        Self { num_features: weights.factors.len(), bias, common: weights.common, largest_norm }
     }
 
     /// Adds the bias to logits to base 2, `[num_features, width]`.
@@ -150,18 +144,13 @@ impl<T: Scalar> Exponents<T> {
 
     /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log
     /// scales (natural).
-    #[allow(clippy::too_many_arguments)]
     pub(crate) fn finish(
         &self,
-        x: &[T],
-        squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
-        scratch: &mut [Buffer<T>; 2],
+        columns: &mut Columns<'_, T>,
+        [scratch, _]: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        let [scratch, _] = scratch;
+        let columns = columns.with_features(self.num_features);
+        let Columns { x, squares, width, tokens, values, log_scale } = columns;
         scratch.resize(width);
         if width == 1 {
             (log_scale[0], scratch[0]) = kernel::exp2_below_maximum(values, x);

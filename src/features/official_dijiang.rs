@@ -2,15 +2,15 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, map_by_columns};
+use crate::features::columns::{ColumnMap, Columns};
 use crate::features::dct::transform::{FastDirections, FastExponential, norm};
+use crate::features::delegate::features_by;
 use crate::features::exponential::Weights;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
 use crate::scalar::Scalar;
 use crate::scalar::sealed::Dct;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2};
 
 /// The map of the released DiJiang code (Chen et al., arXiv 2403.19928; `GPTNeoXAttention` in the
 /// code at github.com/YuchuanTian/DiJiang):
@@ -135,7 +135,9 @@ impl<T: Scalar> OfficialDijiang<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for OfficialDijiang<T> {
+features_by!([T: Scalar] OfficialDijiang<T>, this => this as &dyn ColumnMap<T>);
+
+impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
     fn head_dim(&self) -> usize {
         self.radii().len()
     }
@@ -144,34 +146,15 @@ impl<T: Scalar> FeatureMap<T> for OfficialDijiang<T> {
         self.radii().len()
     }
 
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(self, self.num_features(), self.head_dim(), x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(self)
-    }
-}
-
-impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
     fn map_columns(
         &self,
-        x: &[T],
-        squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        self.features.map_columns(x, squares, width, tokens, values, log_scale, scratch)?;
+        self.features.map_columns(columns, scratch)?;
         // A softmax has no |x|² and a sum of one.
-        let (values, [totals, _]) = (&mut values[..self.num_features() * width], scratch);
+        let columns = columns.with_features(self.num_features());
+        let (Columns { width, values, log_scale, .. }, [totals, _]) = (columns, scratch);
         totals.resize(width);
         totals.fill(T::zero());
         for row in values.chunks_exact(width) {
@@ -235,12 +218,10 @@ impl<T: Scalar> FastDirections<T> for Frequencies<T> {
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],
-        x: &[T],
-        width: usize,
-        values: &mut [T],
+        columns: &mut Columns<'_, T>,
         [_, transform]: &mut [Buffer<T>; 2],
     ) {
-        let values = &mut values[..self.norms.len() * width];
+        let Columns { x, width, values, .. } = columns.with_features(self.norms.len());
         lanes.dct3(x, width, &self.norms, last_factors, values, transform);
     }
 }

@@ -3,12 +3,12 @@
 use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, map_by_columns};
+use crate::features::columns::ColumnMap;
+use crate::features::delegate::features_by;
 use crate::features::exponential::{Dense, Weights};
 use crate::projection;
 use crate::scalar::Scalar;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, concatenate};
+use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate};
 
 /// Positive random features of the softmax kernel, FAVOR+ (Choromanski et al., arXiv 2009.14794,
 /// lemma 1):
@@ -143,28 +143,7 @@ impl<T: Scalar> Performer<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for Performer<T> {
-    fn head_dim(&self) -> usize {
-        self.projection.ncols()
-    }
-
-    fn num_features(&self) -> usize {
-        self.projection.nrows()
-    }
-
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(&self.dense, self.num_features(), self.head_dim(), x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(&self.dense)
-    }
-}
+features_by!([T: Scalar] Performer<T>, this => &this.dense as &dyn ColumnMap<T>);
 
 /// What is saved.
 #[cfg(feature = "serde")]

@@ -2,13 +2,13 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, map_by_columns, take_maxima};
+use crate::features::columns::{ColumnMap, Columns, take_maxima};
+use crate::features::delegate::features_by;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::scalar::Scalar;
-use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::Array2;
 
 /// `φ(x)_i = max(0, ω_i·x) + ε`, or `max(0, x_i) + ε` without a projection (the generalised kernel
 /// of Choromanski et al., arXiv 2009.14794, section 2.2; ε = 0.001 as in performer-pytorch).
@@ -80,7 +80,9 @@ impl<T: Scalar> ReluFeatures<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for ReluFeatures<T> {
+features_by!([T: Scalar] ReluFeatures<T>, this => this as &dyn ColumnMap<T>);
+
+impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
     fn head_dim(&self) -> usize {
         self.head_dim
     }
@@ -89,33 +91,13 @@ impl<T: Scalar> FeatureMap<T> for ReluFeatures<T> {
         self.projection.as_ref().map_or(self.head_dim, Array2::nrows)
     }
 
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(self, self.num_features(), self.head_dim, x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(self)
-    }
-}
-
-impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
     fn map_columns(
         &self,
-        x: &[T],
-        _squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let m = self.num_features();
-        let values = &mut values[..m * width];
+        let Columns { x, width, tokens, values, log_scale, .. } = columns.with_features(m);
         match &self.projection {
             None => values.copy_from_slice(x),
             Some(projection) => {

@@ -2,12 +2,11 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::{ColumnMap, map_by_columns};
+use crate::features::columns::{ColumnMap, Columns};
+use crate::features::delegate::features_by;
 use crate::kernel::buffer::Buffer;
 use crate::scalar::Scalar;
 use core::marker::PhantomData;
-use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 
 /// The Taylor expansion of the exponential to second order, on all coordinates:
 ///
@@ -57,7 +56,9 @@ impl<T: Scalar> TaylorFeatures<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for TaylorFeatures<T> {
+features_by!([T: Scalar] TaylorFeatures<T>, this => this as &dyn ColumnMap<T>);
+
+impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
     fn head_dim(&self) -> usize {
         self.head_dim
     }
@@ -66,31 +67,13 @@ impl<T: Scalar> FeatureMap<T> for TaylorFeatures<T> {
         (self.head_dim + 1) * (self.head_dim + 2) / 2
     }
 
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        map_by_columns(self, self.num_features(), self.head_dim, x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        Some(self)
-    }
-}
-
-impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
     fn map_columns(
         &self,
-        x: &[T],
-        _squares: &[T],
-        width: usize,
-        _tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
+        let Columns { x, width, values, log_scale, .. } =
+            columns.with_features(self.num_features());
         let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
         // Divided by max(1, |x|_∞)², nothing overflows.
         let [scratch, _] = scratch;

@@ -3,13 +3,12 @@
 use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
-use crate::features::columns::ColumnMap;
+use crate::features::delegate::features_by;
 use crate::features::performer::Performer;
 use crate::features::radii::Radii;
 use crate::projection::{self, Generator};
 use crate::scalar::Scalar;
-use ndarray::{Array1, Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2};
+use ndarray::{Array1, Array2, ArrayView2};
 
 /// Weighted positive fixed features (Chen et al., DiJiang, arXiv 2403.19928, theorems 3.2 and 3.3):
 ///
@@ -189,28 +188,7 @@ impl<T: Scalar> Wpff<T> {
     }
 }
 
-impl<T: Scalar> FeatureMap<T> for Wpff<T> {
-    fn head_dim(&self) -> usize {
-        self.map.head_dim()
-    }
-
-    fn num_features(&self) -> usize {
-        self.map.num_features()
-    }
-
-    fn map_queries(
-        &self,
-        x: ArrayView2<'_, T>,
-        values: ArrayViewMut2<'_, T>,
-        log_scale: ArrayViewMut1<'_, T>,
-    ) -> Result<(), Error> {
-        self.map.map_queries(x, values, log_scale)
-    }
-
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
-        self.map.column_map()
-    }
-}
+features_by!([T: Scalar] Wpff<T>, this => &this.map);
 
 /// What is saved.
 #[cfg(feature = "serde")]

@@ -19,6 +19,38 @@ use core::any::Any;
 use core::fmt::Debug;
 use ndarray::{ArrayView1, ArrayView2, Axis};
 
+/// What far memories are made for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) heads: usize,
+    pub(crate) value_dim: usize,
+    /// What is merged is decided by so many columns of the values, the first, or by all.
+    pub(crate) deciding_columns: Option<usize>,
+}
+
+/// A token that leaves the window of a head: the slot that holds it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leaving<'a, T: Scalar> {
+    pub(crate) config: &'a Config<T>,
+    pub(crate) head: usize,
+    pub(crate) near: &'a Near<T>,
+    pub(crate) slot: usize,
+}
+
+/// Queries `[n, d]` of a head.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked<'a, T> {
+    pub(crate) head: usize,
+    pub(crate) queries: ArrayView2<'a, T>,
+}
+
+/// How many tokens a far memory has absorbed and observed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen {
+    pub(crate) absorbed: usize,
+    pub(crate) observed: usize,
+}
+
 /// The far memories of some heads. They are called for a head and a token or a step, never for a
 /// number.
 pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
@@ -27,15 +59,8 @@ pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
     /// Makes `target` equal to this, in its own buffers where it is of the same kind.
     fn copy_to(&self, target: &mut Box<dyn FarMemory<T>>);
 
-    /// Makes it empty for these sizes, unless it is none of such a kernel: `false`. What is merged
-    /// is decided by the first `deciding_columns` of the values, or all.
-    fn renew(
-        &mut self,
-        config: &Config<T>,
-        heads: usize,
-        value_dim: usize,
-        deciding_columns: Option<usize>,
-    ) -> bool;
+    /// Makes it empty for these sizes, unless it is none of such a kernel: `false`.
+    fn renew(&mut self, config: &Config<T>, sizes: Sizes) -> bool;
 
     /// Forgets every token.
     fn clear(&mut self);
@@ -48,19 +73,12 @@ pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
     }
 
     /// A token has come: its queries `[group, d]` and its value.
-    fn observe(&mut self, head: usize, queries: ArrayView2<'_, T>, value: ArrayView1<'_, T>) {
-        let _ = (head, queries, value);
+    fn observe(&mut self, asked: Asked<'_, T>, value: ArrayView1<'_, T>) {
+        let _ = (asked, value);
     }
 
-    /// Takes in the token that a slot of the head holds.
-    fn absorb(
-        &mut self,
-        config: &Config<T>,
-        head: usize,
-        near: &Near<T>,
-        slot: usize,
-        scratch: &mut FarScratch<T>,
-    ) -> Result<(), Error>;
+    /// Takes in a token that leaves the window.
+    fn absorb(&mut self, token: Leaving<'_, T>, scratch: &mut FarScratch<T>) -> Result<(), Error>;
 
     /// Every token that leaves in this step has been absorbed.
     fn settle(&mut self, config: &Config<T>, scratch: &mut FarScratch<T>) {
@@ -76,24 +94,17 @@ pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
     /// Adds what it answers to the queries `[n, d]`, beside its entries.
     fn add_to(
         &self,
-        head: usize,
-        queries: ArrayView2<'_, T>,
+        asked: Asked<'_, T>,
         answer: &mut Answer<T>,
         scratch: &mut FarScratch<T>,
     ) -> Result<(), Error> {
-        let _ = (head, queries, answer, scratch);
+        let _ = (asked, answer, scratch);
         Ok(())
     }
 
     /// The queries `[n, d]` of new tokens have had this answer, of all memories together.
-    fn answered(
-        &mut self,
-        head: usize,
-        queries: ArrayView2<'_, T>,
-        answer: &Answer<T>,
-        scratch: &mut FarScratch<T>,
-    ) {
-        let _ = (head, queries, answer, scratch);
+    fn answered(&mut self, asked: Asked<'_, T>, answer: &Answer<T>, scratch: &mut FarScratch<T>) {
+        let _ = (asked, answer, scratch);
     }
 
     /// Entry `i` has received the probability `Σ_g factors_g·weights_gi`, rows `stride` apart.
@@ -104,15 +115,9 @@ pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
     /// Appends what has to be kept to go on from here; `false` if that is not known.
     fn numbers(&self, head: usize, out: &mut Vec<T>) -> bool;
 
-    /// The inverse: takes its part of the numbers, of so many absorbed and observed tokens, and
-    /// returns the rest. `None` if they are none of such a memory.
-    fn set_numbers<'a>(
-        &mut self,
-        head: usize,
-        absorbed: usize,
-        observed: usize,
-        numbers: &'a [T],
-    ) -> Option<&'a [T]>;
+    /// The inverse: takes its part of the numbers and returns the rest. `None` if they are none of
+    /// such a memory.
+    fn set_numbers<'a>(&mut self, head: usize, seen: Seen, numbers: &'a [T]) -> Option<&'a [T]>;
 
     /// Whether all heads together hold what so many absorbed tokens of each leave in them.
     fn is_complete(&self, absorbed: usize) -> bool {
@@ -163,12 +168,11 @@ impl<T: Scalar> FarScratch<T> {
         }
     }
 
-    /// Copies the token of a slot, as rows: its key `[1, d]`, its value `[1, d_v]`, and what a
-    /// linear memory works with.
+    /// Copies a token, as rows: its key `[1, d]`, its value `[1, d_v]`, and what a linear memory
+    /// works with.
     fn token(
         &mut self,
-        slots: &Slots<T>,
-        slot: usize,
+        Leaving { near: Near { slots, .. }, slot, .. }: Leaving<'_, T>,
     ) -> (ArrayView2<'_, T>, ArrayView2<'_, T>, &mut Workspace<T>) {
         let [key, _] = &mut self.keys;
         key.resize(slots.head_dim);

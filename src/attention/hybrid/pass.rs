@@ -8,6 +8,7 @@
 use crate::attention::call::Head;
 use crate::attention::hybrid::config::Config;
 use crate::attention::hybrid::near::largest;
+use crate::attention::hybrid::read::Steps;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::error::Error;
 use crate::scalar::Scalar;
@@ -82,7 +83,7 @@ impl<T: Scalar> HybridState<T> {
             }
             self.tokens += 1;
             for (head, call) in calls.iter_mut().enumerate() {
-                self.read(config, head, call, start, run, true, scratch)?;
+                self.read(config, Steps { head, start, run, causal: true }, call, scratch)?;
             }
             if config.is_window_only() {
                 for gone in config.expired(first, self.tokens) {
@@ -115,7 +116,8 @@ impl<T: Scalar> HybridState<T> {
         }
         let n = call.q.len_of(Axis(1));
         for start in (0..n).step_by(MOST_ROWS) {
-            self.read(config, 0, call, start, MOST_ROWS.min(n - start), false, scratch)?;
+            let steps = Steps { head: 0, start, run: MOST_ROWS.min(n - start), causal: false };
+            self.read(config, steps, call, scratch)?;
         }
         Ok(())
     }
@@ -127,7 +129,7 @@ mod tests {
     use crate::attention::hybrid::HybridAttention;
     use crate::attention::hybrid::far::merged::Merged;
     use crate::attention::hybrid::far_memory::merging::MergingPool;
-    use crate::attention::hybrid::far_memory::of_kind;
+    use crate::attention::hybrid::far_memory::{Sizes, of_kind};
     use crate::memory::merged::rule::Metric;
     use crate::views;
     use ndarray::{Array2, Array3};
@@ -183,7 +185,8 @@ mod tests {
                 .unwrap();
             let config = &kernel.config;
             let mut state = HybridState::new();
-            state.prepare(config, 1, v.ncols(), None).unwrap();
+            let sizes = Sizes { heads: 1, value_dim: v.ncols(), deciding_columns: None };
+            state.prepare(config, sizes).unwrap();
             let (mut scratch, mut out) =
                 (HybridScratch::new(), Array3::zeros((heads.len(), 1, v.ncols())));
             for t in 0..k.nrows() {

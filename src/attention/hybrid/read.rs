@@ -2,6 +2,7 @@
 
 use crate::attention::call::Head;
 use crate::attention::hybrid::config::{Config, Weighing};
+use crate::attention::hybrid::far_memory::Asked;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::error::Error;
 use crate::kernel;
@@ -11,22 +12,41 @@ use crate::memory::partial::divisor;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
 use crate::views;
-use ndarray::{ArrayView2, Axis};
+use ndarray::Axis;
+
+/// Steps `start..start + run` of a head.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Steps {
+    pub(super) head: usize,
+    pub(super) start: usize,
+    pub(super) run: usize,
+    /// Whether the last of these steps is the newest token, and none sees those after it.
+    pub(super) causal: bool,
+}
+
+impl Steps {
+    /// Their queries, as rows: of one step those of all heads, of several steps those of one head.
+    fn asked<'a, T: Scalar>(self, call: &Head<'a, T>) -> Asked<'a, T> {
+        let Self { head, start, run, .. } = self;
+        let queries = if run == 1 {
+            call.q.index_axis_move(Axis(1), start)
+        } else {
+            views::rows(call.q.index_axis_move(Axis(0), 0), start..start + run)
+        };
+        Asked { head, queries }
+    }
+}
 
 impl<T: Scalar> HybridState<T> {
-    /// Answers steps `start..start + run` of a head, and tells the memories what they received.
-    /// `causal`: the last of these steps is the newest token, and none sees those after it.
-    #[allow(clippy::too_many_arguments)]
+    /// Answers some steps, and tells the memories what they received.
     pub(super) fn read(
         &mut self,
         config: &Config<T>,
-        head: usize,
+        steps: Steps,
         call: &mut Head<'_, T>,
-        start: usize,
-        run: usize,
-        causal: bool,
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
+        let Steps { head, start, run, causal } = steps;
         let group = call.q.len_of(Axis(0));
         let rows = run * group;
         let near = &self.near[head];
@@ -57,14 +77,14 @@ impl<T: Scalar> HybridState<T> {
         }
         inverse.resize(rows);
         self.far
-            .add_to(head, queries(call, start, run), &mut reading.answer, far_scratch)
+            .add_to(steps.asked(call), &mut reading.answer, far_scratch)
             .map_err(|error| error.in_chunk(start))?;
         for (row, inverse) in inverse.iter_mut().enumerate() {
             *inverse = divisor(reading.answer.denominator[row], start + row / group)?.recip();
         }
         write_rows(reading, inverse, call, start, self.value_dim)?;
         if causal {
-            self.receive(config, head, call, start, run, scratch);
+            self.receive(config, steps, call, scratch);
         }
         Ok(())
     }
@@ -75,15 +95,14 @@ impl<T: Scalar> HybridState<T> {
     fn receive(
         &mut self,
         config: &Config<T>,
-        head: usize,
+        steps: Steps,
         call: &Head<'_, T>,
-        start: usize,
-        run: usize,
         scratch: &mut HybridScratch<T>,
     ) {
+        let Steps { head, run, .. } = steps;
         let group = call.q.len_of(Axis(0));
         let HybridScratch { reading, inverse, far, .. } = scratch;
-        self.far.answered(head, queries(call, start, run), &reading.answer, far);
+        self.far.answered(steps.asked(call), &reading.answer, far);
         let Weighing::Received { decay, min_age } = config.far.weighing() else { return };
         let decay = T::from_f64(decay);
         let pooled = self.near.len() > 1;
@@ -121,16 +140,6 @@ impl<T: Scalar> HybridState<T> {
             );
             self.far.receive(head, decay, factors, &scores[own..], width);
         }
-    }
-}
-
-/// The queries of some steps, as rows: of one step those of all heads, of several steps those of
-/// one head.
-fn queries<'a, T: Scalar>(call: &Head<'a, T>, start: usize, run: usize) -> ArrayView2<'a, T> {
-    if run == 1 {
-        call.q.index_axis_move(Axis(1), start)
-    } else {
-        views::rows(call.q.index_axis_move(Axis(0), 0), start..start + run)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The state of a hybrid kernel as numbers, to be saved and restored.
 
 use crate::attention::hybrid::config::Config;
+use crate::attention::hybrid::far_memory::Seen;
 use crate::attention::hybrid::state::HybridState;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
@@ -61,7 +62,8 @@ impl<T: Scalar> HybridState<T> {
             near.heavy_scores.extend_from_slice(scores);
             numbers = rest;
             let observed = tokens.saturating_sub(config.sinks);
-            match self.far.set_numbers(head, gone - heavy, observed, numbers) {
+            let seen = Seen { absorbed: gone - heavy, observed };
+            match self.far.set_numbers(head, seen, numbers) {
                 Some(rest) => numbers = rest,
                 None => return false,
             }

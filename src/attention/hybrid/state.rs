@@ -7,7 +7,7 @@ use crate::attention::hybrid::far_memory::dropped::Dropped;
 use crate::attention::hybrid::far_memory::linear::FeatureSums;
 use crate::attention::hybrid::far_memory::merging::MergingPool;
 use crate::attention::hybrid::far_memory::own::OwnMemories;
-use crate::attention::hybrid::far_memory::{FarMemory, FarScratch};
+use crate::attention::hybrid::far_memory::{Asked, FarMemory, FarScratch, Leaving, Sizes};
 use crate::attention::hybrid::near::Near;
 use crate::error::Error;
 use crate::kernel::buffer::Buffer;
@@ -54,22 +54,15 @@ impl<T: Scalar> HybridState<T> {
         Self { tokens: 0, value_dim: 0, near: Vec::new(), far: Box::new(Dropped) }
     }
 
-    /// Makes it empty, for these sizes. What is merged is decided by the first `deciding_columns`
-    /// of the values, or all.
-    pub(super) fn prepare(
-        &mut self,
-        config: &Config<T>,
-        heads: usize,
-        value_dim: usize,
-        deciding_columns: Option<usize>,
-    ) -> Result<(), Error> {
-        (self.tokens, self.value_dim) = (0, value_dim);
-        self.near.resize_with(heads, Near::new);
+    /// Makes it empty, for these sizes.
+    pub(super) fn prepare(&mut self, config: &Config<T>, sizes: Sizes) -> Result<(), Error> {
+        (self.tokens, self.value_dim) = (0, sizes.value_dim);
+        self.near.resize_with(sizes.heads, Near::new);
         for near in &mut self.near {
-            near.prepare(config, value_dim);
+            near.prepare(config, sizes.value_dim);
         }
-        if !self.far.renew(config, heads, value_dim, deciding_columns) {
-            self.far = far_memory(config, heads, value_dim, deciding_columns)?;
+        if !self.far.renew(config, sizes) {
+            self.far = far_memory(config, sizes)?;
         }
         Ok(())
     }
@@ -104,7 +97,8 @@ impl<T: Scalar> HybridState<T> {
             near.put(slot, views::row(call.k, i), value);
             // without learning there may be more keys than queries
             if config.learns() && self.tokens >= config.sinks {
-                self.far.observe(head, call.q.index_axis_move(Axis(1), i), value);
+                let queries = call.q.index_axis_move(Axis(1), i);
+                self.far.observe(Asked { head, queries }, value);
             }
         }
     }
@@ -142,7 +136,7 @@ impl<T: Scalar> HybridState<T> {
             for head in 0..self.near.len() {
                 let near = &mut self.near[head];
                 if let Some(slot) = near.evict(slot, config, &mut scratch.far.keys) {
-                    self.far.absorb(config, head, near, slot, &mut scratch.far)?;
+                    self.far.absorb(Leaving { config, head, near, slot }, &mut scratch.far)?;
                 }
                 near.slots.empty(slot);
             }
@@ -153,20 +147,15 @@ impl<T: Scalar> HybridState<T> {
 }
 
 /// Empty far memories of these sizes.
-fn far_memory<T: Scalar>(
-    config: &Config<T>,
-    heads: usize,
-    value_dim: usize,
-    deciding_columns: Option<usize>,
-) -> Result<Box<dyn FarMemory<T>>, Error> {
+fn far_memory<T: Scalar>(config: &Config<T>, sizes: Sizes) -> Result<Box<dyn FarMemory<T>>, Error> {
     Ok(match &config.far {
         FarKind::None => Box::new(Dropped),
         FarKind::Merged { rule, .. } => {
-            let mut pool = MergingPool::new(rule, heads);
-            pool.renew(config, heads, value_dim, deciding_columns);
+            let mut pool = MergingPool::new(rule, sizes.heads);
+            pool.renew(config, sizes);
             Box::new(pool)
         }
-        FarKind::Linear(map) => Box::new(FeatureSums::new(map, heads, value_dim, config.scale)?),
-        FarKind::Own(make) => Box::new(OwnMemories::new(&**make, heads, value_dim, config.scale)?),
+        FarKind::Linear(map) => Box::new(FeatureSums::new(map, sizes, config.scale)?),
+        FarKind::Own(make) => Box::new(OwnMemories::new(&**make, sizes, config.scale)?),
     })
 }

@@ -2,6 +2,7 @@
 
 use crate::attention::call::Head;
 use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::far_memory::Sizes;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::check;
@@ -31,7 +32,8 @@ impl<T: Scalar> HybridStream<T> {
     /// Empty, for sizes that the kernel has checked.
     pub(crate) fn new(config: Arc<Config<T>>, options: StreamOptions) -> Result<Self, Error> {
         let mut state = HybridState::new();
-        state.prepare(&config, options.heads, options.value_dim, None)?;
+        let StreamOptions { heads, value_dim, .. } = options;
+        state.prepare(&config, Sizes { heads, value_dim, deciding_columns: None })?;
         Ok(Self { config, options, state, scratch: HybridScratch::new(), checkpoint: None })
     }
 

@@ -1,5 +1,6 @@
 //! Random directions of the DCT: `C S_b C S_0`, projected on by two fast transforms.
 
+use crate::features::columns::Columns;
 use crate::features::dct::transform::{FastDirections, norm};
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
@@ -100,11 +101,10 @@ impl<T: Scalar> FastDirections<T> for MixedDirections<T> {
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],
-        x: &[T],
-        width: usize,
-        values: &mut [T],
+        columns: &mut Columns<'_, T>,
         [scratch, transform]: &mut [Buffer<T>; 2],
     ) {
+        let Columns { x, width, values, .. } = columns.with_features(self.radii.len());
         let d = self.mixing.len();
         scratch.resize(d * width + d);
         let (mixed, ones) = scratch.split_at_mut(d * width);

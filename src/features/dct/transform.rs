@@ -2,7 +2,7 @@
 //! fastest.
 
 use crate::error::Error;
-use crate::features::columns::ColumnMap;
+use crate::features::columns::{ColumnMap, Columns};
 use crate::features::exponential::{Dense, Exponents, Weights};
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
@@ -28,15 +28,12 @@ pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
     /// ω_i·x of every feature.
     fn logits(&self, x: &[T], logits: &mut [T], scratch: &mut [T]);
 
-    /// `log₂e·ω_i·x` of every feature for all columns of `x [head_dim, width]` at once, into
-    /// `values [num_features, width]`.
+    /// `log₂e·ω_i·x` of every feature for all columns at once, into their values.
     fn logits_of_columns(
         &self,
         lanes: &LanesDct<T>,
         last_factors: &[T],
-        x: &[T],
-        width: usize,
-        values: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     );
 }
@@ -73,15 +70,9 @@ impl<T: Scalar, D: FastDirections<T>> FastExponential<T, D> {
     }
 
     /// The logits to base 2 of every column, one after the other.
-    fn transform_rows(
-        &self,
-        x: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        scratch: &mut Buffer<T>,
-    ) {
+    fn transform_rows(&self, columns: &mut Columns<'_, T>, scratch: &mut Buffer<T>) {
         let (d, m) = (self.directions.head_dim(), self.directions.radii().len());
+        let Columns { x, width, tokens, values, .. } = columns.with_features(m);
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         scratch.resize(d + m + self.directions.scratch_len());
         let (column, rest) = scratch.split_at_mut(d);
@@ -173,48 +164,47 @@ impl<T: Scalar> Way<T> {
 }
 
 impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
+    fn head_dim(&self) -> usize {
+        self.directions.head_dim()
+    }
+
+    fn num_features(&self) -> usize {
+        self.directions.radii().len()
+    }
+
     fn map_columns(
         &self,
-        x: &[T],
-        squares: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
+        columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let exponents = match &self.way {
-            Way::Dense(dense) => {
-                return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
+            Way::Dense(dense) => return dense.map_columns(columns, scratch),
+            Way::Columns { one: Some(dense), .. } if columns.width == 1 => {
+                return dense.map_columns(columns, scratch);
             }
-            Way::Columns { one: Some(dense), .. } if width == 1 => {
-                return dense.map_columns(x, squares, width, tokens, values, log_scale, scratch);
-            }
-            Way::Columns { lanes, last_factors, exponents, .. } if width > 1 => {
-                self.directions.logits_of_columns(lanes, last_factors, x, width, values, scratch);
+            Way::Columns { lanes, last_factors, exponents, .. } if columns.width > 1 => {
+                self.directions.logits_of_columns(lanes, last_factors, columns, scratch);
                 exponents
             }
             Way::Columns { exponents, .. } | Way::Rows(exponents) => {
-                self.transform_rows(x, width, tokens, values, &mut scratch[0]);
+                self.transform_rows(columns, &mut scratch[0]);
                 exponents
             }
         };
-        exponents.add_bias(values, width);
-        let values = &mut values[..self.directions.radii().len() * width];
-        exponents.finish(x, squares, width, tokens, values, log_scale, scratch)
+        exponents.add_bias(columns.values, columns.width);
+        exponents.finish(columns, scratch)
     }
 
     fn map_pair(
         &self,
-        x: [&[T]; 2],
-        [first, second]: [&mut [T]; 2],
-        log_scale: [&mut [T]; 2],
+        pair: [&mut Columns<'_, T>; 2],
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         if let Way::Dense(dense) | Way::Columns { one: Some(dense), .. } = &self.way {
-            return dense.map_pair(x, [first, second], log_scale, scratch);
+            return dense.map_pair(pair, scratch);
         }
-        self.map_columns(x[0], &[], 1, 1, first, log_scale[0], scratch)?;
-        self.map_columns(x[1], &[], 1, 1, second, log_scale[1], scratch)
+        let [first, second] = pair;
+        self.map_columns(first, scratch)?;
+        self.map_columns(second, scratch)
     }
 }

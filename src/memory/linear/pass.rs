@@ -2,6 +2,7 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::columns::Columns;
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
@@ -202,9 +203,9 @@ impl<'a, T: Scalar> Pass<'a, T> {
         let PassBuffers { x, x_key, map: memory, chunk, .. } = buffers;
         self.scale_one(Side::Query, q, x, row)?;
         self.scale_one(Side::Key, k, x_key, row)?;
-        let values: [&mut [T]; 2] = [&mut chunk.queries, &mut chunk.keys];
-        map.map_pair([x, x_key], values, [&mut chunk.query_scale, &mut chunk.key_scale], memory)
-            .map_err(|error| error.in_chunk(row))
+        let mut query = Columns::one(x, &mut chunk.queries, &mut chunk.query_scale);
+        let mut key = Columns::one(x_key, &mut chunk.keys, &mut chunk.key_scale);
+        map.map_pair([&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))
     }
 
     /// Maps the vectors that the last [`map`](Self::map) was given.
@@ -215,26 +216,22 @@ impl<'a, T: Scalar> Pass<'a, T> {
             Side::Query => (&mut chunk.queries, &mut chunk.query_scale),
             Side::Key => (&mut chunk.keys, &mut chunk.key_scale),
         };
-        if let Some(map) = self.map.column_map() {
-            return map.map_columns(x, squares, width, tokens, values, log_scale, memory);
+        let mut columns = Columns { x, squares, width, tokens, values, log_scale };
+        match self.map.column_map() {
+            Some(map) => map.map_columns(&mut columns, memory),
+            None => self.map_rows(side, columns, rows),
         }
-        self.map_rows(side, x, width, tokens, values, log_scale, rows)
     }
 
     /// Maps through a map that takes tokens as rows.
-    #[allow(clippy::too_many_arguments)]
     fn map_rows(
         &self,
         side: Side,
-        x: &[T],
-        width: usize,
-        tokens: usize,
-        values: &mut [T],
-        log_scale: &mut [T],
-        rows: &mut [Array2<T>; 2],
+        columns: Columns<'_, T>,
+        [vectors, features]: &mut [Array2<T>; 2],
     ) -> Result<(), Error> {
+        let Columns { x, width, tokens, values, log_scale, .. } = columns;
         let (d, m) = (self.map.head_dim(), self.map.num_features());
-        let [vectors, features] = rows;
         if vectors.nrows() < tokens || vectors.ncols() != d || features.ncols() != m {
             (*vectors, *features) = (Array2::zeros((tokens, d)), Array2::zeros((tokens, m)));
         }

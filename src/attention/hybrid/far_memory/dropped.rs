@@ -1,8 +1,7 @@
 //! No far memory: tokens that leave the window are forgotten.
 
 use crate::attention::hybrid::config::{Config, FarKind};
-use crate::attention::hybrid::far_memory::{FarMemory, FarScratch};
-use crate::attention::hybrid::near::Near;
+use crate::attention::hybrid::far_memory::{FarMemory, FarScratch, Leaving, Seen, Sizes};
 use crate::error::Error;
 use crate::scalar::Scalar;
 
@@ -19,13 +18,7 @@ impl<T: Scalar> FarMemory<T> for Dropped {
         *target = Box::new(*self);
     }
 
-    fn renew(
-        &mut self,
-        config: &Config<T>,
-        _heads: usize,
-        _value_dim: usize,
-        _deciding_columns: Option<usize>,
-    ) -> bool {
+    fn renew(&mut self, config: &Config<T>, _sizes: Sizes) -> bool {
         matches!(config.far, FarKind::None)
     }
 
@@ -39,14 +32,7 @@ impl<T: Scalar> FarMemory<T> for Dropped {
         true
     }
 
-    fn absorb(
-        &mut self,
-        _config: &Config<T>,
-        _head: usize,
-        _near: &Near<T>,
-        _slot: usize,
-        _scratch: &mut FarScratch<T>,
-    ) -> Result<(), Error> {
+    fn absorb(&mut self, _: Leaving<'_, T>, _: &mut FarScratch<T>) -> Result<(), Error> {
         Ok(())
     }
 
@@ -54,13 +40,7 @@ impl<T: Scalar> FarMemory<T> for Dropped {
         true
     }
 
-    fn set_numbers<'a>(
-        &mut self,
-        _head: usize,
-        _absorbed: usize,
-        _observed: usize,
-        numbers: &'a [T],
-    ) -> Option<&'a [T]> {
+    fn set_numbers<'a>(&mut self, _head: usize, _: Seen, numbers: &'a [T]) -> Option<&'a [T]> {
         Some(numbers)
     }
 }

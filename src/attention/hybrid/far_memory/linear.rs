@@ -1,8 +1,9 @@
 //! Sums of features of the tokens that left the window.
 
 use crate::attention::hybrid::config::{Config, FarKind};
-use crate::attention::hybrid::far_memory::{FarMemory, FarScratch, of_kind};
-use crate::attention::hybrid::near::Near;
+use crate::attention::hybrid::far_memory::{
+    Asked, FarMemory, FarScratch, Leaving, Seen, Sizes, of_kind,
+};
 use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::kernel::buffer::padded;
@@ -10,7 +11,6 @@ use crate::memory::Memory;
 use crate::memory::answer::Answer;
 use crate::memory::linear::LinearMemory;
 use crate::scalar::Scalar;
-use ndarray::ArrayView2;
 use std::sync::Arc;
 
 type SharedMap<T> = Arc<dyn FeatureMap<T>>;
@@ -22,8 +22,7 @@ pub(crate) struct FeatureSums<T: Scalar>(Vec<LinearMemory<T, SharedMap<T>>>);
 impl<T: Scalar> FeatureSums<T> {
     pub(crate) fn new(
         map: &Arc<SharedMap<T>>,
-        heads: usize,
-        value_dim: usize,
+        Sizes { heads, value_dim, .. }: Sizes,
         scale: f64,
     ) -> Result<Self, Error> {
         let memory = || LinearMemory::new(Arc::clone(map), value_dim, scale);
@@ -45,14 +44,9 @@ impl<T: Scalar> FarMemory<T> for FeatureSums<T> {
         }
     }
 
-    fn renew(
-        &mut self,
-        config: &Config<T>,
-        heads: usize,
-        value_dim: usize,
-        _deciding_columns: Option<usize>,
-    ) -> bool {
+    fn renew(&mut self, config: &Config<T>, sizes: Sizes) -> bool {
         let FarKind::Linear(map) = &config.far else { return false };
+        let Sizes { heads, value_dim, .. } = sizes;
         if self.0.len() != heads || !self.0.iter().all(|memory| memory.is_of(map, value_dim)) {
             return false;
         }
@@ -68,22 +62,14 @@ impl<T: Scalar> FarMemory<T> for FeatureSums<T> {
         self.0.iter().map(Memory::state_floats).sum()
     }
 
-    fn absorb(
-        &mut self,
-        _config: &Config<T>,
-        head: usize,
-        near: &Near<T>,
-        slot: usize,
-        scratch: &mut FarScratch<T>,
-    ) -> Result<(), Error> {
-        let (k, v, workspace) = scratch.token(&near.slots, slot);
-        self.0[head].absorb_with(k, v, workspace)
+    fn absorb(&mut self, token: Leaving<'_, T>, scratch: &mut FarScratch<T>) -> Result<(), Error> {
+        let (k, v, workspace) = scratch.token(token);
+        self.0[token.head].absorb_with(k, v, workspace)
     }
 
     fn add_to(
         &self,
-        head: usize,
-        queries: ArrayView2<'_, T>,
+        Asked { head, queries }: Asked<'_, T>,
         answer: &mut Answer<T>,
         scratch: &mut FarScratch<T>,
     ) -> Result<(), Error> {
@@ -105,17 +91,11 @@ impl<T: Scalar> FarMemory<T> for FeatureSums<T> {
         true
     }
 
-    fn set_numbers<'a>(
-        &mut self,
-        head: usize,
-        absorbed: usize,
-        _observed: usize,
-        numbers: &'a [T],
-    ) -> Option<&'a [T]> {
+    fn set_numbers<'a>(&mut self, head: usize, seen: Seen, numbers: &'a [T]) -> Option<&'a [T]> {
         let memory = &mut self.0[head];
-        let count = if absorbed == 0 { 0 } else { memory.state_floats() };
+        let count = if seen.absorbed == 0 { 0 } else { memory.state_floats() };
         let (own, rest) = numbers.split_at_checked(count)?;
-        memory.set_numbers(absorbed, own);
+        memory.set_numbers(seen.absorbed, own);
         Some(rest)
     }
 }

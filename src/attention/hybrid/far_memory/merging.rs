@@ -1,15 +1,17 @@
 //! Merged entries of the tokens that left the window.
 
 use crate::attention::hybrid::config::{Config, FarKind, LEAST_ENTRIES, Weighing};
-use crate::attention::hybrid::far_memory::{FarMemory, FarScratch, of_kind};
-use crate::attention::hybrid::near::{Near, largest};
+use crate::attention::hybrid::far_memory::{
+    Asked, FarMemory, FarScratch, Leaving, Seen, Sizes, of_kind,
+};
+use crate::attention::hybrid::near::largest;
 use crate::error::Error;
 use crate::memory::merged::entries::MergedMemory;
 use crate::memory::merged::reduce::reduce;
 use crate::memory::merged::rule::Rule;
 use crate::memory::slots::Slots;
 use crate::scalar::Scalar;
-use ndarray::{ArrayView1, ArrayView2};
+use ndarray::ArrayView1;
 
 /// A merging memory for each head, which share one budget of entries.
 #[derive(Clone, Debug)]
@@ -36,14 +38,9 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
         }
     }
 
-    fn renew(
-        &mut self,
-        config: &Config<T>,
-        heads: usize,
-        value_dim: usize,
-        deciding_columns: Option<usize>,
-    ) -> bool {
+    fn renew(&mut self, config: &Config<T>, sizes: Sizes) -> bool {
         let FarKind::Merged { rule, .. } = &config.far else { return false };
+        let Sizes { heads, value_dim, deciding_columns } = sizes;
         if self.0.len() != heads {
             return false;
         }
@@ -70,18 +67,12 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
         true
     }
 
-    fn observe(&mut self, head: usize, queries: ArrayView2<'_, T>, value: ArrayView1<'_, T>) {
-        self.0[head].observe(queries.outer_iter(), value);
+    fn observe(&mut self, asked: Asked<'_, T>, value: ArrayView1<'_, T>) {
+        self.0[asked.head].observe(asked.queries.outer_iter(), value);
     }
 
-    fn absorb(
-        &mut self,
-        config: &Config<T>,
-        head: usize,
-        near: &Near<T>,
-        slot: usize,
-        scratch: &mut FarScratch<T>,
-    ) -> Result<(), Error> {
+    fn absorb(&mut self, token: Leaving<'_, T>, scratch: &mut FarScratch<T>) -> Result<(), Error> {
+        let Leaving { config, head, near, slot } = token;
         let weight = match config.far.weighing() {
             Weighing::One => T::one(),
             Weighing::Expected => {
@@ -122,20 +113,14 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
         true
     }
 
-    fn set_numbers<'a>(
-        &mut self,
-        head: usize,
-        absorbed: usize,
-        observed: usize,
-        numbers: &'a [T],
-    ) -> Option<&'a [T]> {
+    fn set_numbers<'a>(&mut self, head: usize, seen: Seen, numbers: &'a [T]) -> Option<&'a [T]> {
         let memory = &mut self.0[head];
         let (&entries, rest) = numbers.split_first()?;
         #[allow(clippy::cast_precision_loss)] // at most 2^14 entries
         let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
         let entries = (0..=memory.slots.capacity).find(is_it)?;
         let (own, rest) = rest.split_at_checked(memory.count_numbers(entries))?;
-        memory.set_numbers(entries, absorbed, observed, own).then_some(rest)
+        memory.set_numbers(entries, seen.absorbed, seen.observed, own).then_some(rest)
     }
 
     fn is_complete(&self, absorbed: usize) -> bool {

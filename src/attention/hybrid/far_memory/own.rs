@@ -1,14 +1,13 @@
 //! Far memories of a type of the user's own.
 
 use crate::attention::hybrid::config::{Config, MakeMemory};
-use crate::attention::hybrid::far_memory::{FarMemory, FarScratch};
-use crate::attention::hybrid::near::Near;
+use crate::attention::hybrid::far_memory::{Asked, FarMemory, FarScratch, Leaving, Seen, Sizes};
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::answer::Answer;
 use crate::memory::partial::Partial;
 use crate::scalar::Scalar;
-use ndarray::{ArrayView1, ArrayView2};
+use ndarray::ArrayView1;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A memory for each head.
@@ -24,8 +23,7 @@ pub(crate) struct OwnMemories<T: Scalar> {
 impl<T: Scalar> OwnMemories<T> {
     pub(crate) fn new(
         make: &MakeMemory<T>,
-        heads: usize,
-        value_dim: usize,
+        Sizes { heads, value_dim, .. }: Sizes,
         scale: f64,
     ) -> Result<Self, Error> {
         let empty = make(value_dim, scale)?;
@@ -43,13 +41,7 @@ impl<T: Scalar> FarMemory<T> for OwnMemories<T> {
         *target = self.clone_box();
     }
 
-    fn renew(
-        &mut self,
-        _config: &Config<T>,
-        _heads: usize,
-        _value_dim: usize,
-        _deciding_columns: Option<usize>,
-    ) -> bool {
+    fn renew(&mut self, _config: &Config<T>, _sizes: Sizes) -> bool {
         false // nobody can say which function has made these
     }
 
@@ -62,22 +54,14 @@ impl<T: Scalar> FarMemory<T> for OwnMemories<T> {
         self.memories.iter().map(|memory| memory.state_floats()).sum()
     }
 
-    fn absorb(
-        &mut self,
-        _config: &Config<T>,
-        head: usize,
-        near: &Near<T>,
-        slot: usize,
-        scratch: &mut FarScratch<T>,
-    ) -> Result<(), Error> {
-        let (k, v, _) = scratch.token(&near.slots, slot);
-        self.memories[head].absorb(k, v)
+    fn absorb(&mut self, token: Leaving<'_, T>, scratch: &mut FarScratch<T>) -> Result<(), Error> {
+        let (k, v, _) = scratch.token(token);
+        self.memories[token.head].absorb(k, v)
     }
 
     fn add_to(
         &self,
-        head: usize,
-        queries: ArrayView2<'_, T>,
+        Asked { head, queries }: Asked<'_, T>,
         answer: &mut Answer<T>,
         scratch: &mut FarScratch<T>,
     ) -> Result<(), Error> {
@@ -95,13 +79,8 @@ impl<T: Scalar> FarMemory<T> for OwnMemories<T> {
         Ok(())
     }
 
-    fn answered(
-        &mut self,
-        head: usize,
-        queries: ArrayView2<'_, T>,
-        answer: &Answer<T>,
-        scratch: &mut FarScratch<T>,
-    ) {
+    fn answered(&mut self, asked: Asked<'_, T>, answer: &Answer<T>, scratch: &mut FarScratch<T>) {
+        let Asked { head, queries } = asked;
         let log_normalizer = &mut scratch.log_normalizer;
         log_normalizer.clear();
         log_normalizer.extend(
@@ -114,13 +93,7 @@ impl<T: Scalar> FarMemory<T> for OwnMemories<T> {
         false
     }
 
-    fn set_numbers<'a>(
-        &mut self,
-        _head: usize,
-        _absorbed: usize,
-        _observed: usize,
-        _numbers: &'a [T],
-    ) -> Option<&'a [T]> {
+    fn set_numbers<'a>(&mut self, _head: usize, _: Seen, _: &'a [T]) -> Option<&'a [T]> {
         None
     }
 }
