@@ -74,7 +74,7 @@ impl<T: Scalar> FarMemory<T> for FeatureSums<T> {
         scratch: &mut FarScratch<T>,
     ) -> Result<(), Error> {
         let memory = &self.0[head];
-        if memory.len() == 0 {
+        if memory.is_empty() {
             return Ok(());
         }
         let stride = padded::<T>(memory.value_dim());
