@@ -17,7 +17,7 @@ pub struct Columns<'a, T> {
     pub x: &'a [T],
     /// Their squared norms, `[width]`; a width of 1 does not need them.
     pub squares: &'a [T],
-    /// Columns: a multiple of 64 bytes' numbers; or 1, then `values` has room for its padded
+    /// Columns: a multiple of 64 bytes' numbers; or 1, and then `values` has room for its padded
     /// length.
     pub width: usize,
     /// How many of the columns are vectors: the first.

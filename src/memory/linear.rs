@@ -289,7 +289,6 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// known to leave the output in range. A layer of many heads that all say so needs no copy of
     /// its states to go back to. The two halves take O(`num_features`) more time than the step as a
     /// whole, [`extend_group`](Self::extend_group), and give the same bits.
-    #[allow(dead_code)]
     pub(crate) fn map_step<'a>(
         &self,
         heads: impl ExactSizeIterator<Item = Tokens<'a, T>>,
@@ -307,7 +306,6 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// The second half of a decode step, right after [`map_step`](Self::map_step) in the same
     /// working memory: writes the outputs, `out [group, 1, value_dim]`, and absorbs the token. On
     /// an error, of which the first half has warned, the state is what it was.
-    #[allow(dead_code)]
     pub(crate) fn finish_step(
         &mut self,
         out: ArrayViewMut3<'_, T>,

@@ -140,12 +140,12 @@ impl<T: Scalar> State<T> {
     /// Lets the sums decay: `S ← diag(α)·S`, `z ← α ⊙ z`.
     pub(super) fn decay(&mut self, decay: &StateDecay<T>) {
         self.scale = self.scale.decayed(decay.slowest);
-        if let Some(fade) = decay.of_features() {
+        if let Some(features) = decay.of_features() {
             for (sum, low) in [
                 (&mut self.sums, &mut self.sums_low),
                 (&mut self.normalizer, &mut self.normalizer_low),
             ] {
-                DecayRows { decay: fade, factors: &[], x: &[], sum, low }.run();
+                DecayRows { decay: features, factors: &[], x: &[], sum, low }.run();
             }
         }
     }
