@@ -22,7 +22,7 @@ use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 /// let (v, mut out) = (Array2::ones((10, 4)), Array3::zeros((3, 10, 4)));
 /// let mut heads = [Head::group(q.view(), k.view(), v.view(), out.view_mut())];
 /// kernel.forward_heads(&mut heads, Mask::Causal, &mut Scratch::new())?;
-/// assert_eq!(out, Array3::ones((3, 10, 4)));
+/// assert_eq!(out, Array3::<f32>::ones((3, 10, 4)));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug)]

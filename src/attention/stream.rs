@@ -222,7 +222,7 @@ impl<T: Scalar> Clone for Box<dyn Stream<T>> {
 /// let (q, k) = (Array3::zeros((3, 1, 8)), Array2::zeros((1, 8))); // three query heads, one token
 /// let (v, mut out) = (Array2::ones((1, 4)), Array3::zeros((3, 1, 4)));
 /// stream.extend_heads(&mut [Head::group(q.view(), k.view(), v.view(), out.view_mut())])?;
-/// assert_eq!((stream.state_floats(), out), (8 + 4, Array3::ones((3, 1, 4))));
+/// assert_eq!((stream.state_floats(), out), (8 + 4, Array3::<f32>::ones((3, 1, 4))));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
