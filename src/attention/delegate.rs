@@ -67,5 +67,32 @@ macro_rules! attention_by {
 }
 pub(crate) use attention_by;
 
+/// The methods of a [`Stream`](crate::attention::stream::Stream) whose state is that of another
+/// one, in its field `stream`.
+macro_rules! state_of_stream_inside {
+    () => {
+        fn len(&self) -> usize {
+            self.stream.len()
+        }
+
+        fn state_floats(&self) -> usize {
+            self.stream.state_floats()
+        }
+
+        fn reset(&mut self) {
+            self.stream.reset();
+        }
+
+        fn checkpoint(&mut self) -> bool {
+            self.stream.checkpoint()
+        }
+
+        fn rollback(&mut self) -> Result<(), $crate::error::Error> {
+            self.stream.rollback()
+        }
+    };
+}
+pub(crate) use state_of_stream_inside;
+
 attention_by!([T: Scalar, A: Attention<T> + ?Sized] Arc<A>, this => (**this));
 attention_by!([T: Scalar, A: Attention<T> + ?Sized] Box<A>, this => (**this));

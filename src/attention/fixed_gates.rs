@@ -3,6 +3,7 @@
 
 use crate::attention::Attention;
 use crate::attention::call::{Head, NO_FULL_DECAY, one_head};
+use crate::attention::delegate::state_of_stream_inside;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::stream::{Stream, StreamOptions, StreamState};
@@ -135,25 +136,7 @@ impl<T: Scalar> Stream<T> for FixedGatesStream<T> {
             .is_ok_and(|head| self.stream.prepare_heads(&mut [head]))
     }
 
-    fn len(&self) -> usize {
-        self.stream.len()
-    }
-
-    fn state_floats(&self) -> usize {
-        self.stream.state_floats()
-    }
-
-    fn reset(&mut self) {
-        self.stream.reset();
-    }
-
-    fn checkpoint(&mut self) -> bool {
-        self.stream.checkpoint()
-    }
-
-    fn rollback(&mut self) -> Result<(), Error> {
-        self.stream.rollback()
-    }
+    state_of_stream_inside!();
 
     fn save(&self) -> Result<StreamState<T>, Error> {
         self.stream.save()

@@ -1,6 +1,7 @@
 //! The stream of a kernel whose queries and keys are changed by their positions.
 
 use crate::attention::call::{Head, one_head};
+use crate::attention::delegate::state_of_stream_inside;
 use crate::attention::positional::rotate::{Positions, Rotated};
 use crate::attention::stream::{Stream, StreamOptions, StreamState};
 use crate::error::Error;
@@ -62,25 +63,7 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
         self.inside(heads, |stream, heads| stream.prepare_heads(heads)).unwrap_or(false)
     }
 
-    fn len(&self) -> usize {
-        self.stream.len()
-    }
-
-    fn state_floats(&self) -> usize {
-        self.stream.state_floats()
-    }
-
-    fn reset(&mut self) {
-        self.stream.reset();
-    }
-
-    fn checkpoint(&mut self) -> bool {
-        self.stream.checkpoint()
-    }
-
-    fn rollback(&mut self) -> Result<(), Error> {
-        self.stream.rollback()
-    }
+    state_of_stream_inside!();
 
     fn save(&self) -> Result<StreamState<T>, Error> {
         let state = self.stream.save()?;
