@@ -91,6 +91,10 @@ pub(crate) fn check_map<T: Scalar>(
 }
 
 /// The largest element of every column.
+///
+/// Not inlined, as [`take_maxima`]: as arguments, slices are known not to overlap, which those of a
+/// [`Columns`] are not, and the loops over rows need no check for that.
+#[inline(never)]
 pub(crate) fn largest_of_columns<T: Scalar>(x: &[T], out: &mut [T]) {
     if let [largest] = out {
         *largest = kernel::max(x);
@@ -114,6 +118,7 @@ fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
 
 /// Brings columns to a largest absolute value near one and adds the logarithm of what was taken
 /// out; a column of zeros stays as it is.
+#[inline(never)]
 pub(crate) fn take_maxima<T: Scalar>(
     values: &mut [T],
     log_scale: &mut [T],

@@ -87,7 +87,7 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         columns: &mut Columns<'_, T>,
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
-        let Columns { x, width, values, log_scale, .. } = columns.with_features(self.head_dim);
+        let Columns { x, values, log_scale, .. } = columns.with_features(self.head_dim);
         let log2_e = T::from_f64(core::f64::consts::LOG2_E);
         // Where every coordinate is negative, the largest exponent is taken out before it can
         // underflow.
@@ -95,21 +95,35 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         for shift in log_scale.iter_mut() {
             *shift = shift.min(T::zero());
         }
-        let exponent = |x: T, shift: T| (x.min(T::zero()) - shift) * log2_e;
-        if let [shift] = *log_scale {
-            values.iter_mut().zip(x).for_each(|(value, &x)| *value = exponent(x, shift));
-        } else {
-            for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                for ((value, &x), &shift) in values.iter_mut().zip(x).zip(&*log_scale) {
-                    *value = exponent(x, shift);
-                }
-            }
-        }
+        exponents(x, log_scale, log2_e, values);
         kernel::exp2_slice(values, T::zero());
-        values.iter_mut().zip(x).for_each(|(value, &x)| *value += x.max(T::zero()));
+        add_positive(x, values);
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
     }
+}
+
+/// The exponents of negative coordinates, less the shift of their column, to base 2. Not inlined:
+/// as arguments, slices are known not to overlap.
+#[inline(never)]
+fn exponents<T: Scalar>(x: &[T], shifts: &[T], log2_e: T, values: &mut [T]) {
+    let exponent = |x: T, shift: T| (x.min(T::zero()) - shift) * log2_e;
+    if let [shift] = *shifts {
+        values.iter_mut().zip(x).for_each(|(value, &x)| *value = exponent(x, shift));
+        return;
+    }
+    let width = shifts.len();
+    for (values, x) in values.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+        for ((value, &x), &shift) in values.iter_mut().zip(x).zip(shifts) {
+            *value = exponent(x, shift);
+        }
+    }
+}
+
+/// Adds the positive coordinates.
+#[inline(never)]
+fn add_positive<T: Scalar>(x: &[T], values: &mut [T]) {
+    values.iter_mut().zip(x).for_each(|(value, &x)| *value += x.max(T::zero()));
 }
 
 /// `φ(x) = x`: the features of retention (Sun et al., arXiv 2307.08621, equation 5;
@@ -131,7 +145,7 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
 ///     (array![[1.0, 2.0]], array![[3.0, -1.0], [0.0, 5.0]], array![[1.0], [10.0]]);
 /// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
 /// assert!((out[[0, 0]] - (1.0 * 1.0 + 10.0 * 10.0)).abs() < 1e-12); // Σ (q·k) v
-///     
+///
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
