@@ -14,17 +14,19 @@ use ndarray::{Array1, Array2, Array4, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-/// Counts the allocations of this thread.
+/// Counts the allocations of this thread, and their bytes.
 struct Counter;
 
 thread_local! {
     static COUNT: Cell<usize> = const { Cell::new(0) };
+    static BYTES: Cell<usize> = const { Cell::new(0) };
 }
 
 // SAFETY: hands every call on to the system allocator.
 unsafe impl GlobalAlloc for Counter {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         COUNT.with(|count| count.set(count.get() + 1));
+        BYTES.with(|bytes| bytes.set(bytes.get() + layout.size()));
         // SAFETY: as called.
         unsafe { System.alloc(layout) }
     }
@@ -166,6 +168,31 @@ fn a_softmax_cache_grows_by_doubling() {
         }
     });
     assert!(count < 50, "{count} allocations in 4096 steps");
+}
+
+/// What may be large one day is small until then: windows, sinks, heavy keys and far memories.
+#[test]
+fn a_state_costs_what_it_holds_not_what_it_may_hold() {
+    let d = 64;
+    let x = normal::<f32>(10, d, 1.0, 0);
+    let builder = || HybridAttention::<f32>::builder(d);
+    for (name, kernel) in [
+        ("window", builder().window(1 << 22).sinks(4).far(Far::none())),
+        ("sinks", builder().window(4).sinks(1 << 22).far(Far::none())),
+        ("merged", builder().window(1 << 22).sinks(4).far(Far::merged(16_000))),
+        ("ward", builder().window(64).sinks(4).far(Far::ward(16_000))),
+    ] {
+        let kernel = kernel.build().unwrap();
+        let before = BYTES.with(Cell::get);
+        let mut stream = kernel.stream(d).unwrap();
+        let mut out = Array2::zeros((10, d));
+        stream.extend(x.view(), x.view(), x.view(), out.view_mut()).unwrap();
+        assert!(stream.checkpoint());
+        stream.rollback().unwrap();
+        kernel.forward(x.view(), x.view(), x.view(), Mask::Causal).unwrap();
+        let bytes = BYTES.with(Cell::get) - before;
+        assert!(bytes < 2 << 20, "{name}: {bytes} bytes for ten tokens");
+    }
 }
 
 /// All heads of a layer move or none, and nothing is allocated for that.

@@ -106,9 +106,16 @@ pub(crate) fn largest_of_columns<T: Scalar>(x: &[T], out: &mut [T]) {
     }
 }
 
+/// The log scale of features that are all zero: they weigh nothing, and must not move the log scale
+/// of any sums. It is finite, so that differences of two are.
+pub(crate) const OF_NOTHING: f64 = -1e30;
+
 /// What brings a largest absolute value near one, and the logarithm of its inverse.
 fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
-    if largest <= T::one() && (largest >= T::from_f64(1.0 / 1024.0) || largest == T::zero()) {
+    if largest == T::zero() {
+        return (T::one(), T::from_f64(OF_NOTHING));
+    }
+    if largest <= T::one() && largest >= T::from_f64(1.0 / 1024.0) {
         return (T::one(), T::zero());
     }
     // The inverse of a number below the normal ones would be infinite.
@@ -117,7 +124,7 @@ fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
 }
 
 /// Brings columns to a largest absolute value near one and adds the logarithm of what was taken
-/// out; a column of zeros stays as it is.
+/// out; a column of zeros gets the log scale [`OF_NOTHING`].
 #[inline(never)]
 pub(crate) fn take_maxima<T: Scalar>(
     values: &mut [T],

@@ -99,6 +99,7 @@ impl<T: Scalar> MergedMemory<T> {
             });
         }
         for ((k, v), &weight) in k.outer_iter().zip(v.outer_iter()).zip(weights) {
+            self.make_room();
             self.slots.put(self.held, k, v);
             self.enter(weight);
             self.reduce();

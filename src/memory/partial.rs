@@ -13,8 +13,9 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
 /// e^{log_scale}·(numerator, denominator) = Σ_j w(q, k_j)·(v_j, 1)
 /// ```
 ///
-/// Partial sums of disjoint sets of tokens merge exactly, in any order: both are brought to the
-/// larger log scale and added. Nothing overflows, whatever the weights.
+/// Partial sums of disjoint sets of tokens merge exactly, in any order: both are brought to the log
+/// scale of the one that weighs more and added. Nothing overflows, whatever the weights, and sums
+/// of no weight change nothing, whatever their log scale.
 ///
 /// ```
 /// use dijiang::{Attention, ExactMemory, Mask, Memory, Partial, SoftmaxAttention};
@@ -186,7 +187,9 @@ impl<T: Scalar> Partial<T> {
     }
 }
 
-/// Adds sums of other tokens to those of a row: both are brought to the larger log scale.
+/// Adds sums of other tokens to those of a row. Both are brought to the log scale of the one that
+/// weighs more: the one with the larger `|denominator|·e^{log_scale}`. A log scale alone says
+/// little: sums without any weight may have a large one.
 pub(crate) fn add_sums<T: Scalar>(
     sums: &mut [T],
     (sum_of_weights, own_scale): (&mut T, &mut T),
@@ -194,17 +197,54 @@ pub(crate) fn add_sums<T: Scalar>(
     denominator: T,
     log_scale: T,
 ) {
-    if log_scale == T::neg_infinity() {
+    if is_nothing(numerator, denominator, log_scale) {
         return;
     }
-    let common = own_scale.max(log_scale);
-    let (old, new) = ((*own_scale - common).exp(), (log_scale - common).exp());
-    if old != T::one() {
-        kernel::scale(sums, old);
+    if is_nothing(sums, *sum_of_weights, *own_scale) {
+        sums.copy_from_slice(&numerator[..sums.len()]);
+        (*sum_of_weights, *own_scale) = (denominator, log_scale);
+        return;
     }
-    kernel::add_scaled(sums, new, numerator);
-    *sum_of_weights = *sum_of_weights * old + denominator * new;
-    *own_scale = common;
+    let weight = |denominator: T, log_scale: T| denominator.abs().ln() + log_scale;
+    let (own, other) = (weight(*sum_of_weights, *own_scale), weight(denominator, log_scale));
+    // of two that are zero, where terms have cancelled, the larger log scale
+    if other > own || (other == own && log_scale > *own_scale) {
+        let [first, second] = factors(*own_scale - log_scale);
+        for factor in [first, second] {
+            if factor != T::one() {
+                kernel::scale(sums, factor);
+                *sum_of_weights *= factor;
+            }
+        }
+        kernel::add_scaled(sums, T::one(), numerator);
+        *sum_of_weights += denominator;
+        *own_scale = log_scale;
+    } else {
+        let [first, second] = factors(log_scale - *own_scale);
+        *sum_of_weights += denominator * first * second;
+        if second == T::one() {
+            kernel::add_scaled(sums, first, numerator);
+        } else {
+            sums.iter_mut().zip(numerator).for_each(|(sum, &x)| *sum += x * first * second);
+        }
+    }
+}
+
+/// Whether sums have no weight at all.
+fn is_nothing<T: Scalar>(numerator: &[T], denominator: T, log_scale: T) -> bool {
+    log_scale == T::neg_infinity()
+        || (denominator == T::zero() && numerator.iter().all(|x| *x == T::zero()))
+}
+
+/// Two factors whose product is `e^difference`, which alone may leave the range of the type where
+/// what it is multiplied with does not.
+fn factors<T: Scalar>(difference: T) -> [T; 2] {
+    let whole = difference.exp();
+    if whole.is_finite() {
+        return [whole, T::one()];
+    }
+    let half = (difference * T::from_f64(0.5)).exp();
+    [half, half]
 }
 
 /// A denominator that can be divided by: finite, and large enough for its terms to have kept their

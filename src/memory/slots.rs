@@ -8,13 +8,22 @@ use crate::memory::answer::Answer;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
+/// Slots that a set has room for at once; beyond, room doubles where it is needed.
+const FIRST_SLOTS: usize = 128;
+
+/// The slots to make room for where `used` are in use, of a set that never has more than `most`: a
+/// set costs what it holds, not what it may hold one day.
+pub(crate) fn room_for(used: usize, most: usize) -> usize {
+    most.min(used.next_power_of_two().max(FIRST_SLOTS))
+}
+
 /// A bounded set of (key, value) pairs in slots: keys as columns, values as rows, and for each slot
 /// what is added to its scores to base 2: log₂ of its multiplicity, or −∞ while it is empty.
 #[derive(Clone, Debug)]
 pub(crate) struct Slots<T> {
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
-    /// Slots, whole cache lines of them.
+    /// Slots that there is room for, whole cache lines of them.
     pub(crate) capacity: usize,
     keys: Buffer<T>,
     values: Buffer<T>,
@@ -42,6 +51,27 @@ impl<T: Scalar> Slots<T> {
         self.keys.fill(T::zero());
         self.values.fill(T::zero());
         self.bias.fill(T::neg_infinity());
+    }
+
+    /// Makes room for so many slots; what the set holds stays where it is.
+    pub(crate) fn grow(&mut self, slots: usize) {
+        let (old, capacity) = (self.capacity, padded::<T>(slots));
+        if capacity <= old {
+            return;
+        }
+        let mut keys = Buffer::zeros(self.head_dim * capacity);
+        for (to, from) in keys.chunks_exact_mut(capacity).zip(self.keys.chunks_exact(old)) {
+            to[..old].copy_from_slice(from);
+        }
+        self.keys = keys;
+        let mut values = Buffer::zeros(capacity * padded::<T>(self.value_dim));
+        values[..self.values.len()].copy_from_slice(&self.values);
+        self.values = values;
+        let mut bias = Buffer::zeros(capacity);
+        bias[..old].copy_from_slice(&self.bias);
+        bias[old..].fill(T::neg_infinity());
+        self.bias = bias;
+        self.capacity = capacity;
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {

@@ -10,6 +10,7 @@ mod block;
 #[cfg(feature = "safetensors")]
 mod block_checkpoint;
 mod calibration;
+mod content;
 mod dct_ways;
 mod decay;
 mod golden;

@@ -8,6 +8,7 @@ use crate::features::FeatureMap;
 use crate::kernel::buffer::Buffer;
 use crate::memory::Memory;
 use crate::memory::merged::rule::{Distance, MOST_ENTRIES, Rule, check_entries};
+use crate::memory::slots::room_for;
 use crate::scalar::Scalar;
 use core::fmt;
 use core::ops::Range;
@@ -154,6 +155,22 @@ impl<T: Scalar> Config<T> {
         self.sinks + self.ring + self.heavy + usize::from(self.heavy > 0)
     }
 
+    /// Of the [`near_slots`](Self::near_slots) the first that have come into use with so many
+    /// tokens; heavy keys only once a token has left the window.
+    pub(super) fn near_used(&self, tokens: usize, has_left: bool) -> usize {
+        if has_left && self.heavy > 0 {
+            self.near_slots()
+        } else {
+            tokens.min(self.sinks + self.ring)
+        }
+    }
+
+    /// Of the [`near_slots`](Self::near_slots) those to make room for, where the first `used` are in
+    /// use. They come into use in order, so that this depends on the number of tokens alone.
+    pub(super) fn near_room(&self, used: usize) -> usize {
+        room_for(used, self.near_slots())
+    }
+
     pub(super) fn far_slots(&self, heads: usize) -> usize {
         match &self.far {
             FarKind::Merged { rule, .. } => rule.entries * heads + rule.block,
@@ -212,6 +229,14 @@ impl<T: Scalar> Config<T> {
                 next - t
             }
         }
+    }
+
+    /// Tokens from this position on whose slots there is room for, once there is for the first: the
+    /// rows of one product are of one width.
+    pub(super) fn steps_of_room(&self, t: usize) -> usize {
+        let slot = self.slot(t);
+        let room = self.near_room(slot + 1);
+        if room == self.near_slots() { usize::MAX } else { room - slot }
     }
 
     /// The positions in the window once `tokens` have come.

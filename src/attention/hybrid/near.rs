@@ -31,7 +31,7 @@ impl<T: Scalar> Near<T> {
     }
 
     pub(super) fn prepare(&mut self, config: &Config<T>, value_dim: usize) {
-        self.slots.prepare(config.head_dim, value_dim, config.near_slots());
+        self.slots.prepare(config.head_dim, value_dim, config.near_room(0));
         self.received.resize(self.slots.capacity);
         self.received.fill(T::zero());
         self.heavy_scores.clear();
@@ -47,7 +47,24 @@ impl<T: Scalar> Near<T> {
         (self.largest_key, self.largest_value) = (other.largest_key, other.largest_value);
     }
 
-    pub(super) fn put(&mut self, slot: usize, key: ArrayView1<'_, T>, value: ArrayView1<'_, T>) {
+    /// Makes room for the first `used` slots.
+    pub(super) fn make_room(&mut self, config: &Config<T>, used: usize) {
+        if used > self.slots.capacity {
+            self.slots.grow(config.near_room(used));
+            let mut received = Buffer::zeros(self.slots.capacity);
+            received[..self.received.len()].copy_from_slice(&self.received);
+            self.received = received;
+        }
+    }
+
+    pub(super) fn put(
+        &mut self,
+        config: &Config<T>,
+        slot: usize,
+        key: ArrayView1<'_, T>,
+        value: ArrayView1<'_, T>,
+    ) {
+        self.make_room(config, slot + 1);
         self.slots.put(slot, key, value);
         self.received[slot] = T::zero();
     }
@@ -72,6 +89,7 @@ impl<T: Scalar> Near<T> {
         if config.heavy == 0 {
             return Some(slot);
         }
+        self.make_room(config, config.near_used(usize::MAX, true));
         let score = config.static_score(self.slots.key(slot), keys);
         let first = config.sinks + config.ring;
         if self.heavy_scores.len() < config.heavy {

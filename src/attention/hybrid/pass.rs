@@ -74,7 +74,8 @@ impl<T: Scalar> HybridState<T> {
         let mut start = 0;
         while start < n {
             let first = self.tokens;
-            let run = config.steps_at_once(self.tokens).min(n - start).min(most);
+            let run = config.steps_at_once(first).min(config.steps_of_room(first));
+            let run = run.min(n - start).min(most);
             self.take(config, calls, start);
             self.leave(config, scratch).map_err(|error| error.in_chunk(start))?;
             for i in start + 1..start + run {

@@ -116,7 +116,7 @@ impl<T: Scalar> HybridState<T> {
                 // heads compare by what they give to all but the sinks
                 let mut mass = T::zero();
                 for (row, &factor) in rows.clone().zip(&*factors) {
-                    mass += factor * kernel::sum(&reading.row(row)[config.sinks..]);
+                    mass += factor * kernel::sum(&reading.row(row)[config.sinks.min(own)..]);
                 }
                 if mass > T::zero() {
                     let per_query = T::from_f64(group as f64) / mass;

@@ -51,7 +51,8 @@ impl<T: Scalar> HybridState<T> {
                 let Some((token, rest)) = numbers.split_at_checked(d + dv + 1) else {
                     return false;
                 };
-                near.put(slot, ArrayView1::from(&token[..d]), ArrayView1::from(&token[d..d + dv]));
+                let (key, value) = token.split_at(d);
+                near.put(config, slot, ArrayView1::from(key), ArrayView1::from(&value[..dv]));
                 near.received[slot] = token[d + dv];
                 if near.received[slot] < T::zero() {
                     return false;
@@ -67,6 +68,7 @@ impl<T: Scalar> HybridState<T> {
                 Some(rest) => numbers = rest,
                 None => return false,
             }
+            near.make_room(config, config.near_used(tokens, gone > 0));
             near.measure();
             let [key, value] = self.far.largest(head);
             near.largest_key = near.largest_key.max(key);

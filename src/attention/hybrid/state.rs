@@ -94,7 +94,7 @@ impl<T: Scalar> HybridState<T> {
         let slot = config.slot(self.tokens);
         for (head, (near, call)) in self.near.iter_mut().zip(calls).enumerate() {
             let value = views::row(call.v, i);
-            near.put(slot, views::row(call.k, i), value);
+            near.put(config, slot, views::row(call.k, i), value);
             // without learning there may be more keys than queries
             if config.learns() && self.tokens >= config.sinks {
                 let queries = call.q.index_axis_move(Axis(1), i);

@@ -2,7 +2,7 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::Columns;
+use crate::features::columns::{Columns, OF_NOTHING};
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
@@ -250,9 +250,13 @@ impl<'a, T: Scalar> Pass<'a, T> {
                 return Err(Error::Overflow { which: "a feature", row: t });
             }
             let largest = kernel::max_abs(features);
-            if largest > limit || (largest > T::zero() && largest < limit.recip()) {
-                kernel::scale(features, largest.recip());
-                log_scale[t] += largest.ln();
+            if largest == T::zero() {
+                log_scale[t] = T::from_f64(OF_NOTHING);
+            } else if largest > limit || largest < limit.recip() {
+                // the inverse of a number below the normal ones would be infinite
+                let normal = largest.max(T::min_positive_value());
+                kernel::scale(features, normal.recip());
+                log_scale[t] += normal.ln();
             }
             values[t..]
                 .iter_mut()

@@ -91,6 +91,15 @@ impl<T: Scalar> State<T> {
 
     /// Adds the sums of other tokens. On an error the sums are left half-way.
     pub(super) fn merge(&mut self, other: &Self) -> Result<(), Error> {
+        let zero = |array: &[T]| array.iter().all(|x| *x == T::zero());
+        if other.arrays().into_iter().all(zero) {
+            // they weigh nothing, whatever their log scale
+            self.tokens += other.tokens;
+            return Ok(());
+        }
+        if self.arrays().into_iter().all(zero) {
+            self.scale = LogScale::of(other.scale.high);
+        }
         self.rescale(other.scale.high);
         let factor = (other.scale.high - self.scale.high).exp();
         let [sums, sums_low, normalizer, normalizer_low] = other.arrays();

@@ -3,7 +3,7 @@
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::merged::rule::{Distance, Rule};
-use crate::memory::slots::Slots;
+use crate::memory::slots::{Slots, room_for};
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
@@ -112,14 +112,8 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Makes it empty, for these sizes.
     pub(crate) fn prepare(&mut self, head_dim: usize, value_dim: usize) {
-        self.slots.prepare(head_dim, value_dim, self.rule.entries + self.rule.spare);
-        let capacity = self.slots.capacity;
-        self.weights.resize(capacity);
-        self.points.resize(self.coordinates() * capacity);
-        self.affinity.resize(capacity * capacity);
-        self.distance.resize(capacity.max(head_dim));
-        self.reciprocal.resize(capacity);
-        self.best.resize(capacity);
+        self.slots.prepare(head_dim, value_dim, room_for(0, self.most_slots()));
+        self.resize_columns();
         self.factors.resize(self.coordinates());
         self.point.resize(self.coordinates().max(head_dim));
         if let Distance::Matrix(metric) = &self.rule.metric {
@@ -130,11 +124,40 @@ impl<T: Scalar> MergedMemory<T> {
                 self.metric[column * rows + row] = T::from_f64(x);
             }
         }
+        self.units.squared_queries.resize(head_dim, T::zero());
+        self.reset();
+    }
+
+    /// The entries of the rule, and those that come before a merge.
+    pub(crate) fn most_slots(&self) -> usize {
+        self.rule.entries + self.rule.spare
+    }
+
+    /// What there is of each slot, or each pair of slots: of any content.
+    fn resize_columns(&mut self) {
+        let capacity = self.slots.capacity;
+        self.weights.resize(capacity);
+        self.points.resize(self.coordinates() * capacity);
+        self.affinity.resize(capacity * capacity);
+        self.distance.resize(capacity.max(self.slots.head_dim));
+        self.reciprocal.resize(capacity);
+        self.best.resize(capacity);
         self.counts.resize(capacity, 0.0);
         self.places.resize(capacity, 0);
         self.order.reserve(capacity);
-        self.units.squared_queries.resize(head_dim, T::zero());
-        self.reset();
+    }
+
+    /// Makes room for one more entry.
+    pub(crate) fn make_room(&mut self) {
+        if self.held < self.slots.capacity {
+            return;
+        }
+        self.slots.grow(room_for(self.held + 1, self.most_slots()));
+        let weights = self.weights.to_vec();
+        self.resize_columns();
+        self.weights.fill(T::zero());
+        self.weights[..weights.len()].copy_from_slice(&weights);
+        self.fresh = 0; // points and distances lie elsewhere now
     }
 
     /// Forgets every token.

@@ -34,11 +34,12 @@ impl<T: Scalar> MergedMemory<T> {
         let (d, dv) = (self.slots.head_dim, self.slots.value_dim);
         let (all, units) = numbers.split_at(entries * (d + dv + 2));
         for (slot, entry) in all.chunks_exact(d + dv + 2).enumerate() {
-            if slot >= self.slots.capacity
+            if slot >= self.most_slots()
                 || !(entry[d + dv] >= T::one() && entry[d + dv + 1] > T::zero())
             {
                 return false;
             }
+            self.make_room();
             self.slots.put(
                 slot,
                 ArrayView1::from(&entry[..d]),

@@ -81,6 +81,7 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
             Weighing::Received { .. } => MergedMemory::weight_of(near.received[slot]),
         };
         let memory = &mut self.0[head];
+        memory.make_room();
         let end = memory.held;
         memory.slots.put_from(end, &near.slots, slot);
         memory.enter(weight);
@@ -118,7 +119,7 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
         let (&entries, rest) = numbers.split_first()?;
         #[allow(clippy::cast_precision_loss)] // at most 2^14 entries
         let is_it = |n: &usize| T::from_f64(*n as f64) == entries;
-        let entries = (0..=memory.slots.capacity).find(is_it)?;
+        let entries = (0..=memory.most_slots()).find(is_it)?;
         let (own, rest) = rest.split_at_checked(memory.count_numbers(entries))?;
         memory.set_numbers(entries, seen.absorbed, seen.observed, own).then_some(rest)
     }
