@@ -3,6 +3,7 @@
 pub(crate) mod call;
 pub(crate) mod cosformer;
 pub(crate) mod delegate;
+pub(crate) mod fingerprint;
 pub(crate) mod fixed_gates;
 pub(crate) mod gradient;
 pub(crate) mod hybrid;

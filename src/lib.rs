@@ -162,6 +162,7 @@ mod views;
 
 pub use attention::call::Head;
 pub use attention::cosformer::CosFormer;
+pub use attention::fingerprint::Fingerprint;
 pub use attention::fixed_gates::FixedGates;
 pub use attention::gradient::HeadGradient;
 pub use attention::hybrid::HybridAttention;

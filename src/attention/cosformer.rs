@@ -1,6 +1,7 @@
 //! cosFormer: ReLU features that forget by a cosine of the distance.
 
 use crate::attention::delegate::attention_by;
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::linear::LinearAttention;
 use crate::attention::positional::Positional;
 use crate::attention::positional::rotate::Positions;
@@ -118,6 +119,12 @@ struct Cosines {
 
 impl Positions for Cosines {
     const NAME: &'static str = "cosformer";
+
+    fn fingerprint(&self) -> Fingerprint {
+        #[allow(clippy::cast_precision_loss)]
+        let max_len = self.max_len as f64;
+        Fingerprint::new().with("max_len", [max_len]).with("epsilon", [self.epsilon])
+    }
 
     fn head_dim(&self) -> usize {
         self.head_dim

@@ -4,6 +4,7 @@
 use crate::attention::Attention;
 use crate::attention::call::{Head, NO_FULL_DECAY, one_head};
 use crate::attention::delegate::state_of_stream_inside;
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::stream::{Stream, StreamOptions, StreamState};
@@ -123,6 +124,12 @@ struct FixedGatesStream<T: Scalar> {
     log_decay: Arc<Array2<T>>,
 }
 
+impl<T: Scalar> FixedGatesStream<T> {
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::new().with("log decays", self.log_decay.iter().map(|x| x.as_f64()))
+    }
+}
+
 impl<T: Scalar> Stream<T> for FixedGatesStream<T> {
     fn extend_heads(&mut self, heads: &mut [Head<'_, T>]) -> Result<(), Error> {
         let head = with_gates(one_head(heads)?.reborrow(), &self.log_decay, self.stream.len())?;
@@ -139,10 +146,13 @@ impl<T: Scalar> Stream<T> for FixedGatesStream<T> {
     state_of_stream_inside!();
 
     fn save(&self) -> Result<StreamState<T>, Error> {
-        self.stream.save()
+        let state = self.stream.save()?;
+        let fingerprint = state.fingerprint().clone().and(self.fingerprint());
+        Ok(state.with_fingerprint(fingerprint))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
-        self.stream.restore(state)
+        let inside = self.fingerprint().check_end(state.fingerprint())?;
+        self.stream.restore(&state.clone().with_fingerprint(inside))
     }
 }

@@ -1,6 +1,7 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
 use crate::attention::call::{Head, one_head};
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
@@ -236,6 +237,10 @@ impl<T: Scalar> SoftmaxStream<T> {
         [key.max(largest(head.k)), value.max(largest(head.v))]
     }
 
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::new().with("scale", [self.cache.scale().as_f64()])
+    }
+
     fn absorb(&mut self, head: &mut Head<'_, T>) -> Result<(), Error> {
         let largest = self.largest_with(head);
         let Head { q, k, v, out, .. } = head;
@@ -315,7 +320,8 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
     fn save(&self) -> Result<StreamState<T>, Error> {
         let (head_dim, value_dim) = self.cache.dims();
         let numbers = self.cache.keys().iter().chain(self.cache.values().iter()).copied().collect();
-        Ok(StreamState::new(KERNEL, self.len(), vec![head_dim, value_dim], numbers))
+        let state = StreamState::new(KERNEL, self.len(), vec![head_dim, value_dim], numbers);
+        Ok(state.with_fingerprint(self.fingerprint()))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
@@ -323,6 +329,7 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let tokens = state.tokens();
         let count = tokens.saturating_mul(head_dim + value_dim);
         let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
+        self.fingerprint().check(state.fingerprint())?;
         let (k, v) = numbers.split_at(tokens * head_dim);
         self.reset();
         self.largest = [max_abs(k), max_abs(v)];

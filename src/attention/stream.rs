@@ -1,6 +1,7 @@
 //! The state of causal attention that a decoder keeps.
 
 use crate::attention::call::{Head, ONE_HEAD};
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::threads::Threads;
 use crate::check;
 use crate::error::Error;
@@ -148,8 +149,8 @@ pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if the state was saved by another kind of stream or another shape,
-    /// [`Error::NotFinite`] if it holds NaN or infinity, [`Error::Unsupported`] as for
+    /// [`Error::State`] if the state was saved by another kernel: another kind, another shape or
+    /// other parameters ([`Fingerprint`]), [`Error::NotFinite`] if it holds NaN or infinity, [`Error::Unsupported`] as for
     /// [`save`](Self::save). The stream is then unchanged.
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let _ = state;
@@ -285,13 +286,16 @@ pub(crate) const NO_CHECKPOINT: Error = Error::Unsupported {
 /// The saved state of a [`Stream`]: plain numbers and what they belong to. With feature `serde` it
 /// serialises.
 ///
-/// It does not hold the kernel: save that beside it, and restore the state into a stream of the
-/// same kernel. Formats must keep floats exactly (with `serde_json`, its feature
+/// It does not hold the kernel, only its [`Fingerprint`]: save the kernel beside it, and restore the
+/// state into a stream of the same kernel. Another seed, map, scale or decay is refused. Formats must keep floats exactly (with `serde_json`, its feature
 /// `float_roundtrip`).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct StreamState<T> {
     kernel: String,
+    /// Empty in states that were saved without one.
+    #[cfg_attr(feature = "serde", serde(default))]
+    fingerprint: Fingerprint,
     tokens: usize,
     shape: Vec<usize>,
     numbers: Vec<T>,
@@ -305,7 +309,21 @@ impl<T: Scalar> StreamState<T> {
         shape: Vec<usize>,
         numbers: Vec<T>,
     ) -> Self {
-        Self { kernel: kernel.into(), tokens, shape, numbers }
+        let fingerprint = Fingerprint::new();
+        Self { kernel: kernel.into(), fingerprint, tokens, shape, numbers }
+    }
+
+    /// The same state with the parameters of its kernel.
+    #[must_use]
+    pub fn with_fingerprint(self, fingerprint: Fingerprint) -> Self {
+        Self { fingerprint, ..self }
+    }
+
+    /// The parameters of the kernel it was saved by: to be [checked](Fingerprint::check) where it is
+    /// restored.
+    #[must_use]
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
     /// The name of the kernel it was saved by.

@@ -148,6 +148,15 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Pass::of(&*self.map, self.scale_root)
     }
 
+    pub(crate) fn map(&self) -> &F {
+        &self.map
+    }
+
+    /// The factor of `q·k`, up to rounding.
+    pub(crate) fn scale(&self) -> f64 {
+        self.scale_root.as_f64().powi(2)
+    }
+
     pub(crate) fn value_dim(&self) -> usize {
         self.state.value_dim
     }

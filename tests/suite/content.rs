@@ -199,7 +199,9 @@ fn memories_that_grow_are_their_formulas_and_the_same_bits_for_any_split() {
         let formula = HybridFormula { window, sinks, heavy, far, calibration: None, metric: None };
         let kernel = hybrid::<f64>(&formula, d, 0);
         let scale = 1.0 / (d as f64).sqrt();
-        let right = formula.causal(&[vec![q.clone()]], &[k.clone()], &[v.clone()], scale, false);
+        let queries = [vec![q.clone()]];
+        let [keys, values] = [&k, &v].map(std::slice::from_ref);
+        let right = formula.causal(&queries, keys, values, scale, false);
         let whole = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
         let what = format!("window {window}, sinks {sinks}");
         assert_close(&what, &whole, &right[0][0], 1e4);

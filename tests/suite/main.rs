@@ -27,6 +27,7 @@ mod real_heads;
 mod rotary;
 #[cfg(feature = "serde")]
 mod save_restore;
+mod saved_states;
 mod selection;
 mod threads;
 mod value_stability;

@@ -155,8 +155,8 @@ impl<T: Scalar> Config<T> {
         self.sinks + self.ring + self.heavy + usize::from(self.heavy > 0)
     }
 
-    /// Of the [`near_slots`](Self::near_slots) the first that have come into use with so many
-    /// tokens; heavy keys only once a token has left the window.
+    /// Of the [`near_slots`](Self::near_slots) those that have come into use with so many tokens;
+    /// heavy keys only once a token has left the window.
     pub(super) fn near_used(&self, tokens: usize, has_left: bool) -> usize {
         if has_left && self.heavy > 0 {
             self.near_slots()

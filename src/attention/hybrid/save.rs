@@ -1,10 +1,48 @@
 //! The state of a hybrid kernel as numbers, to be saved and restored.
 
-use crate::attention::hybrid::config::Config;
+use crate::attention::fingerprint::Fingerprint;
+use crate::attention::hybrid::config::{Config, FarKind, Weighing};
 use crate::attention::hybrid::far_memory::Seen;
+use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
 use crate::attention::hybrid::state::HybridState;
+use crate::error::Error;
+use crate::memory::merged::rule::Distance;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
+
+impl<T: Scalar> Config<T> {
+    /// What tells this kernel from others of the same sizes.
+    pub(super) fn fingerprint(&self) -> Result<Fingerprint, Error> {
+        let own = Fingerprint::new().with("scale", [self.scale]);
+        let own = match (&self.scores, &self.expected) {
+            (None, None) => own,
+            (scores, expected) => {
+                let scores = scores.iter().flat_map(StaticScore::parameters);
+                let expected = expected.iter().flat_map(ExpectedAttention::parameters);
+                own.with("calibration", scores.chain(expected))
+            }
+        };
+        match &self.far {
+            FarKind::None | FarKind::Own(_) => Ok(own),
+            FarKind::Linear(map) => own.with_map(&***map),
+            FarKind::Merged { rule, weighing } => {
+                let weighing = match *weighing {
+                    Weighing::One => vec![0.0],
+                    Weighing::Expected => vec![1.0],
+                    #[allow(clippy::cast_precision_loss)]
+                    Weighing::Received { decay, min_age } => vec![2.0, decay, min_age as f64],
+                };
+                let metric = match &rule.metric {
+                    Distance::Identity => vec![0.0],
+                    Distance::QueryDiagonal => vec![1.0],
+                    Distance::Matrix(matrix) => matrix.iter().copied().collect(),
+                };
+                let own = own.with("weights of entries", weighing).with("metric", metric);
+                Ok(own.with("value_weight", [rule.value_weight]))
+            }
+        }
+    }
+}
 
 impl<T: Scalar> HybridState<T> {
     /// What has to be kept to go on from here: for each head the sinks, the window from its oldest

@@ -34,6 +34,12 @@ impl<T: Scalar> StaticScore<T> {
         }
     }
 
+    /// What tells it from others.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = f64> {
+        let all = self.query_mean.iter().chain(&self.key_mean).chain(&*self.covariance);
+        all.map(|x| x.as_f64())
+    }
+
     /// Of a scaled key, which is overwritten.
     pub(super) fn of(&self, key: &mut [T], scratch: &mut Buffer<T>) -> T {
         key.iter_mut().zip(&self.key_mean).for_each(|(x, &mean)| *x -= mean);
@@ -71,6 +77,11 @@ impl<T: Scalar> ExpectedAttention<T> {
             queries,
             log2_normalizers: log_normalizers.iter().map(|&x| T::from_f64(x * log2_e)).collect(),
         }
+    }
+
+    /// What tells it from others.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = f64> {
+        self.queries.iter().chain(&self.log2_normalizers).map(|x| x.as_f64())
     }
 
     /// Of a scaled key.

@@ -115,7 +115,10 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
 
     fn save(&self) -> Result<StreamState<T>, Error> {
         match self.state.numbers(&self.config) {
-            Some(numbers) => Ok(StreamState::new(KERNEL, self.len(), self.shape(), numbers)),
+            Some(numbers) => {
+                let state = StreamState::new(KERNEL, self.len(), self.shape(), numbers);
+                Ok(state.with_fingerprint(self.config.fingerprint()?))
+            }
             None => Err(OWN_MEMORY),
         }
     }
@@ -126,6 +129,7 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         if matches!(self.config.far, FarKind::Own(_)) {
             return Err(OWN_MEMORY);
         }
+        self.config.fingerprint()?.check(state.fingerprint())?;
         let mut restored = self.state.clone();
         if !restored.set_numbers(&self.config, state.tokens(), numbers) {
             let found = count.to_string();

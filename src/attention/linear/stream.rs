@@ -1,6 +1,7 @@
 //! The stream of linear attention: a state of fixed size.
 
 use crate::attention::call::{Head, NOT_GATED, one_head};
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamState};
 use crate::attention::threads::Threads;
 use crate::check;
@@ -65,6 +66,16 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
 
     fn shape(&self) -> [usize; 3] {
         [self.memory.head_dim(), self.memory.num_features(), self.memory.value_dim()]
+    }
+
+    fn fingerprint(&self) -> Result<Fingerprint, Error> {
+        let decay = self.decay.as_ref().map_err(Error::clone)?;
+        let readout = f64::from(u8::from(self.readout == Readout::Normalized));
+        let own = Fingerprint::new()
+            .with("scale", [self.memory.scale()])
+            .with("normaliser", [readout])
+            .with("log decay", decay.iter().flat_map(|decay| decay.parameters()));
+        own.with_map(self.memory.map())
     }
 
     fn check(&self, head: &Head<'_, T>) -> Result<(), Error> {
@@ -173,12 +184,14 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
         if self.decays() && !numbers.is_empty() {
             numbers.push(self.memory.log_scale_low());
         }
-        Ok(StreamState::new(KERNEL, self.len(), self.shape().to_vec(), numbers))
+        let state = StreamState::new(KERNEL, self.len(), self.shape().to_vec(), numbers);
+        Ok(state.with_fingerprint(self.fingerprint()?))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
+        self.fingerprint()?.check(state.fingerprint())?;
         match numbers {
             [numbers @ .., low] if self.decays() => {
                 self.memory.set_numbers(state.tokens(), numbers);

@@ -1,10 +1,11 @@
 //! Queries and keys as their positions change them, before a kernel inside gets them.
 
+use crate::attention::fingerprint::Fingerprint;
 use crate::check;
 use crate::error::Error;
 use crate::kernel::all_finite;
 use crate::rotary::Rotary;
-use crate::rotary::angles::RotaryAngles;
+use crate::rotary::angles::{RotaryAngles, RotaryPairs};
 use crate::scalar::Scalar;
 use core::fmt::Debug;
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -13,6 +14,9 @@ use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 pub(crate) trait Positions: Debug + Send + Sync + 'static {
     /// What saved states are marked with.
     const NAME: &'static str;
+
+    /// What tells these positions from others.
+    fn fingerprint(&self) -> Fingerprint;
 
     /// Columns that come.
     fn head_dim(&self) -> usize;
@@ -38,6 +42,13 @@ pub(crate) trait Positions: Debug + Send + Sync + 'static {
 
 impl Positions for Rotary {
     const NAME: &'static str = "rotary";
+
+    fn fingerprint(&self) -> Fingerprint {
+        let interleaved = f64::from(u8::from(self.pairs() == RotaryPairs::Interleaved));
+        Fingerprint::new()
+            .with("rotary pairs", [interleaved])
+            .with("rotary frequencies", self.frequencies().iter().copied())
+    }
 
     fn head_dim(&self) -> usize {
         self.head_dim()

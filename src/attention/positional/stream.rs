@@ -68,13 +68,16 @@ impl<T: Scalar, P: Positions> Stream<T> for PositionalStream<T, P> {
     fn save(&self) -> Result<StreamState<T>, Error> {
         let state = self.stream.save()?;
         let kernel = format!("{} {}", P::NAME, state.kernel());
-        Ok(state.with_kernel(kernel))
+        let fingerprint = state.fingerprint().clone().and(self.positions.fingerprint());
+        Ok(state.with_kernel(kernel).with_fingerprint(fingerprint))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         match state.kernel().split_once(' ') {
             Some((name, kernel)) if name == P::NAME => {
-                self.stream.restore(&state.clone().with_kernel(kernel))
+                let inside = self.positions.fingerprint().check_end(state.fingerprint())?;
+                let state = state.clone().with_kernel(kernel).with_fingerprint(inside);
+                self.stream.restore(&state)
             }
             _ => {
                 let found = state.kernel().to_owned();

@@ -73,6 +73,12 @@ impl<T: Scalar> LogDecay<T> {
         Ok(!decay.is_none())
     }
 
+    /// What tells it from others.
+    pub(crate) fn parameters(&self) -> impl Iterator<Item = f64> {
+        let gated = f64::from(u8::from(self.gated));
+        [gated, self.common.as_f64()].into_iter().chain(self.channels.iter().map(|x| x.as_f64()))
+    }
+
     /// Whether all features decay alike, with these gates.
     #[cfg(feature = "rayon")]
     pub(crate) fn is_common(&self, gates: Option<ArrayView2<'_, T>>) -> bool {
