@@ -123,6 +123,12 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Shape { which: "k", axis: "rows", expected, found } => write!(
+                f,
+                "`k` has {found} rows where `q` has {expected}: with `Mask::Causal`, and in a \
+                 stream, each query needs its own key; give a stream the earlier tokens first, or \
+                 take `Mask::Full`, which allows any numbers"
+            ),
             Self::Shape { which, axis, expected, found } => write!(
                 f,
                 "`{which}` has {found} {axis} where {expected} are needed: check its shape \
@@ -135,6 +141,9 @@ impl fmt::Display for Error {
                     "`{which}` is NaN or infinite at row {row}, column {column}: pass finite \
                      numbers only"
                 )
+            }
+            Self::InvalidOption { which, found, needed } if found == "not set" => {
+                write!(f, "`{which}` is not set: {needed}")
             }
             Self::InvalidOption { which, found, needed } => {
                 write!(f, "`{which}` is {found}, which cannot be used: it must be {needed}")

@@ -114,7 +114,8 @@ pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     /// [`Error::Unsupported`] if there is none, or the stream was reset or restored since. The
     /// stream is then unchanged.
     fn rollback(&mut self) -> Result<(), Error> {
-        Err(NO_CHECKPOINT)
+        let why = "its type does not implement `Stream::checkpoint`; keep a clone of it instead";
+        Err(Error::Unsupported { what: "rolling this stream back", why })
     }
 
     /// Copies the state out, to store it or to send it elsewhere.

@@ -208,26 +208,30 @@ pub(crate) fn add_sums<T: Scalar>(
     let weight = |denominator: T, log_scale: T| denominator.abs().ln() + log_scale;
     let (own, other) = (weight(*sum_of_weights, *own_scale), weight(denominator, log_scale));
     // of two that are zero, where terms have cancelled, the larger log scale
-    if other > own || (other == own && log_scale > *own_scale) {
-        let [first, second] = factors(*own_scale - log_scale);
-        for factor in [first, second] {
-            if factor != T::one() {
-                kernel::scale(sums, factor);
-                *sum_of_weights *= factor;
-            }
-        }
-        kernel::add_scaled(sums, T::one(), numerator);
-        *sum_of_weights += denominator;
-        *own_scale = log_scale;
-    } else {
-        let [first, second] = factors(log_scale - *own_scale);
-        *sum_of_weights += denominator * first * second;
-        if second == T::one() {
-            kernel::add_scaled(sums, first, numerator);
-        } else {
-            sums.iter_mut().zip(numerator).for_each(|(sum, &x)| *sum += x * first * second);
+    let other_is_more = other > own || (other == own && log_scale > *own_scale);
+    let common = if other_is_more { log_scale } else { *own_scale } + room(sums, numerator);
+    let [first, second] = factors(*own_scale - common);
+    for factor in [first, second] {
+        if factor != T::one() {
+            kernel::scale(sums, factor);
+            *sum_of_weights *= factor;
         }
     }
+    let [first, second] = factors(log_scale - common);
+    *sum_of_weights += denominator * first * second;
+    if second == T::one() {
+        kernel::add_scaled(sums, first, numerator);
+    } else {
+        sums.iter_mut().zip(numerator).for_each(|(sum, &x)| *sum += x * first * second);
+    }
+    *own_scale = common;
+}
+
+/// What to add to a log scale so that two sums together stay in the range of the type.
+fn room<T: Scalar>(sums: &[T], others: &[T]) -> T {
+    let limit = T::max_value() * T::from_f64(0.25);
+    let is_near = kernel::max_abs(sums).max(kernel::max_abs(others)) > limit;
+    if is_near { T::from_f64(core::f64::consts::LN_2 * 16.0) } else { T::zero() }
 }
 
 /// Whether sums have no weight at all.

@@ -23,6 +23,7 @@ mod needle_cli;
 mod peers_bugs;
 mod positions;
 mod promises;
+mod range;
 mod real_heads;
 mod rotary;
 #[cfg(feature = "serde")]

@@ -119,7 +119,9 @@ impl<T: Scalar> HybridBuilder<T> {
             }
         }
         if heavy > 0 && calibration.is_none() {
-            return Err(missing_calibration("heavy keys"));
+            return Err(missing_calibration(
+                "heavy keys are chosen by one; pass it to `HybridBuilder::calibrated`",
+            ));
         }
         let block = far.block();
         let kind = far.kind(head_dim, scale, calibration.map(|calibration| &**calibration))?;

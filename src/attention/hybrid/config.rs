@@ -81,12 +81,8 @@ impl<T: Scalar> FarKind<T> {
 }
 
 /// What needs a calibration has none.
-pub(super) fn missing_calibration(which: &'static str) -> Error {
-    Error::InvalidOption {
-        which: "calibration",
-        found: format!("none, with {which}"),
-        needed: "one, set with `calibrated`",
-    }
+pub(super) fn missing_calibration(needed: &'static str) -> Error {
+    Error::InvalidOption { which: "calibration", found: "not set".to_owned(), needed }
 }
 
 impl<T: Scalar> fmt::Debug for Config<T> {

@@ -21,6 +21,13 @@ const LARGEST_SCALE: f64 = 12.0;
 /// one, so that their products stay in range.
 pub(super) const LARGEST_FEATURE: f64 = 1024.0;
 
+/// How far a log scale must lie above that of keys with values up to `largest`, so that 2³⁰ of
+/// them can be summed: the larger the unit, the smaller the numbers.
+pub(super) fn headroom<T: Scalar>(largest: T) -> T {
+    let comfortable = T::max_value() * T::from_f64(0.5_f64.powi(44));
+    if largest > comfortable { (largest / comfortable).ln() } else { T::zero() }
+}
+
 /// The largest of the values that have been absorbed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Size {

@@ -4,7 +4,7 @@ use crate::check;
 use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::linear::bounds::Size;
+use crate::memory::linear::bounds::{Size, headroom};
 use crate::scalar::Scalar;
 use core::ops::Range;
 use ndarray::ArrayView2;
@@ -21,6 +21,8 @@ pub(super) struct Chunk<T> {
     pub(super) key_scale: Buffer<T>,
     pub(super) values: Buffer<T>,
     pub(super) values_size: Size,
+    /// See [`headroom`]: of the values.
+    pub(super) headroom: T,
     /// The log decays before the first token and from there to the last, if the scales have been
     /// shifted by them.
     #[cfg(feature = "rayon")]
@@ -38,6 +40,7 @@ impl<T: Scalar> Chunk<T> {
             key_scale: Buffer::new(),
             values: Buffer::new(),
             values_size: Size::Small,
+            headroom: T::zero(),
             #[cfg(feature = "rayon")]
             decay: None,
         }
@@ -74,7 +77,7 @@ impl<T: Scalar> Chunk<T> {
                 largest + mark
             }
         };
-        self.values_size = Size::of_values(largest);
+        (self.values_size, self.headroom) = (Size::of_values(largest), headroom(largest));
         if largest.is_finite() { Ok(()) } else { check::finite("v", v) }
     }
 
@@ -103,7 +106,12 @@ impl<T: Scalar> Chunk<T> {
         self.key_scale[..tokens.len()].copy_from_slice(&from.key_scale[tokens.clone()]);
         let stride = padded::<T>(value_dim);
         self.values.copy_from_slice(&from.values[tokens.start * stride..tokens.end * stride]);
-        self.values_size = from.values_size;
+        (self.values_size, self.headroom) = (from.values_size, from.headroom);
+    }
+
+    /// The least log scale of sums that the token with this key is added to.
+    pub(super) fn least_scale(&self, token: usize) -> T {
+        self.key_scale[token] + self.headroom
     }
 
     /// Brings the keys from their own log scales to a common one, and sums the features of each.

@@ -117,5 +117,5 @@ impl<T: Scalar> Pass<'_, T> {
 
 /// The log scale of sums after the keys of a chunk: the largest of all.
 pub(super) fn largest_scale<T: Scalar>(chunk: &Chunk<T>, log_scale: T) -> T {
-    chunk.key_scale[..chunk.tokens].iter().fold(log_scale, |largest, &scale| largest.max(scale))
+    (0..chunk.tokens).fold(log_scale, |largest, token| largest.max(chunk.least_scale(token)))
 }

@@ -101,7 +101,7 @@ impl Groups {
         self.start = start + 1;
         Some(Group {
             tokens: start..start + 1,
-            log_scale: gates.common_scale(decayed, chunk.key_scale[start], chunk.values_size),
+            log_scale: gates.common_scale(decayed, chunk.least_scale(start), chunk.values_size),
             first_decay: if decays { FirstDecay::InSums } else { FirstDecay::Done },
         })
     }
@@ -118,16 +118,16 @@ impl Groups {
 /// The longest run of tokens from `start` whose running maximum stays within [`GROUP_RISE`] of
 /// where it begins, for sums of this log scale: its end, and the maximum that it reaches.
 pub(super) fn run<T: Scalar>(chunk: &Chunk<T>, start: usize, log_scale: T) -> (usize, T) {
-    let lowest = log_scale.max(chunk.key_scale[start]);
+    let lowest = log_scale.max(chunk.least_scale(start));
     let limit = lowest + T::from_f64(GROUP_RISE);
-    let largest = kernel::max(&chunk.key_scale[start..chunk.tokens]);
+    let largest = kernel::max(&chunk.key_scale[start..chunk.tokens]) + chunk.headroom;
     if largest <= limit {
         return (chunk.tokens, lowest.max(largest));
     }
     let mut maximum = lowest;
     let mut stop = start;
-    while stop < chunk.tokens && chunk.key_scale[stop] <= limit {
-        maximum = maximum.max(chunk.key_scale[stop]);
+    while stop < chunk.tokens && chunk.least_scale(stop) <= limit {
+        maximum = maximum.max(chunk.least_scale(stop));
         stop += 1;
     }
     (stop, maximum)
@@ -143,11 +143,11 @@ fn run_with_decay<T: Scalar>(
 ) -> (usize, T) {
     let last = gates.last(start, chunk.tokens);
     let common = gates.rates() == Rates::Common;
-    let mut maximum = log_scale.max(chunk.key_scale[start]);
+    let mut maximum = log_scale.max(chunk.least_scale(start));
     let limit = maximum + T::from_f64(GROUP_RISE);
     let mut stop = start + 1;
     while stop < last {
-        let scale = chunk.key_scale[stop] - if common { gates.since(stop)[0] } else { T::zero() };
+        let scale = chunk.least_scale(stop) - if common { gates.since(stop)[0] } else { T::zero() };
         if scale > limit {
             break;
         }

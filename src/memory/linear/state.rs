@@ -119,7 +119,7 @@ impl<T: Scalar> State<T> {
     /// Whether a sum has come so near to the largest number of the type that more tokens could
     /// overflow it.
     fn is_too_large(&self) -> bool {
-        let limit = T::max_value() * T::from_f64(0.5_f64.powi(24));
+        let limit = T::max_value() * T::from_f64(0.5_f64.powi(14));
         self.arrays()
             .into_iter()
             .any(|array| !kernel::all_finite(array) || kernel::max_abs(array) > limit)

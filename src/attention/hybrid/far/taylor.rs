@@ -59,7 +59,9 @@ impl Taylor {
         &self,
         calibration: Option<&Calibration>,
     ) -> Result<FarKind<T>, Error> {
-        let calibration = calibration.ok_or_else(|| missing_calibration("the Taylor map"))?;
+        let calibration = calibration.ok_or_else(|| {
+            missing_calibration("the Taylor map is fitted to one; pass it to `calibrated`")
+        })?;
         let map = CalibratedTaylor::<T>::with_fit(self.rank, calibration, self.fit)?;
         Ok(FarKind::Linear(Arc::new(Arc::new(map))))
     }
