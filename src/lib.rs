@@ -160,6 +160,7 @@ mod scalar;
 mod selection;
 mod views;
 
+pub use attention::alibi::alibi_slopes;
 pub use attention::call::Head;
 pub use attention::cosformer::CosFormer;
 pub use attention::fixed_gates::FixedGates;
@@ -177,7 +178,7 @@ pub use attention::retention::Retention;
 pub use attention::rotary::RotaryAttention;
 pub use attention::scratch::Scratch;
 pub use attention::sharing::Sharing;
-pub use attention::softmax::SoftmaxAttention;
+pub use attention::softmax::options::SoftmaxAttention;
 pub use attention::stream::{CloneStream, Stream, StreamOptions, StreamState};
 pub use attention::threads::Threads;
 #[doc(inline)]

@@ -95,6 +95,12 @@ impl<T: Scalar> Answer<T> {
         add_sums(sums, scalars, numerator, denominator, log_scale);
     }
 
+    /// Adds a token without a value and with this logit to each row, if there is one.
+    pub(crate) fn add_sink(&mut self, logit: Option<T>) {
+        let Some(logit) = logit else { return };
+        (0..self.tokens).for_each(|row| self.add_row(row, &[], T::one(), logit));
+    }
+
     /// The first row whose denominator is not finite: a score has overflowed.
     pub(crate) fn first_overflow(&self) -> Option<usize> {
         self.denominator.iter().take(self.tokens).position(|denominator| !denominator.is_finite())
