@@ -26,6 +26,13 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 #[cfg(feature = "rayon")]
 const FEWEST_SCORES: usize = 1 << 18;
 
+/// Adds a learned sink to every row, if there is one.
+fn add_sink<T: Scalar>(tile: &mut Tile<T>, logit: Option<T>) {
+    if let Some(logit) = logit {
+        (0..tile.answer.tokens).for_each(|row| _ = tile.answer.add_sink(row, logit));
+    }
+}
+
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
 #[allow(clippy::too_many_arguments)]
 fn answer<T: Scalar>(
@@ -52,7 +59,7 @@ fn answer<T: Scalar>(
                 let start = block * QUERY_BLOCK;
                 let q = rows(q, start..n.min(start + QUERY_BLOCK));
                 online_softmax(q, k, v, scoring, first.map(|first| first + start), tile);
-                tile.answer.add_sink(sink_logit);
+                add_sink(tile, sink_logit);
                 tile.answer.write(start, Readout::Normalized, out)
             });
         let results: Vec<_> = answered.collect();
@@ -61,7 +68,7 @@ fn answer<T: Scalar>(
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
         online_softmax(rows(q, start..end), k, v, scoring, first.map(|first| first + start), tile);
-        tile.answer.add_sink(sink_logit);
+        add_sink(tile, sink_logit);
         tile.answer.write(start, Readout::Normalized, rows_mut(out.view_mut(), start..end))?;
     }
     Ok(())

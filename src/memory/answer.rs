@@ -95,10 +95,12 @@ impl<T: Scalar> Answer<T> {
         add_sums(sums, scalars, numerator, denominator, log_scale);
     }
 
-    /// Adds a token without a value and with this logit to each row, if there is one.
-    pub(crate) fn add_sink(&mut self, logit: Option<T>) {
-        let Some(logit) = logit else { return };
-        (0..self.tokens).for_each(|row| self.add_row(row, &[], T::one(), logit));
+    /// Adds a token without a value and with this logit to a row; returns the factor of what was
+    /// there.
+    pub(crate) fn add_sink(&mut self, row: usize, logit: T) -> T {
+        let before = self.log_scale[row];
+        self.add_row(row, &[], T::one(), logit);
+        (before - self.log_scale[row]).exp()
     }
 
     /// The first row whose denominator is not finite: a score has overflowed.
