@@ -1,5 +1,7 @@
 //! Slopes, and how sure a mean of them is.
 
+use ndarray::ArrayView2;
+
 /// The slope of the least-squares line through points.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn slope(x: &[f64], y: &[f64]) -> f64 {
@@ -33,4 +35,11 @@ pub(crate) fn student_t(degrees: usize) -> f64 {
         .get(degrees.wrapping_sub(1))
         .copied()
         .unwrap_or(z + (z * z * z + z) / (4.0 * degrees as f64))
+}
+
+/// ‖a − b‖/‖b‖.
+pub(super) fn distance(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
+    let difference = ndarray::Zip::from(a).and(b).fold(0.0, |sum, a, b| sum + (a - b).powi(2));
+    let size: f64 = b.iter().map(|x| x * x).sum();
+    if difference == 0.0 { 0.0 } else { (difference / size).sqrt() }
 }
