@@ -10,15 +10,16 @@ use crate::error::Error;
 /// then every second one of those of twice as many.
 ///
 /// ```
-/// use dijiang::{Attention, MultiHead, SoftmaxAttention, alibi_slopes};
+/// use dijiang::{Attention, Error, MultiHead, SoftmaxAttention, alibi_slopes};
 /// use std::sync::Arc;
 ///
 /// assert_eq!(alibi_slopes(4)?, [1.0 / 4.0, 1.0 / 16.0, 1.0 / 64.0, 1.0 / 256.0]);
 ///
-/// let heads = alibi_slopes(12)?;
-/// let kernel = |slope| SoftmaxAttention::<f32>::new(64)?.with_alibi_slope(slope);
-/// let kernels = heads.into_iter().map(|slope| Ok(Arc::new(kernel(slope)?) as _));
-/// let layer = MultiHead::<f32>::per_head(kernels.collect::<Result<_, _>>()?, 12)?;
+/// let heads = alibi_slopes(12)?.into_iter().map(|slope| {
+///     let kernel = SoftmaxAttention::<f32>::new(64)?.with_alibi_slope(slope)?;
+///     Ok(Arc::new(kernel) as Arc<dyn Attention<f32>>)
+/// });
+/// let layer = MultiHead::per_head(heads.collect::<Result<_, Error>>()?, 12)?;
 /// # let _ = layer;
 /// # Ok::<(), dijiang::Error>(())
 /// ```

@@ -93,8 +93,8 @@ pub(crate) fn online_softmax<T: Scalar>(
     let stride = padded::<T>(v.ncols());
     let base_2 = scoring.base_2();
     let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
-    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, positions, answer } =
-        tile;
+    let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
+    let Tile { correction, positions, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
     queries.resize(d * width);
     correction.resize(width);
@@ -154,8 +154,8 @@ fn count_up<T: Scalar>(positions: &mut Buffer<T>, count: usize) {
     positions.iter_mut().enumerate().for_each(|(i, position)| *position = T::from_f64(i as f64));
 }
 
-/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key. `last_key` is the last key that
-/// any query sees, counted from the first of the tile.
+/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key. `last_key` is the last key
+/// that any query sees, counted from the first of the tile.
 #[allow(
     clippy::too_many_arguments,
     clippy::cast_sign_loss,

@@ -168,7 +168,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if the slope is negative or not finite in `T`.
+    /// [`Error::InvalidOption`] if the slope is negative, or 2⁴¹ times it is not finite in `T`.
     pub fn with_alibi_slope(self, slope: f64) -> Result<Self, Error> {
         self.with_alibi_slopes(vec![slope])
     }
@@ -178,8 +178,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if there are none, [`Error::InvalidOption`] if one is negative or not
-    /// finite in `T`.
+    /// [`Error::ZeroSize`] if there are none, [`Error::InvalidOption`] as
+    /// [`with_alibi_slope`](Self::with_alibi_slope).
     pub fn with_alibi_slopes(mut self, slopes: Vec<f64>) -> Result<Self, Error> {
         check_slopes::<T>(&slopes)?;
         self.slopes = slopes;
@@ -237,14 +237,18 @@ impl<T: Scalar> SoftmaxAttention<T> {
     }
 }
 
+/// The longest distance, times log₂e and more.
+const MOST_TOKENS: f64 = (1_u64 << 41) as f64;
+
 fn check_slopes<T: Scalar>(slopes: &[f64]) -> Result<(), Error> {
     check::at_least_one("slopes", slopes.len())?;
-    let usable = |slope: f64| slope >= 0.0 && T::from_f64(slope * LOG2_E).is_finite();
+    // no product with a distance may leave the range
+    let usable = |slope: f64| slope >= 0.0 && T::from_f64(slope * MOST_TOKENS).is_finite();
     match slopes.iter().find(|slope| !usable(**slope)) {
         Some(bad) => Err(Error::InvalidOption {
             which: "slope",
             found: bad.to_string(),
-            needed: "a finite number that is not negative",
+            needed: "a number from 0 to 2^-41 times the largest of the type",
         }),
         None => Ok(()),
     }
