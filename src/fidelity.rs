@@ -10,7 +10,7 @@ use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::{Attention, PairWeights};
 use crate::check;
 use crate::error::Error;
-use crate::fidelity::statistics::{distance, mean_and_standard_error, slope, student_t};
+use crate::fidelity::statistics::{distance, mean_and_standard_error, slope, student_t, visible};
 use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::views::columns;
@@ -145,9 +145,11 @@ impl<T: Scalar> Reference<T> {
         {
             let seen = visible(mask, t, k.nrows());
             let scores = scores.split_at(Axis(0), seen).0;
-            let largest = scores.fold(sink.unwrap_or(f64::NEG_INFINITY), |m, &s| m.max(s));
+            let shift = softmax.shift(mask, [t, k.nrows()]);
+            let least = sink.unwrap_or(f64::NEG_INFINITY);
+            let largest = scores.fold(least, |m, &s| m.max(s + shift));
             let mut row = row.view_mut().split_at(Axis(0), seen).0;
-            row.zip_mut_with(&scores, |a, s| *a = (s - largest).exp());
+            row.zip_mut_with(&scores, |a, s| *a = (s + shift - largest).exp());
             let total = row.sum() + sink.map_or(0.0, |sink| (sink - largest).exp());
             row /= total;
         }
@@ -272,14 +274,6 @@ impl<T: Scalar> Reference<T> {
             size += exact * exact;
         }
         (difference / size).sqrt()
-    }
-}
-
-/// Keys that query `t` sees.
-fn visible(mask: Mask, t: usize, keys: usize) -> usize {
-    match mask {
-        Mask::Causal => t + 1,
-        Mask::Full => keys,
     }
 }
 

@@ -327,8 +327,8 @@ fn pools_with_a_cap_and_a_sink() {
     let all = |x: &Array4<f64>| (0..heads).map(|h| head(x, h)).collect::<Vec<_>>();
     let queries: Vec<_> = all(&q).into_iter().map(|q| vec![q]).collect();
     let exact = formula.causal(&queries, &all(&k), &all(&v), 0.5, true);
-    for h in 0..heads {
-        assert_close(&format!("head {h}"), &head(&out, h), &exact[h][0], 256.0);
+    for (h, exact) in exact.iter().enumerate() {
+        assert_close(&format!("head {h}"), &head(&out, h), &exact[0], 256.0);
     }
 
     // Heads of other caps or sinks do not share a budget.
@@ -384,7 +384,9 @@ fn linear_biases_at_position_100_000() {
             let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full).unwrap();
             let [k, v] = &wide_input;
             let exact = formula([&wide(&q), k, v], Options::default(), slope, Mask::Full);
-            assert_close(&format!("{slope}, {queries} queries"), &out, &exact, 64.0);
+            // Values are of size 1, and a mean of many of them is far below.
+            let worst = (wide(&out) - exact).iter().fold(0.0_f64, |m, e| m.max(e.abs()));
+            assert!(worst < 1e-6, "{slope}, {queries} queries: {worst:e}");
         }
     }
     // Causal, a stream whose last tokens come in one block and one by one.

@@ -2,6 +2,7 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::memory::scoring::{Scoring, SoftCap};
 use crate::scalar::Scalar;
 use core::f64::consts::LOG2_E;
@@ -151,9 +152,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
     /// ```
     ///
     /// The slopes of published models are [`alibi_slopes`](crate::alibi_slopes). Distances are
-    /// exact up to 2²⁴ tokens in `f32`. With [`Mask::Full`](crate::Mask::Full) every query is at
-    /// the position of the last key, which is the same as at any later one: the bias is not that
-    /// of |t − j|.
+    /// exact up to 2²⁴ tokens in `f32`. With [`Mask::Full`] every query is at the position of the
+    /// last key, and any later one would give the same: the bias is not that of |t − j|.
     ///
     /// ```
     /// use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -235,10 +235,21 @@ impl<T: Scalar> SoftmaxAttention<T> {
         let score = self.soft_cap.map_or(score, |cap| cap * libm::tanh(score / cap));
         self.slopes.first().map_or(score, |slope| score + slope * (j as f64 - t as f64))
     }
+
+    /// What is added to the scores of query `t` of [`score`](Self::score) where all keys are seen,
+    /// since it then is at the position of the last key.
+    #[allow(clippy::cast_precision_loss)] // positions
+    pub(crate) fn shift(&self, mask: Mask, [t, keys]: [usize; 2]) -> f64 {
+        let last = keys.saturating_sub(1) as f64;
+        match self.slopes.first() {
+            Some(slope) if mask == Mask::Full => slope * (t as f64 - last),
+            _ => 0.0,
+        }
+    }
 }
 
-/// The longest distance, times log₂e and more.
-const MOST_TOKENS: f64 = (1_u64 << 41) as f64;
+/// 2⁴¹: the longest distance, times log₂e and more.
+const MOST_TOKENS: f64 = 2_199_023_255_552.0;
 
 fn check_slopes<T: Scalar>(slopes: &[f64]) -> Result<(), Error> {
     check::at_least_one("slopes", slopes.len())?;
