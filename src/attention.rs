@@ -1,5 +1,6 @@
 //! The trait of every kernel: [`Attention`], what a model holds.
 
+pub(crate) mod alibi;
 pub(crate) mod call;
 pub(crate) mod cosformer;
 pub(crate) mod delegate;

@@ -58,6 +58,19 @@ pub(crate) fn scale<T: Scalar>(chosen: Option<f64>, head_dim: usize) -> Result<f
     }
 }
 
+/// Logits of learned sinks: at least one, finite in `T`.
+pub(crate) fn sink_logits<T: Scalar>(logits: &[f64]) -> Result<(), Error> {
+    at_least_one("sink_logits", logits.len())?;
+    match logits.iter().find(|logit| !T::from_f64(**logit).is_finite()) {
+        Some(bad) => Err(Error::InvalidOption {
+            which: "sink_logit",
+            found: bad.to_string(),
+            needed: "a finite number",
+        }),
+        None => Ok(()),
+    }
+}
+
 /// 1/√d.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn default_scale(head_dim: usize) -> f64 {

@@ -4,12 +4,13 @@
 
 mod statistics;
 
-use crate::attention::Attention;
 use crate::attention::call::Head;
 use crate::attention::scratch::Scratch;
+use crate::attention::softmax::options::SoftmaxAttention;
+use crate::attention::{Attention, PairWeights};
 use crate::check;
 use crate::error::Error;
-use crate::fidelity::statistics::{mean_and_standard_error, slope, student_t};
+use crate::fidelity::statistics::{distance, mean_and_standard_error, slope, student_t, visible};
 use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::views::columns;
@@ -64,6 +65,8 @@ pub struct Reference<T> {
     values: Array2<T>,
     value_dim: usize,
     mask: Mask,
+    /// A learned sink, which makes rows of the matrix sum to less than 1.
+    has_sink: bool,
     scores: Array2<f64>,
     attention: Array2<f64>,
     output: Array2<f64>,
@@ -98,24 +101,56 @@ impl<T: Scalar> Reference<T> {
         scale: f64,
     ) -> Result<Self, Error> {
         check::at_least_one("q columns", q.ncols())?;
+        let softmax = SoftmaxAttention::new(q.ncols())?.with_scale(scale);
+        Self::of(&softmax, q, k, v, mask)
+    }
+
+    /// The attention of a kernel with any options, in `f64`: a cap, biases, a learned sink. With a
+    /// sink the rows of the matrix sum to less than 1, and `kl` counts the rest as one more key.
+    ///
+    /// ```
+    /// use dijiang::fidelity::Reference;
+    /// use dijiang::{Far, HybridAttention, Mask, SoftmaxAttention};
+    /// use ndarray::Array2;
+    ///
+    /// let x = Array2::from_shape_fn((30, 8), |(i, j)| ((i * 8 + j) as f32).sin());
+    /// let softmax = SoftmaxAttention::new(8)?.with_soft_cap(1.0)?;
+    /// let reference = Reference::of(&softmax, x.view(), x.view(), x.view(), Mask::Causal)?;
+    /// let hybrid = HybridAttention::builder(8).window(40).soft_cap(1.0).build()?;
+    /// assert!(reference.output_error(&hybrid)? < 1e-6);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new), and those of the kernel for its options.
+    pub fn of(
+        softmax: &SoftmaxAttention<T>,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: Mask,
+    ) -> Result<Self, Error> {
         check::at_least_one("q rows", q.nrows())?;
-        let scale = check::scale::<f64>(Some(scale), q.ncols())?;
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         let head = Head::new(q, k, v, out.view_mut());
-        head.check_forward(q.ncols(), mask)?;
+        head.check_forward(softmax.head_dim(), mask)?;
         head.check_finite()?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
-        let scores = wide(q).dot(&wide(k).t()) * scale;
+        let scores = softmax.log_weights(q, k)?;
+        let sink = softmax.sink_logit();
         let mut attention = Array2::zeros(scores.dim());
         for (t, (scores, mut row)) in
             scores.outer_iter().zip(attention.outer_iter_mut()).enumerate()
         {
             let seen = visible(mask, t, k.nrows());
             let scores = scores.split_at(Axis(0), seen).0;
-            let largest = scores.fold(f64::NEG_INFINITY, |m, &s| m.max(s));
+            let shift = softmax.shift(mask, [t, k.nrows()]);
+            let least = sink.unwrap_or(f64::NEG_INFINITY);
+            let largest = scores.fold(least, |m, &s| m.max(s + shift));
             let mut row = row.view_mut().split_at(Axis(0), seen).0;
-            row.zip_mut_with(&scores, |a, s| *a = (s - largest).exp());
-            let total = row.sum();
+            row.zip_mut_with(&scores, |a, s| *a = (s + shift - largest).exp());
+            let total = row.sum() + sink.map_or(0.0, |sink| (sink - largest).exp());
             row /= total;
         }
         let output = attention.dot(&wide(v));
@@ -129,6 +164,7 @@ impl<T: Scalar> Reference<T> {
             values,
             value_dim: v.ncols(),
             mask,
+            has_sink: sink.is_some(),
             scores,
             attention,
             output,
@@ -208,10 +244,14 @@ impl<T: Scalar> Reference<T> {
             if row.iter().any(|&a| a < 0.0) || row.sum() <= 0.0 {
                 return None;
             }
-            for (&a, &b) in exact.iter().zip(row) {
+            let mut add = |a: f64, b: f64| {
                 if a > 0.0 {
                     total += a * (a.ln() - b.max(floor).ln());
                 }
+            };
+            exact.iter().zip(row).for_each(|(&a, &b)| add(a, b));
+            if self.has_sink {
+                add(1.0 - exact.sum(), 1.0 - row.sum());
             }
         }
         Some(total / self.attention.nrows() as f64)
@@ -235,21 +275,6 @@ impl<T: Scalar> Reference<T> {
         }
         (difference / size).sqrt()
     }
-}
-
-/// Keys that query `t` sees.
-fn visible(mask: Mask, t: usize, keys: usize) -> usize {
-    match mask {
-        Mask::Causal => t + 1,
-        Mask::Full => keys,
-    }
-}
-
-/// ‖a − b‖/‖b‖.
-fn distance(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
-    let difference = ndarray::Zip::from(a).and(b).fold(0.0, |sum, a, b| sum + (a - b).powi(2));
-    let size: f64 = b.iter().map(|x| x * x).sum();
-    if difference == 0.0 { 0.0 } else { (difference / size).sqrt() }
 }
 
 /// Compares a kernel with exact softmax attention at scale 1/√d; see [`Reference`] for other

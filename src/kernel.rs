@@ -28,6 +28,7 @@ use crate::kernel::loops::products::{Product, RowTimesMatrix, TwoRowsTimesMatrix
 use crate::kernel::loops::reduce::{
     CopyAndMeasure, Dot, FiniteMark, Max, MaxAbs, Reduce, RowsDot, Sum,
 };
+use crate::kernel::loops::scores::{AddDistances, SoftCap};
 use crate::kernel::loops::vectors::{AddOuter, ScaleInPlace, ScaleInto};
 use crate::kernel::simd::Lanes;
 
@@ -129,6 +130,22 @@ pub(crate) fn exp2_slice<T: Compiled>(x: &mut [T], shift: T) {
 /// One vector of logits to base 2: `x_i ← 2^(x_i − max)`; returns the maximum and ½ Σ v_j².
 pub(crate) fn exp2_below_maximum<T: Compiled>(x: &mut [T], v: &[T]) -> (T, T) {
     T::run_exp2_below_maximum(Exp2BelowMaximum { x, v })
+}
+
+/// `x ← limit·tanh(x/limit)` of scores to base 2, with `limit = log₂e·cap` and `factor = −2/cap`.
+/// NaN and infinity become NaN.
+pub(crate) fn soft_cap<T: Compiled>(x: &mut [T], limit: T, factor: T) {
+    T::run_soft_cap(SoftCap { x, limit, factor });
+}
+
+/// `x_t += slope·(first + step·positions_t)`; whole numbers in the brackets are exact.
+pub(crate) fn add_distances<T: Compiled>(
+    x: &mut [T],
+    positions: &[T],
+    [first, step]: [T; 2],
+    slope: T,
+) {
+    T::run_add_distances(AddDistances { x, positions, first, step, slope });
 }
 
 impl<T: Compiled> Product<'_, T> {

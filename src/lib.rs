@@ -83,7 +83,9 @@
 //! Other kernels do not aim at softmax and are for models trained with them: [`Retention`]
 //! (RetNet), [`CosFormer`], [`Linformer`] (no causal form), and with [`IdentityFeatures`] and
 //! decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2.
-//! [`RotaryAttention`] puts rotary position embedding into any of them.
+//! [`RotaryAttention`] puts rotary position embedding into any of them. Soft caps (Gemma 2), learned
+//! sinks (GPT-OSS) and linear biases (ALiBi) are options of [`SoftmaxAttention`], the first two of
+//! hybrids as well.
 //!
 //! # Conventions
 //!
@@ -92,7 +94,8 @@
 //! - Queries and keys are *raw*: kernels apply the scale, `1/√d` unless `with_scale` says
 //!   otherwise. A [`FeatureMap`] alone gets scaled vectors `x̂ = √scale·x`, and its products
 //!   estimate `exp(q̂·k̂)` in absolute terms. [`OfficialDijiang`] wants scale 1.
-//! - Outputs are weighted means: divided by the sum of the weights, to which nothing is ever added.
+//! - Outputs are weighted means: divided by the sum of the weights, to which nothing is added but
+//!   the learned sink of a model that has one ([`SoftmaxAttention::with_sink_logit`]).
 //!   [`LinearAttention::unnormalized`] leaves the division out.
 //! - Bad input gives an [`Error`] that says which argument and what to do; no function panics, and
 //!   a stream that failed is as it was.
@@ -160,6 +163,7 @@ mod scalar;
 mod selection;
 mod views;
 
+pub use attention::alibi::alibi_slopes;
 pub use attention::call::Head;
 pub use attention::cosformer::CosFormer;
 pub use attention::fingerprint::Fingerprint;
@@ -178,7 +182,7 @@ pub use attention::retention::Retention;
 pub use attention::rotary::RotaryAttention;
 pub use attention::scratch::Scratch;
 pub use attention::sharing::Sharing;
-pub use attention::softmax::SoftmaxAttention;
+pub use attention::softmax::options::SoftmaxAttention;
 pub use attention::stream::{CloneStream, Stream, StreamOptions, StreamState};
 pub use attention::threads::Threads;
 #[doc(inline)]

@@ -6,6 +6,7 @@ pub(crate) mod linear;
 pub(crate) mod merged;
 pub(crate) mod online_softmax;
 pub(crate) mod partial;
+pub(crate) mod scoring;
 pub(crate) mod slots;
 
 use crate::error::Error;

@@ -345,9 +345,7 @@ impl<T: Scalar> MultiHead<T> {
         for unit in &*self.units {
             match unit {
                 // query heads that do not depend on each other are tasks of their own
-                HeadUnit::Group(kv)
-                    if !is_causal || self.kernels[kv * group].sharing() == Sharing::Head =>
-                {
+                HeadUnit::Group(kv) if self.kernels[kv * group].sharing() == Sharing::Head => {
                     units.extend((kv * group..(kv + 1) * group).map(HeadUnit::Query));
                 }
                 _ => units.push(unit.clone()),

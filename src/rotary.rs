@@ -2,10 +2,12 @@
 //! differences.
 
 pub(crate) mod angles;
+mod frequencies;
 
 use crate::check;
 use crate::error::Error;
 use crate::rotary::angles::{RotaryAngles, RotaryPairs};
+use crate::rotary::frequencies::{check_dims, check_frequencies, formula, linear, llama3, yarn};
 use crate::scalar::Scalar;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
@@ -48,9 +50,6 @@ pub struct Rotary {
     frequencies: Vec<f64>,
     pairs: RotaryPairs,
 }
-
-/// Beyond it an angle says nothing, and below it no position makes an angle infinite.
-const LARGEST_FREQUENCY: f64 = 1e9;
 
 impl Rotary {
     /// Turns all `head_dim` columns, in [`RotaryPairs::Halves`], with base 10 000.
@@ -133,21 +132,8 @@ impl Rotary {
         Ok(self)
     }
 
-    /// Sets the frequencies `θ_i` of the pairs themselves, for models that depart from the formula:
-    /// stretched positions, the factors of LLaMA 3, RetNet. They turn the first
-    /// `2·frequencies.len()` columns.
-    ///
-    /// ```
-    /// use dijiang::Rotary;
-    ///
-    /// // positions stretched by four (linear interpolation)
-    /// let rotary = Rotary::new(64)?;
-    /// let frequencies =
-    ///     rotary.frequencies().iter().map(|frequency| frequency / 4.0).collect();
-    /// let stretched = rotary.with_frequencies(frequencies)?;
-    /// assert_eq!(stretched.frequencies()[0], 0.25);
-    /// # Ok::<(), dijiang::Error>(())
-    /// ```
+    /// Sets the frequencies `θ_i` of the pairs themselves, for models that depart from the formula,
+    /// such as RetNet. They turn the first `2·frequencies.len()` columns.
     ///
     /// # Errors
     ///
@@ -155,16 +141,86 @@ impl Rotary {
     /// most 10⁹ in absolute value.
     pub fn with_frequencies(mut self, frequencies: Vec<f64>) -> Result<Self, Error> {
         check_dims(self.head_dim, frequencies.len().saturating_mul(2))?;
-        let usable = -LARGEST_FREQUENCY..=LARGEST_FREQUENCY; // NaN is not in it.
-        if let Some(bad) = frequencies.iter().find(|frequency| !usable.contains(*frequency)) {
-            let needed = "a number of at most 10^9 in absolute value";
-            return Err(Error::InvalidOption {
-                which: "frequencies",
-                found: bad.to_string(),
-                needed,
-            });
-        }
+        check_frequencies(&frequencies)?;
         self.frequencies = frequencies;
+        Ok(self)
+    }
+
+    /// Stretches positions: `θ_i ← θ_i/factor` (position interpolation, Chen et al., arXiv
+    /// 2306.15595; `rope_scaling` of type `linear`). Set the base before.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `factor` is not positive and finite.
+    pub fn with_linear_scaling(mut self, factor: f64) -> Result<Self, Error> {
+        self.frequencies = linear(&self.frequencies, factor)?;
+        Ok(self)
+    }
+
+    /// The frequencies of LLaMA 3.1 and later (`rope_scaling` of type `llama3`), by wavelength
+    /// `λ_i = 2π/θ_i`. Set the base before.
+    ///
+    /// ```text
+    /// θ_i ← θ_i                                  where λ_i < original_context/high_freq_factor
+    /// θ_i ← θ_i/factor                           where λ_i > original_context/low_freq_factor
+    /// θ_i ← (1 − s)·θ_i/factor + s·θ_i           between, with
+    /// s = (original_context/λ_i − low_freq_factor)/(high_freq_factor − low_freq_factor)
+    /// ```
+    ///
+    /// ```
+    /// use dijiang::Rotary;
+    ///
+    /// // Llama 3.2 1B
+    /// let rotary = Rotary::new(64)?.with_base(500_000.0)?;
+    /// let scaled = rotary.clone().with_llama3_scaling(32.0, 1.0, 4.0, 8192)?;
+    /// let (old, new) = (rotary.frequencies(), scaled.frequencies());
+    /// assert_eq!(old[..15], new[..15]);
+    /// assert!((18..32).all(|i| new[i] == old[i] / 32.0));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if a factor is not positive and finite, `high_freq_factor` is not
+    /// above `low_freq_factor`, or `original_context` is 0.
+    pub fn with_llama3_scaling(
+        mut self,
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_context: usize,
+    ) -> Result<Self, Error> {
+        let bands = [low_freq_factor, high_freq_factor];
+        self.frequencies = llama3(&self.frequencies, factor, bands, original_context)?;
+        Ok(self)
+    }
+
+    /// The frequencies of YaRN (Peng et al., arXiv 2309.00071, section 3.2), with the ramp over
+    /// pairs of its released code, whose ends are whole: `beta_fast` 32 and `beta_slow` 1 in most
+    /// models. Set the base before.
+    ///
+    /// ```text
+    /// θ_i ← r_i·θ_i/factor + (1 − r_i)·θ_i,   r_i = (i − low)/(high − low), from 0 to 1,
+    /// low = ⌊p(beta_fast)⌋,   high = ⌈p(beta_slow)⌉,
+    /// p(β) = dims·ln(original_context/(2πβ))/(2 ln base)
+    /// ```
+    ///
+    /// YaRN also multiplies queries and keys by `m = 0.1·ln(factor) + 1`. That is the caller's:
+    /// set the scale of the kernel to `m²/√d`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `factor` is not positive and finite, a β is not, `beta_fast` is
+    /// below `beta_slow`, `original_context` is 0, or the base is 1.
+    pub fn with_yarn_scaling(
+        mut self,
+        factor: f64,
+        original_context: usize,
+        beta_fast: f64,
+        beta_slow: f64,
+    ) -> Result<Self, Error> {
+        let betas = [beta_fast, beta_slow];
+        self.frequencies = yarn(&self.frequencies, self.base, factor, betas, original_context)?;
         Ok(self)
     }
 
@@ -278,23 +334,6 @@ impl Rotary {
         angles.set(self.head_dim, self.pairs, &self.frequencies, first_position, tokens);
         Ok(())
     }
-}
-
-/// `θ_i = base^(−2i/dims)`.
-#[allow(clippy::cast_precision_loss)]
-fn formula(base: f64, dims: usize) -> Vec<f64> {
-    (0..dims / 2).map(|i| libm::pow(base, -((2 * i) as f64) / dims as f64)).collect()
-}
-
-fn check_dims(head_dim: usize, dims: usize) -> Result<(), Error> {
-    if dims.is_multiple_of(2) && dims <= head_dim {
-        return Ok(());
-    }
-    Err(Error::InvalidOption {
-        which: "the number of columns that turn",
-        found: format!("{dims} of {head_dim}"),
-        needed: "even, since they turn in pairs, and at most `head_dim`",
-    })
 }
 
 /// What is stored.

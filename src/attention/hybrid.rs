@@ -96,11 +96,12 @@ impl<T: Scalar> HybridAttention<T> {
     }
 
     /// Causal attention of checked heads that share one budget, or attention of one head whose
-    /// queries see every key.
+    /// queries see every key; that head is query head `query_head` of the group.
     fn forward_checked(
         &self,
         heads: &mut [Head<'_, T>],
         mask: Mask,
+        query_head: usize,
         HybridParts { state, work }: &mut HybridParts<T>,
     ) -> Result<(), Error> {
         let [Head { q, k, v, probes, .. }, ..] = &heads else { return Ok(()) };
@@ -114,7 +115,7 @@ impl<T: Scalar> HybridAttention<T> {
         if mask == Mask::Causal {
             return state.extend(&self.config, heads, work);
         }
-        heads.iter_mut().try_for_each(|head| state.full(&self.config, head, work))
+        heads.iter_mut().try_for_each(|head| state.full(&self.config, query_head, head, work))
     }
 
     fn check_mask(&self, mask: Mask) -> Result<(), Error> {
@@ -153,23 +154,25 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         for head in &*heads {
             head.check_not_gated()?;
             head.check_forward(self.config.head_dim, mask)?;
+            self.config.check_group(head.group_len())?;
             head.check_finite()?;
         }
         self.check_mask(mask)?;
         scratch.with_part(|parts: &mut HybridParts<T>, _| {
             if mask == Mask::Causal {
-                return self.forward_checked(heads, mask, parts);
+                return self.forward_checked(heads, mask, 0, parts);
             }
             // every query head begins with an empty state
             heads.iter_mut().try_for_each(|head| {
                 let Head { q, k, v, log_decay, probes, out } = head;
-                q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
+                let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
+                heads.try_for_each(|(g, (q, out))| {
                     let head = Head {
                         log_decay: *log_decay,
                         probes: *probes,
                         ..Head::new(q, *k, *v, out)
                     };
-                    self.forward_checked(&mut [head], mask, parts)
+                    self.forward_checked(&mut [head], mask, g, parts)
                 })
             })
         })
@@ -184,6 +187,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         check::at_least_one("value_dim", value_dim)?;
         check::at_least_one("group", group)?;
         check::at_least_one("heads", heads)?;
+        self.config.check_group(group)?;
         let max_heads = match self.sharing() {
             Sharing::Layer { max_heads, .. } => max_heads,
             _ => 1,

@@ -4,7 +4,7 @@ use crate::attention::Attention;
 use crate::attention::call::Head;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
-use crate::attention::softmax::SoftmaxAttention;
+use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::Stream;
 use crate::error::Error;
 use crate::kernel::buffer::{Buffer, padded};

@@ -14,6 +14,7 @@
 //! | [`hybrid`] | a window, sinks and heavy keys, with nothing or features behind |
 //! | [`merged`] | the same with merged entries behind (Ward's method) |
 //! | [`received`] | merged entries that are weighted by the attention received |
+//! | [`options`] | soft caps, linear biases, learned sinks |
 //! | [`block`] | the attention block of the released DiJiang models |
 //!
 //! # Notation
@@ -35,6 +36,7 @@ pub mod features;
 pub mod hybrid;
 pub mod linear;
 pub mod merged;
+pub mod options;
 pub mod positional;
 pub mod received;
 

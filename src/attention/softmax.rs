@@ -1,9 +1,12 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
+pub(crate) mod options;
+
 use crate::attention::call::{Head, one_head};
 use crate::attention::fingerprint::Fingerprint;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
+use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::attention::threads::Threads;
 use crate::attention::{Attention, PairWeights};
@@ -15,67 +18,21 @@ use crate::memory::Memory;
 use crate::memory::answer::Readout;
 use crate::memory::exact::ExactMemory;
 use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
+use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views::{rows, rows_mut};
-use core::marker::PhantomData;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-
-/// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
-///
-/// ```text
-/// o_t = Σ_j e^{scale·q_t·k_j} v_j / Σ_j e^{scale·q_t·k_j},   scale = 1/√head_dim unless set.
-/// ```
-///
-/// Scores are computed tile by tile with a running maximum: there is never an n × n array, and
-/// scores of any finite size give finite output. Time is O(n_q·n_k·(d + d_v)); the stream is a
-/// growing key/value cache.
-///
-/// ```
-/// use dijiang::{Attention, Mask, SoftmaxAttention};
-/// use ndarray::array;
-///
-/// let kernel = SoftmaxAttention::<f64>::new(2)?.with_scale(1.0);
-/// let q = array![[1000.0, 0.0]];
-/// let k = array![[1.0, 0.0], [0.0, 1.0]];
-/// let v = array![[1.0], [2.0]];
-/// let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Full)?;
-/// assert_eq!(out, array![[1.0]]); // e^1000 does not overflow
-///     
-/// # Ok::<(), dijiang::Error>(())
-/// ```
-#[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(bound = ""))]
-pub struct SoftmaxAttention<T> {
-    head_dim: usize,
-    scale: Option<f64>,
-    #[cfg_attr(feature = "serde", serde(skip))]
-    number: PhantomData<T>,
-}
-
-impl<T: Scalar> SoftmaxAttention<T> {
-    /// Softmax attention over queries and keys of `head_dim` columns.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::ZeroSize`] if `head_dim` is 0.
-    pub fn new(head_dim: usize) -> Result<Self, Error> {
-        check::at_least_one("head_dim", head_dim)?;
-        Ok(Self { head_dim, scale: None, number: PhantomData })
-    }
-
-    /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite
-    /// is reported by the first call that would use it.
-    #[must_use]
-    pub fn with_scale(mut self, scale: f64) -> Self {
-        self.scale = Some(scale);
-        self
-    }
-}
 
 /// With fewer scores than this, one thread answers.
 #[cfg(feature = "rayon")]
 const FEWEST_SCORES: usize = 1 << 18;
+
+/// Adds a learned sink to every row, if there is one.
+fn add_sink<T: Scalar>(tile: &mut Tile<T>, logit: Option<T>) {
+    if let Some(logit) = logit {
+        (0..tile.answer.tokens).for_each(|row| _ = tile.answer.add_sink(row, logit));
+    }
+}
 
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
 #[allow(clippy::too_many_arguments)]
@@ -83,7 +40,7 @@ fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
-    scale: T,
+    (scoring, sink_logit): (Scoring<T>, Option<T>),
     first: Option<usize>,
     mut out: ArrayViewMut2<'_, T>,
     #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
@@ -102,7 +59,8 @@ fn answer<T: Scalar>(
             blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
                 let start = block * QUERY_BLOCK;
                 let q = rows(q, start..n.min(start + QUERY_BLOCK));
-                online_softmax(q, k, v, scale, first.map(|first| first + start), tile);
+                online_softmax(q, k, v, scoring, first.map(|first| first + start), tile);
+                add_sink(tile, sink_logit);
                 tile.answer.write(start, Readout::Normalized, out)
             });
         let results: Vec<_> = answered.collect();
@@ -110,7 +68,8 @@ fn answer<T: Scalar>(
     }
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
-        online_softmax(rows(q, start..end), k, v, scale, first.map(|first| first + start), tile);
+        online_softmax(rows(q, start..end), k, v, scoring, first.map(|first| first + start), tile);
+        add_sink(tile, sink_logit);
         tile.answer.write(start, Readout::Normalized, rows_mut(out.view_mut(), start..end))?;
     }
     Ok(())
@@ -133,7 +92,6 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let scale = T::from_f64(check::scale::<T>(self.scale, self.head_dim)?);
         let first = if mask == Mask::Causal { Some(0) } else { None };
         let threads = scratch.threads();
         scratch.with_part(|SoftmaxScratch(tile), _| {
@@ -141,10 +99,12 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
                 head.check_not_gated()?;
                 head.check_forward(self.head_dim, mask)?;
                 head.check_finite()?;
+                let scoring = self.check(head.group_len())?;
                 let Head { q, k, v, out, .. } = head;
-                q.outer_iter()
-                    .zip(out.outer_iter_mut())
-                    .try_for_each(|(q, out)| answer(q, *k, *v, scale, first, out, threads, tile))
+                let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
+                heads.try_for_each(|(g, (q, out))| {
+                    answer(q, *k, *v, self.of_head(scoring, g), first, out, threads, tile)
+                })
             })
         })
     }
@@ -156,9 +116,11 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
         let StreamOptions { value_dim, group, threads, .. } = options;
         options.check_one_head()?;
-        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        let scoring = self.check(group)?;
         Ok(Box::new(SoftmaxStream {
-            cache: ExactMemory::new(self.head_dim, value_dim, scale)?,
+            cache: ExactMemory::new(self.head_dim, value_dim, scoring.scale.as_f64())?,
+            kernel: self.clone(),
+            scoring,
             group,
             threads,
             tile: Tile::new(),
@@ -173,7 +135,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     }
 
     fn sharing(&self) -> Sharing {
-        Sharing::Head
+        if self.differs_by_head() { Sharing::Group } else { Sharing::Head }
     }
 
     fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {
@@ -187,12 +149,15 @@ impl<T: Scalar> PairWeights<T> for SoftmaxAttention<T> {
         q: ArrayView2<'_, T>,
         k: ArrayView2<'_, T>,
     ) -> Result<Array2<f64>, Error> {
-        let scale = check::scale::<T>(self.scale, self.head_dim)?;
+        self.check(1)?;
         check::queries(self.head_dim, q)?;
         check::size("k", "columns", self.head_dim, k.ncols())?;
         check::finite("k", k)?;
-        let (q, k) = (q.mapv(|x| x.as_f64() * scale), k.mapv(T::as_f64));
-        Ok(q.dot(&k.t()))
+        let mut scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t());
+        for ((t, j), score) in scores.indexed_iter_mut() {
+            *score = self.score(*score, [t, j]);
+        }
+        Ok(scores)
     }
 }
 
@@ -200,6 +165,8 @@ impl<T: Scalar> PairWeights<T> for SoftmaxAttention<T> {
 #[derive(Debug)]
 struct SoftmaxStream<T> {
     cache: ExactMemory<T>,
+    kernel: SoftmaxAttention<T>,
+    scoring: Scoring<T>,
     group: usize,
     threads: Threads,
     tile: Tile<T>,
@@ -211,8 +178,8 @@ struct SoftmaxStream<T> {
 
 impl<T: Scalar> Clone for SoftmaxStream<T> {
     fn clone(&self) -> Self {
-        let (cache, tile) = (self.cache.clone(), Tile::new());
-        Self { cache, tile, checkpoint: None, ..*self }
+        let (cache, kernel, tile) = (self.cache.clone(), self.kernel.clone(), Tile::new());
+        Self { cache, kernel, tile, checkpoint: None, ..*self }
     }
 
     fn clone_from(&mut self, source: &Self) {
@@ -246,11 +213,11 @@ impl<T: Scalar> SoftmaxStream<T> {
         let Head { q, k, v, out, .. } = head;
         let before = self.cache.len();
         self.cache.push(*k, *v);
-        let Self { cache, threads, tile, .. } = self;
-        let (keys, values, scale) = (cache.keys(), cache.values(), cache.scale());
-        let mut heads = q.outer_iter().zip(out.outer_iter_mut());
-        let result = heads.try_for_each(|(q, out)| {
-            answer(q, keys, values, scale, Some(before), out, *threads, tile)
+        let Self { cache, kernel, scoring, threads, tile, .. } = self;
+        let (keys, values) = (cache.keys(), cache.values());
+        let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
+        let result = heads.try_for_each(|(g, (q, out))| {
+            answer(q, keys, values, kernel.of_head(*scoring, g), Some(before), out, *threads, tile)
         });
         match result {
             Ok(()) => self.largest = largest,

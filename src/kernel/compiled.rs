@@ -4,7 +4,9 @@
 //! The methods are not generic, so the loops are compiled once, in this crate, at every level; the
 //! crates that use it only call them.
 
-use crate::kernel::loops::{columns, dct, decay, decode, exp, pairs, products, reduce, vectors};
+use crate::kernel::loops::{
+    columns, dct, decay, decode, exp, pairs, products, reduce, scores, vectors,
+};
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
 
@@ -71,4 +73,6 @@ compiled! {
     run_distances: pairs::Distances;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
+    run_soft_cap: scores::SoftCap;
+    run_add_distances: scores::AddDistances;
 }

@@ -18,4 +18,5 @@ pub(crate) mod products;
 pub(crate) mod reduce;
 #[cfg(test)]
 mod samples;
+pub(crate) mod scores;
 pub(crate) mod vectors;

@@ -67,6 +67,10 @@ pub trait Lanes: num_traits::Float + 'static {
     fn vabs<S: Simd>(s: S, a: Self::V<S>) -> Self::V<S>;
     /// 2ˣ for x up to 100, see [`exp2`].
     fn vexp2<S: Simd>(s: S, x: Self::V<S>) -> Self::V<S>;
+    /// 2ˣ − 1 for x that are not positive, see [`exp2`].
+    fn vexp2_minus_1<S: Simd>(s: S, x: Self::V<S>) -> Self::V<S>;
+    /// |a| with the sign of b.
+    fn vwith_sign<S: Simd>(s: S, a: Self::V<S>, b: Self::V<S>) -> Self::V<S>;
     /// Sum of the lanes.
     fn vsum<S: Simd>(s: S, a: Self::V<S>) -> Self;
     /// Maximum of the lanes.

@@ -95,6 +95,14 @@ impl<T: Scalar> Answer<T> {
         add_sums(sums, scalars, numerator, denominator, log_scale);
     }
 
+    /// Adds a token without a value and with this logit to a row; returns the factor of what was
+    /// there.
+    pub(crate) fn add_sink(&mut self, row: usize, logit: T) -> T {
+        let before = self.log_scale[row];
+        self.add_row(row, &[], T::one(), logit);
+        (before - self.log_scale[row]).exp()
+    }
+
     /// The first row whose denominator is not finite: a score has overflowed.
     pub(crate) fn first_overflow(&self) -> Option<usize> {
         self.denominator.iter().take(self.tokens).position(|denominator| !denominator.is_finite())

@@ -5,13 +5,15 @@ use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
 use crate::memory::partial::Partial;
+use crate::memory::scoring::{Scoring, SoftCap};
 use crate::scalar::Scalar;
 use crate::views::rows;
 #[cfg(feature = "serde")]
 use ndarray::Array2;
 use ndarray::ArrayView2;
 
-/// The keys and values of every token absorbed: `w(q, k) = exp(scale·q·k)`, exactly.
+/// The keys and values of every token absorbed: `w(q, k) = exp(scale·q·k)`, exactly, with scores
+/// that are capped if wanted ([`with_soft_cap`](Self::with_soft_cap)).
 ///
 /// It grows by `head_dim + value_dim` numbers a token.
 ///
@@ -40,7 +42,8 @@ use ndarray::ArrayView2;
 pub struct ExactMemory<T> {
     head_dim: usize,
     value_dim: usize,
-    scale: T,
+    soft_cap: Option<f64>,
+    scoring: Scoring<T>,
     keys: Vec<T>,
     values: Vec<T>,
     tokens: usize,
@@ -57,7 +60,26 @@ impl<T: Scalar> ExactMemory<T> {
         check::at_least_one("head_dim", head_dim)?;
         check::at_least_one("value_dim", value_dim)?;
         let scale = T::from_f64(check::scale::<T>(Some(scale), head_dim)?);
-        Ok(Self { head_dim, value_dim, scale, keys: Vec::new(), values: Vec::new(), tokens: 0 })
+        Ok(Self {
+            head_dim,
+            value_dim,
+            soft_cap: None,
+            scoring: Scoring::new(scale),
+            keys: Vec::new(),
+            values: Vec::new(),
+            tokens: 0,
+        })
+    }
+
+    /// Caps the scores softly: `w(q, k) = exp(cap·tanh(scale·q·k/cap))`, see
+    /// [`SoftmaxAttention::with_soft_cap`](crate::SoftmaxAttention::with_soft_cap).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if `cap` is not positive and finite.
+    pub fn with_soft_cap(mut self, cap: f64) -> Result<Self, Error> {
+        (self.scoring.soft_cap, self.soft_cap) = (Some(SoftCap::new(cap)?), Some(cap));
+        Ok(self)
     }
 
     /// The keys `[len, head_dim]`.
@@ -89,15 +111,23 @@ impl<T: Scalar> ExactMemory<T> {
         self.truncate(0);
     }
 
-    /// Appends the tokens of another memory of the same shape and scale.
+    /// Appends the tokens of another memory of the same shape, scale and cap.
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the dimensions differ, [`Error::InvalidOption`] if the scales do.
+    /// [`Error::Shape`] if the dimensions differ, [`Error::InvalidOption`] if the scales or the caps
+    /// do.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check::size("other", "key columns", self.head_dim, other.head_dim)?;
         check::size("other", "value columns", self.value_dim, other.value_dim)?;
-        check::same_scale(self.scale, other.scale)?;
+        check::same_scale(self.scoring.scale, other.scoring.scale)?;
+        if self.soft_cap != other.soft_cap {
+            return Err(Error::InvalidOption {
+                which: "other",
+                found: format!("a memory of soft cap {:?}", other.soft_cap),
+                needed: "a memory of the same soft cap",
+            });
+        }
         self.keys.extend_from_slice(&other.keys);
         self.values.extend_from_slice(&other.values);
         self.tokens += other.tokens;
@@ -109,7 +139,7 @@ impl<T: Scalar> ExactMemory<T> {
     }
 
     pub(crate) fn scale(&self) -> T {
-        self.scale
+        self.scoring.scale
     }
 
     /// Appends tokens that have been checked.
@@ -146,7 +176,7 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         let mut tile = Tile::new();
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
-            online_softmax(q, self.keys(), self.values(), self.scale, None, &mut tile);
+            online_softmax(q, self.keys(), self.values(), self.scoring, None, &mut tile);
             let block = &tile.answer;
             if let Some(i) = block.first_overflow() {
                 return Err(Error::Overflow { which: "a score", row: start + i });
@@ -166,6 +196,8 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
 #[derive(Clone, serde::Serialize, serde::Deserialize)]
 struct SavedExact<T> {
     scale: T,
+    #[serde(default)]
+    soft_cap: Option<f64>,
     keys: Array2<T>,
     values: Array2<T>,
 }
@@ -174,7 +206,8 @@ struct SavedExact<T> {
 impl<T: Scalar> From<ExactMemory<T>> for SavedExact<T> {
     fn from(memory: ExactMemory<T>) -> Self {
         Self {
-            scale: memory.scale,
+            scale: memory.scoring.scale,
+            soft_cap: memory.soft_cap,
             keys: memory.keys().to_owned(),
             values: memory.values().to_owned(),
         }
@@ -187,6 +220,9 @@ impl<T: Scalar> TryFrom<SavedExact<T>> for ExactMemory<T> {
 
     fn try_from(parts: SavedExact<T>) -> Result<Self, Error> {
         let mut memory = Self::new(parts.keys.ncols(), parts.values.ncols(), parts.scale.as_f64())?;
+        if let Some(cap) = parts.soft_cap {
+            memory = memory.with_soft_cap(cap)?;
+        }
         memory.absorb(parts.keys.view(), parts.values.view())?;
         Ok(memory)
     }

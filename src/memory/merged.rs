@@ -171,7 +171,7 @@ impl<T: Scalar> Memory<T> for MergedMemory<T> {
                 reading.set_query(row, q, factor);
                 reading.row(row).copy_from_slice(&self.slots.bias[..used]);
             }
-            attend(&[(&self.slots, used)], q.nrows(), &mut reading);
+            attend(&[(&self.slots, used)], q.nrows(), None, &mut reading);
             if let Some(row) = reading.answer.first_overflow() {
                 return Err(Error::Overflow { which: "a score", row: start + row });
             }

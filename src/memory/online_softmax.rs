@@ -4,6 +4,7 @@ use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::Answer;
+use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views;
 use ndarray::ArrayView2;
@@ -28,6 +29,8 @@ pub(crate) struct Tile<T> {
     keys: Buffer<T>,
     values: Buffer<T>,
     correction: Buffer<T>,
+    /// 0, 1, 2, .. of the queries, or of the keys where there is one query.
+    positions: Buffer<T>,
     pub(crate) answer: Answer<T>,
 }
 
@@ -39,6 +42,7 @@ impl<T: Scalar> Tile<T> {
             keys: Buffer::new(),
             values: Buffer::new(),
             correction: Buffer::new(),
+            positions: Buffer::new(),
             answer: Answer::new(),
         }
     }
@@ -69,9 +73,10 @@ fn contiguous<'a, T: Scalar>(
     copy
 }
 
-/// Sets the answer to `Σ_j exp(scale·q_i·k_j)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
+/// Sets the answer to `Σ_j exp(score_ij)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
 /// tile, for the keys that query `i` sees: all of them, or keys `0..=first + i` if `first` is
-/// given.
+/// given. Query `i` is at position `first + i`; where all keys are seen, every query is at that of
+/// the last key.
 ///
 /// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
 /// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
@@ -80,24 +85,38 @@ pub(crate) fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
-    scale: T,
+    scoring: Scoring<T>,
     first: Option<usize>,
     tile: &mut Tile<T>,
 ) {
     let (n, d) = q.dim();
     let stride = padded::<T>(v.ncols());
-    let base_2 = scale * T::from_f64(core::f64::consts::LOG2_E);
+    let base_2 = scoring.base_2();
     let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
-    let Tile { queries, scores, keys: key_copy, values: value_copy, correction, answer, .. } = tile;
+    let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
+    let Tile { correction, positions, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
     queries.resize(d * width);
     correction.resize(width);
     answer.resize(n, width, stride);
     answer.denominator.fill(T::zero());
     answer.log_scale.fill(T::neg_infinity());
+    if scoring.slope.is_some() {
+        count_up(positions, if n == 1 { KEY_BLOCK_OF_ONE } else { width });
+    }
     if n == 1 {
         queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
-        softmax_of_one(queries, k, v, base_2, keys, scores, key_copy, value_copy, answer);
+        softmax_of_one(
+            queries,
+            k,
+            v,
+            scoring,
+            keys,
+            scores,
+            [key_copy, value_copy],
+            positions,
+            answer,
+        );
     } else {
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (0..keys).step_by(KEY_BLOCK) {
@@ -107,7 +126,8 @@ pub(crate) fn online_softmax<T: Scalar>(
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
-            score(k, queries, d, width, offset, scores);
+            let last = keys - 1 - start;
+            score(k, queries, d, width, offset, last, scoring, positions, scores);
             let changed = kernel::online_softmax(
                 scores,
                 &mut answer.log_scale,
@@ -127,14 +147,30 @@ pub(crate) fn online_softmax<T: Scalar>(
     answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
 }
 
-/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key.
-#[allow(clippy::cast_sign_loss, clippy::cast_possible_wrap)]
+/// Writes 0, 1, 2, .. up to `count` numbers.
+#[allow(clippy::cast_precision_loss)] // sizes of tiles
+fn count_up<T: Scalar>(positions: &mut Buffer<T>, count: usize) {
+    positions.resize(count);
+    positions.iter_mut().enumerate().for_each(|(i, position)| *position = T::from_f64(i as f64));
+}
+
+/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key. `last_key` is the last key
+/// that any query sees, counted from the first of the tile.
+#[allow(
+    clippy::too_many_arguments,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    clippy::cast_precision_loss
+)]
 fn score<T: Scalar>(
     k: &[T],
     queries: &[T],
     d: usize,
     width: usize,
     offset: Option<isize>,
+    last_key: usize,
+    scoring: Scoring<T>,
+    positions: &[T],
     scores: &mut [T],
 ) {
     let count = scores.len() / width;
@@ -163,6 +199,20 @@ fn score<T: Scalar>(
                 into: Epilogue::Set,
             }
             .run();
+            if let Some(cap) = scoring.soft_cap {
+                rows.chunks_exact_mut(width).for_each(|row| cap.apply(&mut row[from..]));
+            }
+            if let Some(slope) = scoring.slope {
+                for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
+                    // minus the distance: of query t it is t + offset − key, or last_key − key
+                    let (of_0, step) = match offset {
+                        Some(offset) => (key.cast_signed() - offset, -T::one()),
+                        None => (key.cast_signed() - last_key.cast_signed(), T::zero()),
+                    };
+                    let line = [T::from_f64(of_0 as f64), step];
+                    kernel::add_distances(&mut row[from..], &positions[from..], line, slope);
+                }
+            }
         }
         if !all_seen {
             for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
@@ -211,16 +261,16 @@ fn add_values<T: Scalar>(
 }
 
 /// One query: a decode step.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::cast_precision_loss)]
 fn softmax_of_one<T: Scalar>(
     q: &[T],
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
-    base_2: T,
+    scoring: Scoring<T>,
     keys: usize,
     scores: &mut Buffer<T>,
-    key_copy: &mut Buffer<T>,
-    value_copy: &mut Buffer<T>,
+    [key_copy, value_copy]: [&mut Buffer<T>; 2],
+    positions: &[T],
     answer: &mut Answer<T>,
 ) {
     let Answer { numerator, denominator, log_scale, .. } = answer;
@@ -232,7 +282,14 @@ fn softmax_of_one<T: Scalar>(
         let k = contiguous(k, start, count, q.len(), key_copy);
         let v = contiguous(v, start, count, value_dim, value_copy);
         let scores = &mut scores[..count];
-        kernel::rows_dot(base_2, q, k, scores);
+        kernel::rows_dot(scoring.base_2(), q, k, scores);
+        if let Some(cap) = scoring.soft_cap {
+            cap.apply(scores);
+        }
+        if let Some(slope) = scoring.slope {
+            let to_first = T::from_f64((keys - 1 - start) as f64);
+            kernel::add_distances(scores, positions, [-to_first, T::one()], slope);
+        }
         let old = log_scale[0];
         let new = old.max(kernel::max(scores));
         kernel::exp2_slice(scores, new);

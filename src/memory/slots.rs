@@ -5,6 +5,7 @@ use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::Answer;
+use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
@@ -148,13 +149,21 @@ impl<T: Scalar> Slots<T> {
 pub(crate) struct Reading<T> {
     pub(crate) queries: Buffer<T>,
     pub(crate) scores: Buffer<T>,
+    /// Products that are capped before they are added to the scores.
+    products: Buffer<T>,
     pub(crate) width: usize,
     pub(crate) answer: Answer<T>,
 }
 
 impl<T: Scalar> Reading<T> {
     pub(crate) fn new() -> Self {
-        Self { queries: Buffer::new(), scores: Buffer::new(), width: 0, answer: Answer::new() }
+        Self {
+            queries: Buffer::new(),
+            scores: Buffer::new(),
+            products: Buffer::new(),
+            width: 0,
+            answer: Answer::new(),
+        }
     }
 
     pub(crate) fn prepare(&mut self, rows: usize, head_dim: usize, width: usize, value_dim: usize) {
@@ -180,17 +189,24 @@ impl<T: Scalar> Reading<T> {
 }
 
 /// Sets the answer to `Σ_s 2^(bias_s + q·k_s)·(v_s, 1)` over the first slots of several sets, as
-/// many as given: whole cache lines.
+/// many as given: whole cache lines. With a soft cap `q·k_s` is capped, and the bias is not.
 ///
 /// A row gets the same bits whatever the number of rows: products and sums of a row do not depend
 /// on the others.
 pub(crate) fn attend<T: Scalar>(
     sets: &[(&Slots<T>, usize)],
     rows: usize,
+    soft_cap: Option<SoftCap<T>>,
     reading: &mut Reading<T>,
 ) {
-    let Reading { queries, scores, width, answer } = reading;
+    let Reading { queries, scores, products, width, answer } = reading;
     let width = *width;
+    let target = if soft_cap.is_some() {
+        products.resize(rows * width);
+        &mut *products
+    } else {
+        &mut *scores
+    };
     let mut offset = 0;
     for (slots, used) in sets {
         if *used > 0 {
@@ -201,13 +217,17 @@ pub(crate) fn attend<T: Scalar>(
                 a: Matrix::rows(queries, slots.head_dim),
                 b: &slots.keys,
                 ldb: slots.capacity,
-                c: &mut scores[offset..],
+                c: &mut target[offset..],
                 ldc: width,
-                into: Epilogue::Add,
+                into: if soft_cap.is_some() { Epilogue::Set } else { Epilogue::Add },
             }
             .run();
         }
         offset += used;
+    }
+    if let Some(cap) = soft_cap {
+        cap.apply(products);
+        kernel::add_scaled(scores, T::one(), products);
     }
     for (i, row) in scores.chunks_exact_mut(width.max(1)).enumerate().take(rows) {
         let largest = kernel::max(row);

@@ -5,6 +5,7 @@ use crate::common::{assert_close, golden, matrix, vector};
 use dijiang::attention::naive::features::{self, Features, TaylorCalibration};
 use dijiang::attention::naive::hybrid::{self, Near};
 use dijiang::attention::naive::merged::{self, Entry, Ward, ward};
+use dijiang::attention::naive::options::Options;
 use dijiang::attention::naive::received::{self, Head, Metric, Received, State};
 use dijiang::attention::naive::{self, block, linear};
 use dijiang::{DctFeatures, Mask};
@@ -309,7 +310,12 @@ fn merged_by_ward() {
         let near = Near::new(number(&case["window"]), number(&case["sinks"]));
         let (entries, metric) = (number(&case["entries_max"]), matrix(&case["R"]));
         let weights = vector(&case["a"]);
-        let rule = Ward { entries, weights: weights.clone(), metric: Some(metric.clone()) };
+        let rule = Ward {
+            entries,
+            weights: weights.clone(),
+            metric: Some(metric.clone()),
+            options: Options::default(),
+        };
         let out = ward([&q, &k, &v], scale, &near, &rule, Mask::Causal);
         assert_close(name(case), &out, &matrix(&case["output"]), units(1e-11));
         // the list, step by step
@@ -343,6 +349,7 @@ fn merged_by_received_attention() {
             min_age: number(&case["min_age"]),
             value_weight: case["beta"].as_f64().unwrap().powi(2),
             metric: Metric::Identity,
+            options: Options::default(),
         };
         let out = received::received(&q, &k, &v, scale, &near, &rule);
         for (found, exact) in out.iter().zip(case["output"].as_array().unwrap()) {

@@ -2,6 +2,7 @@
 
 use crate::common::hybrid::{FarFormula, HybridFormula};
 use crate::common::{RECEIVED, assert_close, hybrid, normal, tokens};
+use dijiang::attention::naive::options::Options;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, Far, Head, HybridAttention, Mask, Merged,
     Metric, MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamOptions, StreamState,
@@ -13,7 +14,8 @@ use std::sync::Arc;
 
 fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
     let far = FarFormula::Merged(crate::common::hybrid::Received { block, ..RECEIVED });
-    HybridFormula { window, sinks, heavy: 0, far, calibration: None, metric: None }
+    let options = Options::default();
+    HybridFormula { window, sinks, heavy: 0, far, calibration: None, metric: None, options }
 }
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {

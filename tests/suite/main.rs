@@ -20,6 +20,7 @@ mod hybrid;
 mod layer_streams;
 mod multi_head;
 mod needle_cli;
+mod options;
 mod peers_bugs;
 mod positions;
 mod promises;

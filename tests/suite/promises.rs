@@ -2,7 +2,9 @@
 
 use crate::common::alibi::alibi_subject;
 use crate::common::checker::{check_attention, check_feature_map, feed};
-use crate::common::{MAPS, SIGNED_MAPS, map, subjects, tokens, written_subjects};
+use crate::common::{
+    MAPS, SIGNED_MAPS, map, optional_subjects, subjects, tokens, written_subjects,
+};
 use dijiang::{Attention, LinearAttention, Mask};
 use proptest::prelude::*;
 
@@ -10,6 +12,15 @@ use proptest::prelude::*;
 fn every_attention_keeps_its_promises() {
     for (d, m) in [(8, 20), (1, 1), (3, 7), (16, 16)] {
         for subject in subjects(d, m) {
+            check_attention(&subject);
+        }
+    }
+}
+
+#[test]
+fn every_attention_with_options_keeps_its_promises() {
+    for (d, m) in [(8, 20), (1, 1), (3, 7)] {
+        for subject in optional_subjects(d, m) {
             check_attention(&subject);
         }
     }

@@ -165,3 +165,87 @@ fn is_stored_and_checked_when_restored() {
         serde_json::from_str::<Rotary>(&text.replace("\"head_dim\":8", "\"head_dim\":2")).is_err()
     );
 }
+
+/// LLaMA 3.2 1B: 15 pairs stay, 14 are divided, and those between are between.
+#[test]
+fn the_scaling_of_llama_3() {
+    let rotary = Rotary::new(64).unwrap().with_base(5e5).unwrap();
+    let (factor, low, high, old) = (32.0, 1.0, 4.0, 8192.0);
+    let formula = |&f: &f64| {
+        let wavelength = std::f64::consts::TAU / f;
+        if wavelength < old / high {
+            f
+        } else if wavelength > old / low {
+            f / factor
+        } else {
+            let smooth = (old / wavelength - low) / (high - low);
+            (1.0 - smooth) * f / factor + smooth * f
+        }
+    };
+    let scaled = rotary.clone().with_llama3_scaling(factor, low, high, 8192).unwrap();
+    let pairs = rotary.frequencies().iter().zip(scaled.frequencies());
+    for (i, (old, new)) in pairs.enumerate() {
+        assert!((new / formula(old) - 1.0).abs() < 1e-14, "{i}");
+        match i {
+            0..=14 => assert_eq!(new, old),
+            18.. => assert_eq!(*new, old / 32.0),
+            _ => assert!(*new < *old && *new > old / 32.0),
+        }
+    }
+    let bad = |factor, low, high, old| {
+        let error = rotary.clone().with_llama3_scaling(factor, low, high, old).unwrap_err();
+        assert!(matches!(error, Error::InvalidOption { .. }), "{error}");
+    };
+    bad(0.0, 1.0, 4.0, 8192);
+    bad(f64::NAN, 1.0, 4.0, 8192);
+    bad(8.0, 0.0, 4.0, 8192);
+    bad(8.0, 4.0, 4.0, 8192);
+    bad(8.0, 4.0, 1.0, 8192);
+    bad(8.0, 1.0, f64::INFINITY, 8192);
+    bad(8.0, 1.0, 4.0, 0);
+}
+
+#[test]
+fn linear_scaling_divides_positions() {
+    let rotary = Rotary::new(16).unwrap();
+    let scaled = rotary.clone().with_linear_scaling(4.0).unwrap();
+    let x = normal::<f64>(1, 16, 1.0, 1);
+    let at = |rotary: &Rotary, position| {
+        let mut x = x.clone();
+        rotary.rotate_in_place(x.view_mut(), position).unwrap();
+        x
+    };
+    assert_close("a quarter", &at(&scaled, 400), &at(&rotary, 100), 64.0);
+    for factor in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-20] {
+        assert!(rotary.clone().with_linear_scaling(factor).is_err(), "{factor}");
+    }
+}
+
+/// The released code of YaRN: fast pairs stay, slow ones are interpolated, a ramp between.
+#[test]
+fn the_scaling_of_yarn() {
+    let (dims, base, factor, old) = (128, 1e6_f64, 4.0, 32_768.0);
+    let rotary = Rotary::new(dims).unwrap().with_base(base).unwrap();
+    let scaled = rotary.clone().with_yarn_scaling(factor, 32_768, 32.0, 1.0).unwrap();
+    let dim = |rotations: f64| {
+        dims as f64 * (old / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * base.ln())
+    };
+    let (low, high) = (dim(32.0).floor(), dim(1.0).ceil());
+    assert_eq!((low, high), (23.0, 40.0));
+    for (i, new) in scaled.frequencies().iter().enumerate() {
+        let extrapolated = base.powf(-2.0 * i as f64 / dims as f64);
+        let mask = 1.0 - ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+        let exact = extrapolated / factor * (1.0 - mask) + extrapolated * mask;
+        assert!((new / exact - 1.0).abs() < 1e-13, "{i}: {new} {exact}");
+    }
+    let bad = |base, factor, old, fast, slow| {
+        let rotary = Rotary::new(8).unwrap().with_base(base).unwrap();
+        assert!(rotary.with_yarn_scaling(factor, old, fast, slow).is_err());
+    };
+    bad(1.0, 4.0, 4096, 32.0, 1.0);
+    bad(1e4, 0.0, 4096, 32.0, 1.0);
+    bad(1e4, 4.0, 0, 32.0, 1.0);
+    bad(1e4, 4.0, 4096, 1.0, 32.0);
+    bad(1e4, 4.0, 4096, f64::NAN, 1.0);
+    bad(1e4, 4.0, 4096, 32.0, 0.0);
+}

@@ -186,3 +186,30 @@ fn damaged_data_is_refused() {
     assert!(serde_json::from_str::<DctFeatures<f64>>(&huge).is_err());
     assert!(serde_json::from_str::<TaylorFeatures<f64>>("0").is_err());
 }
+
+/// Options of softmax attention are saved; what was saved before there were any is read.
+#[test]
+fn options_of_softmax_attention() {
+    let plain = SoftmaxAttention::<f32>::new(8).unwrap();
+    let kernel = plain.clone().with_scale(0.3).with_soft_cap(50.0).unwrap();
+    let kernel = kernel.with_sink_logits(vec![0.5, -1.0]).unwrap();
+    let kernel = kernel.with_alibi_slope(0.25).unwrap();
+    assert_eq!(round_trip(&kernel), kernel);
+    let old: SoftmaxAttention<f32> =
+        serde_json::from_str(r#"{"head_dim": 8, "scale": null}"#).unwrap();
+    assert_eq!(old, plain);
+    // A file that was changed by hand, or written for another number type, is found out.
+    let bad: SoftmaxAttention<f32> =
+        serde_json::from_str(r#"{"head_dim": 8, "scale": null, "soft_cap": -1.0}"#).unwrap();
+    assert!(bad.stream(2).is_err());
+
+    let mut memory = ExactMemory::<f64>::new(2, 1, 1.0).unwrap().with_soft_cap(3.0).unwrap();
+    let x = normal::<f64>(5, 2, 1.0, 1);
+    memory.absorb(x.view(), x.slice(ndarray::s![.., ..1])).unwrap();
+    assert_eq!(round_trip(&memory), memory);
+    let mut saved = serde_json::to_value(&memory).unwrap();
+    saved.as_object_mut().unwrap().remove("soft_cap");
+    let old: ExactMemory<f64> = serde_json::from_value(saved).unwrap();
+    assert_eq!(old.keys(), memory.keys());
+    assert_ne!(old, memory);
+}

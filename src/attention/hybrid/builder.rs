@@ -9,14 +9,23 @@ use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
 use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
+use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
 use std::sync::Arc;
+
+const CAPPED_FEATURES: Error = Error::Unsupported {
+    what: "a soft cap with features or Taylor as the far memory",
+    why: "products of features estimate the exponential of the plain score; use `Far::merged`, \
+          `Far::ward` or `Far::none`",
+};
 
 /// Options of a [`HybridAttention`].
 #[derive(Clone, Debug)]
 pub struct HybridBuilder<T: Scalar> {
     head_dim: usize,
     scale: Option<f64>,
+    soft_cap: Option<f64>,
+    sink_logits: Option<Vec<f64>>,
     window: usize,
     sinks: usize,
     heavy: usize,
@@ -32,6 +41,8 @@ impl<T: Scalar> HybridAttention<T> {
         HybridBuilder {
             head_dim,
             scale: None,
+            soft_cap: None,
+            sink_logits: None,
             window: 64,
             sinks: 4,
             heavy: 0,
@@ -79,6 +90,44 @@ impl<T: Scalar> HybridBuilder<T> {
         self
     }
 
+    /// Caps the scores softly, see
+    /// [`SoftmaxAttention::with_soft_cap`](crate::SoftmaxAttention::with_soft_cap). Entries that
+    /// stand for n tokens are read with the logit `cap·tanh(scale·q·k̄/cap) + ln n`. Sums of
+    /// features estimate the exponential of the plain score and cannot be capped;
+    /// a [memory of your own](Far::memory) caps its scores itself. Calibrations know of no cap:
+    /// they only rank and weigh keys.
+    ///
+    /// ```
+    /// use dijiang::{Far, HybridAttention};
+    ///
+    /// let gemma_2 = HybridAttention::<f32>::builder(256).window(512).soft_cap(50.0);
+    /// let kernel = gemma_2.clone().far(Far::merged(64)).build()?;
+    /// assert!(gemma_2.far(Far::features(dijiang::Performer::new(256, 64, 0)?)).build().is_err());
+    /// # let _ = kernel;
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn soft_cap(mut self, cap: f64) -> Self {
+        self.soft_cap = Some(cap);
+        self
+    }
+
+    /// Adds a learned sink to the normaliser, see
+    /// [`SoftmaxAttention::with_sink_logit`](crate::SoftmaxAttention::with_sink_logit): all-ones
+    /// values then give less than ones. It is no token, and apart from [`sinks`](Self::sinks).
+    #[must_use]
+    pub fn sink_logit(self, logit: f64) -> Self {
+        self.sink_logits(vec![logit])
+    }
+
+    /// As [`sink_logit`](Self::sink_logit), with one logit for each query head of a group, see
+    /// [`SoftmaxAttention::with_sink_logits`](crate::SoftmaxAttention::with_sink_logits).
+    #[must_use]
+    pub fn sink_logits(mut self, logits: Vec<f64>) -> Self {
+        self.sink_logits = Some(logits);
+        self
+    }
+
     /// Sets the calibration of heavy keys, and of the far memory if it has none of its own.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
@@ -94,11 +143,16 @@ impl<T: Scalar> HybridBuilder<T> {
     /// an option is out of range or excluded by another, nothing could be kept at all, a
     /// calibration is missing or is one of another head dimension or scale, or sizes are so large
     /// that the state cannot be counted; [`Error::Shape`] if the map has another head dimension;
+    /// [`Error::Unsupported`] if there is a soft cap and sums of features behind;
     /// the errors of [`CalibratedTaylor::new`](crate::CalibratedTaylor::new).
     pub fn build(self) -> Result<HybridAttention<T>, Error> {
         let Self { head_dim, window, sinks, heavy, far, .. } = self;
         check::at_least_one("head_dim", head_dim)?;
         let scale = check::scale::<T>(self.scale, head_dim)?;
+        let soft_cap = self.soft_cap.map(SoftCap::new).transpose()?;
+        if let Some(logits) = &self.sink_logits {
+            check::sink_logits::<T>(logits)?;
+        }
         far.check()?;
         if !far.shares_calibration() && heavy == 0 && self.calibration.is_some() {
             return Err(Error::InvalidOption {
@@ -125,6 +179,9 @@ impl<T: Scalar> HybridBuilder<T> {
         }
         let block = far.block();
         let kind = far.kind(head_dim, scale, calibration.map(|calibration| &**calibration))?;
+        if soft_cap.is_some() && matches!(kind, FarKind::Linear(_)) {
+            return Err(CAPPED_FEATURES);
+        }
         if matches!(kind, FarKind::None) && window == 0 && sinks == 0 && heavy == 0 {
             return Err(Error::InvalidOption {
                 which: "window",
@@ -140,6 +197,9 @@ impl<T: Scalar> HybridBuilder<T> {
         let config = Config {
             head_dim,
             scale,
+            soft_cap,
+            cap: self.soft_cap,
+            sink_logits: self.sink_logits.unwrap_or_default(),
             window,
             sinks,
             heavy,

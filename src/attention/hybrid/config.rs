@@ -8,6 +8,7 @@ use crate::features::FeatureMap;
 use crate::kernel::buffer::Buffer;
 use crate::memory::Memory;
 use crate::memory::merged::rule::{Distance, MOST_ENTRIES, Rule, check_entries};
+use crate::memory::scoring::SoftCap;
 use crate::memory::slots::room_for;
 use crate::scalar::Scalar;
 use core::fmt;
@@ -50,6 +51,11 @@ pub(super) enum FarKind<T: Scalar> {
 pub(crate) struct Config<T: Scalar> {
     pub(super) head_dim: usize,
     pub(super) scale: f64,
+    pub(super) soft_cap: Option<SoftCap<T>>,
+    /// The same, as it was given.
+    pub(super) cap: Option<f64>,
+    /// None, one, or one for each query head of a group.
+    pub(super) sink_logits: Vec<f64>,
     pub(super) window: usize,
     pub(super) sinks: usize,
     pub(super) heavy: usize,
@@ -97,6 +103,8 @@ impl<T: Scalar> fmt::Debug for Config<T> {
         f.debug_struct("Config")
             .field("head_dim, window, sinks, heavy, block", &sizes)
             .field("scale", &self.scale)
+            .field("soft_cap", &self.cap)
+            .field("sink_logits", &self.sink_logits)
             .field("far", far)
             .finish_non_exhaustive()
     }
@@ -106,6 +114,20 @@ impl<T: Scalar> Config<T> {
     /// The factor of queries: scores are to base 2.
     pub(super) fn factor(&self) -> T {
         T::from_f64(self.scale * core::f64::consts::LOG2_E)
+    }
+
+    /// The learned sink of a query head.
+    pub(super) fn sink_logit(&self, query_head: usize) -> Option<T> {
+        let logit = self.sink_logits.get(query_head).or(self.sink_logits.first());
+        logit.map(|logit| T::from_f64(*logit))
+    }
+
+    /// Refuses groups of other query heads than there are learned sinks.
+    pub(super) fn check_group(&self, group: usize) -> Result<(), Error> {
+        match self.sink_logits.len() {
+            0 | 1 => Ok(()),
+            sinks => check::size("q", "heads", sinks, group),
+        }
     }
 
     /// Whether tokens that leave the window are just dropped.
@@ -125,6 +147,7 @@ impl<T: Scalar> Config<T> {
                 (rule, decay, min_age)
             }
             FarKind::Own(_) => return Sharing::Group,
+            _ if self.sink_logits.len() > 1 => return Sharing::Group,
             _ => return Sharing::Head,
         };
         let metric = match rule.metric {
@@ -134,11 +157,12 @@ impl<T: Scalar> Config<T> {
         };
         let fits = metric != "calibrated" && self.heavy == 0 && rule.entries >= LEAST_ENTRIES;
         let most = MOST_ENTRIES.saturating_sub(rule.block) / rule.entries;
-        let Self { head_dim, window, sinks, heavy, block, scale, .. } = self;
+        let Self { head_dim, window, sinks, heavy, block, scale, cap, sink_logits, .. } = self;
         Sharing::Layer {
             options: format!(
                 "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, \
-                 block {block}, scale {scale}, entries {}, metric {metric}, decay {decay}, \
+                 block {block}, scale {scale}, soft_cap {cap:?}, sink_logits {sink_logits:?}, \
+                 entries {}, metric {metric}, decay {decay}, \
                  min_age {min_age}, value_weight {}",
                 rule.entries, rule.value_weight
             ),

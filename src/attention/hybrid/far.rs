@@ -91,7 +91,8 @@ impl<T: Scalar> Far<T> {
     /// A memory of your own: `make(value_dim, scale)` makes an empty one for each stream. Tokens
     /// are given to it one by one as they leave, and each step reads it. `absorb` must leave it
     /// unchanged where it fails. Before each call of a stream it is cloned, to go back to if the
-    /// call fails.
+    /// call fails. In a hybrid with a [soft cap](crate::HybridBuilder::soft_cap) it caps its scores
+    /// itself.
     ///
     /// ```
     /// use dijiang::{Attention, ExactMemory, Far, HybridAttention, Mask, SoftmaxAttention};

@@ -84,7 +84,8 @@ impl<T: Scalar> HybridState<T> {
             }
             self.tokens += 1;
             for (head, call) in calls.iter_mut().enumerate() {
-                self.read(config, Steps { head, start, run, causal: true }, call, scratch)?;
+                let steps = Steps { head, start, run, causal: true, query_head: 0 };
+                self.read(config, steps, call, scratch)?;
             }
             if config.is_window_only() {
                 for gone in config.expired(first, self.tokens) {
@@ -97,10 +98,12 @@ impl<T: Scalar> HybridState<T> {
         Ok(())
     }
 
-    /// Attention of every query to all keys, which are taken in first; of one head, which is empty.
+    /// Attention of every query of a query head to all keys, which are taken in first; the state is
+    /// empty.
     pub(super) fn full(
         &mut self,
         config: &Config<T>,
+        query_head: usize,
         call: &mut Head<'_, T>,
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
@@ -117,7 +120,8 @@ impl<T: Scalar> HybridState<T> {
         }
         let n = call.q.len_of(Axis(1));
         for start in (0..n).step_by(MOST_ROWS) {
-            let steps = Steps { head: 0, start, run: MOST_ROWS.min(n - start), causal: false };
+            let run = MOST_ROWS.min(n - start);
+            let steps = Steps { head: 0, start, run, causal: false, query_head };
             self.read(config, steps, call, scratch)?;
         }
         Ok(())

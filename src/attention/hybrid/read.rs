@@ -22,6 +22,8 @@ pub(super) struct Steps {
     pub(super) run: usize,
     /// Whether the last of these steps is the newest token, and none sees those after it.
     pub(super) causal: bool,
+    /// The first query head of the call, of those of the group.
+    pub(super) query_head: usize,
 }
 
 impl Steps {
@@ -46,7 +48,7 @@ impl<T: Scalar> HybridState<T> {
         call: &mut Head<'_, T>,
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
-        let Steps { head, start, run, causal } = steps;
+        let Steps { head, start, run, causal, query_head } = steps;
         let group = call.q.len_of(Axis(0));
         let rows = run * group;
         let near = &self.near[head];
@@ -71,7 +73,7 @@ impl<T: Scalar> HybridState<T> {
                 merged.copy_from_slice(&slots.bias[..far]);
             }
         }
-        attend(&[(&near.slots, own), (slots, far)], rows, reading);
+        attend(&[(&near.slots, own), (slots, far)], rows, config.soft_cap, reading);
         if let Some(row) = reading.answer.first_overflow() {
             return Err(Error::Overflow { which: "a score", row: start + row / group });
         }
@@ -79,6 +81,12 @@ impl<T: Scalar> HybridState<T> {
         self.far
             .add_to(steps.asked(call), &mut reading.answer, far_scratch)
             .map_err(|error| error.in_chunk(start))?;
+        for row in 0..rows {
+            if let Some(logit) = config.sink_logit(query_head + row % group) {
+                let factor = reading.answer.add_sink(row, logit);
+                kernel::scale(reading.row(row), factor); // they stay in its units
+            }
+        }
         for (row, inverse) in inverse.iter_mut().enumerate() {
             *inverse = divisor(reading.answer.denominator[row], start + row / group)?.recip();
         }

@@ -2,6 +2,7 @@
 //! Ward's rule.
 
 use super::hybrid::{Held, Near};
+use super::options::{Options, soft_capped};
 use crate::mask::Mask;
 use ndarray::{Array1, Array2, ArrayView1};
 
@@ -178,15 +179,17 @@ fn mutual_pairs(h: usize, list: &[Entry], cost: impl Fn(&Entry, &Entry) -> f64) 
 /// o = Σ_near e^{q·k_j} v_j + Σ_i n_i e^{q·key_i} value_i    over the same without v
 /// ```
 ///
-/// The query is scaled as it must be for these keys.
+/// The query is scaled as it must be for these keys. A cap is for the products `q·k`, before `ln
+/// n_i` is added to them; a learned sink adds to what is divided by.
 ///
 /// ```
 /// use dijiang::attention::naive::merged::{self, Entry};
+/// use dijiang::attention::naive::options::Options;
 /// use ndarray::array;
 ///
 /// let entry = Entry { count: 3.0, ..Entry::token(array![0.0].view(), array![4.0].view(), 1.0) };
 /// let (query, k, v) = (array![1.0], array![[0.0]], array![[8.0]]);
-/// let (shares, out) = merged::read(query.view(), &[0], &k, &v, &[entry]);
+/// let (shares, out) = merged::read(query.view(), &[0], &k, &v, &[entry], Options::default());
 /// assert_eq!((shares, out), (vec![0.25, 0.75], array![5.0]));
 /// ```
 #[must_use]
@@ -196,11 +199,13 @@ pub fn read(
     k: &Array2<f64>,
     v: &Array2<f64>,
     entries: &[Entry],
+    Options { soft_cap, sink_logit }: Options,
 ) -> (Vec<f64>, Array1<f64>) {
-    let mut logs: Vec<f64> = exact.iter().map(|&j| query.dot(&k.row(j))).collect();
-    logs.extend(entries.iter().map(|entry| query.dot(&entry.key) + entry.count.ln()));
-    let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let total: f64 = logs.iter().map(|l| (l - largest).exp()).sum();
+    let score = |key: ArrayView1<'_, f64>| soft_capped(query.dot(&key), soft_cap);
+    let mut logs: Vec<f64> = exact.iter().map(|&j| score(k.row(j))).collect();
+    logs.extend(entries.iter().map(|entry| score(entry.key.view()) + entry.count.ln()));
+    let largest = logs.iter().copied().chain(sink_logit).fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = logs.iter().copied().chain(sink_logit).map(|l| (l - largest).exp()).sum();
     let shares: Vec<f64> = logs.iter().map(|l| (l - largest).exp() / total).collect();
     let values = exact.iter().map(|&j| v.row(j));
     let values = values.chain(entries.iter().map(|entry| entry.value.view()));
@@ -220,6 +225,8 @@ pub struct Ward {
     pub weights: Array1<f64>,
     /// `R`, of the squared distance `|R Δkey|²`; `None` for the identity.
     pub metric: Option<Array2<f64>>,
+    /// How entries are read.
+    pub options: Options,
 }
 
 /// Near keys exactly and the others as at most `entries` merged entries, with weights that reading
@@ -236,12 +243,13 @@ pub struct Ward {
 /// reads what is left after all keys.
 ///
 /// ```
-/// use dijiang::{Mask, attention::naive::{hybrid::Near, merged::{self, Ward}}};
+/// use dijiang::{Mask, attention::naive::{hybrid::Near, merged::{self, Ward}, options::Options}};
 /// use ndarray::{Array1, array};
 ///
 /// // keys 0, 1, 9 become the entries 0.5 (twice) and 9, which a query of 0 sees alike
 /// let (q, k, v) = (array![[0.0]], array![[0.0], [1.0], [9.0]], array![[1.0], [3.0], [8.0]]);
-/// let ward = Ward { entries: 2, weights: Array1::ones(3), metric: None };
+/// let options = Options::default();
+/// let ward = Ward { entries: 2, weights: Array1::ones(3), metric: None, options };
 /// let out = merged::ward([&q, &k, &v], 1.0, &Near::new(0, 0), &ward, Mask::Full);
 /// assert!((out[[0, 0]] - 4.0).abs() < 1e-15);
 /// ```
@@ -277,7 +285,7 @@ pub fn ward(
         entries.extend(held.step(near, t).into_iter().map(token));
         make_room(&mut entries);
         if mask == Mask::Causal {
-            out.row_mut(t).assign(&read(q.row(t), &held.exact(), k, v, &entries).1);
+            out.row_mut(t).assign(&read(q.row(t), &held.exact(), k, v, &entries, rule.options).1);
         }
     }
     if mask == Mask::Full {
@@ -285,7 +293,7 @@ pub fn ward(
         entries.extend(held.window.drain(..).map(token));
         make_room(&mut entries);
         for (q, mut row) in q.outer_iter().zip(out.outer_iter_mut()) {
-            row.assign(&read(q, &held.exact(), k, v, &entries).1);
+            row.assign(&read(q, &held.exact(), k, v, &entries, rule.options).1);
         }
     }
     out

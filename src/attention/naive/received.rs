@@ -3,6 +3,7 @@
 
 use super::hybrid::{Held, Near};
 use super::merged::{Entry, read, reduce, ward_cost};
+use super::options::Options;
 use ndarray::{Array1, Array2};
 
 /// Tokens behind the sinks that set the units of distances.
@@ -39,6 +40,8 @@ pub struct Received {
     pub value_weight: f64,
     /// The distance between keys.
     pub metric: Metric,
+    /// How entries are read.
+    pub options: Options,
 }
 
 /// One head of keys and values with its far memory, as it goes.
@@ -154,7 +157,8 @@ fn answer(
     let mut probabilities = Array1::<f64>::zeros(exact.len() + state.entries.len());
     let mut out = Vec::new();
     for q in head.queries {
-        let (shares, mean) = read(q.row(t), &exact, head.keys, head.values, &state.entries);
+        let (shares, mean) =
+            read(q.row(t), &exact, head.keys, head.values, &state.entries, rule.options);
         probabilities += &Array1::from(shares);
         out.push(mean);
     }
@@ -186,11 +190,13 @@ fn answer(
 /// Returns their outputs. Tokens must come in order, from `t = 0`.
 ///
 /// ```
+/// use dijiang::attention::naive::options::Options;
 /// use dijiang::attention::naive::{hybrid::Near, received::{self, Head, Metric, Received, State}};
 /// use ndarray::array;
 ///
 /// let rule = Received {
 ///     entries: 1, gamma: 0.5, min_age: 0, value_weight: 0.0, metric: Metric::Identity,
+///     options: Options::default(),
 /// };
 /// let (q, k, v) = ([array![[0.0], [0.0]]], array![[1.0], [2.0]], array![[1.0], [3.0]]);
 /// let head = Head { queries: &q, keys: &k, values: &v };
@@ -232,12 +238,14 @@ pub fn step(
 /// query heads.
 ///
 /// ```
+/// use dijiang::attention::naive::options::Options;
 /// use dijiang::{Mask, attention::naive::{self, hybrid::Near, received::{self, Metric, Received}}};
 /// use ndarray::array;
 ///
 /// // while nothing has merged, it is softmax attention
 /// let rule = Received {
 ///     entries: 2, gamma: 0.98, min_age: 16, value_weight: 4.0, metric: Metric::QueryDiagonal,
+///     options: Options::default(),
 /// };
 /// let (x, v) = (array![[0.1], [0.7], [-0.4]], array![[1.0], [2.0], [3.0]]);
 /// let out = received::received(&[x.clone()], &x, &v, 1.0, &Near::new(1, 0), &rule);
@@ -274,11 +282,13 @@ pub fn received(
 /// `q [head][group]`, `k [head]` and `v [head]` give outputs `[head][group]`.
 ///
 /// ```
+/// use dijiang::attention::naive::options::Options;
 /// use dijiang::attention::naive::{hybrid::Near, received::{self, Metric, Received}};
 /// use ndarray::Array2;
 ///
 /// let rule = Received {
 ///     entries: 5, gamma: 0.98, min_age: 1, value_weight: 4.0, metric: Metric::QueryDiagonal,
+///     options: Options::default(),
 /// };
 /// let x = |phase: f64| {
 ///     Array2::from_shape_fn((20, 2), |(t, i)| (phase + (2 * t + i) as f64).sin())

@@ -11,6 +11,11 @@ use pulp::Simd;
 #[allow(clippy::approx_constant)] // near ln 2, but not it
 const F32: [f32; 5] = [0.693_147, 0.240_222_42, 0.055_507_34, 0.009_671_514, 0.001_326_470_9];
 
+/// Of (2ᶠ − 1)/f, right to 2e-9: below one unit near 0 as well.
+#[allow(clippy::approx_constant)]
+const MINUS_1_F32: [f32; 6] =
+    [0.693_147_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
+
 const F64: [f64; 11] = [
     core::f64::consts::LN_2, // to the last bit
     0.240_226_506_959_101_3,
@@ -40,6 +45,25 @@ pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(0.0), y)
 }
 
+/// 2ˣ − 1 for x that are not positive, with an error relative to itself near 0 as well.
+///
+/// With 2ᶠ − 1 = q it is 2ⁿ·q + (2ⁿ − 1), whose second term is exact where it counts.
+#[inline(always)]
+pub(crate) fn exp2_minus_1_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+    const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
+    let shifted = s.add_f32s(x, s.splat_f32s(SHIFT));
+    let f = s.sub_f32s(x, s.sub_f32s(shifted, s.splat_f32s(SHIFT)));
+    let mut q = s.splat_f32s(MINUS_1_F32[5]);
+    for c in MINUS_1_F32[..5].iter().rev().copied().chain([0.0]) {
+        q = s.mul_add_e_f32s(q, f, s.splat_f32s(c));
+    }
+    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
+    let one = s.splat_f32s(1.0);
+    let power = s.transmute_f32s_u32s(s.add_u32s(s.transmute_u32s_f32s(one), n));
+    let y = s.mul_add_e_f32s(power, q, s.sub_f32s(power, one));
+    s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(-1.0), y)
+}
+
 /// 2ˣ for x up to 100.
 #[inline(always)]
 pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
@@ -54,4 +78,22 @@ pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
     let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
     let y = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(p), n));
     s.select_f64s(s.less_than_f64s(x, s.splat_f64s(-1021.0)), s.splat_f64s(0.0), y)
+}
+
+/// 2ˣ − 1 for x that are not positive, with an error relative to itself near 0 as well.
+#[inline(always)]
+pub(crate) fn exp2_minus_1_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
+    const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52
+    let shifted = s.add_f64s(x, s.splat_f64s(SHIFT));
+    let f = s.sub_f64s(x, s.sub_f64s(shifted, s.splat_f64s(SHIFT)));
+    let mut q = s.splat_f64s(F64[10]);
+    for c in F64[..10].iter().rev().copied().chain([0.0]) {
+        q = s.mul_add_e_f64s(q, f, s.splat_f64s(c));
+    }
+    // a shift by 52 bits
+    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
+    let one = s.splat_f64s(1.0);
+    let power = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(one), n));
+    let y = s.mul_add_e_f64s(power, q, s.sub_f64s(power, one));
+    s.select_f64s(s.less_than_f64s(x, s.splat_f64s(-1021.0)), s.splat_f64s(-1.0), y)
 }

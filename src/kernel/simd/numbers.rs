@@ -6,7 +6,8 @@ use pulp::Simd;
 /// Level methods of both types under one name.
 macro_rules! lanes {
     (
-        $t:ident, $pad:literal, $v:ident, $lanes:ident, $exp:path, $transpose:ident,
+        $t:ident, $pad:literal, $v:ident, $lanes:ident, $exp:path, $exp_minus_1:path,
+        $transpose:ident, $and:ident, $or:ident,
         $splat:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $abs:ident,
         $sum:ident, $maximum:ident, $vectors:ident, $vectors_mut:ident, $load:ident
     ) => {
@@ -49,6 +50,14 @@ macro_rules! lanes {
             #[inline(always)]
             fn vexp2<S: Simd>(s: S, x: S::$v) -> S::$v {
                 $exp(s, x)
+            }
+            #[inline(always)]
+            fn vexp2_minus_1<S: Simd>(s: S, x: S::$v) -> S::$v {
+                $exp_minus_1(s, x)
+            }
+            #[inline(always)]
+            fn vwith_sign<S: Simd>(s: S, a: S::$v, b: S::$v) -> S::$v {
+                s.$or(s.$abs(a), s.$and(b, s.$splat(-0.0)))
             }
             #[inline(always)]
             fn vsum<S: Simd>(s: S, a: S::$v) -> Self {
@@ -102,7 +111,10 @@ lanes!(
     f32s,
     F32_LANES,
     exp2::exp2_f32,
+    exp2::exp2_minus_1_f32,
     transpose_f32,
+    and_f32s,
+    or_f32s,
     splat_f32s,
     add_f32s,
     sub_f32s,
@@ -122,7 +134,10 @@ lanes!(
     f64s,
     F64_LANES,
     exp2::exp2_f64,
+    exp2::exp2_minus_1_f64,
     transpose_f64,
+    and_f64s,
+    or_f64s,
     splat_f64s,
     add_f64s,
     sub_f64s,

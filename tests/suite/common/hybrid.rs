@@ -1,8 +1,9 @@
 //! The hybrids by their formulas: options, and which function of `attention::naive` they are for.
 
 use super::features;
-use dijiang::attention::naive::hybrid::{Near, window_only, with_features};
+use dijiang::attention::naive::hybrid::{Near, log_products, log_weights};
 use dijiang::attention::naive::merged::{Ward, ward};
+use dijiang::attention::naive::options::{Options, soft_capped, with_sink};
 use dijiang::attention::naive::received::{self, received, received_pooled};
 use dijiang::{Calibration, FeatureMap, Mask};
 use ndarray::{Array1, Array2, ArrayView1};
@@ -47,6 +48,8 @@ pub struct HybridFormula {
     pub calibration: Option<Arc<Calibration>>,
     /// The calibrated metric of received-attention merging.
     pub metric: Option<Array2<f64>>,
+    /// A cap and a learned sink.
+    pub options: Options,
 }
 
 impl HybridFormula {
@@ -93,24 +96,30 @@ impl HybridFormula {
 
     /// One query head, of a hybrid that does not learn from what is read.
     fn head(&self, [q, k, v]: [&Array2<f64>; 3], scale: f64, mask: Mask) -> Array2<f64> {
-        let near = self.near(k, scale);
+        let (near, options) = (self.near(k, scale), self.options);
+        let logs = |far: &Array2<f64>| log_weights(q, k, scale, &near, far, mask);
         match &self.far {
-            FarFormula::None => window_only(q, k, v, scale, &near, mask),
+            FarFormula::None => {
+                let nothing = Array2::from_elem((q.nrows(), k.nrows()), f64::NEG_INFINITY);
+                let logs = logs(&nothing).mapv(|score| soft_capped(score, options.soft_cap));
+                with_sink(&logs, v, options.sink_logit, mask)
+            }
             FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
                 let phi_q = features(&**map, q, scale, false);
                 let phi_k = features(&**map, k, scale, true);
-                with_features([q, k, v], scale, &near, [&phi_q, &phi_k], mask)
+                with_sink(&logs(&log_products(&phi_q, &phi_k)), v, options.sink_logit, mask)
             }
             FarFormula::Ward { entries, .. } => {
                 let weights = Array1::ones(k.nrows());
-                let rule = Ward { entries: *entries, weights, metric: None };
+                let rule = Ward { entries: *entries, weights, metric: None, options };
                 ward([q, k, v], scale, &near, &rule, mask)
             }
             FarFormula::WardCalibrated { entries, metric } => {
                 let weight = |k: ArrayView1<'_, f64>| self.calibration().expected_attention(k);
                 let weights = (k * scale.sqrt()).outer_iter().map(weight).collect();
                 let metric = Some((**metric).clone());
-                ward([q, k, v], scale, &near, &Ward { entries: *entries, weights, metric }, mask)
+                let rule = Ward { entries: *entries, weights, metric, options };
+                ward([q, k, v], scale, &near, &rule, mask)
             }
             FarFormula::Merged(_) => unreachable!("it learns from what is read"),
         }
@@ -146,6 +155,7 @@ impl HybridFormula {
             min_age: rule.min_age,
             value_weight: rule.value_weight,
             metric,
+            options: self.options,
         }
     }
 }

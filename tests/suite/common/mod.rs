@@ -7,7 +7,7 @@ pub mod checker;
 pub mod hybrid;
 pub mod written;
 
-use dijiang::attention::naive::{self, features::Features};
+use dijiang::attention::naive::{self, features::Features, options, options::Options};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
     FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
@@ -219,6 +219,65 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
     all
 }
 
+/// Softmax attention with options, and hybrids with a cap, a learned sink or both.
+pub fn optional_subjects(d: usize, m: usize) -> Vec<Subject> {
+    fn softmax<T: Scalar>(d: usize, all: Options, slope: Option<f64>) -> Arc<dyn Attention<T>> {
+        let mut kernel = SoftmaxAttention::new(d).unwrap();
+        if let Some(cap) = all.soft_cap {
+            kernel = kernel.with_soft_cap(cap).unwrap();
+        }
+        if let Some(logit) = all.sink_logit {
+            kernel = kernel.with_sink_logit(logit).unwrap();
+        }
+        if let Some(slope) = slope {
+            kernel = kernel.with_alibi_slope(slope).unwrap();
+        }
+        Arc::new(kernel)
+    }
+    let scale = 1.0 / (d as f64).sqrt();
+    let capped = Options { soft_cap: Some(1.5), sink_logit: None };
+    let with_sink = Options { soft_cap: None, sink_logit: Some(2.0) };
+    let both = Options { soft_cap: Some(50.0), sink_logit: Some(-0.5) };
+    let cases = [
+        (capped, None),
+        (with_sink, None),
+        (Options::default(), Some(0.25)),
+        (both, Some(0.001)),
+        (Options { soft_cap: Some(0.1), sink_logit: Some(90.0) }, None),
+    ];
+    let exact = cases.into_iter().map(|(all, slope)| Subject {
+        name: format!("softmax d={d} {all:?} slope {slope:?}"),
+        head_dim: d,
+        f64: softmax(d, all, slope),
+        f32: softmax(d, all, slope),
+        positive: true,
+        scale,
+        formula: Formula::Written(Written {
+            masks: &[Mask::Causal, Mask::Full],
+            normalized: all.sink_logit.is_none(),
+            has_features: false,
+            state: Box::new(move |dv, tokens| tokens * (d + dv)),
+            output: Box::new(move |[q, k, v], mask| {
+                let capped = naive::scores(q, k, scale)
+                    .mapv(|score| options::soft_capped(score, all.soft_cap));
+                let logs = options::alibi(capped, slope.unwrap_or(0.0), mask);
+                options::with_sink(&logs, v, all.sink_logit, mask)
+            }),
+        }),
+    });
+    let hybrids = hybrids(d, m).into_iter().enumerate().filter_map(move |(i, mut subject)| {
+        let Formula::Hybrid(formula) = &mut subject.formula else { return None };
+        let is_features = matches!(formula.far, FarFormula::Features(_) | FarFormula::Taylor(..));
+        let options = if is_features { with_sink } else { [capped, both, with_sink][i % 3] };
+        formula.options = options;
+        subject.name = format!("{options:?} {}", subject.name);
+        (subject.f64, subject.f32) =
+            (Arc::new(hybrid::<f64>(formula, d, m)), Arc::new(hybrid::<f32>(formula, d, m)));
+        Some(subject)
+    });
+    exact.chain(hybrids).collect()
+}
+
 /// Some of them, behind positions, and those that are made with positions.
 pub fn written_subjects(d: usize, m: usize) -> Vec<Subject> {
     let chosen = [
@@ -269,6 +328,9 @@ pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridA
         .window(formula.window)
         .sinks(formula.sinks)
         .heavy(formula.heavy);
+    let Options { soft_cap, sink_logit } = formula.options;
+    let builder = soft_cap.iter().fold(builder, |builder, cap| builder.soft_cap(*cap));
+    let builder = sink_logit.iter().fold(builder, |builder, logit| builder.sink_logit(*logit));
     let calibration = formula.calibration.as_deref();
     if formula.metric.is_some() && calibration.is_some() {
         return builder.far(far(&formula.far, calibration, d, m)).build().unwrap();
@@ -344,7 +406,8 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
                 let mean = metric.mapv(|x| x * x).sum() / metric.nrows() as f64;
                 metric / mean.sqrt()
             });
-            let formula = HybridFormula { window, sinks, heavy, far, calibration, metric };
+            let options = Options::default();
+            let formula = HybridFormula { window, sinks, heavy, far, calibration, metric, options };
             Subject {
                 name,
                 head_dim: d,
@@ -364,7 +427,8 @@ impl Subject {
             Formula::Linear(_, normalized) | Formula::Written(Written { normalized, .. }) => {
                 *normalized
             }
-            Formula::Softmax | Formula::Hybrid(_) => true,
+            Formula::Softmax => true,
+            Formula::Hybrid(hybrid) => hybrid.options.sink_logit.is_none(),
         }
     }
 
