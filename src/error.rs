@@ -107,7 +107,15 @@ pub enum Error {
     },
 }
 
+/// What overflows where values are huge.
+pub(crate) const SUM_OF_VALUES: &str = "the weighted sum of values";
+
 impl Error {
+    /// Whether a sum of weighted values has left the range of the type, and nothing else has.
+    pub(crate) fn is_of_values(&self) -> bool {
+        matches!(self, Self::Overflow { which: SUM_OF_VALUES, .. })
+    }
+
     /// The same error of a chunk that began at `first_row`: rows count from the beginning of the
     /// call.
     pub(crate) fn in_chunk(mut self, first_row: usize) -> Self {

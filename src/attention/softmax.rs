@@ -17,7 +17,7 @@ use crate::mask::Mask;
 use crate::memory::Memory;
 use crate::memory::answer::Readout;
 use crate::memory::exact::ExactMemory;
-use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
+use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views::{rows, rows_mut};
@@ -27,11 +27,22 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 #[cfg(feature = "rayon")]
 const FEWEST_SCORES: usize = 1 << 18;
 
-/// Adds a learned sink to every row, if there is one.
-fn add_sink<T: Scalar>(tile: &mut Tile<T>, logit: Option<T>) {
-    if let Some(logit) = logit {
-        (0..tile.answer.tokens).for_each(|row| _ = tile.answer.add_sink(row, logit));
-    }
+/// Answers the queries of a block, with a learned sink if there is one; errors count rows from
+/// `row`.
+fn answer_block<T: Scalar>(
+    tokens: [ArrayView2<'_, T>; 3],
+    (scoring, sink_logit): (Scoring<T>, Option<T>),
+    first: Option<usize>,
+    row: usize,
+    mut out: ArrayViewMut2<'_, T>,
+    tile: &mut Tile<T>,
+) -> Result<(), Error> {
+    online_softmax_in_range(tokens, scoring, first, tile, |answer| {
+        if let Some(logit) = sink_logit {
+            (0..answer.tokens).for_each(|row| _ = answer.add_sink(row, logit));
+        }
+        answer.write(row, Readout::Normalized, out.view_mut())
+    })
 }
 
 /// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
@@ -40,7 +51,7 @@ fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
-    (scoring, sink_logit): (Scoring<T>, Option<T>),
+    options: (Scoring<T>, Option<T>),
     first: Option<usize>,
     mut out: ArrayViewMut2<'_, T>,
     #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
@@ -59,18 +70,15 @@ fn answer<T: Scalar>(
             blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
                 let start = block * QUERY_BLOCK;
                 let q = rows(q, start..n.min(start + QUERY_BLOCK));
-                online_softmax(q, k, v, scoring, first.map(|first| first + start), tile);
-                add_sink(tile, sink_logit);
-                tile.answer.write(start, Readout::Normalized, out)
+                answer_block([q, k, v], options, first.map(|first| first + start), start, out, tile)
             });
         let results: Vec<_> = answered.collect();
         return results.into_iter().collect();
     }
     for start in (0..n).step_by(QUERY_BLOCK) {
         let end = n.min(start + QUERY_BLOCK);
-        online_softmax(rows(q, start..end), k, v, scoring, first.map(|first| first + start), tile);
-        add_sink(tile, sink_logit);
-        tile.answer.write(start, Readout::Normalized, rows_mut(out.view_mut(), start..end))?;
+        let (q, out) = (rows(q, start..end), rows_mut(out.view_mut(), start..end));
+        answer_block([q, k, v], options, first.map(|first| first + start), start, out, tile)?;
     }
     Ok(())
 }
@@ -205,7 +213,8 @@ impl<T: Scalar> SoftmaxStream<T> {
     }
 
     fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::new().with("scale", [self.cache.scale().as_f64()])
+        let own = Fingerprint::new().with("scale", [self.cache.scale().as_f64()]);
+        own.and(self.kernel.fingerprint())
     }
 
     fn absorb(&mut self, head: &mut Head<'_, T>) -> Result<(), Error> {

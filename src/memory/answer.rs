@@ -1,7 +1,7 @@
 //! The answers to a block of queries in the layout of the inner loops.
 
 use crate::check;
-use crate::error::Error;
+use crate::error::{Error, SUM_OF_VALUES};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::memory::partial::{Partial, add_sums, divisor};
@@ -84,7 +84,7 @@ impl<T: Scalar> Answer<T> {
             return Ok(());
         }
         let row = out.outer_iter().position(|row| !check::row_is_finite(row)).unwrap_or(0);
-        Err(Error::Overflow { which: "the weighted sum of values", row: first_row + row })
+        Err(Error::Overflow { which: SUM_OF_VALUES, row: first_row + row })
     }
 
     /// Adds one row of sums of other tokens.
@@ -101,6 +101,24 @@ impl<T: Scalar> Answer<T> {
         let before = self.log_scale[row];
         self.add_row(row, &[], T::one(), logit);
         (before - self.log_scale[row]).exp()
+    }
+
+    /// Takes back what rounding has added to means of the largest number, of weights that are not
+    /// negative and denominators below one.
+    pub(crate) fn clamp(&mut self) {
+        let largest = T::max_value() * (T::one() - T::epsilon() * T::from_f64(4.0));
+        let stride = self.numerator.len() / self.tokens.max(1);
+        for (sums, &denominator) in
+            self.numerator.chunks_exact_mut(stride.max(1)).zip(&*self.denominator)
+        {
+            let limit = denominator * largest;
+            let clamp = |x: &mut T| {
+                if x.abs() > limit {
+                    *x = limit.copysign(*x)
+                }
+            };
+            sums.iter_mut().for_each(clamp);
+        }
     }
 
     /// The first row whose denominator is not finite: a score has overflowed.

@@ -1,9 +1,10 @@
 //! Exact memory: the keys and values themselves, read by an exact softmax.
 
 use crate::check;
-use crate::error::Error;
+use crate::error::{Error, SUM_OF_VALUES};
+use crate::kernel;
 use crate::memory::Memory;
-use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax};
+use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
 use crate::memory::partial::Partial;
 use crate::memory::scoring::{Scoring, SoftCap};
 use crate::scalar::Scalar;
@@ -176,12 +177,17 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         let mut tile = Tile::new();
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
-            online_softmax(q, self.keys(), self.values(), self.scoring, None, &mut tile);
-            let block = &tile.answer;
-            if let Some(i) = block.first_overflow() {
-                return Err(Error::Overflow { which: "a score", row: start + i });
-            }
-            block.add_to(answer, start);
+            let tokens = [q, self.keys(), self.values()];
+            online_softmax_in_range(tokens, self.scoring, None, &mut tile, |block| {
+                if let Some(i) = block.first_overflow() {
+                    return Err(Error::Overflow { which: "a score", row: start + i });
+                }
+                if !kernel::all_finite(&block.numerator) {
+                    return Err(Error::Overflow { which: SUM_OF_VALUES, row: start });
+                }
+                block.add_to(answer, start);
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Exact softmax of a block of queries over tiles of keys, with a running maximum.
 
+use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
@@ -31,6 +32,9 @@ pub(crate) struct Tile<T> {
     correction: Buffer<T>,
     /// 0, 1, 2, .. of the queries, or of the keys where there is one query.
     positions: Buffer<T>,
+    /// What weights are multiplied with before they meet the values, a power of two: one, or so
+    /// little that no sum of weighted values can leave the range of the type.
+    share: T,
     pub(crate) answer: Answer<T>,
 }
 
@@ -43,9 +47,40 @@ impl<T: Scalar> Tile<T> {
             values: Buffer::new(),
             correction: Buffer::new(),
             positions: Buffer::new(),
+            share: T::one(),
             answer: Answer::new(),
         }
     }
+}
+
+/// [`online_softmax`], for values of any size: `done` takes the answer, and says with
+/// [`Error::Overflow`] that a sum of weighted values has left the range of the type; it is then
+/// called again with an answer in a larger unit, in which none can.
+pub(crate) fn online_softmax_in_range<T: Scalar>(
+    [q, k, v]: [ArrayView2<'_, T>; 3],
+    scoring: Scoring<T>,
+    first: Option<usize>,
+    tile: &mut Tile<T>,
+    mut done: impl FnMut(&mut Answer<T>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    tile.share = T::one();
+    online_softmax(q, k, v, scoring, first, tile);
+    match done(&mut tile.answer) {
+        Err(error) if error.is_of_values() => {
+            tile.share = share_of(k.nrows());
+            online_softmax(q, k, v, scoring, first, tile);
+            tile.answer.clamp();
+            done(&mut tile.answer)
+        }
+        result => result,
+    }
+}
+
+/// What weights of at most one, and so many of them, are to be multiplied with, so that their sum
+/// stays below a half.
+pub(crate) fn share_of<T: Scalar>(weights: usize) -> T {
+    let bits = weights.max(1).next_power_of_two().trailing_zeros() + 1;
+    T::from_f64(0.5_f64.powi(bits.cast_signed()))
 }
 
 /// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
@@ -81,7 +116,7 @@ fn contiguous<'a, T: Scalar>(
 /// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
 /// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
 /// 2, with queries as columns.
-pub(crate) fn online_softmax<T: Scalar>(
+fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
@@ -94,7 +129,7 @@ pub(crate) fn online_softmax<T: Scalar>(
     let base_2 = scoring.base_2();
     let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
     let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
-    let Tile { correction, positions, answer, .. } = tile;
+    let Tile { correction, positions, share, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
     queries.resize(d * width);
     correction.resize(width);
@@ -115,6 +150,7 @@ pub(crate) fn online_softmax<T: Scalar>(
             scores,
             [key_copy, value_copy],
             positions,
+            *share,
             answer,
         );
     } else {
@@ -137,6 +173,9 @@ pub(crate) fn online_softmax<T: Scalar>(
             if changed && start > 0 {
                 kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
+            if *share != T::one() {
+                kernel::scale(scores, *share);
+            }
             add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
         }
     }
@@ -145,6 +184,10 @@ pub(crate) fn online_softmax<T: Scalar>(
     }
     let ln_2 = T::from_f64(core::f64::consts::LN_2);
     answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
+    if *share != T::one() {
+        kernel::scale(&mut answer.denominator, *share);
+        answer.log_scale.iter_mut().for_each(|log_scale| *log_scale -= share.ln());
+    }
 }
 
 /// Writes 0, 1, 2, .. up to `count` numbers.
@@ -271,6 +314,7 @@ fn softmax_of_one<T: Scalar>(
     scores: &mut Buffer<T>,
     [key_copy, value_copy]: [&mut Buffer<T>; 2],
     positions: &[T],
+    share: T,
     answer: &mut Answer<T>,
 ) {
     let Answer { numerator, denominator, log_scale, .. } = answer;
@@ -299,6 +343,9 @@ fn softmax_of_one<T: Scalar>(
         }
         denominator[0] = denominator[0] * correction + kernel::sum(scores);
         log_scale[0] = new;
+        if share != T::one() {
+            kernel::scale(scores, share);
+        }
         kernel::add_row_times_matrix(scores, v, value_dim, &mut numerator[..value_dim]);
     }
 }

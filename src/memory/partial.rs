@@ -1,7 +1,7 @@
 //! Partial sums over tokens, which merge exactly in any order.
 
 use crate::check;
-use crate::error::Error;
+use crate::error::{Error, SUM_OF_VALUES};
 use crate::kernel;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut2};
@@ -180,7 +180,7 @@ impl<T: Scalar> Partial<T> {
             let factor = divisor(self.denominator[row], row)?.recip();
             out.zip_mut_with(&self.numerator.row(row), |out, &sum| *out = sum * factor);
             if !check::row_is_finite(out.view()) {
-                return Err(Error::Overflow { which: "the weighted sum of values", row });
+                return Err(Error::Overflow { which: SUM_OF_VALUES, row });
             }
         }
         Ok(())
@@ -201,7 +201,9 @@ pub(crate) fn add_sums<T: Scalar>(
         return;
     }
     if is_nothing(sums, *sum_of_weights, *own_scale) {
-        sums.copy_from_slice(&numerator[..sums.len()]);
+        let (values, rest) = sums.split_at_mut(numerator.len().min(sums.len()));
+        values.copy_from_slice(&numerator[..values.len()]);
+        rest.fill(T::zero());
         (*sum_of_weights, *own_scale) = (denominator, log_scale);
         return;
     }

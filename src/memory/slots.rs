@@ -152,6 +152,9 @@ pub(crate) struct Reading<T> {
     /// Products that are capped before they are added to the scores.
     products: Buffer<T>,
     pub(crate) width: usize,
+    /// What weights are multiplied with before they meet the values: see
+    /// [`share_of`](crate::memory::online_softmax::share_of).
+    pub(crate) share: T,
     pub(crate) answer: Answer<T>,
 }
 
@@ -162,6 +165,7 @@ impl<T: Scalar> Reading<T> {
             scores: Buffer::new(),
             products: Buffer::new(),
             width: 0,
+            share: T::one(),
             answer: Answer::new(),
         }
     }
@@ -199,8 +203,8 @@ pub(crate) fn attend<T: Scalar>(
     soft_cap: Option<SoftCap<T>>,
     reading: &mut Reading<T>,
 ) {
-    let Reading { queries, scores, products, width, answer } = reading;
-    let width = *width;
+    let Reading { queries, scores, products, width, share, answer } = reading;
+    let (width, share) = (*width, *share);
     let target = if soft_cap.is_some() {
         products.resize(rows * width);
         &mut *products
@@ -237,6 +241,10 @@ pub(crate) fn attend<T: Scalar>(
             answer.denominator[i] = T::zero();
         } else {
             kernel::exp2_slice(row, largest);
+            if share != T::one() {
+                kernel::scale(row, share);
+                answer.log_scale[i] -= share.ln();
+            }
             answer.denominator[i] = kernel::sum(row);
         }
     }

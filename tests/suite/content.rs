@@ -2,6 +2,7 @@
 
 use crate::common::hybrid::{FarFormula, HybridFormula};
 use crate::common::{RECEIVED, assert_close, hybrid, normal, tokens, wide};
+use dijiang::attention::naive::options::Options;
 use dijiang::{
     Attention, Error, Far, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask,
     Memory, MergedMemory, Partial, ReluFeatures, Scalar, attention::naive,
@@ -196,7 +197,8 @@ fn memories_that_grow_are_their_formulas_and_the_same_bits_for_any_split() {
         (140, 0, 0, far(200, 1)),
         (4096, 4, 0, far(16_000, 1)),
     ] {
-        let formula = HybridFormula { window, sinks, heavy, far, calibration: None, metric: None };
+        let (calibration, metric, options) = (None, None, Options::default());
+        let formula = HybridFormula { window, sinks, heavy, far, calibration, metric, options };
         let kernel = hybrid::<f64>(&formula, d, 0);
         let scale = 1.0 / (d as f64).sqrt();
         let queries = [vec![q.clone()]];

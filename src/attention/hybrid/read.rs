@@ -4,10 +4,11 @@ use crate::attention::call::Head;
 use crate::attention::hybrid::config::{Config, Weighing};
 use crate::attention::hybrid::far_memory::Asked;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
-use crate::error::Error;
+use crate::error::{Error, SUM_OF_VALUES};
 use crate::kernel;
 use crate::kernel::buffer::padded;
 use crate::memory::merged::entries::MergedMemory;
+use crate::memory::online_softmax::share_of;
 use crate::memory::partial::divisor;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -43,6 +44,26 @@ impl<T: Scalar> HybridState<T> {
     /// Answers some steps, and tells the memories what they received.
     pub(super) fn read(
         &mut self,
+        config: &Config<T>,
+        steps: Steps,
+        call: &mut Head<'_, T>,
+        scratch: &mut HybridScratch<T>,
+    ) -> Result<(), Error> {
+        scratch.reading.share = T::one();
+        let mut result = self.answer(config, steps, call, scratch);
+        if result.as_ref().is_err_and(Error::is_of_values) {
+            scratch.reading.share = share_of(scratch.reading.width);
+            result = self.answer(config, steps, call, scratch);
+        }
+        if result.is_ok() && steps.causal {
+            self.receive(config, steps, call, scratch);
+        }
+        result
+    }
+
+    /// Answers some steps.
+    fn answer(
+        &self,
         config: &Config<T>,
         steps: Steps,
         call: &mut Head<'_, T>,
@@ -87,14 +108,13 @@ impl<T: Scalar> HybridState<T> {
                 kernel::scale(reading.row(row), factor); // they stay in its units
             }
         }
+        if reading.share != T::one() && self.far.cannot_fail() {
+            reading.answer.clamp();
+        }
         for (row, inverse) in inverse.iter_mut().enumerate() {
             *inverse = divisor(reading.answer.denominator[row], start + row / group)?.recip();
         }
-        write_rows(reading, inverse, call, start, self.value_dim)?;
-        if causal {
-            self.receive(config, steps, call, scratch);
-        }
-        Ok(())
+        write_rows(reading, inverse, call, start, self.value_dim)
     }
 
     /// Weights by the attention just received; the factors `inverse` make probabilities of the rows
@@ -176,10 +196,7 @@ fn write_rows<T: Scalar>(
             mark
         };
         if mark != T::zero() {
-            return Err(Error::Overflow {
-                which: "the weighted sum of values",
-                row: start + row / group,
-            });
+            return Err(Error::Overflow { which: SUM_OF_VALUES, row: start + row / group });
         }
     }
     Ok(())

@@ -13,7 +13,10 @@ use ndarray::ArrayView1;
 impl<T: Scalar> Config<T> {
     /// What tells this kernel from others of the same sizes.
     pub(super) fn fingerprint(&self) -> Result<Fingerprint, Error> {
-        let own = Fingerprint::new().with("scale", [self.scale]);
+        let own = Fingerprint::new()
+            .with("scale", [self.scale])
+            .with("soft cap", self.cap)
+            .with("sink logits", self.sink_logits.iter().copied());
         let own = match (&self.scores, &self.expected) {
             (None, None) => own,
             (scores, expected) => {

@@ -1,5 +1,6 @@
 //! The options of softmax attention.
 
+use crate::attention::fingerprint::Fingerprint;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
@@ -190,6 +191,14 @@ impl<T: Scalar> SoftmaxAttention<T> {
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.head_dim
+    }
+
+    /// What tells these options from others, but for the scale.
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::new()
+            .with("soft cap", self.soft_cap)
+            .with("sink logits", self.sink_logits.iter().copied())
+            .with("slopes", self.slopes.iter().copied())
     }
 
     /// The learned sink, if there is one: the same for all query heads.
