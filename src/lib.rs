@@ -83,9 +83,9 @@
 //! Other kernels do not aim at softmax and are for models trained with them: [`Retention`]
 //! (RetNet), [`CosFormer`], [`Linformer`] (no causal form), and with [`IdentityFeatures`] and
 //! decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2.
-//! [`RotaryAttention`] puts rotary position embedding into any of them. Soft caps (Gemma 2), learned
-//! sinks (GPT-OSS) and linear biases (ALiBi) are options of [`SoftmaxAttention`], the first two of
-//! hybrids as well.
+//! [`RotaryAttention`] puts rotary position embedding into any of them. Soft caps (Gemma 2),
+//! learned sinks (GPT-OSS) and linear biases (ALiBi) are options of [`SoftmaxAttention`], the first
+//! two of hybrids as well.
 //!
 //! # Conventions
 //!

@@ -116,8 +116,8 @@ impl<T: Scalar> ExactMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if the dimensions differ, [`Error::InvalidOption`] if the scales or the caps
-    /// do.
+    /// [`Error::Shape`] if the dimensions differ, [`Error::InvalidOption`] if the scales or the
+    /// caps do.
     pub fn merge(&mut self, other: &Self) -> Result<(), Error> {
         check::size("other", "key columns", self.head_dim, other.head_dim)?;
         check::size("other", "value columns", self.value_dim, other.value_dim)?;
