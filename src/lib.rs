@@ -182,8 +182,9 @@ pub use attention::stream::{CloneStream, Stream, StreamOptions, StreamState};
 pub use attention::threads::Threads;
 #[doc(inline)]
 pub use attention::{Attention, PairWeights};
+pub use block::DijiangBlock;
+pub use block::stream::{DijiangBlockState, DijiangBlockStream};
 pub use block::weights::DijiangWeights;
-pub use block::{DijiangBlock, DijiangBlockStream};
 pub use calibration::Calibration;
 pub use calibration::options::CalibrationOptions;
 pub use calibration::taylor::TaylorFit;
