@@ -61,7 +61,7 @@ const SIZES: [(usize, usize, usize); 9] = [
     (240, 3, 20), // d = 80, as GPT-NeoX 2.8B
 ];
 
-fn build<T: Scalar>(
+pub fn build<T: Scalar>(
     hidden: usize,
     heads: usize,
     dims: usize,
