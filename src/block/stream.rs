@@ -113,7 +113,7 @@ impl<T: Scalar> DijiangBlockStream<T> {
     ///   shape;
     /// - [`Error::NotFinite`]: NaN or infinity in `x`;
     /// - [`Error::Overflow`]: finite input led out of the range of `T`, or might have behind the
-    ///   attention.
+    ///   attention; in the attention itself in an [`Error::InHead`], which names the head.
     ///
     /// On an error the state is what it was before the call; the content of `out` is unspecified.
     pub fn extend(&mut self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {

@@ -165,7 +165,10 @@ fn states_of_another_layer_name_a_head() {
 #[test]
 fn threads_report_the_first_error() {
     let n = 2000;
-    for (name, kernel) in kernels().into_iter().filter(|(name, _)| *name != "one's own") {
+    let too_slow_or_short = ["one's own", "cosformer"];
+    for (name, kernel) in
+        kernels().into_iter().filter(|(name, _)| !too_slow_or_short.contains(name))
+    {
         let layer = MultiHead::new(kernel, HEADS, KV_HEADS).unwrap();
         let mut x = arrays(&layer, n);
         for (sequence, head) in [(1, 1), (2, 0), (2, 1)] {

@@ -103,7 +103,7 @@ fn full_layers() -> Vec<(&'static str, MultiHead<f64>)> {
         ("cosformer", Arc::new(CosFormer::new(D, 100).unwrap())),
         ("rotary", Arc::new(RotaryAttention::new(Rotary::new(D).unwrap(), linear()))),
         ("ward", Arc::new(ward.build().unwrap())),
-        ("linformer", Arc::new(Linformer::new(D, 20, 4, 0).unwrap())),
+        ("linformer", Arc::new(Linformer::new(D, 4, 20, 0).unwrap())),
         ("one's own", Arc::new(crate::common::alibi::alibi::<f64>(D, 0.1))),
     ];
     let layer = |kernel| MultiHead::new(kernel, HEADS, KV_HEADS).unwrap();

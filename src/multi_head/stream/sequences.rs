@@ -92,7 +92,9 @@ impl<T: Scalar> MultiHeadStream<T> {
         let units = self.shape.units.len();
         let states = &mut self.streams[sequence * units..(sequence + 1) * units];
         self.checkpoint.keep(sequence, states, batch);
-        states.iter_mut().for_each(|state| state.reset());
+        for state in states {
+            state.reset();
+        }
         Ok(())
     }
 
