@@ -105,7 +105,8 @@ pub enum Error {
         /// What is needed.
         needed: String,
     },
-    /// A call of a layer failed in one head of one sequence; in several, this is the first.
+    /// A call of a layer failed in one head of one sequence. Of several this is the first, where
+    /// heads of a [pool](crate::MultiHead::pooled) come last.
     InHead {
         /// The sequence, by its index in the batch.
         sequence: usize,

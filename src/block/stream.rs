@@ -37,7 +37,7 @@ impl<T: Scalar> DijiangBlock<T> {
     ///
     /// # Errors
     ///
-    /// Those of [`MultiHead::stream`].
+    /// Those of [`MultiHead::stream`](crate::MultiHead::stream).
     pub fn stream(&self) -> Result<DijiangBlockStream<T>, Error> {
         Ok(DijiangBlockStream {
             block: self.clone(),
