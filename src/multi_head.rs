@@ -133,8 +133,8 @@ impl<T: Scalar> MultiHead<T> {
     /// ([`MultiHeadStream::set_padding`] changes one of them).
     ///
     /// With [`Padding::Left`] the last `lengths[b]` tokens of sequence `b` are real, of the queries
-    /// as of keys and values: what lies before them is never read, its output is zero, and positions
-    /// count from the first real token. Each sequence gets what it would get alone.
+    /// as of keys and values: what lies before them is never read, its output is zero, and
+    /// positions count from the first real token. Each sequence gets what it would get alone.
     ///
     /// ```
     /// use dijiang::{Mask, MultiHead, Padding, SoftmaxAttention};
@@ -153,7 +153,8 @@ impl<T: Scalar> MultiHead<T> {
     /// let (mut stream, mut out) = (layer.stream(2, 8)?, Array4::zeros((2, 2, 5, 8)));
     /// stream.extend(x.view(), kv, kv, Some(&[5, 2]), out.view_mut())?;
     /// let (q, kv) = (Array4::ones((2, 2, 1, 8)), Array4::ones((2, 1, 1, 8)));
-    /// stream.extend(q.view(), kv.view(), kv.view(), None, Array4::zeros((2, 2, 1, 8)).view_mut())?;
+    /// let mut out = Array4::zeros(q.dim());
+    /// stream.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?;
     /// assert_eq!(stream.lengths(), [6, 3]);
     /// # Ok::<(), dijiang::Error>(())
     /// ```
@@ -208,8 +209,8 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is
     /// padding and never read. With [`Mask::Causal`] queries beyond the length are padding too:
-    /// their output is zero. With [`Mask::Full`] all queries are answered. Padding comes last unless
-    /// [`with_padding`](Self::with_padding) says otherwise.
+    /// their output is zero. With [`Mask::Full`] all queries are answered. Padding comes last
+    /// unless [`with_padding`](Self::with_padding) says otherwise.
     ///
     /// Queries of a sequence without keys, of a length of 0 or where `k` has no rows, have nothing
     /// to see: their outputs are zero, as in the attention of PyTorch and ONNX, and they are not

@@ -75,8 +75,9 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if it has another number of states, and those of [`Stream::restore`](crate::Stream::restore) in an
-    /// [`Error::InHead`]. The layer is then unchanged.
+    /// [`Error::State`] if it has another number of states, and those of
+    /// [`Stream::restore`](crate::Stream::restore) in an [`Error::InHead`]. The layer is then
+    /// unchanged.
     pub fn restore(&mut self, state: &MultiHeadState<T>) -> Result<(), Error> {
         if state.streams.len() != self.streams.len() {
             return Err(Error::State {
