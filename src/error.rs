@@ -106,7 +106,9 @@ pub enum Error {
         needed: String,
     },
     /// A call of a layer failed in one head of one sequence. Of several this is the first, where
-    /// heads of a [pool](crate::MultiHead::pooled) come last.
+    /// heads of a [pool](crate::MultiHead::pooled) come last. Calls that are refused whatever the
+    /// sequences hold ([`Shape`](Self::Shape), [`ZeroSize`](Self::ZeroSize),
+    /// [`Unsupported`](Self::Unsupported)) name no head.
     InHead {
         /// The sequence, by its index in the batch.
         sequence: usize,

@@ -51,6 +51,9 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
     /// An error of a unit, of the head in which it is found; rows are those of the arrays.
     #[cold]
     pub(crate) fn error(&self, sequence: usize, unit: &HeadUnit, mut error: Error) -> Error {
+        if matches!(error, Error::Unsupported { .. }) {
+            return error; // such a call is refused whatever the sequences hold
+        }
         let [_, keys] = self.real(sequence);
         let first = keys.start; // queries begin there too
         let kv_heads = unit.all_kv_heads(self.group);
