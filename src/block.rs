@@ -6,6 +6,7 @@ mod checkpoint;
 mod linear;
 #[cfg(feature = "safetensors")]
 mod load;
+pub(crate) mod stream;
 pub(crate) mod weights;
 
 use crate::attention::Attention;
@@ -17,7 +18,6 @@ use crate::decay;
 use crate::error::Error;
 use crate::features::official_dijiang::OfficialDijiang;
 use crate::multi_head::MultiHead;
-use crate::multi_head::stream::MultiHeadStream;
 use crate::rotary::Rotary;
 use crate::scalar::Scalar;
 use ndarray::{
@@ -94,6 +94,8 @@ struct SharedWeights<T> {
     dense: Linear<T>,
     norm_weight: Array1<T>,
     norm_bias: Array1<T>,
+    /// Tells blocks apart whose states mean different things.
+    fingerprint: u64,
     /// The largest each column can be after the norm.
     norm_bounds: Vec<f64>,
     /// The largest bias and weight of `dense`.
@@ -115,6 +117,7 @@ impl<T: Scalar> DijiangBlock<T> {
     pub fn new(weights: DijiangWeights<T>, heads: usize, rotary: Rotary) -> Result<Self, Error> {
         let head_dim = weights.check(heads)?;
         check::size("rotary", "columns", head_dim, rotary.head_dim())?;
+        let fingerprint = weights.fingerprint(heads, &rotary);
         let kernel = LinearAttention::new(OfficialDijiang::new(weights.radii)?)
             .with_scale(1.0)
             .unnormalized();
@@ -129,6 +132,7 @@ impl<T: Scalar> DijiangBlock<T> {
         let deviation = (heads as f64).sqrt();
         let norm = weights.group_norm_weight.iter().zip(&weights.group_norm_bias);
         let shared = SharedWeights {
+            fingerprint,
             norm_bounds: norm
                 .map(|(w, b)| deviation * w.as_f64().abs() + b.as_f64().abs())
                 .collect(),
@@ -189,42 +193,6 @@ impl<T: Scalar> DijiangBlock<T> {
         self.hidden() / self.heads()
     }
 
-    /// The output `[n, hidden]` of a whole sequence `x [n, hidden]`.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DijiangBlockStream::extend`].
-    pub fn forward(&self, x: ArrayView2<'_, T>) -> Result<Array2<T>, Error> {
-        let mut out = Array2::zeros(x.dim());
-        self.forward_into(x, out.view_mut())?;
-        Ok(out)
-    }
-
-    /// As [`forward`](Self::forward), over whatever `out` held.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`DijiangBlockStream::extend`].
-    pub fn forward_into(
-        &self,
-        x: ArrayView2<'_, T>,
-        out: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        self.stream()?.extend(x, out)
-    }
-
-    /// An empty stream: what a decoder keeps of this block. It shares the weights.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`MultiHead::stream`].
-    pub fn stream(&self) -> Result<DijiangBlockStream<T>, Error> {
-        Ok(DijiangBlockStream {
-            block: self.clone(),
-            state: self.heads.stream(1, self.head_dim())?,
-        })
-    }
-
     /// Queries, keys and values `[n, heads·3d]` of tokens at the positions from `first_position`
     /// on, queries and keys turned.
     fn query_key_value(
@@ -279,79 +247,6 @@ impl<T: Scalar> DijiangBlock<T> {
             }
         }
         self.shared.dense.apply_into(mixed.view(), out);
-    }
-}
-
-/// The state of a [`DijiangBlock`] over the tokens seen so far, made by [`DijiangBlock::stream`].
-///
-/// A sequence in any pieces gives what [`DijiangBlock::forward`] gives for the whole, up to
-/// rounding.
-#[derive(Clone, Debug)]
-pub struct DijiangBlockStream<T: Scalar> {
-    block: DijiangBlock<T>,
-    state: MultiHeadStream<T>,
-}
-
-impl<T: Scalar> DijiangBlockStream<T> {
-    /// Absorbs `n` tokens `x [n, hidden]` and writes their outputs, `out [n, hidden]`, over
-    /// whatever it held.
-    ///
-    /// `n = 1` is a decode step, a large `n` a prefill; `n = 0` does nothing. Working memory is six
-    /// times the size of `x`.
-    ///
-    /// # Errors
-    ///
-    /// - [`Error::Shape`]: `x` has not [`hidden`](DijiangBlock::hidden) columns, or `out` another
-    ///   shape;
-    /// - [`Error::NotFinite`]: NaN or infinity in `x`;
-    /// - [`Error::Overflow`]: finite input led out of the range of `T`, or might have behind the
-    ///   attention.
-    ///
-    /// On an error the state is what it was before the call; the content of `out` is unspecified.
-    pub fn extend(&mut self, x: ArrayView2<'_, T>, out: ArrayViewMut2<'_, T>) -> Result<(), Error> {
-        let first_position = self.len();
-        let Self { block, state } = self;
-        check::size("x", "columns", block.hidden(), x.ncols())?;
-        check::size("out", "rows", x.nrows(), out.nrows())?;
-        check::size("out", "columns", x.ncols(), out.ncols())?;
-        check::finite("x", x)?;
-        if x.nrows() == 0 {
-            return Ok(());
-        }
-        let x = x.as_standard_layout();
-        let gate = block.gate(x.view())?;
-        let mut mixed = Array2::zeros(x.dim());
-        {
-            let mut rows = block.query_key_value(x.view(), first_position)?;
-            let [q, k, v] = thirds(as_heads(&mut rows, block.heads())?).map(heads_first);
-            let mixed = heads_first(as_heads(&mut mixed, block.heads())?);
-            state.extend(q.view(), k.view(), v.view(), None, mixed)?;
-        }
-        block.finish(mixed, &gate, out);
-        Ok(())
-    }
-
-    /// Tokens absorbed so far.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.state.lengths().first().copied().unwrap_or(0)
-    }
-
-    /// Whether no token has been absorbed.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The size of the state, in numbers of type `T`. It does not grow.
-    #[must_use]
-    pub fn state_floats(&self) -> usize {
-        self.state.state_floats()
-    }
-
-    /// Forgets every token.
-    pub fn reset(&mut self) {
-        self.state.reset();
     }
 }
 

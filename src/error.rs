@@ -105,6 +105,40 @@ pub enum Error {
         /// What is needed.
         needed: String,
     },
+    /// A call of a layer failed in one head of one sequence. Of several this is the first, where
+    /// heads of a [pool](crate::MultiHead::pooled) come last. Calls that are refused whatever the
+    /// sequences hold ([`Shape`](Self::Shape), [`ZeroSize`](Self::ZeroSize),
+    /// [`Unsupported`](Self::Unsupported)) name no head.
+    InHead {
+        /// The sequence, by its index in the batch.
+        sequence: usize,
+        /// The head.
+        head: LayerHead,
+        /// What went wrong there. Rows are those of the arrays of the layer.
+        error: Box<Error>,
+    },
+}
+
+/// The head of a layer that an [`Error::InHead`] is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LayerHead {
+    /// A query head.
+    Query(usize),
+    /// A head of keys and values, and where it is not known which of them, its query heads.
+    Kv(usize),
+    /// Heads of keys and values that share their entries, where it is not known which of them.
+    Pool(Vec<usize>),
+}
+
+impl fmt::Display for LayerHead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Query(head) => write!(f, "query head {head}"),
+            Self::Kv(head) => write!(f, "kv head {head}"),
+            Self::Pool(heads) => write!(f, "the pool of kv heads {heads:?}"),
+        }
+    }
 }
 
 /// What overflows where values are huge.
@@ -114,6 +148,28 @@ impl Error {
     /// Whether a sum of weighted values has left the range of the type, and nothing else has.
     pub(crate) fn is_of_values(&self) -> bool {
         matches!(self, Self::Overflow { which: SUM_OF_VALUES, .. })
+    }
+
+    /// What went wrong, without the sequence and head of a layer it went wrong in: the error
+    /// inside of an [`InHead`](Self::InHead), any other as it is.
+    ///
+    /// ```
+    /// use dijiang::{Error, Mask, MultiHead, SoftmaxAttention};
+    /// use ndarray::Array4;
+    ///
+    /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(4)?, 4, 2)?;
+    /// let (q, k) = (Array4::zeros((3, 4, 5, 4)), Array4::zeros((3, 2, 5, 4)));
+    /// let mut v = Array4::zeros((3, 2, 5, 4));
+    /// v[[2, 1, 3, 0]] = f32::NAN;
+    /// let error =
+    ///     layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap_err();
+    /// assert!(error.to_string().starts_with("sequence 2, kv head 1: `v` is NaN"));
+    /// assert_eq!(error.inner(), &Error::NotFinite { which: "v", row: 3, column: 0 });
+    /// # Ok::<(), Error>(())
+    /// ```
+    #[must_use]
+    pub fn inner(&self) -> &Self {
+        if let Self::InHead { error, .. } = self { error.inner() } else { self }
     }
 
     /// The same error of a chunk that began at `first_row`: rows count from the beginning of the
@@ -184,8 +240,15 @@ impl fmt::Display for Error {
                 "tensor `{name}` is {found} where {needed} is needed: check the file, the prefix \
                  of the names and the number of heads"
             ),
+            Self::InHead { sequence, head, error } => {
+                write!(f, "sequence {sequence}, {head}: {error}")
+            }
         }
     }
 }
 
-impl core::error::Error for Error {}
+impl core::error::Error for Error {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        if let Self::InHead { error, .. } = self { Some(&**error) } else { None }
+    }
+}

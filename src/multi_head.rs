@@ -1,22 +1,21 @@
 //! Many heads at once: `[batch, heads, n, d]` views, grouped-query heads, padded keys, threads.
 
 pub(crate) mod layout;
+mod pool;
 pub(crate) mod stream;
 pub(crate) mod tasks;
 pub(crate) mod undo;
 
 use crate::attention::Attention;
-use crate::attention::scratch::Scratch;
-use crate::attention::sharing::Sharing;
 use crate::attention::stream::StreamOptions;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::multi_head::layout::{
-    HeadUnit, LayerShape, check_heads, check_lengths, check_log_decay,
+    HeadUnit, LayerShape, Padding, check_heads, check_lengths, check_log_decay,
 };
 use crate::multi_head::stream::MultiHeadStream;
-use crate::multi_head::tasks::{LayerCall, for_each, threads_of_each};
+use crate::multi_head::tasks::{LayerCall, threads_of_each};
 use crate::scalar::Scalar;
 use ndarray::{Array4, ArrayView4, ArrayViewMut4};
 use std::sync::Arc;
@@ -54,6 +53,7 @@ pub struct MultiHead<T: Scalar> {
     kv_heads: usize,
     /// What has a state of its own: in the order of heads, a pool last.
     units: Arc<Vec<HeadUnit>>,
+    padding: Padding,
 }
 
 impl<T: Scalar> MultiHead<T> {
@@ -99,7 +99,7 @@ impl<T: Scalar> MultiHead<T> {
                 units.extend((kv * group..(kv + 1) * group).map(HeadUnit::Query));
             }
         }
-        Ok(Self { kernels, kv_heads, units: Arc::new(units) })
+        Ok(Self { kernels, kv_heads, units: Arc::new(units), padding: Padding::Right })
     }
 
     /// One kernel for each kv head, in order: for all the query heads that use it.
@@ -128,72 +128,39 @@ impl<T: Scalar> MultiHead<T> {
         )
     }
 
-    /// Lets all kv heads with [`Far::merged`](crate::Far::merged) share one budget of entries, as
-    /// many as they have together: the pair that costs least merges, in whichever head, and at
-    /// least 4 entries stay in each. So that heads compare, the attention a head received in a step
-    /// is scaled: what its query heads give to all but the sinks sums to their number. Heads with
-    /// other kernels stay as they are.
+    /// Sets on which side of shorter sequences the padding lies, [`Padding::Right`] unless set: in
+    /// all calls with lengths, and in the streams that this layer starts
+    /// ([`MultiHeadStream::set_padding`] changes one of them).
+    ///
+    /// With [`Padding::Left`] the last `lengths[b]` tokens of sequence `b` are real, of the queries
+    /// as of keys and values: what lies before them is never read, its output is zero, and
+    /// positions count from the first real token. Each sequence gets what it would get alone.
     ///
     /// ```
-    /// use dijiang::{Far, HybridAttention, MultiHead};
+    /// use dijiang::{Mask, MultiHead, Padding, SoftmaxAttention};
+    /// use ndarray::{Array4, s};
     ///
-    /// let kernel =
-    ///     HybridAttention::<f32>::builder(16).window(8).far(Far::merged(10)).build()?;
-    /// let layer = MultiHead::new(kernel, 6, 3)?.pooled()?; // 30 entries for three kv heads
-    ///     
-    /// # let _ = layer;
+    /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 2, 1)?;
+    /// let layer = layer.with_padding(Padding::Left);
+    /// let mut x = Array4::from_elem((2, 2, 5, 8), 0.5);
+    /// x.slice_mut(s![1, .., ..3, ..]).fill(f32::NAN); // two tokens behind three of padding
+    /// let kv = x.slice(s![.., ..1, .., ..]);
+    /// let out = layer.forward(x.view(), kv, kv, Mask::Causal, Some(&[5, 2]))?;
+    /// assert!(out.slice(s![1, .., ..3, ..]).iter().all(|&x| x == 0.0));
+    /// assert!(out.slice(s![1, .., 3.., ..]).iter().all(|&x| x == 0.5));
+    ///
+    /// // the prompts, then one token of each
+    /// let (mut stream, mut out) = (layer.stream(2, 8)?, Array4::zeros((2, 2, 5, 8)));
+    /// stream.extend(x.view(), kv, kv, Some(&[5, 2]), out.view_mut())?;
+    /// let (q, kv) = (Array4::ones((2, 2, 1, 8)), Array4::ones((2, 1, 1, 8)));
+    /// let mut out = Array4::zeros(q.dim());
+    /// stream.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?;
+    /// assert_eq!(stream.lengths(), [6, 3]);
     /// # Ok::<(), dijiang::Error>(())
     /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unsupported`] if fewer than two kv heads merge with one kernel for all their query
-    /// heads (those with several are left as they are), or they are pooled already;
-    /// [`Error::InvalidOption`] if the kernels that merge differ in an option, keep heavy keys or
-    /// fewer than 4 entries, or have more than 16 384 of them together.
-    pub fn pooled(mut self) -> Result<Self, Error> {
-        let heads = self.poolable();
-        if heads.len() < 2 {
-            let why = "it needs two kv heads with `Far::merged` that are not pooled yet, each with \
-                       one kernel for all its query heads";
-            return Err(Error::Unsupported { what: "pooling the entries of heads", why });
-        }
-        let sharing = |kv: usize| self.kernels[kv * self.group()].sharing();
-        let first = sharing(heads[0]);
-        let most = if let Sharing::Layer { max_heads, .. } = first { max_heads } else { 1 };
-        if most < 2 || heads.iter().any(|&kv| sharing(kv) != first) {
-            return Err(Error::InvalidOption {
-                which: "the kernels of pooled heads",
-                found: "different ones, with heavy keys, or with fewer than 4 entries".to_owned(),
-                needed: "the same options in each, no heavy keys, at least 4 entries",
-            });
-        }
-        if heads.len() > most {
-            return Err(Error::InvalidOption {
-                which: "entries",
-                found: format!("those of {} heads", heads.len()),
-                needed: "at most 16384 over all heads of a pool, with the tokens of a block",
-            });
-        }
-        let pooled = |unit: &&HeadUnit| matches!(unit, HeadUnit::Group(kv) if heads.contains(kv));
-        let mut units: Vec<HeadUnit> =
-            self.units.iter().filter(|unit| !pooled(unit)).cloned().collect();
-        units.push(HeadUnit::Pool(heads));
-        self.units = Arc::new(units);
-        Ok(self)
-    }
-
-    /// The kv heads that [`pooled`](Self::pooled) would let share their entries: those with
-    /// [`Far::merged`](crate::Far::merged), one kernel for all their query heads, and no pool yet.
-    /// It needs two; where a choice of exact heads leaves a layer fewer, there is nothing to share.
     #[must_use]
-    pub fn poolable(&self) -> Vec<usize> {
-        let group = self.group();
-        let merges =
-            |kv: usize| matches!(self.kernels[kv * group].sharing(), Sharing::Layer { .. });
-        (0..self.kv_heads)
-            .filter(|&kv| self.units.contains(&HeadUnit::Group(kv)) && merges(kv))
-            .collect()
+    pub fn with_padding(self, padding: Padding) -> Self {
+        Self { padding, ..self }
     }
 
     /// Bytes of the state of one sequence after `tokens` tokens, for values of `value_dim` columns.
@@ -242,14 +209,19 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is
     /// padding and never read. With [`Mask::Causal`] queries beyond the length are padding too:
-    /// their output is zero. A length of 0 is thus all padding with [`Mask::Causal`], and an error
-    /// with [`Mask::Full`], where queries would have nothing to see.
+    /// their output is zero. With [`Mask::Full`] all queries are answered. Padding comes last
+    /// unless [`with_padding`](Self::with_padding) says otherwise.
+    ///
+    /// Queries of a sequence without keys, of a length of 0 or where `k` has no rows, have nothing
+    /// to see: their outputs are zero, as in the attention of PyTorch and ONNX, and they are not
+    /// read. (A kernel by itself refuses such a call.)
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::forward_into`] for any head, [`Error::Shape`] if the numbers of heads,
-    /// sequences or lengths do not fit, [`Error::InvalidOption`] if a length is larger than the
-    /// number of keys.
+    /// Those of [`Attention::forward_into`], in an [`Error::InHead`] with the first sequence and
+    /// head that failed; [`Error::Shape`] if the numbers of heads, sequences or lengths do not fit,
+    /// [`Error::InvalidOption`] if a length is larger than the number of keys. With
+    /// [`Padding::Left`] and lengths there must be as many queries as keys, else [`Error::Shape`].
     pub fn forward(
         &self,
         q: ArrayView4<'_, T>,
@@ -337,26 +309,13 @@ impl<T: Scalar> MultiHead<T> {
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
         check_lengths(key_lengths, q.dim().0, k.dim().2)?;
         let is_causal = mask == Mask::Causal;
-        if is_causal {
+        let padding = self.padding;
+        if is_causal || key_lengths.is_some() && padding == Padding::Left {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
-        let group = self.group();
-        let mut units = Vec::with_capacity(self.kernels.len());
-        for unit in &*self.units {
-            match unit {
-                // query heads that do not depend on each other are tasks of their own
-                HeadUnit::Group(kv) if self.kernels[kv * group].sharing() == Sharing::Head => {
-                    units.extend((kv * group..(kv + 1) * group).map(HeadUnit::Query));
-                }
-                _ => units.push(unit.clone()),
-            }
-        }
-        let call = LayerCall { q, k, v, log_decay, group, lengths: key_lengths, is_causal };
-        let kernels = units.iter().map(|unit| &self.kernels[unit.first_query_head(group)]);
-        let tasks = call.tasks(&units, out).into_iter().zip(kernels.cycle()).collect();
-        for_each(tasks, Scratch::with_threads, |scratch, (mut heads, kernel)| {
-            kernel.forward_heads(&mut heads, mask, scratch)
-        })
+        let (group, lengths) = (self.group(), key_lengths);
+        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, is_causal };
+        call.forward(&self.kernels, &self.units, mask, out)
     }
 
     /// Starts an empty causal stream of `batch` sequences.
@@ -380,6 +339,7 @@ impl<T: Scalar> MultiHead<T> {
             query_heads: self.query_heads(),
             kv_heads: self.kv_heads,
             value_dim,
+            padding: self.padding,
             units: Arc::clone(&self.units),
         };
         Ok(MultiHeadStream::new(shape, streams))

@@ -41,27 +41,27 @@ pub(crate) fn rows_mut<T>(
     x
 }
 
-/// The first rows of some heads of one sequence of `[batch, heads, n, d]`.
+/// Rows of some heads of one sequence of `[batch, heads, n, d]`.
 pub(crate) fn heads<'a, T>(
     x: &ArrayView4<'a, T>,
     sequence: usize,
     heads: Range<usize>,
-    length: usize,
+    rows: Range<usize>,
 ) -> ArrayView3<'a, T> {
     let mut x = (*x).index_axis_move(Axis(0), sequence);
     x.slice_axis_inplace(Axis(0), Slice::from(heads));
-    x.slice_axis_inplace(Axis(1), Slice::from(0..length));
+    x.slice_axis_inplace(Axis(1), Slice::from(rows));
     x
 }
 
-/// The first rows of one of them.
+/// Rows of one of them.
 pub(crate) fn head<'a, T>(
     x: &ArrayView4<'a, T>,
     sequence: usize,
     head: usize,
-    length: usize,
+    range: Range<usize>,
 ) -> ArrayView2<'a, T> {
-    rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), 0..length)
+    rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), range)
 }
 
 /// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows, and sums

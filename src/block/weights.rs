@@ -2,6 +2,8 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::rotary::Rotary;
+use crate::rotary::angles::RotaryPairs;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, Axis};
 
@@ -67,5 +69,17 @@ impl<T: Scalar> DijiangWeights<T> {
             check::finite(which, vector.insert_axis(Axis(0)))?;
         }
         Ok(head_dim)
+    }
+
+    /// A number that differs where what a state depends on does, but for chance.
+    pub(crate) fn fingerprint(&self, heads: usize, rotary: &Rotary) -> u64 {
+        let interleaved = rotary.pairs() == RotaryPairs::Interleaved;
+        let sizes = [heads, self.query_key_value.ncols(), usize::from(interleaved)];
+        let weights = self.query_key_value.iter().chain(&self.query_key_value_bias);
+        let numbers = weights.chain(&self.radii).map(|x| x.as_f64());
+        let numbers = numbers.chain(rotary.frequencies().iter().copied()).map(f64::to_bits);
+        sizes.into_iter().map(|size| size as u64).chain(numbers).fold(0, |hash: u64, word| {
+            (hash.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        })
     }
 }

@@ -1,8 +1,9 @@
 //! What lies where in a layer: which heads share a state, and the checks of its arrays.
 
 use crate::check;
-use crate::error::Error;
+use crate::error::{Error, LayerHead};
 use crate::scalar::Scalar;
+use core::ops::Range;
 use ndarray::{ArrayView3, CowArray, Ix4};
 use std::sync::Arc;
 
@@ -35,6 +36,37 @@ impl HeadUnit {
         }
     }
 
+    /// The heads of keys and values, where there are `group` query heads for each.
+    pub(crate) fn all_kv_heads(&self, group: usize) -> Vec<usize> {
+        match self {
+            Self::Query(h) => vec![h / group],
+            Self::Group(kv) => vec![*kv],
+            Self::Pool(heads) => heads.clone(),
+        }
+    }
+
+    /// The query heads.
+    pub(crate) fn query_heads(&self, group: usize) -> Vec<usize> {
+        match self {
+            Self::Query(h) => vec![*h],
+            _ => self
+                .all_kv_heads(group)
+                .into_iter()
+                .flat_map(|kv| kv * group..(kv + 1) * group)
+                .collect(),
+        }
+    }
+
+    /// An error of this unit, in a sequence.
+    pub(crate) fn error(&self, sequence: usize, error: Error) -> Error {
+        let head = match self {
+            Self::Query(h) => LayerHead::Query(*h),
+            Self::Group(kv) => LayerHead::Kv(*kv),
+            Self::Pool(heads) => LayerHead::Pool(heads.clone()),
+        };
+        in_head(sequence, head, error)
+    }
+
     /// Whether it serves a query head.
     pub(crate) fn serves(&self, query_head: usize, group: usize) -> bool {
         match self {
@@ -45,12 +77,42 @@ impl HeadUnit {
     }
 }
 
+/// An error of a head in a sequence. What does not fit all heads alike stays as it is.
+pub(crate) fn in_head(sequence: usize, head: LayerHead, error: Error) -> Error {
+    match error {
+        Error::Shape { .. } | Error::ZeroSize { .. } => error,
+        error => Error::InHead { sequence, head, error: Box::new(error) },
+    }
+}
+
+/// On which side of shorter sequences the padding lies, in a batch with lengths:
+/// [`MultiHead::with_padding`](crate::MultiHead::with_padding).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Padding {
+    /// The first tokens of a sequence are real, padding comes after them.
+    #[default]
+    Right,
+    /// The last tokens of a sequence are real, padding comes before them.
+    Left,
+}
+
+impl Padding {
+    /// Where the real tokens lie, `length` of `tokens`.
+    pub(crate) fn real(self, length: usize, tokens: usize) -> Range<usize> {
+        match self {
+            Self::Right => 0..length,
+            Self::Left => tokens - length..tokens,
+        }
+    }
+}
+
 /// The heads of a layer.
 #[derive(Clone, Debug)]
 pub(crate) struct LayerShape {
     pub(crate) query_heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) value_dim: usize,
+    pub(crate) padding: Padding,
     /// What has a state of its own.
     pub(crate) units: Arc<Vec<HeadUnit>>,
 }

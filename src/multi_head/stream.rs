@@ -1,11 +1,14 @@
 //! The stream of a layer: the state of every head and sequence, all of which move or none.
 
+mod sequences;
+pub(crate) mod state;
+
 use crate::attention::call::Head;
-use crate::attention::stream::{Stream, StreamState};
+use crate::attention::stream::Stream;
 use crate::check;
 use crate::error::Error;
 use crate::multi_head::layout::{
-    LayerShape, check_heads, check_lengths, check_log_decay, side_by_side,
+    LayerShape, Padding, check_heads, check_lengths, check_log_decay, side_by_side,
 };
 use crate::multi_head::tasks::{LayerCall, are_shared_out, for_each};
 use crate::multi_head::undo::{LayerCheckpoint, Undo};
@@ -58,7 +61,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     /// `out [b, query_heads, n, value_dim]`.
     ///
     /// `lengths`, one for each sequence, says how many of the `n` tokens are real; the rest is
-    /// padding, never read, with output zero.
+    /// padding, never read, with output zero: the last of them, unless the stream has another
+    /// [`Padding`](crate::MultiHead::with_padding).
     ///
     /// # Errors
     ///
@@ -102,15 +106,15 @@ impl<T: Scalar> MultiHeadStream<T> {
         lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        let LayerShape { query_heads, kv_heads, value_dim, units } = &self.shape;
+        let LayerShape { query_heads, kv_heads, value_dim, padding, units } = &self.shape;
         check_heads(*query_heads, *kv_heads, [q.dim(), k.dim(), v.dim(), out.dim()])?;
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
         check::size("q", "sequences", self.streams.len() / units.len(), q.dim().0)?;
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", *value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
-        let group = self.shape.group();
-        let call = LayerCall { q, k, v, log_decay, group, lengths, is_causal: true };
+        let (group, padding) = (self.shape.group(), *padding);
+        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, is_causal: true };
         let reads: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
         if are_shared_out(self.streams.len(), reads.saturating_mul(q.dim().2)) {
             self.extend_on_threads(&call, out)
@@ -126,7 +130,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         mut out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
         let Self { shape, streams, undo, pool, .. } = self;
-        let units = || (0..call.q.dim().0).flat_map(|s| shape.units.iter().map(move |u| (s, u)));
+        let units = || call.places(&shape.units);
         // a head that fails must not leave the others ahead of it; alone it goes back by itself
         let is_safe = streams.len() == 1
             || streams.iter_mut().zip(units()).all(|(stream, (sequence, unit))| {
@@ -137,6 +141,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         }
         let result = streams.iter_mut().zip(units()).try_for_each(|(stream, (sequence, unit))| {
             call.with_unit(sequence, unit, &mut out, pool, |heads| stream.extend_heads(heads))
+                .map_err(|error| call.error(sequence, unit, error))
         });
         if result.is_err() && !is_safe {
             undo.return_to(streams);
@@ -163,9 +168,11 @@ impl<T: Scalar> MultiHeadStream<T> {
             undo.set(streams);
         }
         let result = for_each(
-            heads.iter_mut().zip(&mut *streams).collect(),
+            heads.iter_mut().zip(&mut *streams).zip(call.places(&shape.units)).collect(),
             |_| (),
-            |(), (heads, stream)| stream.extend_heads(heads),
+            |(), ((heads, stream), (sequence, unit))| {
+                stream.extend_heads(heads).map_err(|error| call.error(sequence, unit, error))
+            },
         );
         if result.is_err() && prepared.is_err() {
             undo.return_to(streams);
@@ -227,6 +234,26 @@ impl<T: Scalar> MultiHeadStream<T> {
         Ok(())
     }
 
+    /// Sets on which side the padding of the next calls with lengths lies: that of the
+    /// [layer](crate::MultiHead::with_padding) unless set.
+    ///
+    /// ```
+    /// use dijiang::{MultiHead, Padding, SoftmaxAttention};
+    /// use ndarray::Array4;
+    ///
+    /// let mut stream = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 1, 1)?.stream(1, 8)?;
+    /// let mut x = Array4::ones((1, 1, 2, 8));
+    /// x[[0, 0, 0, 0]] = f32::NAN; // padding
+    /// stream.set_padding(Padding::Left);
+    /// let mut out = Array4::zeros(x.dim());
+    /// stream.extend(x.view(), x.view(), x.view(), Some(&[1]), out.view_mut())?;
+    /// assert_eq!((out[[0, 0, 0, 0]], out[[0, 0, 1, 0]]), (0.0, 1.0));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn set_padding(&mut self, padding: Padding) {
+        self.shape.padding = padding;
+    }
+
     /// Tokens absorbed by each sequence.
     #[must_use]
     pub fn lengths(&self) -> Vec<usize> {
@@ -266,98 +293,6 @@ impl<T: Scalar> MultiHeadStream<T> {
         let unit = self.shape.units.iter().position(|unit| unit.serves(query_head, group))?;
         sequence.checked_mul(self.shape.units.len())?.checked_add(unit)
     }
-
-    /// Forgets every token, and the checkpoint.
-    pub fn reset(&mut self) {
-        self.streams.iter_mut().for_each(|stream| stream.reset());
-        self.checkpoint.clear();
-    }
-
-    /// Remembers the state of every head and sequence as it is now, for
-    /// [`rollback`](Self::rollback); it takes the place of an earlier checkpoint, of
-    /// [single heads](Self::head_mut) too. A growing cache is only measured, states of fixed size
-    /// are copied; nothing is allocated after the first time.
-    ///
-    /// ```
-    /// use dijiang::{MultiHead, SoftmaxAttention};
-    /// use ndarray::Array4;
-    ///
-    /// let mut stream = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 4, 2)?.stream(1, 8)?;
-    /// let (q, kv) = (Array4::ones((1, 4, 3, 8)), Array4::ones((1, 2, 3, 8)));
-    /// let mut out = Array4::zeros(q.dim());
-    /// stream.checkpoint();
-    /// stream.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?; // a draft of 3 tokens
-    /// stream.rollback()?; // it was not accepted
-    /// assert_eq!(stream.lengths(), [0]);
-    /// # Ok::<(), dijiang::Error>(())
-    /// ```
-    pub fn checkpoint(&mut self) {
-        self.checkpoint.set(&mut self.streams);
-    }
-
-    /// Goes back to the state of the last [`checkpoint`](Self::checkpoint), as often as wanted.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unsupported`] if there is none, or the layer or one of its heads was reset or
-    /// restored since. The layer is then unchanged.
-    pub fn rollback(&mut self) -> Result<(), Error> {
-        self.checkpoint.return_to(&mut self.streams)
-    }
-
-    /// Copies the state of every head and sequence out.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Stream::save`].
-    pub fn save(&self) -> Result<MultiHeadState<T>, Error> {
-        let streams = self.streams.iter().map(|stream| stream.save()).collect::<Result<_, _>>()?;
-        Ok(MultiHeadState { streams })
-    }
-
-    /// Replaces the state by a saved one of a layer with the same kernels and as many sequences.
-    ///
-    /// ```
-    /// use dijiang::{MultiHead, SoftmaxAttention};
-    /// use ndarray::Array4;
-    ///
-    /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 4, 2)?;
-    /// let (q, kv) = (Array4::ones((1, 4, 3, 8)), Array4::ones((1, 2, 3, 8)));
-    /// let mut out = Array4::zeros(q.dim());
-    /// let mut first = layer.stream(1, 8)?;
-    /// first.extend(q.view(), kv.view(), kv.view(), None, out.view_mut())?;
-    /// let mut second = layer.stream(1, 8)?;
-    /// second.restore(&first.save()?)?;
-    /// assert_eq!(second.lengths(), [3]);
-    /// # Ok::<(), dijiang::Error>(())
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// [`Error::State`] if it has another number of states, and those of [`Stream::restore`]. The
-    /// layer is then unchanged.
-    pub fn restore(&mut self, state: &MultiHeadState<T>) -> Result<(), Error> {
-        if state.streams.len() != self.streams.len() {
-            return Err(Error::State {
-                which: "number of heads and sequences",
-                expected: self.streams.len().to_string(),
-                found: state.streams.len().to_string(),
-            });
-        }
-        let mut streams = self.streams.clone();
-        streams.iter_mut().zip(&state.streams).try_for_each(|(to, from)| to.restore(from))?;
-        self.streams = streams;
-        self.checkpoint.clear();
-        Ok(())
-    }
-}
-
-/// The saved state of a [`MultiHeadStream`]: those of its streams, sequence after sequence. With
-/// feature `serde` it serialises.
-#[derive(Clone, Debug, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct MultiHeadState<T> {
-    streams: Vec<StreamState<T>>,
 }
 
 /// Says that a stream is not sure to succeed; never shown.

@@ -1,12 +1,18 @@
 //! The calls of a layer: what each unit of heads computes, one after the other or on threads.
 
+use crate::attention::Attention;
 use crate::attention::call::Head;
+use crate::attention::scratch::Scratch;
+use crate::attention::sharing::Sharing;
 use crate::attention::threads::Threads;
-use crate::error::Error;
-use crate::multi_head::layout::HeadUnit;
+use crate::error::{Error, LayerHead};
+use crate::mask::Mask;
+use crate::multi_head::layout::{HeadUnit, Padding, in_head};
 use crate::scalar::Scalar;
 use crate::views::{head, heads};
+use core::ops::Range;
 use ndarray::{ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, Slice};
+use std::sync::Arc;
 
 /// The arguments of a layer but for its outputs.
 #[derive(Clone, Copy)]
@@ -19,33 +25,95 @@ pub(crate) struct LayerCall<'a, T> {
     pub(crate) group: usize,
     /// Real keys of each sequence; all where there is none.
     pub(crate) lengths: Option<&'a [usize]>,
+    pub(crate) padding: Padding,
     /// Whether queries beyond the real keys are padding as well.
     pub(crate) is_causal: bool,
 }
 
 impl<'a, T: Scalar> LayerCall<'a, T> {
+    /// The real queries and keys of a sequence. Without keys there is nothing to answer.
+    fn real(&self, sequence: usize) -> [Range<usize>; 2] {
+        let (queries, tokens) = (self.q.dim().2, self.k.dim().2);
+        let keys = match self.lengths {
+            Some(lengths) => self.padding.real(lengths[sequence], tokens),
+            None => 0..tokens,
+        };
+        let queries = if keys.is_empty() {
+            0..0
+        } else if self.is_causal || self.lengths.is_some() && self.padding == Padding::Left {
+            keys.clone()
+        } else {
+            0..queries
+        };
+        [queries, keys]
+    }
+
+    /// An error of a unit, of the head in which it is found; rows are those of the arrays.
+    #[cold]
+    pub(crate) fn error(&self, sequence: usize, unit: &HeadUnit, mut error: Error) -> Error {
+        if matches!(error, Error::Unsupported { .. }) {
+            return error; // such a call is refused whatever the sequences hold
+        }
+        let [_, keys] = self.real(sequence);
+        let first = keys.start; // queries begin there too
+        let kv_heads = unit.all_kv_heads(self.group);
+        let head = match &mut error {
+            Error::NotFinite { which, row, column } => {
+                let find = |x: &ArrayView4<'_, T>, heads: Vec<usize>| {
+                    let is_bad = |&head: &usize| {
+                        let number = x.get([sequence, head, first + *row, *column]);
+                        number.is_some_and(|x| !x.is_finite())
+                    };
+                    heads.into_iter().find(is_bad)
+                };
+                match *which {
+                    "q" => find(&self.q, unit.query_heads(self.group)).map(LayerHead::Query),
+                    "k" => find(&self.k, kv_heads).map(LayerHead::Kv),
+                    "v" => find(&self.v, kv_heads).map(LayerHead::Kv),
+                    _ => None,
+                }
+            }
+            Error::InvalidOption { which: "log_decay", found, .. } => {
+                let gates = self.log_decay.map(|x| head(&x, sequence, kv_heads[0], keys));
+                let mut gates = gates.iter().flat_map(|gates| gates.indexed_iter());
+                let bad = gates.find(|(_, gate)| gate.is_nan() || **gate > T::zero());
+                if let Some(((row, column), bad)) = bad {
+                    *found = format!("{bad} at row {}, column {column}", first + row);
+                }
+                Some(LayerHead::Kv(kv_heads[0]))
+            }
+            _ => None,
+        };
+        let error = error.in_chunk(first);
+        match head {
+            Some(head) => in_head(sequence, head, error),
+            None => unit.error(sequence, error),
+        }
+    }
+
     /// The head of the query heads from `first` on, as many as there are outputs
-    /// `[heads, n, d_v]`; what lies beyond the real queries there becomes zero.
+    /// `[heads, n, d_v]`; what lies beside the real queries there becomes zero.
     fn head<'b>(&self, sequence: usize, first: usize, out: ArrayViewMut3<'b, T>) -> Head<'b, T>
     where
         'a: 'b,
     {
-        let Self { q, k, v, log_decay, group, lengths, .. } = self;
-        let keys = lengths.map_or(k.dim().2, |lengths| lengths[sequence]);
-        let queries = if self.is_causal { keys } else { q.dim().2 };
+        let Self { q, k, v, log_decay, group, .. } = self;
+        let [queries, keys] = self.real(sequence);
         let query_heads = first..first + out.len_of(Axis(0));
         let kv = first / group;
-        let out = if queries < out.len_of(Axis(1)) {
-            let (out, mut padding) = out.split_at(Axis(1), queries);
-            padding.fill(T::zero());
+        let out = if queries.len() < out.len_of(Axis(1)) {
+            let (out, mut after) = out.split_at(Axis(1), queries.end);
+            let (mut before, out) = out.split_at(Axis(1), queries.start);
+            before.fill(T::zero());
+            after.fill(T::zero());
             out
         } else {
             out
         };
         Head {
             q: heads(q, sequence, query_heads, queries),
-            k: head(k, sequence, kv, keys),
-            v: head(v, sequence, kv, keys),
+            k: head(k, sequence, kv, keys.clone()),
+            v: head(v, sequence, kv, keys.clone()),
             log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
             probes: 0,
             out,
@@ -81,6 +149,14 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
         };
         out.slice_axis_inplace(Axis(0), Slice::from(first..first + count));
         run(&mut [self.head(sequence, first, out)])
+    }
+
+    /// Every unit of every sequence, in the order of [`tasks`](Self::tasks).
+    pub(crate) fn places<'u>(
+        &self,
+        units: &'u [HeadUnit],
+    ) -> impl Iterator<Item = (usize, &'u HeadUnit)> + use<'u, T> {
+        (0..self.q.dim().0).flat_map(|sequence| units.iter().map(move |unit| (sequence, unit)))
     }
 
     /// The heads of every unit, sequence after sequence, unit after unit.
@@ -121,6 +197,35 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             }
         }
         all
+    }
+}
+
+impl<T: Scalar> LayerCall<'_, T> {
+    /// Attends in every head, with one kernel for each query head.
+    pub(crate) fn forward(
+        &self,
+        kernels: &[Arc<dyn Attention<T>>],
+        units: &[HeadUnit],
+        mask: Mask,
+        out: ArrayViewMut4<'_, T>,
+    ) -> Result<(), Error> {
+        let group = self.group;
+        let mut tasks = Vec::with_capacity(kernels.len());
+        for unit in units {
+            match unit {
+                // query heads that do not depend on each other are tasks of their own
+                HeadUnit::Group(kv) if kernels[kv * group].sharing() == Sharing::Head => {
+                    tasks.extend((kv * group..(kv + 1) * group).map(HeadUnit::Query));
+                }
+                _ => tasks.push(unit.clone()),
+            }
+        }
+        let calls = self.tasks(&tasks, out).into_iter().zip(self.places(&tasks)).collect();
+        for_each(calls, Scratch::with_threads, |scratch, (mut heads, (sequence, unit))| {
+            kernels[unit.first_query_head(group)]
+                .forward_heads(&mut heads, mask, scratch)
+                .map_err(|error| self.error(sequence, unit, error))
+        })
     }
 }
 

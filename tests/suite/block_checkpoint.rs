@@ -244,3 +244,27 @@ fn wrong_heads_and_numbers_that_are_not_finite() {
                 [3·hidden, hidden] is needed";
     assert!(error.to_string().starts_with(text), "{error}");
 }
+
+/// A state goes from one load of a layer to another, and not into another layer.
+#[test]
+fn states_belong_to_the_layer_that_was_loaded() {
+    for dtype in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16] {
+        let bytes = file(&tensors(), |_| dtype);
+        let x = normal::<f64>(9, HIDDEN, 1.0, 21);
+        let mut out = Array2::zeros((9, HIDDEN));
+        let mut stream = load(&bytes).unwrap().stream().unwrap();
+        stream.extend(x.view(), out.view_mut()).unwrap();
+        let mut again = load(&bytes).unwrap().stream().unwrap();
+        again.restore(&stream.save().unwrap()).unwrap();
+        let mut expected = Array2::zeros((9, HIDDEN));
+        stream.extend(x.view(), expected.view_mut()).unwrap();
+        again.extend(x.view(), out.view_mut()).unwrap();
+        assert_eq!(out, expected);
+
+        let mut other = tensors();
+        other.get_mut("query_key_value.weight").unwrap().1[5] += 1.0;
+        let mut other = load(&file(&other, |_| dtype)).unwrap().stream().unwrap();
+        assert!(matches!(other.restore(&stream.save().unwrap()), Err(Error::State { .. })));
+        assert!(other.is_empty());
+    }
+}

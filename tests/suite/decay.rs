@@ -647,7 +647,8 @@ fn layers_of_gated_heads_are_their_heads() {
             let error = stream
                 .extend_gated(q, k, v, bad.view(), Some(&lengths), steps.slice_mut(part))
                 .unwrap_err();
-            assert!(matches!(error, Error::InvalidOption { which: "log_decay", .. }), "{error}");
+            let inner = error.inner();
+            assert!(matches!(inner, Error::InvalidOption { which: "log_decay", .. }), "{error}");
             for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
                 let save = |stream: &dijiang::MultiHeadStream<f64>| {
                     stream.head(b, h).unwrap().save().unwrap()

@@ -9,6 +9,7 @@ mod bad_input;
 mod block;
 #[cfg(feature = "safetensors")]
 mod block_checkpoint;
+mod block_states;
 mod calibration;
 mod content;
 mod dct_ways;
@@ -17,6 +18,9 @@ mod golden;
 mod golden_hybrid;
 mod golden_naive;
 mod hybrid;
+mod layer_batches;
+mod layer_errors;
+mod layer_padding;
 mod layer_streams;
 mod multi_head;
 mod needle_cli;
