@@ -132,7 +132,6 @@ impl Model {
     /// Reads the weights of an open file.
     pub fn from_gguf(file: &mut Gguf) -> Result<Self> {
         let config = file.config()?;
-        let rotary = file.rotary(&config)?;
         let Config { width, heads, kv_heads, head_dim, value_dim, feed_forward, .. } = config;
         let (queries, keys, values) = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim);
         let mut layers = Vec::new();
@@ -169,7 +168,7 @@ impl Model {
         Ok(Self {
             layers,
             norm: file.vector("output_norm.weight", width)?,
-            rotary,
+            rotary: file.rotary(&config)?,
             embedding: Linear::new(file.matrix("token_embd.weight", width, config.vocabulary)?),
             output,
             config,

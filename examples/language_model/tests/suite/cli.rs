@@ -1,6 +1,7 @@
 //! The program itself, every command, on a tiny model and with its shortest settings.
 
 use crate::common::{Sizes, Written, text};
+use candle_core::quantized::gguf_file::Value;
 use std::fs;
 use std::process::{Command, Output};
 
@@ -334,11 +335,13 @@ fn token_ids_need_no_tokenizer() {
     assert!(!error.contains("t5"), "{error}");
 }
 
-/// The tiny model was trained on 512 tokens, so says its file.
+/// The tiny model was trained on 900 tokens, so says its file.
 #[test]
 fn contexts_beyond_the_trained_one() {
     let written = written();
-    ids(&written, "long.json", 700);
+    let parts = Sizes::default().parts().set("llama.context_length", Some(Value::U32(900)));
+    parts.write(&written.path);
+    ids(&written, "long.json", 1000);
     let warnings = |arguments: &[&str]| {
         let output = on_ids(&written, "long.json", arguments);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -384,25 +387,28 @@ fn contexts_beyond_the_trained_one() {
     let generate = |tokens| vec!["generate", "-k", "window:8", "-p", "a", "-n", tokens];
     for (beyond, number, within) in [
         (
-            vec!["perplexity", "softmax", "window:8", "--context", "600"],
-            "a window of 600 tokens",
-            vec!["perplexity", "softmax", "window:8", "--context", "512"],
+            vec!["perplexity", "softmax", "window:8", "--context", "950"],
+            "a window of 950 tokens",
+            vec!["perplexity", "softmax", "window:8", "--context", "900"],
         ),
-        (generate("512"), "513 tokens", generate("511")),
-        (recall("600", "9"), "a list of 1", recall("8", "256")),
-        (recall("8", "300"), "a copy of 600 tokens", recall("8", "9")),
-        (compare("520", "40", "8"), "a window of 520 tokens", compare("60", "40", "8")),
-        (compare("60", "40,513", "8"), "a context of 513 tokens", compare("60", "40,512", "8")),
+        (generate("900"), "901 tokens", generate("899")),
+        (recall("600", "9"), "a list of 1", recall("8", "450")),
+        (recall("8", "451"), "a copy of 902 tokens", recall("8", "9")),
+        (compare("920", "40", "8"), "a window of 920 tokens", compare("60", "40", "8")),
+        (compare("60", "40,901", "8"), "a context of 901 tokens", compare("60", "40,900", "8")),
         // a calibration text is cut
         (
-            vec!["perplexity", "softmax", "--context", "699"],
-            "a window of 699 tokens",
+            vec!["perplexity", "softmax", "--context", "960"],
+            "a window of 960 tokens",
             vec!["perplexity", "merged:4,window=8,exact=1", "--context", "60"],
         ),
     ] {
         let found = warnings(&beyond);
         assert_eq!(found.len(), 1, "{beyond:?}: {found:?}");
-        assert!(found[0].contains(number) && found[0].contains("512"), "{beyond:?}: {found:?}");
+        assert!(
+            found[0].contains(number) && found[0].contains(" 900 tokens of context"),
+            "{beyond:?}: {found:?}"
+        );
         assert_eq!(warnings(&within), Vec::<String>::new(), "{within:?}");
     }
 }

@@ -112,7 +112,7 @@ fn factors_on_the_way() {
         Scales { residual: Some(0.3), ..none },
         Scales { attention: Some(0.6), ..none },
         Scales { logits: Some(0.25), ..none },
-        Scales { cap: Some(3.0), ..none },
+        Scales { cap: Some(20.0), ..none },
         Scales {
             embedding: Some(0.5),
             residual: Some(1.5),
