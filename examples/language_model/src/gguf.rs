@@ -281,10 +281,11 @@ impl Gguf {
         unknown.sort();
         match unknown.first() {
             Some(name) => bail!(
-                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): this \
-                 variant is not supported",
+                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): {} not \
+                 supported",
                 config.layers,
-                unknown.len()
+                unknown.len(),
+                if name.ends_with(".bias") { "biases are" } else { "this variant is" }
             ),
             None => Ok(()),
         }

@@ -352,7 +352,7 @@ fn all(
     let tasks = match session.tokenizer() {
         Ok(_) => tasks(asked),
         Err(why) => {
-            eprintln!("warning: lists of names and codes are left out, because {why}");
+            eprintln!("note: lists of names and codes are left out: {why}");
             Vec::new()
         }
     };
