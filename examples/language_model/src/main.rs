@@ -238,8 +238,8 @@ fn plan(
                 )
                 .with_context(|| {
                     format!(
-                        "`--budget` is {mib} MiB, but after {tokens} tokens the state of `{kernel}` \
-                         takes {least:.3} MiB without any exact head: pass more"
+                        "`--budget` is {mib} MiB, but after {tokens} tokens the state of \
+                         `{kernel}` takes {least:.3} MiB without any exact head: pass more"
                     )
                 })?
         }

@@ -122,8 +122,8 @@ fn embedded(name: &str, text: &str, with: Encoder<'_>, option: &str) -> Result<T
     match with.encode(text.trim_end()) {
         Ok(tokens) => Ok(Text { name: name.to_owned(), tokens }),
         Err(why) => Err(format!(
-            "the text {name}: {why:#}: give token ids in a .json file by `{option}`, or use another \
-             model"
+            "the text {name}: {why:#}: give token ids in a .json file by `{option}`, or use \
+             another model"
         )),
     }
 }
