@@ -241,15 +241,14 @@ fn numbers_come_back_as_they_were_given() {
 /// The largest sizes that are taken are taken by the crate, too.
 #[test]
 fn the_largest_sizes_make_kernels() {
-    let (session, _file) = tiny();
+    let config = config();
     for name in [
         "merged:16383,window=1048576,sinks=1048576,min-age=1048576",
         "merged:1,window=2,block=16383",
         "window:1048576",
         "ward:16383,window=2",
-        "merged:8191,window=1048576,pool",
     ] {
-        session.attention(&kernel(name)).unwrap();
+        kernel(name).heads(&config, None).unwrap();
     }
 }
 
