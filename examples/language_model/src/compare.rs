@@ -2,11 +2,11 @@
 
 use crate::decode::{Decode, decode};
 use crate::kernels::{Kernel, state_bytes};
-use crate::perplexity::{Losses, losses, predicted};
+use crate::perplexity::{Losses, longest, losses, predicted};
 use crate::progress;
 use crate::recall::{Score, Task};
 use crate::session::Session;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use dijiang::HeadErrors;
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ pub struct Program {
     /// Lists of names and codes.
     pub tasks: Vec<Task>,
     /// Prompts of each task, a seed each.
-    pub prompts: u64,
+    pub prompts: usize,
     /// Tokens that are copied.
     pub copied: usize,
     /// Lengths of contexts at which decode steps are timed.
@@ -106,6 +106,14 @@ const BUCKET: usize = 128;
 /// Measures every kernel; `kernels` begins with the reference.
 pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Result<Comparison> {
     let start = Instant::now();
+    let texts = session.corpus.evaluation()?;
+    let context = longest(texts, program.context);
+    ensure!(
+        context > 1,
+        "the texts are too short to compare kernels: the longest window makes {context} \
+         prediction{}, and both halves of a context need one: give longer texts by `--text`",
+        if context == 1 { "" } else { "s" }
+    );
     let bar = progress::bar(tokens(session, program)? * kernels.len())?;
     let mut rows = Vec::with_capacity(kernels.len());
     for kernel in kernels {
@@ -120,9 +128,9 @@ pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Resu
         model: config.name.clone(),
         layers: config.layers,
         kv_heads: config.kv_heads,
-        context: program.context,
-        texts: session.corpus.evaluation.iter().map(|text| text.name.clone()).collect(),
-        calibration: session.corpus.calibration.name.clone(),
+        context,
+        texts: texts.iter().map(|text| text.name.clone()).collect(),
+        calibration: session.corpus.calibration().map_or("none", |text| &text.name).to_owned(),
         threads: rayon::current_num_threads(),
         bucket: BUCKET,
         rows,
@@ -134,19 +142,20 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
     let (model, config) = (&session.model, session.model.config());
     let attention = session.attention(kernel)?;
     let layers = &attention.layers;
-    let found = losses(model, layers, &session.corpus.evaluation, program.context, bar)?;
+    let texts = session.corpus.evaluation()?;
+    let found = losses(model, layers, texts, program.context, bar)?;
+    let [Some(first), Some(second)] = found.halves() else { bail!("a half has no predictions") };
     let recall = |&task: &Task| -> Result<Recall> {
         let score = session.recall(layers, task, program.prompts, bar)?;
         Ok(Recall { pairs: task.pairs, distance: task.distance, score })
     };
     let recall = program.tasks.iter().map(recall).collect::<Result<_>>()?;
     let copying = session.copying(layers, program.copied, bar)?;
-    let decode =
-        decode(model, layers, &session.corpus.evaluation[0].tokens, &program.lengths, bar)?;
-    let read = predicted(&session.corpus.evaluation, program.context);
+    let decode = decode(model, layers, &session.first_text()?.tokens, &program.lengths, bar)?;
+    let read = predicted(texts, program.context);
     Ok(Row {
         kernel: kernel.name().to_owned(),
-        halves: found.halves(),
+        halves: [first, second],
         by_position: by_position(&found),
         attention_share: found.time.attention.as_secs_f64() / found.time.total().as_secs_f64(),
         tokens_per_second: read as f64 / found.time.total().as_secs_f64(),
@@ -174,11 +183,9 @@ fn by_position(found: &Losses) -> Vec<f64> {
 
 /// Tokens that are read for one kernel.
 fn tokens(session: &Session, program: &Program) -> Result<usize> {
-    let corpus = &session.corpus;
-    let mut sum = predicted(&corpus.evaluation, program.context);
-    for task in &program.tasks {
-        let prompt = task.prompt(&session.tokenizer, &corpus.calibration.tokens, 0)?;
-        sum += prompt.tokens.len() * program.prompts as usize;
+    let mut sum = predicted(session.corpus.evaluation()?, program.context);
+    for &task in &program.tasks {
+        sum += session.prompt(task, 0)?.tokens.len() * program.prompts;
     }
-    Ok(sum + 2 * program.copied + program.lengths.last().unwrap_or(&0))
+    Ok(sum + 2 * session.copied(program.copied)? + program.lengths.last().unwrap_or(&0))
 }

@@ -62,7 +62,7 @@ pub fn generate(
     let (mut tokens, mut decoder, mut next) = (Vec::new(), tokenizer.decoder(), last);
     while tokens.len() < most {
         let hidden = model.extend(&mut state, &[next])?;
-        let logits = model.logits(&mut state, &hidden);
+        let logits = model.scores(&mut state, &hidden)?;
         next = draw(logits.slice(s![0, ..]), sampling, &mut random);
         if tokenizer.is_end(next) {
             break;

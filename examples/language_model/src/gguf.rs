@@ -1,16 +1,22 @@
 //! Reading a model from a GGUF file: its sizes, its weights as `f32`.
 
-use crate::model::Config;
+mod foreign;
+mod keys;
+
+use crate::model::{Config, Scales};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use dijiang::{Rotary, RotaryPairs};
 use ndarray::{Array1, Array2};
+use std::cell::Cell;
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::BufReader;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::fs::{self, File};
+use std::io::{BufReader, Read, Seek};
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::path::Path;
+use std::sync::Once;
 
 /// An open GGUF file of the LLaMA architecture.
 pub struct Gguf {
@@ -19,14 +25,84 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the header. Says what is wrong with a file that is not GGUF, is cut off or holds
-    /// another architecture.
+    /// Reads the header. Says what a file is that is not GGUF, that is cut off, that is a part of a
+    /// model or holds weights of a type that is not read.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let mut file = BufReader::new(file);
-        let content = caught(|| Content::read(&mut file)).with_context(|| {
-            format!("{} is not a GGUF file that can be read: is it complete?", path.display())
-        })?;
+        let cannot_open = || format!("cannot open {}", path.display());
+        let kind = fs::metadata(path).with_context(cannot_open)?;
+        let unusable = || format!("{} is not a GGUF file that can be read", path.display());
+        if !kind.is_file() {
+            let what = if kind.is_dir() { "a folder" } else { "not a file" };
+            return Err(anyhow::anyhow!("it is {what}: pass the .gguf file itself"))
+                .with_context(unusable);
+        }
+        let file = File::open(path).with_context(cannot_open)?;
+        Self::read(BufReader::new(file), kind.len(), path).with_context(unusable)
+    }
+
+    fn read(mut file: BufReader<File>, length: u64, path: &Path) -> Result<Self> {
+        let mut head = Vec::new();
+        file.by_ref().take(foreign::SEEN as u64).read_to_end(&mut head)?;
+        if let Some(what) = foreign::foreign(&head, path) {
+            bail!(what);
+        }
+        if let Some((part, parts)) = foreign::part(path).filter(|(_, parts)| *parts > 1) {
+            bail!(split(part, parts));
+        }
+        if let Some(version) = head.get(4..8).and_then(|bytes| bytes.try_into().ok()) {
+            let version = u32::from_le_bytes(version);
+            ensure!(
+                !(1..=3).contains(&version.swap_bytes()),
+                "it is for machines with the bytes of numbers in the other order (big-endian): \
+                 its version, {version}, is {} there. Use a little-endian file",
+                version.swap_bytes()
+            );
+            ensure!(
+                (1..=3).contains(&version),
+                "its version is {version}, and 1 to 3 can be read: use a file of another version, \
+                 or get it anew if it is damaged"
+            );
+        }
+        file.rewind()?;
+        let content = match caught(|| Content::read(&mut file)) {
+            Ok(content) => content,
+            // the reader names no more than the number of the type
+            Err(error) => match error.to_string().split_once(UNKNOWN_TYPE) {
+                Some((_, number)) => {
+                    let digits = number.chars().take_while(char::is_ascii_digit);
+                    let number = digits.collect::<String>().parse().unwrap_or(u32::MAX);
+                    bail!(foreign::unread(number))
+                }
+                None => {
+                    return Err(
+                        error.context("its header ends early or is damaged: is it complete?")
+                    );
+                }
+            },
+        };
+        let parts = content.metadata.get("split.count");
+        if let Some(parts) = parts {
+            let parts = keys::count(parts).with_context(|| {
+                format!("`split.count` is {}: a single count was expected", keys::shown(parts))
+            })?;
+            let part = content.metadata.get("split.no").and_then(keys::count).unwrap_or(0);
+            ensure!(parts < 2, split(u64::from(part) + 1, parts.into()));
+        }
+        let mut end = ("", 0);
+        for (name, tensor) in &content.tensor_infos {
+            let of_tensor = stored(tensor, content.tensor_data_offset).with_context(|| {
+                let shape = tensor.shape.dims();
+                format!("`{name}` has the shape {shape:?}, which no file can hold: it is damaged")
+            })?;
+            end = if of_tensor > end.1 { (name, of_tensor) } else { end };
+        }
+        ensure!(
+            end.1 <= length,
+            "it has {length} bytes, but `{}` ends at byte {}: is it complete? Get it anew, or go \
+             on with the download",
+            end.0,
+            end.1
+        );
         Ok(Self { content, file })
     }
 
@@ -47,10 +123,10 @@ impl Gguf {
             "the architecture is `{architecture}`; this program runs `llama` (LLaMA, SmolLM, \
              TinyLlama, Mistral, ...)"
         );
-        ensure!(
-            self.optional("expert_count")?.unwrap_or(0) == 0,
-            "mixtures of experts are not supported"
-        );
+        if let Some(kind @ ("adapter" | "imatrix" | "mmproj")) = self.text("general.type") {
+            bail!("the file holds no model (`general.type` is \"{kind}\"): pass that of the model");
+        }
+        keys::check(self.metadata(), architecture)?;
         let (width, heads) = (self.size("embedding_length")?, self.size("attention.head_count")?);
         let kv_heads = self.optional("attention.head_count_kv")?.unwrap_or(heads);
         ensure!(
@@ -69,6 +145,9 @@ impl Gguf {
         };
         let vocabulary = match self.content.tensor_infos.get("token_embd.weight") {
             Some(tensor) => *tensor.shape.dims().first().unwrap_or(&0),
+            None if self.content.tensor_infos.is_empty() => {
+                bail!("the GGUF file has no weights (no `token_embd.weight`): pass a whole model")
+            }
             None => bail!("the GGUF file has no embedding (`token_embd.weight`)"),
         };
         let config = Config {
@@ -83,6 +162,13 @@ impl Gguf {
             context: self.size("context_length")?,
             vocabulary,
             rms_epsilon: self.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
+            scales: Scales {
+                embedding: self.factor("embedding_scale")?,
+                residual: self.factor("residual_scale")?,
+                attention: self.factor("attention.scale")?,
+                logits: self.factor("logit_scale")?,
+                cap: self.factor("final_logit_softcapping")?,
+            },
         };
         ensure!(
             config.rms_epsilon.is_finite() && config.rms_epsilon >= 0.0,
@@ -108,15 +194,17 @@ impl Gguf {
         let stretch = match (self.metadata().get("llama.rope.scaling.type"), factor) {
             (None, factor) => factor.unwrap_or(1.0),
             (Some(Value::String(kind)), _) if kind == "none" => 1.0,
+            (Some(Value::String(kind)), Some(1.0)) if kind == "yarn" => 1.0, // it stretches nothing
             (Some(Value::String(kind)), Some(factor)) if kind == "linear" => factor,
             (Some(Value::String(kind)), None) if kind == "linear" => {
                 bail!("`llama.rope.scaling.type` is linear, but its factor is missing")
             }
-            (Some(Value::String(kind)), _) => {
-                bail!("positions scaled by `{kind}` are not supported; `linear` and `none` are")
-            }
+            (Some(Value::String(kind)), _) => bail!(
+                "`llama.rope.scaling.type` is `{kind}`: positions scaled in that way are not \
+                 supported; `linear` and `none` are"
+            ),
             (Some(other), _) => {
-                bail!("`llama.rope.scaling.type` is {other:?}: a name was expected")
+                bail!("`llama.rope.scaling.type` is {}: a name was expected", keys::shown(other))
             }
         };
         let factors = match self.content.tensor_infos.contains_key("rope_freqs.weight") {
@@ -165,13 +253,15 @@ impl Gguf {
             found == shape,
             "`{name}` has the shape {found:?}, but the header's sizes need {shape:?}"
         );
+        let readable = !matches!(info.ggml_dtype, GgmlDType::Q8_1 | GgmlDType::Q8K);
+        ensure!(readable, "`{name}` is of the type {:?}; {}", info.ggml_dtype, foreign::READ);
         let read = || {
             let tensor =
                 info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
         let values =
-            caught(read).with_context(|| format!("cannot read `{name}`: is the file complete?"))?;
+            caught(read).with_context(|| format!("cannot read `{name}`: the file is damaged"))?;
         ensure!(values.iter().all(|x| x.is_finite()), "`{name}` holds values that are not finite");
         Ok(values)
     }
@@ -191,10 +281,11 @@ impl Gguf {
         unknown.sort();
         match unknown.first() {
             Some(name) => bail!(
-                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): this \
-                 variant is not supported",
+                "tensor `{name}` has no place in a LLaMA of {} layers ({} such tensors): {} not \
+                 supported",
                 config.layers,
-                unknown.len()
+                unknown.len(),
+                if name.ends_with(".bias") { "biases are" } else { "this variant is" }
             ),
             None => Ok(()),
         }
@@ -224,11 +315,9 @@ impl Gguf {
 
     fn optional(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.metadata().get(&format!("llama.{key}")) else { return Ok(None) };
-        let size =
-            value.to_u64().ok().or_else(|| value.to_i32().ok().and_then(|x| x.try_into().ok()));
-        match size.and_then(|size| u32::try_from(size).ok()) {
+        match keys::count(value) {
             Some(size) => Ok(Some(size as usize)),
-            None => bail!("`llama.{key}` is {value:?}: a single count was expected"),
+            None => bail!("`llama.{key}` is {}: a single count was expected", keys::shown(value)),
         }
     }
 
@@ -237,10 +326,40 @@ impl Gguf {
         match value {
             Value::F32(x) => Ok(Some(f64::from(*x))),
             Value::F64(x) => Ok(Some(*x)),
-            _ => bail!("`llama.{key}` is {value:?}: a number was expected"),
+            _ => bail!("`llama.{key}` is {}: a number was expected", keys::shown(value)),
         }
     }
+
+    /// A positive number; none where it is missing or 0, which says the same.
+    fn factor(&self, key: &str) -> Result<Option<f64>> {
+        let factor = self.number(key)?.filter(|factor| *factor != 0.0);
+        if let Some(factor) = factor {
+            // it is used as `f32`
+            let usable = factor > 0.0 && (factor as f32).is_normal();
+            ensure!(usable, "`llama.{key}` is {factor}: a positive number was expected");
+        }
+        Ok(factor)
+    }
 }
+
+/// What to say of a part of a model.
+fn split(part: u64, parts: u64) -> String {
+    format!(
+        "it is part {part} of {parts} of a model: join the parts (`llama-gguf-split --merge \
+         FIRST-PART.gguf WHOLE.gguf`) and pass the whole"
+    )
+}
+
+/// The byte behind a tensor; none where that is no number.
+fn stored(tensor: &TensorInfo, start: u64) -> Option<u64> {
+    let count = tensor.shape.dims().iter().try_fold(1_usize, |n, &size| n.checked_mul(size))?;
+    let blocks = count.div_ceil(tensor.ggml_dtype.block_size());
+    let size = blocks.checked_mul(tensor.ggml_dtype.type_size())?;
+    start.checked_add(tensor.offset)?.checked_add(u64::try_from(size).ok()?)
+}
+
+/// What the reader says before the number of a type that it does not know.
+const UNKNOWN_TYPE: &str = "unknown dtype for tensor ";
 
 /// Tensors of the model as a whole.
 const MODEL: [&str; 4] =
@@ -259,10 +378,27 @@ const LAYER: [&str; 9] = [
     "ffn_down.weight",
 ];
 
+thread_local! {
+    /// This thread reads a header: what panics there is caught, and not printed.
+    static READS: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The reader panics on some damaged headers (an alignment of 0, sizes whose product overflows): an
 /// error like the others.
 fn caught<R>(read: impl FnOnce() -> candle_core::Result<R>) -> Result<R> {
-    match catch_unwind(AssertUnwindSafe(read)) {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let print = take_hook();
+        set_hook(Box::new(move |info| {
+            if !READS.get() {
+                print(info);
+            }
+        }));
+    });
+    READS.set(true);
+    let result = catch_unwind(AssertUnwindSafe(read));
+    READS.set(false);
+    match result {
         Ok(result) => Ok(result?),
         Err(_) => bail!("the header is damaged"),
     }

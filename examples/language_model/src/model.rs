@@ -34,6 +34,23 @@ pub struct Config {
     pub vocabulary: usize,
     /// ε of the norms.
     pub rms_epsilon: f64,
+    /// Factors that most models do not have.
+    pub scales: Scales,
+}
+
+/// Factors on the way through a model; none are 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Scales {
+    /// Of the embeddings.
+    pub embedding: Option<f64>,
+    /// Of what every block of a layer adds.
+    pub residual: Option<f64>,
+    /// Of the products of queries and keys, in place of `1/√head_dim`.
+    pub attention: Option<f64>,
+    /// Of the scores of tokens.
+    pub logits: Option<f64>,
+    /// The scores of tokens are `cap·tanh(score/cap)`.
+    pub cap: Option<f64>,
 }
 
 impl Config {
@@ -212,26 +229,29 @@ impl Model {
         observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
     ) -> Result<Array2<f32>> {
         let State { attention, position, time, .. } = state;
+        let Scales { embedding, residual, attention: scale, .. } = self.config.scales;
+        // the kernels scale by 1/√head_dim themselves
+        let scale = scale.map(|scale| scale * (self.config.head_dim as f64).sqrt());
         let start = Instant::now();
         let before = *time;
         let angles = self.rotary.angles(*position, tokens.len())?;
-        let mut x = self.embed(tokens);
+        let mut x = scaled(self.embed(tokens), embedding);
         for (l, (layer, attention)) in self.layers.iter().zip(attention).enumerate() {
             // x ← x + W_o · Attention(q, k, v)
             let h = self.rms_norm(&x, &layer.attention_norm);
-            let mut q = time.product(&layer.query, &h);
+            let mut q = scaled(time.product(&layer.query, &h), scale);
             let mut k = time.product(&layer.key, &h);
             let v = time.product(&layer.value, &h);
             turn(&mut q, &angles, self.config.head_dim)?;
             turn(&mut k, &angles, self.config.head_dim)?;
             let mixed = self.attend(attention, l, [&q, &k, &v], time, observe)?;
-            x += &time.product(&layer.output, &mixed);
+            x += &scaled(time.product(&layer.output, &mixed), residual);
             // x ← x + W_down · (silu(W_gate · h) ⊙ W_up · h)
             let h = self.rms_norm(&x, &layer.feed_forward_norm);
             let mut gated = time.product(&layer.gate, &h);
             let up = time.product(&layer.up, &h);
             Zip::from(&mut gated).and(&up).par_for_each(|gate, &up| *gate = silu(*gate) * up);
-            x += &time.product(&layer.down, &gated);
+            x += &scaled(time.product(&layer.down, &gated), residual);
         }
         let hidden = self.rms_norm(&x, &self.norm);
         let timed = time.attention + time.products - before.attention - before.products;
@@ -241,7 +261,24 @@ impl Model {
 
     /// Scores of every token of the vocabulary, `[n, vocabulary]`, from hidden states.
     pub fn logits(&self, state: &mut State, hidden: &Array2<f32>) -> Array2<f32> {
-        state.time.product(self.output.as_ref().unwrap_or(&self.embedding), hidden)
+        let Scales { logits, cap, .. } = self.config.scales;
+        let head = self.output.as_ref().unwrap_or(&self.embedding);
+        let mut scores = scaled(state.time.product(head, hidden), logits);
+        if let Some(cap) = cap.map(|cap| cap as f32) {
+            Zip::from(&mut scores).par_for_each(|x| *x = cap * (*x / cap).tanh());
+        }
+        scores
+    }
+
+    /// The same, where each must be a finite number.
+    pub fn scores(&self, state: &mut State, hidden: &Array2<f32>) -> Result<Array2<f32>> {
+        let scores = self.logits(state, hidden);
+        ensure!(
+            scores.iter().all(|x| x.is_finite()),
+            "the model gives its tokens scores that are not finite numbers: its weights are \
+             damaged, or too large for f32"
+        );
+        Ok(scores)
     }
 
     /// Attention of one layer, `[n, heads · d_v]`.
@@ -341,6 +378,13 @@ impl Time {
     pub fn total(&self) -> Duration {
         self.attention + self.products + self.rest
     }
+}
+
+fn scaled(mut x: Array2<f32>, factor: Option<f64>) -> Array2<f32> {
+    if let Some(factor) = factor {
+        x *= factor as f32;
+    }
+    x
 }
 
 /// Turns every head of `x [tokens, heads · head_dim]`.

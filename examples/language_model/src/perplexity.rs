@@ -26,6 +26,7 @@ pub struct Losses {
 #[must_use]
 pub fn windows(text: &Text, context: usize) -> Vec<&[u32]> {
     let tokens = &text.tokens;
+    let context = context.max(1);
     if tokens.len() <= context {
         return vec![tokens];
     }
@@ -35,7 +36,15 @@ pub fn windows(text: &Text, context: usize) -> Vec<&[u32]> {
 /// Predictions in the windows of all texts.
 #[must_use]
 pub fn predicted(texts: &[Text], context: usize) -> usize {
-    texts.iter().flat_map(|text| windows(text, context)).map(|window| window.len() - 1).sum()
+    let of = |window: &[u32]| window.len().saturating_sub(1);
+    texts.iter().flat_map(|text| windows(text, context)).map(of).sum()
+}
+
+/// Predictions in the longest window of all texts.
+#[must_use]
+pub fn longest(texts: &[Text], context: usize) -> usize {
+    let of = |text: &Text| text.tokens.len().saturating_sub(1).min(context);
+    texts.iter().map(of).max().unwrap_or(0)
 }
 
 /// Reads every window of every text from an empty state. Advances the bar by one for each
@@ -62,7 +71,7 @@ pub fn losses(
             let (read, next) = (&window[..window.len() - 1], &window[1..]);
             for (read, next) in read.chunks(CHUNK).zip(next.chunks(CHUNK)) {
                 let hidden = model.extend(&mut state, read)?;
-                let logits = model.logits(&mut state, &hidden);
+                let logits = model.scores(&mut state, &hidden)?;
                 let mut of_chunk = vec![0.0; next.len()];
                 Zip::from(&mut of_chunk[..]).and(logits.rows()).and(next).par_for_each(
                     |loss, logits, &token| {
@@ -107,12 +116,12 @@ impl Losses {
         self.mean(positions).map(f64::exp)
     }
 
-    /// The means over the first half of the longest window and over the second, in nats; NaN where
-    /// no window has predictions.
+    /// The means over the first half of the longest window and over the second, in nats; none where
+    /// a half has no predictions: one alone is in the second.
     #[must_use]
-    pub fn halves(&self) -> [f64; 2] {
+    pub fn halves(&self) -> [Option<f64>; 2] {
         let length = self.longest();
-        [0..length / 2, length / 2..length].map(|half| self.mean(half).unwrap_or(f64::NAN))
+        [0..length / 2, length / 2..length].map(|half| self.mean(half))
     }
 
     /// Predictions of the longest window.
@@ -154,7 +163,7 @@ pub(crate) fn predictions(
             .map(|p| p - start)
             .collect();
         if !rows.is_empty() {
-            found.extend(best(&model.logits(&mut state, &hidden.select(Axis(0), &rows))));
+            found.extend(best(&model.scores(&mut state, &hidden.select(Axis(0), &rows))?));
         }
         bar.inc(chunk.len() as u64);
     }

@@ -182,7 +182,7 @@ impl Task {
 pub fn copying(text: &Text, length: usize) -> Result<Prompt> {
     ensure!(
         (2..=text.tokens.len()).contains(&length),
-        "cannot copy {length} tokens of `{}`, which has {}",
+        "cannot copy {length} tokens of `{}`, which has {}: at least 2 are needed",
         text.name,
         text.tokens.len()
     );

@@ -5,10 +5,10 @@ use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::model::Model;
 use crate::plan::{self, Plan};
-use crate::recall::{Score, Task, copying};
-use crate::texts::{Corpus, Text};
+use crate::recall::{Prompt, Score, Task, copying};
+use crate::texts::{Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use dijiang::{HeadErrors, MultiHead};
 use indicatif::ProgressBar;
 use std::cell::{OnceCell, RefCell};
@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 pub struct Session {
     /// The model.
     pub model: Model,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    /// Its tokenizer, or why it cannot be used: token ids need none.
+    tokenizer: Result<Tokenizer, String>,
     /// The texts.
     pub corpus: Corpus,
     /// The template of conversations, if the model has one.
@@ -50,19 +50,24 @@ impl Session {
         calibration_tokens: usize,
     ) -> Result<Self> {
         let mut file = Gguf::open(model)?;
+        let place = || format!("in {}", model.display());
+        // a model that cannot be run needs no look at its tokenizer
+        let vocabulary = file.config().with_context(place)?.vocabulary;
+        let tokenizer = Tokenizer::from_metadata(file.metadata()).and_then(|tokenizer| {
+            let tokens = tokenizer.vocab_size();
+            ensure!(
+                tokens <= vocabulary,
+                "it has {tokens} tokens, the embedding only {vocabulary}"
+            );
+            Ok(tokenizer)
+        });
         let tokenizer =
-            Tokenizer::from_metadata(file.metadata()).context("the tokenizer of the model")?;
-        let model =
-            Model::from_gguf(&mut file).with_context(|| format!("in {}", model.display()))?;
-        ensure!(
-            tokenizer.vocab_size() <= model.config().vocabulary,
-            "the tokenizer has {} tokens, the embedding only {}",
-            tokenizer.vocab_size(),
-            model.config().vocabulary
-        );
-        let corpus = Corpus::open(texts, calibration, &tokenizer)?;
+            tokenizer.map_err(|why| format!("the tokenizer of the model cannot be used: {why:#}"));
+        let with = Encoder { tokenizer: tokenizer.as_ref().map_err(String::as_str), vocabulary };
+        let corpus = Corpus::open(texts, calibration, with)?;
         let template = file.text("tokenizer.chat_template").map(str::to_owned);
-        Ok(Self { template, ..Self::new(model, tokenizer, corpus, calibration_tokens) })
+        let model = Model::from_gguf(&mut file).with_context(place)?;
+        Ok(Self { template, ..Self::of(model, tokenizer, corpus, calibration_tokens) })
     }
 
     /// A session of these parts.
@@ -73,18 +78,35 @@ impl Session {
         corpus: Corpus,
         calibration_tokens: usize,
     ) -> Self {
+        Self::of(model, Ok(tokenizer), corpus, calibration_tokens)
+    }
+
+    fn of(
+        model: Model,
+        tokenizer: Result<Tokenizer, String>,
+        corpus: Corpus,
+        calibration_tokens: usize,
+    ) -> Self {
         let (capture, errors) = (OnceCell::new(), RefCell::new(HashMap::new()));
         Self { model, tokenizer, corpus, template: None, calibration_tokens, capture, errors }
     }
 
-    /// The calibration text, as much of it as is used.
-    #[must_use]
-    pub fn calibration(&self) -> Text {
-        let Text { name, tokens } = &self.corpus.calibration;
-        Text {
-            name: name.clone(),
-            tokens: tokens[..tokens.len().min(self.calibration_tokens)].to_vec(),
-        }
+    /// The tokenizer of the model.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().map_err(|why| {
+            anyhow!(
+                "{why}: use another model; `perplexity`, `plan` and `compare` can do without one \
+                 where all texts are token ids (.json by `--text` and `--calibration`)"
+            )
+        })
+    }
+
+    /// The calibration text, as much of it as is used: the model is read with all of it in one
+    /// context, so never more than it was trained on.
+    pub fn calibration(&self) -> Result<Text> {
+        let Text { name, tokens } = self.corpus.calibration()?;
+        let most = self.calibration_tokens.min(self.model.config().context);
+        Ok(Text { name: name.clone(), tokens: tokens[..tokens.len().min(most)].to_vec() })
     }
 
     /// What the heads are given on the calibration text.
@@ -92,7 +114,7 @@ impl Session {
         if let Some(capture) = self.capture.get() {
             return Ok(capture);
         }
-        let capture = Capture::of(&self.model, &self.calibration().tokens)?;
+        let capture = Capture::of(&self.model, &self.calibration()?.tokens)?;
         Ok(self.capture.get_or_init(|| capture))
     }
 
@@ -102,7 +124,7 @@ impl Session {
         if let Some(errors) = self.errors.borrow().get(&name) {
             return Ok(errors.clone());
         }
-        let errors = plan::measure(kernel, self.model.config(), self.capture()?, self.warm_up())?;
+        let errors = plan::measure(kernel, self.model.config(), self.capture()?, self.warm_up()?)?;
         self.errors.borrow_mut().insert(name, errors.clone());
         Ok(errors)
     }
@@ -113,15 +135,22 @@ impl Session {
         &self,
         layers: &[MultiHead<f32>],
         task: Task,
-        prompts: u64,
+        prompts: usize,
         bar: &ProgressBar,
     ) -> Result<Score> {
         let mut score = Score::default();
-        for seed in 0..prompts {
-            let prompt = task.prompt(&self.tokenizer, &self.corpus.calibration.tokens, seed)?;
+        for seed in 0..prompts as u64 {
+            let prompt = self.prompt(task, seed)?;
             score += prompt.score(&self.model, layers, bar)?;
         }
         Ok(score)
+    }
+
+    /// The prompt of a list.
+    pub fn prompt(&self, task: Task, seed: u64) -> Result<Prompt> {
+        let prose: &[u32] =
+            if task.distance > 0 { &self.corpus.calibration()?.tokens } else { &[] };
+        task.prompt(self.tokenizer()?, prose, seed)
     }
 
     /// Tokens that it copies of the first text, of so many or of all there are.
@@ -131,15 +160,42 @@ impl Session {
         length: usize,
         bar: &ProgressBar,
     ) -> Result<Score> {
-        let text = &self.corpus.evaluation[0];
-        copying(text, length.min(text.tokens.len()))?.score(&self.model, layers, bar)
+        copying(self.first_text()?, self.copied(length)?)?.score(&self.model, layers, bar)
+    }
+
+    /// Tokens to copy, of so many or of all there are.
+    pub fn copied(&self, length: usize) -> Result<usize> {
+        Ok(length.min(self.first_text()?.tokens.len()))
+    }
+
+    /// The first text to evaluate on.
+    pub fn first_text(&self) -> Result<&Text> {
+        self.corpus.evaluation()?.first().context("there is no text to evaluate on")
     }
 
     /// The first tokens of the calibration text, which do not count in errors; a quarter of a text
     /// that is short.
+    pub fn warm_up(&self) -> Result<usize> {
+        Ok(plan::WARM_UP.min(self.calibration()?.tokens.len() / 4))
+    }
+
+    /// One warning where contexts are longer than those that the model was trained on; `read` says
+    /// what is read at once, and how many tokens that is.
     #[must_use]
-    pub fn warm_up(&self) -> usize {
-        plan::WARM_UP.min(self.calibration().tokens.len() / 4)
+    pub fn beyond(&self, read: &[(&str, usize)]) -> Option<String> {
+        let trained = self.model.config().context;
+        let longer: Vec<String> = read
+            .iter()
+            .filter(|(_, tokens)| *tokens > trained)
+            .map(|(what, tokens)| format!("{what} of {tokens} tokens"))
+            .collect();
+        (!longer.is_empty()).then(|| {
+            format!(
+                "warning: {}: more than the {trained} tokens of context that the model was trained \
+                 on (`llama.context_length`), beyond which it is rarely of use",
+                longer.join(", ")
+            )
+        })
     }
 
     /// Attention for the layers, by the name of a kernel.
@@ -155,7 +211,7 @@ impl Session {
                 );
                 let by = by.as_deref().unwrap_or(kernel);
                 let choice = self.errors(by)?.keep(*count);
-                Some(Plan::new(config, by, &self.calibration(), self.warm_up(), choice))
+                Some(Plan::new(config, by, &self.calibration()?, self.warm_up()?, choice))
             }
             Exact::Plan(path) => Some(Plan::load(path, config)?),
         };

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -20,13 +20,12 @@ pub struct Text {
     pub tokens: Vec<u32>,
 }
 
-/// The texts of one run.
+/// The texts of one run. Those that come with the program may be impossible to make tokens of,
+/// which matters where they are used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Corpus {
-    /// What kernels are calibrated to, and exact heads chosen by.
-    pub calibration: Text,
-    /// What the model is evaluated on; never empty.
-    pub evaluation: Vec<Text>,
+    calibration: Result<Text, String>,
+    evaluation: Result<Vec<Text>, String>,
 }
 
 /// The texts of one file.
@@ -37,47 +36,78 @@ struct Both {
     evaluation: Vec<Text>,
 }
 
+/// What makes tokens of text, or why nothing does.
+#[derive(Clone, Copy)]
+pub struct Encoder<'a> {
+    /// The tokenizer of the model.
+    pub tokenizer: Result<&'a Tokenizer, &'a str>,
+    /// The tokens that the model knows.
+    pub vocabulary: usize,
+}
+
+impl Encoder<'_> {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        match self.tokenizer {
+            Ok(tokenizer) => tokenizer.encode(text),
+            Err(why) => bail!("it cannot be made tokens, because {why}"),
+        }
+    }
+}
+
 impl Corpus {
     /// The texts of a run: those files and that calibration text, or what comes with the program in
     /// place of what is not given.
     ///
     /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
     /// text. A calibration text may also come from a `.json` file that names one.
-    pub fn open(
-        files: &[PathBuf],
-        calibration: Option<&Path>,
-        tokenizer: &Tokenizer,
-    ) -> Result<Self> {
+    pub fn open(files: &[PathBuf], calibration: Option<&Path>, with: Encoder<'_>) -> Result<Self> {
         let mut evaluation = Vec::new();
         let mut named = Vec::new();
         for file in files {
-            let read = read(file, tokenizer).with_context(|| file.display().to_string())?;
+            let read = read(file, with).with_context(|| file.display().to_string())?;
             evaluation.extend(read.evaluation);
             named.extend(read.calibration.map(|text| (file, text)));
         }
         let calibration = match (calibration, named.as_slice()) {
-            (Some(file), _) => only(file, tokenizer).with_context(|| file.display().to_string())?,
+            (Some(file), _) => Ok(only(file, with).with_context(|| file.display().to_string())?),
             (None, [(one, _), (other, _), ..]) => bail!(
                 "both {} and {} name a calibration text: give a calibration file to choose",
                 one.display(),
                 other.display()
             ),
-            (None, [(_, text)]) => text.clone(),
+            (None, [(_, text)]) => Ok(text.clone()),
             (None, []) => embedded(
                 "Forests (Roosevelt, 1908)",
                 include_str!("../texts/calibration.txt"),
-                tokenizer,
-            )?,
+                with,
+                "--calibration",
+            ),
         };
-        if files.is_empty() {
-            for (name, text) in EVALUATION {
-                evaluation.push(embedded(name, text, tokenizer)?);
-            }
-        }
-        if evaluation.is_empty() {
+        let evaluation = if files.is_empty() {
+            EVALUATION.iter().map(|(name, text)| embedded(name, text, with, "--text")).collect()
+        } else {
+            Ok(evaluation)
+        };
+        if evaluation.as_ref().is_ok_and(Vec::is_empty) {
             bail!("there is no text to evaluate: give at least one file of text or of token ids");
         }
         Ok(Self { calibration, evaluation })
+    }
+
+    /// These texts; `evaluation` is not empty.
+    #[must_use]
+    pub fn new(calibration: Text, evaluation: Vec<Text>) -> Self {
+        Self { calibration: Ok(calibration), evaluation: Ok(evaluation) }
+    }
+
+    /// What kernels are calibrated to, and exact heads chosen by.
+    pub fn calibration(&self) -> Result<&Text> {
+        self.calibration.as_ref().map_err(|why| anyhow!("{why}"))
+    }
+
+    /// What the model is evaluated on; never empty.
+    pub fn evaluation(&self) -> Result<&[Text]> {
+        self.evaluation.as_deref().map_err(|why| anyhow!("{why}"))
     }
 }
 
@@ -87,15 +117,20 @@ const EVALUATION: [(&str, &str); 2] = [
     ("Persuasion (Austen, 1817)", include_str!("../texts/austen_persuasion.txt")),
 ];
 
-/// A text that comes with the program.
-fn embedded(name: &str, text: &str, tokenizer: &Tokenizer) -> Result<Text> {
-    let tokens = tokenizer.encode(text.trim_end()).with_context(|| format!("the text {name}"))?;
-    Ok(Text { name: name.to_owned(), tokens })
+/// A text that comes with the program; `option` gives another.
+fn embedded(name: &str, text: &str, with: Encoder<'_>, option: &str) -> Result<Text, String> {
+    match with.encode(text.trim_end()) {
+        Ok(tokens) => Ok(Text { name: name.to_owned(), tokens }),
+        Err(why) => Err(format!(
+            "the text {name}: {why:#}: give token ids in a .json file by `{option}`, or use \
+             another model"
+        )),
+    }
 }
 
 /// The one text of a file that is for calibration.
-fn only(file: &Path, tokenizer: &Tokenizer) -> Result<Text> {
-    let mut read = read(file, tokenizer)?;
+fn only(file: &Path, with: Encoder<'_>) -> Result<Text> {
+    let mut read = read(file, with)?;
     match (read.calibration, read.evaluation.len()) {
         (Some(text), _) => Ok(text),
         (None, 1) => Ok(read.evaluation.remove(0)),
@@ -105,7 +140,7 @@ fn only(file: &Path, tokenizer: &Tokenizer) -> Result<Text> {
     }
 }
 
-fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
+fn read(file: &Path, with: Encoder<'_>) -> Result<Both> {
     let name = || {
         file.file_stem()
             .map_or_else(|| "text".to_owned(), |stem| stem.to_string_lossy().into_owned())
@@ -127,14 +162,14 @@ fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
     } else {
         Both {
             calibration: None,
-            evaluation: vec![Text { name: name(), tokens: tokenizer.encode(text)? }],
+            evaluation: vec![Text { name: name(), tokens: encoded(text, with)? }],
         }
     };
     for text in both.calibration.iter().chain(&both.evaluation) {
         if text.tokens.is_empty() {
             bail!("the text {:?} has no tokens", text.name);
         }
-        let size = tokenizer.vocab_size();
+        let size = with.tokenizer.map_or(with.vocabulary, Tokenizer::vocab_size);
         if let Some(place) = text.tokens.iter().position(|id| *id as usize >= size) {
             let id = text.tokens[place];
             bail!(
@@ -145,6 +180,14 @@ fn read(file: &Path, tokenizer: &Tokenizer) -> Result<Both> {
         }
     }
     Ok(both)
+}
+
+fn encoded(text: &str, with: Encoder<'_>) -> Result<Vec<u32>> {
+    let tokens = with.encode(text);
+    if with.tokenizer.is_err() {
+        return tokens.context("give token ids in a .json file, or use another model");
+    }
+    tokens
 }
 
 /// Token ids in one of the three shapes.
@@ -190,16 +233,21 @@ mod tests {
         Text { name: name.to_owned(), tokens: tokens.to_vec() }
     }
 
+    fn open(files: &[PathBuf], calibration: Option<&Path>) -> Result<Corpus> {
+        let tokenizer = byte_level();
+        Corpus::open(files, calibration, Encoder { tokenizer: Ok(&tokenizer), vocabulary: 300 })
+    }
+
     fn error(files: &[PathBuf], calibration: Option<&Path>) -> String {
-        format!("{:#}", Corpus::open(files, calibration, &byte_level()).unwrap_err())
+        format!("{:#}", open(files, calibration).unwrap_err())
     }
 
     #[test]
     fn the_texts_that_come_along_are_read_whole() {
         let tokenizer = byte_level();
-        let corpus = Corpus::open(&[], None, &tokenizer).unwrap();
-        assert_eq!(corpus.evaluation.len(), 2);
-        for text in corpus.evaluation.iter().chain([&corpus.calibration]) {
+        let corpus = open(&[], None).unwrap();
+        assert_eq!(corpus.evaluation().unwrap().len(), 2);
+        for text in corpus.evaluation().unwrap().iter().chain([corpus.calibration().unwrap()]) {
             let decoded = tokenizer.decode(&text.tokens).unwrap();
             assert!((10_000..11_000).contains(&decoded.len()), "{}: {}", text.name, decoded.len());
             assert!(
@@ -223,7 +271,7 @@ mod tests {
     #[test]
     fn files_of_every_shape() {
         let files = Files::new();
-        let corpus = Corpus::open(
+        let corpus = open(
             &[
                 files.file("plain.txt", "\u{FEFF}hello\n"),
                 files.file("bare.json", "[1, 2, 3]"),
@@ -231,7 +279,6 @@ mod tests {
                 files.file("both.json", BOTH),
             ],
             None,
-            &byte_level(),
         );
         let evaluation = vec![
             text("plain", &[258, 111, 10]),
@@ -239,7 +286,7 @@ mod tests {
             text("One", &[4]),
             text("E", &[6]),
         ];
-        assert_eq!(corpus.unwrap(), Corpus { calibration: text("C", &[5]), evaluation });
+        assert_eq!(corpus.unwrap(), Corpus::new(text("C", &[5]), evaluation));
     }
 
     #[test]
@@ -248,20 +295,12 @@ mod tests {
         let (one, other) = (files.file("one.json", BOTH), files.file("other.json", BOTH));
         let plain = files.file("plain.txt", "a");
         let calibration = |file: &Path| {
-            Corpus::open(&[one.clone(), other.clone()], Some(file), &byte_level())
-                .unwrap()
-                .calibration
+            open(&[one.clone(), other.clone()], Some(file)).unwrap().calibration().unwrap().clone()
         };
         assert_eq!(calibration(&one), text("C", &[5]));
         assert_eq!(calibration(&plain), text("plain", &[97]));
         assert!(error(&[one.clone(), other.clone()], None).contains("name a calibration text"));
-        assert!(
-            Corpus::open(&[plain], None, &byte_level())
-                .unwrap()
-                .calibration
-                .name
-                .contains("Roosevelt")
-        );
+        assert!(open(&[plain], None).unwrap().calibration().unwrap().name.contains("Roosevelt"));
         let two = files.file(
             "two.json",
             r#"{"evaluation": [{"name": "a", "tokens": [1]}, {"name": "b", "tokens": [1]}]}"#,
@@ -304,5 +343,30 @@ mod tests {
         assert!(error(&[files.0.path().join("none.txt")], None).contains("cannot be read"));
         let only = files.file("m.json", r#"{"calibration": {"name": "C", "tokens": [5]}}"#);
         assert!(error(&[only], None).contains("no text to evaluate"));
+    }
+
+    /// A tokenizer is needed for text only: ids do without, and so does what is not used.
+    #[test]
+    fn ids_need_no_tokenizer() {
+        let files = Files::new();
+        let with = Encoder { tokenizer: Err("its tokenizer is odd"), vocabulary: 10 };
+        let ids = files.file("ids.json", "[1, 9]");
+        let corpus = Corpus::open(std::slice::from_ref(&ids), None, with).unwrap();
+        assert_eq!(corpus.evaluation().unwrap(), [text("ids", &[1, 9])]);
+        let error = corpus.calibration().unwrap_err().to_string();
+        assert!(error.contains("Roosevelt") && error.contains("its tokenizer is odd"), "{error}");
+        assert!(error.contains("give token ids in a .json file by `--calibration`"), "{error}");
+        let corpus = Corpus::open(&[], Some(&ids), with).unwrap();
+        assert_eq!(*corpus.calibration().unwrap(), text("ids", &[1, 9]));
+        let error = corpus.evaluation().unwrap_err().to_string();
+        assert!(error.contains("Opticks") && error.contains("by `--text`"), "{error}");
+
+        let refused =
+            |file: PathBuf| format!("{:#}", Corpus::open(&[file], None, with).unwrap_err());
+        let error = refused(files.file("words.txt", "words"));
+        assert!(error.contains("words.txt: give token ids in a .json file"), "{error}");
+        assert!(error.contains("its tokenizer is odd"), "{error}");
+        let error = refused(files.file("far.json", "[10]"));
+        assert!(error.contains("the model's vocabulary has 10 tokens"), "{error}");
     }
 }

@@ -80,8 +80,7 @@ impl Tokenizer {
             }
             other => bail!(
                 "tokenizer.ggml.model is \"{other}\", but only \"gpt2\" (byte-level BPE) and \
-                 \"llama\" (SentencePiece BPE) are known here: use another model, or pass texts \
-                 as token ids"
+                 \"llama\" (SentencePiece BPE) are known here"
             ),
         };
         let user_defined = vocabulary.named(Kind::UserDefined);

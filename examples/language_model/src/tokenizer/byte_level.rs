@@ -70,8 +70,7 @@ fn pre_tokenizer(name: &str) -> Result<PreTokenizerWrapper> {
         "qwen2" => split(QWEN2),
         other => bail!(
             "tokenizer.ggml.pre is \"{other}\", a way of splitting text that is not known here: \
-             use a model with smollm, starcoder, refact, gpt-2, phi-2, llama-bpe or qwen2, or \
-             pass texts as token ids"
+             smollm, starcoder, refact, gpt-2, phi-2, llama-bpe and qwen2 are"
         ),
     }
 }

@@ -158,9 +158,14 @@ fn what_is_not_gguf() {
         bytes[place..place + with.len()].copy_from_slice(with);
         bytes
     };
-    assert!(folder.error(&patched(0, b"GGML")).contains("magic"));
-    for version in [0, 4, 1 << 24, u32::MAX] {
-        assert!(folder.error(&patched(4, &version.to_le_bytes())).contains("version"));
+    assert!(folder.error(&patched(0, b"GGML")).contains("it begins with 47 47 4d 4c"));
+    for version in [0, 4, 1 << 20, u32::MAX] {
+        let error = folder.error(&patched(4, &version.to_le_bytes()));
+        assert!(error.contains(&format!("its version is {version}")), "{error}");
+    }
+    for version in 1..=3_u32 {
+        let error = folder.error(&patched(4, &version.to_be_bytes()));
+        assert!(error.contains("big-endian") && !error.contains("complete"), "{error}");
     }
     folder.error(&patched(4, &1_u32.to_le_bytes()));
     // the layout of version 3 is that of 2, in which the file was written
@@ -170,6 +175,140 @@ fn what_is_not_gguf() {
     assert!(refused(folder.0.path()).contains("is not a GGUF file that can be read"));
     let nowhere = refused(&folder.0.path().join("nowhere.gguf"));
     assert!(nowhere.contains("cannot open") && nowhere.contains("nowhere.gguf"), "{nowhere}");
+}
+
+/// The place of a tensor's type in the bytes of a file of matrices.
+fn type_of(bytes: &[u8], name: &str) -> usize {
+    let name = name.as_bytes();
+    let place = bytes.windows(name.len()).position(|part| part == name).unwrap();
+    // its two sizes and their number come before
+    place + name.len() + 4 + 16
+}
+
+#[test]
+fn weights_of_types_that_are_not_read() {
+    let folder = Folder::new();
+    let bytes = good(&sizes());
+    let place = type_of(&bytes, "blk.0.attn_q.weight");
+    assert_eq!(bytes[place..place + 4], 1_u32.to_le_bytes(), "F16");
+    let of = |number: u32| {
+        let mut bytes = bytes.clone();
+        bytes[place..place + 4].copy_from_slice(&number.to_le_bytes());
+        folder.error(&bytes)
+    };
+    for (number, name) in [
+        (4, "Q4_2 (number 4)"),
+        (16, "IQ2_XXS (number 16)"),
+        (20, "IQ4_NL (number 20)"),
+        (23, "IQ4_XS (number 23)"),
+        (26, "I32 (number 26)"),
+        (34, "TQ1_0 (number 34)"),
+        (35, "TQ2_0 (number 35)"),
+        (39, "MXFP4 (number 39)"),
+        (41, "number 41, which is not known here"),
+        (u32::MAX, "number 4294967295, which is not known here"),
+        (9, "`blk.0.attn_q.weight` is of the type Q8_1"),
+    ] {
+        let error = of(number);
+        assert!(error.contains(name) && !error.contains("complete"), "{number}: {error}");
+        assert!(error.contains("F32, F16, BF16, Q4_0"), "{number}: {error}");
+    }
+}
+
+#[test]
+fn parts_of_a_model() {
+    let folder = Folder::new();
+    let parts = |part: u16, of: u16| {
+        let set = |parts: Parts, key, value| parts.set(key, Some(Value::U16(value)));
+        set(set(sizes().parts(), "split.no", part), "split.count", of)
+    };
+    let error = folder.error_of(&parts(1, 3));
+    assert!(error.contains("it is part 2 of 3 of a model: join the parts"), "{error}");
+    // later parts have neither an architecture nor all tensors
+    let mut later = parts(2, 3);
+    later.metadata.retain(|(key, _)| key.starts_with("split."));
+    later.tensors.truncate(3);
+    assert!(folder.error_of(&later).contains("it is part 3 of 3"));
+    folder.loads(&parts(0, 1));
+    folder.loads(&parts(0, 0));
+    let error = folder.error_of(&sizes().parts().set("split.count", Some(text("three"))));
+    assert!(error.contains("`split.count` is \"three\": a single count"), "{error}");
+    // by name alone
+    let path = folder.0.path().join("m-00001-of-00002.gguf");
+    sizes().parts().write(&path);
+    assert!(refused(&path).contains("it is part 1 of 2 of a model"));
+    let path = folder.0.path().join("m-00001-of-00001.gguf");
+    sizes().parts().write(&path);
+    use_it(&load(&path).unwrap());
+}
+
+#[test]
+fn files_that_hold_no_model() {
+    let folder = Folder::new();
+    for kind in ["adapter", "imatrix", "mmproj"] {
+        let error = folder.error_of(&sizes().parts().set("general.type", Some(text(kind))));
+        assert!(
+            error.contains(&format!("holds no model (`general.type` is \"{kind}\")")),
+            "{error}"
+        );
+    }
+    folder.loads(&sizes().parts().set("general.type", Some(text("model"))));
+    let mut vocabulary = sizes().parts();
+    vocabulary.tensors.clear();
+    assert!(folder.error_of(&vocabulary).contains("no weights"));
+}
+
+/// The table of keys has its own tests: here, that it is used, and with what words.
+#[test]
+fn keys_that_change_the_model() {
+    let folder = Folder::new();
+    let says = |key: &str, value: Value| {
+        folder.error_of(&sizes().parts().set(&format!("llama.{key}"), Some(value)))
+    };
+    for (key, value, expected) in [
+        ("attention.causal", Value::Bool(false), "`llama.attention.causal` is false: its tokens"),
+        ("attention.sliding_window", Value::U32(4), "sliding_window` is 4: its attention sees a"),
+        ("attn_logit_softcapping", Value::F32(50.0), "attn_logit_softcapping` is 50.0: the scores"),
+        ("attention.clamp_kqv", Value::F32(8.0), "clamp_kqv` is 8.0: its queries"),
+        ("attention.max_alibi_bias", Value::F32(8.0), "max_alibi_bias` is 8.0: its scores"),
+        ("expert_count", Value::U32(8), "expert_count` is 8: mixtures of experts"),
+        ("use_parallel_residual", Value::Bool(true), "use_parallel_residual` is true: its"),
+        ("rope.scaling.attn_factor", Value::F32(1.2), "attn_factor` is 1.2: its queries"),
+        ("rope.scaling.type", text("dynamic"), "rope.scaling.type` is `dynamic`: positions"),
+        // of another type
+        ("attention.causal", Value::U32(1), "true or false was expected"),
+        ("attention.sliding_window", text("4"), "is \"4\": a single count was expected"),
+        ("final_logit_softcapping", Value::U32(30), "is 30: a number was expected"),
+        ("vocab_size", Value::F32(1.0), "is 1.0: a single count was expected"),
+        // numbers that are none
+        ("final_logit_softcapping", Value::F32(f32::NAN), "is NaN: a positive number"),
+        ("final_logit_softcapping", Value::F32(-3.0), "is -3: a positive number"),
+        ("logit_scale", Value::F32(f32::INFINITY), "is inf: a positive number"),
+        ("attention.scale", Value::F64(1e-300), "a positive number was expected"),
+        ("rope.scaling.factor", Value::F32(-2.0), "scale of the positions is -2"),
+    ] {
+        let error = says(key, value);
+        assert!(error.contains(expected), "{key}: {error}");
+    }
+    let mut harmless = sizes().parts();
+    for (key, value) in [
+        ("llama.attention.causal", Value::Bool(true)),
+        ("llama.attention.sliding_window", Value::U32(0)),
+        ("llama.expert_count", Value::U32(0)),
+        ("llama.rope.scaling.factor", Value::F32(1.0)),
+        ("llama.rope.scaling.type", text("none")),
+        ("llama.rope.scaling.attn_factor", Value::F32(1.0)),
+        ("llama.rope.scaling.finetuned", Value::Bool(true)),
+        ("llama.vocab_size", Value::U32(99)),
+        ("llama.pooling_type", Value::U32(1)),
+        ("llama.no_such_key", Value::U32(1)),
+        ("general.quantization_version", Value::U32(2)),
+        ("quantize.imatrix.file", text("a")),
+    ] {
+        folder.loads(&sizes().parts().set(key, Some(value.clone())));
+        harmless = harmless.set(key, Some(value));
+    }
+    folder.loads(&harmless);
 }
 
 #[test]
@@ -214,7 +353,7 @@ fn files_cut_off_anywhere() {
     for length in lengths {
         let error = folder.error(&bytes[..length]);
         assert!(
-            error.contains("is it complete?") || error.contains("is the file complete?"),
+            error.contains("is it complete?") || length == 0 && error.contains("not complete"),
             "{length}: {error}"
         );
     }

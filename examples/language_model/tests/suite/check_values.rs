@@ -47,8 +47,8 @@ fn smollm2_gives_the_values_that_were_found() {
     let session = Session::open(&model, &[tokens], None, 2048).unwrap();
     let attention = |name: &str| session.attention(&name.parse::<Kernel>().unwrap()).unwrap();
     let read = |layers: &[MultiHead<f32>]| -> Losses {
-        losses(&session.model, layers, &session.corpus.evaluation, 2048, &ProgressBar::hidden())
-            .unwrap()
+        let texts = session.corpus.evaluation().unwrap();
+        losses(&session.model, layers, texts, 2048, &ProgressBar::hidden()).unwrap()
     };
 
     let exact = read(&attention("softmax").layers);
@@ -79,8 +79,9 @@ fn smollm2_gives_the_values_that_were_found() {
         assert!(plan.heads.heads().len() == 9 && same >= 8, "{:?}", plan.heads.heads());
         let mut score = Score::default();
         for seed in 0..2 {
-            let prompt =
-                Task { pairs: 20, distance: 0 }.prompt(&session.tokenizer, &[], seed).unwrap();
+            let prompt = Task { pairs: 20, distance: 0 }
+                .prompt(session.tokenizer().unwrap(), &[], seed)
+                .unwrap();
             score += prompt.score(&session.model, &layers, &ProgressBar::hidden()).unwrap();
         }
         println!("{} of {} pairs recalled", score.right, score.asked);

@@ -1,6 +1,7 @@
 //! The program itself, every command, on a tiny model and with its shortest settings.
 
 use crate::common::{Sizes, Written, text};
+use candle_core::quantized::gguf_file::Value;
 use std::fs;
 use std::process::{Command, Output};
 
@@ -135,4 +136,279 @@ fn without_a_model_it_says_where_there_is_one() {
             && error.contains("DIJIANG_MODEL"),
         "{error}"
     );
+}
+
+/// What a command that must fail says; it never panics.
+fn fails(written: &Written, arguments: &[&str]) -> String {
+    let output = run(written, arguments);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let code = output.status.code();
+    assert!(matches!(code, Some(1 | 2)), "{arguments:?}: {code:?} {error}");
+    assert!(!error.contains("panicked"), "{arguments:?}: {error}");
+    error
+}
+
+/// Every number of every command: what cannot be is refused, with the argument, the number that was
+/// given and what to pass.
+#[test]
+fn numbers_that_cannot_be() {
+    let written = written();
+    let counts = [
+        "-1",
+        "1.5",
+        "many",
+        "",
+        "4294967296",
+        "18446744073709551615",
+        "1e9",
+        "99999999999999999999999",
+    ];
+    let zero = ["0"].iter().chain(&counts).copied().collect::<Vec<_>>();
+    let few = ["0", "1"].iter().chain(&counts).copied().collect::<Vec<_>>();
+    let cases: [(&str, &[&str], &[&str]); 20] = [
+        ("--context", &["perplexity"], &zero),
+        ("--context", &["compare"], &few),
+        ("--calibration-tokens", &["perplexity"], &zero),
+        ("--threads", &["perplexity"], &zero),
+        ("--pairs", &["recall"], &zero),
+        ("--pairs", &["recall"], &["81", "5,0", "5,81"]),
+        ("--distances", &["recall"], &counts),
+        ("--prompts", &["recall"], &zero),
+        ("--copied", &["recall"], &few),
+        ("--lengths", &["compare"], &zero),
+        ("--lengths", &["compare"], &["40,0"]),
+        ("--prompts", &["compare"], &zero),
+        ("--exact", &["plan"], &counts),
+        ("--exact", &["plan"], &["5"]),
+        ("--budget", &["plan", "--at", "8"], &["-1", "NaN", "inf", "1e400", "much"]),
+        ("--at", &["plan", "--budget", "1"], &zero),
+        ("--tokens", &["generate"], &zero),
+        ("--temperature", &["generate"], &["-1", "NaN", "inf", "hot"]),
+        ("--top-p", &["generate"], &["0", "1.1", "-0.5", "NaN"]),
+        ("--seed", &["generate"], &["-1", "1.5", "18446744073709551616"]),
+    ];
+    for (argument, command, values) in cases {
+        for value in values {
+            // given once: clap lets no argument come twice
+            let output = Command::new(env!("CARGO_BIN_EXE_language_model"))
+                .current_dir(written.folder.path())
+                .args(command)
+                .args(["--model", "tiny.gguf", "--text", "text.txt"])
+                .args([argument, value])
+                .output()
+                .unwrap();
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(matches!(output.status.code(), Some(1 | 2)), "{argument} {value}: {error}");
+            assert!(!error.contains("panicked"), "{argument} {value}: {error}");
+            assert!(error.contains(argument), "{argument} {value}: {error}");
+            let given = value.split(',').next_back().unwrap();
+            assert!(error.contains(given), "{argument} {value}: {error}");
+            assert!(
+                ["pass ", "kv heads", "a value is required"].iter().any(|w| error.contains(w)),
+                "{argument} {value}: {error}"
+            );
+        }
+    }
+    // the least that can be
+    let found = prints(&written, &["perplexity", "softmax", "--context", "1"]);
+    assert!(found.contains("first half            too short") && !found.contains("NaN"), "{found}");
+    let found = prints(
+        &written,
+        &[
+            "recall",
+            "softmax",
+            "--pairs",
+            "1",
+            "--distances",
+            "0",
+            "--prompts",
+            "1",
+            "--copied",
+            "2",
+        ],
+    );
+    assert!(found.contains("(1, 0) ") && found.contains("copied"), "{found}");
+    let found = prints(&written, &["generate", "-k", "softmax", "-n", "1", "--temperature", "0"]);
+    assert!(found.contains("written       1 tokens"), "{found}");
+    let error = fails(
+        &written,
+        &["plan", "merged:4,window=8", "--budget", "0.0001", "--at", "400", "-o", "p.json"],
+    );
+    assert!(error.contains("`--budget` is 0.0001 MiB, but after 400 tokens"), "{error}");
+    // a context longer than any text is the text
+    let found = prints(&written, &["perplexity", "softmax", "--context", "16777216"]);
+    let tokens = found.split("windows of ").nth(1).unwrap().split(' ').next().unwrap();
+    assert!(tokens.parse::<usize>().unwrap() < 200, "{found}");
+}
+
+fn ids(written: &Written, name: &str, count: usize) {
+    let ids: Vec<String> = (0..count).map(|i| (i * 7 % 250).to_string()).collect();
+    fs::write(written.folder.path().join(name), format!("[{}]", ids.join(", "))).unwrap();
+}
+
+/// The program on a file of token ids.
+fn on_ids(written: &Written, ids: &str, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_language_model"))
+        .current_dir(written.folder.path())
+        .env_remove("DIJIANG_MODEL")
+        .args(arguments)
+        .args(["--model", "tiny.gguf", "--text", ids, "--calibration", ids])
+        .output()
+        .unwrap()
+}
+
+const SHORTEST: [&str; 10] =
+    ["--pairs", "2", "--distances", "8", "--prompts", "1", "--copied", "9", "--lengths", "40"];
+
+#[test]
+fn texts_of_a_prediction_or_two() {
+    let written = written();
+    for (count, halves) in [(2, "too short"), (3, "first half")] {
+        ids(&written, "few.json", count);
+        let output = on_ids(&written, "few.json", &["perplexity", "softmax", "elu"]);
+        let found = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && found.contains(halves), "{found}");
+        assert!(!found.contains("NaN") && !found.contains("inf"), "{found}");
+        // an empty half has no loss, not one of 0
+        assert_eq!(found.contains(": too short, "), count == 2, "{found}");
+        assert!(!found.contains(" 0.00000"), "{found}");
+    }
+    let compare = [&["compare", "elu", "-o", "out"][..], &SHORTEST].concat();
+    ids(&written, "few.json", 2);
+    let output = on_ids(&written, "few.json", &compare);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("too short") && error.contains("1 prediction,"), "{error}");
+    ids(&written, "few.json", 3);
+    let output = on_ids(&written, "few.json", &compare);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for name in ["comparison.csv", "comparison.json", "report.html", "picture.svg"] {
+        let text = fs::read_to_string(written.folder.path().join("out").join(name)).unwrap();
+        assert!(!text.contains("NaN") && !text.contains("null,\n"), "{name}");
+        assert!(!text.split(|c: char| !c.is_alphanumeric()).any(|word| word == "inf"), "{name}");
+    }
+    ids(&written, "few.json", 1);
+    for command in ["perplexity", "compare", "recall"] {
+        let arguments = if command == "compare" { compare.clone() } else { vec![command, "elu"] };
+        let output = on_ids(&written, "few.json", &arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && !error.contains("panicked"), "{error}");
+    }
+}
+
+#[test]
+fn token_ids_need_no_tokenizer() {
+    let written = written();
+    let parts = Sizes::default().parts().set("tokenizer.ggml.model", Some(text("t5")));
+    parts.write(&written.path);
+    ids(&written, "ids.json", 90);
+    let compare = [&["compare", "merged:4,window=8,exact=1", "-o", "out"][..], &SHORTEST].concat();
+    for arguments in [
+        &["perplexity", "softmax", "merged:4,window=8,exact=1", "--context", "40"][..],
+        &["plan", "merged:4,window=8", "-o", "plan.json"],
+        &compare,
+    ] {
+        let output = on_ids(&written, "ids.json", arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        let left_out = arguments[0] == "compare";
+        assert_eq!(error.contains("lists of names and codes are left out"), left_out, "{error}");
+    }
+    // ids alone: the calibration text is not used
+    let output = Command::new(env!("CARGO_BIN_EXE_language_model"))
+        .current_dir(written.folder.path())
+        .args(["perplexity", "softmax", "--model", "tiny.gguf", "--text", "ids.json"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for arguments in [&["generate", "-k", "softmax"][..], &["recall", "softmax"]] {
+        let output = on_ids(&written, "ids.json", arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains("\"t5\""), "{error}");
+        assert!(error.contains("use another model"), "{error}");
+    }
+    let error = fails(&written, &["perplexity", "softmax"]);
+    assert!(error.contains("text.txt") && error.contains("token ids in a .json file"), "{error}");
+    // what the model is comes before what its tokenizer is
+    parts.set("general.architecture", Some(text("qwen2"))).write(&written.path);
+    let error = fails(&written, &["generate"]);
+    assert!(error.contains("the architecture is `qwen2`; this program runs `llama`"), "{error}");
+    assert!(!error.contains("t5"), "{error}");
+}
+
+/// The tiny model was trained on 900 tokens, so says its file.
+#[test]
+fn contexts_beyond_the_trained_one() {
+    let written = written();
+    let parts = Sizes::default().parts().set("llama.context_length", Some(Value::U32(900)));
+    parts.write(&written.path);
+    ids(&written, "long.json", 1000);
+    let warnings = |arguments: &[&str]| {
+        let output = on_ids(&written, "long.json", arguments);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        assert!(!String::from_utf8_lossy(&output.stdout).contains("warning"));
+        error.lines().filter(|line| line.contains("warning")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let compare = |context, lengths, distance| {
+        vec![
+            "compare",
+            "window:8",
+            "-o",
+            "out",
+            "--pairs",
+            "1",
+            "--prompts",
+            "1",
+            "--copied",
+            "9",
+            "--context",
+            context,
+            "--lengths",
+            lengths,
+            "--distances",
+            distance,
+        ]
+    };
+    let recall = |distance, copied| {
+        vec![
+            "recall",
+            "softmax",
+            "window:8",
+            "--pairs",
+            "1",
+            "--prompts",
+            "1",
+            "--distances",
+            distance,
+            "--copied",
+            copied,
+        ]
+    };
+    let generate = |tokens| vec!["generate", "-k", "window:8", "-p", "a", "-n", tokens];
+    for (beyond, number, within) in [
+        (
+            vec!["perplexity", "softmax", "window:8", "--context", "950"],
+            "a window of 950 tokens",
+            vec!["perplexity", "softmax", "window:8", "--context", "900"],
+        ),
+        (generate("900"), "901 tokens", generate("899")),
+        (recall("600", "9"), "a list of 1", recall("8", "450")),
+        (recall("8", "451"), "a copy of 902 tokens", recall("8", "9")),
+        (compare("920", "40", "8"), "a window of 920 tokens", compare("60", "40", "8")),
+        (compare("60", "40,901", "8"), "a context of 901 tokens", compare("60", "40,900", "8")),
+        // a calibration text is cut
+        (
+            vec!["perplexity", "softmax", "--context", "960"],
+            "a window of 960 tokens",
+            vec!["perplexity", "merged:4,window=8,exact=1", "--context", "60"],
+        ),
+    ] {
+        let found = warnings(&beyond);
+        assert_eq!(found.len(), 1, "{beyond:?}: {found:?}");
+        assert!(
+            found[0].contains(number) && found[0].contains(" 900 tokens of context"),
+            "{beyond:?}: {found:?}"
+        );
+        assert_eq!(warnings(&within), Vec::<String>::new(), "{within:?}");
+    }
 }

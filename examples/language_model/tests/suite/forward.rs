@@ -3,6 +3,8 @@
 use crate::common::naive::Naive;
 use crate::common::{Scaling, Sizes, difference, logits, softmax, tokens};
 use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value;
+use language_model::model::{Model, Scales};
 
 /// Within this of the largest logit: what `f32` gives, times four.
 const TOLERANCE: f64 = 4e-6;
@@ -100,6 +102,57 @@ fn positions_that_are_scaled() {
     {
         check(&Sizes { scaling, seed: 24, ..Sizes::default() });
     }
+}
+
+#[test]
+fn factors_on_the_way() {
+    let none = Scales::default();
+    for (i, scales) in [
+        Scales { embedding: Some(2.5), ..none },
+        Scales { residual: Some(0.3), ..none },
+        Scales { attention: Some(0.6), ..none },
+        Scales { logits: Some(0.25), ..none },
+        Scales { cap: Some(20.0), ..none },
+        Scales {
+            embedding: Some(0.5),
+            residual: Some(1.5),
+            attention: Some(0.1),
+            logits: Some(2.0),
+            cap: Some(30.0),
+        },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let tied = i % 2 == 0;
+        check(&Sizes {
+            scales,
+            tied,
+            key_length: Some(8),
+            seed: 30 + i as u64,
+            ..Sizes::default()
+        });
+    }
+    // 0 says that there is none
+    let written = Sizes::default().write();
+    let read = tokens(9, 300, 1);
+    let of = |path: &std::path::Path| {
+        let model = Model::load(path).unwrap();
+        logits(&model, &mut model.state(&softmax(&model)).unwrap(), &read, &[])
+    };
+    let expected = of(&written.path);
+    let mut parts = Sizes::default().parts();
+    for key in [
+        "embedding_scale",
+        "residual_scale",
+        "logit_scale",
+        "attention.scale",
+        "final_logit_softcapping",
+    ] {
+        parts = parts.set(&format!("llama.{key}"), Some(Value::F32(0.0)));
+    }
+    parts.write(&written.path);
+    assert_eq!(of(&written.path), expected);
 }
 
 #[test]

@@ -107,16 +107,16 @@ fn bad_names_are_refused_by_name() {
         ("official:8", "`official` has no size"),
         ("elu:8", "`elu` has no size"),
         ("relu:8", "`relu` has no size"),
-        ("merged:", "the size is ``"),
-        ("merged:many", "the size is `many`"),
-        ("merged:-1", "the size is `-1`"),
-        ("merged:64,window=x", "window is `x`"),
-        ("merged:64,sinks=1.5", "sinks is `1.5`"),
-        ("merged:64,decay=high", "decay is `high`"),
-        ("merged:64,min-age=", "min-age is ``"),
-        ("ward:64,block=99999999999999999999", "block is `99999999999999999999`"),
-        ("dct:64,seed=-3", "seed is `-3`"),
-        ("merged:64,exact=all", "exact is `all`"),
+        ("merged:", "`entries` is empty"),
+        ("merged:many", "`entries` is many"),
+        ("merged:-1", "`entries` is -1"),
+        ("merged:64,window=x", "`window` is x"),
+        ("merged:64,sinks=1.5", "`sinks` is 1.5"),
+        ("merged:64,decay=high", "`decay` is high"),
+        ("merged:64,min-age=", "`min-age` is empty"),
+        ("ward:64,block=99999999999999999999", "`block` is 99999999999999999999"),
+        ("dct:64,seed=-3", "`seed` is -3"),
+        ("merged:64,exact=all", "`exact` is all"),
         ("softmax,exact=2", "exact in every head already"),
         ("softmax,plan=x", "exact in every head already"),
         // options that mean nothing to the kernel
@@ -171,8 +171,8 @@ fn sizes_that_cannot_be_are_refused_when_built() {
         ("merged:8,decay=0", "decay"),
         ("merged:8,decay=1.5", "decay"),
         ("merged:8,decay=nan", "decay"),
-        ("merged:8,value-weight=-1", "value_weight"),
-        ("merged:8,value-weight=inf", "value_weight"),
+        ("merged:8,value-weight=-1", "`value-weight` is -1"),
+        ("merged:8,value-weight=inf", "`value-weight` is inf"),
         ("merged:2,pool", "4 entries"),
         ("merged:8,metric=identity,calibrated", "calibration"),
         ("taylor:17", "rank"),
@@ -194,6 +194,64 @@ fn sizes_that_cannot_be_are_refused_when_built() {
     assert!(error.contains("needs a calibration text"), "{error}");
 }
 
+/// The number in a message is the one that was given, whatever became of it on the way.
+#[test]
+fn numbers_come_back_as_they_were_given() {
+    let huge = ["1048577", "4294967296", "18446744073709551615", "99999999999999999999", "-1"];
+    for (name, option) in [
+        ("merged:", "entries"),
+        ("ward:", "entries"),
+        ("taylor:", "rank"),
+        ("performer:", "features"),
+        ("dct:", "features"),
+        ("wpff:", "features"),
+        ("window:", "window"),
+        ("window,window=", "window"),
+        ("merged:8,window=", "window"),
+        ("dct:8,window=", "window"),
+        ("merged:8,sinks=", "sinks"),
+        ("window:8,heavy=", "heavy"),
+        ("merged:8,min-age=", "min-age"),
+        ("ward:8,block=", "block"),
+    ] {
+        for number in huge.into_iter().chain(["1.5", "1e3", "0x10", "many"]) {
+            let error = format!("{name}{number}").parse::<Kernel>().unwrap_err().to_string();
+            let expected = format!("`{option}` is {number}, not a whole number from ");
+            assert!(error.starts_with(&expected), "{name}{number}: {error}");
+        }
+    }
+    for (name, error) in [
+        ("merged:8,block=0", "`block` is 0, not a whole number from 1 to 16383"),
+        ("merged:0", "`entries` is 0, not a whole number from 1 to 16383"),
+        ("merged:16384", "`entries` is 16384, not a whole number from 1 to 16383"),
+        ("ward:16000,block=385", "`entries` is 16000 and `block` is 385, together more than 16384"),
+        ("dct:65537", "`features` is 65537, not a whole number from 1 to 65536"),
+        ("merged:8,decay=1e-400", "`decay` is 1e-400, not a number above 0, at most 1"),
+        ("merged:8,decay=NaN", "`decay` is NaN, not a number above 0, at most 1"),
+        ("merged:8,decay=1.0000000001", "`decay` is 1.0000000001, not a number above 0"),
+        ("merged:8,value-weight=1e400", "`value-weight` is 1e400, not a finite number"),
+        ("dct:8,seed=18446744073709551616", "`seed` is 18446744073709551616, not a whole"),
+        ("merged:8,exact=4294967296", "`exact` is 4294967296, not a whole number"),
+    ] {
+        let found = name.parse::<Kernel>().unwrap_err().to_string();
+        assert!(found.starts_with(error), "{name}: {found}");
+    }
+}
+
+/// The largest sizes that are taken are taken by the crate, too.
+#[test]
+fn the_largest_sizes_make_kernels() {
+    let config = config();
+    for name in [
+        "merged:16383,window=1048576,sinks=1048576,min-age=1048576",
+        "merged:1,window=2,block=16383",
+        "window:1048576",
+        "ward:16383,window=2",
+    ] {
+        kernel(name).heads(&config, None).unwrap();
+    }
+}
+
 /// `‖ÂV − AV‖/‖AV‖` of a kernel in every head, behind the warm-up, worst first.
 fn measured(session: &Session, name: &str) -> Vec<(f64, usize, usize)> {
     let exact = SoftmaxAttention::<f32>::new(session.model.config().head_dim).unwrap();
@@ -210,7 +268,7 @@ fn measured(session: &Session, name: &str) -> Vec<(f64, usize, usize)> {
                     &mut Default::default(),
                 )
                 .unwrap();
-            out.slice(s![.., session.warm_up().., ..]).mapv(f64::from)
+            out.slice(s![.., session.warm_up().unwrap().., ..]).mapv(f64::from)
         };
         let (found, exact) = (run(&*kernels[sample.layer][sample.kv_head]), run(&exact));
         let norm = |x: &Array3<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -223,7 +281,7 @@ fn measured(session: &Session, name: &str) -> Vec<(f64, usize, usize)> {
 #[test]
 fn the_heads_with_the_largest_errors_stay_exact() {
     let (session, _file) = tiny();
-    assert_eq!(session.warm_up(), 50);
+    assert_eq!(session.warm_up().unwrap(), 50);
     let read = tokens(80, 300, 1);
     for (name, alone) in [
         ("merged:8,window=16,exact=", "merged:8,window=16"),

@@ -120,7 +120,7 @@ fn pairs(list: &str) -> Vec<(&str, &str)> {
 #[test]
 fn lists_are_what_they_say() {
     let (session, _file, _) = tiny();
-    let tokenizer = &session.tokenizer;
+    let tokenizer = session.tokenizer().unwrap();
     let prose: Vec<u32> = tokenizer.encode("Some prose. ").unwrap();
     for (count, distance, seed) in [(1, 0, 0), (5, 7, 1), (20, 100, 2), (MOST_PAIRS, 0, 3)] {
         let task = Task { pairs: count, distance };
@@ -254,8 +254,11 @@ fn prompts_are_scored_as_by_hand() {
     let mut prompts = vec![copying(&named("text", tokens(40, 300, 6)), 40).unwrap()];
     // a text of one token over and over is what a model without training copies
     prompts.extend((0..20).map(|token| copying(&named("text", vec![token; 12]), 12).unwrap()));
-    prompts
-        .push(Task { pairs: 3, distance: 10 }.prompt(&session.tokenizer, &[5, 6, 7], 0).unwrap());
+    prompts.push(
+        Task { pairs: 3, distance: 10 }
+            .prompt(session.tokenizer().unwrap(), &[5, 6, 7], 0)
+            .unwrap(),
+    );
     for prompt in &prompts {
         let found = prompt.score(model, &layers, &ProgressBar::hidden()).unwrap();
         assert_eq!(found, by_hand(&naive, prompt));

@@ -9,9 +9,9 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use dijiang::MultiHead;
 use language_model::gguf::Gguf;
-use language_model::model::{Model, State};
+use language_model::model::{Model, Scales, State};
 use language_model::session::Session;
-use language_model::texts::{Corpus, Text};
+use language_model::texts::{Corpus, Encoder, Text};
 use language_model::tokenizer::Tokenizer;
 use ndarray::{Array2, concatenate};
 use rand::{RngExt, SeedableRng};
@@ -43,6 +43,8 @@ pub struct Sizes {
     pub rope_factors: bool,
     /// `rope.dimension_count`, where it is not the length of keys.
     pub rope_dims: Option<usize>,
+    /// Factors on the way.
+    pub scales: Scales,
     pub seed: u64,
 }
 
@@ -77,6 +79,7 @@ impl Default for Sizes {
             scaling: Scaling::None,
             rope_factors: false,
             rope_dims: None,
+            scales: Scales::default(),
             seed: 1,
         }
     }
@@ -140,6 +143,17 @@ impl Sizes {
                 set("rope.scaling.factor", Value::F32(x))
             }
             Scaling::Old(x) => set("rope.scale_linear", Value::F32(x)),
+        }
+        let Scales { embedding, residual, attention, logits, cap } = self.scales;
+        let factors = [
+            ("embedding_scale", embedding),
+            ("residual_scale", residual),
+            ("attention.scale", attention),
+            ("logit_scale", logits),
+            ("final_logit_softcapping", cap),
+        ];
+        for (key, factor) in factors {
+            factor.into_iter().for_each(|factor| set(key, Value::F64(factor)));
         }
         metadata.extend(tokenizer_metadata());
 
@@ -333,12 +347,13 @@ pub fn tokens(count: usize, vocabulary: usize, seed: u64) -> Vec<u32> {
 pub fn session(sizes: &Sizes, calibration_tokens: usize) -> (Session, Written) {
     let written = sizes.write();
     let tokenizer = tokenizer(&written.path);
-    let mut corpus = Corpus::open(&[], None, &tokenizer).unwrap();
+    let with = Encoder { tokenizer: Ok(&tokenizer), vocabulary: sizes.vocabulary };
+    let corpus = Corpus::open(&[], None, with).unwrap();
     let evaluation = [("one", 90, 3), ("two", 60, 4)].map(|(name, count, seed)| Text {
         name: name.to_owned(),
         tokens: tokens(count, 262, seed),
     });
-    corpus.evaluation = evaluation.to_vec();
+    let corpus = Corpus::new(corpus.calibration().unwrap().clone(), evaluation.to_vec());
     (Session::new(written.model(), tokenizer, corpus, calibration_tokens), written)
 }
 

@@ -47,6 +47,8 @@ impl Naive {
         let embedding = self.matrix("token_embd");
         let mut x: Vec<Row> =
             tokens.iter().map(|&token| embedding[token as usize].clone()).collect();
+        let scales = self.sizes.scales;
+        times(&mut x, scales.embedding);
         for l in 0..self.sizes.layers {
             let layer = |part: &str| format!("blk.{l}.{part}");
             let h = self.norm(&x, &layer("attn_norm"));
@@ -54,7 +56,9 @@ impl Naive {
             let k = self.linear(&h, &layer("attn_k"));
             let v = self.linear(&h, &layer("attn_v"));
             let mixed = self.attention(&q, &k, &v);
-            add(&mut x, &self.linear(&mixed, &layer("attn_output")));
+            let mut added = self.linear(&mixed, &layer("attn_output"));
+            times(&mut added, scales.residual);
+            add(&mut x, &added);
 
             let h = self.norm(&x, &layer("ffn_norm"));
             let mut gated = self.linear(&h, &layer("ffn_gate"));
@@ -64,10 +68,17 @@ impl Naive {
                     *g = *g / (1.0 + (-*g).exp()) * u;
                 }
             }
-            add(&mut x, &self.linear(&gated, &layer("ffn_down")));
+            let mut added = self.linear(&gated, &layer("ffn_down"));
+            times(&mut added, scales.residual);
+            add(&mut x, &added);
         }
         let hidden = self.norm(&x, "output_norm");
-        let scores = self.linear(&hidden, if self.sizes.tied { "token_embd" } else { "output" });
+        let mut scores =
+            self.linear(&hidden, if self.sizes.tied { "token_embd" } else { "output" });
+        times(&mut scores, scales.logits);
+        if let Some(cap) = scales.cap {
+            scores.iter_mut().flatten().for_each(|x| *x = cap * (*x / cap).tanh());
+        }
         Array2::from_shape_fn((tokens.len(), self.sizes.vocabulary), |(t, token)| scores[t][token])
     }
 
@@ -88,6 +99,7 @@ impl Naive {
         let (d, dv) = (self.sizes.head_dim(), self.sizes.value_dim());
         let group = self.sizes.heads / self.sizes.kv_heads;
         let pairs = self.pairs();
+        let scale = self.sizes.scales.attention.unwrap_or(1.0 / (d as f64).sqrt());
         let head = |x: &[Row], h: usize, columns: usize| {
             Array2::from_shape_fn((x.len(), columns), |(t, c)| x[t][h * columns + c])
         };
@@ -96,7 +108,7 @@ impl Naive {
             let q = positional::rotate(&head(q, h, d), 0, &pairs);
             let k = positional::rotate(&head(k, h / group, d), 0, &pairs);
             let v = head(v, h / group, dv);
-            let out = naive::softmax(&q, &k, &v, 1.0 / (d as f64).sqrt(), Mask::Causal);
+            let out = naive::softmax(&q, &k, &v, scale, Mask::Causal);
             for (row, out) in mixed.iter_mut().zip(out.outer_iter()) {
                 row.extend(out);
             }
@@ -138,6 +150,10 @@ impl Naive {
     fn matrix(&self, name: &str) -> &[Row] {
         &self.weights[&format!("{name}.weight")]
     }
+}
+
+fn times(x: &mut [Row], factor: Option<f64>) {
+    x.iter_mut().flatten().for_each(|x| *x *= factor.unwrap_or(1.0));
 }
 
 fn add(x: &mut [Row], y: &[Row]) {
