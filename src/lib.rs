@@ -53,9 +53,9 @@
 //!
 //! **No feature map imitates the softmax attention of a trained model.** Its norms are large, the
 //! variance of an estimate is of order `e^{|q̂ + k̂|²}/m`, and more features do not help. What does
-//! stand in for softmax is an exact window with a merging memory behind it ([`HybridAttention`]). It
-//! loses facts that nothing asks for, so keep the heads exact where its own error is largest. [The
-//! figures](guide::choosing).
+//! stand in for softmax is an exact window with a merging memory behind it ([`HybridAttention`]).
+//! It loses facts that nothing asks for, so keep the heads exact where its own error is largest.
+//! [The figures](guide::choosing).
 //!
 //! # Conventions
 //!
