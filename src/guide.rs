@@ -1,8 +1,8 @@
 #![doc = include_str!("guide/links.md")]
 #![doc = include_str!("../docs/guide.md")]
 // One module for each page of `docs/guide`. The links of a page have labels, which the page defines
-// as files, for whoever reads it there; `links.md` defines them as items, and comes first, since the
-// first definition counts.
+// as files, for whoever reads it there; `links.md` defines them as items, and comes first, since
+// the first definition counts. (Its name is therefore that of the doc tests.)
 
 macro_rules! pages {
     ($($name:ident,)*) => { $(

@@ -39,8 +39,8 @@ use std::sync::Arc;
 ///         or heavy
 /// ```
 ///
-/// with (F, f) the partial sum of the far memory for `q_t`. No share between near and far has to be chosen or
-/// trained: both are in absolute terms.
+/// with (F, f) the partial sum of the far memory for `q_t`. No share between near and far has to be
+/// chosen or trained: both are in absolute terms.
 ///
 /// A merging memory learns from what was read, so the outputs depend on the order of steps: the
 /// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
