@@ -77,6 +77,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 /// and [`stream`](Self::stream), token by token. If the kernel is a sum over the keys that a
 /// [`Memory`](crate::Memory) can keep, write the memory and let
 /// [`MemoryAttention`](crate::MemoryAttention) do both.
+///
+/// <style>pre.item-decl { max-height: 11em; overflow: auto; }</style>
 pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// Attends with the query heads of a head of keys and values, and writes the outputs over
     /// whatever they held. Every other way to call a kernel comes down to this one.

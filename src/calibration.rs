@@ -40,10 +40,10 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayView3, Axis};
 /// q̂·k̂ = q̂·μ_k + μ_q·(k̂ − μ_k) + x·y        exactly,  with both covariances equal to diag(λ)
 /// ```
 ///
-/// (balancing of two covariances, Moore 1981; the derivation is in `docs/theory.md`). Everything is
-/// computed in `f64` and serves kernels of both number types. A calibration belongs to one head, or
-/// one group of query heads that share their keys, and to the scale, window and sinks it was made
-/// for.
+/// (balancing of two covariances, Moore 1981; [the derivation](crate::theory#13-calibration)).
+/// Everything is computed in `f64` and serves kernels of both number types. A calibration belongs
+/// to one head, or one group of query heads that share their keys, and to the scale, window and
+/// sinks it was made for.
 ///
 /// ```
 /// use dijiang::{CalibratedTaylor, Calibration, CalibrationOptions, FeatureMap};

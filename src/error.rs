@@ -23,6 +23,8 @@ use core::fmt;
 /// );
 /// # Ok::<(), Error>(())
 /// ```
+///
+/// <style>pre.item-decl { max-height: 11em; overflow: auto; }</style>
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Error {

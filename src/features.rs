@@ -75,6 +75,8 @@ use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
 /// assert_eq!(kernel.forward(ones.view(), ones.view(), ones.view(), Mask::Causal)?, ones);
 /// # Ok::<(), Error>(())
 /// ```
+///
+/// <style>pre.item-decl { max-height: 11em; overflow: auto; }</style>
 pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
     /// Columns of the vectors it maps.
     fn head_dim(&self) -> usize;

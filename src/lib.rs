@@ -7,9 +7,14 @@
 //! attention is here as the honest reference, and [`fidelity`] *measures* how close each comes to
 //! it, on your own queries, keys and values.
 //!
+//! - **[The guide](guide)**: from [a new crate](guide::start) to kernels [in a
+//!   model](guide::decoding) and [of your own](guide::own_kernel).
+//! - **[The theory](theory)**: every formula, derived, and what was measured of what is claimed.
+//!   [`attention::naive`] has them as plain loops, to read and to test against.
+//!
 //! # Quick start
 //!
-//! Every kernel is an [`Attention`]:
+//! Every kernel is an [`Attention`], and gives a [`Stream`], the state that a decoder keeps:
 //!
 //! ```
 //! use dijiang::{Attention, DctFeatures, LinearAttention, Mask, fidelity};
@@ -24,68 +29,34 @@
 //! let out = kernel.forward(q.view(), k.view(), v.view(), Mask::Causal)?;
 //! assert_eq!(out.dim(), (n, d));
 //!
+//! let mut stream = kernel.stream(d)?;
+//! let size = stream.state_floats();
+//! let mut again = Array2::zeros((n, d));
+//! stream.extend(q.view(), k.view(), v.view(), again.view_mut())?;
+//! assert_eq!((stream.len(), stream.state_floats()), (n, size)); // it does not grow
+//!
 //! let report = fidelity::compare(&kernel, q.view(), k.view(), v.view(), Mask::Causal)?;
 //! println!("output error {:.3}, uniform {:.3}", report.output_error, report.uniform_error);
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
-//! and gives a [`Stream`], the state that a decoder keeps:
-//!
-//! ```
-//! use dijiang::{Attention, LinearAttention, Performer};
-//! use ndarray::Array2;
-//!
-//! let kernel = LinearAttention::new(Performer::<f32>::new(64, 64, 7)?);
-//! let mut stream = kernel.stream(64)?;
-//! let token = Array2::from_elem((1, 64), 0.1);
-//! let mut out = Array2::zeros((1, 64));
-//! let size = stream.state_floats();
-//! for _ in 0..100 {
-//!     stream.extend(token.view(), token.view(), token.view(), out.view_mut())?;
-//! }
-//! assert_eq!((stream.len(), stream.state_floats()), (100, size)); // it does not grow
-//!
-//! # Ok::<(), dijiang::Error>(())
-//! ```
-//!
 //! # Which kernel?
 //!
-//! The error is `‖ÂV − AV‖/‖AV‖` against exact softmax, on Gaussian queries and keys of norm
-//! `|x̂|² = 1` (d = 64, m = 256) and as the median over five heads of trained models, where `|x̂|²`
-//! is 9 to 43. Uniform attention, which looks at nothing, has .130 and .955. Measured by
-//! `cargo run --release --example approximation_error` on 2026-11-24 (m = 256 on the left, the best
-//! m up to 1024 on the right).
+//! | what you have | kernel |
+//! |---|---|
+//! | a trained softmax model | [`SoftmaxAttention`], exact |
+//! | the same, and its cache is too large | [`HybridAttention`] with [`Far::merged`] in most heads, the worst exact ([`HeadErrors`]) |
+//! | a model trained with another kernel | its own: [`Performer`], [`EluFeatures`], [`ReluFeatures`], [`TaylorFeatures`] or [`OfficialDijiang`] in [`LinearAttention`], [`DijiangBlock`], [`Retention`], [`CosFormer`], [`Linformer`], [gated sums](LinearAttention::gated); [the table](guide::families) |
+//! | a model that will be trained | any map; [`Performer`] is the plainest, [`DctFeatures`] has no matrix to store |
+//! | small norms, no training | [`DctFeatures`] with [`Radii::Antithetic`] |
+//! | an idea | three methods of a [`Memory`] for a [`MemoryAttention`], or a [`FeatureMap`] |
 //!
-//! | kernel | for | error at norm 1 | error on trained heads |
-//! |---|---|---|---|
-//! | [`SoftmaxAttention`] | a trained softmax model, as it is; the reference | 0 | 0 |
-//! | [`HybridAttention`] with [`Far::merged`] | the same with a state of fixed size, in most heads | – | .029, four causal heads |
-//! | [`DctFeatures`] with [`Radii::Antithetic`] | small norms, no training; use m = 2d or more | .069 | 1.02 |
-//! | [`DctFeatures`] | as FAVOR+, with no matrix to store | .125 | 1.04 |
-//! | [`Performer`] | models trained with FAVOR+ | .123 | 1.04 |
-//! | [`Wpff`] with fitted weights | sampled data to fit to | .101 | 1.06 |
-//! | [`TaylorFeatures`] | scores below 1; (d + 1)(d + 2)/2 features | .001 | .970 |
-//! | [`OfficialDijiang`] | models trained with the released DiJiang code | .124 | .924 |
-//! | [`EluFeatures`], [`ReluFeatures`] | models trained with them | .129, .249 | .949, .916 |
-//! | [`Retention`], [`CosFormer`], [`LinearAttention`] with decay or gates | models trained with them: they do not aim at softmax | – | – |
-//! | [`DijiangBlock`] | the attention block of the released DiJiang models | – | – |
-//! | [`Linformer`] | bidirectional models trained with it | – | – |
-//!
-//! Read the last column again: **no feature map imitates the softmax attention of a trained
-//! model.** More features do not help there, since the variance of the estimate is of order
-//! `e^{|q̂ + k̂|²}/m`. The maps make sense at small norms and in models that were trained with
-//! them. What does stand in for softmax is an exact window, the first tokens, and a memory that
-//! merges what leaves the window by the attention it receives ([`HybridAttention`]): 17 153 numbers
-//! where the cache of 768 tokens has 98 304; a window of equal size has an error of .21. It loses
-//! facts that nothing asks for (the example `needle`), so keep exact the heads where its own error
-//! is largest ([`HeadErrors`]).
-//!
-//! Other kernels do not aim at softmax and are for models trained with them: [`Retention`]
-//! (RetNet), [`CosFormer`], [`Linformer`] (no causal form), and with [`IdentityFeatures`] and
-//! decays of the tokens ([`LinearAttention::gated`]) gated linear attention and Mamba-2.
-//! [`RotaryAttention`] puts rotary position embedding into any of them. Soft caps (Gemma 2),
-//! learned sinks (GPT-OSS) and linear biases (ALiBi) are options of [`SoftmaxAttention`], the first
-//! two of hybrids as well.
+//! **No feature map imitates the softmax attention of a trained model.** Its norms are large, the
+//! variance of an estimate is of order `e^{|q̂ + k̂|²}/m`, and more features do not help. What does
+//! stand in for softmax is an exact window with a merging memory behind it ([`HybridAttention`]).
+//! It loses facts that nothing asks for, so keep the heads exact where its own error is largest.
+//! [The figures](guide::choosing). Soft caps (Gemma 2), learned sinks (GPT-OSS) and linear biases
+//! (ALiBi) are options of [`SoftmaxAttention`], the first two of hybrids as well.
 //!
 //! # Conventions
 //!
@@ -100,16 +71,7 @@
 //! - Bad input gives an [`Error`] that says which argument and what to do; no function panics, and
 //!   a stream that failed is as it was.
 //! - Seeds are explicit and give the same map on every machine; see [`projection`].
-//!
-//! # Performance
-//!
-//! Inner loops are compiled for AVX-512, AVX2 with FMA, NEON and the build's own target, and chosen
-//! at run time: a plain `cargo build --release` is the fast one. Feed long sequences in one call:
-//! [`Attention::forward`] and a [`Stream::extend`] of many tokens work in chunks, by matrix
-//! products. Keep the last axis of arrays contiguous, and a [`Scratch`] for
-//! [`Attention::forward_heads`]. Feature `rayon` shares heads and sequences, or one long sequence,
-//! over threads. `cargo bench --bench targets` measures the machine; `docs/performance.md` has what
-//! was measured.
+//! - SIMD is chosen at run time: a plain `cargo build --release` is the [fast one](guide::speed).
 //!
 //! # Features
 //!
@@ -117,18 +79,7 @@
 //!   bit.
 //! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and
 //!   reports serialise; a restored stream goes on bit for bit.
-//! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model, with
-//!   `DijiangBlock::from_safetensors`.
-//!
-//! # A kernel of your own
-//!
-//! [`MemoryAttention`] makes a kernel of any [`Memory`]: three methods, and it has a forward pass,
-//! a stream, groups of query heads, and a place in a [`MultiHead`]. A [`FeatureMap`] of your own
-//! goes into [`LinearAttention`]. Where neither fits, [`Attention`] has two required methods.
-//!
-//! Every formula stands in [`attention::naive`] as plain loops in `f64`: to be read, and to test
-//! against. The guide (`docs/guide.md`) shows the use in a model, the theory (`docs/theory.md`)
-//! derives every formula, and `docs/architecture.md` shows the plan of the code.
+//! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
 #![warn(clippy::pedantic)]
@@ -153,6 +104,7 @@ pub mod decay;
 mod error;
 mod features;
 pub mod fidelity;
+pub mod guide;
 mod kernel;
 mod mask;
 mod memory;
@@ -161,6 +113,7 @@ pub mod projection;
 mod rotary;
 mod scalar;
 mod selection;
+pub mod theory;
 mod views;
 
 pub use attention::alibi::alibi_slopes;
@@ -222,13 +175,15 @@ pub use scalar::Scalar;
 pub use selection::exact_heads::ExactHeads;
 pub use selection::{HeadError, HeadErrors, HeadSample};
 
-/// The snippets of the README and the guide, as tests.
+/// The crate of the arrays that arguments and results are, in the version that this one uses.
+#[doc(no_inline)]
+pub use ndarray;
+
+/// The snippets of what is not a page of the guide, as tests.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
     #[doc = include_str!("../docs/models.md")]
     struct Models;
-    #[doc = include_str!("../docs/guide.md")]
-    struct Guide;
 }

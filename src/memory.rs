@@ -68,6 +68,8 @@ use ndarray::{ArrayView1, ArrayView2};
 /// # let _ = memory;
 /// # Ok::<(), dijiang::Error>(())
 /// ```
+///
+/// <style>pre.item-decl { max-height: 11em; overflow: auto; }</style>
 pub trait Memory<T: Scalar>: CloneMemory<T> + Debug + Send {
     /// Takes `k [n, d]` and `v [n, value_dim]` in.
     ///

@@ -47,8 +47,8 @@ pub struct HeadError {
 /// heads are chosen.
 ///
 /// Constant memory in *every* head loses the recall of far facts; a tenth of the heads kept exact
-/// repairs most of it (`docs/guide.md` has what was measured). The heads in which the kernel itself
-/// errs most are those to keep.
+/// repairs most of it ([what was measured](crate::guide::exact_heads)). The heads in which the
+/// kernel itself errs most are those to keep.
 ///
 /// ```
 /// use dijiang::{

@@ -20,7 +20,7 @@ const FLOORS: &[&[&str]] = &[
     &["attention"],
     &["multi_head"],
     &["selection", "fidelity"],
-    &["block", "decay", "bench"],
+    &["block", "decay", "bench", "guide", "theory"],
 ];
 
 /// The longest that a file may be, outside of `kernel/loops`.

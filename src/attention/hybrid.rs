@@ -33,12 +33,14 @@ use std::sync::Arc;
 /// to a far memory ([`Far`](crate::Far)), and everything stands under ONE normaliser:
 ///
 /// ```text
-/// o_t = [Σ_near e^{scale·q_t·k_j} v_j + F(q_t)] / [Σ_near e^{scale·q_t·k_j} + f(q_t)],
-/// near(t) = { j ≤ t : t − j < window or j < sinks } and the heavy keys
+/// o_t = (Σ w_j v_j + F) / (Σ w_j + f)
+/// w_j = exp(scale·q_t·k_j)
+/// j ≤ t:  t − j < window, j < sinks,
+///         or heavy
 /// ```
 ///
-/// with (F, f) the partial sum of the far memory. No share between near and far has to be chosen or
-/// trained: both are in absolute terms.
+/// with (F, f) the partial sum of the far memory for `q_t`. No share between near and far has to be
+/// chosen or trained: both are in absolute terms.
 ///
 /// A merging memory learns from what was read, so the outputs depend on the order of steps: the
 /// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
@@ -49,7 +51,10 @@ use std::sync::Arc;
 /// # State
 ///
 /// ```text
-/// sinks·(d + d_v) + held·(d + d_v [+ 1]) + heavy·(d + d_v + 1 [+ 1]) + far,
+/// sinks · (d + d_v)
+/// + held · (d + d_v [+ 1])
+/// + heavy · (d + d_v + 1 [+ 1])
+/// + far
 /// held = window + block − 1
 /// ```
 ///

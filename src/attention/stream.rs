@@ -40,6 +40,8 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// [`state_floats`](Self::state_floats) and [`reset`](Self::reset). The type must be [`Clone`];
 /// where a kernel is a sum over memories, [`MemoryAttention`](crate::MemoryAttention) has a stream
 /// already.
+///
+/// <style>pre.item-decl { max-height: 11em; overflow: auto; }</style>
 pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     /// Absorbs `n` tokens and writes their outputs, for every query head.
     ///

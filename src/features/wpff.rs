@@ -21,7 +21,8 @@ use ndarray::{Array1, Array2, ArrayView2};
 /// sides, so the kernel sees D².
 ///
 /// The paper prints `e^{−|x|²}`; the identity `E exp(ω·x − |x|²/2)·exp(ω·y − |y|²/2) = exp(x·y)`
-/// needs the half. Its claim of an O(1/m) error is not what we measure; see `docs/theory.md`.
+/// needs the half. Its claim of an O(1/m) error is not what we measure; see [the
+/// theory](crate::theory#11-convergence-claimed-and-measured).
 ///
 /// ```
 /// use dijiang::{FeatureMap, Points, Radii, Wpff};

@@ -1,0 +1,3 @@
+//! [performance]: crate::guide::performance
+
+#![doc = include_str!("../docs/theory.md")]
