@@ -13,7 +13,7 @@ use super::table;
 use crate::compare::{Comparison, Row};
 use anyhow::Result;
 
-const STYLE: &str = include_str!("../../../approximation_error/page.css");
+const STYLE: &str = include_str!("../../../reports/src/page.css");
 const MORE_STYLE: &str = "\
 .compared { font-size: .82rem; }
 .compared th, .compared td { padding: .22rem .32rem; }

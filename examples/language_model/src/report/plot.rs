@@ -3,10 +3,9 @@
 use super::axis::Axis;
 use super::labels::{self, Frame};
 use super::numbers::{escaped, shortened};
-use super::shared;
-use super::shared::plots::{Area, FONT, INK, REFERENCE, Shape, inline};
 use anyhow::Result;
 use plotters::prelude::*;
+use reports::plots::{Area, FONT, INK, REFERENCE, Shape, inline};
 
 /// Longer names are cut in plots.
 const LONGEST_NAME: usize = 30;
@@ -98,7 +97,7 @@ impl Panel {
     /// Draws it on some area.
     pub fn draw_on(&self, root: &Area<'_>) -> Result<()> {
         let font = |size: i32| (FONT, size).into_font().color(&INK);
-        let mut chart = shared::plots::Frame {
+        let mut chart = reports::plots::Frame {
             title: &self.title,
             x: self.x.scale(),
             y: self.y.scale(),

@@ -2,13 +2,14 @@
 
 use crate::kernels::Kernel;
 use crate::measure::Results;
-use crate::reports::{log_ends, log_ticks, shortened};
-use crate::shared::Scale;
-use crate::shared::plots::{Area, Frame, inline};
-pub use crate::shared::plots::{REFERENCE, Shape};
 use crate::summary::{Group, Row, kernel_error_rate, median, rows};
 use crate::text::{short, slope};
 use plotters::prelude::*;
+use reports::axes::Scale;
+use reports::axes::{log_ends, log_ticks};
+use reports::plots::{Area, Frame, inline};
+pub use reports::plots::{REFERENCE, Shape};
+use reports::text::shortened;
 
 /// Dotted by the style sheet.
 pub const GUIDE: RGBColor = RGBColor(1, 2, 6);

@@ -7,11 +7,11 @@ use crate::kernels::Kernel;
 use crate::measure::Results;
 use crate::plots::{self, Failure};
 use crate::rivals;
-use crate::shared::plots::escaped;
 use crate::summary::{Group, describe};
 use crate::table::{self, Emphasis};
+use reports::plots::escaped;
 
-const STYLE: &str = include_str!("page.css");
+const STYLE: &str = include_str!("../../src/page.css");
 
 /// Plots of single heads that the page shows.
 const MOST_PANELS: usize = 12;

@@ -6,7 +6,7 @@ use crate::plots;
 use crate::table;
 use crate::task::Sort;
 
-const STYLE: &str = include_str!("../approximation_error/page.css");
+const STYLE: &str = include_str!("../../src/page.css");
 
 /// The whole page.
 pub fn page(

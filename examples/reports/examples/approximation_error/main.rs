@@ -40,11 +40,7 @@ mod measure;
 mod page;
 mod plots;
 mod records;
-#[path = "../shared/reports.rs"]
-mod reports;
 mod rivals;
-#[path = "../shared/mod.rs"]
-mod shared;
 mod summary;
 mod synthetic;
 mod table;
@@ -141,7 +137,7 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
     }
     text.push('\n');
     for finding in findings {
-        text.push_str(&shared::wrapped(finding));
+        text.push_str(&reports::text::wrapped(finding));
     }
     text
 }

@@ -1,7 +1,7 @@
 //! Charts and marks of the reports. Colours of text, axes and reference lines are placeholders that
 //! the style sheets replace, so that they follow the reader's light or dark theme.
 
-use super::Scale;
+use crate::axes::Scale;
 use plotters::chart::ChartContext;
 use plotters::coord::Shift;
 use plotters::prelude::*;

@@ -2,10 +2,10 @@
 
 use crate::kernels::{KERNELS, Kernel};
 use crate::measure::{Curve, Plan, Results};
-use crate::shared::Scale;
-use crate::shared::plots::{Frame, REFERENCE, inline};
 use crate::task::{CLASSES, Sort};
 use plotters::prelude::*;
+use reports::axes::Scale;
+use reports::plots::{Frame, REFERENCE, inline};
 
 const SIZE: (u32, u32) = (560, 380);
 

@@ -11,7 +11,7 @@ use std::path::Path;
 /// More says nothing about attention.
 const MOST_STRIDE: usize = 65_536;
 
-static EMBEDDED: &[u8] = include_bytes!("../../data/heads.safetensors");
+static EMBEDDED: &[u8] = include_bytes!("../../../../data/heads.safetensors");
 
 /// One head.
 #[derive(Debug)]
