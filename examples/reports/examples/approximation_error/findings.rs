@@ -13,23 +13,29 @@ pub const SMALL_NORM: f64 = 1.0;
 /// With fewer, the intervals are so wide that everything lies inside.
 const SEEDS_TO_JUDGE: u64 = 5;
 
-/// A few plain sentences; those that the run has no data for are left out.
-pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
+/// Sentences under a title.
+pub type Found = (&'static str, Vec<String>);
+
+/// Plain sentences in groups; those that the run has no data for are left out.
+pub fn findings(results: &Results, plan: &Plan) -> Vec<Found> {
     let heads = Group::heads(results);
     let head_rows = rows(results, &heads);
-    let mut found: Vec<String> = [
+    let on_heads = [
         against_uniform(results, &heads, &head_rows),
         more_features(&head_rows, heads.inputs.len()),
-        small_norms(results, plan),
-        norms_that_work(results, plan),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    found.extend(slopes_at_small_norm(results, plan));
-    found.extend([slopes_on_heads(results, &heads), weights(&head_rows)].into_iter().flatten());
-    found.extend(failures(results).into_iter().flatten());
-    found.extend(hybrids::findings::findings(results, plan));
+        weights(&head_rows),
+    ];
+    let on_gaussian = [small_norms(results, plan), norms_that_work(results, plan)];
+    let mut slopes = slopes_at_small_norm(results, plan);
+    slopes.extend(slopes_on_heads(results, &heads));
+    let mut found = vec![
+        ("Hybrids", hybrids::findings::findings(results, plan)),
+        ("Feature maps on real heads", on_heads.into_iter().flatten().collect()),
+        ("Feature maps on Gaussian inputs", on_gaussian.into_iter().flatten().collect()),
+        ("How fast errors fall with the number of features", slopes),
+        ("What failed", failures(results).into_iter().flatten().collect()),
+    ];
+    found.retain(|(_, sentences)| !sentences.is_empty());
     found
 }
 
@@ -144,7 +150,8 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     ))
 }
 
-fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+/// Up to which norm exponential maps are of use.
+pub fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
     let is_exponential = |kernel: Kernel| kernel.is_random() && kernel.aims_at_softmax();
     if !plan.kernels.iter().any(|kernel| is_exponential(*kernel)) {
         return None;

@@ -34,6 +34,7 @@
 mod args;
 mod data;
 mod findings;
+mod headline;
 mod hybrids;
 mod kernels;
 mod measure;
@@ -48,6 +49,7 @@ mod text;
 
 use args::{Args, Plan};
 use clap::Parser;
+use findings::Found;
 use measure::Results;
 use std::io::Write;
 use std::path::Path;
@@ -94,15 +96,16 @@ fn run(args: &Args) -> Result<(), String> {
 
     let results = measure::measure(inputs, &plan)?;
     let findings = findings::findings(&results, &plan);
+    let lead = headline::take_away(&results, &plan);
     // A closed pipe is no reason to lose the files.
-    let _ = write!(std::io::stdout(), "{}", terminal(&results, &plan, &findings));
+    let _ = write!(std::io::stdout(), "{}", terminal(&results, &plan, &findings, &lead));
 
     let written = |name: &str, error: &dyn std::fmt::Display| {
         format!("`{}` cannot be written: {error}", args.output.join(name).display())
     };
     records::write(&results, &args.output.join("measurements.csv"))
         .map_err(|e| written("measurements.csv", &e))?;
-    let page = page::page(&results, &plan, &findings)
+    let page = page::page(&results, &plan, findings, lead)
         .map_err(|error| format!("a plot cannot be drawn: {error}"))?;
     std::fs::write(args.output.join("index.html"), page)
         .map_err(|error| written("index.html", &error))?;
@@ -117,7 +120,7 @@ fn create(output: &Path) -> Result<(), String> {
         .map_err(|error| format!("`{}` cannot be created: {error}", output.display()))
 }
 
-fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
+fn terminal(results: &Results, plan: &Plan, findings: &[Found], lead: &[String]) -> String {
     let heads = Group::heads(results);
     let mut text = format!("Approximation error on real heads ({})\n", heads.name);
     text.push_str(&table::terminal(&table::HEADER, &table::summary(results, &heads), 1));
@@ -136,8 +139,12 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
         text.push_str(&format!("\n{}\n", rivals::table::legend(results, &heads, plan)));
     }
     text.push('\n');
-    for finding in findings {
+    for finding in findings.iter().flat_map(|(_, sentences)| sentences) {
         text.push_str(&reports::text::wrapped(finding));
+    }
+    if !lead.is_empty() {
+        text.push_str("\nTo take away\n");
+        lead.iter().for_each(|sentence| text.push_str(&reports::text::wrapped(sentence)));
     }
     text
 }

@@ -1,49 +1,49 @@
 //! The plots of the page, as inline SVG.
 
-use crate::kernels::Kernel;
+use crate::kernels::{Family, Kernel};
 use crate::measure::Results;
 use crate::summary::{Group, Row, kernel_error_rate, median, rows};
 use crate::text::{short, slope};
 use plotters::prelude::*;
-use reports::axes::Scale;
-use reports::axes::{log_ends, log_ticks};
-use reports::plots::{Area, Frame, inline};
-pub use reports::plots::{REFERENCE, Shape};
+use reports::axes::{Scale, log_ends, log_ticks};
+use reports::page::{self, DotRow, Dots};
+pub use reports::plots::Shape;
+use reports::plots::{Area, Chart, FONT, Frame, INK, REFERENCE, inline};
 use reports::text::shortened;
 
 /// Dotted by the style sheet.
 pub const GUIDE: RGBColor = RGBColor(1, 2, 6);
 
-const WIDTH: u32 = 560;
-const HEIGHT: u32 = 380;
-/// More heads do not fit side by side.
+/// So wide that text keeps its size on a phone.
+const WIDTH: u32 = 360;
+const HEIGHT: u32 = 290;
+/// Of the text, about; and the room for names of lines.
+const LETTERS: i32 = 17;
+const RIGHT: u32 = 90;
+/// More heads make a page too long.
 const MOST_HEADS: usize = 24;
 
-/// The mark of a kernel: one colour for each family (Okabe and Ito's palette), one shape for each
-/// member.
+/// The mark of a kernel; colours are of Okabe and Ito's palette.
 pub type Look = (RGBColor, Shape);
 
 pub const BLUE: RGBColor = RGBColor(0, 114, 178);
-pub const SKY: RGBColor = RGBColor(86, 180, 233);
 pub const VERMILLION: RGBColor = RGBColor(213, 94, 0);
-pub const ORANGE: RGBColor = RGBColor(230, 159, 0);
 pub const GREEN: RGBColor = RGBColor(0, 158, 115);
 pub const PURPLE: RGBColor = RGBColor(204, 121, 167);
 pub const GREY: RGBColor = RGBColor(140, 140, 140);
 
+/// A colour for each member of a family.
 fn look(kernel: Kernel) -> Look {
     match kernel {
-        Kernel::Performer => (BLUE, Shape::Disc),
-        Kernel::PerformerIid => (SKY, Shape::Triangle),
-        Kernel::PerformerHyperbolic => (BLUE, Shape::Cross),
-        Kernel::Dct => (VERMILLION, Shape::Disc),
-        Kernel::DctAntithetic => (ORANGE, Shape::Triangle),
-        Kernel::DctNormal => (VERMILLION, Shape::Cross),
-        Kernel::Official => (PURPLE, Shape::Triangle),
-        Kernel::Wpff => (GREEN, Shape::Disc),
-        Kernel::WpffSobol => (GREEN, Shape::Triangle),
-        Kernel::WpffWeighted => (GREEN, Shape::Cross),
+        Kernel::Performer | Kernel::Dct | Kernel::Wpff => (BLUE, Shape::Disc),
+        Kernel::PerformerIid | Kernel::DctAntithetic | Kernel::WpffSobol => {
+            (VERMILLION, Shape::Triangle)
+        }
+        Kernel::PerformerHyperbolic | Kernel::DctNormal | Kernel::WpffWeighted => {
+            (GREEN, Shape::Cross)
+        }
         Kernel::Taylor => (PURPLE, Shape::Disc),
+        Kernel::Official => (PURPLE, Shape::Triangle),
     }
 }
 
@@ -88,25 +88,6 @@ impl Axis {
         Some(axis)
     }
 
-    fn linear(label: &'static str, low: f64, high: f64) -> Self {
-        let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0]
-            .into_iter()
-            .find(|step| (high - low) / step <= 9.0)
-            .unwrap_or((high - low) / 5.0);
-        let first = (low / step).ceil() as i64;
-        let ticks = (first..)
-            .map(|i| i as f64 * step)
-            .take_while(|x| *x <= high + 1e-9)
-            .map(|x| (x, tick(x)));
-        Self { label, low, high, ticks: ticks.collect() }
-    }
-
-    fn categories(label: &'static str, names: Vec<String>) -> Self {
-        let high = names.len() as f64;
-        let ticks = names.into_iter().enumerate().map(|(i, name)| (i as f64 + 0.5, name)).collect();
-        Self { label, low: 0.0, high, ticks }
-    }
-
     fn scale(&self) -> Scale {
         Scale { range: self.low..self.high, ticks: self.ticks.iter().map(|(x, _)| *x).collect() }
     }
@@ -117,7 +98,8 @@ impl Axis {
     }
 }
 
-fn tick(x: f64) -> String {
+/// The text of a tick.
+pub fn tick(x: f64) -> String {
     if x == 0.0 {
         return "0".to_owned();
     }
@@ -137,13 +119,15 @@ pub struct Series {
     pub joined: bool,
     pub size: i32,
     pub alpha: f64,
+    /// Written at its right end.
+    pub name: Option<&'static str>,
 }
 
 /// A line that is no kernel's.
 struct Reference {
     ends: [(f64, f64); 2],
     colour: RGBColor,
-    width: u32,
+    name: Option<&'static str>,
 }
 
 pub struct Panel {
@@ -152,40 +136,32 @@ pub struct Panel {
     y: Axis,
     pub series: Vec<Series>,
     references: Vec<Reference>,
-    left: u32,
-    size: (u32, u32),
 }
 
 impl Panel {
     pub fn new(title: impl Into<String>, x: Axis, y: Axis) -> Self {
         let (series, references) = (Vec::new(), Vec::new());
-        Self { title: title.into(), x, y, series, references, left: 64, size: (WIDTH, HEIGHT) }
+        Self { title: title.into(), x, y, series, references }
     }
 
-    pub fn across(&mut self, y: f64, colour: RGBColor) {
-        self.references.push(Reference {
-            ends: [(self.x.low, y), (self.x.high, y)],
-            colour,
-            width: 2,
-        });
+    pub fn across(&mut self, y: f64, name: &'static str) {
+        let ends = [(self.x.low, y), (self.x.high, y)];
+        self.references.push(Reference { ends, colour: REFERENCE, name: Some(name) });
     }
 
-    pub fn upright(&mut self, x: f64, colour: RGBColor) {
-        self.references.push(Reference {
-            ends: [(x, self.y.low), (x, self.y.high)],
-            colour,
-            width: 2,
-        });
+    pub fn upright(&mut self, x: f64) {
+        let ends = [(x, self.y.low), (x, self.y.high)];
+        self.references.push(Reference { ends, colour: GUIDE, name: None });
     }
 
     pub fn draw(&self) -> Result<String, Failure> {
         let mut svg = String::new();
         {
-            let root = SVGBackend::with_string(&mut svg, self.size).into_drawing_area();
+            let root = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
             self.draw_on(&root)?;
             root.present()?;
         }
-        Ok(inline(&svg, self.size, &self.title))
+        Ok(inline(&svg, (WIDTH, HEIGHT), &self.title))
     }
 
     fn draw_on(&self, root: &Area<'_>) -> Result<(), Failure> {
@@ -197,24 +173,26 @@ impl Panel {
             y_label: self.y.label,
             x_text: &|x| self.x.text(*x),
             y_text: &|y| self.y.text(*y),
-            left: self.left,
-            letters: 15,
+            left: 62,
+            right: RIGHT,
+            letters: LETTERS,
             title_letters: 19,
         }
         .draw(root)?;
         for reference in &self.references {
             chart.draw_series(std::iter::once(PathElement::new(
                 reference.ends.to_vec(),
-                reference.colour.stroke_width(reference.width),
+                reference.colour.stroke_width(2),
             )))?;
         }
         for series in &self.series {
             let (colour, shape) = series.look;
             let colour = colour.mix(series.alpha);
             if series.joined {
+                let width = if series.name.is_some() { 2 } else { 1 };
                 chart.draw_series(LineSeries::new(
                     series.points.iter().copied(),
-                    colour.stroke_width(2),
+                    colour.stroke_width(width),
                 ))?;
             }
             chart.draw_series(
@@ -225,52 +203,62 @@ impl Panel {
             )?;
             shape.draw(&mut chart, series.points.iter().copied(), colour, series.size)?;
         }
+        self.names(root, &chart)
+    }
+
+    /// The names of lines at their right ends, moved apart.
+    fn names(&self, root: &Area<'_>, chart: &Chart<'_, '_>) -> Result<(), Failure> {
+        let of_lines =
+            self.references.iter().filter_map(|line| Some((line.ends[1], line.name?, INK)));
+        let of_series = self
+            .series
+            .iter()
+            .filter_map(|series| Some((*series.points.last()?, series.name?, series.look.0)));
+        let place = |(end, name, colour)| (chart.backend_coord(&end).1, name, colour);
+        let mut names: Vec<(i32, &str, RGBColor)> = of_lines.chain(of_series).map(place).collect();
+        names.sort_by_key(|(y, ..)| *y);
+        for i in 1..names.len() {
+            names[i].0 = names[i].0.max(names[i - 1].0 + LETTERS);
+        }
+        let (x, mut lowest) = chart.backend_coord(&(self.x.high, self.y.low));
+        for name in names.iter_mut().rev() {
+            name.0 = name.0.min(lowest);
+            lowest = name.0 - LETTERS;
+        }
+        for (y, name, colour) in names {
+            let style = (FONT, LETTERS).into_font().color(&colour);
+            root.draw(&Text::new(name, (x + 6, y - LETTERS / 2), style))?;
+        }
         Ok(())
     }
-}
-
-/// A key of the kernels, as HTML.
-pub fn legend(kernels: impl IntoIterator<Item = Kernel>, references: &[(&str, &str)]) -> String {
-    key(kernels.into_iter().map(|kernel| (look(kernel), kernel.name())), references)
-}
-
-/// A key of marks and lines, as HTML.
-pub fn key(
-    marks: impl IntoIterator<Item = (Look, &'static str)>,
-    references: &[(&str, &str)],
-) -> String {
-    let mut html = String::from("<p class=\"legend\">");
-    for (class, text) in references {
-        html.push_str(&format!(
-            "<span><svg viewBox=\"0 0 26 14\"><line class=\"{class}\" x1=\"1\" y1=\"7\" x2=\"25\" \
-             y2=\"7\"/></svg>{text}</span> "
-        ));
-    }
-    for ((colour, shape), name) in marks {
-        html.push_str(&shape.key(colour, name));
-    }
-    html.push_str("</p>");
-    html
 }
 
 fn joined(
     rows: &[Row],
     kernel: Kernel,
-    x: impl Fn(&Row) -> f64,
+    family: Family,
     y: impl Fn(&Row) -> Option<[f64; 3]>,
 ) -> Series {
+    let is_shown = kernel.family() == family;
     let (mut points, mut bars) = (Vec::new(), Vec::new());
     for row in rows.iter().filter(|row| row.kernel == kernel) {
         let Some(values) = y(row) else { continue };
         let [median, least, most] = values.map(f64::log10);
         if [median, least, most].iter().all(|y| y.is_finite()) {
-            let x = x(row).log10();
+            let x = (row.features[1] as f64).log10();
             points.push((x, median));
-            bars.push([(x, least), (x, most)]);
+            if is_shown {
+                bars.push([(x, least), (x, most)]);
+            }
         }
     }
     let joined = points.len() > 1;
-    Series { look: look(kernel), points, bars, joined, size: 4, alpha: 1.0 }
+    if is_shown {
+        let name = Some(kernel.short_name());
+        Series { look: look(kernel), points, bars, joined, size: 4, alpha: 1.0, name }
+    } else {
+        Series { look: (GREY, Shape::Disc), points, bars, joined, size: 2, alpha: 0.4, name: None }
+    }
 }
 
 fn kernels(rows: &[Row]) -> Vec<Kernel> {
@@ -287,10 +275,27 @@ fn kernel(row: &Row) -> Option<[f64; 3]> {
     row.kernel_error.filter(|_| estimates).map(|error| [error.median, error.least, error.most])
 }
 
-/// Output error against m.
+/// The lines of a family over those of the others.
+fn of_family(rows: &[Row], family: Family, y: impl Fn(&Row) -> Option<[f64; 3]>) -> Vec<Series> {
+    let (mut others, shown): (Vec<_>, Vec<_>) =
+        kernels(rows).into_iter().partition(|kernel| kernel.family() != family);
+    others.extend(shown);
+    others.into_iter().map(|kernel| joined(rows, kernel, family, &y)).collect()
+}
+
+/// The families with lines of their own: those whose number of features can be chosen.
+pub fn families(rows: &[Row]) -> Vec<Family> {
+    let has_line = |family: &Family| {
+        rows.iter().any(|row| row.kernel.family() == *family && !row.kernel.is_fixed())
+    };
+    Family::ALL.into_iter().filter(has_line).collect()
+}
+
+/// Output error of one family against m; upright where its state is as large as the cache.
 pub fn output_against_features(
     results: &Results,
     group: &Group,
+    family: Family,
 ) -> Result<Option<String>, Failure> {
     let rows = rows(results, group);
     let uniform = group.uniform(results);
@@ -299,18 +304,25 @@ pub fn output_against_features(
     else {
         return Ok(None);
     };
-    let mut panel = Panel::new(&group.name, x, y);
-    panel.across(uniform.log10(), REFERENCE);
-    panel.series.extend(
-        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, output)),
-    );
+    let mut panel = Panel::new(format!("{}, {}", family.name(), group.name), x, y);
+    panel.across(uniform.log10(), "uniform");
+    let exact = group.inputs.iter().map(|i| {
+        results.exact[*i].state_floats as f64 / (2 * (results.inputs[*i].value_dim() + 1)) as f64
+    });
+    if let Some(m) =
+        median(exact).map(f64::log10).filter(|m| (panel.x.low..panel.x.high).contains(m))
+    {
+        panel.upright(m);
+    }
+    panel.series = of_family(&rows, family, output);
     panel.draw().map(Some)
 }
 
-/// Kernel error against m, with the claimed slopes.
+/// Kernel error of one family against m, with the claimed slopes.
 pub fn kernel_against_features(
     results: &Results,
     group: &Group,
+    family: Family,
 ) -> Result<Option<String>, Failure> {
     let rows: Vec<Row> =
         rows(results, group).into_iter().filter(|row| kernel(row).is_some()).collect();
@@ -319,7 +331,7 @@ pub fn kernel_against_features(
     else {
         return Ok(None);
     };
-    let mut panel = Panel::new(&group.name, x, y);
+    let mut panel = Panel::new(format!("{}, {}", family.name(), group.name), x, y);
     let first = rows.iter().filter(|row| !row.kernel.is_fixed()).map(|row| row.features[0]).min();
     let at_first = rows
         .iter()
@@ -334,168 +346,125 @@ pub fn kernel_against_features(
             // as far as the frame goes
             let last = panel.x.high.min(first + (start - panel.y.low) / -claimed);
             let ends = [(first, start), (last, start + claimed * (last - first))];
-            panel.references.push(Reference { ends, colour: GUIDE, width: 2 });
+            panel.references.push(Reference { ends, colour: GUIDE, name: None });
         }
     }
-    panel.series.extend(
-        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.features[1] as f64, kernel)),
-    );
+    panel.series = of_family(&rows, family, kernel);
     panel.draw().map(Some)
 }
 
-/// Output error against the size of the state; upright where exact attention lies.
-pub fn output_against_state(results: &Results, group: &Group) -> Result<Option<String>, Failure> {
-    let rows = rows(results, group);
-    let uniform = group.uniform(results);
-    let exact =
-        median(group.inputs.iter().map(|i| results.exact[*i].state_floats as f64)).unwrap_or(1.0);
-    let values: Vec<f64> = rows.iter().filter_map(output).flatten().chain([uniform]).collect();
-    let states: Vec<f64> = rows.iter().map(|row| row.state_floats).chain([exact]).collect();
-    let (Some(x), Some(y)) =
-        (Axis::log("state (floats)", &states), Axis::log("relative output error", &values))
-    else {
-        return Ok(None);
+fn shown_slopes() -> impl Iterator<Item = Kernel> {
+    Kernel::ALL.into_iter().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal)
+}
+
+/// Measured slopes of the kernel error: on `small` with its 95 % interval, and on each head.
+pub fn slopes(results: &Results, small: Option<usize>, heads: &[usize]) -> Option<Dots> {
+    let kernels = || {
+        shown_slopes().map(|kernel| {
+            let rate = |input: usize| kernel_error_rate(results, kernel, input);
+            let on_heads = heads.iter().filter_map(|i| Some((rate(*i)?.slope, *i)));
+            (kernel, small.and_then(rate), on_heads.collect::<Vec<_>>())
+        })
     };
-    let mut panel = Panel::new(&group.name, x, y);
-    panel.across(uniform.log10(), REFERENCE);
-    panel.upright(exact.log10(), GUIDE);
-    panel.series.extend(
-        kernels(&rows).into_iter().map(|k| joined(&rows, k, |row| row.state_floats, output)),
-    );
-    panel.draw().map(Some)
-}
-
-/// Measured slopes of the kernel error with their 95 % intervals: large marks for `small`, small
-/// ones for each head.
-pub fn slopes(
-    results: &Results,
-    small: Option<usize>,
-    heads: &[usize],
-) -> Result<Option<String>, Failure> {
-    let inputs: Vec<(usize, bool)> = small
-        .map(|i| (i, true))
-        .into_iter()
-        .chain(heads.iter().take(MOST_HEADS).map(|i| (*i, false)))
-        .collect();
-    let mut series = Vec::new();
-    let mut names = Vec::new();
     let (mut low, mut high) = (-1.15_f64, 0.15_f64);
-    for kernel in
-        Kernel::ALL.into_iter().rev().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal)
-    {
-        let rates: Vec<_> = inputs
-            .iter()
-            .filter_map(|(i, small)| Some((kernel_error_rate(results, kernel, *i)?, *small)))
-            .collect();
-        if rates.is_empty() {
+    for (_, rate, on_heads) in kernels() {
+        let ends = rate.iter().flat_map(|rate| rate.confidence);
+        for x in ends.chain(on_heads.iter().map(|(slope, _)| *slope)) {
+            (low, high) = (low.min(x - 0.05).max(-2.0), high.max(x + 0.05).min(1.0));
+        }
+    }
+    let axis = page::Axis { low, high, logarithmic: false };
+    let mut dots = Dots::new(
+        "The kernel error falls as a power of m: its exponent",
+        "slope of ln(kernel error) against ln m",
+        axis,
+    );
+    let ticks = (-8..=4).map(|i| f64::from(i) * 0.25).filter(|x| (low..=high).contains(x));
+    dots.ticks(ticks.map(|x| (x, tick(x))));
+    dots.line("reference", -1.0, "quasi-Monte Carlo");
+    dots.line("guide", -0.5, "Monte Carlo");
+    for (kernel, rate, on_heads) in kernels() {
+        if rate.is_none() && on_heads.is_empty() {
             continue;
         }
-        let row = names.len() as f64;
-        names.push(kernel.name().to_owned());
-        for (n, (rate, small)) in rates.iter().enumerate() {
-            let y = row + 0.85 - 0.7 * (n as f64 + 0.5) / inputs.len() as f64;
-            let [from, to] = rate.confidence.map(|x| x.clamp(-2.0, 1.0));
-            (low, high) = (low.min(from - 0.05), high.max(to + 0.05));
-            series.push(Series {
-                look: look(kernel),
-                points: vec![(rate.slope.clamp(-2.0, 1.0), y)],
-                bars: vec![[(from, y), (to, y)]],
-                joined: false,
-                size: if *small { 6 } else { 3 },
-                alpha: if *small { 1.0 } else { 0.55 },
-            });
-        }
+        let interval = rate.as_ref().map(|rate| rate.confidence);
+        dots.row(DotRow {
+            name: kernel.name().to_owned(),
+            value: rate.as_ref().map_or_else(String::new, |rate| slope(rate.slope)),
+            kind: "plain",
+            dots: on_heads
+                .into_iter()
+                .map(|(x, i)| (x, format!("{}: {}", results.inputs[i].name, slope(x))))
+                .collect(),
+            middle: rate.map(|rate| rate.slope),
+            bar: interval,
+            ..DotRow::default()
+        });
     }
-    if names.is_empty() {
-        return Ok(None);
-    }
-    let height = 120 + 52 * names.len() as u32;
-    let x = Axis::linear("slope of ln(kernel error) against ln m", low, high);
-    let mut panel =
-        Panel::new("Measured slopes with 95 % intervals", x, Axis::categories("", names));
-    panel.left = 150;
-    panel.size = (900, height);
-    panel.upright(-1.0, REFERENCE);
-    panel.upright(-0.5, GUIDE);
-    panel.series = series;
-    panel.draw().map(Some)
+    (!dots.is_empty()).then_some(dots)
 }
 
-/// Output error by head at about `features` features, with uniform attention as a bar across each.
-pub fn by_head(
-    results: &Results,
-    heads: &[usize],
-    features: usize,
-) -> Result<Option<String>, Failure> {
+/// Output error by head at about `features` features: a chart for each head, a row for each family.
+pub fn by_head(results: &Results, heads: &[usize], features: usize) -> Vec<Dots> {
     let heads = &heads[..heads.len().min(MOST_HEADS)];
-    let of_heads: Vec<Vec<Row>> =
-        heads.iter().map(|i| rows(results, &Group::one(results, *i))).collect();
-    let shown: Vec<Kernel> = Kernel::ALL
-        .into_iter()
-        .filter(|k| of_heads.iter().flatten().any(|row| row.kernel == *k))
-        .collect();
-    let mut series: Vec<Series> = shown
+    let of_heads: Vec<Vec<Row>> = heads
         .iter()
-        .map(|kernel| Series {
-            look: look(*kernel),
-            points: Vec::new(),
-            bars: Vec::new(),
-            joined: false,
-            size: 5,
-            alpha: 1.0,
+        .map(|i| {
+            let all = rows(results, &Group::one(results, *i));
+            let nearest = |kernel: Kernel| {
+                let of_kernel = all.iter().filter(|row| row.kernel == kernel);
+                of_kernel.min_by_key(|row| row.features[0].abs_diff(features)).cloned()
+            };
+            Kernel::ALL.into_iter().filter_map(nearest).collect()
         })
         .collect();
-    let mut references = Vec::new();
-    let mut highest = 1.0_f64;
-    for (column, (input, rows)) in heads.iter().zip(&of_heads).enumerate() {
-        let uniform = results.exact[*input].report.uniform_error;
-        let column = column as f64;
-        highest = highest.max(uniform);
-        references.push(Reference {
-            ends: [(column + 0.06, uniform), (column + 0.94, uniform)],
-            colour: REFERENCE,
-            width: 3,
-        });
-        for (place, (series, kernel)) in series.iter_mut().zip(&shown).enumerate() {
-            let nearest = rows
-                .iter()
-                .filter(|row| row.kernel == *kernel)
-                .min_by_key(|row| row.features[0].abs_diff(features));
-            let Some(error) = nearest.map(|row| row.output_error) else { continue };
-            let x = column + 0.12 + 0.76 * (place as f64 + 0.5) / shown.len() as f64;
-            highest = highest.max(error.median.min(4.0));
-            series.points.push((x, error.median));
-            series.bars.push([(x, error.least), (x, error.most)]);
+    let errors = of_heads.iter().flatten().map(|row| row.output_error.median.min(4.0));
+    let uniform = |input: usize| results.exact[input].report.uniform_error;
+    let highest = errors.chain(heads.iter().map(|i| uniform(*i))).fold(1.0, f64::max);
+    let mut charts = Vec::new();
+    for (&input, rows) in heads.iter().zip(&of_heads) {
+        let axis = page::Axis { low: 0.0, high: 1.08 * highest, logarithmic: false };
+        let title = format!("Head {}", shortened(&results.inputs[input].name, 30));
+        let mut dots = Dots::new(title, "relative output error", axis);
+        let step = if highest > 2.0 { 1.0 } else { 0.5 };
+        dots.ticks(
+            (0..=8)
+                .map(|i| f64::from(i) * step)
+                .take_while(|x| *x <= highest)
+                .map(|x| (x, tick(x))),
+        );
+        dots.line("reference", uniform(input), format!("uniform {}", short(uniform(input))));
+        for family in Family::ALL {
+            let members: Vec<&Row> =
+                rows.iter().filter(|row| row.kernel.family() == family).collect();
+            let errors = || members.iter().map(|row| row.output_error.median);
+            let Some(least) = errors().reduce(f64::min) else { continue };
+            dots.row(DotRow {
+                name: family.name().to_owned(),
+                value: short(least),
+                kind: if least < uniform(input) { "plain" } else { "useless" },
+                dots: members
+                    .iter()
+                    .map(|row| {
+                        let error = row.output_error.median;
+                        (error, format!("{}: {}", row.kernel.name(), short(error)))
+                    })
+                    .collect(),
+                middle: Some(least),
+                ..DotRow::default()
+            });
+        }
+        if !dots.is_empty() {
+            charts.push(dots);
         }
     }
-    if heads.is_empty() || shown.is_empty() {
-        return Ok(None);
-    }
-    let high = 1.08 * highest;
-    for series in &mut series {
-        series.points.iter_mut().for_each(|point| point.1 = point.1.min(high));
-        series.bars.iter_mut().flatten().for_each(|point| point.1 = point.1.min(high));
-    }
-    let width = (620 / heads.len() / 8).max(6);
-    let names = heads.iter().map(|i| shortened(&results.inputs[*i].name, width)).collect();
-    let x = Axis::categories("head", names);
-    let mut panel = Panel::new(
-        format!("Output error by head, m = {features} or the kernel's own"),
-        x,
-        Axis::linear("relative output error", 0.0, high),
-    );
-    panel.size = (900, 440);
-    panel.across(1.0, GUIDE);
-    panel.series = series;
-    panel.references.extend(references);
-    panel.draw().map(Some)
+    charts
 }
 
-/// The measured slopes as an HTML table: on `small`, and the range over heads.
-pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> Option<String> {
-    let mut html = String::new();
-    for kernel in Kernel::ALL.into_iter().filter(|k| k.aims_at_softmax() || *k == Kernel::DctNormal)
-    {
+/// The measured slopes: on `small`, and the range over heads.
+pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> Vec<Vec<String>> {
+    let mut lines = Vec::new();
+    for kernel in shown_slopes() {
         let at_small = small.and_then(|i| kernel_error_rate(results, kernel, i));
         let on_heads: Vec<f64> = heads
             .iter()
@@ -520,11 +489,7 @@ pub fn slope_table(results: &Results, small: Option<usize>, heads: &[usize]) -> 
             (Some(least), Some(most)) => format!("{} … {}", slope(least), slope(most)),
             _ => "-".to_owned(),
         };
-        html.push_str(&format!(
-            "<tr><th>{}</th><td>{claimed}</td><td>{measured}</td><td>{interval}</td><td>{errors}</\
-             td><td>{range}</td></tr>",
-            kernel.name()
-        ));
+        lines.push(vec![kernel.name().to_owned(), claimed, measured, interval, errors, range]);
     }
-    (!html.is_empty()).then_some(html)
+    lines
 }
