@@ -119,6 +119,8 @@ pub struct Dots {
     pub title: String,
     pub label: String,
     pub caption: String,
+    /// What is written beside the rows.
+    pub value: &'static str,
     ticks: Vec<Place>,
     lines: Vec<Place>,
     rows: Vec<Row>,
@@ -182,7 +184,7 @@ impl Dots {
     pub fn new(title: impl Into<String>, label: impl Into<String>, axis: Axis) -> Self {
         let (ticks, lines, rows) = (Vec::new(), Vec::new(), Vec::new());
         let (title, label) = (title.into(), label.into());
-        Self { title, label, caption: String::new(), ticks, lines, rows, axis }
+        Self { title, label, caption: String::new(), value: "", ticks, lines, rows, axis }
     }
 
     pub fn ticks(&mut self, ticks: impl IntoIterator<Item = (f64, String)>) {

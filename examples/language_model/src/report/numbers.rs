@@ -1,6 +1,5 @@
 //! Numbers and names as text.
 
-pub use reports::plots::escaped;
 pub use reports::text::shortened;
 
 /// A count, with narrow spaces between thousands from 10 000 on.

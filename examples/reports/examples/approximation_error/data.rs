@@ -1,12 +1,16 @@
 //! Queries, keys and values: from the embedded heads or from a safetensors file.
 
 use crate::args::{MOST_TOKENS, Plan};
+use crate::files;
 use dijiang::Mask;
 use half::{bf16, f16};
 use ndarray::{Array2, s};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
+
+/// What a tensor may hold.
+const SHAPES: &str = "[tokens, d], [heads, tokens, d] or [batch, heads, tokens, d]";
 
 /// More says nothing about attention.
 const MOST_STRIDE: usize = 65_536;
@@ -79,8 +83,8 @@ pub fn from_file(path: &Path, plan: &Plan) -> Result<Vec<Input>, String> {
 }
 
 fn heads(bytes: &[u8], file: &str, plan: &Plan) -> Result<Vec<Input>, String> {
+    let tensors = files::tensors(bytes).map_err(|why| format!("{file} {why}"))?;
     let broken = |error| format!("{file} is not a whole safetensors file: {error}");
-    let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
     let no_metadata = HashMap::new();
     let metadata = header.metadata().as_ref().unwrap_or(&no_metadata);
@@ -88,13 +92,17 @@ fn heads(bytes: &[u8], file: &str, plan: &Plan) -> Result<Vec<Input>, String> {
     let names: BTreeSet<&str> = tensors.names().into_iter().filter_map(head_of).collect();
     if names.is_empty() {
         return Err(format!(
-            "{file} holds no head: name its tensors `<head>/q`, `<head>/k` and `<head>/v`"
+            "{file} holds no head: {}; name the tensors of each head `<head>/q`, `<head>/k` and \
+             `<head>/v`, with the shape {SHAPES}",
+            files::contents(&tensors)
         ));
     }
-    names
-        .into_iter()
-        .map(|name| head(&tensors, metadata, name, plan).map_err(|why| format!("{file}: {why}")))
-        .collect()
+    let mut inputs = Vec::new();
+    for name in names {
+        let found = of_name(&tensors, metadata, name, plan);
+        inputs.extend(found.map_err(|why| format!("{file}: {why}"))?);
+    }
+    Ok(inputs)
 }
 
 /// The head that a tensor belongs to, if it is one of `<head>[/test|/calibration]/{q,k,v}`.
@@ -105,12 +113,13 @@ fn head_of(tensor: &str) -> Option<&str> {
     (["q", "k", "v"].contains(&part) && !head.is_empty()).then_some(head)
 }
 
-fn head(
+/// All heads under one name: one, or those of every batch.
+fn of_name(
     tensors: &SafeTensors<'_>,
     metadata: &HashMap<String, String>,
     name: &str,
     plan: &Plan,
-) -> Result<Input, String> {
+) -> Result<Vec<Input>, String> {
     let causal = match metadata.get(&format!("{name}/causal")).map(String::as_str) {
         None | Some("true") => true,
         Some("false") => false,
@@ -142,61 +151,107 @@ fn head(
     } else {
         name.to_owned()
     };
-    let [q, k, v] = ["q", "k", "v"].map(|part| matrix(tensors, &format!("{split}/{part}")));
+    let [q, k, v] = ["q", "k", "v"].map(|part| Stack::new(tensors, format!("{split}/{part}")));
     let (q, k, v) = (q?, k?, v?);
-    check_pair(&split, &q, &k, mask)?;
-    if k.nrows() != v.nrows() {
+    for other in [&k, &v] {
+        other.check_beside(&q)?;
+    }
+    if k.heads != v.heads {
         return Err(format!(
-            "`{split}/k` has {} tokens and `{split}/v` has {}: they must agree",
-            k.nrows(),
-            v.nrows()
+            "`{}` has {} heads and `{}` has {}: they must agree",
+            k.name, k.heads, v.name, v.heads
         ));
     }
-
     let split = format!("{name}/calibration");
     let there = |part| tensors.tensor(&format!("{split}/{part}")).is_ok();
     let calibration = if ["q", "k", "v"].into_iter().any(there) {
-        let (cq, ck) =
-            (matrix(tensors, &format!("{split}/q"))?, matrix(tensors, &format!("{split}/k"))?);
-        check_pair(&split, &cq, &ck, mask)?;
-        if cq.ncols() != q.ncols() {
+        let [cq, ck] = ["q", "k"].map(|part| Stack::new(tensors, format!("{split}/{part}")));
+        let (cq, ck) = (cq?, ck?);
+        ck.check_beside(&cq)?;
+        if (cq.axes, cq.heads) != (q.axes, q.heads) || ![1, q.batch].contains(&cq.batch) {
             return Err(format!(
-                "`{split}/q` has {} columns where the head has {}",
-                cq.ncols(),
-                q.ncols()
+                "`{}` has the shape {:?} where the head has {:?}: they must agree but for the \
+                 tokens",
+                cq.name,
+                cq.tensor.shape(),
+                q.tensor.shape()
             ));
         }
         Some((cq, ck))
     } else {
         None
     };
+
     let first = |x: Array2<f32>| {
         let rows = x.nrows().min(plan.tokens);
         x.slice_move(s![..rows, ..])
     };
-    Ok(Input {
-        name: name.to_owned(),
-        norm: None,
-        mask,
-        q: first(q),
-        k: first(k),
-        v: first(v),
-        calibration: calibration.map(|(q, k)| (first(q), first(k))),
-        calibration_stride,
-    })
+    let mut inputs = Vec::new();
+    for batch in 0..q.batch {
+        for head in 0..q.heads {
+            let read = |x: &Stack<'_>| x.matrix(batch.min(x.batch - 1), head / (q.heads / x.heads));
+            let (q_rows, k_rows, v_rows) = (read(&q)?, read(&k)?, read(&v)?);
+            check_pair([&q.name, &k.name], &q_rows, &k_rows, mask)?;
+            if k_rows.nrows() != v_rows.nrows() {
+                return Err(format!(
+                    "`{}` has {} tokens and `{}` has {}: they must agree",
+                    k.name,
+                    k_rows.nrows(),
+                    v.name,
+                    v_rows.nrows()
+                ));
+            }
+            let calibration = match &calibration {
+                None => None,
+                Some((cq, ck)) => {
+                    let (cq_rows, ck_rows) = (read(cq)?, read(ck)?);
+                    check_pair([&cq.name, &ck.name], &cq_rows, &ck_rows, mask)?;
+                    if cq_rows.ncols() != q_rows.ncols() {
+                        return Err(format!(
+                            "`{}` has {} columns where the head has {}",
+                            cq.name,
+                            cq_rows.ncols(),
+                            q_rows.ncols()
+                        ));
+                    }
+                    Some((first(cq_rows), first(ck_rows)))
+                }
+            };
+            inputs.push(Input {
+                name: match q.axes {
+                    2 => name.to_owned(),
+                    3 => format!("{name}[{head}]"),
+                    _ => format!("{name}[{batch},{head}]"),
+                },
+                norm: None,
+                mask,
+                q: first(q_rows),
+                k: first(k_rows),
+                v: first(v_rows),
+                calibration,
+                calibration_stride,
+            });
+        }
+    }
+    Ok(inputs)
 }
 
-fn check_pair(split: &str, q: &Array2<f32>, k: &Array2<f32>, mask: Mask) -> Result<(), String> {
+fn check_pair(
+    [q_name, k_name]: [&str; 2],
+    q: &Array2<f32>,
+    k: &Array2<f32>,
+    mask: Mask,
+) -> Result<(), String> {
     if q.ncols() != k.ncols() {
         return Err(format!(
-            "`{split}/q` has {} columns and `{split}/k` has {}: they must agree",
+            "`{q_name}` has {} columns and `{k_name}` has {}: they must agree",
             q.ncols(),
             k.ncols()
         ));
     }
     if mask == Mask::Causal && q.nrows() != k.nrows() {
         return Err(format!(
-            "`{split}/q` has {} tokens and `{split}/k` has {}, but the head is causal: they must \
+            "`{q_name}` has {} tokens and `{k_name}` has {}, but the head is causal: they must \
              agree, or pass --full",
             q.nrows(),
             k.nrows()
@@ -205,44 +260,106 @@ fn check_pair(split: &str, q: &Array2<f32>, k: &Array2<f32>, mask: Mask) -> Resu
     Ok(())
 }
 
-fn matrix(tensors: &SafeTensors<'_>, name: &str) -> Result<Array2<f32>, String> {
-    let tensor = tensors.tensor(name).map_err(|_| format!("the tensor `{name}` is missing"))?;
-    let &[rows, columns] = tensor.shape() else {
-        return Err(format!("`{name}` has the shape {:?}: it must be [tokens, d]", tensor.shape()));
-    };
-    if rows == 0 || columns == 0 {
-        return Err(format!(
-            "`{name}` has the shape [{rows}, {columns}]: it must hold at least one number"
-        ));
-    }
-    if rows > MOST_TOKENS {
-        return Err(format!(
-            "`{name}` has {rows} tokens: at most {MOST_TOKENS} can be compared with exact \
-             attention"
-        ));
-    }
-    let numbers = numbers(&tensor).ok_or_else(|| {
-        format!("`{name}` has the type {:?}: it must be F32, F16, BF16 or F64", tensor.dtype())
-    })?;
-    if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
-        let (row, column) = (i / columns, i % columns);
-        return Err(format!(
-            "`{name}` is NaN, infinite or beyond float32 at token {row}, column {column}"
-        ));
-    }
-    Array2::from_shape_vec((rows, columns), numbers)
-        .map_err(|error| format!("`{name}` cannot be read: {error}"))
+/// A tensor as matrices, one for each head of each batch.
+struct Stack<'a> {
+    name: String,
+    tensor: TensorView<'a>,
+    axes: usize,
+    batch: usize,
+    heads: usize,
+    tokens: usize,
+    columns: usize,
 }
 
-fn numbers(tensor: &TensorView<'_>) -> Option<Vec<f32>> {
-    let data = tensor.data();
-    Some(match tensor.dtype() {
-        Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+impl<'a> Stack<'a> {
+    fn new(tensors: &SafeTensors<'a>, name: String) -> Result<Self, String> {
+        let tensor = tensors.tensor(&name).map_err(|_| {
+            format!(
+                "the tensor `{name}` is missing: a head needs q, k and v; the file holds {}",
+                files::contents(tensors)
+            )
+        })?;
+        let (batch, heads, tokens, columns) = match *tensor.shape() {
+            [tokens, columns] => (1, 1, tokens, columns),
+            [heads, tokens, columns] => (1, heads, tokens, columns),
+            [batch, heads, tokens, columns] => (batch, heads, tokens, columns),
+            _ => {
+                return Err(format!(
+                    "`{name}` has the shape {:?}: it must be {SHAPES}",
+                    tensor.shape()
+                ));
+            }
+        };
+        if tensor.shape().contains(&0) {
+            return Err(format!(
+                "`{name}` has the shape {:?}, so it holds no tokens: dump at least one",
+                tensor.shape()
+            ));
+        }
+        if tokens > MOST_TOKENS {
+            return Err(format!(
+                "`{name}` has {tokens} tokens: at most {MOST_TOKENS} can be compared with exact \
+                 attention, so cut q, k and v"
+            ));
+        }
+        if !matches!(tensor.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+            return Err(format!(
+                "`{name}` has the type {:?}: it must be F32, F16, BF16 or F64, so convert it, as \
+                 by `.float()`",
+                tensor.dtype()
+            ));
+        }
+        let axes = tensor.shape().len();
+        Ok(Self { name, tensor, axes, batch, heads, tokens, columns })
+    }
+
+    /// Keys and values may have fewer heads than queries, each shared by a group of them.
+    fn check_beside(&self, q: &Self) -> Result<(), String> {
+        if (self.axes, self.batch) != (q.axes, q.batch) || !q.heads.is_multiple_of(self.heads) {
+            return Err(format!(
+                "`{}` has the shape {:?} and `{}` has {:?}: they must have the same axes and \
+                 batch, and the heads of q must be a multiple of those of k and v",
+                q.name,
+                q.tensor.shape(),
+                self.name,
+                self.tensor.shape()
+            ));
+        }
+        Ok(())
+    }
+
+    fn matrix(&self, batch: usize, head: usize) -> Result<Array2<f32>, String> {
+        let Self { name, tokens, columns, .. } = self;
+        let bytes = self.tensor.data();
+        let each = bytes.len() / (self.batch * self.heads);
+        let start = (batch * self.heads + head) * each;
+        let numbers = numbers(self.tensor.dtype(), &bytes[start..start + each]);
+        if let Some(i) = numbers.iter().position(|x| !x.is_finite()) {
+            let place = match self.axes {
+                2 => String::new(),
+                3 => format!("head {head}, "),
+                _ => format!("batch {batch}, head {head}, "),
+            };
+            return Err(format!(
+                "`{name}` is NaN, infinite or beyond float32 at {place}token {}, column {}: leave \
+                 out padding, or dump it again before the numbers overflow",
+                i / columns,
+                i % columns
+            ));
+        }
+        Array2::from_shape_vec((*tokens, *columns), numbers)
+            .map_err(|error| format!("`{name}` cannot be read: {error}"))
+    }
+}
+
+/// The numbers of one of the types that [`Stack::new`] lets in.
+fn numbers(dtype: Dtype, data: &[u8]) -> Vec<f32> {
+    match dtype {
         Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
         Dtype::F16 => data.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
         Dtype::BF16 => {
             data.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
         }
-        _ => return None,
-    })
+        _ => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+    }
 }

@@ -150,8 +150,17 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     ))
 }
 
-/// Up to which norm exponential maps are of use.
-pub fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+/// At which norms exponential maps are of use.
+pub struct UsefulNorms {
+    ends: [f64; 2],
+    /// The largest at which one beats uniform attention, the closest map there, and the error of
+    /// uniform attention.
+    pub largest: Option<(f64, Row, f64)>,
+    /// The least and the most mean |x̂|² of the real heads.
+    pub of_heads: [String; 2],
+}
+
+pub fn useful_norms(results: &Results, plan: &Plan) -> Option<UsefulNorms> {
     let is_exponential = |kernel: Kernel| kernel.is_random() && kernel.aims_at_softmax();
     if !plan.kernels.iter().any(|kernel| is_exponential(*kernel)) {
         return None;
@@ -177,8 +186,14 @@ pub fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
         .filter(|input| input.is_real())
         .flat_map(super::data::Input::squared_norms)
         .collect();
-    let [least, most] = [f64::min, f64::max]
+    let of_heads = [f64::min, f64::max]
         .map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
+    Some(UsefulNorms { ends: [first, last], largest, of_heads })
+}
+
+fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+    let UsefulNorms { ends: [first, last], largest, of_heads: [least, most] } =
+        useful_norms(results, plan)?;
     let context = format!("the real heads have mean |x̂|² from {least} to {most}");
     Some(match largest {
         None => {

@@ -1,7 +1,7 @@
 //! What the page leads with: one chart of every kind of kernel, and what to take away from it.
 
 use crate::args::Plan;
-use crate::findings::norms_that_work;
+use crate::findings::useful_norms;
 use crate::hybrids::rows::{Row as HybridRow, table_rows};
 use crate::hybrids::{Hybrid, Memory};
 use crate::kernels::Family;
@@ -19,19 +19,19 @@ const MOST_ERROR: f64 = 10.0;
 /// One kernel on the heads that it has a meaning on.
 struct Entry {
     name: String,
+    /// The median over heads, and over seeds.
+    error: f64,
     /// Errors, and the heads they are of.
     errors: Vec<(f64, usize)>,
     /// Of the keys and values of exact attention, in the median.
     share: f64,
     /// Errors of windows that cost as much.
     equal: Vec<f64>,
+    /// What to write, of a hybrid.
+    code: &'static str,
 }
 
 impl Entry {
-    fn error(&self) -> f64 {
-        median(self.errors.iter().map(|(error, _)| *error)).unwrap_or(f64::NAN)
-    }
-
     /// Uniform attention on the same heads.
     fn uniform(&self, results: &Results) -> f64 {
         let of = |(_, input): &(f64, usize)| results.exact[*input].report.uniform_error;
@@ -44,7 +44,7 @@ impl Entry {
         let closer =
             |(error, input): &&(f64, usize)| *error < results.exact[*input].report.uniform_error;
         2 * self.errors.iter().filter(closer).count() > self.errors.len()
-            && median(self.equal.iter().copied()).is_none_or(|equal| self.error() < equal)
+            && median(self.equal.iter().copied()).is_none_or(|equal| self.error < equal)
     }
 
     fn range(&self) -> String {
@@ -74,19 +74,20 @@ pub fn chart(results: &Results) -> Option<Dots> {
                 .into_iter()
                 .filter(|(kind, _)| *kind == hybrid)
                 .map(|(_, entry)| entry);
-            let most = of_kind.reduce(|a, b| {
-                let better = (b.errors.len(), -b.error()) > (a.errors.len(), -a.error());
+            of_kind.reduce(|a, b| {
+                let better = (b.errors.len(), -b.error) > (a.errors.len(), -a.error);
                 if better { b } else { a }
-            });
-            most
+            })
         })
         .collect();
     let maps = map_entries(results, &heads);
     let baseline = Entry {
         name: "uniform attention: looks at no key".to_owned(),
+        error: uniform,
         errors: heads.inputs.iter().map(|i| (results.exact[*i].report.uniform_error, *i)).collect(),
         share: 0.0,
         equal: Vec::new(),
+        code: "",
     };
     if hybrids.is_empty() && maps.is_empty() {
         return None;
@@ -114,17 +115,17 @@ pub fn chart(results: &Results) -> Option<Dots> {
         .iter()
         .chain(&maps)
         .filter(|entry| entry.is_useful(results))
-        .map(Entry::error)
+        .map(|entry| entry.error)
         .reduce(f64::min);
     let titles = [
         "An exact window of recent tokens, and a memory behind it",
         "Feature maps alone, each kind at its best",
     ];
     for (title, mut entries) in titles.into_iter().zip([hybrids, maps]) {
-        entries.sort_by(|a, b| a.error().total_cmp(&b.error()));
+        entries.sort_by(|a, b| a.error.total_cmp(&b.error));
         for (i, entry) in entries.iter().enumerate() {
             let kind = match entry.is_useful(results) {
-                true if best == Some(entry.error()) => "best",
+                true if best == Some(entry.error) => "best",
                 true => "plain",
                 false => "useless",
             };
@@ -135,7 +136,8 @@ pub fn chart(results: &Results) -> Option<Dots> {
     let mut last = row(results, &heads, &baseline, "baseline", Some("To compare".to_owned()));
     last.value = short(uniform);
     dots.row(last);
-    dots.caption = "Upright marks are medians over heads, dots are heads. In percent: the size of \
+    dots.value = "error, memory";
+    dots.caption = "Upright marks are medians over heads, dots are heads. Memory: the size of \
                     the state, of the keys and values that exact attention keeps. Grey: no closer \
                     than uniform attention on most heads, or than a window that costs as much. \
                     Exact attention has error 0 and 100 %."
@@ -160,10 +162,10 @@ fn row(
     DotRow {
         group,
         name: format!("{}{some}", entry.name),
-        value: format!("{}, {}", short(entry.error()), percent(entry.share)),
+        value: format!("{}, {}", short(entry.error), percent(entry.share)),
         kind,
         dots: entry.errors.iter().map(named).collect(),
-        middle: Some(entry.error()),
+        middle: Some(entry.error),
         bar: None,
     }
 }
@@ -191,9 +193,13 @@ fn hybrid_entries(results: &Results, inputs: &[usize]) -> Vec<(Hybrid, Entry)> {
         let share = median(rows.iter().map(|(input, row)| {
             row.state_floats as f64 / results.exact[*input].state_floats as f64
         }))?;
+        let error = median(rows.iter().map(|(_, row)| row.error.median))?;
         let errors = rows.iter().map(|(input, row)| (row.error.median, *input)).collect();
         let equal = rows.iter().filter_map(|(_, row)| Some(row.equal_window?.error)).collect();
-        Some((contestant.hybrid(), Entry { name, errors, share, equal }))
+        Some((
+            contestant.hybrid(),
+            Entry { name, error, errors, share, equal, code: contestant.hybrid().code() },
+        ))
     };
     found.into_iter().filter_map(entry).collect()
 }
@@ -221,9 +227,11 @@ fn map_entry(results: &Results, heads: &Group, row: &Row, before: String) -> Ent
     let found: Vec<_> = heads.inputs.iter().filter_map(of_input).collect();
     Entry {
         name: format!("{before}{}, m = {}", row.kernel.name(), row.features_text()),
+        error: row.output_error.median,
         errors: found.iter().map(|(error, input, _)| (*error, *input)).collect(),
         share: median(found.iter().map(|(.., share)| *share)).unwrap_or(f64::NAN),
         equal: Vec::new(),
+        code: "",
     }
 }
 
@@ -243,7 +251,7 @@ fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
     let mut entries: Vec<(Hybrid, Entry)> = hybrid_entries(results, inputs);
     let most = entries.iter().map(|(_, entry)| entry.errors.len()).max()?;
     entries.retain(|(kind, entry)| *kind != Hybrid::Window && entry.errors.len() == most);
-    let (_, best) = entries.into_iter().min_by(|(_, a), (_, b)| a.error().total_cmp(&b.error()))?;
+    let (_, best) = entries.into_iter().min_by(|(_, a), (_, b)| a.error.total_cmp(&b.error))?;
     let uniform = best.uniform(results);
     let equal = median(best.equal.iter().copied()).map_or_else(String::new, |error| {
         format!(", a window that costs as much by {}", short(error))
@@ -252,7 +260,7 @@ fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
     let measured = format!(
         "its output is off by {}{}, from {memory} of the memory of exact attention; uniform \
          attention, which looks at no key, is off by {}{equal}",
-        short(best.error()),
+        short(best.error),
         best.range(),
         short(uniform)
     );
@@ -261,10 +269,13 @@ fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
             "On {mask} heads keep exact softmax: the closest hybrid is {}, but {measured}.",
             best.name
         )
-    } else if best.error() < 0.25 * uniform {
-        format!("On {mask} heads choose {}: {measured}.", best.name)
+    } else if best.error < 0.25 * uniform {
+        format!("On {mask} heads choose {} ({}): {measured}.", best.name, best.code)
     } else {
-        format!("On {mask} heads nothing comes close; the closest is {}: {measured}.", best.name)
+        format!(
+            "On {mask} heads nothing comes close; the closest is {} ({}): {measured}.",
+            best.name, best.code
+        )
     })
 }
 
@@ -287,7 +298,17 @@ fn maps(results: &Results, plan: &Plan, heads: &Group) -> Option<String> {
         n if n <= 3 => useful.join(", "),
         n => n.to_string(),
     };
-    let norms = norms_that_work(results, plan).map_or_else(String::new, |text| format!(" {text}"));
+    let norms = useful_norms(results, plan).map_or_else(String::new, |norms| {
+        let [least, most] = norms.of_heads;
+        let up_to = norms.largest.map_or_else(
+            || "at none of the norms measured".to_owned(),
+            |(norm, ..)| format!("up to mean |x̂|² = {norm} of queries and keys"),
+        );
+        format!(
+            " On Gaussian inputs exponential maps beat it {up_to}; on these heads it is {least} \
+             to {most}."
+        )
+    });
     Some(format!(
         "{verdict}: of {} maps, {useful} beat{} uniform attention ({}) on most heads; the \
          closest is {} with {}, from {} of the memory of exact attention.{norms}",

@@ -18,7 +18,9 @@
 //! retention, Mamba-2 and others), in a table of their own and not ranked: `--kernels rivals`.
 //!
 //! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`,
-//! `<head>/k`, `<head>/v` of shape `[tokens, d]`, raw after the rotary embedding. Optional:
+//! `<head>/k`, `<head>/v` of shape `[tokens, d]`, `[heads, tokens, d]` or
+//! `[batch, heads, tokens, d]`, raw after the rotary embedding; k and v may have fewer heads, each
+//! of them for a group of heads of q. Optional:
 //! `<head>/calibration/q` and `/k` of another text, to which weights are fitted, and the metadata
 //! entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
 //!
@@ -27,12 +29,13 @@
 //! tensors = {}
 //! # in the attention layer, after the rotary embedding; q, k, v are [batch, heads, tokens, d]
 //! for name, x in {"q": q, "k": k, "v": v}.items():
-//!     tensors[f"layer5.head3/{name}"] = x[0, 3].float().contiguous().cpu()
-//! save_file(tensors, "heads.safetensors", metadata={"layer5.head3/causal": "true"})
+//!     tensors[f"layer5/{name}"] = x.float().contiguous().cpu()
+//! save_file(tensors, "heads.safetensors", metadata={"layer5/causal": "true"})
 //! ```
 
 mod args;
 mod data;
+mod files;
 mod findings;
 mod headline;
 mod hybrids;

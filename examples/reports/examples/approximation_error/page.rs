@@ -146,8 +146,9 @@ fn map_sections(
         ));
     }
 
+    // where the norms are large nothing falls, which the slopes below say
     let mut figures = Vec::new();
-    for group in groups() {
+    for group in groups().take(1) {
         for family in plots::families(&rows(results, &group)) {
             let plot = plots::kernel_against_features(results, &group, family)?;
             figures.extend(figure(plot, String::new()));

@@ -257,7 +257,10 @@ fn joined(
         let name = Some(kernel.short_name());
         Series { look: look(kernel), points, bars, joined, size: 4, alpha: 1.0, name }
     } else {
-        Series { look: (GREY, Shape::Disc), points, bars, joined, size: 2, alpha: 0.4, name: None }
+        // single marks are named wherever they stand
+        let name = kernel.is_fixed().then(|| kernel.short_name());
+        let size = if name.is_some() { 3 } else { 2 };
+        Series { look: (GREY, Shape::Disc), points, bars, joined, size, alpha: 0.5, name }
     }
 }
 
