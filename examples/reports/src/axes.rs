@@ -15,6 +15,8 @@ impl Ranged for Scale {
 
     fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
         let place = (value - self.range.start) / (self.range.end - self.range.start);
+        // far beyond the frame all places are alike
+        let place = place.clamp(-2.0, 3.0);
         limit.0 + (place * f64::from(limit.1 - limit.0)).round() as i32
     }
 

@@ -146,7 +146,9 @@ impl Panel {
 
     pub fn across(&mut self, y: f64, name: &'static str) {
         let ends = [(self.x.low, y), (self.x.high, y)];
-        self.references.push(Reference { ends, colour: REFERENCE, name: Some(name) });
+        if y.is_finite() {
+            self.references.push(Reference { ends, colour: REFERENCE, name: Some(name) });
+        }
     }
 
     pub fn upright(&mut self, x: f64) {
