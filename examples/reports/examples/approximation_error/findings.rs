@@ -287,14 +287,16 @@ fn weights(rows: &[Row]) -> Option<String> {
     let plain =
         rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
     let change = fitted.output_error.median / plain.output_error.median - 1.0;
-    Some(format!(
+    change.is_finite().then(|| {
+    format!(
         "Weights fitted on another text change the median output error of wpff on the heads by {} \
          % ({} to {} at m = {}).",
         format!("{:+.1}", 100.0 * change).replace('-', "−"),
         short(plain.output_error.median),
         short(fitted.output_error.median),
         fitted.features_text(),
-    ))
+    )
+    })
 }
 
 fn best_of(rows: &[Row], kernel: Kernel) -> Option<&Row> {

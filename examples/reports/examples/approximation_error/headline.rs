@@ -253,6 +253,9 @@ fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
     entries.retain(|(kind, entry)| *kind != Hybrid::Window && entry.errors.len() == most);
     let (_, best) = entries.into_iter().min_by(|(_, a), (_, b)| a.error.total_cmp(&b.error))?;
     let uniform = best.uniform(results);
+    if uniform == 0.0 {
+        return None; // nothing is to be approximated
+    }
     let equal = median(best.equal.iter().copied()).map_or_else(String::new, |error| {
         format!(", a window that costs as much by {}", short(error))
     });
@@ -287,6 +290,9 @@ fn maps(results: &Results, plan: &Plan, heads: &Group) -> Option<String> {
     let closest =
         best.iter().min_by(|a, b| a.output_error.median.total_cmp(&b.output_error.median))?;
     let (error, uniform) = (closest.output_error.median, heads.uniform(results));
+    if uniform == 0.0 {
+        return None;
+    }
     let entry = map_entry(results, heads, closest, String::new());
     let verdict = if useful.is_empty() || error > 0.5 * uniform {
         "Do not put feature maps alone in place of softmax on such heads"
