@@ -29,12 +29,13 @@ pub fn page(
     blocks.extend(headline::chart(results).map(|chart| Block::Dots { charts: vec![chart] }));
     blocks.push(Block::About {
         text: format!(
-            "dijiang {}: {} seeds of every random map; kernels in float32, the reference in \
+            "dijiang {}: {} seed{} of every random map; kernels in float32, the reference in \
              float64. Errors are relative Frobenius norms: ‖ÂV − AV‖/‖AV‖ for outputs, ‖K̂ − \
              K‖/‖K‖ for kernels, K = exp(q̂·k̂). Uniform attention gives every visible key the \
              same weight; a map that does not beat it approximates nothing.",
             env!("CARGO_PKG_VERSION"),
-            plan.seeds
+            plan.seeds,
+            if plan.seeds == 1 { "" } else { "s" }
         ),
         command: plan.command.clone(),
     });
