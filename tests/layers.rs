@@ -29,8 +29,10 @@ const MOST_LINES: usize = 400;
 /// Columns of code, comments and prose.
 const MOST_COLUMNS: usize = 100;
 
+/// The folder above that of these tests.
 fn root() -> PathBuf {
-    env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from("."), PathBuf::from)
+    env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from("."), |tests| PathBuf::from(tests).join(".."))
 }
 
 /// Every file below a folder with one of these endings.

@@ -81,15 +81,17 @@ fn bad_files_get_one_sentence() {
 
     refused_file("cannot be read");
     std::fs::write(&path, "").unwrap();
-    refused_file("not a whole safetensors file");
+    refused_file("is empty");
     write(&path, &good(Dtype::F32));
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() - 5]).unwrap();
     refused_file("not a whole safetensors file");
     write(&path, &good(Dtype::F32)[..2]);
     refused_file("`h/v` is missing");
+    refused_file("`h/q` (F32 [20, 8])");
     write(&path, &[("weights", Dtype::F32, vec![TOKENS, D], numbers(0))]);
-    refused_file("holds no head");
+    refused_file("holds no head: in it are `h/weights` (F32 [20, 8])");
+    refused_file("name the tensors of each head `<head>/q`");
     write(&path, &good(Dtype::I64));
     refused_file("I64");
     for (which, bad) in [(0, f64::NAN), (2, f64::INFINITY)] {
@@ -112,6 +114,107 @@ fn bad_files_get_one_sentence() {
     for bad in ["0", "-1", "third"] {
         write_with(&path, &good(Dtype::F32), Some(strides(bad)));
         refused_file(&format!("the metadata `h/calibration/stride` is `{bad}`"));
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// A file with this header and so many bytes behind it.
+fn with_header(path: &Path, header: &str, bytes: usize) {
+    let length = (header.len() as u64).to_le_bytes();
+    std::fs::write(path, [&length[..], header.as_bytes(), &vec![0; bytes]].concat()).unwrap();
+}
+
+#[test]
+fn files_of_other_kinds_are_named() {
+    let folder = folder("kinds");
+    let path = folder.join("heads.safetensors");
+    let shown = path.to_str().unwrap();
+    let refused_file = |says: &str| refused(&["--quick", "--input", shown], says);
+    let kinds: [(&[u8], &str); 6] = [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\x80\x02}q\x00.", "a pickle of Python: save q, k and v with"),
+        (b"PK\x03\x04\0\0\0\0\0\0", "a zip archive, as `torch.save`"),
+        (b"\x93NUMPY\x01\0", "an array of NumPy"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{}", "it was cut off"),
+    ];
+    for (bytes, says) in kinds {
+        std::fs::write(&path, bytes).unwrap();
+        refused_file(says);
+    }
+    let entry = |name: &str, from: usize, to: usize| {
+        format!("\"{name}\":{{\"dtype\":\"F32\",\"shape\":[1,1],\"data_offsets\":[{from},{to}]}}")
+    };
+    let all = |entries: &[String]| format!("{{{}}}", entries.join(","));
+    with_header(&path, &all(&[entry("h/q", 0, 4), entry("h/q", 0, 4)]), 4);
+    refused_file("`h/q` is there twice");
+    with_header(&path, &all(&[entry("h/q", 0, 4), entry("h/k", 0, 4)]), 4);
+    refused_file("overlap");
+    with_header(&path, &all(&[entry("h/q", 0, 4)]), 12);
+    refused_file("shorter or longer than its header says");
+    write(&path, &["q", "k", "v"].map(|name| (name, Dtype::F32, vec![0, D], Vec::new())));
+    refused_file("holds no tokens");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// Whole layers come in with a head for each of their heads; groups share keys and values.
+#[test]
+fn heads_of_layers_are_taken_apart() {
+    let folder = folder("layers");
+    let path = folder.join("heads.safetensors");
+    let shown = path.to_str().unwrap();
+    let stacked = |of: [usize; 3], shape: &dyn Fn(usize) -> Vec<usize>| -> Vec<Tensor> {
+        let tensor = |(name, heads): (&'static str, usize)| {
+            let x: Vec<f64> = (0..2 * heads).flat_map(|i| numbers(i + name.len())).collect();
+            let shape = shape(heads);
+            let x = x[..shape.iter().product()].to_vec();
+            (name, Dtype::F32, shape, x)
+        };
+        ["q", "k", "v"].into_iter().zip(of).map(tensor).collect()
+    };
+    let four = |heads: usize| vec![2, heads, TOKENS, D];
+    let three = |heads: usize| vec![heads, TOKENS, D];
+    let names = |tensors: &[Tensor]| -> Vec<String> {
+        write(&path, tensors);
+        let (_, records, _) =
+            report(&folder, &["--quick", "--input", shown, "--kernels", "taylor"]);
+        let maps = records.iter().filter(|r| r["kernel"] == "taylor" && r["real"] == "true");
+        maps.map(|record| record["input"].clone()).collect()
+    };
+    let layer = names(&stacked([4, 2, 2], &four));
+    let expected: Vec<String> =
+        (0..2).flat_map(|b| (0..4).map(move |h| format!("h[{b},{h}]"))).collect();
+    assert_eq!(layer, expected);
+    assert_eq!(names(&stacked([2, 1, 1], &three)), ["h[0]", "h[1]"]);
+
+    for (of, shape, says) in [
+        ([4, 3, 3], &four as &dyn Fn(usize) -> Vec<usize>, "a multiple of those of k and v"),
+        ([4, 2, 1], &four, "must agree"),
+        ([2, 2, 2], &|heads| vec![1, 1, heads, TOKENS, D], "[batch, heads, tokens, d]"),
+    ] {
+        write(&path, &stacked(of, shape));
+        refused(&["--quick", "--input", shown], says);
+    }
+    let mut bad = stacked([2, 1, 1], &three);
+    bad[0].3[TOKENS * D + 9] = f64::NAN;
+    write(&path, &bad);
+    refused(&["--quick", "--input", shown], "head 1, token 1, column 1");
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// Values or keys of zeros leave nothing to compare, and nothing to draw on a logarithmic axis.
+#[test]
+fn heads_without_content_are_drawn() {
+    let folder = folder("zeros");
+    let path = folder.join("heads.safetensors");
+    for place in [1, 2] {
+        let mut tensors = long_head();
+        tensors[place].3.fill(0.0);
+        write(&path, &tensors);
+        let (printed, _, page) = report(&folder, &["--quick", "--input", path.to_str().unwrap()]);
+        for text in [printed, page] {
+            assert!(!text.contains("NaN") && !text.contains("no: inf"), "{text}");
+        }
     }
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -262,7 +365,7 @@ fn hybrids_stand_beside_windows_of_equal_size() {
             && page.contains("the closest hybrid of the table is")
     );
     assert_eq!(
-        page.matches("<svg viewBox=\"0 0 560 380\"").count(),
+        page.matches("<svg viewBox=\"0 0 360 290\"").count(),
         1,
         "a plot of the head, and none of maps"
     );

@@ -11,10 +11,6 @@ mod page;
 mod picture;
 mod plot;
 mod records;
-#[path = "../../shared/reports.rs"]
-mod reports;
-#[path = "../../shared/mod.rs"]
-mod shared;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -24,5 +20,5 @@ pub use numbers::mib;
 pub use page::page;
 pub use picture::picture;
 pub use records::csv;
-pub use shared::wrapped;
+pub use reports::text::wrapped;
 pub use table::table;

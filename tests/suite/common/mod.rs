@@ -529,7 +529,7 @@ impl Subject {
 
 /// A golden file.
 pub fn golden(name: &str) -> serde_json::Value {
-    let path = format!("{}/tests/data/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let path = format!("{}/data/{name}.json", env!("CARGO_MANIFEST_DIR"));
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }
 
@@ -553,7 +553,7 @@ pub struct Head {
 /// The heads of `data/heads.safetensors`.
 pub fn heads() -> Vec<Head> {
     let bytes =
-        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/data/heads.safetensors")).unwrap();
+        std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/../data/heads.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let read = |name: String| -> Array2<f64> {
         let tensor = file.tensor(&name).unwrap();
@@ -602,5 +602,9 @@ pub fn run_example(name: &str, arguments: &[&str]) -> std::process::Output {
         command.arg("--");
         command
     };
-    command.args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+    command
+        .args(arguments)
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .output()
+        .unwrap()
 }

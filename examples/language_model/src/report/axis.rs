@@ -1,8 +1,8 @@
 //! Axes of the plots.
 
 use super::numbers::{count, extremes};
-use super::reports::{log_ends, log_ticks};
-use super::shared::Scale;
+use reports::axes::Scale;
+use reports::axes::{log_ends, log_ticks};
 
 /// An axis in the units that are drawn: logarithms where [`log`](Self::log).
 #[derive(Clone, Debug)]

@@ -1,7 +1,6 @@
 //! Numbers and names as text.
 
-pub use super::reports::shortened;
-pub use super::shared::plots::escaped;
+pub use reports::text::shortened;
 
 /// A count, with narrow spaces between thousands from 10 000 on.
 pub fn count(n: usize) -> String {

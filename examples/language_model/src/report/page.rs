@@ -1,4 +1,4 @@
-//! The HTML page: one file that needs no other.
+//! The page: what stands on it.
 
 use super::charts::{
     alike, attention_time, distance, load, looks, memory, off_scale, perplexity, positions,
@@ -7,24 +7,12 @@ use super::charts::{
 use super::facts::{lengths, lists, on_scale, recalled, reference};
 use super::findings::{cautions, found};
 use super::heads;
-use super::numbers::{self, count, escaped, list, mib, plain, range, shortened};
+use super::numbers::{self, count, list, mib, plain, range, shortened};
 use super::plot::{Panel, key};
 use super::table;
 use crate::compare::{Comparison, Row};
 use anyhow::Result;
-
-const STYLE: &str = include_str!("../../../approximation_error/page.css");
-const MORE_STYLE: &str = "\
-.compared { font-size: .82rem; }
-.compared th, .compared td { padding: .22rem .32rem; }
-.compared thead th { white-space: normal; }
-.compared tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 10.5rem; max-width: \
-                          16rem; }
-.groups th { text-align: center; border-bottom: none; border-left: 1px solid var(--grid); \
-                          white-space: normal; }
-.groups th:first-child, .groups th:nth-child(2) { border-left: none; }
-li, figcaption, p { overflow-wrap: anywhere; }
-";
+use reports::page::{Block, Figure};
 
 /// More plans are not drawn.
 const MOST_PLANS: usize = 6;
@@ -33,45 +21,38 @@ const LONGEST_NAME: usize = 60;
 
 /// The whole page; `command` is what was typed to get it.
 pub fn page(comparison: &Comparison, command: &str) -> Result<String> {
-    let mut html = format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta \
-         name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>Attention \
-         kernels in a language \
-         model</title>\n<style>\n{STYLE}{MORE_STYLE}</style>\n</head>\n<body>\n<h1>What does a \
-         language model lose and gain by its attention kernel?</h1>\n{}",
-        about(comparison, command)
-    );
-    section(&mut html, "What was found");
-    items(&mut html, &found(comparison));
-    section(&mut html, "What this does not show");
-    items(&mut html, &cautions(comparison).iter().map(|text| capital(text)).collect::<Vec<_>>());
-
-    section(&mut html, "Every kernel");
-    html.push_str(&table::html(comparison));
-    html.push_str(&format!("<p class=\"about\">{}</p>\n", escaped(&legend(comparison))));
-
-    quality(&mut html, comparison)?;
-    recall(&mut html, comparison)?;
-    cost(&mut html, comparison)?;
-    plans(&mut html, comparison);
-    html.push_str("</body>\n</html>\n");
-    Ok(html)
+    let mut blocks = vec![
+        Block::Lead { items: found(comparison) },
+        about(comparison, command),
+        Block::section("What this does not show"),
+        Block::Items { items: cautions(comparison).iter().map(|text| capital(text)).collect() },
+        Block::section("Every kernel"),
+        table::block(comparison),
+        Block::note(&legend(comparison)),
+    ];
+    quality(&mut blocks, comparison)?;
+    recall(&mut blocks, comparison)?;
+    cost(&mut blocks, comparison)?;
+    plans(&mut blocks, comparison);
+    Ok(reports::page::page(
+        "Attention kernels in a language model",
+        "What does a language model lose and gain by its attention kernel?",
+        &blocks,
+    )?)
 }
 
-fn about(comparison: &Comparison, command: &str) -> String {
+fn about(comparison: &Comparison, command: &str) -> Block {
     let Comparison { model, layers, kv_heads, threads, .. } = comparison;
-    format!(
-        "<p class=\"about\">{}: {layers} layers of {kv_heads} kv heads, not trained any further. \
-         Texts: {}. Calibration: {}. Windows of {} tokens; {threads} thread{}; {} s in all. \
-         <code>{}</code></p>\n",
-        escaped(model),
-        escaped(&list(&comparison.texts)),
-        escaped(&comparison.calibration),
+    let text = format!(
+        "{model}: {layers} layers of {kv_heads} kv heads, not trained any further. Texts: {}. \
+         Calibration: {}. Windows of {} tokens; {threads} thread{}; {} s in all.",
+        list(&comparison.texts),
+        comparison.calibration,
         count(comparison.context),
         if *threads == 1 { "" } else { "s" },
         plain(comparison.seconds),
-        escaped(command)
-    )
+    );
+    Block::About { text, command: command.to_owned() }
 }
 
 /// What the columns of the table are.
@@ -95,11 +76,11 @@ fn legend(comparison: &Comparison) -> String {
     text
 }
 
-fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
+fn quality(blocks: &mut Vec<Block>, comparison: &Comparison) -> Result<()> {
     let first = name_of_first(comparison);
     let far = off_scale(comparison);
     if let Some(panel) = perplexity(comparison) {
-        section(html, "Perplexity against memory");
+        blocks.push(Block::section("Perplexity against memory"));
         let off: Vec<String> = far
             .iter()
             .map(|row| {
@@ -119,35 +100,35 @@ fn quality(html: &mut String, comparison: &Comparison) -> Result<()> {
              {first}, thin lines join a kernel to itself with exact heads.{off}",
             count(comparison.context)
         );
-        figure(html, &panel, &caption)?;
+        blocks.push(Block::Figures { wide: true, figures: vec![figure(&panel, caption)?] });
     }
     if let Some(panel) = positions(comparison) {
-        section(html, "Where in the context it is lost");
+        blocks.push(Block::section("Where in the context it is lost"));
         let drawn =
             looks(comparison).into_iter().skip(1).filter(|(row, _)| on_scale(comparison, row));
-        html.push_str(&key(drawn.map(|(row, look)| (look, row.kernel.as_str())), Some(&first)));
+        blocks.push(key(drawn.map(|(row, look)| (look, row.kernel.as_str())), Some(&first)));
         let off = left_out(&far, "Off the scale and left out");
         let caption = format!(
             "Nats a token above {first}, each mark the mean over {} positions: a line that rises \
              loses more the longer the context is.{off}",
             count(comparison.bucket)
         );
-        figure(html, &panel, &caption)?;
+        blocks.push(Block::Figures { wide: true, figures: vec![figure(&panel, caption)?] });
     }
     Ok(())
 }
 
-fn recall(html: &mut String, comparison: &Comparison) -> Result<()> {
+fn recall(blocks: &mut Vec<Block>, comparison: &Comparison) -> Result<()> {
     let (by_load, by_distance) = (load(comparison), distance(comparison));
     if by_load.is_none() && by_distance.is_none() {
         return Ok(());
     }
-    section(html, "Recall of codes");
-    html.push_str(&key(
+    blocks.push(Block::section("Recall of codes"));
+    blocks.push(key(
         recalling(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())),
         None,
     ));
-    html.push_str("<div class=\"panels\">\n");
+    let mut figures = Vec::new();
     if let Some((panel, distance)) = by_load {
         let between = if distance == 0 {
             "directly after it".to_owned()
@@ -158,27 +139,26 @@ fn recall(html: &mut String, comparison: &Comparison) -> Result<()> {
             "Codes of four digits that are recalled, in percent, from a list of so many names \
              that comes again {between}."
         );
-        figure(html, &panel, &caption)?;
+        figures.push(figure(&panel, caption)?);
     }
     if let Some((panel, pairs)) = by_distance {
         let caption = format!(
             "The same in percent for lists of {pairs} names, by tokens of prose between the two \
              lists."
         );
-        figure(html, &panel, &caption)?;
+        figures.push(figure(&panel, caption)?);
     }
     let none: Vec<&Row> =
         comparison.rows.iter().filter(|row| recalled(row, 0).right == 0).collect();
     let none = left_out(&none, "Left out, as they recall nothing");
-    html.push_str(&format!(
-        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each \
-         other.{}</p>\n",
-        escaped(&none)
-    ));
+    blocks.push(Block::Figures { wide: false, figures });
+    blocks.push(Block::note(&format!(
+        "Marks are moved apart where they would hide each other.{none}"
+    )));
     Ok(())
 }
 
-fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
+fn cost(blocks: &mut Vec<Block>, comparison: &Comparison) -> Result<()> {
     let panels = [
         (
             memory(comparison),
@@ -199,16 +179,16 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
     if panels.iter().all(|(panel, _)| panel.is_none()) {
         return Ok(());
     }
-    section(html, "Memory and time against context");
-    html.push_str(&key(
+    blocks.push(Block::section("Memory and time against context"));
+    blocks.push(key(
         looks(comparison).into_iter().map(|(row, look)| (look, row.kernel.as_str())),
         None,
     ));
-    html.push_str("<div class=\"panels\">\n");
+    let mut figures = Vec::new();
     for (panel, caption) in panels {
         if let Some(mut panel) = panel {
             panel.spread(0.007);
-            figure(html, &panel, caption)?;
+            figures.push(figure(&panel, caption.to_owned())?);
         }
     }
     let alike = alike(comparison).map(|(rows, least, most)| {
@@ -219,23 +199,19 @@ fn cost(html: &mut String, comparison: &Comparison) -> Result<()> {
             range(mib(least), mib(most))
         )
     });
-    html.push_str(&format!(
-        "</div>\n<p class=\"about\">Marks are moved apart where they would hide each \
-         other.{}{}</p>\n",
-        escaped(&alike.unwrap_or_default()),
+    blocks.push(Block::Figures { wide: false, figures });
+    blocks.push(Block::note(&format!(
+        "Marks are moved apart where they would hide each other.{}{}",
+        alike.unwrap_or_default(),
         if lengths(comparison).is_empty() { " No decode steps were timed." } else { "" }
-    ));
+    )));
     Ok(())
 }
 
-fn plans(html: &mut String, comparison: &Comparison) {
-    let mut begun = false;
+fn plans(blocks: &mut Vec<Block>, comparison: &Comparison) {
+    let mut figures = Vec::new();
     for (names, plan) in heads::plans(comparison).into_iter().take(MOST_PLANS) {
         let Some(svg) = heads::picture(comparison, plan) else { continue };
-        if !begun {
-            section(html, "Which heads stay exact");
-            begun = true;
-        }
         let names: Vec<String> = names.iter().map(|name| shortened(name, LONGEST_NAME)).collect();
         let worst = heads::worst(plan).map(|(error, layer, kv_head)| {
             format!("; the largest is {} in kv head {kv_head} of layer {layer}", plain(error))
@@ -247,32 +223,16 @@ fn plans(html: &mut String, comparison: &Comparison) {
             worst.unwrap_or_default(),
             plan.exact.len()
         );
-        html.push_str(&format!(
-            "<figure>{svg}<figcaption>{}</figcaption></figure>\n",
-            escaped(&caption)
-        ));
+        figures.push(Figure { svg, caption });
+    }
+    if !figures.is_empty() {
+        blocks.push(Block::section("Which heads stay exact"));
+        blocks.push(Block::Figures { wide: true, figures });
     }
 }
 
-fn section(html: &mut String, title: &str) {
-    html.push_str(&format!("<h2>{}</h2>\n", escaped(title)));
-}
-
-fn items(html: &mut String, items: &[String]) {
-    html.push_str("<ul>\n");
-    for item in items {
-        html.push_str(&format!("<li>{}</li>\n", escaped(item)));
-    }
-    html.push_str("</ul>\n");
-}
-
-fn figure(html: &mut String, panel: &Panel, caption: &str) -> Result<()> {
-    let svg = panel.svg()?;
-    html.push_str(&format!(
-        "<figure>{svg}<figcaption>{}</figcaption></figure>\n",
-        escaped(caption)
-    ));
-    Ok(())
+fn figure(panel: &Panel, caption: String) -> Result<Figure> {
+    Ok(Figure { svg: panel.svg()?, caption })
 }
 
 fn left_out(rows: &[&Row], why: &str) -> String {

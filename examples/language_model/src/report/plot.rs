@@ -2,11 +2,11 @@
 
 use super::axis::Axis;
 use super::labels::{self, Frame};
-use super::numbers::{escaped, shortened};
-use super::shared;
-use super::shared::plots::{Area, FONT, INK, REFERENCE, Shape, inline};
+use super::numbers::shortened;
 use anyhow::Result;
 use plotters::prelude::*;
+use reports::page::{Block, Mark};
+use reports::plots::{Area, FONT, INK, REFERENCE, Shape, inline};
 
 /// Longer names are cut in plots.
 const LONGEST_NAME: usize = 30;
@@ -70,7 +70,7 @@ impl Panel {
     /// A plot that holds nothing.
     pub fn new(title: &str, x: Axis, y: Axis) -> Self {
         let (series, across) = (Vec::new(), Vec::new());
-        Self { title: title.to_owned(), x, y, series, across, size: (560, 380), letters: 15 }
+        Self { title: title.to_owned(), x, y, series, across, size: (400, 330), letters: 17 }
     }
 
     /// Moves the series side by side, so that none hides another.
@@ -98,7 +98,7 @@ impl Panel {
     /// Draws it on some area.
     pub fn draw_on(&self, root: &Area<'_>) -> Result<()> {
         let font = |size: i32| (FONT, size).into_font().color(&INK);
-        let mut chart = shared::plots::Frame {
+        let mut chart = reports::plots::Frame {
             title: &self.title,
             x: self.x.scale(),
             y: self.y.scale(),
@@ -107,6 +107,7 @@ impl Panel {
             x_text: &|x| self.x.text(*x),
             y_text: &|y| self.y.text(*y),
             left: 64,
+            right: 18,
             letters: self.letters,
             title_letters: self.letters + 3,
         }
@@ -153,19 +154,10 @@ impl Panel {
     }
 }
 
-/// A key of marks, as HTML; `dashed` says what the dashed line is.
-pub fn key<'a>(marks: impl IntoIterator<Item = (Look, &'a str)>, dashed: Option<&str>) -> String {
-    let mut html = String::from("<p class=\"legend\">");
-    if let Some(text) = dashed {
-        html.push_str(&format!(
-            "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" \
-             x2=\"25\" y2=\"7\"/></svg>{}</span> ",
-            escaped(text)
-        ));
-    }
-    for ((colour, shape), name) in marks {
-        html.push_str(&shape.key(colour, &escaped(&shortened(name, 60))));
-    }
-    html.push_str("</p>\n");
-    html
+/// A key of marks; `dashed` says what the dashed line is.
+pub fn key<'a>(marks: impl IntoIterator<Item = (Look, &'a str)>, dashed: Option<&str>) -> Block {
+    let dashed = dashed.map(|text| Mark::line("reference", text));
+    let marks =
+        marks.into_iter().map(|((colour, shape), name)| shape.key(colour, shortened(name, 60)));
+    Block::Key { marks: dashed.into_iter().chain(marks).collect() }
 }

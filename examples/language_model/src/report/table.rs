@@ -4,12 +4,14 @@ use super::facts::{
     best_constant, change, decode_at, exact_heads, lengths, lists, on_scale, reference, score,
     state_share,
 };
-use super::numbers::{self, count, escaped, mib, perplexity, plain, share, shortened};
+use super::numbers::{self, count, mib, perplexity, plain, share, shortened};
 use crate::compare::{Comparison, Row};
 use comfy_table::{
     Attribute, Cell, CellAlignment, ColumnConstraint, ContentArrangement, LineStyle, Table,
     TableStyle, Width,
 };
+
+use reports::page::{self, Block, Line};
 
 /// Lines above, below and under the header.
 const STYLE: TableStyle = TableStyle::new()
@@ -102,52 +104,43 @@ fn legend(comparison: &Comparison) -> String {
 }
 
 /// The table for the page.
-pub fn html(comparison: &Comparison) -> String {
+pub fn block(comparison: &Comparison) -> Block {
     let lists = lists(comparison);
     let longest =
         lengths(comparison).last().map_or_else(String::new, |n| format!(" at {}", count(*n)));
-    let group = |title: &str, columns: usize| format!("<th colspan=\"{columns}\">{title}</th>");
-    let mut groups = String::from("<th></th><th></th>");
-    groups.push_str(&group(&format!("state at {}", count(comparison.context)), 2));
-    groups.push_str(&group("perplexity", 3));
+    let group = |title: &str, columns: usize| (title.to_owned(), columns);
+    let mut groups = vec![
+        group("", 1),
+        group("", 1),
+        group(&format!("state at {}", count(comparison.context)), 2),
+        group("perplexity", 3),
+    ];
     if !lists.is_empty() {
-        groups.push_str(&group("codes recalled, by pairs + tokens between", lists.len()));
+        groups.push(group("codes recalled, by pairs + tokens between", lists.len()));
     }
-    groups.push_str(&group("copied", 1));
-    groups.push_str(&group(&format!("decode{longest}, µs a token"), 2));
-    let mut names: Vec<String> =
+    groups.push(group("copied", 1));
+    groups.push(group(&format!("decode{longest}, µs a token"), 2));
+    let mut header: Vec<String> =
         ["kernel", "exact heads", "MiB", "share", "1st half", "2nd half", "change"]
             .map(str::to_owned)
             .to_vec();
-    names.extend(lists.iter().map(|(pairs, distance)| match distance {
+    header.extend(lists.iter().map(|(pairs, distance)| match distance {
         0 => count(*pairs),
         _ => format!("{} + {}", count(*pairs), count(*distance)),
     }));
-    names.extend(["tokens", "attention", "all"].map(str::to_owned));
-    let names: String = names.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
-    let mut html = format!(
-        "<div class=\"scroll\"><table class=\"compared\"><thead><tr \
-         class=\"groups\">{groups}</tr>\n<tr>{names}</tr></thead><tbody>\n"
-    );
+    header.extend(["tokens", "attention", "all"].map(str::to_owned));
     let best = best_constant(comparison);
-    for (i, row) in comparison.rows.iter().enumerate() {
-        let class = match best {
+    let line = |(i, row): (usize, &Row)| Line {
+        class: match best {
             _ if i == 0 => "baseline",
             Some(best) if std::ptr::eq(best, row) => "best",
             _ if !on_scale(comparison, row) => "useless",
             _ => "plain",
-        };
-        html.push_str(&format!("<tr class=\"{class}\">"));
-        for (i, cell) in
-            cells(comparison, row, |right, asked| format!("{right}/{asked}")).iter().enumerate()
-        {
-            let tag = if i == 0 { "th" } else { "td" };
-            html.push_str(&format!("<{tag}>{}</{tag}>", escaped(cell)));
-        }
-        html.push_str("</tr>\n");
-    }
-    html.push_str("</tbody></table></div>\n");
-    html
+        },
+        cells: cells(comparison, row, |right, asked| format!("{right}/{asked}")),
+    };
+    let lines = comparison.rows.iter().enumerate().map(line).collect();
+    Block::Table(page::Table { class: "compared", groups, header, names: 1, lines })
 }
 
 /// The line of a kernel.

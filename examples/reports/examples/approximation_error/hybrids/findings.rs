@@ -260,7 +260,8 @@ fn more_entries(heads: &[Head<'_>]) -> Option<String> {
 /// What single choices change.
 fn options(heads: &[Head<'_>]) -> Option<String> {
     let mut changes: Vec<String> = Vec::new();
-    let mut change = |what: &str, ratios: Vec<f64>| {
+    let mut change = |what: &str, mut ratios: Vec<f64>| {
+        ratios.retain(|ratio| ratio.is_finite());
         let of = ratios.len();
         if let Some(ratio) = median(ratios) {
             let percent = 100.0 * (ratio - 1.0);

@@ -15,8 +15,6 @@ mod kernels;
 mod measure;
 mod page;
 mod plots;
-#[path = "../shared/mod.rs"]
-mod shared;
 mod table;
 mod task;
 
@@ -106,7 +104,7 @@ fn run(args: &Args) -> Result<(), String> {
     }
     text.push_str(&format!("{}\n\n", table::legend(&plan)));
     for finding in &findings {
-        text.push_str(&shared::wrapped(finding));
+        text.push_str(&reports::text::wrapped(finding));
     }
     // A closed pipe is no reason to lose the page.
     let _ = write!(std::io::stdout(), "{text}");

@@ -23,6 +23,31 @@ pub enum Kernel {
     Taylor,
 }
 
+/// What the maps of a kind have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Performer,
+    Dct,
+    Wpff,
+    Taylor,
+    Official,
+}
+
+impl Family {
+    pub const ALL: [Self; 5] =
+        [Self::Performer, Self::Dct, Self::Wpff, Self::Taylor, Self::Official];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Performer => "FAVOR+",
+            Self::Dct => "DCT",
+            Self::Wpff => "WPFF",
+            Self::Taylor => "Taylor",
+            Self::Official => "released DiJiang",
+        }
+    }
+}
+
 /// What the literature says of the kernel error.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Claim {
@@ -80,6 +105,21 @@ impl Kernel {
             Self::WpffWeighted => "wpff-weighted",
             Self::Taylor => "taylor",
         }
+    }
+
+    pub fn family(self) -> Family {
+        match self {
+            Self::Performer | Self::PerformerIid | Self::PerformerHyperbolic => Family::Performer,
+            Self::Dct | Self::DctAntithetic | Self::DctNormal => Family::Dct,
+            Self::Wpff | Self::WpffSobol | Self::WpffWeighted => Family::Wpff,
+            Self::Taylor => Family::Taylor,
+            Self::Official => Family::Official,
+        }
+    }
+
+    /// Its name among those of its family.
+    pub fn short_name(self) -> &'static str {
+        self.name().rsplit('-').next().unwrap_or_default()
     }
 
     pub fn description(self) -> &'static str {

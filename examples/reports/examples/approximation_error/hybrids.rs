@@ -39,6 +39,17 @@ impl Hybrid {
         }
     }
 
+    /// The far memory in the builder of `HybridAttention`.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Window => "Far::none",
+            Self::Features => "Far::features",
+            Self::Taylor | Self::Heavy => "Far::taylor",
+            Self::Ward => "Far::ward",
+            Self::Merged => "Far::merged",
+        }
+    }
+
     pub fn description(self) -> &'static str {
         match self {
             Self::Window => {

@@ -16,9 +16,10 @@ pub struct Row {
 }
 
 impl Row {
-    /// How many times smaller its error is than that of the window of equal size.
+    /// How many times smaller its error is than that of the window of equal size, if there is any.
     pub fn gain(&self) -> Option<f64> {
-        self.equal_window.map(|window| window.error / self.error.median)
+        let gain = self.equal_window?.error / self.error.median;
+        gain.is_finite().then_some(gain)
     }
 
     /// Whether it is closer than the window of equal size, or where there is none than uniform

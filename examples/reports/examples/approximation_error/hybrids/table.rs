@@ -3,10 +3,10 @@
 use super::Sizes;
 use super::rows::{Row, best, inputs, table_rows};
 use crate::measure::Results;
-use crate::reports::shortened;
 use crate::table::{Emphasis, Line};
 use crate::text::{count, short, short_or_dash};
 use dijiang::Mask;
+use reports::text::shortened;
 
 /// Two lines each.
 pub const HEADER: [&str; 10] = [

@@ -1,13 +1,13 @@
 //! The plots of the page, as inline SVG.
 
-use crate::kernels::{KERNELS, Kernel};
+use crate::kernels::KERNELS;
 use crate::measure::{Curve, Plan, Results};
-use crate::shared::Scale;
-use crate::shared::plots::{Frame, REFERENCE, inline};
 use crate::task::{CLASSES, Sort};
 use plotters::prelude::*;
+use reports::axes::Scale;
+use reports::plots::{Frame, REFERENCE, inline};
 
-const SIZE: (u32, u32) = (560, 380);
+const SIZE: (u32, u32) = (400, 330);
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -46,8 +46,9 @@ fn draw(
         y_label: "right answers (%)",
         x_text: &|x| points.get(x.round() as usize).map_or_else(String::new, usize::to_string),
         y_text: &|y| format!("{y:.0}"),
-        left: 58,
-        letters: 15,
+        left: 62,
+        right: 18,
+        letters: 17,
         title_letters: 19,
     }
     .draw(&root)?;
@@ -73,17 +74,4 @@ fn draw(
     }
     root.present()?;
     Ok(())
-}
-
-/// A key of the kernels, as HTML.
-pub fn legend() -> String {
-    let mut html = String::from("<p class=\"legend\">");
-    for Kernel { name, colour, shape, .. } in &KERNELS {
-        html.push_str(&shape.key(*colour, name));
-    }
-    html.push_str(
-        "<span><svg viewBox=\"0 0 26 14\"><line class=\"reference\" x1=\"1\" y1=\"7\" x2=\"25\" \
-         y2=\"7\"/></svg>a guess</span></p>",
-    );
-    html
 }

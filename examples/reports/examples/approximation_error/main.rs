@@ -18,7 +18,9 @@
 //! retention, Mamba-2 and others), in a table of their own and not ranked: `--kernels rivals`.
 //!
 //! Your own heads come in as a safetensors file, `--input FILE`, with tensors `<head>/q`,
-//! `<head>/k`, `<head>/v` of shape `[tokens, d]`, raw after the rotary embedding. Optional:
+//! `<head>/k`, `<head>/v` of shape `[tokens, d]`, `[heads, tokens, d]` or
+//! `[batch, heads, tokens, d]`, raw after the rotary embedding; k and v may have fewer heads, each
+//! of them for a group of heads of q. Optional:
 //! `<head>/calibration/q` and `/k` of another text, to which weights are fitted, and the metadata
 //! entries `<head>/causal` and `<head>/calibration/stride`. From a PyTorch model:
 //!
@@ -27,24 +29,22 @@
 //! tensors = {}
 //! # in the attention layer, after the rotary embedding; q, k, v are [batch, heads, tokens, d]
 //! for name, x in {"q": q, "k": k, "v": v}.items():
-//!     tensors[f"layer5.head3/{name}"] = x[0, 3].float().contiguous().cpu()
-//! save_file(tensors, "heads.safetensors", metadata={"layer5.head3/causal": "true"})
+//!     tensors[f"layer5/{name}"] = x.float().contiguous().cpu()
+//! save_file(tensors, "heads.safetensors", metadata={"layer5/causal": "true"})
 //! ```
 
 mod args;
 mod data;
+mod files;
 mod findings;
+mod headline;
 mod hybrids;
 mod kernels;
 mod measure;
 mod page;
 mod plots;
 mod records;
-#[path = "../shared/reports.rs"]
-mod reports;
 mod rivals;
-#[path = "../shared/mod.rs"]
-mod shared;
 mod summary;
 mod synthetic;
 mod table;
@@ -52,6 +52,7 @@ mod text;
 
 use args::{Args, Plan};
 use clap::Parser;
+use findings::Found;
 use measure::Results;
 use std::io::Write;
 use std::path::Path;
@@ -98,15 +99,16 @@ fn run(args: &Args) -> Result<(), String> {
 
     let results = measure::measure(inputs, &plan)?;
     let findings = findings::findings(&results, &plan);
+    let lead = headline::take_away(&results, &plan);
     // A closed pipe is no reason to lose the files.
-    let _ = write!(std::io::stdout(), "{}", terminal(&results, &plan, &findings));
+    let _ = write!(std::io::stdout(), "{}", terminal(&results, &plan, &findings, &lead));
 
     let written = |name: &str, error: &dyn std::fmt::Display| {
         format!("`{}` cannot be written: {error}", args.output.join(name).display())
     };
     records::write(&results, &args.output.join("measurements.csv"))
         .map_err(|e| written("measurements.csv", &e))?;
-    let page = page::page(&results, &plan, &findings)
+    let page = page::page(&results, &plan, findings, lead)
         .map_err(|error| format!("a plot cannot be drawn: {error}"))?;
     std::fs::write(args.output.join("index.html"), page)
         .map_err(|error| written("index.html", &error))?;
@@ -121,7 +123,7 @@ fn create(output: &Path) -> Result<(), String> {
         .map_err(|error| format!("`{}` cannot be created: {error}", output.display()))
 }
 
-fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
+fn terminal(results: &Results, plan: &Plan, findings: &[Found], lead: &[String]) -> String {
     let heads = Group::heads(results);
     let mut text = format!("Approximation error on real heads ({})\n", heads.name);
     text.push_str(&table::terminal(&table::HEADER, &table::summary(results, &heads), 1));
@@ -140,8 +142,12 @@ fn terminal(results: &Results, plan: &Plan, findings: &[String]) -> String {
         text.push_str(&format!("\n{}\n", rivals::table::legend(results, &heads, plan)));
     }
     text.push('\n');
-    for finding in findings {
-        text.push_str(&shared::wrapped(finding));
+    for finding in findings.iter().flat_map(|(_, sentences)| sentences) {
+        text.push_str(&reports::text::wrapped(finding));
+    }
+    if !lead.is_empty() {
+        text.push_str("\nTo take away\n");
+        lead.iter().for_each(|sentence| text.push_str(&reports::text::wrapped(sentence)));
     }
     text
 }

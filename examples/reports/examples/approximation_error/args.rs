@@ -19,7 +19,8 @@ YOUR OWN QUERIES, KEYS AND VALUES
 
     <head>/q   <head>/k   <head>/v        (or <head>/test/q, <head>/test/k, <head>/test/v)
 
-of shape [tokens, d] and type F32, F16, BF16 or F64; q and k as the model multiplies them, after \
+of shape [tokens, d], [heads, tokens, d] or [batch, heads, tokens, d] and type F32, F16, BF16 or \
+                         F64; k and v may have fewer heads than q, each for a group of them; q and k as the model multiplies them, after \
                          the rotary embedding and without the factor 1/sqrt(d). `wpff-weighted`, \
                          `hybrid-taylor`, `hybrid-heavy` and one `hybrid-ward` are fitted to
 
@@ -34,8 +35,8 @@ of another text. If those are every third token, say, the metadata entry \
     tensors = {}
     # in the attention layer, after the rotary embedding; q, k, v are [batch, heads, tokens, d]
     for name, x in {\"q\": q, \"k\": k, \"v\": v}.items():
-        tensors[f\"layer5.head3/{name}\"] = x[0, 3].float().contiguous().cpu()
-    save_file(tensors, \"heads.safetensors\", metadata={\"layer5.head3/causal\": \"true\"})";
+        tensors[f\"layer5/{name}\"] = x.float().contiguous().cpu()
+    save_file(tensors, \"heads.safetensors\", metadata={\"layer5/causal\": \"true\"})";
 
 /// Measures how close attention kernels come to softmax attention.
 #[derive(Debug, Parser)]

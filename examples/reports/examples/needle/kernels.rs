@@ -1,6 +1,5 @@
 //! The kernels, most of them with about the same state: 17 thousand numbers.
 
-use crate::shared::plots::Shape;
 use crate::task::{HEAD_DIM, SINKS, Sort, Task, Tokens};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, Far, FeatureMap, HybridAttention,
@@ -8,6 +7,7 @@ use dijiang::{
 };
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, s};
 use plotters::style::RGBColor;
+use reports::plots::Shape;
 use std::sync::OnceLock;
 
 /// Makes a kernel from a seed, for what is drawn at random.

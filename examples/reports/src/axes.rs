@@ -1,4 +1,33 @@
-//! What the two reports with tables share: logarithmic axes, names that are too long.
+//! Linear and logarithmic axes.
+
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
+use std::ops::Range;
+
+/// A linear scale with ticks at chosen places.
+pub struct Scale {
+    pub range: Range<f64>,
+    pub ticks: Vec<f64>,
+}
+
+impl Ranged for Scale {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        let place = (value - self.range.start) / (self.range.end - self.range.start);
+        // far beyond the frame all places are alike
+        let place = place.clamp(-2.0, 3.0);
+        limit.0 + (place * f64::from(limit.1 - limit.0)).round() as i32
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.ticks.clone() }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.clone()
+    }
+}
 
 /// The ends of a logarithmic axis around logarithms from `low` to `high`: at least half a decade,
 /// since a flat line is to look flat.
@@ -21,13 +50,4 @@ pub fn log_ticks(low: f64, high: f64, dense: f64) -> Vec<f64> {
         (low.floor() as i32..=high.ceil() as i32).filter(|power| power.rem_euclid(stride) == 0);
     let values = powers.flat_map(|power| steps.iter().map(move |step| step * 10_f64.powi(power)));
     values.filter(|value| (low..=high).contains(&value.log10())).collect()
-}
-
-/// The first characters of a name that is too long.
-pub fn shortened(name: &str, width: usize) -> String {
-    if name.chars().count() <= width {
-        name.to_owned()
-    } else {
-        name.chars().take(width.saturating_sub(1)).chain(['…']).collect()
-    }
 }

@@ -1,11 +1,10 @@
 //! The plot of one head: output error against the size of the state, a line for each family.
 
+use super::Memory;
 use super::rows::{Row, rows};
-use super::{Hybrid, Memory};
 use crate::measure::Results;
 use crate::plots::{
-    Axis, BLUE, Failure, GREEN, GREY, GUIDE, Look, PURPLE, Panel, REFERENCE, Series, Shape,
-    VERMILLION,
+    Axis, BLUE, Failure, GREEN, GREY, Look, PURPLE, Panel, Series, Shape, VERMILLION,
 };
 use dijiang::Metric;
 
@@ -25,14 +24,14 @@ enum Family {
 
 impl Family {
     const ALL: [Self; 9] = [
+        Self::Heavy,
+        Self::Ward,
+        Self::Blocks,
+        Self::PlainMetric,
         Self::Window,
         Self::Features,
         Self::Taylor,
-        Self::Heavy,
-        Self::Ward,
         Self::CalibratedWard,
-        Self::Blocks,
-        Self::PlainMetric,
         Self::Merged,
     ];
 
@@ -50,28 +49,15 @@ impl Family {
         }
     }
 
-    fn hybrid(self) -> Hybrid {
+    /// `None` for variants, which are muted.
+    fn name(self) -> Option<&'static str> {
         match self {
-            Self::Window => Hybrid::Window,
-            Self::Features => Hybrid::Features,
-            Self::Taylor => Hybrid::Taylor,
-            Self::Heavy => Hybrid::Heavy,
-            Self::Ward | Self::CalibratedWard => Hybrid::Ward,
-            Self::Merged | Self::Blocks | Self::PlainMetric => Hybrid::Merged,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Window => "window alone",
-            Self::Features => "features",
-            Self::Taylor => "taylor",
-            Self::Heavy => "heavy, taylor",
-            Self::Ward => "ward",
-            Self::CalibratedWard => "ward, calibrated",
-            Self::Merged => "merged",
-            Self::Blocks => "merged, in blocks",
-            Self::PlainMetric => "merged, plain metric",
+            Self::Window => Some("window"),
+            Self::Features => Some("features"),
+            Self::Taylor => Some("taylor"),
+            Self::CalibratedWard => Some("ward"),
+            Self::Merged => Some("merged"),
+            Self::Heavy | Self::Ward | Self::Blocks | Self::PlainMetric => None,
         }
     }
 
@@ -80,24 +66,11 @@ impl Family {
             Self::Window => (GREY, Shape::Disc),
             Self::Features => (BLUE, Shape::Triangle),
             Self::Taylor => (PURPLE, Shape::Disc),
-            Self::Heavy => (PURPLE, Shape::Triangle),
-            Self::Ward => (GREEN, Shape::Ring),
             Self::CalibratedWard => (GREEN, Shape::Disc),
             Self::Merged => (VERMILLION, Shape::Disc),
-            Self::Blocks => (VERMILLION, Shape::Cross),
-            Self::PlainMetric => (VERMILLION, Shape::Ring),
+            Self::Heavy | Self::Ward | Self::Blocks | Self::PlainMetric => (GREY, Shape::Ring),
         }
     }
-}
-
-/// The marks of the families that were chosen.
-pub fn marks(chosen: &[Hybrid]) -> impl Iterator<Item = (Look, &'static str)> {
-    // windows of equal size are always there
-    let shown = |family: &Family| *family == Family::Window || chosen.contains(&family.hybrid());
-    Family::ALL
-        .into_iter()
-        .filter(move |family| shown(family))
-        .map(|family| (family.look(), family.name()))
 }
 
 /// Output error against state floats on one head; upright the cache of exact attention, across
@@ -124,8 +97,8 @@ pub fn pareto(results: &Results, input: usize) -> Result<Option<String>, Failure
         return Ok(None);
     }
     let mut panel = Panel::new(&results.inputs[input].name, x, y);
-    panel.across(uniform.log10(), REFERENCE);
-    panel.upright(exact.log10(), GUIDE);
+    panel.across(uniform.log10(), "uniform");
+    panel.upright(exact.log10());
     panel.series = all;
     panel.draw().map(Some)
 }
@@ -156,13 +129,16 @@ fn series(results: &Results, input: usize, rows: &[Row], family: Family) -> Opti
         .filter(|(_, [_, a, b])| a < b)
         .map(|(x, [_, a, b])| [(*x, *a), (*x, *b)])
         .collect();
-    let (joined, size) = (points.len() > 1, if family == Family::Window { 3 } else { 4 });
+    let is_muted = family.name().is_none();
+    let joined = points.len() > 1 && !is_muted;
+    let size = if is_muted || family == Family::Window { 3 } else { 4 };
     (!points.is_empty()).then(|| Series {
         look: family.look(),
         points,
         bars,
         joined,
         size,
-        alpha: 1.0,
+        alpha: if is_muted { 0.6 } else { 1.0 },
+        name: family.name(),
     })
 }

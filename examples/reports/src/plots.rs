@@ -1,7 +1,8 @@
 //! Charts and marks of the reports. Colours of text, axes and reference lines are placeholders that
 //! the style sheets replace, so that they follow the reader's light or dark theme.
 
-use super::Scale;
+use crate::axes::Scale;
+use crate::page::Mark;
 use plotters::chart::ChartContext;
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -53,23 +54,15 @@ impl Shape {
         Ok(())
     }
 
-    /// The mark and what it stands for, as HTML.
-    pub fn key(self, RGBColor(r, g, b): RGBColor, name: &str) -> String {
-        let colour = format!("#{r:02X}{g:02X}{b:02X}");
-        let mark = match self {
-            Self::Disc => format!("<circle cx=\"7\" cy=\"7\" r=\"5\" fill=\"{colour}\"/>"),
-            Self::Ring => {
-                format!(
-                    "<circle cx=\"7\" cy=\"7\" r=\"4\" fill=\"none\" stroke=\"{colour}\" \
-                     stroke-width=\"2\"/>"
-                )
-            }
-            Self::Triangle => format!("<path d=\"M7 1 13 12 1 12Z\" fill=\"{colour}\"/>"),
-            Self::Cross => format!(
-                "<path d=\"M2 2 12 12M12 2 2 12\" stroke=\"{colour}\" stroke-width=\"2.5\"/>"
-            ),
+    /// The mark and what it stands for, in a key.
+    pub fn key(self, RGBColor(r, g, b): RGBColor, name: impl Into<String>) -> Mark {
+        let shape = match self {
+            Self::Disc => "disc",
+            Self::Ring => "ring",
+            Self::Triangle => "triangle",
+            Self::Cross => "cross",
         };
-        format!("<span><svg viewBox=\"0 0 14 14\">{mark}</svg>{name}</span> ")
+        Mark { shape, colour: format!("#{r:02X}{g:02X}{b:02X}"), name: name.into() }
     }
 }
 
@@ -83,8 +76,9 @@ pub struct Frame<'a> {
     /// The text of a tick.
     pub x_text: &'a dyn Fn(&f64) -> String,
     pub y_text: &'a dyn Fn(&f64) -> String,
-    /// Pixels left of it.
+    /// Pixels left of it, and right of it.
     pub left: u32,
+    pub right: u32,
     /// Pixels of a letter, about; of the title.
     pub letters: i32,
     pub title_letters: i32,
@@ -100,7 +94,7 @@ impl Frame<'_> {
                 (FONT, self.title_letters).into_font().style(FontStyle::Bold).color(&INK),
             )
             .margin(8)
-            .margin_right(18)
+            .margin_right(self.right)
             .x_label_area_size(46)
             .y_label_area_size(self.left)
             .build_cartesian_2d(self.x, self.y)?;

@@ -13,23 +13,29 @@ pub const SMALL_NORM: f64 = 1.0;
 /// With fewer, the intervals are so wide that everything lies inside.
 const SEEDS_TO_JUDGE: u64 = 5;
 
-/// A few plain sentences; those that the run has no data for are left out.
-pub fn findings(results: &Results, plan: &Plan) -> Vec<String> {
+/// Sentences under a title.
+pub type Found = (&'static str, Vec<String>);
+
+/// Plain sentences in groups; those that the run has no data for are left out.
+pub fn findings(results: &Results, plan: &Plan) -> Vec<Found> {
     let heads = Group::heads(results);
     let head_rows = rows(results, &heads);
-    let mut found: Vec<String> = [
+    let on_heads = [
         against_uniform(results, &heads, &head_rows),
         more_features(&head_rows, heads.inputs.len()),
-        small_norms(results, plan),
-        norms_that_work(results, plan),
-    ]
-    .into_iter()
-    .flatten()
-    .collect();
-    found.extend(slopes_at_small_norm(results, plan));
-    found.extend([slopes_on_heads(results, &heads), weights(&head_rows)].into_iter().flatten());
-    found.extend(failures(results).into_iter().flatten());
-    found.extend(hybrids::findings::findings(results, plan));
+        weights(&head_rows),
+    ];
+    let on_gaussian = [small_norms(results, plan), norms_that_work(results, plan)];
+    let mut slopes = slopes_at_small_norm(results, plan);
+    slopes.extend(slopes_on_heads(results, &heads));
+    let mut found = vec![
+        ("Hybrids", hybrids::findings::findings(results, plan)),
+        ("Feature maps on real heads", on_heads.into_iter().flatten().collect()),
+        ("Feature maps on Gaussian inputs", on_gaussian.into_iter().flatten().collect()),
+        ("How fast errors fall with the number of features", slopes),
+        ("What failed", failures(results).into_iter().flatten().collect()),
+    ];
+    found.retain(|(_, sentences)| !sentences.is_empty());
     found
 }
 
@@ -144,7 +150,17 @@ fn small_norms(results: &Results, plan: &Plan) -> Option<String> {
     ))
 }
 
-fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+/// At which norms exponential maps are of use.
+pub struct UsefulNorms {
+    ends: [f64; 2],
+    /// The largest at which one beats uniform attention, the closest map there, and the error of
+    /// uniform attention.
+    pub largest: Option<(f64, Row, f64)>,
+    /// The least and the most mean |x̂|² of the real heads.
+    pub of_heads: [String; 2],
+}
+
+pub fn useful_norms(results: &Results, plan: &Plan) -> Option<UsefulNorms> {
     let is_exponential = |kernel: Kernel| kernel.is_random() && kernel.aims_at_softmax();
     if !plan.kernels.iter().any(|kernel| is_exponential(*kernel)) {
         return None;
@@ -170,8 +186,14 @@ fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
         .filter(|input| input.is_real())
         .flat_map(super::data::Input::squared_norms)
         .collect();
-    let [least, most] = [f64::min, f64::max]
+    let of_heads = [f64::min, f64::max]
         .map(|pick| heads.iter().copied().reduce(pick).map_or("-".into(), short));
+    Some(UsefulNorms { ends: [first, last], largest, of_heads })
+}
+
+fn norms_that_work(results: &Results, plan: &Plan) -> Option<String> {
+    let UsefulNorms { ends: [first, last], largest, of_heads: [least, most] } =
+        useful_norms(results, plan)?;
     let context = format!("the real heads have mean |x̂|² from {least} to {most}");
     Some(match largest {
         None => {
@@ -265,14 +287,16 @@ fn weights(rows: &[Row]) -> Option<String> {
     let plain =
         rows.iter().find(|row| row.kernel == Kernel::Wpff && row.features == fitted.features)?;
     let change = fitted.output_error.median / plain.output_error.median - 1.0;
-    Some(format!(
+    change.is_finite().then(|| {
+    format!(
         "Weights fitted on another text change the median output error of wpff on the heads by {} \
          % ({} to {} at m = {}).",
         format!("{:+.1}", 100.0 * change).replace('-', "−"),
         short(plain.output_error.median),
         short(fitted.output_error.median),
         fitted.features_text(),
-    ))
+    )
+    })
 }
 
 fn best_of(rows: &[Row], kernel: Kernel) -> Option<&Row> {
