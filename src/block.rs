@@ -10,6 +10,7 @@ pub(crate) mod stream;
 pub(crate) mod weights;
 
 use crate::attention::Attention;
+use crate::attention::fingerprint::Fingerprint;
 use crate::attention::linear::LinearAttention;
 use crate::block::linear::Linear;
 use crate::block::weights::DijiangWeights;
@@ -95,7 +96,7 @@ struct SharedWeights<T> {
     norm_weight: Array1<T>,
     norm_bias: Array1<T>,
     /// Tells blocks apart whose states mean different things.
-    fingerprint: u64,
+    fingerprint: Fingerprint,
     /// The largest each column can be after the norm.
     norm_bounds: Vec<f64>,
     /// The largest bias and weight of `dense`.
@@ -117,7 +118,7 @@ impl<T: Scalar> DijiangBlock<T> {
     pub fn new(weights: DijiangWeights<T>, heads: usize, rotary: Rotary) -> Result<Self, Error> {
         let head_dim = weights.check(heads)?;
         check::size("rotary", "columns", head_dim, rotary.head_dim())?;
-        let fingerprint = weights.fingerprint(heads, &rotary);
+        let fingerprint = weights.fingerprint(&rotary);
         let kernel = LinearAttention::new(OfficialDijiang::new(weights.radii)?)
             .with_scale(1.0)
             .unnormalized();

@@ -1,5 +1,6 @@
 //! A block over tokens: a whole sequence, or its state token by token.
 
+use crate::attention::fingerprint::Fingerprint;
 use crate::block::{DijiangBlock, as_heads, heads_first, thirds};
 use crate::check;
 use crate::error::Error;
@@ -184,7 +185,8 @@ impl<T: Scalar> DijiangBlockStream<T> {
     ///
     /// Those of [`MultiHeadStream::save`]; there is none in practice.
     pub fn save(&self) -> Result<DijiangBlockState<T>, Error> {
-        Ok(DijiangBlockState { block: self.block.shared.fingerprint, heads: self.state.save()? })
+        let block = self.block.shared.fingerprint.clone();
+        Ok(DijiangBlockState { block, heads: self.state.save()? })
     }
 
     /// Replaces the state by one that a stream of this block saved, or of one with the same
@@ -195,24 +197,17 @@ impl<T: Scalar> DijiangBlockStream<T> {
     /// [`Error::State`] if another block saved it, and those of [`MultiHeadStream::restore`]. The
     /// stream is then unchanged.
     pub fn restore(&mut self, state: &DijiangBlockState<T>) -> Result<(), Error> {
-        let (expected, found) = (self.block.shared.fingerprint, state.block);
-        if found != expected {
-            return Err(Error::State {
-                which: "a block with the fingerprint",
-                expected: format!("{expected:016x}"),
-                found: format!("{found:016x}"),
-            });
-        }
+        self.block.shared.fingerprint.check(&state.block)?;
         self.state.restore(&state.heads)
     }
 }
 
-/// The saved state of a [`DijiangBlockStream`]: those of its heads, and a fingerprint of what they
-/// depend on, the projection to queries, keys and values, the radii and the rotary embedding. With
+/// The saved state of a [`DijiangBlockStream`]: those of its heads, and the [`Fingerprint`] of what
+/// they depend on, the projection to queries, keys and values, the radii and the rotary embedding. With
 /// feature `serde` it serialises.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DijiangBlockState<T> {
-    block: u64,
+    block: Fingerprint,
     heads: MultiHeadState<T>,
 }

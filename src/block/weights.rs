@@ -1,5 +1,6 @@
 //! The weights of a released attention block, and their check.
 
+use crate::attention::fingerprint::Fingerprint;
 use crate::check;
 use crate::error::Error;
 use crate::rotary::Rotary;
@@ -71,15 +72,14 @@ impl<T: Scalar> DijiangWeights<T> {
         Ok(head_dim)
     }
 
-    /// A number that differs where what a state depends on does, but for chance.
-    pub(crate) fn fingerprint(&self, heads: usize, rotary: &Rotary) -> u64 {
-        let interleaved = rotary.pairs() == RotaryPairs::Interleaved;
-        let sizes = [heads, self.query_key_value.ncols(), usize::from(interleaved)];
+    /// What the state of a block depends on.
+    pub(crate) fn fingerprint(&self, rotary: &Rotary) -> Fingerprint {
+        let interleaved = f64::from(u8::from(rotary.pairs() == RotaryPairs::Interleaved));
         let weights = self.query_key_value.iter().chain(&self.query_key_value_bias);
-        let numbers = weights.chain(&self.radii).map(|x| x.as_f64());
-        let numbers = numbers.chain(rotary.frequencies().iter().copied()).map(f64::to_bits);
-        sizes.into_iter().map(|size| size as u64).chain(numbers).fold(0, |hash: u64, word| {
-            (hash.rotate_left(5) ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15)
-        })
+        Fingerprint::new()
+            .with("projection to queries, keys and values", weights.map(|x| x.as_f64()))
+            .with("radii", self.radii.iter().map(|x| x.as_f64()))
+            .with("rotary pairs", [interleaved])
+            .with("rotary frequencies", rotary.frequencies().iter().copied())
     }
 }

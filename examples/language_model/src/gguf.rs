@@ -166,8 +166,6 @@ impl Gguf {
                 embedding: self.factor("embedding_scale")?,
                 residual: self.factor("residual_scale")?,
                 attention: self.factor("attention.scale")?,
-                logits: self.factor("logit_scale")?,
-                cap: self.factor("final_logit_softcapping")?,
             },
         };
         ensure!(

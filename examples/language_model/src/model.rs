@@ -47,10 +47,6 @@ pub struct Scales {
     pub residual: Option<f64>,
     /// Of the products of queries and keys, in place of `1/√head_dim`.
     pub attention: Option<f64>,
-    /// Of the scores of tokens.
-    pub logits: Option<f64>,
-    /// The scores of tokens are `cap·tanh(score/cap)`.
-    pub cap: Option<f64>,
 }
 
 impl Config {
@@ -261,13 +257,8 @@ impl Model {
 
     /// Scores of every token of the vocabulary, `[n, vocabulary]`, from hidden states.
     pub fn logits(&self, state: &mut State, hidden: &Array2<f32>) -> Array2<f32> {
-        let Scales { logits, cap, .. } = self.config.scales;
         let head = self.output.as_ref().unwrap_or(&self.embedding);
-        let mut scores = scaled(state.time.product(head, hidden), logits);
-        if let Some(cap) = cap.map(|cap| cap as f32) {
-            Zip::from(&mut scores).par_for_each(|x| *x = cap * (*x / cap).tanh());
-        }
-        scores
+        state.time.product(head, hidden)
     }
 
     /// The same, where each must be a finite number.

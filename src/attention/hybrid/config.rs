@@ -185,8 +185,8 @@ impl<T: Scalar> Config<T> {
         }
     }
 
-    /// Of the [`near_slots`](Self::near_slots) those to make room for, where the first `used` are in
-    /// use. They come into use in order, so that this depends on the number of tokens alone.
+    /// Of the [`near_slots`](Self::near_slots) those to make room for, where the first `used` are
+    /// taken. They are taken in order, so that this depends on the number of tokens alone.
     pub(super) fn near_room(&self, used: usize) -> usize {
         room_for(used, self.near_slots())
     }

@@ -70,13 +70,21 @@ const KEYS: &[(&str, Kind, Rule)] = &[
     // factors and caps
     ("embedding_scale", Number, Used),
     ("residual_scale", Number, Used),
-    ("logit_scale", Number, Used),
-    ("final_logit_softcapping", Number, Used),
+    (
+        "logit_scale",
+        Number,
+        Only(&[0.0, 1.0], "some architectures multiply its scores of tokens by it, some divide"),
+    ),
+    (
+        "final_logit_softcapping",
+        Number,
+        Only(&[0.0], "its scores of tokens are capped, which this program does not do"),
+    ),
     ("attention.scale", Number, Used),
     (
         "attn_logit_softcapping",
         Number,
-        Only(&[0.0], "the scores of its attention are capped, which no kernel here does"),
+        Only(&[0.0], "the scores of its attention are capped, which this program does not do"),
     ),
     ("router_logit_softcapping", Number, EXPERTS),
     (

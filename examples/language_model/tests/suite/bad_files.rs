@@ -269,6 +269,8 @@ fn keys_that_change_the_model() {
         ("attention.causal", Value::Bool(false), "`llama.attention.causal` is false: its tokens"),
         ("attention.sliding_window", Value::U32(4), "sliding_window` is 4: its attention sees a"),
         ("attn_logit_softcapping", Value::F32(50.0), "attn_logit_softcapping` is 50.0: the scores"),
+        ("final_logit_softcapping", Value::F32(3.0), "softcapping` is 3.0: its scores of tokens"),
+        ("logit_scale", Value::F32(0.5), "logit_scale` is 0.5: some architectures"),
         ("attention.clamp_kqv", Value::F32(8.0), "clamp_kqv` is 8.0: its queries"),
         ("attention.max_alibi_bias", Value::F32(8.0), "max_alibi_bias` is 8.0: its scores"),
         ("expert_count", Value::U32(8), "expert_count` is 8: mixtures of experts"),
@@ -281,9 +283,8 @@ fn keys_that_change_the_model() {
         ("final_logit_softcapping", Value::U32(30), "is 30: a number was expected"),
         ("vocab_size", Value::F32(1.0), "is 1.0: a single count was expected"),
         // numbers that are none
-        ("final_logit_softcapping", Value::F32(f32::NAN), "is NaN: a positive number"),
-        ("final_logit_softcapping", Value::F32(-3.0), "is -3: a positive number"),
-        ("logit_scale", Value::F32(f32::INFINITY), "is inf: a positive number"),
+        ("embedding_scale", Value::F32(f32::NAN), "is NaN: a positive number"),
+        ("residual_scale", Value::F32(-3.0), "is -3: a positive number"),
         ("attention.scale", Value::F64(1e-300), "a positive number was expected"),
         ("rope.scaling.factor", Value::F32(-2.0), "scale of the positions is -2"),
     ] {

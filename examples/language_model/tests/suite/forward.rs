@@ -111,15 +111,7 @@ fn factors_on_the_way() {
         Scales { embedding: Some(2.5), ..none },
         Scales { residual: Some(0.3), ..none },
         Scales { attention: Some(0.6), ..none },
-        Scales { logits: Some(0.25), ..none },
-        Scales { cap: Some(20.0), ..none },
-        Scales {
-            embedding: Some(0.5),
-            residual: Some(1.5),
-            attention: Some(0.1),
-            logits: Some(2.0),
-            cap: Some(30.0),
-        },
+        Scales { embedding: Some(0.5), residual: Some(1.5), attention: Some(0.1) },
     ]
     .into_iter()
     .enumerate()

@@ -144,13 +144,11 @@ impl Sizes {
             }
             Scaling::Old(x) => set("rope.scale_linear", Value::F32(x)),
         }
-        let Scales { embedding, residual, attention, logits, cap } = self.scales;
+        let Scales { embedding, residual, attention } = self.scales;
         let factors = [
             ("embedding_scale", embedding),
             ("residual_scale", residual),
             ("attention.scale", attention),
-            ("logit_scale", logits),
-            ("final_logit_softcapping", cap),
         ];
         for (key, factor) in factors {
             factor.into_iter().for_each(|factor| set(key, Value::F64(factor)));

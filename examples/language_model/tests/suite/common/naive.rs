@@ -73,12 +73,7 @@ impl Naive {
             add(&mut x, &added);
         }
         let hidden = self.norm(&x, "output_norm");
-        let mut scores =
-            self.linear(&hidden, if self.sizes.tied { "token_embd" } else { "output" });
-        times(&mut scores, scales.logits);
-        if let Some(cap) = scales.cap {
-            scores.iter_mut().flatten().for_each(|x| *x = cap * (*x / cap).tanh());
-        }
+        let scores = self.linear(&hidden, if self.sizes.tied { "token_embd" } else { "output" });
         Array2::from_shape_fn((tokens.len(), self.sizes.vocabulary), |(t, token)| scores[t][token])
     }
 
