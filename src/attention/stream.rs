@@ -153,8 +153,8 @@ pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     /// # Errors
     ///
     /// [`Error::State`] if the state was saved by another kernel: another kind, another shape or
-    /// other parameters ([`Fingerprint`]), [`Error::NotFinite`] if it holds NaN or infinity, [`Error::Unsupported`] as for
-    /// [`save`](Self::save). The stream is then unchanged.
+    /// other parameters ([`Fingerprint`]), [`Error::NotFinite`] if it holds NaN or infinity,
+    /// [`Error::Unsupported`] as for [`save`](Self::save). The stream is then unchanged.
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let _ = state;
         let why = "its type does not implement `Stream::restore`";
@@ -289,9 +289,9 @@ pub(crate) const NO_CHECKPOINT: Error = Error::Unsupported {
 /// The saved state of a [`Stream`]: plain numbers and what they belong to. With feature `serde` it
 /// serialises.
 ///
-/// It does not hold the kernel, only its [`Fingerprint`]: save the kernel beside it, and restore the
-/// state into a stream of the same kernel. Another seed, map, scale or decay is refused. Formats must keep floats exactly (with `serde_json`, its feature
-/// `float_roundtrip`).
+/// It does not hold the kernel, only its [`Fingerprint`]: save the kernel beside it, and restore
+/// the state into a stream of the same kernel. Another seed, map, scale or decay is refused.
+/// Formats must keep floats exactly (with `serde_json`, its feature `float_roundtrip`).
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct StreamState<T> {
@@ -322,8 +322,8 @@ impl<T: Scalar> StreamState<T> {
         Self { fingerprint, ..self }
     }
 
-    /// The parameters of the kernel it was saved by: to be [checked](Fingerprint::check) where it is
-    /// restored.
+    /// The parameters of the kernel it was saved by: to be [checked](Fingerprint::check) where it
+    /// is restored.
     #[must_use]
     pub fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint

@@ -203,8 +203,8 @@ impl<T: Scalar> DijiangBlockStream<T> {
 }
 
 /// The saved state of a [`DijiangBlockStream`]: those of its heads, and the [`Fingerprint`] of what
-/// they depend on, the projection to queries, keys and values, the radii and the rotary embedding. With
-/// feature `serde` it serialises.
+/// they depend on, the projection to queries, keys and values, the radii and the rotary embedding.
+/// With feature `serde` it serialises.
 #[derive(Clone, Debug, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct DijiangBlockState<T> {

@@ -123,16 +123,8 @@ impl<T: Lanes> Product<'_, T> {
         let width = V * T::lanes::<L>();
         let mut sums = [[T::splat(level, T::zero()); V]; R];
         match &self.into {
-            Epilogue::Set | Epilogue::Compensated(_) => {}
-            Epilogue::Add => {
-                for r in 0..R {
-                    let start = (i + r) * self.ldc + j;
-                    let row = T::vectors::<L>(&self.c[start..start + width]);
-                    for v in 0..V {
-                        sums[r][v] = row[v];
-                    }
-                }
-            }
+            // sums begin at zero, so that what C holds does not take digits from each addition
+            Epilogue::Set | Epilogue::Add | Epilogue::Compensated(_) => {}
             Epilogue::Bias(bias) => {
                 for r in 0..R {
                     let bias = T::splat(level, bias[i + r]);
@@ -182,11 +174,12 @@ impl<T: Lanes> Product<'_, T> {
                 }
             }
         } else {
+            let is_added = matches!(self.into, Epilogue::Add);
             for r in 0..R {
                 let start = (i + r) * self.ldc + j;
                 let row = T::vectors_mut::<L>(&mut self.c[start..start + width]);
                 for v in 0..V {
-                    row[v] = sums[r][v];
+                    row[v] = if is_added { T::vadd(level, row[v], sums[r][v]) } else { sums[r][v] };
                 }
             }
         }

@@ -20,8 +20,9 @@ YOUR OWN QUERIES, KEYS AND VALUES
     <head>/q   <head>/k   <head>/v        (or <head>/test/q, <head>/test/k, <head>/test/v)
 
 of shape [tokens, d], [heads, tokens, d] or [batch, heads, tokens, d] and type F32, F16, BF16 or \
-                         F64; k and v may have fewer heads than q, each for a group of them; q and k as the model multiplies them, after \
-                         the rotary embedding and without the factor 1/sqrt(d). `wpff-weighted`, \
+                         F64; k and v may have fewer heads than q, each for a group of them; q \
+                         and k as the model multiplies them, after the rotary embedding and \
+                         without the factor 1/sqrt(d). `wpff-weighted`, \
                          `hybrid-taylor`, `hybrid-heavy` and one `hybrid-ward` are fitted to
 
     <head>/calibration/q   <head>/calibration/k        (optional; v may be there too)

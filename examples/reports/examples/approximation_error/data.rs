@@ -92,8 +92,8 @@ fn heads(bytes: &[u8], file: &str, plan: &Plan) -> Result<Vec<Input>, String> {
     let names: BTreeSet<&str> = tensors.names().into_iter().filter_map(head_of).collect();
     if names.is_empty() {
         return Err(format!(
-            "{file} holds no head: in it are {}; name the tensors of each head `<head>/q`, `<head>/k` and \
-             `<head>/v`, with the shape {SHAPES}",
+            "{file} holds no head: in it are {}; name the tensors of each head `<head>/q`, \
+             `<head>/k` and `<head>/v`, with the shape {SHAPES}",
             files::contents(&tensors)
         ));
     }

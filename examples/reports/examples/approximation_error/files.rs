@@ -75,8 +75,12 @@ fn header(bytes: &[u8]) -> Result<&str, String> {
              or is another kind of file; copy it again, or {SAVE}"
         )
     })?;
-    std::str::from_utf8(header)
-        .map_err(|_| format!("is not a whole safetensors file: its header is not text, so it was cut off, or is another kind of file; {SAVE}"))
+    std::str::from_utf8(header).map_err(|_| {
+        format!(
+            "is not a whole safetensors file: its header is not text, so it was cut off, or is \
+             another kind of file; {SAVE}"
+        )
+    })
 }
 
 /// How often a name stands before a colon.
