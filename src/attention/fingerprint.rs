@@ -1,4 +1,5 @@
 //! What tells kernels of the same sizes apart, kept beside the saved state of a stream.
+#![allow(clippy::cast_precision_loss)] // sizes, and numbers of 53 bits
 
 use crate::error::Error;
 use crate::features::FeatureMap;

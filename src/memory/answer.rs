@@ -114,7 +114,7 @@ impl<T: Scalar> Answer<T> {
             let limit = denominator * largest;
             let clamp = |x: &mut T| {
                 if x.abs() > limit {
-                    *x = limit.copysign(*x)
+                    *x = limit.copysign(*x);
                 }
             };
             sums.iter_mut().for_each(clamp);
