@@ -75,9 +75,9 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] if it has another number of states, and those of
-    /// [`Stream::restore`](crate::Stream::restore) in an [`Error::InHead`]. The layer is then
-    /// unchanged.
+    /// [`Error::State`] if it has another number of states, or one is of another kernel, and those
+    /// of [`Stream::restore`](crate::Stream::restore) else in an [`Error::InHead`]. The layer is
+    /// then unchanged.
     pub fn restore(&mut self, state: &MultiHeadState<T>) -> Result<(), Error> {
         if state.streams.len() != self.streams.len() {
             return Err(Error::State {
@@ -88,7 +88,10 @@ impl<T: Scalar> MultiHeadStream<T> {
         }
         let mut streams = self.streams.clone();
         for (i, (to, from)) in streams.iter_mut().zip(&state.streams).enumerate() {
-            to.restore(from).map_err(|error| self.error(i, error))?;
+            to.restore(from).map_err(|error| match error {
+                Error::State { .. } => error,
+                _ => self.error(i, error),
+            })?;
         }
         self.streams = streams;
         self.checkpoint.clear();
