@@ -5,10 +5,11 @@ use crate::common::normal;
 use dijiang::fidelity::{Reference, compare, rate};
 use dijiang::projection::{chi_quantile, normal_quantile};
 use dijiang::{
-    Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap,
-    IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory, MergedMemory,
-    OfficialDijiang, Partial, Performer, Points, Radii, ReluFeatures, Retention, Rotary,
-    SoftmaxAttention, StreamState, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, CosFormer, DctFeatures, EluFeatures, Error, ExactMemory, FeatureMap, Head,
+    HybridAttention, IdentityFeatures, LinearAttention, LinearMemory, Linformer, Mask, Memory,
+    MergedMemory, OfficialDijiang, Partial, Performer, Points, Radii, ReluFeatures, Retention,
+    Rotary, SoftmaxAttention, Stream, StreamState, Taylor, TaylorFeatures, WeightFit, Wpff,
+    fit_weights,
 };
 use ndarray::{Array1, Array2, array};
 use std::sync::Arc;
@@ -488,4 +489,43 @@ fn errors_are_errors_and_say_what_to_do() {
         weights.to_string(),
         "`weights` is all zero, which cannot be used: it must be positive for at least one feature"
     );
+    let (q, k) = (Array2::<f64>::zeros((2, 4)), Array2::zeros((5, 4)));
+    let kernel = SoftmaxAttention::new(4).unwrap();
+    let causal = kernel.forward(q.view(), k.view(), k.view(), Mask::Causal).unwrap_err();
+    assert_eq!(
+        causal.to_string(),
+        "`k` has 5 rows where `q` has 2: with `Mask::Causal`, and in a stream, each query needs \
+         its own key; give a stream the earlier tokens first, or take `Mask::Full`, which allows \
+         any numbers"
+    );
+    let missing = HybridAttention::<f64>::builder(4).far(Taylor::new(2)).build().unwrap_err();
+    assert_eq!(
+        missing.to_string(),
+        "`calibration` is not set: the Taylor map is fitted to one; pass it to `calibrated`"
+    );
+}
+
+/// A stream of a user that keeps no checkpoints is not told to make one first.
+#[test]
+fn a_stream_that_has_no_checkpoints_says_so() {
+    #[derive(Clone, Debug)]
+    struct Plain;
+    impl Stream<f64> for Plain {
+        fn extend_heads(&mut self, _: &mut [Head<'_, f64>]) -> Result<(), Error> {
+            Ok(())
+        }
+
+        fn len(&self) -> usize {
+            0
+        }
+
+        fn state_floats(&self) -> usize {
+            0
+        }
+
+        fn reset(&mut self) {}
+    }
+    assert!(!Plain.checkpoint());
+    let error = Plain.rollback().unwrap_err().to_string();
+    assert!(error.contains("clone") && !error.contains("first"), "{error}");
 }
