@@ -176,12 +176,14 @@ impl Part {
             Cow::Borrowed(name) => name,
             Cow::Owned(_) => "parameter",
         };
-        let shown = |part: &Self| match &*part.numbers {
-            [one] => one.to_string(),
-            _ => format!("the {} {:.6?}", part.name, part.numbers),
-        };
         if self.name == saved.name {
-            Error::State { which, expected: shown(self), found: shown(saved) }
+            let (expected, found) = match (&*self.numbers, &*saved.numbers) {
+                ([own], [other]) => (own.to_string(), other.to_string()),
+                ([], _) => ("none".to_owned(), "one".to_owned()),
+                (_, []) => ("one".to_owned(), "none".to_owned()),
+                _ => ("(its own)".to_owned(), "(another one)".to_owned()),
+            };
+            Error::State { which, expected, found }
         } else {
             let found = format!("a parameter `{}`", saved.name);
             Error::State { which: "parameters", expected: format!("`{}`", self.name), found }
