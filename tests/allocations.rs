@@ -153,6 +153,11 @@ fn steady_calls_allocate_nothing() {
         for (i, hybrid) in hybrids.into_iter().enumerate() {
             check_causal(&format!("hybrid {i}, d = {d}"), &hybrid.build().unwrap(), d, false);
         }
+        // states that outgrow the room they begin with
+        for far in [Far::none(), Far::merged(140)] {
+            let kernel = HybridAttention::builder(d).window(150).sinks(3).far(far);
+            check_causal("a wide window", &kernel.build().unwrap(), d, true);
+        }
     }
 }
 

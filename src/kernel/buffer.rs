@@ -39,6 +39,20 @@ impl<T: Lanes> Buffer<T> {
         }
         self.len = len;
     }
+
+    /// Makes it longer: what it holds stays, and zeros follow. Allocates only to grow beyond what it
+    /// ever was.
+    pub(crate) fn grow(&mut self, len: usize) {
+        let old = self.len;
+        if self.offset + len > self.data.len() {
+            let mut longer = Self::zeros(len);
+            longer[..old].copy_from_slice(self);
+            *self = longer;
+        } else {
+            self.len = len;
+            self[old..].fill(T::zero());
+        }
+    }
 }
 
 impl<T: Clone> Buffer<T> {

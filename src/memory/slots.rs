@@ -60,18 +60,14 @@ impl<T: Scalar> Slots<T> {
         if capacity <= old {
             return;
         }
-        let mut keys = Buffer::zeros(self.head_dim * capacity);
-        for (to, from) in keys.chunks_exact_mut(capacity).zip(self.keys.chunks_exact(old)) {
-            to[..old].copy_from_slice(from);
+        self.keys.grow(self.head_dim * capacity);
+        for row in (0..self.head_dim).rev() {
+            self.keys.copy_within(row * old..(row + 1) * old, row * capacity);
+            self.keys[row * capacity + old..(row + 1) * capacity].fill(T::zero());
         }
-        self.keys = keys;
-        let mut values = Buffer::zeros(capacity * padded::<T>(self.value_dim));
-        values[..self.values.len()].copy_from_slice(&self.values);
-        self.values = values;
-        let mut bias = Buffer::zeros(capacity);
-        bias[..old].copy_from_slice(&self.bias);
-        bias[old..].fill(T::neg_infinity());
-        self.bias = bias;
+        self.values.grow(capacity * padded::<T>(self.value_dim));
+        self.bias.grow(capacity);
+        self.bias[old..].fill(T::neg_infinity());
         self.capacity = capacity;
     }
 

@@ -51,9 +51,7 @@ impl<T: Scalar> Near<T> {
     pub(super) fn make_room(&mut self, config: &Config<T>, used: usize) {
         if used > self.slots.capacity {
             self.slots.grow(config.near_room(used));
-            let mut received = Buffer::zeros(self.slots.capacity);
-            received[..self.received.len()].copy_from_slice(&self.received);
-            self.received = received;
+            self.received.grow(self.slots.capacity);
         }
     }
 

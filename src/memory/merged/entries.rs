@@ -153,10 +153,8 @@ impl<T: Scalar> MergedMemory<T> {
             return;
         }
         self.slots.grow(room_for(self.held + 1, self.most_slots()));
-        let weights = self.weights.to_vec();
+        self.weights.grow(self.slots.capacity);
         self.resize_columns();
-        self.weights.fill(T::zero());
-        self.weights[..weights.len()].copy_from_slice(&weights);
         self.fresh = 0; // points and distances lie elsewhere now
     }
 
