@@ -14,6 +14,9 @@ pub enum Epilogue<'a, T> {
     Set,
     /// C += A·B.
     Add,
+    /// The same, where C holds the product of what comes before in `k`: with the bits of one product
+    /// of both.
+    Continue,
     /// Every row of C begins as its number: C = bias + A·B.
     Bias(&'a [T]),
     /// C += A·B, with the rounding error of that addition carried in `low`, as wide as C: see
@@ -125,6 +128,15 @@ impl<T: Lanes> Product<'_, T> {
         match &self.into {
             // sums begin at zero, so that what C holds does not take digits from each addition
             Epilogue::Set | Epilogue::Add | Epilogue::Compensated(_) => {}
+            Epilogue::Continue => {
+                for r in 0..R {
+                    let start = (i + r) * self.ldc + j;
+                    let row = T::vectors::<L>(&self.c[start..start + width]);
+                    for v in 0..V {
+                        sums[r][v] = row[v];
+                    }
+                }
+            }
             Epilogue::Bias(bias) => {
                 for r in 0..R {
                     let bias = T::splat(level, bias[i + r]);

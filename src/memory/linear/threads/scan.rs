@@ -163,7 +163,7 @@ pub(super) fn read<T: Scalar>(
             ldb: stride,
             c: &mut answer.numerator,
             ldc: stride,
-            into: if i == 0 { Epilogue::Set } else { Epilogue::Add },
+            into: if i == 0 { Epilogue::Set } else { Epilogue::Continue },
         }
         .run();
         normalizer[part.features.clone()]
