@@ -14,8 +14,9 @@ pub enum Epilogue<'a, T> {
     Set,
     /// C += A·B.
     Add,
-    /// The same, where C holds the product of what comes before in `k`: with the bits of one product
-    /// of both.
+    /// The same, where C holds the product of what comes before in `k`: with the bits of one
+    /// product of both.
+    #[cfg(feature = "rayon")]
     Continue,
     /// Every row of C begins as its number: C = bias + A·B.
     Bias(&'a [T]),
@@ -128,6 +129,7 @@ impl<T: Lanes> Product<'_, T> {
         match &self.into {
             // sums begin at zero, so that what C holds does not take digits from each addition
             Epilogue::Set | Epilogue::Add | Epilogue::Compensated(_) => {}
+            #[cfg(feature = "rayon")]
             Epilogue::Continue => {
                 for r in 0..R {
                     let start = (i + r) * self.ldc + j;
@@ -372,6 +374,20 @@ mod tests {
                     assert!(c[i * ldc + n] == start[i * ldc + n], "wrote beyond the row");
                 }
             }
+        }
+        #[cfg(feature = "rayon")]
+        {
+            // in two parts of k, with the bits of one
+            let (mut whole, mut parts) = (start.clone(), start.clone());
+            let rows = Matrix::columns(&columns, m);
+            let into = Epilogue::Set;
+            machine.run(Product { m, n, k, a: rows, b: &b, ldb, c: &mut whole, ldc, into });
+            for (part, into) in [(0..k / 2, Epilogue::Set), (k / 2..k, Epilogue::Continue)] {
+                let (a, b) =
+                    (Matrix::columns(&columns[part.start * m..], m), &b[part.start * ldb..]);
+                machine.run(Product { m, n, k: part.len(), a, b, ldb, c: &mut parts, ldc, into });
+            }
+            assert!(whole == parts, "{machine:?} {m}x{n}x{k}");
         }
         if m == 1 && n > T::PAD {
             let (mut y, mut z) = (vec![T::nan(); n], vec![T::nan(); n]);
