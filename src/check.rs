@@ -71,6 +71,11 @@ pub(crate) fn sink_logits<T: Scalar>(logits: &[f64]) -> Result<(), Error> {
     }
 }
 
+/// An option that is none, one for all query heads, or one for each of a group.
+pub(crate) fn query_heads(list: &[f64], group: usize) -> Result<(), Error> {
+    if list.len() > 1 { size("q", "heads", list.len(), group) } else { Ok(()) }
+}
+
 /// 1/√d.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn default_scale(head_dim: usize) -> f64 {

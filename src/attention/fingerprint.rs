@@ -58,7 +58,14 @@ impl Fingerprint {
         name: impl Into<Cow<'static, str>>,
         numbers: impl IntoIterator<Item = f64>,
     ) -> Self {
-        self.with_part(name.into(), numbers.into_iter().collect(), ROUNDING)
+        // formats of text have no word for what is not finite: log decays that forget all
+        let finite = |x: f64| if x.is_finite() { x } else { -1e6 };
+        let mut numbers: Vec<f64> = numbers.into_iter().map(finite).collect();
+        if numbers.len() > SHORT {
+            let long = numbers.len() as f64;
+            numbers = [long].into_iter().chain(sums(numbers.into_iter())).collect();
+        }
+        self.with_part(Part { name: name.into(), numbers, tolerance: ROUNDING })
     }
 
     /// With what a feature map makes of two fixed vectors, as queries and as keys.
@@ -88,19 +95,11 @@ impl Fingerprint {
             }
         }
         let tolerance = T::epsilon().as_f64() * 4096.0;
-        Ok(self.with_part("feature map".into(), numbers, tolerance))
+        Ok(self.with_part(Part { name: "feature map".into(), numbers, tolerance }))
     }
 
-    fn with_part(mut self, name: Cow<'static, str>, numbers: Vec<f64>, tolerance: f64) -> Self {
-        // formats of text have no word for what is not finite: log decays that forget all
-        let finite = |x: f64| if x.is_finite() { x } else { -1e6 };
-        let numbers = numbers.into_iter().map(finite);
-        let numbers = match numbers.len() {
-            0..=SHORT => numbers.collect(),
-            _ if name == "feature map" => numbers.collect(),
-            long => [long as f64].into_iter().chain(sums(numbers)).collect(),
-        };
-        self.parts.push(Part { name, numbers, tolerance });
+    fn with_part(mut self, part: Part) -> Self {
+        self.parts.push(part);
         self
     }
 

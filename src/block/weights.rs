@@ -1,10 +1,10 @@
 //! The weights of a released attention block, and their check.
 
 use crate::attention::fingerprint::Fingerprint;
+use crate::attention::positional::rotate::Positions;
 use crate::check;
 use crate::error::Error;
 use crate::rotary::Rotary;
-use crate::rotary::angles::RotaryPairs;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, Axis};
 
@@ -74,12 +74,10 @@ impl<T: Scalar> DijiangWeights<T> {
 
     /// What the state of a block depends on.
     pub(crate) fn fingerprint(&self, rotary: &Rotary) -> Fingerprint {
-        let interleaved = f64::from(u8::from(rotary.pairs() == RotaryPairs::Interleaved));
         let weights = self.query_key_value.iter().chain(&self.query_key_value_bias);
         Fingerprint::new()
             .with("projection to queries, keys and values", weights.map(|x| x.as_f64()))
             .with("radii", self.radii.iter().map(|x| x.as_f64()))
-            .with("rotary pairs", [interleaved])
-            .with("rotary frequencies", rotary.frequencies().iter().copied())
+            .and(rotary.fingerprint())
     }
 }

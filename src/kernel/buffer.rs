@@ -40,8 +40,8 @@ impl<T: Lanes> Buffer<T> {
         self.len = len;
     }
 
-    /// Makes it longer: what it holds stays, and zeros follow. Allocates only to grow beyond what it
-    /// ever was.
+    /// Makes it longer: what it holds stays, and zeros follow. Allocates only to grow beyond what
+    /// it ever was.
     pub(crate) fn grow(&mut self, len: usize) {
         let old = self.len;
         if self.offset + len > self.data.len() {

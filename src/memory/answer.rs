@@ -126,12 +126,45 @@ impl<T: Scalar> Answer<T> {
         self.denominator.iter().take(self.tokens).position(|denominator| !denominator.is_finite())
     }
 
+    /// As [`add_to`](Self::add_to), unless a score or a sum of values has left the range of the
+    /// type.
+    pub(crate) fn add_in_range_to(
+        &self,
+        answer: &mut Partial<T>,
+        first: usize,
+    ) -> Result<(), Error> {
+        if let Some(row) = self.first_overflow() {
+            return Err(Error::Overflow { which: "a score", row: first + row });
+        }
+        if !kernel::all_finite(&self.numerator) {
+            return Err(Error::Overflow { which: SUM_OF_VALUES, row: first });
+        }
+        self.add_to(answer, first);
+        Ok(())
+    }
+
     /// Merges the rows into `answer` from row `first` on.
     pub(crate) fn add_to(&self, answer: &mut Partial<T>, first: usize) {
         let value_dim = answer.numerator.ncols();
         for (i, numerator) in self.numerator.chunks_exact(padded::<T>(value_dim)).enumerate() {
             answer.add(first + i, &numerator[..value_dim], self.denominator[i], self.log_scale[i]);
         }
+    }
+}
+
+/// Runs `run` with the share that weights are to be multiplied with before they meet the values:
+/// one, and where a sum of weighted values has then left the range of the type, so little that of
+/// so many weights, each at most one, none can.
+pub(crate) fn in_range<T: Scalar>(
+    weights: usize,
+    mut run: impl FnMut(T) -> Result<(), Error>,
+) -> Result<(), Error> {
+    match run(T::one()) {
+        Err(error) if error.is_of_values() => {
+            let bits = weights.max(1).next_power_of_two().trailing_zeros() + 1;
+            run(T::from_f64(0.5_f64.powi(bits.cast_signed())))
+        }
+        result => result,
     }
 }
 

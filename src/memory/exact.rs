@@ -1,8 +1,7 @@
 //! Exact memory: the keys and values themselves, read by an exact softmax.
 
 use crate::check;
-use crate::error::{Error, SUM_OF_VALUES};
-use crate::kernel;
+use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
 use crate::memory::partial::Partial;
@@ -43,7 +42,6 @@ use ndarray::ArrayView2;
 pub struct ExactMemory<T> {
     head_dim: usize,
     value_dim: usize,
-    soft_cap: Option<f64>,
     scoring: Scoring<T>,
     keys: Vec<T>,
     values: Vec<T>,
@@ -64,7 +62,6 @@ impl<T: Scalar> ExactMemory<T> {
         Ok(Self {
             head_dim,
             value_dim,
-            soft_cap: None,
             scoring: Scoring::new(scale),
             keys: Vec::new(),
             values: Vec::new(),
@@ -79,7 +76,7 @@ impl<T: Scalar> ExactMemory<T> {
     ///
     /// [`Error::InvalidOption`] if `cap` is not positive and finite.
     pub fn with_soft_cap(mut self, cap: f64) -> Result<Self, Error> {
-        (self.scoring.soft_cap, self.soft_cap) = (Some(SoftCap::new(cap)?), Some(cap));
+        self.scoring.soft_cap = Some(SoftCap::new(cap)?);
         Ok(self)
     }
 
@@ -112,6 +109,10 @@ impl<T: Scalar> ExactMemory<T> {
         self.truncate(0);
     }
 
+    fn soft_cap(&self) -> Option<f64> {
+        self.scoring.soft_cap.map(SoftCap::cap)
+    }
+
     /// Appends the tokens of another memory of the same shape, scale and cap.
     ///
     /// # Errors
@@ -122,10 +123,11 @@ impl<T: Scalar> ExactMemory<T> {
         check::size("other", "key columns", self.head_dim, other.head_dim)?;
         check::size("other", "value columns", self.value_dim, other.value_dim)?;
         check::same_scale(self.scoring.scale, other.scoring.scale)?;
-        if self.soft_cap != other.soft_cap {
+        let [own, found] = [self, other].map(Self::soft_cap);
+        if own != found {
             return Err(Error::InvalidOption {
                 which: "other",
-                found: format!("a memory of soft cap {:?}", other.soft_cap),
+                found: format!("a memory of soft cap {found:?}"),
                 needed: "a memory of the same soft cap",
             });
         }
@@ -179,14 +181,7 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
             let tokens = [q, self.keys(), self.values()];
             online_softmax_in_range(tokens, self.scoring, None, &mut tile, |block| {
-                if let Some(i) = block.first_overflow() {
-                    return Err(Error::Overflow { which: "a score", row: start + i });
-                }
-                if !kernel::all_finite(&block.numerator) {
-                    return Err(Error::Overflow { which: SUM_OF_VALUES, row: start });
-                }
-                block.add_to(answer, start);
-                Ok(())
+                block.add_in_range_to(answer, start)
             })?;
         }
         Ok(())
@@ -213,7 +208,7 @@ impl<T: Scalar> From<ExactMemory<T>> for SavedExact<T> {
     fn from(memory: ExactMemory<T>) -> Self {
         Self {
             scale: memory.scoring.scale,
-            soft_cap: memory.soft_cap,
+            soft_cap: memory.soft_cap(),
             keys: memory.keys().to_owned(),
             values: memory.values().to_owned(),
         }

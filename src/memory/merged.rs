@@ -9,11 +9,10 @@ mod save;
 
 use crate::check;
 use crate::error::Error;
-use crate::kernel;
 use crate::memory::Memory;
+use crate::memory::answer::in_range;
 use crate::memory::merged::entries::MergedMemory;
 use crate::memory::merged::rule::{Distance, Rule, check_entries};
-use crate::memory::online_softmax::share_of;
 use crate::memory::partial::Partial;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -169,21 +168,14 @@ impl<T: Scalar> Memory<T> for MergedMemory<T> {
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = views::rows(q, start..q.nrows().min(start + QUERY_BLOCK));
             reading.prepare(q.nrows(), q.ncols(), used, self.slots.value_dim);
-            for share in [T::one(), share_of(used)] {
-                reading.share = share;
+            in_range(used, |share| {
                 for (row, q) in q.outer_iter().enumerate() {
                     reading.set_query(row, q, factor);
                     reading.row(row).copy_from_slice(&self.slots.bias[..used]);
                 }
-                attend(&[(&self.slots, used)], q.nrows(), None, &mut reading);
-                if kernel::all_finite(&reading.answer.numerator) {
-                    break;
-                }
-            }
-            if let Some(row) = reading.answer.first_overflow() {
-                return Err(Error::Overflow { which: "a score", row: start + row });
-            }
-            reading.answer.add_to(answer, start);
+                attend(&[(&self.slots, used)], q.nrows(), None, share, &mut reading);
+                reading.answer.add_in_range_to(answer, start)
+            })?;
         }
         Ok(())
     }

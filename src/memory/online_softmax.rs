@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
-use crate::memory::answer::Answer;
+use crate::memory::answer::{Answer, in_range};
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views;
@@ -32,9 +32,6 @@ pub(crate) struct Tile<T> {
     correction: Buffer<T>,
     /// 0, 1, 2, .. of the queries, or of the keys where there is one query.
     positions: Buffer<T>,
-    /// What weights are multiplied with before they meet the values, a power of two: one, or so
-    /// little that no sum of weighted values can leave the range of the type.
-    share: T,
     pub(crate) answer: Answer<T>,
 }
 
@@ -47,7 +44,6 @@ impl<T: Scalar> Tile<T> {
             values: Buffer::new(),
             correction: Buffer::new(),
             positions: Buffer::new(),
-            share: T::one(),
             answer: Answer::new(),
         }
     }
@@ -63,24 +59,13 @@ pub(crate) fn online_softmax_in_range<T: Scalar>(
     tile: &mut Tile<T>,
     mut done: impl FnMut(&mut Answer<T>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    tile.share = T::one();
-    online_softmax(q, k, v, scoring, first, tile);
-    match done(&mut tile.answer) {
-        Err(error) if error.is_of_values() => {
-            tile.share = share_of(k.nrows());
-            online_softmax(q, k, v, scoring, first, tile);
+    in_range(k.nrows(), |share| {
+        online_softmax(q, k, v, scoring, first, share, tile);
+        if share != T::one() {
             tile.answer.clamp();
-            done(&mut tile.answer)
         }
-        result => result,
-    }
-}
-
-/// What weights of at most one, and so many of them, are to be multiplied with, so that their sum
-/// stays below a half.
-pub(crate) fn share_of<T: Scalar>(weights: usize) -> T {
-    let bits = weights.max(1).next_power_of_two().trailing_zeros() + 1;
-    T::from_f64(0.5_f64.powi(bits.cast_signed()))
+        done(&mut tile.answer)
+    })
 }
 
 /// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
@@ -113,15 +98,18 @@ fn contiguous<'a, T: Scalar>(
 /// given. Query `i` is at position `first + i`; where all keys are seen, every query is at that of
 /// the last key.
 ///
-/// The log scale of a row is the running maximum of its scores (Milakov & Gimelshein, arXiv
-/// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores are kept to base
-/// 2, with queries as columns.
+/// Weights are multiplied with `share`, a power of two.
+///
+/// The log scale of a row is the running maximum of its scores, less `ln share` (Milakov &
+/// Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores
+/// are kept to base 2, with queries as columns.
 fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
     scoring: Scoring<T>,
     first: Option<usize>,
+    share: T,
     tile: &mut Tile<T>,
 ) {
     let (n, d) = q.dim();
@@ -129,7 +117,7 @@ fn online_softmax<T: Scalar>(
     let base_2 = scoring.base_2();
     let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
     let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
-    let Tile { correction, positions, share, answer, .. } = tile;
+    let Tile { correction, positions, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
     queries.resize(d * width);
     correction.resize(width);
@@ -150,7 +138,7 @@ fn online_softmax<T: Scalar>(
             scores,
             [key_copy, value_copy],
             positions,
-            *share,
+            share,
             answer,
         );
     } else {
@@ -173,8 +161,8 @@ fn online_softmax<T: Scalar>(
             if changed && start > 0 {
                 kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
-            if *share != T::one() {
-                kernel::scale(scores, *share);
+            if share != T::one() {
+                kernel::scale(scores, share);
             }
             add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
         }
@@ -184,8 +172,8 @@ fn online_softmax<T: Scalar>(
     }
     let ln_2 = T::from_f64(core::f64::consts::LN_2);
     answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
-    if *share != T::one() {
-        kernel::scale(&mut answer.denominator, *share);
+    if share != T::one() {
+        kernel::scale(&mut answer.denominator, share);
         answer.log_scale.iter_mut().for_each(|log_scale| *log_scale -= share.ln());
     }
 }

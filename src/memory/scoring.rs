@@ -8,6 +8,7 @@ use core::f64::consts::LOG2_E;
 /// `cap·tanh(s/cap)` of scores to base 2.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct SoftCap<T> {
+    cap: f64,
     limit: T,
     factor: T,
 }
@@ -17,13 +18,18 @@ impl<T: Scalar> SoftCap<T> {
     pub(crate) fn new(cap: f64) -> Result<Self, Error> {
         let (limit, factor) = (T::from_f64(cap * LOG2_E), T::from_f64(-2.0 / cap));
         if cap > 0.0 && limit.is_normal() && factor.is_normal() {
-            return Ok(Self { limit, factor });
+            return Ok(Self { cap, limit, factor });
         }
         Err(Error::InvalidOption {
             which: "soft_cap",
             found: cap.to_string(),
             needed: "a positive finite number whose reciprocal is one",
         })
+    }
+
+    /// The cap, as it was given.
+    pub(crate) fn cap(self) -> f64 {
+        self.cap
     }
 
     /// Caps scores to base 2.
@@ -51,4 +57,9 @@ impl<T: Scalar> Scoring<T> {
     pub(crate) fn base_2(&self) -> T {
         self.scale * T::from_f64(LOG2_E)
     }
+}
+
+/// The option of a query head, from a list of none, one for all, or one for each.
+pub(crate) fn of_query_head(list: &[f64], head: usize) -> Option<f64> {
+    list.get(head).or(list.first()).copied()
 }

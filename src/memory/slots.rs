@@ -148,9 +148,6 @@ pub(crate) struct Reading<T> {
     /// Products that are capped before they are added to the scores.
     products: Buffer<T>,
     pub(crate) width: usize,
-    /// What weights are multiplied with before they meet the values: see
-    /// [`share_of`](crate::memory::online_softmax::share_of).
-    pub(crate) share: T,
     pub(crate) answer: Answer<T>,
 }
 
@@ -161,7 +158,6 @@ impl<T: Scalar> Reading<T> {
             scores: Buffer::new(),
             products: Buffer::new(),
             width: 0,
-            share: T::one(),
             answer: Answer::new(),
         }
     }
@@ -197,10 +193,11 @@ pub(crate) fn attend<T: Scalar>(
     sets: &[(&Slots<T>, usize)],
     rows: usize,
     soft_cap: Option<SoftCap<T>>,
+    share: T,
     reading: &mut Reading<T>,
 ) {
-    let Reading { queries, scores, products, width, share, answer } = reading;
-    let (width, share) = (*width, *share);
+    let Reading { queries, scores, products, width, answer } = reading;
+    let width = *width;
     let target = if soft_cap.is_some() {
         products.resize(rows * width);
         &mut *products

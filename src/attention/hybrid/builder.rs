@@ -198,7 +198,6 @@ impl<T: Scalar> HybridBuilder<T> {
             head_dim,
             scale,
             soft_cap,
-            cap: self.soft_cap,
             sink_logits: self.sink_logits.unwrap_or_default(),
             window,
             sinks,

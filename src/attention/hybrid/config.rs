@@ -8,7 +8,7 @@ use crate::features::FeatureMap;
 use crate::kernel::buffer::Buffer;
 use crate::memory::Memory;
 use crate::memory::merged::rule::{Distance, MOST_ENTRIES, Rule, check_entries};
-use crate::memory::scoring::SoftCap;
+use crate::memory::scoring::{SoftCap, of_query_head};
 use crate::memory::slots::room_for;
 use crate::scalar::Scalar;
 use core::fmt;
@@ -52,8 +52,6 @@ pub(crate) struct Config<T: Scalar> {
     pub(super) head_dim: usize,
     pub(super) scale: f64,
     pub(super) soft_cap: Option<SoftCap<T>>,
-    /// The same, as it was given.
-    pub(super) cap: Option<f64>,
     /// None, one, or one for each query head of a group.
     pub(super) sink_logits: Vec<f64>,
     pub(super) window: usize,
@@ -103,7 +101,7 @@ impl<T: Scalar> fmt::Debug for Config<T> {
         f.debug_struct("Config")
             .field("head_dim, window, sinks, heavy, block", &sizes)
             .field("scale", &self.scale)
-            .field("soft_cap", &self.cap)
+            .field("soft_cap", &self.soft_cap.map(SoftCap::cap))
             .field("sink_logits", &self.sink_logits)
             .field("far", far)
             .finish_non_exhaustive()
@@ -118,16 +116,12 @@ impl<T: Scalar> Config<T> {
 
     /// The learned sink of a query head.
     pub(super) fn sink_logit(&self, query_head: usize) -> Option<T> {
-        let logit = self.sink_logits.get(query_head).or(self.sink_logits.first());
-        logit.map(|logit| T::from_f64(*logit))
+        of_query_head(&self.sink_logits, query_head).map(T::from_f64)
     }
 
     /// Refuses groups of other query heads than there are learned sinks.
     pub(super) fn check_group(&self, group: usize) -> Result<(), Error> {
-        match self.sink_logits.len() {
-            0 | 1 => Ok(()),
-            sinks => check::size("q", "heads", sinks, group),
-        }
+        check::query_heads(&self.sink_logits, group)
     }
 
     /// Whether tokens that leave the window are just dropped.
@@ -157,7 +151,8 @@ impl<T: Scalar> Config<T> {
         };
         let fits = metric != "calibrated" && self.heavy == 0 && rule.entries >= LEAST_ENTRIES;
         let most = MOST_ENTRIES.saturating_sub(rule.block) / rule.entries;
-        let Self { head_dim, window, sinks, heavy, block, scale, cap, sink_logits, .. } = self;
+        let Self { head_dim, window, sinks, heavy, block, scale, sink_logits, .. } = self;
+        let cap = self.soft_cap.map(SoftCap::cap);
         Sharing::Layer {
             options: format!(
                 "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, \

@@ -87,7 +87,7 @@ impl<T: Scalar> Near<T> {
         if config.heavy == 0 {
             return Some(slot);
         }
-        self.make_room(config, config.near_used(usize::MAX, true));
+        self.make_room(config, config.near_slots());
         let score = config.static_score(self.slots.key(slot), keys);
         let first = config.sinks + config.ring;
         if self.heavy_scores.len() < config.heavy {

@@ -7,8 +7,8 @@ use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::error::{Error, SUM_OF_VALUES};
 use crate::kernel;
 use crate::kernel::buffer::padded;
+use crate::memory::answer::in_range;
 use crate::memory::merged::entries::MergedMemory;
-use crate::memory::online_softmax::share_of;
 use crate::memory::partial::divisor;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -49,23 +49,21 @@ impl<T: Scalar> HybridState<T> {
         call: &mut Head<'_, T>,
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
-        scratch.reading.share = T::one();
-        let mut result = self.answer(config, steps, call, scratch);
-        if result.as_ref().is_err_and(Error::is_of_values) {
-            scratch.reading.share = share_of(scratch.reading.width);
-            result = self.answer(config, steps, call, scratch);
-        }
-        if result.is_ok() && steps.causal {
+        let Steps { head, causal, .. } = steps;
+        let width = self.near[head].slots.capacity + self.far.entries(head).map_or(0, |of| of.1);
+        in_range(width, |share| self.answer(config, steps, share, call, scratch))?;
+        if causal {
             self.receive(config, steps, call, scratch);
         }
-        result
+        Ok(())
     }
 
-    /// Answers some steps.
+    /// Answers some steps, with weights that are multiplied with `share`.
     fn answer(
         &self,
         config: &Config<T>,
         steps: Steps,
+        share: T,
         call: &mut Head<'_, T>,
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
@@ -94,7 +92,7 @@ impl<T: Scalar> HybridState<T> {
                 merged.copy_from_slice(&slots.bias[..far]);
             }
         }
-        attend(&[(&near.slots, own), (slots, far)], rows, config.soft_cap, reading);
+        attend(&[(&near.slots, own), (slots, far)], rows, config.soft_cap, share, reading);
         if let Some(row) = reading.answer.first_overflow() {
             return Err(Error::Overflow { which: "a score", row: start + row / group });
         }
@@ -108,7 +106,7 @@ impl<T: Scalar> HybridState<T> {
                 kernel::scale(reading.row(row), factor); // they stay in its units
             }
         }
-        if reading.share != T::one() && self.far.cannot_fail() {
+        if share != T::one() && self.far.cannot_fail() {
             reading.answer.clamp();
         }
         for (row, inverse) in inverse.iter_mut().enumerate() {

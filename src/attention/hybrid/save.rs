@@ -7,6 +7,7 @@ use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
 use crate::attention::hybrid::state::HybridState;
 use crate::error::Error;
 use crate::memory::merged::rule::Distance;
+use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
@@ -15,7 +16,7 @@ impl<T: Scalar> Config<T> {
     pub(super) fn fingerprint(&self) -> Result<Fingerprint, Error> {
         let own = Fingerprint::new()
             .with("scale", [self.scale])
-            .with("soft cap", self.cap)
+            .with("soft cap", self.soft_cap.map(SoftCap::cap))
             .with("sink logits", self.sink_logits.iter().copied());
         let own = match (&self.scores, &self.expected) {
             (None, None) => own,

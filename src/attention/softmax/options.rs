@@ -4,7 +4,7 @@ use crate::attention::fingerprint::Fingerprint;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
-use crate::memory::scoring::{Scoring, SoftCap};
+use crate::memory::scoring::{Scoring, SoftCap, of_query_head};
 use crate::scalar::Scalar;
 use core::f64::consts::LOG2_E;
 use core::marker::PhantomData;
@@ -222,19 +222,15 @@ impl<T: Scalar> SoftmaxAttention<T> {
         if !self.slopes.is_empty() {
             check_slopes::<T>(&self.slopes)?;
         }
-        for list in [&self.sink_logits, &self.slopes] {
-            if list.len() > 1 {
-                check::size("q", "heads", list.len(), group)?;
-            }
-        }
+        check::query_heads(&self.sink_logits, group)?;
+        check::query_heads(&self.slopes, group)?;
         Ok(Scoring { soft_cap, ..Scoring::new(T::from_f64(scale)) })
     }
 
     /// What a query head computes, and its learned sink.
     pub(super) fn of_head(&self, common: Scoring<T>, g: usize) -> (Scoring<T>, Option<T>) {
-        let of = |list: &[f64]| list.get(g).or(list.first()).copied();
-        let slope = of(&self.slopes).map(|slope| T::from_f64(slope * LOG2_E));
-        (Scoring { slope, ..common }, of(&self.sink_logits).map(T::from_f64))
+        let slope = of_query_head(&self.slopes, g).map(|slope| T::from_f64(slope * LOG2_E));
+        (Scoring { slope, ..common }, of_query_head(&self.sink_logits, g).map(T::from_f64))
     }
 
     /// The score of a query and a key from their product, at positions `t` and `j`.

@@ -30,17 +30,24 @@ const F64: [f64; 11] = [
     4.434_737_455_636_01e-10,
 ];
 
-/// 2ˣ for x up to 100.
+/// x = n + f: the integer in the bits of an exponent, and the rest.
 #[inline(always)]
-pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+fn split_f32<S: Simd>(s: S, x: S::f32s) -> (S::u32s, S::f32s) {
     const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
     let shifted = s.add_f32s(x, s.splat_f32s(SHIFT));
     let f = s.sub_f32s(x, s.sub_f32s(shifted, s.splat_f32s(SHIFT)));
+    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
+    (n, f)
+}
+
+/// 2ˣ for x up to 100.
+#[inline(always)]
+pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+    let (n, f) = split_f32(s, x);
     let mut p = s.splat_f32s(F32[4]);
     for c in [F32[3], F32[2], F32[1], F32[0], 1.0] {
         p = s.mul_add_e_f32s(p, f, s.splat_f32s(c));
     }
-    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
     let y = s.transmute_f32s_u32s(s.add_u32s(s.transmute_u32s_f32s(p), n));
     s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(0.0), y)
 }
@@ -50,32 +57,36 @@ pub(crate) fn exp2_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
 /// With 2ᶠ − 1 = q it is 2ⁿ·q + (2ⁿ − 1), whose second term is exact where it counts.
 #[inline(always)]
 pub(crate) fn exp2_minus_1_f32<S: Simd>(s: S, x: S::f32s) -> S::f32s {
-    const SHIFT: f32 = 12_582_912.0; // 1.5·2^23
-    let shifted = s.add_f32s(x, s.splat_f32s(SHIFT));
-    let f = s.sub_f32s(x, s.sub_f32s(shifted, s.splat_f32s(SHIFT)));
+    let (n, f) = split_f32(s, x);
     let mut q = s.splat_f32s(MINUS_1_F32[5]);
     for c in MINUS_1_F32[..5].iter().rev().copied().chain([0.0]) {
         q = s.mul_add_e_f32s(q, f, s.splat_f32s(c));
     }
-    let n = s.wrapping_dyn_shl_u32s(s.transmute_u32s_f32s(shifted), s.splat_u32s(23));
     let one = s.splat_f32s(1.0);
     let power = s.transmute_f32s_u32s(s.add_u32s(s.transmute_u32s_f32s(one), n));
     let y = s.mul_add_e_f32s(power, q, s.sub_f32s(power, one));
     s.select_f32s(s.less_than_f32s(x, s.splat_f32s(-125.0)), s.splat_f32s(-1.0), y)
 }
 
-/// 2ˣ for x up to 100.
+/// x = n + f: the integer in the bits of an exponent, and the rest.
 #[inline(always)]
-pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
+fn split_f64<S: Simd>(s: S, x: S::f64s) -> (S::u64s, S::f64s) {
     const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52
     let shifted = s.add_f64s(x, s.splat_f64s(SHIFT));
     let f = s.sub_f64s(x, s.sub_f64s(shifted, s.splat_f64s(SHIFT)));
+    // a shift by 52 bits
+    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
+    (n, f)
+}
+
+/// 2ˣ for x up to 100.
+#[inline(always)]
+pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
+    let (n, f) = split_f64(s, x);
     let mut p = s.splat_f64s(F64[10]);
     for c in F64[..10].iter().rev().copied().chain([1.0]) {
         p = s.mul_add_e_f64s(p, f, s.splat_f64s(c));
     }
-    // a shift by 52 bits
-    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
     let y = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(p), n));
     s.select_f64s(s.less_than_f64s(x, s.splat_f64s(-1021.0)), s.splat_f64s(0.0), y)
 }
@@ -83,15 +94,11 @@ pub(crate) fn exp2_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
 /// 2ˣ − 1 for x that are not positive, with an error relative to itself near 0 as well.
 #[inline(always)]
 pub(crate) fn exp2_minus_1_f64<S: Simd>(s: S, x: S::f64s) -> S::f64s {
-    const SHIFT: f64 = 6_755_399_441_055_744.0; // 1.5·2^52
-    let shifted = s.add_f64s(x, s.splat_f64s(SHIFT));
-    let f = s.sub_f64s(x, s.sub_f64s(shifted, s.splat_f64s(SHIFT)));
+    let (n, f) = split_f64(s, x);
     let mut q = s.splat_f64s(F64[10]);
     for c in F64[..10].iter().rev().copied().chain([0.0]) {
         q = s.mul_add_e_f64s(q, f, s.splat_f64s(c));
     }
-    // a shift by 52 bits
-    let n = s.mul_u64s(s.transmute_u64s_f64s(shifted), s.splat_u64s(1 << 52));
     let one = s.splat_f64s(1.0);
     let power = s.transmute_f64s_u64s(s.add_u64s(s.transmute_u64s_f64s(one), n));
     let y = s.mul_add_e_f64s(power, q, s.sub_f64s(power, one));

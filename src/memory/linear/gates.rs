@@ -268,13 +268,14 @@ impl<T: Scalar> Gates<T> {
         self.of_features().map(|_| &*self.query)
     }
 
-    /// The common log scale of a single token and of sums that have decayed to `scale`. Sums that
-    /// decay are brought to a larger one only now and then.
-    pub(super) fn common_scale(&self, scale: LogScale<T>, key_scale: T, values: Size) -> T {
+    /// The common log scale of a token of a chunk and of sums that have decayed to `scale`. Sums
+    /// that decay are brought to a larger one only now and then.
+    pub(super) fn common_scale(&self, scale: LogScale<T>, chunk: &Chunk<T>, token: usize) -> T {
         // sums of large values leave no room
-        let exact = self.width == 0 || values == Size::Large;
+        let exact = self.width == 0 || chunk.values_size == Size::Large;
         let rise = if exact { T::zero() } else { T::from_f64(STEP_RISE) };
-        if key_scale <= scale.high + rise { scale.high } else { key_scale }
+        let least = chunk.least_scale(token);
+        if least <= scale.high + rise { scale.high } else { least }
     }
 }
 

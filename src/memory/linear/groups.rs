@@ -101,7 +101,7 @@ impl Groups {
         self.start = start + 1;
         Some(Group {
             tokens: start..start + 1,
-            log_scale: gates.common_scale(decayed, chunk.least_scale(start), chunk.values_size),
+            log_scale: gates.common_scale(decayed, chunk, start),
             first_decay: if decays { FirstDecay::InSums } else { FirstDecay::Done },
         })
     }

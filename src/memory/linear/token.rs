@@ -40,7 +40,7 @@ impl<T: Scalar> Meeting<T> {
 
     /// Of a chunk of one token, with its gates.
     pub(super) fn of_chunk(scale: LogScale<T>, token: &Chunk<T>, gates: &Gates<T>) -> Self {
-        let log_scale = gates.common_scale(scale, token.least_scale(0), token.values_size);
+        let log_scale = gates.common_scale(scale, token, 0);
         Self::new(scale, token, log_scale)
     }
 
