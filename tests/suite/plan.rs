@@ -137,6 +137,17 @@ fn costs_are_those_of_the_formula() {
     }
 }
 
+/// A memory that holds the whole text costs nothing, and is taken where the budget allows.
+#[test]
+fn what_holds_the_text_is_free() {
+    let text = Text::new(26, 1);
+    let plan = StatePlan::fit(&text.samples(), &options(Budget::Slots(100))).unwrap();
+    for (h, head) in plan.heads().iter().enumerate() {
+        assert_eq!((head.setting.slots(), head.cost), (Some(24), 0.0));
+        assert!(cost(&text, h, head.setting, 0..26) < 1e-25);
+    }
+}
+
 /// Costs at measured settings; between them ln C on a line over ln entries.
 fn curve(text: &Text, h: usize, window: usize, sizes: &[usize], decay: f64) -> Vec<(usize, f64)> {
     let at = |entries| cost(text, h, HeadSetting::Merged { window, entries, decay }, 0..60);
