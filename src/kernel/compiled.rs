@@ -70,7 +70,9 @@ compiled! {
     run_exp2_below_maximum: exp::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: decode::DecodeStep -> Self;
     run_read_sums: decode::ReadSums;
-    run_distances: pairs::Distances;
+    run_column_distances: pairs::ColumnDistances;
+    run_row_distances: pairs::RowDistances;
+    run_share_affinities: pairs::ShareAffinities -> (Self, Self);
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;

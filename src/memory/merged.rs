@@ -2,6 +2,8 @@
 //! least become one.
 
 pub(crate) mod affinities;
+mod bounds;
+mod distances;
 pub(crate) mod entries;
 pub(crate) mod reduce;
 pub(crate) mod rule;
@@ -12,7 +14,7 @@ use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::answer::in_range;
 use crate::memory::merged::entries::MergedMemory;
-use crate::memory::merged::rule::{Distance, Rule, check_entries};
+use crate::memory::merged::rule::{Distance, MergeCost, Rule, check_entries};
 use crate::memory::partial::Partial;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -47,7 +49,9 @@ impl<T: Scalar> MergedMemory<T> {
             spare: 1,
             block: 1,
             metric: Distance::Identity,
-            value_weight: 0.0,
+            cost: MergeCost::Ward { value_weight: 0.0 },
+            query_squares: None,
+            value_square: None,
             value_columns: None,
             scale,
         };

@@ -133,6 +133,21 @@ impl<T: Scalar> Slots<T> {
         &self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
     }
 
+    /// All keys, `[head_dim, capacity]`.
+    pub(crate) fn key_columns(&self) -> &[T] {
+        &self.keys
+    }
+
+    /// All values, `[capacity, value_dim padded with zeros]`, and one of them.
+    pub(crate) fn value_rows(&self) -> &[T] {
+        &self.values
+    }
+
+    pub(crate) fn value_row(&self, slot: usize) -> &[T] {
+        let stride = padded::<T>(self.value_dim);
+        &self.values[slot * stride..(slot + 1) * stride]
+    }
+
     pub(crate) fn value_mut(&mut self, slot: usize) -> &mut [T] {
         &mut self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
     }

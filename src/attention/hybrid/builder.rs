@@ -178,7 +178,8 @@ impl<T: Scalar> HybridBuilder<T> {
             ));
         }
         let block = far.block();
-        let kind = far.kind(head_dim, scale, calibration.map(|calibration| &**calibration))?;
+        let kind =
+            far.kind(head_dim, window, scale, calibration.map(|calibration| &**calibration))?;
         if soft_cap.is_some() && matches!(kind, FarKind::Linear(_)) {
             return Err(CAPPED_FEATURES);
         }

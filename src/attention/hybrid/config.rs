@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::kernel::buffer::Buffer;
 use crate::memory::Memory;
-use crate::memory::merged::rule::{Distance, MOST_ENTRIES, Rule, check_entries};
+use crate::memory::merged::rule::{Distance, MOST_ENTRIES, MergeCost, Rule, check_entries};
 use crate::memory::scoring::{SoftCap, of_query_head};
 use crate::memory::slots::room_for;
 use crate::scalar::Scalar;
@@ -129,6 +129,12 @@ impl<T: Scalar> Config<T> {
         matches!(self.far, FarKind::None) && self.heavy == 0
     }
 
+    /// Whether what tokens receive is scaled to the number of query heads, as the product cost
+    /// wants it.
+    pub(super) fn scales_received(&self) -> bool {
+        matches!(&self.far, FarKind::Merged { rule, .. } if rule.cost == MergeCost::Product)
+    }
+
     /// Whether what is read changes the state.
     pub(crate) fn learns(&self) -> bool {
         matches!(self.far.weighing(), Weighing::Received { .. })
@@ -149,7 +155,8 @@ impl<T: Scalar> Config<T> {
             Distance::QueryDiagonal => "query diagonal",
             Distance::Matrix(_) => "calibrated",
         };
-        let fits = metric != "calibrated" && self.heavy == 0 && rule.entries >= LEAST_ENTRIES;
+        let calibrated = metric == "calibrated" || rule.query_squares.is_some();
+        let fits = !calibrated && self.heavy == 0 && rule.entries >= LEAST_ENTRIES;
         let most = MOST_ENTRIES.saturating_sub(rule.block) / rule.entries;
         let Self { head_dim, window, sinks, heavy, block, scale, sink_logits, .. } = self;
         let cap = self.soft_cap.map(SoftCap::cap);
@@ -158,8 +165,8 @@ impl<T: Scalar> Config<T> {
                 "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, \
                  block {block}, scale {scale}, soft_cap {cap:?}, sink_logits {sink_logits:?}, \
                  entries {}, metric {metric}, decay {decay}, \
-                 min_age {min_age}, value_weight {}",
-                rule.entries, rule.value_weight
+                 min_age {min_age}, cost {:?}",
+                rule.entries, rule.cost
             ),
             max_heads: if fits { most.max(1) } else { 1 },
         }

@@ -42,7 +42,9 @@ impl<T: Scalar> Config<T> {
                     Distance::Matrix(matrix) => matrix.iter().copied().collect(),
                 };
                 let own = own.with("weights of entries", weighing).with("metric", metric);
-                Ok(own.with("value_weight", [rule.value_weight]))
+                let units = rule.query_squares.iter().flat_map(|all| all.iter().copied());
+                let own = own.with("units", units.chain(rule.value_square));
+                Ok(own.with("cost", rule.cost.parameters()))
             }
         }
     }

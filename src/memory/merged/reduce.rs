@@ -40,6 +40,12 @@ pub(crate) fn reduce<T: Scalar>(
         }
         return;
     }
+    if block == 1 {
+        // nothing is merged yet, and what came is noted, so that a later step does not do it all
+        let settled = heads.iter_mut().filter(|memory| !memory.is_finding_units());
+        settled.for_each(MergedMemory::refresh_bounds);
+        return;
+    }
     while total > budget {
         pairs.clear();
         for (head, memory) in heads.iter_mut().enumerate() {
@@ -78,17 +84,13 @@ impl<T: Scalar> MergedMemory<T> {
     fn merge_pair(&mut self, i: usize, j: usize) {
         self.note(i, j);
         self.merge_into(i, j);
-        let (last, capacity) = (self.held - 1, self.slots.capacity);
+        let last = self.held - 1;
         if j != last {
             self.move_entry(last, j);
-            self.affinity.copy_within(last * capacity..(last + 1) * capacity, j * capacity);
-            for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
-                row[j] = row[last];
-            }
-            self.affinity[j * capacity + j] = T::zero();
+            self.bounds.move_entry(last, j);
         }
         self.truncate(last);
-        self.refresh(i);
+        self.bounds.change(i);
     }
 
     /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).
@@ -133,7 +135,8 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Makes entry `i` the mean of both; entry `j` remains.
     fn merge_into(&mut self, i: usize, j: usize) {
-        let share = self.weights[j] / (self.weights[i] + self.weights[j]);
+        let least = T::from_f64(self.rule.cost.least_weight());
+        let share = (self.weights[j] + least) / (self.weights[i] + self.weights[j] + least + least);
         let mean = |x: T, y: T| {
             let difference = y - x;
             if difference.is_finite() {
@@ -142,10 +145,10 @@ impl<T: Scalar> MergedMemory<T> {
                 x * (T::one() - share) + y * share
             }
         };
-        // columns of the slots are apart: a copy of one
-        let Self { slots, point, .. } = self;
-        point.iter_mut().zip(slots.key(j)).for_each(|(to, x)| *to = x);
-        slots.key_mut(i).zip(&**point).for_each(|(x, &y)| *x = mean(*x, y));
+        let Self { slots, distances, .. } = self;
+        let other = &mut distances.keys; // columns of the slots are apart: a copy of one
+        other.iter_mut().zip(slots.key(j)).for_each(|(to, x)| *to = x);
+        slots.key_mut(i).zip(&**other).for_each(|(x, &y)| *x = mean(*x, y));
         for c in 0..slots.value_dim {
             let y = slots.value(j)[c];
             let x = &mut slots.value_mut(i)[c];
@@ -173,9 +176,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.move_slot(from, to);
         self.counts[to] = self.counts[from];
         self.weights[to] = self.weights[from];
-        for row in self.points.chunks_exact_mut(self.slots.capacity) {
-            row[to] = row[from];
-        }
+        self.distances.move_entry(from, to, self.slots.capacity);
     }
 
     /// Ends at `len` entries; what lies beyond is empty.
@@ -183,8 +184,11 @@ impl<T: Scalar> MergedMemory<T> {
         for slot in len..self.held {
             self.slots.empty(slot);
             self.weights[slot] = T::zero();
-            let column = self.affinity[slot..].iter_mut().step_by(self.slots.capacity);
+            let column = self.affinity.iter_mut().skip(slot).step_by(self.slots.capacity);
             column.take(self.held).for_each(|x| *x = T::zero());
+        }
+        if self.is_by_bounds() {
+            self.bounds.truncate(len, self.held);
         }
         self.held = len;
         self.fresh = self.fresh.min(len);
