@@ -60,7 +60,8 @@ fn gain(from: &Candidate, to: &Candidate) -> f64 {
 
 /// The setting of every head, of the least `Σ C + λ·Σ size` for the smallest λ at which the sizes
 /// fit into `total`. What is left then goes, step by step, where it lowers the cost most for its
-/// size. None if not even the smallest settings fit.
+/// size, and two heads exchange sizes while that lowers their sum. None if not even the smallest
+/// settings fit.
 ///
 /// As λ falls from ∞, each head goes along its hull, one step whenever λ passes the gain of that
 /// step: so all steps of all heads in the order of their gains are every λ at once, and where the
@@ -100,5 +101,40 @@ pub(crate) fn choose(frontiers: &[&Frontier], total: usize) -> Option<Vec<Candid
         rest -= candidates[to].size - candidates[at[head]].size;
         at[head] = to;
     }
+    while exchange(frontiers, &mut at, &mut rest) {}
     Some(frontiers.iter().zip(at).map(|(frontier, at)| frontier.candidates[at]).collect())
+}
+
+/// Lets each head give to each other one what lowers the sum of both most; whether anything did.
+fn exchange(frontiers: &[&Frontier], at: &mut [usize], rest: &mut usize) -> bool {
+    let mut improves = false;
+    for (from, Frontier { candidates: giver, .. }) in frontiers.iter().enumerate() {
+        for (to, Frontier { candidates: taker, .. }) in frontiers.iter().enumerate() {
+            if from == to {
+                continue;
+            }
+            let (full, small) = (giver[at[from]], taker[at[to]]);
+            // differences that are rounding are none
+            let (mut best, mut settings) = (1e-12 * small.cost, None);
+            let most = small.cost - taker[taker.len() - 1].cost;
+            for low in (0..at[from]).rev() {
+                let loss = giver[low].cost - full.cost;
+                if loss >= most {
+                    break; // and less costs more
+                }
+                let room = small.size + *rest + full.size - giver[low].size;
+                let high = taker.partition_point(|c| c.size <= room) - 1;
+                let less = small.cost - taker[high].cost - loss;
+                if less > best {
+                    (best, settings) = (less, Some((low, high)));
+                }
+            }
+            if let Some((low, high)) = settings {
+                *rest = *rest + full.size + small.size - giver[low].size - taker[high].size;
+                (at[from], at[to]) = (low, high);
+                improves = true;
+            }
+        }
+    }
+    improves
 }

@@ -9,7 +9,7 @@ use crate::plan::options::{Budget, Curve, PlanOptions, Sizes};
 use crate::plan::sample::{PlanSample, SampleShape};
 #[cfg(feature = "serde")]
 use crate::plan::saved::SavedPlanner;
-use crate::plan::setting::{HeadPlan, HeadSetting, KernelOptions, ModelSizes, Units};
+use crate::plan::setting::{HeadPlan, HeadSetting, KernelOptions, ModelSizes};
 use crate::plan::state_plan::StatePlan;
 use crate::scalar::Scalar;
 use crate::selection::each;
@@ -229,7 +229,7 @@ impl StatePlanner {
                 chosen[open.remove(worst)] = None;
             }
         }
-        Ok(self.heads.iter().zip(chosen).map(|(h, c)| self.head_plan(h, c, deciding)).collect())
+        self.heads.iter().zip(chosen).map(|(h, c)| self.head_plan(h, c, deciding)).collect()
     }
 
     fn frontier(&self, head: &HeadCosts, length: usize, sizes: Sizes) -> Frontier {
@@ -246,22 +246,25 @@ impl StatePlanner {
         Frontier::new(candidates)
     }
 
-    fn head_plan(&self, head: &HeadCosts, chosen: Option<Candidate>, deciding: usize) -> HeadPlan {
+    fn head_plan(
+        &self,
+        head: &HeadCosts,
+        chosen: Option<Candidate>,
+        deciding: usize,
+    ) -> Result<HeadPlan, Error> {
         let cost = |length| chosen.map_or(0.0, |at| head.curve(at.curve, length).cost(at.entries));
         let setting = chosen.map_or(HeadSetting::Exact, |Candidate { curve, entries, .. }| {
             let Curve { window, decay, .. } = self.options.grid[curve];
             HeadSetting::Merged { window, entries, decay }
         });
-        let Units { metric, value_norm_squared } = head.units();
-        HeadPlan {
+        Ok(HeadPlan {
             layer: head.layer,
             kv_head: head.kv_head,
             setting,
             cost: cost(deciding),
             cost_by_length: self.common_lengths().map(|length| (length, cost(length))).collect(),
-            metric: Some(metric),
-            value_norm_squared: Some(value_norm_squared),
-        }
+            units: Some(head.units()?),
+        })
     }
 
     /// The place of a head, or where it goes.

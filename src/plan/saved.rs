@@ -60,19 +60,17 @@ impl SavedPlan {
                 let needed = "costs at the same lengths in every head";
                 return Err(refuse(format!("the lengths of {}", name()), needed));
             }
-            if let Some(metric) = &head.metric {
-                check::size("metric", "elements", sizes.head_dim, metric.len())?;
-            }
-            let mut units = head.metric.iter().flatten().chain(&head.value_norm_squared);
-            if !units.all(|unit| *unit >= 0.0 && unit.is_finite()) {
-                let needed = "means of squares: finite and not negative";
-                return Err(refuse(format!("a unit of {}", name()), needed));
+            if let Some(units) = &head.units {
+                let found = units.query_squares().len();
+                check::size("units", "query_squares", sizes.head_dim, found)?;
             }
         }
         // whatever else a kernel refuses
         let (head_dim, scale, sinks) = (sizes.head_dim, *scale, self.sinks);
         let kernel = KernelOptions { head_dim, scale, sinks };
-        heads.iter().try_for_each(|head| kernel.kernel::<f64>(head.setting, None).map(|_| ()))
+        heads.iter().try_for_each(|head| {
+            kernel.kernel::<f64>(head.setting, head.units.as_ref()).map(|_| ())
+        })
     }
 }
 
@@ -110,7 +108,7 @@ impl SavedPlanner {
             let name = || format!("kv head {} of layer {}", head.kv_head, head.layer);
             check::size("planner", "curves", options.grid.len(), head.curves.len())?;
             let head_dim = shape.map_or(0, |shape| shape.head_dim);
-            check::size("metric", "elements", head_dim, head.metric.len())?;
+            check::size("planner", "query_squares", head_dim, head.query_squares.len())?;
             for (curve, points) in options.grid.iter().zip(&head.curves) {
                 let known = points.iter().map(|point| &point.entries);
                 if points.is_empty() || !known.eq(curve.entries.iter().take(points.len())) {
@@ -127,8 +125,8 @@ impl SavedPlanner {
                 return refuse(format!("with weights of {}", name()), needed);
             }
             let sums = head.curves.iter().flatten().flat_map(|point| point.sums.values());
-            let sums = sums.chain(head.weights.values()).chain(&head.metric);
-            if !sums.chain([&head.value_norm_squared]).all(|x| *x >= 0.0 && x.is_finite()) {
+            let sums = sums.chain(head.weights.values()).chain(&head.query_squares);
+            if !sums.chain([&head.value_square]).all(|x| *x >= 0.0 && x.is_finite()) {
                 return refuse(format!("a cost of {}", name()), "finite and not negative");
             }
         }
