@@ -5,12 +5,13 @@ use crate::attention::call::Head;
 use crate::attention::scratch::Scratch;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::memory::merged::rule::MergeUnits;
 use crate::plan::options::{ALWAYS_MEASURED, Curve, PlanOptions};
 use crate::plan::sample::PlanSample;
-use crate::plan::setting::{KernelOptions, Units};
+use crate::plan::setting::KernelOptions;
 use crate::scalar::Scalar;
 use core::ops::Range;
-use ndarray::{Array3, ArrayView2, Axis};
+use ndarray::{Array3, Axis};
 use std::collections::BTreeMap;
 
 /// The length that stands for all tokens of a sample.
@@ -49,9 +50,8 @@ pub(crate) struct HeadCosts {
     pub(crate) weights: ByLength,
     /// As many as the grid has, in its order.
     pub(crate) curves: Vec<Vec<Point>>,
-    /// `Σ weight·mean q̂_c²`
+    /// Sums of units, times the weights of samples.
     pub(crate) metric: Vec<f64>,
-    /// `Σ weight·mean ‖v‖²`
     pub(crate) value_norm_squared: f64,
 }
 
@@ -80,7 +80,7 @@ impl HeadCosts {
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         let (kernel, weight) = (options.kernel(self.metric.len())?, sample.weight);
-        let units = units(sample, kernel);
+        let units = units(sample, kernel)?;
         let ranges = lengths(sample.tokens(), options.length);
         let exact = outputs(&kernel.exact()?, sample, scratch)?;
         let deciding = options.length.unwrap_or(WHOLE);
@@ -119,10 +119,10 @@ impl HeadCosts {
         for (length, _) in ranges {
             *self.weights.entry(length).or_default() += weight;
         }
-        for (sum, r) in self.metric.iter_mut().zip(&units.metric) {
+        for (sum, r) in self.metric.iter_mut().zip(units.query_squares()) {
             *sum += weight * r;
         }
-        self.value_norm_squared += weight * units.value_norm_squared;
+        self.value_norm_squared += weight * units.value_square();
         Ok(())
     }
 
@@ -133,12 +133,10 @@ impl HeadCosts {
     }
 
     /// The mean units over the samples.
-    pub(crate) fn units(&self) -> Units {
+    pub(crate) fn units(&self) -> Result<MergeUnits, Error> {
         let weight = self.weights.get(&WHOLE).copied().unwrap_or(1.0);
-        Units {
-            metric: self.metric.iter().map(|sum| sum / weight).collect(),
-            value_norm_squared: self.value_norm_squared / weight,
-        }
+        let squares = self.metric.iter().map(|sum| sum / weight).collect();
+        MergeUnits::new(squares, self.value_norm_squared / weight)
     }
 
     /// The costs of one curve at one length, for interpolation.
@@ -269,21 +267,14 @@ impl TokenErrors {
     }
 }
 
-/// The units of one sample: `scale·mean q_c²` and the mean of `‖v‖²` behind the sinks.
-#[allow(clippy::cast_precision_loss)]
-fn units<T: Scalar>(sample: &PlanSample<'_, T>, kernel: KernelOptions) -> Units {
-    let (q, v) = (sample.sample.q, sample.sample.v);
-    let mut metric = vec![0.0; kernel.head_dim];
-    for row in q.outer_iter().flat_map(ArrayView2::into_outer_iter) {
-        for (sum, x) in metric.iter_mut().zip(row) {
-            *sum += x.as_f64().powi(2);
-        }
-    }
-    let rows = (q.len_of(Axis(0)) * q.len_of(Axis(1))).max(1);
-    for sum in &mut metric {
-        *sum *= kernel.scale / rows as f64;
-    }
-    let behind = v.nrows().saturating_sub(kernel.sinks).max(1);
-    let squares = v.outer_iter().skip(kernel.sinks).flatten().map(|x| x.as_f64().powi(2));
-    Units { metric, value_norm_squared: squares.sum::<f64>() / behind as f64 }
+/// The units of one sample, of its tokens behind the sinks.
+fn units<T: Scalar>(
+    sample: &PlanSample<'_, T>,
+    kernel: KernelOptions,
+) -> Result<MergeUnits, Error> {
+    let (mut q, mut v) = (sample.sample.q, sample.sample.v);
+    let first = kernel.sinks.min(v.nrows().saturating_sub(1));
+    q.slice_axis_inplace(Axis(1), (first..).into());
+    v.slice_axis_inplace(Axis(0), (first..).into());
+    MergeUnits::from_samples(q, v, kernel.scale)
 }

@@ -9,7 +9,7 @@ use crate::plan::options::{Budget, Curve, PlanOptions, Sizes};
 use crate::plan::sample::{PlanSample, SampleShape};
 #[cfg(feature = "serde")]
 use crate::plan::saved::SavedPlanner;
-use crate::plan::setting::{HeadPlan, HeadSetting, KernelOptions, ModelSizes, Units};
+use crate::plan::setting::{HeadPlan, HeadSetting, KernelOptions, ModelSizes};
 use crate::plan::state_plan::StatePlan;
 use crate::scalar::Scalar;
 use crate::selection::each;
@@ -252,15 +252,13 @@ impl StatePlanner {
             let Curve { window, decay, .. } = self.options.grid[curve];
             HeadSetting::Merged { window, entries, decay }
         });
-        let Units { metric, value_norm_squared } = head.units();
         HeadPlan {
             layer: head.layer,
             kv_head: head.kv_head,
             setting,
             cost: cost(deciding),
             cost_by_length: self.common_lengths().map(|length| (length, cost(length))).collect(),
-            metric: Some(metric),
-            value_norm_squared: Some(value_norm_squared),
+            units: head.units().ok(),
         }
     }
 

@@ -60,19 +60,13 @@ impl SavedPlan {
                 let needed = "costs at the same lengths in every head";
                 return Err(refuse(format!("the lengths of {}", name()), needed));
             }
-            if let Some(metric) = &head.metric {
-                check::size("metric", "elements", sizes.head_dim, metric.len())?;
-            }
-            let mut units = head.metric.iter().flatten().chain(&head.value_norm_squared);
-            if !units.all(|unit| *unit >= 0.0 && unit.is_finite()) {
-                let needed = "means of squares: finite and not negative";
-                return Err(refuse(format!("a unit of {}", name()), needed));
-            }
         }
         // whatever else a kernel refuses
         let (head_dim, scale, sinks) = (sizes.head_dim, *scale, self.sinks);
         let kernel = KernelOptions { head_dim, scale, sinks };
-        heads.iter().try_for_each(|head| kernel.kernel::<f64>(head.setting, None).map(|_| ()))
+        heads.iter().try_for_each(|head| {
+            kernel.kernel::<f64>(head.setting, head.units.as_ref()).map(|_| ())
+        })
     }
 }
 

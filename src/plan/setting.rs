@@ -6,6 +6,7 @@ use crate::attention::hybrid::far::merged::Merged;
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::check;
 use crate::error::Error;
+use crate::memory::merged::rule::MergeUnits;
 use crate::scalar::Scalar;
 use std::sync::Arc;
 
@@ -115,18 +116,8 @@ pub struct HeadPlan {
     pub cost: f64,
     /// The same by length: the cost of a token among the last half of so many.
     pub cost_by_length: Vec<(usize, f64)>,
-    /// The mean of `q̂_c²` over the tokens and query heads of the samples, `[head_dim]`: the metric
-    /// in which keys are compared.
-    pub metric: Option<Vec<f64>>,
-    /// The mean of `‖v‖²` over the tokens behind the sinks: the unit of differences of values.
-    pub value_norm_squared: Option<f64>,
-}
-
-/// What is measured once for a head: the units in which its entries are compared.
-#[derive(Clone, Debug)]
-pub(crate) struct Units {
-    pub(crate) metric: Vec<f64>,
-    pub(crate) value_norm_squared: f64,
+    /// The units in which its entries are compared: means over its samples, by their weights.
+    pub units: Option<MergeUnits>,
 }
 
 /// What the kernels of all heads have in common.
@@ -148,9 +139,10 @@ impl KernelOptions {
         window: usize,
         entries: usize,
         decay: f64,
-        _units: Option<&Units>,
+        units: Option<&MergeUnits>,
     ) -> Result<HybridAttention<T>, Error> {
-        let far = Merged::new(entries).decay(decay).min_age(16.min(window / 2));
+        let far = Merged::new(entries).decay(decay);
+        let far = units.into_iter().fold(far, |far, units| far.units(units.clone()));
         let builder = HybridAttention::builder(self.head_dim).window(window).sinks(self.sinks);
         builder.scale(self.scale).far(far).build()
     }
@@ -159,7 +151,7 @@ impl KernelOptions {
     pub(crate) fn kernel<T: Scalar>(
         &self,
         setting: HeadSetting,
-        units: Option<&Units>,
+        units: Option<&MergeUnits>,
     ) -> Result<Arc<dyn Attention<T>>, Error> {
         Ok(match setting {
             HeadSetting::Exact => Arc::new(self.exact()?),

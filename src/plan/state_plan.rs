@@ -6,7 +6,7 @@ use crate::multi_head::MultiHead;
 use crate::plan::options::Budget;
 #[cfg(feature = "serde")]
 use crate::plan::saved::SavedPlan;
-use crate::plan::setting::{HeadPlan, KernelOptions, ModelSizes, Units};
+use crate::plan::setting::{HeadPlan, KernelOptions, ModelSizes};
 use crate::scalar::Scalar;
 use std::sync::Arc;
 
@@ -247,12 +247,7 @@ impl StatePlan {
     }
 
     fn kernel_of<T: Scalar>(&self, head: &HeadPlan) -> Result<Arc<dyn Attention<T>>, Error> {
-        let units = head.metric.as_ref().zip(head.value_norm_squared);
-        let units = units.map(|(metric, value_norm_squared)| Units {
-            metric: metric.clone(),
-            value_norm_squared,
-        });
-        self.kernel_options().kernel(head.setting, units.as_ref())
+        self.kernel_options().kernel(head.setting, head.units.as_ref())
     }
 
     /// What all kernels have in common.

@@ -4,8 +4,8 @@ use crate::common::normal;
 use dijiang::attention::naive;
 use dijiang::{
     Attention, Budget, Error, Head, HeadPlan, HeadSample, HeadSetting, HybridAttention, Mask,
-    Merged, ModelSizes, MultiHead, PlanOptions, PlanSample, Scratch, SoftmaxAttention, StatePlan,
-    StatePlanner,
+    MergeUnits, Merged, ModelSizes, MultiHead, PlanOptions, PlanSample, Scratch, SoftmaxAttention,
+    StatePlan, StatePlanner,
 };
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use std::sync::Arc;
@@ -64,9 +64,18 @@ fn options(budget: Budget) -> PlanOptions {
     PlanOptions::new(budget).sinks(2).grid(&[0.9, 0.98], &WINDOWS)
 }
 
-fn merged(window: usize, entries: usize, decay: f64) -> HybridAttention<f64> {
-    let far = Merged::new(entries).decay(decay).min_age(16.min(window / 2));
+fn merged(window: usize, entries: usize, decay: f64, units: &MergeUnits) -> HybridAttention<f64> {
+    let far = Merged::new(entries).decay(decay).units(units.clone());
     HybridAttention::builder(D).window(window).sinks(2).far(far).build().unwrap()
+}
+
+/// The units of a head of one text, behind the sinks.
+fn units(text: &Text, h: usize) -> MergeUnits {
+    let scale = 1.0 / (D as f64).sqrt();
+    let q = text.q[h].slice(s![.., 2.., ..]);
+    let squares = (0..D).map(|c| q.index_axis(Axis(2), c).mapv(|x| scale * x * x).mean().unwrap());
+    let v = text.kv[h][1].slice(s![2.., ..]);
+    MergeUnits::new(squares.collect(), v.mapv(|x| x * x).sum() / v.nrows() as f64).unwrap()
 }
 
 /// The outputs of a hybrid, and those of softmax by its formula.
@@ -82,7 +91,7 @@ fn outputs(text: &Text, h: usize, setting: HeadSetting) -> [Array3<f64>; 2] {
     let mut found = exact.clone();
     if let HeadSetting::Merged { window, entries, decay } = setting {
         let head = Head::group(text.q[h].view(), k.view(), v.view(), found.view_mut());
-        let kernel = merged(window, entries, decay);
+        let kernel = merged(window, entries, decay, &units(text, h));
         kernel.forward_heads(&mut [head], Mask::Causal, &mut Scratch::new()).unwrap();
     }
     [exact, found]
@@ -263,19 +272,14 @@ fn texts_are_weighed() {
         let [of_a, of_b] = [cost(&a, h, setting, 0..60), cost(&b, h, setting, 0..44)];
         assert!(close(head.cost, (of_a + 0.25 * of_b) / 1.25));
         // the units of entries, from the same texts
-        let (metric, norm) = (head.metric.as_ref().unwrap(), head.value_norm_squared.unwrap());
-        let mean = |text: &Text, c: usize| {
-            let column = text.q[h].index_axis(Axis(2), c);
-            column.mapv(|x| 0.5 * x * x).mean().unwrap()
-        };
-        for (c, r) in metric.iter().enumerate() {
-            assert!(close(*r, (mean(&a, c) + 0.25 * mean(&b, c)) / 1.25));
+        let [of_a, of_b] = [&a, &b].map(|text| units(text, h));
+        let mean = |a: f64, b: f64| (a + 0.25 * b) / 1.25;
+        let found = head.units.as_ref().unwrap();
+        let both = of_a.query_squares().iter().zip(of_b.query_squares());
+        for (r, (a, b)) in found.query_squares().iter().zip(both) {
+            assert!(close(*r, mean(*a, *b)));
         }
-        let mean = |text: &Text| {
-            let v = text.kv[h][1].slice(s![2.., ..]);
-            v.mapv(|x| x * x).sum() / v.nrows() as f64
-        };
-        assert!(close(norm, (mean(&a) + 0.25 * mean(&b)) / 1.25));
+        assert!(close(found.value_square(), mean(of_a.value_square(), of_b.value_square())));
     }
     let mut planner = StatePlanner::new(&grid).unwrap();
     planner.add(&both[..4]).unwrap();
@@ -395,7 +399,7 @@ fn layers_are_those_built_by_hand() {
         let by_hand = |head: &HeadPlan| -> Arc<dyn Attention<f64>> {
             match head.setting {
                 HeadSetting::Merged { window, entries, decay } => {
-                    Arc::new(merged(window, entries, decay))
+                    Arc::new(merged(window, entries, decay, head.units.as_ref().unwrap()))
                 }
                 _ => Arc::new(SoftmaxAttention::new(D).unwrap()),
             }
@@ -583,8 +587,11 @@ fn files() {
         (|plan| plan["heads"].as_array_mut().unwrap().truncate(3), "one of 3 heads for 4"),
         (|plan| plan["heads"][2]["cost"] = json!(-1.0), "a cost of kv head 0 of layer 1"),
         (|plan| plan["heads"][0]["cost_by_length"][0][0] = json!(7), "lengths of kv head 1"),
-        (|plan| plan["heads"][0]["metric"] = json!([1.0]), "`metric` has 1 elements where 4"),
-        (|plan| plan["heads"][0]["value_norm_squared"] = json!(-1.0), "a unit of kv head 0"),
+        (
+            |plan| plan["heads"][0]["units"]["query_squares"] = json!([1.0]),
+            "`units` has 1 query_squares where 4",
+        ),
+        (|plan| plan["heads"][0]["units"]["value_square"] = json!(-1.0), "`value_square` is -1"),
         (|plan| plan["sizes"]["layers"] = json!(0), "`layers` is 0"),
         (|plan| plan["sizes"]["query_heads"] = json!(5), "`query_heads` is 5"),
         (|plan| plan["sizes"]["layers"] = json!(usize::MAX), "`layers` is 18446744073709551615"),
