@@ -3,6 +3,7 @@
 use crate::attention::Attention;
 use crate::check;
 use crate::error::Error;
+use crate::memory::merged::rule::MergeUnits;
 use crate::plan::setting::KernelOptions;
 
 /// What the heads that are not exact may take, on average over them.
@@ -35,8 +36,9 @@ impl Budget {
             Self::BytesPerHead(_) => size_of::<f32>(),
         };
         // the state is linear in both sizes: the kernel itself says how
+        let units = MergeUnits::new(vec![1.0; kernel.head_dim], 1.0)?;
         let floats = |window, entries| {
-            let kernel = kernel.merged::<f32>(window, entries, 0.98, None)?;
+            let kernel = kernel.merged::<f32>(window, entries, 0.98, Some(&units))?;
             Ok::<_, Error>(kernel.state_floats(value_dim, 1)? * bytes)
         };
         let (both, wider, larger) = (floats(8, 8)?, floats(9, 8)?, floats(8, 9)?);

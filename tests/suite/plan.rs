@@ -368,8 +368,8 @@ fn budgets() {
     let text = Text::new(60, 6);
     let mut planner = StatePlanner::new(&options(Budget::Slots(12))).unwrap();
     planner.add(&text.samples()).unwrap();
-    let smallest = merged(4, 4, 0.98).state_floats(DV, 1).unwrap();
-    let largest = merged(8, 16, 0.98).state_floats(DV, 1).unwrap();
+    let smallest = merged(4, 4, 0.98, &units(&text, 0)).state_floats(DV, 1).unwrap();
+    let largest = merged(8, 16, 0.98, &units(&text, 0)).state_floats(DV, 1).unwrap();
     for floats in [smallest, 140, 150, 171, largest] {
         let plan = planner.plan_within(Budget::FloatsPerHead(floats)).unwrap();
         let used = plan.state_floats(1000).unwrap();
