@@ -301,6 +301,7 @@ fn main() -> ExitCode {
     }
     if wanted("hybrids") {
         hybrids::hybrids(rounds, quick, &mut targets);
+        hybrids::many_entries(rounds, quick, &mut targets);
     }
     if wanted("layers") {
         layers::layers(rounds, &mut targets);

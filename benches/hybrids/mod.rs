@@ -41,12 +41,16 @@ fn check(name: &str, kernel: &HybridAttention<f32>, wide: &HybridAttention<f64>)
     assert!(found == steps || name == "features", "{name}: token by token");
 }
 
-/// A stream that goes on for ever, over the same tokens.
-fn endless<'a>(mut stream: Box<dyn Stream<f32>>, input: &'a Input<f32>) -> impl FnMut() + 'a {
+/// A stream that has read some tokens and goes on for ever, over all of them.
+fn endless<'a>(
+    mut stream: Box<dyn Stream<f32>>,
+    input: &'a Input<f32>,
+    read: usize,
+) -> impl FnMut() + 'a {
     let mut out = Array2::zeros((1, D_V));
-    let (rows, tokens) = (s![..1024, ..], input.q.nrows());
-    let mut all = Array2::zeros((1024, D_V));
-    let view = |x: &'a Array2<f32>| x.slice(rows);
+    let tokens = input.q.nrows();
+    let mut all = Array2::zeros((read, D_V));
+    let view = |x: &'a Array2<f32>| x.slice(s![..read, ..]);
     stream
         .extend(view(&input.q), view(&input.k), view(&input.v), all.view_mut())
         .expect("the input is finite");
@@ -88,7 +92,7 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
         let stream = kernel.stream(D_V).expect("sizes are positive");
         racers.push(Contestant::new(
             format!("{name}, {} floats", stream.state_floats()),
-            endless(stream, &input),
+            endless(stream, &input, 1024),
         ));
     }
     race_for(if quick { 0.004 } else { 0.02 }, &mut racers, rounds);
@@ -160,4 +164,33 @@ pub fn hybrids(rounds: usize, quick: bool, targets: &mut Targets) {
         }
     }
     println!();
+}
+
+/// Steps of memories of many entries, which are full: of what one step costs, most is the read.
+pub fn many_entries(rounds: usize, quick: bool, targets: &mut Targets) {
+    let sizes: &[usize] = if quick { &[64, 256] } else { &[64, 256, 1024, 4096] };
+    let largest = sizes[sizes.len() - 1];
+    let input = Input::<f32>::new(largest + 2048);
+    let mut racers: Vec<Contestant> = Vec::new();
+    for &entries in sizes {
+        let window = HybridAttention::builder(D).window(64 + entries).sinks(4).far(Far::none());
+        let window = window.build().expect("the options are valid");
+        for (name, kernel) in [("merged", hybrid(Far::merged(entries))), ("window", window)] {
+            let stream = kernel.stream(D_V).expect("sizes are positive");
+            let stream = endless(stream, &input, input.q.nrows());
+            racers.push(Contestant::new(format!("{name}, {entries}"), stream));
+        }
+    }
+    race_for(if quick { 0.004 } else { 0.02 }, &mut racers, rounds);
+    println!("{:<36}{:>12}{:>24}", "decode step", "µs", "a window as large");
+    for pair in racers.chunks(2) {
+        let [us, window] = [0, 1].map(|i| pair[i].seconds() * 1e6);
+        println!("{:<36}{us:>12.2}{:>24.2}", pair[0].name, window / us);
+    }
+    println!();
+    if !quick {
+        let us = racers[4].seconds() * 1e6;
+        targets.at_most("µs of a step of a merged memory with 1024 entries, one head", us, 25.0);
+        println!();
+    }
 }

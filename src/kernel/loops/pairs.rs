@@ -256,8 +256,12 @@ mod tests {
         let (given, kept): (Vec<usize>, Vec<usize>) = (0..width).partition(|&j| r[j] > own);
         near(owned, kept.iter().map(|&j| affinity(j)).fold(0.0, f64::max));
         near(all, (0..width).map(affinity).fold(0.0, f64::max));
-        given.iter().for_each(|&j| near(bound[j], affinity(j).max(wide(before[j]))));
-        kept.iter().for_each(|&j| assert!(bound[j] == before[j]));
+        for j in given {
+            near(bound[j], affinity(j).max(wide(before[j])));
+        }
+        for j in kept {
+            assert!(bound[j] == before[j]);
+        }
         let mut w = numbers::<T>(width, 0.3);
         let (before, least) = (w.clone(), 0.05);
         let constant = |x: f64| T::from(x).unwrap();

@@ -197,6 +197,7 @@ impl<T: Scalar> MergedMemory<T> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_precision_loss)] // random numbers, and means over tokens
 mod tests {
     use super::*;
     use crate::memory::merged::rule::{Distance, MergeCost, Rule};

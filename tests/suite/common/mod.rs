@@ -411,8 +411,12 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
             // calibrated merging without heavy keys takes its metric from the calibration
             let metric =
                 calibration.as_ref().filter(|_| heavy == 0 && matches!(far, FarFormula::Merged(_)));
+            let product = matches!(&far, FarFormula::Merged(rule) if rule.cost == PRODUCT);
             let metric = metric.map(|calibration| {
                 let metric = calibration.metric();
+                if product {
+                    return metric;
+                }
                 let mean = metric.mapv(|x| x * x).sum() / metric.nrows() as f64;
                 metric / mean.sqrt()
             });

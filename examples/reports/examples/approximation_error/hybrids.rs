@@ -9,7 +9,7 @@ pub mod table;
 
 use crate::data::Input;
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Merged, Metric,
+    Attention, Calibration, CalibrationOptions, Error, Far, HybridAttention, Mask, Merged,
     Performer,
 };
 
@@ -123,9 +123,20 @@ impl Sizes {
 pub enum Memory {
     Dropped,
     Features(usize),
-    Taylor { rank: usize, heavy: usize },
-    Ward { entries: usize, calibrated: bool },
-    Merged { entries: usize, block: usize, metric: Metric },
+    Taylor {
+        rank: usize,
+        heavy: usize,
+    },
+    Ward {
+        entries: usize,
+        calibrated: bool,
+    },
+    /// By the cost of Ward, if not by that of the product.
+    Merged {
+        entries: usize,
+        block: usize,
+        ward: bool,
+    },
 }
 
 /// One hybrid of one size.
@@ -141,7 +152,7 @@ pub struct Contestant {
 impl Contestant {
     /// Those that have a meaning on this input, of the ones chosen.
     pub fn all(chosen: &[Hybrid], sizes: &Sizes, input: &Input) -> Vec<Self> {
-        let merged = |entries| Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal };
+        let merged = |entries| Memory::Merged { entries, block: 1, ward: false };
         let ward = |entries| Memory::Ward { entries, calibrated: input.calibration.is_some() };
         let taylor = |rank, heavy| Memory::Taylor { rank, heavy };
         let standard = sizes.entries;
@@ -159,12 +170,8 @@ impl Contestant {
                 Hybrid::Ward => vec![ward(standard)],
                 Hybrid::Merged => vec![
                     merged(standard),
-                    Memory::Merged {
-                        entries: standard,
-                        block: sizes.block,
-                        metric: Metric::QueryDiagonal,
-                    },
-                    Memory::Merged { entries: standard, block: 1, metric: Metric::Identity },
+                    Memory::Merged { entries: standard, block: sizes.block, ward: false },
+                    Memory::Merged { entries: standard, block: 1, ward: true },
                 ],
             };
             let of_plots: Vec<Memory> = match hybrid {
@@ -214,10 +221,8 @@ impl Contestant {
             Memory::Taylor { rank, heavy } => format!("heavy {heavy}, taylor {rank}"),
             Memory::Ward { entries, calibrated: true } => format!("ward {entries}, calibrated"),
             Memory::Ward { entries, calibrated: false } => format!("ward {entries}"),
-            Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal } => {
-                format!("merged {entries}")
-            }
-            Memory::Merged { entries, block: 1, .. } => format!("merged {entries}, plain metric"),
+            Memory::Merged { entries, block: 1, ward: false } => format!("merged {entries}"),
+            Memory::Merged { entries, block: 1, .. } => format!("merged {entries}, Ward's cost"),
             Memory::Merged { entries, block, .. } => format!("merged {entries}, block {block}"),
         }
     }
@@ -255,10 +260,9 @@ impl Contestant {
             Memory::Features(m) => builder.far(Far::features(Performer::new(head_dim, m, seed)?)),
             Memory::Taylor { rank, heavy } => builder.heavy(heavy).far(Far::taylor(rank)),
             Memory::Ward { entries, .. } => builder.far(Far::ward(entries)),
-            Memory::Merged { entries, block, metric } => {
-                // 16 behind a window of 64; a window of that age or less would collect nothing
-                let far = Merged::new(entries).min_age(self.window / 4);
-                builder.far(far.block(block).metric(metric))
+            Memory::Merged { entries, block, ward } => {
+                let far = Merged::new(entries).block(block);
+                builder.far(if ward { far.value_weight(4.0) } else { far })
             }
         };
         Ok(Box::new(builder.build()?))

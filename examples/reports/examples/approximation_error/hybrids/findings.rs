@@ -7,7 +7,6 @@ use crate::findings::failures_of;
 use crate::measure::Results;
 use crate::summary::median;
 use crate::text::{count, percent, short};
-use dijiang::Metric;
 
 /// More heads are counted, not named.
 const MOST_NAMED: usize = 8;
@@ -220,7 +219,7 @@ fn tally(
 /// size.
 fn more_entries(heads: &[Head<'_>]) -> Option<String> {
     let curve = |contestant: &Contestant| match contestant.memory {
-        Memory::Merged { entries, block: 1, metric: Metric::QueryDiagonal } => Some(entries),
+        Memory::Merged { entries, block: 1, ward: false } => Some(entries),
         _ => None,
     };
     let mut entries: Vec<usize> = heads
@@ -301,19 +300,19 @@ fn options(heads: &[Head<'_>]) -> Option<String> {
     };
     change("heavy keys before the Taylor map", from(&light, Hybrid::Heavy));
     let one_by_one = |memory| match memory {
-        Memory::Merged { entries, block, metric } if block > 1 => {
-            Some(Memory::Merged { entries, block: 1, metric })
+        Memory::Merged { entries, block, ward } if block > 1 => {
+            Some(Memory::Merged { entries, block: 1, ward })
         }
         _ => None,
     };
     change("merging in blocks", from(&one_by_one, Hybrid::Merged));
-    let weighted = |memory| match memory {
-        Memory::Merged { entries, block, metric: Metric::Identity } => {
-            Some(Memory::Merged { entries, block, metric: Metric::QueryDiagonal })
+    let by_product = |memory| match memory {
+        Memory::Merged { entries, block, ward: true } => {
+            Some(Memory::Merged { entries, block, ward: false })
         }
         _ => None,
     };
-    change("merging by plain distances of keys", from(&weighted, Hybrid::Merged));
+    change("merging by Ward's cost", from(&by_product, Hybrid::Merged));
     (!changes.is_empty())
         .then(|| format!("The median change of the output error by: {}.", changes.join("; ")))
 }

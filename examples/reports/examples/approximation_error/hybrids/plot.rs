@@ -6,7 +6,6 @@ use crate::measure::Results;
 use crate::plots::{
     Axis, BLUE, Failure, GREEN, GREY, Look, PURPLE, Panel, Series, Shape, VERMILLION,
 };
-use dijiang::Metric;
 
 /// A line of the plot, or single marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +18,7 @@ enum Family {
     CalibratedWard,
     Merged,
     Blocks,
-    PlainMetric,
+    WardsCost,
 }
 
 impl Family {
@@ -27,7 +26,7 @@ impl Family {
         Self::Heavy,
         Self::Ward,
         Self::Blocks,
-        Self::PlainMetric,
+        Self::WardsCost,
         Self::Window,
         Self::Features,
         Self::Taylor,
@@ -43,8 +42,8 @@ impl Family {
             Memory::Taylor { .. } => Self::Heavy,
             Memory::Ward { calibrated: true, .. } => Self::CalibratedWard,
             Memory::Ward { calibrated: false, .. } => Self::Ward,
-            Memory::Merged { block: 1, metric: Metric::QueryDiagonal, .. } => Self::Merged,
-            Memory::Merged { block: 1, .. } => Self::PlainMetric,
+            Memory::Merged { block: 1, ward: false, .. } => Self::Merged,
+            Memory::Merged { block: 1, .. } => Self::WardsCost,
             Memory::Merged { .. } => Self::Blocks,
         }
     }
@@ -57,7 +56,7 @@ impl Family {
             Self::Taylor => Some("taylor"),
             Self::CalibratedWard => Some("ward"),
             Self::Merged => Some("merged"),
-            Self::Heavy | Self::Ward | Self::Blocks | Self::PlainMetric => None,
+            Self::Heavy | Self::Ward | Self::Blocks | Self::WardsCost => None,
         }
     }
 
@@ -68,7 +67,7 @@ impl Family {
             Self::Taylor => (PURPLE, Shape::Disc),
             Self::CalibratedWard => (GREEN, Shape::Disc),
             Self::Merged => (VERMILLION, Shape::Disc),
-            Self::Heavy | Self::Ward | Self::Blocks | Self::PlainMetric => (GREY, Shape::Ring),
+            Self::Heavy | Self::Ward | Self::Blocks | Self::WardsCost => (GREY, Shape::Ring),
         }
     }
 }
