@@ -21,7 +21,7 @@ use crate::kernel::loops::columns::{
 };
 use crate::kernel::loops::dct::{DctColumns, LanesDct};
 use crate::kernel::loops::decay::DecayRows;
-use crate::kernel::loops::decode::{DecodeStep, ReadSums};
+use crate::kernel::loops::decode::{BLOCK, DecayStep, DecodeStep, LetWait, ReadSums};
 use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum};
 use crate::kernel::loops::pairs::{Distances, LargestAffinities, Receive};
 use crate::kernel::loops::products::{Product, RowTimesMatrix, TwoRowsTimesMatrix};
@@ -113,13 +113,31 @@ impl<T: Compiled> DecodeStep<'_, T> {
     /// Takes the step; the denominator.
     pub(crate) fn run(self) -> T {
         debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
+        debug_assert!(self.waiting.keys.len() == BLOCK * self.k.len());
         T::run_decode_step(self)
     }
 }
 
-/// The reading half of [`DecodeStep`], with the same rounding: `answer = own·v + Σ_p q_p·sum_p`.
-pub(crate) fn read_sums<T: Compiled>(own: T, [q, v, sum]: [&[T]; 3], answer: &mut [T]) {
-    T::run_read_sums(ReadSums { own, q, v, sum, answer });
+impl<T: Compiled> DecayStep<'_, T> {
+    /// Takes the step; the denominator.
+    pub(crate) fn run(self) -> T {
+        debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
+        T::run_decay_step(self)
+    }
+}
+
+impl<T: Compiled> LetWait<'_, T> {
+    /// Lets the token wait.
+    pub(crate) fn run(self) {
+        T::run_let_wait(self);
+    }
+}
+
+impl<T: Compiled> ReadSums<'_, T> {
+    /// Reads.
+    pub(crate) fn run(self) {
+        T::run_read_sums(self);
+    }
 }
 
 /// Replaces every element `x` by `2^(x − shift)`; none may be above `shift`.

@@ -69,6 +69,8 @@ compiled! {
     run_scale_into: vectors::ScaleInto -> Self;
     run_exp2_below_maximum: exp::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: decode::DecodeStep -> Self;
+    run_decay_step: decode::DecayStep -> Self;
+    run_let_wait: decode::LetWait;
     run_read_sums: decode::ReadSums;
     run_distances: pairs::Distances;
     run_largest_affinities: pairs::LargestAffinities;

@@ -10,6 +10,7 @@ mod gates;
 mod groups;
 mod log_scale;
 pub(crate) mod pass;
+mod pending;
 pub(crate) mod save;
 pub(crate) mod state;
 mod state_decay;
@@ -137,7 +138,9 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             return Ok(());
         }
         let before = self.state.clone();
-        let result = self.state.merge(&other.state);
+        let mut other = other.state.clone();
+        other.settle();
+        let result = self.state.merge(&other);
         if result.is_err() {
             self.state = before;
         }
@@ -174,6 +177,11 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Arc::ptr_eq(&self.map, map) && self.state.value_dim == value_dim
     }
 
+    /// Lets the tokens of decode steps wait beside the sums from now on.
+    pub(crate) fn let_tokens_wait(&mut self) {
+        self.state.let_tokens_wait();
+    }
+
     pub(crate) fn forget(&mut self) {
         self.state.reset(self.map.num_features(), self.state.value_dim);
     }
@@ -196,6 +204,12 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// Everything but the map: the log scale and the sums. Empty while no token has been absorbed.
     pub(crate) fn numbers(&self) -> Vec<T> {
         self.state.numbers()
+    }
+
+    /// The number of [`numbers`](Self::numbers) that a state of these sizes can have, for `count`
+    /// that are given: `count` itself, if it can.
+    pub(crate) fn fitting_numbers(&self, count: usize) -> usize {
+        self.state.fitting_numbers(count)
     }
 
     /// The inverse of [`numbers`](Self::numbers); the length has been checked.
@@ -373,6 +387,6 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     }
 
     fn state_floats(&self) -> usize {
-        2 * self.state.features() * (self.state.value_dim + 1) + 1
+        self.state.floats() + 1
     }
 }

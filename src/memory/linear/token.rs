@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::kernel;
 use crate::kernel::loops::decay::{DecayRows, RowDecay};
-use crate::kernel::loops::decode::DecodeStep;
+use crate::kernel::loops::decode::{DecayStep, DecodeStep, LetWait, ReadSums};
 use crate::memory::answer::Answer;
 use crate::memory::answer::Readout;
 use crate::memory::linear::bounds::{Size, least_denominator};
@@ -72,17 +72,21 @@ pub(super) fn read<T: Scalar>(
     let query = decayed.unwrap_or(&token.queries[..state.features()]);
     answer.resize(1, 1, state.stride());
     answer.denominator[0] = denominator;
-    if meeting.old == T::one() {
-        kernel::read_sums(own, [query, &token.values, &state.sums], &mut answer.numerator);
-    } else {
-        kernel::row_times_matrix(query, &state.sums, state.stride(), &mut answer.numerator);
-        kernel::scale(&mut answer.numerator, meeting.old);
-        kernel::add_scaled(&mut answer.numerator, own, &token.values);
+    ReadSums {
+        own,
+        old: meeting.old,
+        q: query,
+        v: &token.values,
+        sum: &state.sums,
+        keys: &state.pending.keys,
+        values: state.pending.values(),
+        answer: &mut answer.numerator,
     }
+    .run();
     answer.log_scale[0] = token.query_scale[0] + meeting.log_scale;
 }
 
-/// Adds a token: `S ← old·diag(α)·S + own·k vᵀ`, `z ← old·α ⊙ z + own·k`, where α is what features
+/// Adds a token to sums beside which none waits: `S ← old·diag(α)·S + own·k vᵀ`, `z ← old·α ⊙ z + own·k`, where α is what features
 /// decay beyond the slowest, if they do. The key is overwritten.
 pub(super) fn absorb<T: Scalar>(
     state: &mut State<T>,
@@ -90,6 +94,7 @@ pub(super) fn absorb<T: Scalar>(
     meeting: Meeting<T>,
     decay: Option<RowDecay<'_, T>>,
 ) {
+    debug_assert!(state.pending.is_empty());
     state.rescale(meeting.log_scale);
     let keys = &mut token.keys[..state.normalizer.len()];
     if meeting.own != T::one() {
@@ -108,9 +113,34 @@ pub(super) fn absorb<T: Scalar>(
     state.tokens += 1;
 }
 
-/// [`read`] and [`absorb`] in one pass over the sums, if they can neither fail half-way nor need
-/// another log scale: `false` says that nothing was done.
-fn read_and_absorb<T: Scalar>(
+/// Lets a token wait beside the sums, and adds all that wait to them once there are enough.
+fn let_wait<T: Scalar>(state: &mut State<T>, token: &Chunk<T>, meeting: Meeting<T>) {
+    state.rescale(meeting.log_scale);
+    let State { normalizer, normalizer_low, pending, .. } = &mut *state;
+    LetWait {
+        factor: meeting.own,
+        k: &token.keys[..normalizer.len()],
+        v: &token.values,
+        z: normalizer,
+        z_low: normalizer_low,
+        waiting: pending.waiting(),
+    }
+    .run();
+    count_waiting(state);
+}
+
+/// Counts a token that waits.
+fn count_waiting<T: Scalar>(state: &mut State<T>) {
+    state.tokens += 1;
+    state.pending.count_one();
+    if state.pending.is_full() {
+        state.settle();
+    }
+}
+
+/// [`read`] and [`let_wait`] or [`absorb`] in one pass over the sums, if they can neither fail
+/// half-way nor need another log scale: `false` says that nothing was done.
+fn read_and_take<T: Scalar>(
     state: &mut State<T>,
     token: &mut Chunk<T>,
     gates: &Gates<T>,
@@ -121,32 +151,58 @@ fn read_and_absorb<T: Scalar>(
     if state.tokens == 0 || meeting.log_scale != state.scale.high {
         return false;
     }
+    let decay = gates.query().zip(gates.of_features());
+    let fits = if decay.is_some() { state.pending.is_empty() } else { state.pending.has_room() };
+    if !fits {
+        return false;
+    }
     let features = state.features();
     let size = state.size.max(token.values_size);
     let log_scale = token.query_scale[0] + meeting.log_scale;
     let Some(least) = least_denominator(readout, size, features, log_scale) else { return false };
     answer.resize(1, 1, state.stride());
-    let denominator = DecodeStep {
-        factor: meeting.own,
-        least,
-        q: &token.queries[..features],
-        decay: gates.query().zip(gates.of_features()),
-        k: &mut token.keys[..features],
-        v: &token.values,
-        z: &mut state.normalizer,
-        z_low: &mut state.normalizer_low,
-        sum: &mut state.sums,
-        low: &mut state.sums_low,
-        answer: &mut answer.numerator,
-    }
-    .run();
+    let denominator = if let Some((past, decay)) = decay {
+        DecayStep {
+            factor: meeting.own,
+            least,
+            q: &token.queries[..features],
+            past,
+            decay,
+            k: &mut token.keys[..features],
+            v: &token.values,
+            z: &mut state.normalizer,
+            z_low: &mut state.normalizer_low,
+            sum: &mut state.sums,
+            low: &mut state.sums_low,
+            answer: &mut answer.numerator,
+        }
+        .run()
+    } else {
+        DecodeStep {
+            factor: meeting.own,
+            least,
+            q: &token.queries[..features],
+            k: &token.keys[..features],
+            v: &token.values,
+            z: &mut state.normalizer,
+            z_low: &mut state.normalizer_low,
+            sum: &state.sums,
+            waiting: state.pending.waiting(),
+            answer: &mut answer.numerator,
+        }
+        .run()
+    };
     if !(denominator.is_finite() && denominator >= least) {
         return false;
     }
     answer.denominator[0] = denominator;
     answer.log_scale[0] = log_scale;
     state.size = size;
-    state.tokens += 1;
+    if decay.is_some() {
+        state.tokens += 1;
+    } else {
+        count_waiting(state);
+    }
     true
 }
 
@@ -163,7 +219,7 @@ pub(super) fn extend<T: Scalar>(
     let old_scale = state.scale;
     state.scale = gates.decay_token(token, old_scale);
     let meeting = Meeting::of_chunk(state.scale, token, gates);
-    if read_and_absorb(state, token, gates, meeting, readout, answer) {
+    if read_and_take(state, token, gates, meeting, readout, answer) {
         return answer.write(row, readout, out);
     }
     read(state, token, meeting, gates.query(), answer);
@@ -175,7 +231,12 @@ pub(super) fn extend<T: Scalar>(
         before.copy_from(state);
         before.scale = old_scale;
     }
-    absorb(state, token, meeting, gates.of_features());
+    if token.values_size < Size::Large && state.pending.has_room() && gates.of_features().is_none() {
+        let_wait(state, token, meeting);
+    } else {
+        state.settle();
+        absorb(state, token, meeting, gates.of_features());
+    }
     let result = state.check_size(token.values_size, row);
     if result.is_err() && row == 0 {
         state.copy_from(before);
