@@ -261,8 +261,12 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        // a single token leaves the state as it was by itself
-        self.guarded(tokens.q.nrows() > 1, work, |pass, state, work| {
+        if tokens.q.nrows() == 1 {
+            let pass = Pass::of(&*self.map, self.scale_root).with_decay(decay);
+            pass.map_tokens(tokens, &mut work.pass, 0)?;
+            return token::extend(&mut self.state, &mut work.pass, out, readout, 0);
+        }
+        self.guarded(work, |pass, state, work| {
             pass.with_decay(decay).extend(state, tokens, out, readout, work, true)
         })
     }
@@ -339,19 +343,15 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         step.finish(&mut self.state, out, readout, buffers)
     }
 
-    /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the
-    /// state has changed.
+    /// Runs `run`; puts the state back if it fails.
     fn guarded(
         &mut self,
-        risky: bool,
         work: &mut Workspace<T>,
         run: impl FnOnce(Pass<'_, T>, &mut State<T>, &mut Workspace<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        if risky {
-            work.pass.before.copy_from(&self.state);
-        }
+        work.pass.before.copy_from(&self.state);
         let result = run(Pass::of(&*self.map, self.scale_root), &mut self.state, work);
-        if result.is_err() && risky {
+        if result.is_err() {
             self.state.copy_from(&work.pass.before);
         }
         result
@@ -371,7 +371,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
-        self.guarded(true, &mut Workspace::new(), |pass, state, work| {
+        self.guarded(&mut Workspace::new(), |pass, state, work| {
             pass.absorb(state, k, v, work)
         })
     }

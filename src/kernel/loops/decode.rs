@@ -39,7 +39,8 @@ impl<T: Lanes> Waiting<'_, T> {
 /// ```
 ///
 /// Rows of the sums are as wide as `v`, whole vectors of it, and only read. Returns the
-/// denominator; if it is not finite, or below `least`, nothing is changed.
+/// denominator; if it is not finite, or below `least`, nothing is changed. Else `out` is the first
+/// numbers of `answer/denominator`, or of `answer·scale²` if there is a scale.
 #[derive(Debug)]
 pub struct DecodeStep<'a, T> {
     pub(crate) factor: T,
@@ -51,7 +52,9 @@ pub struct DecodeStep<'a, T> {
     pub(crate) z_low: &'a mut [T],
     pub(crate) sum: &'a [T],
     pub(crate) waiting: Waiting<'a, T>,
+    pub(crate) scale: Option<T>,
     pub(crate) answer: &'a mut [T],
+    pub(crate) out: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for DecodeStep<'_, T> {
@@ -59,7 +62,7 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) -> T {
-        let Self { factor, q, k, v, z, waiting, .. } = self;
+        let Self { factor, q, k, v, z, waiting, answer, .. } = self;
         let own = factor * dot_at(level, q, k);
         let denominator = own + dot_at(level, q, z);
         if !(denominator >= self.least && denominator.is_finite()) {
@@ -73,9 +76,15 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
             sum: self.sum,
             keys: &*waiting.keys,
             values: &waiting.values[..waiting.count * v.len()],
-            answer: self.answer,
+            answer: &mut *answer,
         }
         .run(level);
+        let factor_ = self.scale.unwrap_or_else(|| denominator.recip());
+        ScaleInPlace { x: &mut *answer, factor: factor_ }.run(level);
+        if let Some(factor) = self.scale {
+            ScaleInPlace { x: &mut *answer, factor }.run(level);
+        }
+        self.out.copy_from_slice(&answer[..self.out.len()]);
         waiting.take(level, factor, [k, v], [z, self.z_low]);
         denominator
     }
@@ -307,7 +316,9 @@ mod tests {
                 z_low: &mut z_low,
                 sum,
                 waiting: Waiting { keys: &mut keys, values: &mut values, count },
-                answer: &mut answer,
+                scale: Some(half),
+                answer: &mut vec![T::nan(); width],
+                out: &mut answer,
             });
             close(denominator, own + of_sums);
             if least > T::zero() {
@@ -315,7 +326,8 @@ mod tests {
                 assert!(keys == before.0 && values == before.1);
                 continue;
             }
-            answer.iter().zip(&expected).for_each(|(&found, &expected)| close(found, expected));
+            let quarter = answer.iter().zip(&expected);
+            quarter.for_each(|(&found, &expected)| close(found, 0.25 * expected));
             assert!(values[count * width..][..width] == v[..]);
             for p in 0..n {
                 close(new_z[p], wide(z)[p] + 0.5 * wide(key)[p]);
@@ -348,6 +360,7 @@ mod tests {
                 z_low: &mut low_,
                 waiting: Waiting { keys: &mut keys_, values: &mut values_, count },
             });
+            read.iter_mut().for_each(|x| *x = *x * half * half);
             assert!(read == answer && keys_ == keys && values_ == values);
             assert!(z_ == new_z && low_ == z_low, "{machine:?} {n} {width}: another rounding");
         }

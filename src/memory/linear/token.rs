@@ -138,71 +138,101 @@ fn count_waiting<T: Scalar>(state: &mut State<T>) {
     }
 }
 
-/// [`read`] and [`let_wait`] or [`absorb`] in one pass over the sums, if they can neither fail
+/// The least denominator and the log scale of the answer for [`read_and_wait`] and
+/// [`read_and_absorb`], and the size of all values then, if either is known to be in range.
+fn in_range<T: Scalar>(
+    state: &State<T>,
+    token: &Chunk<T>,
+    meeting: Meeting<T>,
+    readout: Readout,
+) -> Option<(T, T, Size)> {
+    if state.tokens == 0 || meeting.log_scale != state.scale.high {
+        return None;
+    }
+    let size = state.size.max(token.values_size);
+    let log_scale = token.query_scale[0] + meeting.log_scale;
+    least_denominator(readout, size, state.features(), log_scale)
+        .map(|least| (least, log_scale, size))
+}
+
+/// [`read`], the output and [`let_wait`] in one pass over the sums, if they can neither fail
 /// half-way nor need another log scale: `false` says that nothing was done.
-fn read_and_take<T: Scalar>(
+fn read_and_wait<T: Scalar>(
+    state: &mut State<T>,
+    token: &Chunk<T>,
+    meeting: Meeting<T>,
+    readout: Readout,
+    answer: &mut Answer<T>,
+    out: &mut [T],
+) -> bool {
+    let Some((least, log_scale, size)) = in_range(state, token, meeting, readout) else {
+        return false;
+    };
+    let features = state.features();
+    answer.resize(1, 1, state.stride());
+    let denominator = DecodeStep {
+        factor: meeting.own,
+        least,
+        q: &token.queries[..features],
+        k: &token.keys[..features],
+        v: &token.values,
+        z: &mut state.normalizer,
+        z_low: &mut state.normalizer_low,
+        sum: &state.sums,
+        waiting: state.pending.waiting(),
+        scale: match readout {
+            Readout::Normalized => None,
+            Readout::Unnormalized => Some((log_scale * T::from_f64(0.5)).exp()),
+        },
+        answer: &mut answer.numerator,
+        out,
+    }
+    .run();
+    if !(denominator.is_finite() && denominator >= least) {
+        return false;
+    }
+    state.size = size;
+    count_waiting(state);
+    true
+}
+
+/// [`read`] and [`absorb`] in one pass over sums that decay and beside which no token waits, if
+/// they can neither fail half-way nor need another log scale: `false` says that nothing was done.
+fn read_and_absorb<T: Scalar>(
     state: &mut State<T>,
     token: &mut Chunk<T>,
-    gates: &Gates<T>,
+    (past, decay): (&[T], RowDecay<'_, T>),
     meeting: Meeting<T>,
     readout: Readout,
     answer: &mut Answer<T>,
 ) -> bool {
-    if state.tokens == 0 || meeting.log_scale != state.scale.high {
+    let Some((least, log_scale, size)) = in_range(state, token, meeting, readout) else {
         return false;
-    }
-    let decay = gates.query().zip(gates.of_features());
-    let fits = if decay.is_some() { state.pending.is_empty() } else { state.pending.has_room() };
-    if !fits {
-        return false;
-    }
-    let features = state.features();
-    let size = state.size.max(token.values_size);
-    let log_scale = token.query_scale[0] + meeting.log_scale;
-    let Some(least) = least_denominator(readout, size, features, log_scale) else { return false };
-    answer.resize(1, 1, state.stride());
-    let denominator = if let Some((past, decay)) = decay {
-        DecayStep {
-            factor: meeting.own,
-            least,
-            q: &token.queries[..features],
-            past,
-            decay,
-            k: &mut token.keys[..features],
-            v: &token.values,
-            z: &mut state.normalizer,
-            z_low: &mut state.normalizer_low,
-            sum: &mut state.sums,
-            low: &mut state.sums_low,
-            answer: &mut answer.numerator,
-        }
-        .run()
-    } else {
-        DecodeStep {
-            factor: meeting.own,
-            least,
-            q: &token.queries[..features],
-            k: &token.keys[..features],
-            v: &token.values,
-            z: &mut state.normalizer,
-            z_low: &mut state.normalizer_low,
-            sum: &state.sums,
-            waiting: state.pending.waiting(),
-            answer: &mut answer.numerator,
-        }
-        .run()
     };
+    let features = state.features();
+    answer.resize(1, 1, state.stride());
+    let denominator = DecayStep {
+        factor: meeting.own,
+        least,
+        q: &token.queries[..features],
+        past,
+        decay,
+        k: &mut token.keys[..features],
+        v: &token.values,
+        z: &mut state.normalizer,
+        z_low: &mut state.normalizer_low,
+        sum: &mut state.sums,
+        low: &mut state.sums_low,
+        answer: &mut answer.numerator,
+    }
+    .run();
     if !(denominator.is_finite() && denominator >= least) {
         return false;
     }
     answer.denominator[0] = denominator;
     answer.log_scale[0] = log_scale;
     state.size = size;
-    if decay.is_some() {
-        state.tokens += 1;
-    } else {
-        count_waiting(state);
-    }
+    state.tokens += 1;
     true
 }
 
@@ -211,7 +241,7 @@ fn read_and_take<T: Scalar>(
 pub(super) fn extend<T: Scalar>(
     state: &mut State<T>,
     buffers: &mut PassBuffers<T>,
-    out: ArrayViewMut2<'_, T>,
+    mut out: ArrayViewMut2<'_, T>,
     readout: Readout,
     row: usize,
 ) -> Result<(), Error> {
@@ -219,8 +249,17 @@ pub(super) fn extend<T: Scalar>(
     let old_scale = state.scale;
     state.scale = gates.decay_token(token, old_scale);
     let meeting = Meeting::of_chunk(state.scale, token, gates);
-    if read_and_take(state, token, gates, meeting, readout, answer) {
-        return answer.write(row, readout, out);
+    if let Some(decay) = gates.query().zip(gates.of_features()) {
+        if state.pending.is_empty()
+            && read_and_absorb(state, token, decay, meeting, readout, answer)
+        {
+            return answer.write(row, readout, out);
+        }
+    } else if state.pending.has_room()
+        && let Some(out) = out.as_slice_mut()
+        && read_and_wait(state, token, meeting, readout, answer, out)
+    {
+        return Ok(());
     }
     read(state, token, meeting, gates.query(), answer);
     if let Err(error) = answer.write(row, readout, out) {
