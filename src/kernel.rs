@@ -113,7 +113,7 @@ impl<T: Compiled> DecodeStep<'_, T> {
     /// Takes the step; the denominator.
     pub(crate) fn run(self) -> T {
         debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
-        debug_assert!(self.waiting.keys.len() == BLOCK * self.k.len());
+        debug_assert!(self.waiting.keys.len() == BLOCK * self.waiting.stride);
         T::run_decode_step(self)
     }
 }

@@ -10,10 +10,11 @@ use crate::kernel::simd::{Lanes, Level, Loop};
 /// seldom stores to the sums, and so few, that reading them costs little.
 pub const BLOCK: usize = 16;
 
-/// The first `count` of [`BLOCK`] tokens: keys `[p, BLOCK]`, one a column, and values, one a row.
+/// The first `count` of [`BLOCK`] tokens, one a row: keys, `stride` apart, and values.
 #[derive(Debug)]
 pub struct Waiting<'a, T> {
     pub(crate) keys: &'a mut [T],
+    pub(crate) stride: usize,
     pub(crate) values: &'a mut [T],
     pub(crate) count: usize,
 }
@@ -23,9 +24,9 @@ impl<T: Lanes> Waiting<'_, T> {
     #[inline(always)]
     fn take<L: Level>(self, level: L, factor: T, [k, v]: [&[T]; 2], [z, low]: [&mut [T]; 2]) {
         AddOuter { sum: z, low, factors: &[factor], x: k }.run(level);
-        for (key, &k) in self.keys.chunks_exact_mut(BLOCK).zip(k) {
-            key[self.count] = factor * k;
-        }
+        let key = &mut self.keys[self.count * self.stride..][..k.len()];
+        key.copy_from_slice(k);
+        ScaleInPlace { x: key, factor }.run(level);
         self.values[self.count * v.len()..(self.count + 1) * v.len()].copy_from_slice(v);
     }
 }
@@ -75,6 +76,7 @@ impl<T: Lanes> Loop for DecodeStep<'_, T> {
             v,
             sum: self.sum,
             keys: &*waiting.keys,
+            stride: waiting.stride,
             values: &waiting.values[..waiting.count * v.len()],
             answer: &mut *answer,
         }
@@ -121,9 +123,10 @@ pub struct ReadSums<'a, T> {
     pub(crate) q: &'a [T],
     pub(crate) v: &'a [T],
     pub(crate) sum: &'a [T],
-    /// `[q.len(), BLOCK]`.
+    /// Rows of as many numbers as `q`, `stride` apart.
     pub(crate) keys: &'a [T],
-    /// Rows as wide as `v`.
+    pub(crate) stride: usize,
+    /// As many rows as wide as `v`.
     pub(crate) values: &'a [T],
     pub(crate) answer: &'a mut [T],
 }
@@ -133,13 +136,16 @@ impl<T: Lanes> Loop for ReadSums<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let Self { own, old, q, v, sum, keys, values, answer } = self;
+        let Self { own, old, q, v, sum, keys, stride, values, answer } = self;
         let ldb = v.len();
         RowTimesMatrix { x: q, b: sum, ldb, y: &mut *answer, add: false }.run(level);
         if !values.is_empty() {
             let mut scores = [T::zero(); BLOCK];
-            RowTimesMatrix { x: q, b: keys, ldb: BLOCK, y: &mut scores, add: false }.run(level);
-            let x = &scores[..values.len() / ldb];
+            let scores = &mut scores[..values.len() / ldb];
+            for (score, key) in scores.iter_mut().zip(keys.chunks(stride)) {
+                *score = dot_at(level, q, key);
+            }
+            let x = &*scores;
             RowTimesMatrix { x, b: values, ldb, y: &mut *answer, add: true }.run(level);
         }
         let (own, old) = (T::splat(level, own), T::splat(level, old));
@@ -290,10 +296,12 @@ mod tests {
         let case = Case::<T>::new(n, width);
         let Case { q, key, v, z, sum, .. } = &case;
         let half = T::one() / (T::one() + T::one());
-        let (mut keys, mut values) = (numbers::<T>(n * BLOCK, 0.4), numbers(BLOCK * width, 1.1));
+        let stride = n.next_multiple_of(T::PAD).max(T::PAD);
+        let (mut keys, mut values) =
+            (numbers::<T>(BLOCK * stride, 0.4), numbers(BLOCK * width, 1.1));
         let (own, of_sums, read) = case.read(q);
         let scores: Vec<f64> = (0..count)
-            .map(|j| (0..n).map(|p| wide(q)[p] * wide(&keys)[p * BLOCK + j]).sum())
+            .map(|j| (0..n).map(|p| wide(q)[p] * wide(&keys)[j * stride + p]).sum())
             .collect();
         let expected: Vec<f64> = (0..width)
             .map(|c| {
@@ -315,7 +323,7 @@ mod tests {
                 z: &mut new_z,
                 z_low: &mut z_low,
                 sum,
-                waiting: Waiting { keys: &mut keys, values: &mut values, count },
+                waiting: Waiting { keys: &mut keys, stride, values: &mut values, count },
                 scale: Some(half),
                 answer: &mut vec![T::nan(); width],
                 out: &mut answer,
@@ -331,12 +339,9 @@ mod tests {
             assert!(values[count * width..][..width] == v[..]);
             for p in 0..n {
                 close(new_z[p], wide(z)[p] + 0.5 * wide(key)[p]);
-                assert!(keys[p * BLOCK + count] == half * key[p]);
+                assert!(keys[count * stride + p] == half * key[p]);
             }
-            let others = |keys: &[T]| -> Vec<T> {
-                keys.iter().zip(0..).filter(|(_, i)| i % BLOCK != count).map(|(&x, _)| x).collect()
-            };
-            assert!(others(&keys) == others(&before.0), "the other tokens stay");
+            assert!(keys[..count * stride] == before.0[..count * stride], "others stay");
 
             // in two halves, with the same rounding
             let (mut keys_, mut values_) = before.clone();
@@ -348,6 +353,7 @@ mod tests {
                 v,
                 sum,
                 keys: &keys_,
+                stride,
                 values: &values_[..count * width],
                 answer: &mut read,
             });
@@ -358,7 +364,7 @@ mod tests {
                 v,
                 z: &mut z_,
                 z_low: &mut low_,
-                waiting: Waiting { keys: &mut keys_, values: &mut values_, count },
+                waiting: Waiting { keys: &mut keys_, stride, values: &mut values_, count },
             });
             read.iter_mut().for_each(|x| *x = *x * half * half);
             assert!(read == answer && keys_ == keys && values_ == values);

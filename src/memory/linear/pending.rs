@@ -1,5 +1,6 @@
 //! The last tokens of a decoder, which wait beside the sums until they are added in one product.
 
+use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::decode::{BLOCK, Waiting};
 use crate::scalar::Scalar;
@@ -9,10 +10,9 @@ use crate::scalar::Scalar;
 #[derive(Clone, Debug)]
 pub(super) struct Pending<T> {
     tokens: usize,
-    /// `[num_features, BLOCK]`, one token a column, in units of the sums; 0 beyond the tokens.
-    /// Empty where no token may wait.
+    /// `[BLOCK, num_features]`, rows padded, in units of the sums. Empty where no token may wait.
     pub(super) keys: Buffer<T>,
-    /// `[BLOCK, value_dim]`, one token a row, rows padded.
+    /// `[BLOCK, value_dim]`, rows padded.
     pub(super) values: Buffer<T>,
 }
 
@@ -23,24 +23,38 @@ impl<T: Scalar> Pending<T> {
 
     /// Makes room for tokens of these sizes, of which there are none.
     pub(super) fn reserve(&mut self, features: usize, value_dim: usize) {
-        self.keys.resize(features * BLOCK);
+        self.keys.resize(BLOCK * padded::<T>(features));
         self.values.resize(BLOCK * padded::<T>(value_dim));
-        self.values.fill(T::zero());
         self.clear();
     }
 
     /// Forgets the tokens.
     pub(super) fn clear(&mut self) {
         self.tokens = 0;
-        self.keys.fill(T::zero());
     }
 
     pub(super) fn copy_from(&mut self, other: &Self) {
         self.tokens = other.tokens;
         self.keys.resize(other.keys.len());
         self.values.resize(other.values.len());
-        self.keys.copy_from_slice(&other.keys);
-        self.values.copy_from_slice(&other.values);
+        let [keys, values] = [other.held_keys(), other.values()];
+        self.keys[..keys.len()].copy_from_slice(keys);
+        self.values[..values.len()].copy_from_slice(values);
+    }
+
+    /// Brings the keys to another unit.
+    pub(super) fn scale(&mut self, factor: T) {
+        let held = self.tokens * self.key_stride();
+        kernel::scale(&mut self.keys[..held], factor);
+    }
+
+    /// Numbers between two keys.
+    pub(super) fn key_stride(&self) -> usize {
+        self.keys.len() / BLOCK
+    }
+
+    fn held_keys(&self) -> &[T] {
+        &self.keys[..self.tokens * self.key_stride()]
     }
 
     /// Whether tokens may wait.
@@ -74,7 +88,8 @@ impl<T: Scalar> Pending<T> {
 
     /// What a loop is to put one more token in.
     pub(super) fn waiting(&mut self) -> Waiting<'_, T> {
-        Waiting { keys: &mut self.keys, values: &mut self.values, count: self.tokens }
+        let stride = self.key_stride();
+        Waiting { keys: &mut self.keys, stride, values: &mut self.values, count: self.tokens }
     }
 
     /// Counts the token that a loop has put in.
@@ -82,18 +97,18 @@ impl<T: Scalar> Pending<T> {
         self.tokens += 1;
     }
 
-    /// The key, without what pads it, and the value of each token that waits.
-    pub(super) fn tokens(&self) -> impl Iterator<Item = (impl Iterator<Item = &T>, &[T])> {
-        let values = self.values.chunks_exact((self.values.len() / BLOCK).max(1));
-        let key = |token: usize| self.keys[token..].iter().step_by(BLOCK);
-        (0..self.tokens).zip(values).map(move |(token, value)| (key(token), value))
+    /// Padded key and padded value of each token that waits.
+    pub(super) fn tokens(&self) -> impl Iterator<Item = [&[T]; 2]> {
+        let values = self.values.chunks((self.values.len() / BLOCK).max(1));
+        let keys = self.held_keys().chunks(self.key_stride().max(1));
+        keys.zip(values).map(|(key, value)| [key, value])
     }
 
-    /// Takes in one token as [`tokens`](Self::tokens) gives it; its value may be without padding.
+    /// Takes in one token, of which neither need be padded.
     pub(super) fn push(&mut self, key: &[T], value: &[T]) {
+        let (key_stride, stride) = (self.key_stride(), self.values.len() / BLOCK);
         let token = self.tokens;
-        self.keys[token..].iter_mut().step_by(BLOCK).zip(key).for_each(|(to, &x)| *to = x);
-        let stride = self.values.len() / BLOCK;
+        self.keys[token * key_stride..][..key.len()].copy_from_slice(key);
         let row = &mut self.values[token * stride..(token + 1) * stride];
         row[..value.len()].copy_from_slice(value);
         row[value.len()..].fill(T::zero());

@@ -44,8 +44,10 @@ impl<T: Scalar> State<T> {
         if self.tokens == 0 {
             return Vec::new();
         }
+        let (features, value_dim) = (self.features(), self.value_dim);
         let pending = self.pending.tokens();
-        let pending = pending.flat_map(|(key, value)| key.chain(&value[..self.value_dim]));
+        let pending =
+            pending.flat_map(|[key, value]| key[..features].iter().chain(&value[..value_dim]));
         let sums = core::iter::once(&self.scale.high).chain(self.rows().flatten());
         sums.chain(pending).copied().collect()
     }

@@ -4,7 +4,6 @@ use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::decay::DecayRows;
-use crate::kernel::loops::decode::BLOCK;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::linear::bounds::Size;
 use crate::memory::linear::log_scale::LogScale;
@@ -125,7 +124,7 @@ impl<T: Scalar> State<T> {
             m: features,
             n: stride,
             k: tokens,
-            a: Matrix::rows(&self.pending.keys, BLOCK),
+            a: Matrix::columns(&self.pending.keys, self.pending.key_stride()),
             b: self.pending.values(),
             ldb: stride,
             c: &mut self.sums,
@@ -190,9 +189,7 @@ impl<T: Scalar> State<T> {
             if self.tokens > 0 {
                 let factor = self.scale.ratio_to(log_scale);
                 self.all_rows().scale(factor);
-                if !self.pending.is_empty() {
-                    kernel::scale(&mut self.pending.keys, factor);
-                }
+                self.pending.scale(factor);
             }
             self.scale = LogScale::of(log_scale);
         }

@@ -79,6 +79,7 @@ pub(super) fn read<T: Scalar>(
         v: &token.values,
         sum: &state.sums,
         keys: &state.pending.keys,
+        stride: state.pending.key_stride(),
         values: state.pending.values(),
         answer: &mut answer.numerator,
     }
