@@ -371,9 +371,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
-        self.guarded(&mut Workspace::new(), |pass, state, work| {
-            pass.absorb(state, k, v, work)
-        })
+        self.guarded(&mut Workspace::new(), |pass, state, work| pass.absorb(state, k, v, work))
     }
 
     fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error> {

@@ -283,9 +283,8 @@ mod tests {
                 wide(x).iter().zip(&wide(y)).map(|(x, y)| x * y).sum()
             };
             let width = self.v.len();
-            let column = |j: usize| -> Vec<T> {
-                self.sum.iter().skip(j).step_by(width).copied().collect()
-            };
+            let column =
+                |j: usize| -> Vec<T> { self.sum.iter().skip(j).step_by(width).copied().collect() };
             let sums = (0..width).map(|j| dot(query, &column(j))).collect();
             (0.5 * dot(&self.q, &self.key), dot(query, &self.z), sums)
         }

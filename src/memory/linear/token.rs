@@ -271,7 +271,8 @@ pub(super) fn extend<T: Scalar>(
         before.copy_from(state);
         before.scale = old_scale;
     }
-    if token.values_size < Size::Large && state.pending.has_room() && gates.of_features().is_none() {
+    if token.values_size < Size::Large && state.pending.has_room() && gates.of_features().is_none()
+    {
         let_wait(state, token, meeting);
     } else {
         state.settle();
