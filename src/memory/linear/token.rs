@@ -87,8 +87,9 @@ pub(super) fn read<T: Scalar>(
     answer.log_scale[0] = token.query_scale[0] + meeting.log_scale;
 }
 
-/// Adds a token to sums beside which none waits: `S ← old·diag(α)·S + own·k vᵀ`, `z ← old·α ⊙ z + own·k`, where α is what features
-/// decay beyond the slowest, if they do. The key is overwritten.
+/// Adds a token to sums beside which none waits: `S ← old·diag(α)·S + own·k vᵀ`,
+/// `z ← old·α ⊙ z + own·k`, where α is what features decay beyond the slowest, if they do. The key
+/// is overwritten.
 pub(super) fn absorb<T: Scalar>(
     state: &mut State<T>,
     token: &mut Chunk<T>,
