@@ -21,14 +21,14 @@ use crate::kernel::loops::columns::{
 };
 use crate::kernel::loops::dct::{DctColumns, LanesDct};
 use crate::kernel::loops::decay::DecayRows;
-use crate::kernel::loops::decode::{DecodeStep, ReadSums};
-use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum};
+use crate::kernel::loops::decode::{BLOCK, DecayStep, DecodeStep, LetWait, ReadSums};
+use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum, ExponentialPair};
 use crate::kernel::loops::pairs::{
     ColumnDistances, LargestAffinities, Receive, RowDistances, ShareAffinities,
 };
-use crate::kernel::loops::products::{Product, RowTimesMatrix, TwoRowsTimesMatrix};
+use crate::kernel::loops::products::{Product, RowTimesMatrix};
 use crate::kernel::loops::reduce::{
-    CopyAndMeasure, Dot, FiniteMark, Max, MaxAbs, Reduce, RowsDot, Sum,
+    CopyAndMeasure, Dot, FiniteMark, Max, MaxAbs, Reduce, RowsDot, Sum, TakeToken,
 };
 use crate::kernel::loops::scores::{AddDistances, SoftCap};
 use crate::kernel::loops::vectors::{AddOuter, ScaleInPlace, ScaleInto};
@@ -115,13 +115,31 @@ impl<T: Compiled> DecodeStep<'_, T> {
     /// Takes the step; the denominator.
     pub(crate) fn run(self) -> T {
         debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
+        debug_assert!(self.waiting.keys.len() == BLOCK * self.waiting.stride);
         T::run_decode_step(self)
     }
 }
 
-/// The reading half of [`DecodeStep`], with the same rounding: `answer = own·v + Σ_p q_p·sum_p`.
-pub(crate) fn read_sums<T: Compiled>(own: T, [q, v, sum]: [&[T]; 3], answer: &mut [T]) {
-    T::run_read_sums(ReadSums { own, q, v, sum, answer });
+impl<T: Compiled> DecayStep<'_, T> {
+    /// Takes the step; the denominator.
+    pub(crate) fn run(self) -> T {
+        debug_assert!(self.v.len().is_multiple_of(T::PAD) && self.answer.len() == self.v.len());
+        T::run_decay_step(self)
+    }
+}
+
+impl<T: Compiled> LetWait<'_, T> {
+    /// Lets the token wait.
+    pub(crate) fn run(self) {
+        T::run_let_wait(self);
+    }
+}
+
+impl<T: Compiled> ReadSums<'_, T> {
+    /// Reads.
+    pub(crate) fn run(self) {
+        T::run_read_sums(self);
+    }
 }
 
 /// Replaces every element `x` by `2^(x − shift)`; none may be above `shift`.
@@ -168,18 +186,20 @@ pub(crate) fn add_row_times_matrix<T: Compiled>(x: &[T], b: &[T], ldb: usize, y:
     T::run_row_times_matrix(RowTimesMatrix { x, b, ldb, y, add: true });
 }
 
-/// [`row_times_matrix`] of two rows, which loads the matrix once; `n` is a multiple of
-/// [`Lanes::PAD`].
-pub(crate) fn two_rows_times_matrix<T: Compiled>(
-    x: [&[T]; 2],
-    b: &[T],
-    ldb: usize,
-    y: [&mut [T]; 2],
-) {
-    debug_assert!(
-        y[0].len().is_multiple_of(T::PAD) && y[0].len() == y[1].len() && x[0].len() == x[1].len()
-    );
-    T::run_two_rows_times_matrix(TwoRowsTimesMatrix { x, b, ldb, y });
+impl<T: Compiled> ExponentialPair<'_, T> {
+    /// Maps them.
+    pub(crate) fn run(self) -> [(T, T); 2] {
+        debug_assert!(self.ldb.is_multiple_of(T::PAD) && self.y[0].len() == self.ldb);
+        debug_assert!(self.x[0].len() == self.x[1].len() && self.y[1].len() == self.ldb);
+        T::run_exponential_pair(self)
+    }
+}
+
+impl<T: Compiled> TakeToken<'_, T> {
+    /// Takes it in.
+    pub(crate) fn run(self) -> [T; 2] {
+        T::run_take_token(self)
+    }
 }
 
 /// Copies rows to columns: `out [d, width]`, `out_pt = factor·x_tp`, with zeros in the columns

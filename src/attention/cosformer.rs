@@ -39,7 +39,9 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// changes its weights in the sixth digit. It has a [`with_epsilon`](Self::with_epsilon) for
 /// others, 0 among them.
 ///
-/// The state is `4·head_dim·(value_dim + 1) + 1` numbers.
+/// The state of a stream is `4·head_dim·(value_dim + 1) + 1` numbers, and `16·(2·head_dim +
+/// value_dim)` for tokens that wait, as that of
+/// [`LinearAttention`](crate::LinearAttention).
 ///
 /// ```
 /// use dijiang::{Attention, CosFormer, Mask};

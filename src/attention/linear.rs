@@ -32,7 +32,10 @@ use std::sync::Arc;
 /// ```
 ///
 /// The sums over `j` are the state: `2·num_features·(value_dim + 1) + 1` numbers (sums and their
-/// rounding errors), however long the context. A causal forward runs in chunks, in
+/// rounding errors), however long the context. A stream has room for `16·(num_features +
+/// value_dim)` more: tokens of decode steps wait there, and every sixteenth adds them to the sums
+/// in one product, so that the steps between only read them (not where features
+/// [decay](Self#decay) by rates of their own). A causal forward runs in chunks, in
 /// O(n·num_features·(d + value_dim)) time and with scratch for one chunk only.
 ///
 /// Sums are kept in units of a running maximum of the keys' log scales, which only looks back;
@@ -93,7 +96,7 @@ use std::sync::Arc;
 /// let x = Array2::from_shape_fn((100, 64), |(i, j)| ((i * 64 + j) as f32).sin());
 /// let out = kernel.forward(x.view(), x.view(), x.view(), Mask::Causal)?;
 /// assert_eq!(out.dim(), (100, 64));
-/// assert_eq!(kernel.stream(64)?.state_floats(), 2 * 128 * 65 + 1);
+/// assert_eq!(kernel.stream(64)?.state_floats(), 2 * 128 * 65 + 1 + 16 * (128 + 64));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug)]

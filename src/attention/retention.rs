@@ -29,7 +29,8 @@ use ndarray::Array1;
 /// also decay by factors of their own.
 ///
 /// It is linear attention over [`IdentityFeatures`] with a decay: a state of
-/// `2·head_dim·(value_dim + 1) + 2` numbers, chunks of tokens at once (the paper's chunkwise form),
+/// `2·head_dim·(value_dim + 1) + 2` numbers (and in a stream without xPos `16·(head_dim +
+/// value_dim)` for tokens that wait), chunks of tokens at once (the paper's chunkwise form),
 /// one by one in a stream (the recurrent one). Only the decay from one token to a later one is
 /// formed, so no length is too large. A decay needs an order: [`Mask::Full`](crate::Mask::Full)
 /// gives [`Error::Unsupported`] unless the decay is 1 and there is no xPos.

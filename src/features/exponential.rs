@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::features::columns::{ColumnMap, Columns};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::exp::ExponentialPair;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::scalar::Scalar;
 use ndarray::{Array1, ArrayView2};
@@ -83,19 +84,22 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
     fn map_pair(
         &self,
         [first, second]: [&mut Columns<'_, T>; 2],
-        scratch: &mut [Buffer<T>; 2],
+        _: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let stride = padded::<T>(self.num_features);
-        kernel::two_rows_times_matrix(
-            [first.x, second.x],
-            &self.projection,
-            stride,
-            [&mut first.values[..stride], &mut second.values[..stride]],
-        );
-        self.exponents.add_bias(first.values, 1);
-        self.exponents.add_bias(second.values, 1);
-        self.exponents.finish(first, scratch)?;
-        self.exponents.finish(second, scratch)
+        let ends = ExponentialPair {
+            x: [first.x, second.x],
+            b: &self.projection,
+            ldb: stride,
+            bias: self.exponents.bias.as_deref(),
+            y: [&mut first.values[..stride], &mut second.values[..stride]],
+            features: self.num_features,
+        }
+        .run();
+        for (columns, (largest, norm)) in [first, second].into_iter().zip(ends) {
+            columns.log_scale[0] = self.exponents.log_scale(largest, norm)?;
+        }
+        Ok(())
     }
 }
 
@@ -142,6 +146,15 @@ impl<T: Scalar> Exponents<T> {
         }
     }
 
+    /// The natural log scale of features whose largest logit, to base 2, and half the squared norm
+    /// of whose vector are these.
+    fn log_scale(&self, largest: T, norm: T) -> Result<T, Error> {
+        if norm <= self.largest_norm {
+            return Ok(largest * T::from_f64(core::f64::consts::LN_2) + (self.common - norm));
+        }
+        Err(Error::Overflow { which: "the size of the vector", row: 0 }) // NaN is out of range too
+    }
+
     /// Turns logits to base 2, bias included, to features of a maximum of one, and sets the log
     /// scales (natural).
     pub(crate) fn finish(
@@ -151,14 +164,15 @@ impl<T: Scalar> Exponents<T> {
     ) -> Result<(), Error> {
         let columns = columns.with_features(self.num_features);
         let Columns { x, squares, width, tokens, values, log_scale } = columns;
-        scratch.resize(width);
         if width == 1 {
-            (log_scale[0], scratch[0]) = kernel::exp2_below_maximum(values, x);
-        } else {
-            let half = T::from_f64(0.5);
-            scratch.iter_mut().zip(squares).for_each(|(norm, &square)| *norm = half * square);
-            kernel::exp2_columns_below_maximum(values, log_scale);
+            let (largest, norm) = kernel::exp2_below_maximum(values, x);
+            log_scale[0] = self.log_scale(largest, norm)?;
+            return Ok(());
         }
+        scratch.resize(width);
+        let half = T::from_f64(0.5);
+        scratch.iter_mut().zip(squares).for_each(|(norm, &square)| *norm = half * square);
+        kernel::exp2_columns_below_maximum(values, log_scale);
         let ln_2 = T::from_f64(core::f64::consts::LN_2);
         let mut in_range = true;
         for (log_scale, &norm) in log_scale.iter_mut().zip(&**scratch).take(tokens) {

@@ -46,7 +46,6 @@ macro_rules! compiled {
 compiled! {
     run_product: products::Product;
     run_row_times_matrix: products::RowTimesMatrix;
-    run_two_rows_times_matrix: products::TwoRowsTimesMatrix;
     run_exp2: exp::Exp2;
     run_exp2_columns_below_maximum: columns::Exp2ColumnsBelowMaximum;
     run_online_softmax: columns::OnlineSoftmax -> bool;
@@ -60,6 +59,8 @@ compiled! {
     run_max_of: reduce::MaxOf -> Self;
     run_max_abs_of: reduce::MaxAbsOf -> Self;
     run_finite_mark_of: reduce::FiniteMarkOf -> Self;
+    run_take_token: reduce::TakeToken -> [Self; 2];
+    run_exponential_pair: exp::ExponentialPair -> [(Self, Self); 2];
     run_copy_and_measure: reduce::CopyAndMeasure -> Self;
     run_dot: reduce::Dot -> Self;
     run_rows_dot: reduce::RowsDot;
@@ -69,6 +70,8 @@ compiled! {
     run_scale_into: vectors::ScaleInto -> Self;
     run_exp2_below_maximum: exp::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: decode::DecodeStep -> Self;
+    run_decay_step: decode::DecayStep -> Self;
+    run_let_wait: decode::LetWait;
     run_read_sums: decode::ReadSums;
     run_column_distances: pairs::ColumnDistances;
     run_row_distances: pairs::RowDistances;

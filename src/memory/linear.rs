@@ -10,6 +10,7 @@ mod gates;
 mod groups;
 mod log_scale;
 pub(crate) mod pass;
+mod pending;
 pub(crate) mod save;
 pub(crate) mod state;
 mod state_decay;
@@ -137,7 +138,9 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
             return Ok(());
         }
         let before = self.state.clone();
-        let result = self.state.merge(&other.state);
+        let mut other = other.state.clone();
+        other.settle();
+        let result = self.state.merge(&other);
         if result.is_err() {
             self.state = before;
         }
@@ -174,6 +177,11 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         Arc::ptr_eq(&self.map, map) && self.state.value_dim == value_dim
     }
 
+    /// Lets the tokens of decode steps wait beside the sums from now on.
+    pub(crate) fn let_tokens_wait(&mut self) {
+        self.state.let_tokens_wait();
+    }
+
     pub(crate) fn forget(&mut self) {
         self.state.reset(self.map.num_features(), self.state.value_dim);
     }
@@ -196,6 +204,12 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     /// Everything but the map: the log scale and the sums. Empty while no token has been absorbed.
     pub(crate) fn numbers(&self) -> Vec<T> {
         self.state.numbers()
+    }
+
+    /// The number of [`numbers`](Self::numbers) that a state of these sizes can have, for `count`
+    /// that are given: `count` itself, if it can.
+    pub(crate) fn fitting_numbers(&self, count: usize) -> usize {
+        self.state.fitting_numbers(count)
     }
 
     /// The inverse of [`numbers`](Self::numbers); the length has been checked.
@@ -247,8 +261,12 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         readout: Readout,
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
-        // a single token leaves the state as it was by itself
-        self.guarded(tokens.q.nrows() > 1, work, |pass, state, work| {
+        if tokens.q.nrows() == 1 {
+            let pass = Pass::of(&*self.map, self.scale_root).with_decay(decay);
+            pass.map_tokens(tokens, &mut work.pass, 0)?;
+            return token::extend(&mut self.state, &mut work.pass, out, readout, 0);
+        }
+        self.guarded(work, |pass, state, work| {
             pass.with_decay(decay).extend(state, tokens, out, readout, work, true)
         })
     }
@@ -325,19 +343,15 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         step.finish(&mut self.state, out, readout, buffers)
     }
 
-    /// Runs `run`; puts the state back if it fails. `risky` says whether it can fail after the
-    /// state has changed.
+    /// Runs `run`; puts the state back if it fails.
     fn guarded(
         &mut self,
-        risky: bool,
         work: &mut Workspace<T>,
         run: impl FnOnce(Pass<'_, T>, &mut State<T>, &mut Workspace<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        if risky {
-            work.pass.before.copy_from(&self.state);
-        }
+        work.pass.before.copy_from(&self.state);
         let result = run(Pass::of(&*self.map, self.scale_root), &mut self.state, work);
-        if result.is_err() && risky {
+        if result.is_err() {
             self.state.copy_from(&work.pass.before);
         }
         result
@@ -357,9 +371,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     fn absorb(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<(), Error> {
         check::size("v", "columns", self.value_dim(), v.ncols())?;
         check::keys_values(self.head_dim(), k, v)?;
-        self.guarded(true, &mut Workspace::new(), |pass, state, work| {
-            pass.absorb(state, k, v, work)
-        })
+        self.guarded(&mut Workspace::new(), |pass, state, work| pass.absorb(state, k, v, work))
     }
 
     fn read(&self, q: ArrayView2<'_, T>, answer: &mut Partial<T>) -> Result<(), Error> {
@@ -373,6 +385,6 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Memory<T> for LinearMemory<T, F> {
     }
 
     fn state_floats(&self) -> usize {
-        2 * self.state.features() * (self.state.value_dim + 1) + 1
+        self.state.floats() + 1
     }
 }

@@ -123,7 +123,7 @@ fn streams_are_the_forward_pass() {
     let copy = stream.clone();
     stream.reset();
     assert_eq!((stream.lengths(), copy.lengths()), (vec![0, 0], vec![12, 8]));
-    assert_eq!(copy.state_floats(), 2 * 5 * (2 * 16 * 6 + 1) + 20 * 13);
+    assert_eq!(copy.state_floats(), 2 * 5 * (2 * 16 * 6 + 1 + 16 * (16 + 5)) + 20 * 13);
 
     // restore one head
     let saved = copy.head(0, 3).unwrap().save().unwrap();

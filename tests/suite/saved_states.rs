@@ -5,9 +5,9 @@ use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Error, Far,
     FixedGates, HybridAttention, IdentityFeatures, LinearAttention, Merged, Metric, MultiHead,
     Performer, Radii, ReluFeatures, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar,
-    SoftmaxAttention, StreamState, Taylor, Ward, Wpff,
+    SoftmaxAttention, Stream, StreamState, Taylor, Ward, Wpff,
 };
-use ndarray::{Array1, Array2, Array4};
+use ndarray::{Array1, Array2, Array4, s};
 
 const D: usize = 6;
 const N: usize = 30;
@@ -213,4 +213,57 @@ fn a_layer_does_not_take_the_state_of_another() {
     let mut other = layer(1).stream(1, 4).unwrap();
     assert!(other.restore(&state).is_err());
     assert_eq!(other.lengths(), [0]);
+}
+
+/// A state holds the tokens that wait to be added to the sums, whatever their number, and one that
+/// was saved without any is read as well.
+#[test]
+fn tokens_that_wait_are_saved_with_the_sums() {
+    let (features, value_dim) = (10, 3);
+    for decay in [1.0, 0.9] {
+        let map = Performer::<f32>::new(D, features, 0).unwrap();
+        let kernel = LinearAttention::new(map).with_decay(decay);
+        let [q, k, v] = tokens::<f32>(40, D, value_dim, 1.0, 3);
+        let row = |x: &Array2<f32>, t: usize| x.slice(s![t..=t, ..]).to_owned();
+        let mut stream = kernel.stream(value_dim).unwrap();
+        let step = |stream: &mut dyn Stream<f32>, t: usize| {
+            let mut out = Array2::zeros((1, value_dim));
+            stream
+                .extend(row(&q, t).view(), row(&k, t).view(), row(&v, t).view(), out.view_mut())
+                .unwrap();
+            out
+        };
+        let mut counts = Vec::new();
+        for t in 0..40 {
+            let saved = stream.save().unwrap();
+            let mut restored = kernel.stream(value_dim).unwrap();
+            step(&mut *restored, 39); // dirty
+            restored.restore(&saved).unwrap();
+            assert_eq!(step(&mut *restored, t), step(&mut *stream, t));
+            assert_eq!(restored.save().unwrap(), stream.save().unwrap(), "{t}");
+            let low = usize::from(decay < 1.0);
+            let sums = 2 * features * (value_dim + 1) + 1 + low;
+            let waiting = (t + 1) % 16 * (features + value_dim);
+            let state = stream.save().unwrap();
+            let shape = [D, features, value_dim];
+            let numbers = state.numbers("linear", &shape, sums + waiting).unwrap();
+            assert!(numbers.len() <= stream.state_floats());
+            for bad in [&numbers[1..], &[numbers, &[0.0]].concat()] {
+                let bad = StreamState::new("linear", t + 1, shape.to_vec(), bad.to_vec());
+                let bad = bad.with_fingerprint(state.fingerprint().clone());
+                let error = restored.restore(&bad).unwrap_err();
+                assert!(matches!(error, Error::State { which: "size", .. }), "{error}");
+                assert_eq!(restored.save().unwrap(), stream.save().unwrap());
+            }
+            counts.push(waiting);
+        }
+        assert_eq!(counts.iter().filter(|&&count| count == 0).count(), 2);
+        // several tokens at once leave none waiting
+        let mut whole = kernel.stream(value_dim).unwrap();
+        let mut out = Array2::zeros((40, value_dim));
+        whole.extend(q.view(), k.view(), v.view(), out.view_mut()).unwrap();
+        let sums = 2 * features * (value_dim + 1) + 1 + usize::from(decay < 1.0);
+        let state = whole.save().unwrap();
+        assert!(state.numbers("linear", &[D, features, value_dim], sums).is_ok());
+    }
 }

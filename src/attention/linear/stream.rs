@@ -48,12 +48,18 @@ const KERNEL: &str = "linear";
 impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
     /// Goes on from what `memory` holds, for `group` query heads.
     pub(crate) fn new(
-        memory: LinearMemory<T, F>,
+        mut memory: LinearMemory<T, F>,
         readout: Readout,
         decay: Result<Option<Arc<LogDecay<T>>>, Error>,
         group: usize,
         threads: Threads,
     ) -> Self {
+        let alike = |decay: &Option<Arc<LogDecay<T>>>| {
+            decay.as_ref().is_none_or(|decay| decay.may_be_common())
+        };
+        if decay.as_ref().is_ok_and(alike) {
+            memory.let_tokens_wait();
+        }
         let mut work = Workspace::new();
         work.set_threads(threads.are_several());
         let checkpoint = SavedState::new();
@@ -189,7 +195,11 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Stream<T> for LinearStream<T, F> {
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
-        let count = if state.tokens() == 0 { 0 } else { self.state_floats() };
+        let low = usize::from(self.decays());
+        let count = match state.tokens() {
+            0 => 0,
+            _ => self.memory.fitting_numbers(state.count().saturating_sub(low)) + low,
+        };
         let numbers = state.numbers(KERNEL, &self.shape(), count)?;
         self.fingerprint()?.check(state.fingerprint())?;
         match numbers {

@@ -1,5 +1,6 @@
 //! Exponentials of the numbers of one vector.
 
+use crate::kernel::loops::products::TwoRowsTimesMatrix;
 use crate::kernel::loops::reduce::{Max, Reduce, dot_at};
 use crate::kernel::simd::{Lanes, Level, Loop};
 
@@ -43,6 +44,43 @@ impl<T: Lanes> Loop for Exp2BelowMaximum<'_, T> {
         Exp2 { x: self.x, shift: largest }.run(level);
         (largest, norm)
     }
+}
+
+/// Two vectors mapped by a projection, one column of B a row of it: `y = 2^(x·B + bias − max)`, and
+/// for each vector the maximum and ½ Σ x_p².
+pub struct ExponentialPair<'a, T> {
+    pub(crate) x: [&'a [T]; 2],
+    pub(crate) b: &'a [T],
+    pub(crate) ldb: usize,
+    pub(crate) bias: Option<&'a [T]>,
+    /// `ldb` numbers each, of which the first `features` count.
+    pub(crate) y: [&'a mut [T]; 2],
+    pub(crate) features: usize,
+}
+
+impl<T: Lanes> Loop for ExponentialPair<'_, T> {
+    type Output = [(T, T); 2];
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> [(T, T); 2] {
+        let Self { x, b, ldb, bias, y: [first, second], features } = self;
+        TwoRowsTimesMatrix { x, b, ldb, y: [&mut *first, &mut *second] }.run(level);
+        [
+            finish(level, bias, x[0], &mut first[..features]),
+            finish(level, bias, x[1], &mut second[..features]),
+        ]
+    }
+}
+
+/// The exponentials of one vector.
+#[inline(always)]
+fn finish<T: Lanes, L: Level>(level: L, bias: Option<&[T]>, v: &[T], x: &mut [T]) -> (T, T) {
+    if let Some(bias) = bias {
+        for (x, &bias) in x.iter_mut().zip(bias) {
+            *x = *x + bias;
+        }
+    }
+    Exp2BelowMaximum { x, v }.run(level)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Vectors made one number: sums, maxima, dot products.
 
+use crate::kernel::loops::vectors::ScaleInto;
 use crate::kernel::simd::{Lanes, Level, Loop};
 
 /// Vectors of a reduction that are summed apart, so that additions do not wait for each other.
@@ -131,6 +132,28 @@ impl<T: Lanes> Loop for CopyAndMeasure<'_, T> {
             largest = largest.max(from.abs());
         }
         largest + mark
+    }
+}
+
+/// What a decode step takes in: `scaled = factor·vectors`, `copy = values`. Returns a number that
+/// is 0 if everything scaled is finite, and what [`CopyAndMeasure`] does.
+pub struct TakeToken<'a, T> {
+    pub(crate) factor: T,
+    pub(crate) vectors: [&'a [T]; 2],
+    pub(crate) scaled: [&'a mut [T]; 2],
+    pub(crate) values: &'a [T],
+    pub(crate) copy: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for TakeToken<'_, T> {
+    type Output = [T; 2];
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> [T; 2] {
+        let Self { factor, vectors: [q, k], scaled: [to_q, to_k], values, copy } = self;
+        let marks = ScaleInto { factor, from: q, to: to_q }.run(level)
+            + ScaleInto { factor, from: k, to: to_k }.run(level);
+        [marks, CopyAndMeasure { from: values, to: copy }.run(level)]
     }
 }
 

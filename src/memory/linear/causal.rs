@@ -38,6 +38,7 @@ impl<T: Scalar> Pass<'_, T> {
             if out.nrows() == 1 {
                 token::extend(state, buffers, out, readout, start)?;
             } else {
+                state.settle();
                 self.extend_chunk(state, out, readout, buffers, start, keep || !last)?;
             }
         }

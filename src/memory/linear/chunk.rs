@@ -77,8 +77,13 @@ impl<T: Scalar> Chunk<T> {
                 largest + mark
             }
         };
-        (self.values_size, self.headroom) = (Size::of_values(largest), headroom(largest));
+        self.note_values(largest);
         if largest.is_finite() { Ok(()) } else { check::finite("v", v) }
+    }
+
+    /// Notes the largest magnitude of the values.
+    pub(super) fn note_values(&mut self, largest: T) {
+        (self.values_size, self.headroom) = (Size::of_values(largest), headroom(largest));
     }
 
     /// Takes tokens out of another chunk.

@@ -79,6 +79,11 @@ impl<T: Scalar> LogDecay<T> {
         [gated, self.common.as_f64()].into_iter().chain(self.channels.iter().map(|x| x.as_f64()))
     }
 
+    /// Whether all features may decay alike, as far as is known without gates.
+    pub(crate) fn may_be_common(&self) -> bool {
+        self.channels.is_empty()
+    }
+
     /// Whether all features decay alike, with these gates.
     #[cfg(feature = "rayon")]
     pub(crate) fn is_common(&self, gates: Option<ArrayView2<'_, T>>) -> bool {

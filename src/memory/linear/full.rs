@@ -25,6 +25,7 @@ impl<T: Scalar> Pass<'_, T> {
         buffers: &mut PassBuffers<T>,
         tokens: Range<usize>,
     ) -> Result<(), Error> {
+        state.settle();
         for start in tokens.clone().step_by(chunk_len::<T>()) {
             let range = start..tokens.end.min(start + chunk_len::<T>());
             let (k, v) = (views::rows(k, range.clone()), views::rows(v, range));
@@ -56,6 +57,7 @@ impl<T: Scalar> Pass<'_, T> {
         buffers: &mut PassBuffers<T>,
         mut each: impl FnMut(usize, &mut Answer<T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        debug_assert!(state.pending.is_empty());
         let n = q.nrows();
         for start in (0..n).step_by(chunk_len::<T>()) {
             let q = views::rows(q, start..n.min(start + chunk_len::<T>()));

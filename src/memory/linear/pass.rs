@@ -6,6 +6,7 @@ use crate::features::columns::{Columns, OF_NOTHING};
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
+use crate::kernel::loops::reduce::TakeToken;
 use crate::memory::answer::Answer;
 use crate::memory::linear::bounds::LARGEST_FEATURE;
 use crate::memory::linear::chunk::Chunk;
@@ -133,6 +134,9 @@ impl<'a, T: Scalar> Pass<'a, T> {
         let Tokens { q, k, v, log_decay } = tokens;
         buffers.chunk.resize(q.nrows(), self.num_features(), v.ncols());
         if q.nrows() == 1 {
+            if self.map_token(tokens, buffers, first_row)? {
+                return buffers.gates.set(self.decay, log_decay, 1, first_row);
+            }
             self.map_one(q, k, buffers, first_row)?;
         } else {
             self.map(Side::Query, q, buffers, first_row)?;
@@ -140,6 +144,40 @@ impl<'a, T: Scalar> Pass<'a, T> {
         }
         buffers.chunk.set_values(v).map_err(|error| error.in_chunk(first_row))?;
         buffers.gates.set(self.decay, log_decay, q.nrows(), first_row)
+    }
+
+    /// Maps the query and the key of one token and copies its values, all at once, if its rows are
+    /// contiguous and finite and the map can; `false` says that nothing was done.
+    fn map_token(
+        &self,
+        Tokens { q, k, v, .. }: Tokens<'_, T>,
+        PassBuffers { x, x_key, map: memory, chunk, .. }: &mut PassBuffers<T>,
+        row: usize,
+    ) -> Result<bool, Error> {
+        let (Some(map), Some(q), Some(k), Some(v)) =
+            (self.map.column_map(), q.to_slice(), k.to_slice(), v.to_slice())
+        else {
+            return Ok(false);
+        };
+        x.resize(q.len());
+        x_key.resize(k.len());
+        let [mark, largest] = TakeToken {
+            factor: self.scale_root,
+            vectors: [q, k],
+            scaled: [x, x_key],
+            values: v,
+            copy: &mut chunk.values,
+        }
+        .run();
+        if mark != T::zero() || !largest.is_finite() {
+            return Ok(false);
+        }
+        chunk.values[v.len()..].fill(T::zero());
+        chunk.note_values(largest);
+        let mut query = Columns::one(x, &mut chunk.queries, &mut chunk.query_scale);
+        let mut key = Columns::one(x_key, &mut chunk.keys, &mut chunk.key_scale);
+        map.map_pair([&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))?;
+        Ok(true)
     }
 
     /// Maps the rows of `√scale·x` to features, each finite and of a size near one.

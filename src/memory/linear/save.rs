@@ -37,13 +37,28 @@ impl<T: Scalar> SavedState<T> {
 }
 
 impl<T: Scalar> State<T> {
-    /// Everything but what rounding left of the log scale: the log scale and the sums, without what
-    /// pads them. Empty while no token has been absorbed.
+    /// Everything but what rounding left of the log scale: the log scale, the sums without what
+    /// pads them, and key and value of each token that waits. Empty while no token has been
+    /// absorbed.
     pub(super) fn numbers(&self) -> Vec<T> {
         if self.tokens == 0 {
             return Vec::new();
         }
-        core::iter::once(&self.scale.high).chain(self.rows().flatten()).copied().collect()
+        let (features, value_dim) = (self.features(), self.value_dim);
+        let pending = self.pending.tokens();
+        let pending =
+            pending.flat_map(|[key, value]| key[..features].iter().chain(&value[..value_dim]));
+        let sums = core::iter::once(&self.scale.high).chain(self.rows().flatten());
+        sums.chain(pending).copied().collect()
+    }
+
+    /// How many of so many [`numbers`](Self::numbers) belong to tokens that wait, or the least that
+    /// there can be where they are not those of any state of these sizes.
+    pub(super) fn fitting_numbers(&self, count: usize) -> usize {
+        let sums = 1 + 2 * self.features() * (self.value_dim + 1);
+        let waiting = count.saturating_sub(sums);
+        let tokens = waiting / self.token_floats();
+        if tokens < self.pending.room() { sums + tokens * self.token_floats() } else { sums }
     }
 
     /// The four arrays by rows, without padding.
@@ -73,9 +88,14 @@ impl<T: Scalar> State<T> {
         }
         take(normalizer);
         take(normalizer_low);
+        for token in numbers.chunks_exact(self.token_floats()) {
+            let (key, value) = token.split_at(self.features());
+            self.pending.push(key, value);
+        }
         self.scale.high = log_scale;
         self.tokens = tokens;
         let largest = self.arrays().into_iter().map(kernel::max_abs).fold(T::zero(), T::max);
-        self.size = Size::of_sums(largest);
+        let of_values = Size::of_values(kernel::max_abs(self.pending.values()));
+        self.size = Size::of_sums(largest).max(of_values);
     }
 }

@@ -7,6 +7,7 @@ use crate::kernel::loops::decay::DecayRows;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::linear::bounds::Size;
 use crate::memory::linear::log_scale::LogScale;
+use crate::memory::linear::pending::Pending;
 use crate::memory::linear::state_decay::StateDecay;
 use crate::scalar::Scalar;
 
@@ -21,6 +22,8 @@ pub(crate) struct State<T> {
     /// `[num_features]`.
     pub(super) normalizer: Buffer<T>,
     pub(super) normalizer_low: Buffer<T>,
+    /// Tokens that the sums have not taken in yet, and the normaliser has.
+    pub(super) pending: Pending<T>,
     pub(super) scale: LogScale<T>,
     pub(super) tokens: usize,
     /// Of the values absorbed.
@@ -35,13 +38,14 @@ impl<T: Scalar> State<T> {
             sums_low: Buffer::new(),
             normalizer: Buffer::new(),
             normalizer_low: Buffer::new(),
+            pending: Pending::new(),
             scale: LogScale::empty(),
             tokens: 0,
             size: Size::Small,
         }
     }
 
-    /// Makes it empty, for these sizes.
+    /// Makes it empty, for these sizes. Whether tokens may wait stays as it was.
     pub(crate) fn reset(&mut self, features: usize, value_dim: usize) {
         self.value_dim = value_dim;
         self.sums.resize(features * padded::<T>(value_dim));
@@ -49,9 +53,19 @@ impl<T: Scalar> State<T> {
         self.normalizer.resize(features);
         self.normalizer_low.resize(features);
         self.arrays_mut().into_iter().for_each(|array| array.fill(T::zero()));
+        if self.pending.has_room() {
+            self.pending.reserve(features, value_dim);
+        }
         self.scale = LogScale::empty();
         self.tokens = 0;
         self.size = Size::Small;
+    }
+
+    /// Lets the tokens of decode steps wait beside the sums from now on.
+    pub(super) fn let_tokens_wait(&mut self) {
+        if !self.pending.has_room() {
+            self.pending.reserve(self.features(), self.value_dim);
+        }
     }
 
     /// As [`Clone::clone_from`], into the memory there is.
@@ -65,6 +79,7 @@ impl<T: Scalar> State<T> {
             .into_iter()
             .zip(other.arrays())
             .for_each(|(array, other)| array.copy_from_slice(other));
+        self.pending.copy_from(&other.pending);
         self.scale = other.scale;
         self.tokens = other.tokens;
         self.size = other.size;
@@ -89,8 +104,41 @@ impl<T: Scalar> State<T> {
         [&mut self.sums, &mut self.sums_low, &mut self.normalizer, &mut self.normalizer_low]
     }
 
-    /// Adds the sums of other tokens. On an error the sums are left half-way.
+    /// Numbers that it holds but for its log scale, with the room for tokens that wait.
+    pub(super) fn floats(&self) -> usize {
+        2 * self.features() * (self.value_dim + 1) + self.pending.room() * self.token_floats()
+    }
+
+    /// Numbers of a token that waits.
+    pub(super) fn token_floats(&self) -> usize {
+        self.features() + self.value_dim
+    }
+
+    /// Adds the tokens that wait to the sums.
+    pub(super) fn settle(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let (features, stride, tokens) = (self.features(), self.stride(), self.pending.len());
+        Product {
+            m: features,
+            n: stride,
+            k: tokens,
+            a: Matrix::columns(&self.pending.keys, self.pending.key_stride()),
+            b: self.pending.values(),
+            ldb: stride,
+            c: &mut self.sums,
+            ldc: stride,
+            into: Epilogue::Compensated(&mut self.sums_low),
+        }
+        .run();
+        self.pending.clear();
+    }
+
+    /// Adds the sums of other tokens, none of which wait. On an error the sums are left half-way.
     pub(super) fn merge(&mut self, other: &Self) -> Result<(), Error> {
+        debug_assert!(other.pending.is_empty());
+        self.settle();
         let zero = |array: &[T]| array.iter().all(|x| *x == T::zero());
         if other.arrays().into_iter().all(zero) {
             // they weigh nothing, whatever their log scale
@@ -141,6 +189,7 @@ impl<T: Scalar> State<T> {
             if self.tokens > 0 {
                 let factor = self.scale.ratio_to(log_scale);
                 self.all_rows().scale(factor);
+                self.pending.scale(factor);
             }
             self.scale = LogScale::of(log_scale);
         }
@@ -150,6 +199,7 @@ impl<T: Scalar> State<T> {
     pub(super) fn decay(&mut self, decay: &StateDecay<T>) {
         self.scale = self.scale.decayed(decay.slowest);
         if let Some(features) = decay.of_features() {
+            debug_assert!(self.pending.is_empty());
             for (sum, low) in [
                 (&mut self.sums, &mut self.sums_low),
                 (&mut self.normalizer, &mut self.normalizer_low),

@@ -116,6 +116,7 @@ pub(super) fn extend<T: Scalar>(
     let features = pass.num_features();
     let count = tokens.q.nrows() / chunk_len::<T>();
     memory.reserve(count.min(BLOCK));
+    state.settle();
     let ThreadMemory { chunks, threads, snapshots, before } = memory;
     let map = |buffers: &mut PassBuffers<T>, c: usize, chunk: &mut Chunk<T>| {
         let rows = c * chunk_len::<T>()..(c + 1) * chunk_len::<T>();
@@ -222,6 +223,7 @@ pub(super) fn absorb<T: Scalar>(
 ) -> Option<Result<(), Error>> {
     let count = k.nrows() / chunk_len::<T>();
     memory.reserve(count);
+    state.settle();
     let ThreadMemory { chunks, threads, snapshots, .. } = memory;
     let chunks = &mut chunks[..count];
     let mapped = share(threads, chunks.iter_mut(), |buffers, c, chunk| {

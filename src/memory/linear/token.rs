@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::kernel;
 use crate::kernel::loops::decay::{DecayRows, RowDecay};
-use crate::kernel::loops::decode::DecodeStep;
+use crate::kernel::loops::decode::{DecayStep, DecodeStep, LetWait, ReadSums};
 use crate::memory::answer::Answer;
 use crate::memory::answer::Readout;
 use crate::memory::linear::bounds::{Size, least_denominator};
@@ -72,24 +72,31 @@ pub(super) fn read<T: Scalar>(
     let query = decayed.unwrap_or(&token.queries[..state.features()]);
     answer.resize(1, 1, state.stride());
     answer.denominator[0] = denominator;
-    if meeting.old == T::one() {
-        kernel::read_sums(own, [query, &token.values, &state.sums], &mut answer.numerator);
-    } else {
-        kernel::row_times_matrix(query, &state.sums, state.stride(), &mut answer.numerator);
-        kernel::scale(&mut answer.numerator, meeting.old);
-        kernel::add_scaled(&mut answer.numerator, own, &token.values);
+    ReadSums {
+        own,
+        old: meeting.old,
+        q: query,
+        v: &token.values,
+        sum: &state.sums,
+        keys: &state.pending.keys,
+        stride: state.pending.key_stride(),
+        values: state.pending.values(),
+        answer: &mut answer.numerator,
     }
+    .run();
     answer.log_scale[0] = token.query_scale[0] + meeting.log_scale;
 }
 
-/// Adds a token: `S ← old·diag(α)·S + own·k vᵀ`, `z ← old·α ⊙ z + own·k`, where α is what features
-/// decay beyond the slowest, if they do. The key is overwritten.
+/// Adds a token to sums beside which none waits: `S ← old·diag(α)·S + own·k vᵀ`,
+/// `z ← old·α ⊙ z + own·k`, where α is what features decay beyond the slowest, if they do. The key
+/// is overwritten.
 pub(super) fn absorb<T: Scalar>(
     state: &mut State<T>,
     token: &mut Chunk<T>,
     meeting: Meeting<T>,
     decay: Option<RowDecay<'_, T>>,
 ) {
+    debug_assert!(state.pending.is_empty());
     state.rescale(meeting.log_scale);
     let keys = &mut token.keys[..state.normalizer.len()];
     if meeting.own != T::one() {
@@ -108,29 +115,110 @@ pub(super) fn absorb<T: Scalar>(
     state.tokens += 1;
 }
 
-/// [`read`] and [`absorb`] in one pass over the sums, if they can neither fail half-way nor need
-/// another log scale: `false` says that nothing was done.
-fn read_and_absorb<T: Scalar>(
+/// Lets a token wait beside the sums, and adds all that wait to them once there are enough.
+fn let_wait<T: Scalar>(state: &mut State<T>, token: &Chunk<T>, meeting: Meeting<T>) {
+    state.rescale(meeting.log_scale);
+    let State { normalizer, normalizer_low, pending, .. } = &mut *state;
+    LetWait {
+        factor: meeting.own,
+        k: &token.keys[..normalizer.len()],
+        v: &token.values,
+        z: normalizer,
+        z_low: normalizer_low,
+        waiting: pending.waiting(),
+    }
+    .run();
+    count_waiting(state);
+}
+
+/// Counts a token that waits.
+fn count_waiting<T: Scalar>(state: &mut State<T>) {
+    state.tokens += 1;
+    state.pending.count_one();
+    if state.pending.is_full() {
+        state.settle();
+    }
+}
+
+/// The least denominator and the log scale of the answer for [`read_and_wait`] and
+/// [`read_and_absorb`], and the size of all values then, if either is known to be in range.
+fn in_range<T: Scalar>(
+    state: &State<T>,
+    token: &Chunk<T>,
+    meeting: Meeting<T>,
+    readout: Readout,
+) -> Option<(T, T, Size)> {
+    if state.tokens == 0 || meeting.log_scale != state.scale.high {
+        return None;
+    }
+    let size = state.size.max(token.values_size);
+    let log_scale = token.query_scale[0] + meeting.log_scale;
+    least_denominator(readout, size, state.features(), log_scale)
+        .map(|least| (least, log_scale, size))
+}
+
+/// [`read`], the output and [`let_wait`] in one pass over the sums, if they can neither fail
+/// half-way nor need another log scale: `false` says that nothing was done.
+fn read_and_wait<T: Scalar>(
     state: &mut State<T>,
-    token: &mut Chunk<T>,
-    gates: &Gates<T>,
+    token: &Chunk<T>,
     meeting: Meeting<T>,
     readout: Readout,
     answer: &mut Answer<T>,
+    out: &mut [T],
 ) -> bool {
-    if state.tokens == 0 || meeting.log_scale != state.scale.high {
+    let Some((least, log_scale, size)) = in_range(state, token, meeting, readout) else {
         return false;
-    }
+    };
     let features = state.features();
-    let size = state.size.max(token.values_size);
-    let log_scale = token.query_scale[0] + meeting.log_scale;
-    let Some(least) = least_denominator(readout, size, features, log_scale) else { return false };
     answer.resize(1, 1, state.stride());
     let denominator = DecodeStep {
         factor: meeting.own,
         least,
         q: &token.queries[..features],
-        decay: gates.query().zip(gates.of_features()),
+        k: &token.keys[..features],
+        v: &token.values,
+        z: &mut state.normalizer,
+        z_low: &mut state.normalizer_low,
+        sum: &state.sums,
+        waiting: state.pending.waiting(),
+        scale: match readout {
+            Readout::Normalized => None,
+            Readout::Unnormalized => Some((log_scale * T::from_f64(0.5)).exp()),
+        },
+        answer: &mut answer.numerator,
+        out,
+    }
+    .run();
+    if !(denominator.is_finite() && denominator >= least) {
+        return false;
+    }
+    state.size = size;
+    count_waiting(state);
+    true
+}
+
+/// [`read`] and [`absorb`] in one pass over sums that decay and beside which no token waits, if
+/// they can neither fail half-way nor need another log scale: `false` says that nothing was done.
+fn read_and_absorb<T: Scalar>(
+    state: &mut State<T>,
+    token: &mut Chunk<T>,
+    (past, decay): (&[T], RowDecay<'_, T>),
+    meeting: Meeting<T>,
+    readout: Readout,
+    answer: &mut Answer<T>,
+) -> bool {
+    let Some((least, log_scale, size)) = in_range(state, token, meeting, readout) else {
+        return false;
+    };
+    let features = state.features();
+    answer.resize(1, 1, state.stride());
+    let denominator = DecayStep {
+        factor: meeting.own,
+        least,
+        q: &token.queries[..features],
+        past,
+        decay,
         k: &mut token.keys[..features],
         v: &token.values,
         z: &mut state.normalizer,
@@ -155,7 +243,7 @@ fn read_and_absorb<T: Scalar>(
 pub(super) fn extend<T: Scalar>(
     state: &mut State<T>,
     buffers: &mut PassBuffers<T>,
-    out: ArrayViewMut2<'_, T>,
+    mut out: ArrayViewMut2<'_, T>,
     readout: Readout,
     row: usize,
 ) -> Result<(), Error> {
@@ -163,8 +251,17 @@ pub(super) fn extend<T: Scalar>(
     let old_scale = state.scale;
     state.scale = gates.decay_token(token, old_scale);
     let meeting = Meeting::of_chunk(state.scale, token, gates);
-    if read_and_absorb(state, token, gates, meeting, readout, answer) {
-        return answer.write(row, readout, out);
+    if let Some(decay) = gates.query().zip(gates.of_features()) {
+        if state.pending.is_empty()
+            && read_and_absorb(state, token, decay, meeting, readout, answer)
+        {
+            return answer.write(row, readout, out);
+        }
+    } else if state.pending.has_room()
+        && let Some(out) = out.as_slice_mut()
+        && read_and_wait(state, token, meeting, readout, answer, out)
+    {
+        return Ok(());
     }
     read(state, token, meeting, gates.query(), answer);
     if let Err(error) = answer.write(row, readout, out) {
@@ -175,7 +272,13 @@ pub(super) fn extend<T: Scalar>(
         before.copy_from(state);
         before.scale = old_scale;
     }
-    absorb(state, token, meeting, gates.of_features());
+    if token.values_size < Size::Large && state.pending.has_room() && gates.of_features().is_none()
+    {
+        let_wait(state, token, meeting);
+    } else {
+        state.settle();
+        absorb(state, token, meeting, gates.of_features());
+    }
     let result = state.check_size(token.values_size, row);
     if result.is_err() && row == 0 {
         state.copy_from(before);

@@ -435,6 +435,12 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         .collect()
 }
 
+/// The documented size of the state of linear attention whose features do not decay by rates of
+/// their own: the sums and their errors, the log scale, and room for sixteen tokens that wait.
+pub fn linear_floats(features: usize, dv: usize) -> usize {
+    2 * features * (dv + 1) + 1 + 16 * (features + dv)
+}
+
 impl Subject {
     pub fn normalized(&self) -> bool {
         match &self.formula {
@@ -487,7 +493,7 @@ impl Subject {
         let token = self.head_dim + dv;
         let HybridFormula { window, sinks, heavy, far, metric, .. } = match &self.formula {
             Formula::Softmax => return tokens * token,
-            Formula::Linear(map, _) => return 2 * map.num_features() * (dv + 1) + 1,
+            Formula::Linear(map, _) => return linear_floats(map.num_features(), dv),
             Formula::Written(written) => return (written.state)(dv, tokens),
             Formula::Hybrid(hybrid) => hybrid,
         };

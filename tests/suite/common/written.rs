@@ -1,6 +1,6 @@
 //! Kernels whose formula is written out as a function: those that know positions, and Linformer.
 
-use super::{Formula, Subject, Written, features, map, normal};
+use super::{Formula, Subject, Written, features, linear_floats, map, normal};
 use dijiang::attention::naive::{self, features::identity, linear, positional};
 use dijiang::{
     Attention, CosFormer, FixedGates, LinearAttention, Linformer, Mask, Retention, Rotary,
@@ -87,7 +87,7 @@ fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Su
             masks: &[Mask::Causal],
             normalized,
             has_features: true,
-            state: Box::new(move |dv, _| 2 * d * (dv + 1) + 2),
+            state: Box::new(move |dv, _| linear_floats(d, dv) + 1),
             output: Box::new(move |[q, k, v], _| {
                 let phi_q = features(&*map, q, 1.0, false).absolute();
                 let phi_k = features(&*map, k, 1.0, true).absolute();
@@ -159,7 +159,7 @@ fn cosformer(d: usize, max_len: usize, epsilon: f64) -> Subject {
             masks: &[Mask::Causal, Mask::Full],
             normalized: true,
             has_features: true,
-            state: Box::new(move |dv, _| 2 * (2 * d) * (dv + 1) + 1),
+            state: Box::new(move |dv, _| linear_floats(2 * d, dv)),
             output: Box::new(move |[q, k, v], mask| {
                 positional::cosformer(q, k, v, max_len, epsilon, mask)
             }),
@@ -257,7 +257,11 @@ fn retention(formula: RetentionFormula, rotary: Option<Rotary>, xpos: bool) -> S
             masks: if decays { &[Mask::Causal] } else { &[Mask::Causal, Mask::Full] },
             normalized: false,
             has_features: true,
-            state: Box::new(move |dv, _| 2 * d * (dv + 1) + if decays { 2 } else { 1 }),
+            state: Box::new(move |dv, _| match (decays, xpos) {
+                (_, true) => 2 * d * (dv + 1) + 2,
+                (true, false) => linear_floats(d, dv) + 1,
+                (false, false) => linear_floats(d, dv),
+            }),
             output: Box::new(move |inputs, mask| formula.output(inputs, mask)),
         }),
     }
