@@ -23,6 +23,7 @@ use crate::kernel::loops::dct::{DctColumns, LanesDct};
 use crate::kernel::loops::decay::DecayRows;
 use crate::kernel::loops::decode::{DecodeStep, ReadSums};
 use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum};
+use crate::kernel::loops::packed::{Code, PackedScores, PackedSums};
 use crate::kernel::loops::pairs::{Distances, LargestAffinities, Receive};
 use crate::kernel::loops::products::{Product, RowTimesMatrix, TwoRowsTimesMatrix};
 use crate::kernel::loops::reduce::{
@@ -278,6 +279,36 @@ pub(crate) fn receive<T: Compiled>(
 ) {
     debug_assert!(w.len().is_multiple_of(T::PAD));
     T::run_receive(Receive { w, decay, least, factors, p, ld });
+}
+
+/// Numbers in fewer bits, of which scores and sums are compiled.
+pub(crate) trait CompiledCode: Code {
+    /// Adds scores.
+    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>);
+
+    /// Adds sums of weighted values.
+    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>);
+}
+
+impl CompiledCode for i8 {
+    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>) {
+        T::run_scores_of_bytes(work);
+    }
+
+    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>) {
+        T::run_sums_of_bytes(work);
+    }
+}
+
+/// Of bfloat16.
+impl CompiledCode for u16 {
+    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>) {
+        T::run_scores_of_bf16(work);
+    }
+
+    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>) {
+        T::run_sums_of_bf16(work);
+    }
 }
 
 impl<T: Compiled> LanesDct<T> {

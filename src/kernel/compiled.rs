@@ -5,7 +5,7 @@
 //! crates that use it only call them.
 
 use crate::kernel::loops::{
-    columns, dct, decay, decode, exp, pairs, products, reduce, scores, vectors,
+    columns, dct, decay, decode, exp, packed, pairs, products, reduce, scores, vectors,
 };
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
@@ -75,4 +75,8 @@ compiled! {
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
+    run_scores_of_bytes: packed::ScoresOfBytes;
+    run_scores_of_bf16: packed::ScoresOfBf16;
+    run_sums_of_bytes: packed::SumsOfBytes;
+    run_sums_of_bf16: packed::SumsOfBf16;
 }
