@@ -120,8 +120,7 @@ impl<T: Lanes, C: Code> PackedScores<'_, T, C> {
         let blocks = columns.div_ceil(BLOCK);
         let queries: [&[T]; R] =
             core::array::from_fn(|i| &self.queries[(r + i) * columns..][..columns]);
-        let factors: [T::V<L>; R] =
-            core::array::from_fn(|i| T::splat(level, self.factors[r + i]));
+        let factors: [T::V<L>; R] = core::array::from_fn(|i| T::splat(level, self.factors[r + i]));
         let size = block_of::<C>(columns);
         for (block, keys) in keys.chunks(TILE * size).enumerate() {
             let mut sums = [[T::splat(level, T::zero()); V]; R];
@@ -133,7 +132,8 @@ impl<T: Lanes, C: Code> PackedScores<'_, T, C> {
                 for v in 0..V {
                     let key = C::widen::<T, L>(level, &keys[v * lanes..]);
                     for i in 0..R {
-                        sums[i][v] = T::vfma(level, T::splat(level, queries[i][c]), key, sums[i][v]);
+                        sums[i][v] =
+                            T::vfma(level, T::splat(level, queries[i][c]), key, sums[i][v]);
                     }
                 }
             }
@@ -274,16 +274,10 @@ impl<T: Lanes, C: Code> PackedSums<'_, T, C> {
 
 /// `out_t = weight_t·scale_t` for a tile, or its first tokens.
 #[inline(always)]
-fn times_scales<T: Lanes, L: Level>(
-    level: L,
-    weights: &[T],
-    scales: &[u16],
-    out: &mut [T; TILE],
-) {
+fn times_scales<T: Lanes, L: Level>(level: L, weights: &[T], scales: &[u16], out: &mut [T; TILE]) {
     let lanes = T::lanes::<L>();
     let out = T::vectors_mut::<L>(out);
-    for ((weights, scales), out) in weights.chunks(lanes).zip(scales.chunks_exact(lanes)).zip(out)
-    {
+    for ((weights, scales), out) in weights.chunks(lanes).zip(scales.chunks_exact(lanes)).zip(out) {
         *out = T::vmul(level, T::load(level, weights), T::vwiden_bf16(level, scales));
     }
 }
@@ -323,8 +317,10 @@ mod tests {
             let at = t / TILE * TILE * columns.div_ceil(BLOCK) + c / BLOCK * TILE + t % TILE;
             if C::SCALED { number(scales[side][at]) } else { 1.0 }
         };
-        let (mut keys, mut values) = (vec![zero; tiles * TILE * d], vec![zero; tiles * TILE * STRIDE]);
-        let (mut wide_keys, mut wide_values) = (vec![vec![0.0; d]; tokens], vec![vec![0.0; dv]; tokens]);
+        let (mut keys, mut values) =
+            (vec![zero; tiles * TILE * d], vec![zero; tiles * TILE * STRIDE]);
+        let (mut wide_keys, mut wide_values) =
+            (vec![vec![0.0; d]; tokens], vec![vec![0.0; dv]; tokens]);
         for t in 0..tokens {
             for c in 0..d {
                 let (code, x) = code(t * 131 + c * 7);
