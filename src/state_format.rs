@@ -54,8 +54,8 @@ pub enum StateFormat {
     /// that are all small, as values of sinks are, would suffer. The bytes are rounded with the
     /// scale as it is kept, so that its few bits cost nothing.
     ///
-    /// All finite numbers stay finite. `s` is at least 2⁻¹²⁶, unless all are 0, so that what is
-    /// below 2⁻¹²⁷ becomes 0, and so small that 127·s is an `f32`: beyond its range, numbers of an
+    /// All finite numbers stay finite. `s` is at least 2⁻¹²⁶, so that what is not above
+    /// 2⁻¹²⁷ becomes 0, and so small that 127·s is an `f32`: beyond its range, numbers of an
     /// `f64` become the largest. Rounding what has been rounded changes nothing.
     Q8,
 }
@@ -133,6 +133,9 @@ const LARGEST: u16 = 0x7F7F;
 const LEAST_SCALE: u16 = 0x0080;
 const LARGEST_SCALE: u16 = 0x7C01;
 
+/// Half the smallest scale: blocks without a larger number are zeros.
+const ALL_ZERO: f64 = f64::from_bits((1023 - 127) << 52);
+
 /// A number as the nearest bfloat16, ties to even; beyond the largest, the largest.
 #[inline]
 #[allow(clippy::cast_possible_truncation)]
@@ -156,8 +159,9 @@ pub(crate) fn from_bf16<T: Scalar>(x: u16) -> T {
 pub(crate) fn to_bytes<T: Scalar>(block: &[T], mut code: impl FnMut(usize, i8)) -> u16 {
     // integers compare as positive numbers do, and faster
     let largest = block.iter().fold(0, |m: u64, x| m.max(x.as_f64().abs().to_bits()));
-    let scale = match to_bf16(f64::from_bits(largest) / 127.0) {
-        _ if largest == 0 => 0,
+    let largest = f64::from_bits(largest);
+    let scale = match to_bf16(largest / 127.0) {
+        _ if largest <= ALL_ZERO => 0,
         scale => scale.clamp(LEAST_SCALE, LARGEST_SCALE),
     };
     let by = if scale == 0 { 1.0 } else { from_bf16::<f64>(scale) };
@@ -214,7 +218,7 @@ mod tests {
             let size = 10_f64.powi(exponent) as f32;
             let block: Vec<f32> = (0..32_u8).map(|i| size * f32::from(i).sin() * 3.0).collect();
             let (scale, once) = rounded(&block);
-            let step = from_bf16::<f64>(scale);
+            let step = from_bf16::<f64>(scale).max(2_f64.powi(-126));
             for (x, y) in block.iter().zip(&once) {
                 // half a step, and of the largest hardly more beyond the last byte
                 assert!(y.is_finite());

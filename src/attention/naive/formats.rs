@@ -9,7 +9,7 @@ use ndarray::Array2;
 /// r(x) = u·round(x/u),   u = 2^(max(⌊log₂|x|⌋, −126) − 7)
 /// ```
 ///
-/// within ±(2 − 2⁻⁷)·2¹²⁷. (The kernels of `f64` first take the nearest `f32`.)
+/// within ±(2 − 2⁻⁷)·2¹²⁷, of the nearest `f32` where x is none.
 ///
 /// ```
 /// use dijiang::attention::naive::formats::bfloat16;
@@ -20,6 +20,9 @@ use ndarray::Array2;
 /// ```
 #[must_use]
 pub fn bfloat16(x: f64) -> f64 {
+    let most = f64::from(f32::MAX);
+    #[allow(clippy::cast_possible_truncation)] // that is the formula
+    let x = f64::from(x.clamp(-most, most) as f32);
     let exponent = if x == 0.0 { -126.0 } else { x.abs().log2().floor().max(-126.0) };
     let unit = (exponent - 7.0).exp2();
     let largest = (2.0 - 2_f64.powi(-7)) * 2_f64.powi(127);

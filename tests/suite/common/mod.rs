@@ -4,6 +4,7 @@
 
 pub mod alibi;
 pub mod checker;
+pub mod formats;
 pub mod hybrid;
 pub mod written;
 
@@ -11,7 +12,7 @@ use dijiang::attention::naive::{self, features::Features, options, options::Opti
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
     FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
-    OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention,
+    OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention, StateFormat,
     TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
@@ -447,6 +448,12 @@ impl Subject {
             Formula::Written(written) => written.masks,
             _ => &[Mask::Causal, Mask::Full],
         }
+    }
+
+    /// How its state is kept: what its name begins with.
+    pub fn format(&self) -> StateFormat {
+        let first = self.name.split(' ').next().unwrap();
+        first.parse().unwrap_or_default()
     }
 
     pub fn has_streams(&self) -> bool {
