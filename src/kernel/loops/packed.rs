@@ -77,34 +77,47 @@ impl<T: Lanes, C: Code> Loop for PackedScores<'_, T, C> {
     #[inline(always)]
     fn run<L: Level>(mut self, level: L) {
         debug_assert!(self.tokens.is_multiple_of(T::PAD) && TILE.is_multiple_of(T::PAD));
-        let (lanes, rows) = (T::lanes::<L>(), self.factors.len());
+        let rows = self.factors.len();
         for first in (0..self.tokens).step_by(TILE) {
             let width = TILE.min(self.tokens - first);
             let mut r = 0;
             while r < rows {
-                let wide = r + ROWS <= rows;
-                let mut j = 0;
-                while j < width {
-                    let all = j + 4 * lanes <= width;
-                    j += match (wide, all) {
-                        (true, true) if L::REGISTER_COUNT >= 32 => {
-                            self.strip::<L, ROWS, 4>(level, first, r, j)
-                        }
-                        (true, _) if j + 2 * lanes <= width => {
-                            self.strip::<L, ROWS, 2>(level, first, r, j)
-                        }
-                        (true, _) => self.strip::<L, ROWS, 1>(level, first, r, j),
-                        (false, true) => self.strip::<L, 1, 4>(level, first, r, j),
-                        (false, false) => self.strip::<L, 1, 1>(level, first, r, j),
-                    };
-                }
-                r += if wide { ROWS } else { 1 };
+                // groups of queries are of three and four, and of many
+                r += match rows - r {
+                    1 => self.rows::<L, 1>(level, first, r, width),
+                    2 => self.rows::<L, 2>(level, first, r, width),
+                    3 => self.rows::<L, 3>(level, first, r, width),
+                    _ => self.rows::<L, ROWS>(level, first, r, width),
+                };
             }
         }
     }
 }
 
 impl<T: Lanes, C: Code> PackedScores<'_, T, C> {
+    /// Rows `r..r + R` of a tile; returns how many rows.
+    #[inline(always)]
+    fn rows<L: Level, const R: usize>(
+        &mut self,
+        level: L,
+        first: usize,
+        r: usize,
+        width: usize,
+    ) -> usize {
+        let lanes = T::lanes::<L>();
+        let mut j = 0;
+        while j < width {
+            j += if j + 4 * lanes <= width && (R == 1 || L::REGISTER_COUNT >= 32) {
+                self.strip::<L, R, 4>(level, first, r, j)
+            } else if j + 2 * lanes <= width && R > 1 && L::REGISTER_COUNT < 32 {
+                self.strip::<L, R, 2>(level, first, r, j)
+            } else {
+                self.strip::<L, R, 1>(level, first, r, j)
+            };
+        }
+        R
+    }
+
     /// Rows `r..r + R` and `V` vectors of tokens from `first + j` on; returns how many tokens.
     #[inline(always)]
     fn strip<L: Level, const R: usize, const V: usize>(
@@ -189,32 +202,39 @@ impl<T: Lanes, C: Code> Loop for PackedSums<'_, T, C> {
     #[inline(always)]
     fn run<L: Level>(mut self, level: L) {
         debug_assert!(self.width.is_multiple_of(T::PAD) && self.width <= self.stride);
-        let (lanes, rows) = (T::lanes::<L>(), self.out.len() / self.width);
+        let rows = self.out.len() / self.width;
         let mut r = 0;
         while r < rows {
-            let wide = r + ROWS <= rows;
-            let mut j = 0;
-            while j < self.width {
-                // a strip begins with a block, and ends with one or within it
-                let all = j + 4 * lanes <= self.width && 4 * lanes <= 2 * BLOCK;
-                j += match (wide, all) {
-                    (true, true) if L::REGISTER_COUNT >= 32 => {
-                        self.strip::<L, ROWS, 4>(level, r, j)
-                    }
-                    (true, _) if j + 2 * lanes <= self.width => {
-                        self.strip::<L, ROWS, 2>(level, r, j)
-                    }
-                    (true, _) => self.strip::<L, ROWS, 1>(level, r, j),
-                    (false, true) => self.strip::<L, 1, 4>(level, r, j),
-                    (false, false) => self.strip::<L, 1, 1>(level, r, j),
-                };
-            }
-            r += if wide { ROWS } else { 1 };
+            r += match rows - r {
+                1 => self.rows::<L, 1>(level, r),
+                2 => self.rows::<L, 2>(level, r),
+                3 => self.rows::<L, 3>(level, r),
+                _ => self.rows::<L, ROWS>(level, r),
+            };
         }
     }
 }
 
 impl<T: Lanes, C: Code> PackedSums<'_, T, C> {
+    /// Rows `r..r + R`; returns how many.
+    #[inline(always)]
+    fn rows<L: Level, const R: usize>(&mut self, level: L, r: usize) -> usize {
+        // a strip begins with a block, and ends with one or within it
+        let lanes = T::lanes::<L>();
+        let four = 4 * lanes <= 2 * BLOCK && (R == 1 || L::REGISTER_COUNT >= 32);
+        let mut j = 0;
+        while j < self.width {
+            j += if j + 4 * lanes <= self.width && four {
+                self.strip::<L, R, 4>(level, r, j)
+            } else if j + 2 * lanes <= self.width && R > 1 && L::REGISTER_COUNT < 32 {
+                self.strip::<L, R, 2>(level, r, j)
+            } else {
+                self.strip::<L, R, 1>(level, r, j)
+            };
+        }
+        R
+    }
+
     /// Rows `r..r + R` and `V` vectors of columns from `j` on, of one block or two; returns how
     /// many columns.
     #[inline(always)]
@@ -420,7 +440,9 @@ mod tests {
     #[test]
     fn scores_and_sums_agree_with_their_formulas_at_every_size_and_level() {
         for tokens in [1, 2, 15, 16, 33, 63, 64, 65, 130, 200] {
-            for (rows, d, dv) in [(1, 64, 64), (2, 33, 80), (4, 32, 31), (5, 7, 1), (9, 80, 48)] {
+            for (rows, d, dv) in
+                [(1, 64, 64), (2, 33, 80), (3, 64, 64), (4, 32, 31), (7, 7, 1), (9, 80, 48)]
+            {
                 let bytes = sample([tokens, d, dv], 0_i8, |i| {
                     let code = (i * 73 % 255) as u8 as i8;
                     (code, f64::from(code))
