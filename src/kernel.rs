@@ -10,6 +10,7 @@
 pub(crate) mod buffer;
 pub(crate) mod compiled;
 pub(crate) mod loops;
+pub(crate) mod packed;
 pub(crate) mod row_dct;
 pub(crate) mod simd;
 
@@ -23,8 +24,9 @@ use crate::kernel::loops::dct::{DctColumns, LanesDct};
 use crate::kernel::loops::decay::DecayRows;
 use crate::kernel::loops::decode::{DecodeStep, ReadSums};
 use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum};
-use crate::kernel::loops::packed::{Code, PackedScores, PackedSums};
-use crate::kernel::loops::pairs::{Distances, LargestAffinities, Receive};
+use crate::kernel::loops::pairs::{
+    ColumnDistances, LargestAffinities, Receive, RowDistances, ShareAffinities,
+};
 use crate::kernel::loops::products::{Product, RowTimesMatrix, TwoRowsTimesMatrix};
 use crate::kernel::loops::reduce::{
     CopyAndMeasure, Dot, FiniteMark, Max, MaxAbs, Reduce, RowsDot, Sum,
@@ -253,11 +255,33 @@ pub(crate) fn decay_queries_and_keys<T: Compiled>(x: &mut [T], queries: &mut [T]
     T::run_decay_queries_and_keys(DecayQueriesAndKeys { x, queries, keys });
 }
 
-/// `out_j = Σ_c (y_cj − point_c)²`, with `y [point.len(), ld]` by rows and `out.len()` a multiple
-/// of [`Lanes::PAD`].
-pub(crate) fn distances<T: Compiled>(y: &[T], ld: usize, point: &[T], out: &mut [T]) {
-    debug_assert!(out.len().is_multiple_of(T::PAD));
-    T::run_distances(Distances { y, ld, point, out });
+/// `out_pj = Σ_c f_c·(y_cj − point_pc)²` for one or two points, with `y [factors.len(), ld]` by
+/// rows, `points [1 or 2, factors.len()]`, and `out` of as many rows, each a multiple of
+/// [`Lanes::PAD`].
+pub(crate) fn column_distances<T: Compiled>(
+    y: &[T],
+    ld: usize,
+    factors: &[T],
+    points: &[T],
+    out: &mut [T],
+) {
+    debug_assert!([1, 2].contains(&(points.len() / factors.len())));
+    T::run_column_distances(ColumnDistances { y, ld, factors, points, out });
+}
+
+/// The same, with `y [any, factors.len()]` and rows of `out` as long as there are rows of `y`;
+/// `factors.len()` is a multiple of [`Lanes::PAD`].
+pub(crate) fn row_distances<T: Compiled>(y: &[T], factors: &[T], points: &[T], out: &mut [T]) {
+    debug_assert!(factors.len().is_multiple_of(T::PAD));
+    T::run_row_distances(RowDistances { y, factors, points, out });
+}
+
+/// Raises `bound_j` to `(own + r_j)·e_j` where `r_j > own`, and returns the largest of these
+/// products where it is not, or 0, and the largest of all. Lengths are multiples of
+/// [`Lanes::PAD`].
+pub(crate) fn share_affinities<T: Compiled>(own: T, r: &[T], e: &[T], bound: &mut [T]) -> (T, T) {
+    debug_assert!(r.len().is_multiple_of(T::PAD));
+    T::run_share_affinities(ShareAffinities { own, r, e, bound })
 }
 
 /// `out_i = max_j (r_i + r_j)·e_ij`, or 0, for each of `out.len()` rows of `e`, as wide as `r`: a
@@ -279,36 +303,6 @@ pub(crate) fn receive<T: Compiled>(
 ) {
     debug_assert!(w.len().is_multiple_of(T::PAD));
     T::run_receive(Receive { w, decay, least, factors, p, ld });
-}
-
-/// Numbers in fewer bits, of which scores and sums are compiled.
-pub(crate) trait CompiledCode: Code {
-    /// Adds scores.
-    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>);
-
-    /// Adds sums of weighted values.
-    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>);
-}
-
-impl CompiledCode for i8 {
-    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>) {
-        T::run_scores_of_bytes(work);
-    }
-
-    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>) {
-        T::run_sums_of_bytes(work);
-    }
-}
-
-/// Of bfloat16.
-impl CompiledCode for u16 {
-    fn add_scores<T: Compiled>(work: PackedScores<'_, T, Self>) {
-        T::run_scores_of_bf16(work);
-    }
-
-    fn add_sums<T: Compiled>(work: PackedSums<'_, T, Self>) {
-        T::run_sums_of_bf16(work);
-    }
 }
 
 impl<T: Compiled> LanesDct<T> {

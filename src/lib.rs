@@ -163,7 +163,7 @@ pub use mask::Mask;
 pub use memory::exact::ExactMemory;
 pub use memory::linear::LinearMemory;
 pub use memory::merged::entries::MergedMemory;
-pub use memory::merged::rule::Metric;
+pub use memory::merged::rule::{MergeCost, MergeUnits, Metric};
 pub use memory::partial::Partial;
 pub use memory::{CloneMemory, Memory};
 pub use multi_head::MultiHead;

@@ -70,7 +70,9 @@ compiled! {
     run_exp2_below_maximum: exp::Exp2BelowMaximum -> (Self, Self);
     run_decode_step: decode::DecodeStep -> Self;
     run_read_sums: decode::ReadSums;
-    run_distances: pairs::Distances;
+    run_column_distances: pairs::ColumnDistances;
+    run_row_distances: pairs::RowDistances;
+    run_share_affinities: pairs::ShareAffinities -> (Self, Self);
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;
@@ -79,4 +81,8 @@ compiled! {
     run_scores_of_bf16: packed::ScoresOfBf16;
     run_sums_of_bytes: packed::SumsOfBytes;
     run_sums_of_bf16: packed::SumsOfBf16;
+    run_unpack_keys_of_bytes: packed::UnpackKeysOfBytes;
+    run_unpack_keys_of_bf16: packed::UnpackKeysOfBf16;
+    run_unpack_values_of_bytes: packed::UnpackValuesOfBytes;
+    run_unpack_values_of_bf16: packed::UnpackValuesOfBf16;
 }

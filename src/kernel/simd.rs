@@ -96,6 +96,14 @@ pub trait Lanes: num_traits::Float + 'static {
     fn vfma<S: Simd>(s: S, a: Self::V<S>, b: Self::V<S>, c: Self::V<S>) -> Self::V<S>;
     /// The larger.
     fn vmax<S: Simd>(s: S, a: Self::V<S>, b: Self::V<S>) -> Self::V<S>;
+    /// `x` where a > b, else `y`.
+    fn vselect_greater<S: Simd>(
+        s: S,
+        a: Self::V<S>,
+        b: Self::V<S>,
+        x: Self::V<S>,
+        y: Self::V<S>,
+    ) -> Self::V<S>;
     /// |a|.
     fn vabs<S: Simd>(s: S, a: Self::V<S>) -> Self::V<S>;
     /// 2ˣ for x up to 100, see [`exp2`].

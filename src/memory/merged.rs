@@ -2,6 +2,8 @@
 //! least become one.
 
 pub(crate) mod affinities;
+mod bounds;
+mod distances;
 pub(crate) mod entries;
 pub(crate) mod reduce;
 pub(crate) mod rule;
@@ -12,7 +14,7 @@ use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::answer::in_range;
 use crate::memory::merged::entries::MergedMemory;
-use crate::memory::merged::rule::{Distance, Rule, check_entries};
+use crate::memory::merged::rule::{Distance, MergeCost, Rule, check_entries};
 use crate::memory::partial::Partial;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -47,7 +49,9 @@ impl<T: Scalar> MergedMemory<T> {
             spare: 1,
             block: 1,
             metric: Distance::Identity,
-            value_weight: 0.0,
+            cost: MergeCost::Ward { value_weight: 0.0 },
+            query_squares: None,
+            value_square: None,
             value_columns: None,
             scale,
         };
@@ -117,14 +121,13 @@ impl<T: Scalar> MergedMemory<T> {
     /// The mean keys `[entries, head_dim]`.
     #[must_use]
     pub fn keys(&self) -> Array2<T> {
-        let number = |(i, c)| self.slots.key(i).nth(c).unwrap_or(T::zero());
-        Array2::from_shape_fn((self.held, self.slots.head_dim), number)
+        rows(self.slots.head_dim, (0..self.held).map(|i| self.slots.key(i)))
     }
 
     /// The mean values `[entries, value_dim]`.
     #[must_use]
     pub fn values(&self) -> Array2<T> {
-        Array2::from_shape_fn((self.held, self.slots.value_dim), |(i, c)| self.slots.value(i)[c])
+        rows(self.slots.value_dim, (0..self.held).map(|i| self.slots.value(i)))
     }
 
     /// The number of tokens each entry stands for.
@@ -150,6 +153,15 @@ impl<T: Scalar> MergedMemory<T> {
     pub fn is_empty(&self) -> bool {
         self.absorbed == 0
     }
+}
+
+/// Rows of so many columns as an array.
+fn rows<T: Scalar, R: Iterator<Item = T>>(
+    columns: usize,
+    rows: impl Iterator<Item = R>,
+) -> Array2<T> {
+    let numbers: Vec<T> = rows.flatten().collect();
+    Array2::from_shape_vec((numbers.len() / columns, columns), numbers).expect("whole rows")
 }
 
 impl<T: Scalar> Memory<T> for MergedMemory<T> {

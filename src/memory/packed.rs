@@ -1,35 +1,19 @@
 //! Tokens in fewer bits, in the layout of the loops that read them as they are.
 
+pub(crate) mod tiles;
+
 use crate::kernel;
-use crate::kernel::buffer::Buffer;
-use crate::kernel::loops::packed::{PackedScores, PackedSums, TILE};
-use crate::memory::row_code::RowCode;
+use crate::memory::packed::tiles::Tiles;
 use crate::scalar::Scalar;
-use crate::state_format::{BLOCK, StateFormat};
+use crate::state_format::StateFormat;
 use core::ops::Range;
 use ndarray::ArrayView1;
-
-/// Rows of values are padded to a multiple of this many numbers, a vector of any level.
-const ROW: usize = 16;
 
 /// Keys and values of tokens, in one of the formats that are not the kernel's own.
 #[derive(Clone, Debug)]
 pub(crate) enum Packed {
     Bf16(Tiles<u16>),
     Q8(Tiles<i8>),
-}
-
-/// Tiles of [`TILE`] tokens: see [`packed`](crate::kernel::loops::packed).
-#[derive(Clone, Debug)]
-pub(crate) struct Tiles<C> {
-    head_dim: usize,
-    value_dim: usize,
-    /// Tokens that there is room for, whole tiles of them.
-    room: usize,
-    keys: Buffer<C>,
-    values: Buffer<C>,
-    /// Of keys and of values, where the format has them.
-    scales: [Buffer<u16>; 2],
 }
 
 /// Scores or sums of a format as its loops take them.
@@ -113,7 +97,7 @@ impl Packed {
     }
 
     /// `out_rj += factor_r·q_r·k_j` for rows of queries, and tokens `j` from `first` on, which is a
-    /// multiple of [`TILE`]: as many whole cache lines as `tokens` says. Rows of `out` are `ld`
+    /// multiple of [`TILE`](crate::kernel::loops::packed::TILE): as many whole cache lines as `tokens` says. Rows of `out` are `ld`
     /// apart.
     pub(crate) fn add_scores<T: Scalar>(
         &self,
@@ -163,202 +147,37 @@ impl Packed {
     pub(crate) fn restore(&mut self, token: usize, bytes: &[u8]) -> bool {
         each!(self, tiles => tiles.restore(token, bytes))
     }
-}
 
-impl<C: RowCode> Tiles<C> {
-    fn new(head_dim: usize, value_dim: usize) -> Self {
-        Self {
-            head_dim,
-            value_dim,
-            room: 0,
-            keys: Buffer::new(),
-            values: Buffer::new(),
-            scales: [Buffer::new(), Buffer::new()],
+    /// Puts what another set of the same format and sizes holds of a token.
+    pub(crate) fn put_from(&mut self, token: usize, other: &Self, from: usize) {
+        match (self, other) {
+            (Self::Bf16(own), Self::Bf16(other)) => own.put_from(token, other, from),
+            (Self::Q8(own), Self::Q8(other)) => own.put_from(token, other, from),
+            _ => unreachable!("the parts of a kernel have one format"),
         }
     }
 
-    fn stride(&self) -> usize {
-        self.value_dim.next_multiple_of(ROW)
+    /// The same within this set.
+    pub(crate) fn copy_token(&mut self, from: usize, to: usize) {
+        each!(self, tiles => tiles.copy_token(from, to));
     }
 
-    fn blocks(columns: usize) -> usize {
-        if C::SCALED { columns.div_ceil(BLOCK) } else { 0 }
-    }
-
-    fn resize(&mut self, tokens: usize) {
-        self.room = tokens.next_multiple_of(TILE);
-        self.keys.grow(self.room * self.head_dim);
-        self.values.grow(self.room * self.stride());
-        for (scales, columns) in self.scales.iter_mut().zip([self.head_dim, self.value_dim]) {
-            scales.grow(self.room * Self::blocks(columns));
+    /// Makes it equal to another, in its own buffers if it has the same format.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        match (&mut *self, other) {
+            (Self::Bf16(own), Self::Bf16(other)) => own.copy_from(other),
+            (Self::Q8(own), Self::Q8(other)) => own.copy_from(other),
+            _ => *self = other.clone(),
         }
     }
 
-    /// Where number `c` of a key is.
-    #[inline]
-    fn key_at(&self, token: usize, c: usize) -> usize {
-        (token / TILE * self.head_dim + c) * TILE + token % TILE
+    /// The keys of the tile that begins with a token, as columns: `[head_dim, TILE]`.
+    pub(crate) fn unpack_keys<T: Scalar>(&self, first: usize, out: &mut [T]) {
+        each!(self, tiles => tiles.unpack_keys(first, out));
     }
 
-    /// Where the scale of number `c` of a row of so many columns is.
-    #[inline]
-    fn scale_at(columns: usize, token: usize, c: usize) -> usize {
-        (token / TILE * Self::blocks(columns) + c / BLOCK) * TILE + token % TILE
-    }
-
-    /// The scale of number `c` of a key, or of a value.
-    #[inline]
-    fn scale(&self, side: usize, token: usize, c: usize) -> u16 {
-        let columns = [self.head_dim, self.value_dim][side];
-        if C::SCALED { self.scales[side][Self::scale_at(columns, token, c)] } else { 0 }
-    }
-
-    #[inline]
-    fn key<T: Scalar>(&self, token: usize, c: usize) -> T {
-        self.keys[self.key_at(token, c)].decode(self.scale(0, token, c))
-    }
-
-    #[inline]
-    fn value<T: Scalar>(&self, token: usize, c: usize) -> T {
-        self.values[token * self.stride() + c].decode(self.scale(1, token, c))
-    }
-
-    fn set_scale(&mut self, side: usize, token: usize, c: usize, scale: u16) {
-        if C::SCALED {
-            let columns = [self.head_dim, self.value_dim][side];
-            self.scales[side][Self::scale_at(columns, token, c)] = scale;
-        }
-    }
-
-    fn put_key<T: Scalar>(&mut self, token: usize, number: impl Fn(usize) -> T) {
-        let mut block = [T::zero(); BLOCK];
-        for first in (0..self.head_dim).step_by(BLOCK) {
-            let block = &mut block[..BLOCK.min(self.head_dim - first)];
-            block.iter_mut().enumerate().for_each(|(i, to)| *to = number(first + i));
-            let at = self.key_at(token, first);
-            let keys = &mut self.keys[at..];
-            let scale = C::encode(block, |i, code| keys[i * TILE] = code);
-            self.set_scale(0, token, first, scale);
-        }
-    }
-
-    fn put_value<T: Scalar>(&mut self, token: usize, number: impl Fn(usize) -> T) {
-        let mut block = [T::zero(); BLOCK];
-        for first in (0..self.value_dim).step_by(BLOCK) {
-            let block = &mut block[..BLOCK.min(self.value_dim - first)];
-            block.iter_mut().enumerate().for_each(|(i, to)| *to = number(first + i));
-            let at = token * self.stride() + first;
-            let values = &mut self.values[at..at + block.len()];
-            let scale = C::encode(block, |i, code| values[i] = code);
-            self.set_scale(1, token, first, scale);
-        }
-    }
-
-    fn read_keys<T: Scalar>(&self, tokens: Range<usize>, out: &mut [T]) {
-        let (d, start, count) = (self.head_dim, tokens.start, tokens.len());
-        debug_assert!(count <= TILE - start % TILE);
-        for c in 0..d {
-            let keys = &self.keys[self.key_at(start, c)..][..count];
-            let out = out[c..].iter_mut().step_by(d);
-            if C::SCALED {
-                let scales = &self.scales[0][Self::scale_at(d, start, c)..][..count];
-                for ((out, key), &scale) in out.zip(keys).zip(scales) {
-                    *out = key.decode(scale);
-                }
-            } else {
-                out.zip(keys).for_each(|(out, key)| *out = key.decode(0));
-            }
-        }
-    }
-
-    fn read_values<T: Scalar>(&self, tokens: Range<usize>, stride: usize, out: &mut [T]) {
-        for (token, out) in tokens.zip(out.chunks_exact_mut(stride)) {
-            let row = &self.values[token * self.stride()..][..self.value_dim];
-            let (out, padding) = out.split_at_mut(self.value_dim);
-            padding.fill(T::zero());
-            for (block, (out, row)) in out.chunks_mut(BLOCK).zip(row.chunks(BLOCK)).enumerate() {
-                let scale = self.scale(1, token, block * BLOCK);
-                out.iter_mut().zip(row).for_each(|(out, value)| *out = value.decode(scale));
-            }
-        }
-    }
-
-    fn add_scores<T: Scalar>(
-        &self,
-        [first, tokens]: [usize; 2],
-        [queries, factors]: [&[T]; 2],
-        out: &mut [T],
-        ld: usize,
-    ) {
-        C::add_scores(PackedScores {
-            columns: self.head_dim,
-            queries,
-            factors,
-            keys: &self.keys[first * self.head_dim..],
-            scales: &self.scales[0][first * Self::blocks(self.head_dim)..],
-            tokens,
-            out,
-            ld,
-        });
-    }
-
-    fn add_sums<T: Scalar>(
-        &self,
-        [first, tokens]: [usize; 2],
-        (weights, ld): (&[T], usize),
-        out: &mut [T],
-        width: usize,
-    ) {
-        let blocks = Self::blocks(self.value_dim);
-        C::add_sums(PackedSums {
-            weights,
-            ld,
-            tokens,
-            values: &self.values[first * self.stride()..],
-            stride: self.stride(),
-            scales: &self.scales[1][first * blocks..],
-            blocks,
-            out,
-            width,
-        });
-    }
-
-    fn save(&self, token: usize, out: &mut Vec<u8>) {
-        for (side, columns) in [self.head_dim, self.value_dim].into_iter().enumerate() {
-            for first in (0..columns).step_by(BLOCK) {
-                let code = |c: usize| match side {
-                    0 => self.keys[self.key_at(token, c)],
-                    _ => self.values[token * self.stride() + c],
-                };
-                let codes = (first..columns.min(first + BLOCK)).map(code);
-                C::save(self.scale(side, token, first), codes, out);
-            }
-        }
-    }
-
-    fn restore(&mut self, token: usize, mut bytes: &[u8]) -> bool {
-        for (side, columns) in [self.head_dim, self.value_dim].into_iter().enumerate() {
-            for first in (0..columns).step_by(BLOCK) {
-                let count = BLOCK.min(columns - first);
-                let size = count * size_of::<C>() + if C::SCALED { 2 } else { 0 };
-                let Some((block, rest)) = bytes.split_at_checked(size) else { return false };
-                bytes = rest;
-                let mut codes = [C::zero(); BLOCK];
-                let Some(scale) = C::restore(block, |i, code| codes[i] = code) else {
-                    return false;
-                };
-                for (c, code) in (first..).zip(&codes[..count]) {
-                    let at = if side == 0 {
-                        &mut self.keys[(token / TILE * self.head_dim + c) * TILE + token % TILE]
-                    } else {
-                        let stride = self.value_dim.next_multiple_of(ROW);
-                        &mut self.values[token * stride + c]
-                    };
-                    *at = *code;
-                }
-                self.set_scale(side, token, first, scale);
-            }
-        }
-        bytes.is_empty()
+    /// Values of that tile as rows of `width` numbers, whole cache lines of them.
+    pub(crate) fn unpack_values<T: Scalar>(&self, first: usize, out: &mut [T], width: usize) {
+        each!(self, tiles => tiles.unpack_values(first, out, width));
     }
 }

@@ -1,6 +1,6 @@
 //! What a format makes of a block of a row, and back.
 
-use crate::kernel::CompiledCode;
+use crate::kernel::packed::CompiledCode;
 use crate::scalar::Scalar;
 use crate::state_format::{from_bf16, is_finite, to_bf16, to_bytes};
 

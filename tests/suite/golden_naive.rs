@@ -4,9 +4,9 @@
 use crate::common::{assert_close, golden, matrix, vector};
 use dijiang::attention::naive::features::{self, Features, TaylorCalibration};
 use dijiang::attention::naive::hybrid::{self, Near};
-use dijiang::attention::naive::merged::{self, Entry, Ward, ward};
+use dijiang::attention::naive::merged::{self, Bounds, Entry, Ward, ward};
 use dijiang::attention::naive::options::Options;
-use dijiang::attention::naive::received::{self, Head, Metric, Received, State};
+use dijiang::attention::naive::received::{self, Cost, Head, Metric, Received, State};
 use dijiang::attention::naive::{self, block, linear};
 use dijiang::{DctFeatures, Mask};
 use ndarray::{Array1, Array2, Axis, concatenate, s};
@@ -329,7 +329,8 @@ fn merged_by_ward() {
         let mut lists = [Vec::new()];
         for (j, step) in gone.into_iter().zip(steps) {
             lists[0].push(Entry::token(k.row(j), v.row(j), weights[j]));
-            merged::reduce(&mut lists, entries, 1, 1, cost);
+            let bounds = Bounds { entries, least: 1, block: 1, least_weight: 0.0 };
+            merged::reduce(&mut lists, bounds, cost);
             check_entries(name(case), &lists[0], &step["entries"]);
         }
     }
@@ -347,8 +348,9 @@ fn merged_by_received_attention() {
             entries: number(&case["entries_max"]),
             gamma: case["gamma"].as_f64().unwrap(),
             min_age: number(&case["min_age"]),
-            value_weight: case["beta"].as_f64().unwrap().powi(2),
+            cost: Cost::Ward { value_weight: case["beta"].as_f64().unwrap().powi(2) },
             metric: Metric::Identity,
+            mean_value_square: None,
             options: Options::default(),
         };
         let out = received::received(&q, &k, &v, scale, &near, &rule);
@@ -373,5 +375,55 @@ fn merged_by_received_attention() {
         let exact = vector(&end["acc"]);
         let found: Array1<f64> = window.iter().map(|&j| state.received[j]).collect();
         assert_close(name(case), &column(&found), &column(&exact), units(1e-11));
+    }
+}
+
+#[test]
+fn merged_by_the_product_cost() {
+    for case in cases(&golden("golden/product_cost")) {
+        let q: Vec<Array2<f64>> = case["q"].as_array().unwrap().iter().map(matrix).collect();
+        let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
+        let scale = case["scale"].as_f64().unwrap();
+        let near = Near::new(number(&case["window"]), number(&case["sinks"]));
+        let rule = Received {
+            entries: number(&case["entries"]),
+            gamma: case["decay"].as_f64().unwrap(),
+            min_age: number(&case["min_age"]),
+            cost: Cost::Product,
+            metric: Metric::Diagonal(vector(&case["metric"])),
+            mean_value_square: case["value_norm_squared"].as_f64(),
+            options: Options::default(),
+        };
+        let out = received::received(&q, &k, &v, scale, &near, &rule);
+        for (found, exact) in out.iter().zip(case["output"].as_array().unwrap()) {
+            assert_close(name(case), found, &matrix(exact), units(1e-10));
+        }
+        let scaled = |x: &Array2<f64>| x * scale.sqrt();
+        let (queries, keys) = (q.iter().map(scaled).collect::<Vec<_>>(), scaled(&k));
+        let head = Head { queries: &queries, keys: &keys, values: &v };
+        let mut state = State::new(k.ncols());
+        for t in 0..k.nrows() {
+            received::step(&mut state, t, head, &near, &rule);
+        }
+        let all = |of: fn(&Entry) -> Array1<f64>| {
+            let rows: Vec<Array1<f64>> = state.entries.iter().map(of).collect();
+            Array2::from_shape_fn((rows.len(), rows[0].len()), |(i, c)| rows[i][c])
+        };
+        assert_close(
+            name(case),
+            &all(|e| e.key.clone()),
+            &matrix(&case["final_keys"]),
+            units(1e-10),
+        );
+        assert_close(
+            name(case),
+            &all(|e| e.value.clone()),
+            &matrix(&case["final_values"]),
+            units(1e-10),
+        );
+        let counts = column(&vector(&case["final_counts"]));
+        assert_close(name(case), &all(|e| ndarray::array![e.count]), &counts, units(1e-10));
+        let weights = column(&vector(&case["final_weights"]));
+        assert_close(name(case), &all(|e| ndarray::array![e.weight]), &weights, units(1e-10));
     }
 }

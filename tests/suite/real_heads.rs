@@ -4,7 +4,7 @@ use crate::common::{Head, golden, heads, map};
 use dijiang::fidelity::Reference;
 use dijiang::{
     Calibration, CalibrationOptions, Far, FeatureMap, HybridAttention, LinearAttention, Mask,
-    Merged, Metric, Scalar, Taylor, TaylorFit,
+    MergeCost, Merged, Metric, Scalar, Taylor, TaylorFit,
 };
 use std::sync::Arc;
 
@@ -88,6 +88,11 @@ fn feature_maps_alone_do_not_imitate_trained_heads() {
     }
 }
 
+/// Merging by Ward's cost.
+fn ward(entries: usize) -> Merged {
+    Merged::new(entries).cost(MergeCost::Ward { value_weight: 4.0 })
+}
+
 /// The deterministic hybrids that need no calibration: within 1e-6, in f64 and (as the heads are
 /// f32) within 1 % in f32.
 #[test]
@@ -100,22 +105,22 @@ fn hybrids_have_the_known_errors() {
         (
             "hybrid_received64",
             64,
-            || Merged::new(64).metric(Metric::Identity).into(),
-            || Merged::new(64).metric(Metric::Identity).into(),
+            || ward(64).metric(Metric::Identity).into(),
+            || ward(64).metric(Metric::Identity).into(),
         ),
         (
             "hybrid_received64_b8",
             64,
-            || Merged::new(64).metric(Metric::Identity).block(8).into(),
-            || Merged::new(64).metric(Metric::Identity).block(8).into(),
+            || ward(64).metric(Metric::Identity).block(8).into(),
+            || ward(64).metric(Metric::Identity).block(8).into(),
         ),
         (
             "hybrid_received64_w48_s48",
             48,
-            || Merged::new(48).metric(Metric::Identity).into(),
-            || Merged::new(48).metric(Metric::Identity).into(),
+            || ward(48).metric(Metric::Identity).into(),
+            || ward(48).metric(Metric::Identity).into(),
         ),
-        ("hybrid_received64_diag", 64, || Far::merged(64), || Far::merged(64)),
+        ("hybrid_received64_diag", 64, || ward(64).into(), || ward(64).into()),
     ];
     let known = golden("reference_errors");
     for head in heads() {

@@ -149,11 +149,12 @@ impl<T: Scalar> Far<T> {
         }
     }
 
-    /// What a kernel of this head dimension and scale makes it by; `calibration` is its own or the
+    /// What a kernel of this head dimension, window and scale makes it by; `calibration` is its own or the
     /// kernel's.
     pub(super) fn kind(
         &self,
         head_dim: usize,
+        window: usize,
         scale: f64,
         calibration: Option<&Calibration>,
     ) -> Result<FarKind<T>, Error> {
@@ -165,7 +166,7 @@ impl<T: Scalar> Far<T> {
             }
             Choice::Taylor(taylor) => taylor.kind(calibration),
             Choice::Ward(ward) => ward.kind(scale, calibration),
-            Choice::Merged(merged) => merged.kind(scale),
+            Choice::Merged(merged) => merged.kind(head_dim, window, scale),
             Choice::Own(make) => Ok(FarKind::Own(Arc::clone(make))),
         }
     }

@@ -135,7 +135,7 @@ mod tests {
     use crate::attention::hybrid::far::merged::Merged;
     use crate::attention::hybrid::far_memory::merging::MergingPool;
     use crate::attention::hybrid::far_memory::{Sizes, of_kind};
-    use crate::memory::merged::rule::Metric;
+    use crate::memory::merged::rule::{MergeUnits, Metric};
     use crate::views;
     use ndarray::{Array2, Array3};
     use serde_json::Value;
@@ -244,6 +244,68 @@ mod tests {
             let received: Vec<f64> =
                 held.map(|position| state.near[0].received[config.slot(position)]).collect();
             near(name, &received, &vector(&case["window_end"]["acc"]));
+        }
+    }
+
+    /// Which pairs the product cost merges, the outputs and the entries that are left.
+    #[test]
+    fn the_merges_of_the_product_cost() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/golden/product_cost.json");
+        let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        for case in file["cases"].as_array().unwrap() {
+            let name = case["name"].as_str().unwrap();
+            let heads: Vec<_> = case["q"].as_array().unwrap().iter().map(matrix).collect();
+            let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
+            let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| {
+                heads[g][[t, c]]
+            });
+            let units = MergeUnits::new(
+                vector(&case["metric"]),
+                case["value_norm_squared"].as_f64().unwrap(),
+            );
+            let far = Merged::new(number(&case["entries"]))
+                .decay(case["decay"].as_f64().unwrap())
+                .units(units.unwrap());
+            let kernel = HybridAttention::<f64>::builder(k.ncols())
+                .window(number(&case["window"]))
+                .sinks(number(&case["sinks"]))
+                .scale(case["scale"].as_f64().unwrap())
+                .far(far)
+                .build()
+                .unwrap();
+            let config = &kernel.config;
+            let mut state = HybridState::new();
+            let sizes = Sizes { heads: 1, value_dim: v.ncols(), deciding_columns: None };
+            state.prepare(config, sizes).unwrap();
+            let (mut scratch, mut merges) = (HybridScratch::new(), Vec::new());
+            let mut all = Array3::zeros((heads.len(), k.nrows(), v.ncols()));
+            for t in 0..k.nrows() {
+                let rows =
+                    |x: &Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
+                let (k, v) = (rows(&k), rows(&v));
+                let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
+                let out = all.index_axis_mut(Axis(1), t).insert_axis(Axis(1));
+                let call = Head::group(q, k.view(), v.view(), out);
+                state.extend(config, &mut [call], &mut scratch).unwrap();
+                let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
+                merges.extend(memories[0].merges.drain(..).map(|[x, y]| [t, x, y]));
+            }
+            let expected = case["merges"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|step| core::array::from_fn(|i| number(&step[i])));
+            assert_eq!(merges, expected.collect::<Vec<[usize; 3]>>(), "{name}");
+            let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
+            let flat = |x: Array2<f64>| x.into_iter().collect::<Vec<_>>();
+            let keys = flat(memories[0].keys() * config.scale.sqrt());
+            near(name, &keys, &flat(matrix(&case["final_keys"])));
+            near(name, &flat(memories[0].values()), &flat(matrix(&case["final_values"])));
+            near(name, memories[0].counts(), &vector(&case["final_counts"]));
+            near(name, memories[0].weights(), &vector(&case["final_weights"]));
+            for (found, exact) in all.outer_iter().zip(case["output"].as_array().unwrap()) {
+                near(name, &flat(found.to_owned()), &flat(matrix(exact)));
+            }
         }
     }
 }

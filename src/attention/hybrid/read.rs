@@ -9,6 +9,7 @@ use crate::kernel;
 use crate::kernel::buffer::padded;
 use crate::memory::answer::in_range;
 use crate::memory::merged::entries::MergedMemory;
+use crate::memory::merged::rule::LEAST_WEIGHT;
 use crate::memory::partial::divisor;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
@@ -131,23 +132,21 @@ impl<T: Scalar> HybridState<T> {
         self.far.answered(steps.asked(call), &reading.answer, far);
         let Weighing::Received { decay, min_age } = config.far.weighing() else { return };
         let decay = T::from_f64(decay);
-        let pooled = self.near.len() > 1;
+        let scaled = self.near.len() > 1 || config.scales_received();
         let near = &mut self.near[head];
         let (own, width) = (near.slots.capacity, reading.width);
         for step in 0..run {
             let t = self.tokens - run + step;
             let rows = step * group..(step + 1) * group;
             let factors = &mut inverse[rows.clone()];
-            if pooled {
-                // heads compare by what they give to all but the sinks
+            if scaled {
+                // heads, and sizes of what is far, compare by what goes to all but the sinks
                 let mut mass = T::zero();
                 for (row, &factor) in rows.clone().zip(&*factors) {
                     mass += factor * kernel::sum(&reading.row(row)[config.sinks.min(own)..]);
                 }
-                if mass > T::zero() {
-                    let per_query = T::from_f64(group as f64) / mass;
-                    kernel::scale(factors, per_query);
-                }
+                let per_query = T::from_f64(group as f64) / (mass + T::from_f64(LEAST_WEIGHT));
+                kernel::scale(factors, per_query);
             }
             for row in rows.clone() {
                 let young = min_age.min(config.ring).min((t + 1).saturating_sub(config.sinks));

@@ -18,6 +18,8 @@ impl<T: Scalar> Config<T> {
             .with("scale", [self.scale])
             .with("soft cap", self.soft_cap.map(SoftCap::cap))
             .with("sink logits", self.sink_logits.iter().copied());
+        let own =
+            self.format.mark().into_iter().fold(own, |own, mark| own.with("state format", [mark]));
         let own = match (&self.scores, &self.expected) {
             (None, None) => own,
             (scores, expected) => {
@@ -42,7 +44,9 @@ impl<T: Scalar> Config<T> {
                     Distance::Matrix(matrix) => matrix.iter().copied().collect(),
                 };
                 let own = own.with("weights of entries", weighing).with("metric", metric);
-                Ok(own.with("value_weight", [rule.value_weight]))
+                let units = rule.query_squares.iter().flat_map(|all| all.iter().copied());
+                let own = own.with("units", units.chain(rule.value_square));
+                Ok(own.with("cost", rule.cost.parameters()))
             }
         }
     }

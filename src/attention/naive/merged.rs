@@ -34,6 +34,8 @@ impl Entry {
     /// n = n_i + n_j,    a = a_i + a_j
     /// ```
     ///
+    /// In the means every entry weighs `least` more than its weight.
+    ///
     /// ```
     /// use dijiang::attention::naive::merged::Entry;
     /// use ndarray::array;
@@ -41,14 +43,15 @@ impl Entry {
     /// let token = |x: f64, weight| {
     ///     Entry::token(array![x].view(), array![10.0 * x].view(), weight)
     /// };
-    /// let both = token(1.0, 3.0).merge(&token(5.0, 1.0));
+    /// let both = token(1.0, 3.0).merge(&token(5.0, 1.0), 0.0);
     /// assert_eq!((both.key, both.value), (array![2.0], array![20.0]));
     /// assert_eq!((both.count, both.weight), (2.0, 4.0));
     /// ```
     #[must_use]
-    pub fn merge(&self, other: &Self) -> Self {
+    pub fn merge(&self, other: &Self, least: f64) -> Self {
         let weight = self.weight + other.weight;
-        let mean = |a: &Array1<f64>, b: &Array1<f64>| (a * self.weight + b * other.weight) / weight;
+        let [a, b] = [self.weight + least, other.weight + least];
+        let mean = |x: &Array1<f64>, y: &Array1<f64>| (x * a + y * b) / (a + b);
         Self {
             key: mean(&self.key, &other.key),
             value: mean(&self.value, &other.value),
@@ -78,8 +81,21 @@ pub fn ward_cost(a: &Entry, b: &Entry, distance: f64) -> f64 {
     a.weight * (b.weight / (a.weight + b.weight)) * distance
 }
 
-/// Merges the entries of some lists until `entries` are left in all of them together and each list
-/// has at least `least`, given the cost of a pair of list `h`, `cost(h, i, j)` with `i` before `j`.
+/// The bounds within which [`reduce`] merges.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Entries that are left in all lists together.
+    pub entries: usize,
+    /// Entries that each list keeps.
+    pub least: usize,
+    /// Tokens that arrive at once.
+    pub block: usize,
+    /// What is added to every weight where means are taken, see [`Entry::merge`].
+    pub least_weight: f64,
+}
+
+/// Merges the entries of some lists until they are within `bounds`, given the cost of a pair of
+/// list `h`, `cost(h, i, j)` with `i` before `j`.
 ///
 /// The pairs that may merge are those in one list that are nearest to each other; of equal costs
 /// the first counts, by list, then by place. With `block` 1 the cheapest pair becomes one entry, in
@@ -88,9 +104,10 @@ pub fn ward_cost(a: &Entry, b: &Entry, distance: f64) -> f64 {
 /// what is left stays; rounds follow, with new costs, until it is enough.
 ///
 /// ```
-/// use dijiang::attention::naive::merged::{self, Entry};
+/// use dijiang::attention::naive::merged::{self, Bounds, Entry};
 /// use ndarray::array;
 ///
+/// let bounds = Bounds { entries: 3, least: 1, block: 1, least_weight: 0.0 };
 /// let token = |x: f64| Entry::token(array![x].view(), array![x].view(), 1.0);
 /// let cost = |_: usize, a: &Entry, b: &Entry| {
 ///     merged::ward_cost(a, b, (a.key[0] - b.key[0]).powi(2))
@@ -99,12 +116,12 @@ pub fn ward_cost(a: &Entry, b: &Entry, distance: f64) -> f64 {
 /// let tokens: Vec<Entry> = [0.0, 10.0, 1.0, 5.0].map(token).to_vec();
 ///
 /// let mut lists = [tokens.clone()];
-/// merged::reduce(&mut lists, 3, 1, 1, cost);
+/// merged::reduce(&mut lists, bounds, cost);
 /// assert_eq!(keys(&lists[0]), [0.5, 10.0, 5.0]);
 ///
 /// // two pools of two, and three in all: the cheaper pair merges
 /// let mut lists = [tokens[..2].to_vec(), tokens[2..].to_vec()];
-/// merged::reduce(&mut lists, 3, 1, 1, cost);
+/// merged::reduce(&mut lists, bounds, cost);
 /// assert_eq!((keys(&lists[0]), keys(&lists[1])), (vec![0.0, 10.0], vec![3.0]));
 /// ```
 ///
@@ -113,9 +130,7 @@ pub fn ward_cost(a: &Entry, b: &Entry, distance: f64) -> f64 {
 /// If every list has `least` entries and those are more than `entries` together.
 pub fn reduce(
     lists: &mut [Vec<Entry>],
-    entries: usize,
-    least: usize,
-    block: usize,
+    Bounds { entries, least, block, least_weight }: Bounds,
     cost: impl Fn(usize, &Entry, &Entry) -> f64,
 ) {
     loop {
@@ -133,7 +148,7 @@ pub fn reduce(
         pairs.truncate(if block == 1 { 1 } else { all - entries });
         assert!(!pairs.is_empty(), "every list is as short as it may be");
         for &MutualPair { list, first, second, .. } in &pairs {
-            lists[list][first] = lists[list][first].merge(&lists[list][second]);
+            lists[list][first] = lists[list][first].merge(&lists[list][second], least_weight);
         }
         pairs.sort_by_key(|pair| pair.second);
         for &MutualPair { list, second, .. } in pairs.iter().rev() {
@@ -276,7 +291,9 @@ pub fn ward(
     };
     let make_room = |entries: &mut Vec<Entry>| {
         let cost = |_: usize, a: &Entry, b: &Entry| ward_cost(a, b, distance(a, b));
-        reduce(core::slice::from_mut(entries), rule.entries, 1, near.block, cost);
+        let bounds =
+            Bounds { entries: rule.entries, least: 1, block: near.block, least_weight: 0.0 };
+        reduce(core::slice::from_mut(entries), bounds, cost);
     };
     let (mut held, mut entries) = (Held::default(), Vec::new());
     let token = |j: usize| Entry::token(k.row(j), v.row(j), rule.weights[j]);

@@ -2,7 +2,7 @@
 //! last.
 
 use super::hybrid::{Held, Near};
-use super::merged::{Entry, read, reduce, ward_cost};
+use super::merged::{Bounds, Entry, read, reduce, ward_cost};
 use super::options::Options;
 use ndarray::{Array1, Array2};
 
@@ -21,10 +21,32 @@ pub enum Metric {
     /// `|Δkey|²`
     Identity,
     /// `Σ_c r_c Δkey_c²`, with `r_c` the mean of `q̂_c²` over the first 64 tokens behind the sinks
-    /// and the query heads of the group, over the mean of all `r`.
+    /// and the query heads of the group; for [`Cost::Ward`] over the mean of all `r`.
     QueryDiagonal,
+    /// The same with `r` given.
+    Diagonal(Array1<f64>),
     /// `|R Δkey|²`
     Matrix(Array2<f64>),
+}
+
+/// What it costs to merge two entries with the weights `a_i` and `a_j`, where `δk²` is their
+/// distance by the [`Metric`] and `δv² = |Δvalue|²/ρ²`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Cost {
+    /// `a_i a_j/(a_i + a_j)·(δk² + value_weight·δv²)`
+    Ward {
+        /// The factor of `δv²`.
+        value_weight: f64,
+    },
+    /// `δk²·(δv² + δk²/4)/(1/a_i + 1/a_j)`, with `10⁻⁹` more than the weights.
+    Product,
+}
+
+impl Cost {
+    /// What is added to weights where entries are merged.
+    fn least_weight(self) -> f64 {
+        if self == Self::Product { LEAST_WEIGHT } else { 0.0 }
+    }
 }
 
 /// Options of [`received`].
@@ -36,10 +58,12 @@ pub struct Received {
     pub gamma: f64,
     /// The age in tokens from which a token in the window collects.
     pub min_age: usize,
-    /// The factor of `|Δvalue|²/ρ²`.
-    pub value_weight: f64,
+    /// What it costs to merge.
+    pub cost: Cost,
     /// The distance between keys.
     pub metric: Metric,
+    /// `ρ²`; `None` for the mean of `|v|²` over the first 64 tokens behind the sinks.
+    pub mean_value_square: Option<f64>,
     /// How entries are read.
     pub options: Options,
 }
@@ -75,18 +99,27 @@ impl State {
         self.units.1 / self.units.0 as f64
     }
 
-    fn distance(&self, a: &Entry, b: &Entry, rule: &Received) -> f64 {
+    fn cost(&self, a: &Entry, b: &Entry, rule: &Received) -> f64 {
         let (key, value) = (&a.key - &b.key, &a.value - &b.value);
+        let weighted = |r: &Array1<f64>| {
+            let mean = if rule.cost == Cost::Product { 1.0 } else { r.mean().unwrap_or(1.0) };
+            (&key * &key).dot(&(r / mean))
+        };
         let keys = match &rule.metric {
             Metric::Identity => key.dot(&key),
-            Metric::QueryDiagonal => {
-                let squares = &self.units.2;
-                let mean = squares.sum() / squares.len() as f64;
-                (&key * &key).dot(&(squares / mean))
-            }
+            Metric::QueryDiagonal => weighted(&(&self.units.2 / self.units.0 as f64)),
+            Metric::Diagonal(r) => weighted(r),
             Metric::Matrix(metric) => metric.dot(&key).mapv(|x| x * x).sum(),
         };
-        keys + rule.value_weight * value.dot(&value) / self.mean_value_square()
+        let square = rule.mean_value_square.unwrap_or_else(|| self.mean_value_square());
+        let values = value.dot(&value) / square;
+        match rule.cost {
+            Cost::Ward { value_weight } => ward_cost(a, b, keys + value_weight * values),
+            Cost::Product => {
+                let [a, b] = [a, b].map(|entry| entry.weight + LEAST_WEIGHT);
+                keys * (values + keys / 4.0) / (1.0 / a + 1.0 / b)
+            }
+        }
     }
 }
 
@@ -113,7 +146,7 @@ fn arrive(state: &mut State, t: usize, head: Head<'_>, near: &Near) {
         *tokens += 1;
         *value_squares += head.values.row(t).dot(&head.values.row(t));
         for q in head.queries {
-            *query_squares += &q.row(t).mapv(|x| x * x);
+            *query_squares += &(q.row(t).mapv(|x| x * x) / head.queries.len() as f64);
         }
     }
     for j in state.held.step(near, t) {
@@ -122,17 +155,14 @@ fn arrive(state: &mut State, t: usize, head: Head<'_>, near: &Near) {
     }
 }
 
-/// Reduces the entries of all states together to `rule.entries` for each of them, by the cost
-///
-/// ```text
-/// a_i a_j/(a_i + a_j)·(|Δkey|² + value_weight·|Δvalue|²/ρ²)
-/// ```
+/// Reduces the entries of all states together to `rule.entries` for each of them, by the cost of
+/// the rule.
 fn make_room(states: &mut [State], rule: &Received, least: usize, block: usize) {
     let mut lists: Vec<Vec<Entry>> =
         states.iter_mut().map(|state| core::mem::take(&mut state.entries)).collect();
     let entries = rule.entries * states.len();
-    let cost = |h: usize, a: &Entry, b: &Entry| ward_cost(a, b, states[h].distance(a, b, rule));
-    reduce(&mut lists, entries, least, block, cost);
+    let bounds = Bounds { entries, least, block, least_weight: rule.cost.least_weight() };
+    reduce(&mut lists, bounds, |h, a, b| states[h].cost(a, b, rule));
     states.iter_mut().zip(lists).for_each(|(state, list)| state.entries = list);
 }
 
@@ -144,8 +174,8 @@ fn make_room(states: &mut [State], rule: &Received, least: usize, block: usize) 
 /// entry i:         a_i ← γ a_i + P_i
 /// ```
 ///
-/// In a pool the probabilities `P` are scaled so that those of all but the sinks sum to the number
-/// of query heads.
+/// In a pool, and for [`Cost::Product`], the probabilities `P` are scaled so that those of all but
+/// the sinks sum to the number of query heads: they are multiplied with `heads/(10⁻⁹ + sum)`.
 fn answer(
     state: &mut State,
     t: usize,
@@ -163,11 +193,9 @@ fn answer(
         out.push(mean);
     }
     let sinks = state.held.sinks.len();
-    if pooled {
+    if pooled || rule.cost == Cost::Product {
         let mass: f64 = probabilities.iter().skip(sinks).sum();
-        if mass > 0.0 {
-            probabilities *= head.queries.len() as f64 / mass;
-        }
+        probabilities *= head.queries.len() as f64 / (LEAST_WEIGHT + mass);
     }
     for (slot, &j) in exact.iter().enumerate().skip(sinks) {
         let in_window = slot < sinks + state.held.window.len();
@@ -191,12 +219,12 @@ fn answer(
 ///
 /// ```
 /// use dijiang::attention::naive::options::Options;
-/// use dijiang::attention::naive::{hybrid::Near, received::{self, Head, Metric, Received, State}};
+/// use dijiang::attention::naive::{hybrid::Near, received::{self, Cost, Head, Metric, Received, State}};
 /// use ndarray::array;
 ///
 /// let rule = Received {
-///     entries: 1, gamma: 0.5, min_age: 0, value_weight: 0.0, metric: Metric::Identity,
-///     options: Options::default(),
+///     entries: 1, gamma: 0.5, min_age: 0, cost: Cost::Ward { value_weight: 0.0 },
+///     metric: Metric::Identity, mean_value_square: None, options: Options::default(),
 /// };
 /// let (q, k, v) = ([array![[0.0], [0.0]]], array![[1.0], [2.0]], array![[1.0], [3.0]]);
 /// let head = Head { queries: &q, keys: &k, values: &v };
@@ -228,24 +256,24 @@ pub fn step(
 ///
 /// ```text
 /// a token that leaves becomes an entry with n = 1, a = acc + 10⁻⁹
-/// beyond `entries`, pairs of least a_i a_j/(a_i + a_j)·(|Δkey|² + value_weight·|Δvalue|²/ρ²) merge
+/// beyond `entries`, the pairs of least cost merge
 /// o_t = Σ_near e^{q̂_t·k̂_j} v_j + Σ_i n_i e^{q̂_t·key_i} value_i    over the same without v
 /// window token j: acc_j ← γ acc_j + P_j [t − j ≥ min_age],    entry i: a_i ← γ a_i + P_i
 /// ```
 ///
-/// with `ρ²` the mean of `|v|²` over the first 64 tokens behind the sinks. How pairs merge, singly
+/// by a [`Cost`]. How pairs merge, singly
 /// or in blocks, is in [`reduce`]. Returns the outputs `[n, d_v]` of the
 /// query heads.
 ///
 /// ```
 /// use dijiang::attention::naive::options::Options;
-/// use dijiang::{Mask, attention::naive::{self, hybrid::Near, received::{self, Metric, Received}}};
+/// use dijiang::{Mask, attention::naive::{self, hybrid::Near, received::{self, Cost, Metric, Received}}};
 /// use ndarray::array;
 ///
 /// // while nothing has merged, it is softmax attention
 /// let rule = Received {
-///     entries: 2, gamma: 0.98, min_age: 16, value_weight: 4.0, metric: Metric::QueryDiagonal,
-///     options: Options::default(),
+///     entries: 2, gamma: 0.98, min_age: 16, cost: Cost::Product, metric: Metric::QueryDiagonal,
+///     mean_value_square: None, options: Options::default(),
 /// };
 /// let (x, v) = (array![[0.1], [0.7], [-0.4]], array![[1.0], [2.0], [3.0]]);
 /// let out = received::received(&[x.clone()], &x, &v, 1.0, &Near::new(1, 0), &rule);
@@ -283,12 +311,12 @@ pub fn received(
 ///
 /// ```
 /// use dijiang::attention::naive::options::Options;
-/// use dijiang::attention::naive::{hybrid::Near, received::{self, Metric, Received}};
+/// use dijiang::attention::naive::{hybrid::Near, received::{self, Cost, Metric, Received}};
 /// use ndarray::Array2;
 ///
 /// let rule = Received {
-///     entries: 5, gamma: 0.98, min_age: 1, value_weight: 4.0, metric: Metric::QueryDiagonal,
-///     options: Options::default(),
+///     entries: 5, gamma: 0.98, min_age: 1, cost: Cost::Product, metric: Metric::QueryDiagonal,
+///     mean_value_square: None, options: Options::default(),
 /// };
 /// let x = |phase: f64| {
 ///     Array2::from_shape_fn((20, 2), |(t, i)| (phase + (2 * t + i) as f64).sin())

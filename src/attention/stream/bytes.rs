@@ -23,9 +23,4 @@ impl<T> StreamState<T> {
         let (expected, found) = (count.to_string(), self.bytes.len().to_string());
         Err(Error::State { which: "bytes", expected, found })
     }
-
-    /// How many bytes it holds beside the numbers.
-    pub(crate) fn count_bytes(&self) -> usize {
-        self.bytes.len()
-    }
 }

@@ -302,6 +302,79 @@ fn times_scales<T: Lanes, L: Level>(level: L, weights: &[T], scales: &[u16], out
     }
 }
 
+/// The keys of a tile as numbers, `out [columns, TILE]`.
+#[derive(Debug)]
+pub struct UnpackKeys<'a, T, C> {
+    pub(crate) keys: &'a [C],
+    pub(crate) scales: &'a [u16],
+    pub(crate) out: &'a mut [T],
+}
+
+/// [`UnpackKeys`] of bytes.
+pub type UnpackKeysOfBytes<'a, T> = UnpackKeys<'a, T, i8>;
+
+/// [`UnpackKeys`] of bfloat16.
+pub type UnpackKeysOfBf16<'a, T> = UnpackKeys<'a, T, u16>;
+
+impl<T: Lanes, C: Code> Loop for UnpackKeys<'_, T, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let lanes = T::lanes::<L>();
+        let rows = self.keys.chunks_exact(TILE).zip(self.out.chunks_exact_mut(TILE));
+        for (c, (keys, out)) in rows.enumerate() {
+            let out = T::vectors_mut::<L>(out);
+            for (v, (key, out)) in keys.chunks_exact(lanes).zip(out).enumerate() {
+                *out = C::widen::<T, L>(level, key);
+                if C::SCALED {
+                    let at = c / BLOCK * TILE + v * lanes;
+                    let scale = T::vwiden_bf16(level, &self.scales[at..at + lanes]);
+                    *out = T::vmul(level, *out, scale);
+                }
+            }
+        }
+    }
+}
+
+/// Values of a tile as numbers, `out [up to TILE, width]`, whole cache lines of columns.
+#[derive(Debug)]
+pub struct UnpackValues<'a, T, C> {
+    pub(crate) values: &'a [C],
+    pub(crate) stride: usize,
+    pub(crate) scales: &'a [u16],
+    pub(crate) out: &'a mut [T],
+    pub(crate) width: usize,
+}
+
+/// [`UnpackValues`] of bytes.
+pub type UnpackValuesOfBytes<'a, T> = UnpackValues<'a, T, i8>;
+
+/// [`UnpackValues`] of bfloat16.
+pub type UnpackValuesOfBf16<'a, T> = UnpackValues<'a, T, u16>;
+
+impl<T: Lanes, C: Code> Loop for UnpackValues<'_, T, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let lanes = T::lanes::<L>();
+        let rows = self.values.chunks(self.stride).zip(self.out.chunks_exact_mut(self.width));
+        for (t, (values, out)) in rows.enumerate() {
+            let out = T::vectors_mut::<L>(out);
+            for (v, (value, out)) in values.chunks_exact(lanes).zip(out).enumerate() {
+                *out = C::widen::<T, L>(level, value);
+                if C::SCALED {
+                    let scale = self.scales[v * lanes / BLOCK * TILE + t];
+                    let scale = f32::from_bits(u32::from(scale) << 16);
+                    let scale = T::from(scale).unwrap_or_else(T::nan);
+                    *out = T::vmul(level, *out, T::splat(level, scale));
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -388,8 +461,9 @@ mod tests {
             }
             assert!(scores[r * ld + padded..(r + 1) * ld] == start[r * ld + padded..(r + 1) * ld]);
         }
-        let weights = numbers::<T>(rows * ld, 1.3);
         let width = dv.next_multiple_of(T::PAD);
+        check_unpacked::<T, C>(machine, [tokens, d, dv], sample, tolerance);
+        let weights = numbers::<T>(rows * ld, 1.3);
         let mut sums = vec![T::one(); rows * width];
         let blocks = dv.div_ceil(BLOCK);
         machine.run(PackedSums {
@@ -434,6 +508,44 @@ mod tests {
                 ld,
             });
             assert!(one == sums[r * width..(r + 1) * width] && row == scores[r * ld..(r + 1) * ld]);
+        }
+    }
+
+    /// Tiles as numbers are what they stand for.
+    fn check_unpacked<T: Lanes, C: Code>(
+        machine: Machine,
+        [tokens, d, dv]: [usize; 3],
+        sample: &Sample<C>,
+        tolerance: f64,
+    ) {
+        let width = dv.next_multiple_of(T::PAD);
+        let blocks = [d, dv].map(|columns| columns.div_ceil(BLOCK) * TILE);
+        for first in (0..tokens).step_by(TILE) {
+            let count = TILE.min(tokens - first);
+            let mut keys = vec![T::nan(); d * TILE];
+            machine.run(UnpackKeys {
+                keys: &sample.keys[first * d..][..d * TILE],
+                scales: &sample.scales[0][first / TILE * blocks[0]..],
+                out: &mut keys,
+            });
+            let mut values = vec![T::nan(); count * width];
+            machine.run(UnpackValues {
+                values: &sample.values[first * STRIDE..],
+                stride: STRIDE,
+                scales: &sample.scales[1][first / TILE * blocks[1]..],
+                out: &mut values,
+                width,
+            });
+            for t in 0..count {
+                for c in 0..d {
+                    let expected = sample.wide_keys[first + t][c];
+                    assert_near(machine, 1, keys[c * TILE + t], expected, tolerance);
+                }
+                for c in 0..dv {
+                    let expected = sample.wide_values[first + t][c];
+                    assert_near(machine, 1, values[t * width + c], expected, tolerance);
+                }
+            }
         }
     }
 

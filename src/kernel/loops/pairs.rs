@@ -1,82 +1,141 @@
-//! Loops of a merging memory, whose entries are columns: distances of one entry to all, the nearest
-//! of each, weights by attention received.
+//! Loops of a merging memory: distances of one or two entries to all, which pairs cost least,
+//! weights by attention received.
 
 use crate::kernel::simd::{Lanes, Level, Loop};
 
-/// `out_j = Σ_c (y_cj − point_c)²`.
-pub struct Distances<'a, T> {
+/// `out_pj = Σ_c f_c·(y_cj − point_pc)²` for one or two points and entries that are columns;
+/// points and rows of `out` lie as far apart as each is long.
+pub struct ColumnDistances<'a, T> {
     pub(crate) y: &'a [T],
     pub(crate) ld: usize,
-    pub(crate) point: &'a [T],
+    pub(crate) factors: &'a [T],
+    pub(crate) points: &'a [T],
     pub(crate) out: &'a mut [T],
 }
 
-impl<T: Lanes> Loop for Distances<'_, T> {
+impl<T: Lanes> Loop for ColumnDistances<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(mut self, level: L) {
-        let (lanes, width) = (T::lanes::<L>(), self.out.len());
-        let mut j = 0;
-        // rows are read from end to end where registers allow it, as with 64 entries and some to
-        // come
-        if L::REGISTER_COUNT >= 32 {
-            while j + 5 * lanes <= width {
-                self.strip::<L, 5>(level, j);
-                j += 5 * lanes;
-            }
+    fn run<L: Level>(self, level: L) {
+        if self.points.len() == self.factors.len() {
+            self.of::<L, 1>(level);
+        } else {
+            self.of::<L, 2>(level);
         }
+    }
+}
+
+impl<T: Lanes> ColumnDistances<'_, T> {
+    #[inline(always)]
+    fn of<L: Level, const P: usize>(mut self, level: L) {
+        let (lanes, width) = (T::lanes::<L>(), self.out.len() / P);
+        let mut j = 0;
         while j + 4 * lanes <= width {
-            self.strip::<L, 4>(level, j);
+            self.strip::<L, P, 4>(level, j);
             j += 4 * lanes;
         }
         while j < width {
-            self.strip::<L, 1>(level, j);
+            self.strip::<L, P, 1>(level, j);
             j += lanes;
         }
     }
-}
 
-impl<T: Lanes> Distances<'_, T> {
     #[inline(always)]
-    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+    fn strip<L: Level, const P: usize, const V: usize>(&mut self, level: L, j: usize) {
+        // in one order wherever an entry lies: a distance has the same bits in both directions
         let width = V * T::lanes::<L>();
-        // every fourth coordinate has a sum of its own, in the same order wherever an entry lies: a
-        // distance has the same bits in both directions
-        let mut a = [T::splat(level, T::zero()); V];
-        let (mut b, mut c, mut d) = (a, a, a);
-        let row = |coordinate: usize| &self.y[coordinate * self.ld + j..][..width];
-        let mut first = 0;
-        while first + 4 <= self.point.len() {
-            add_squares::<T, L, V>(level, &mut a, row(first), self.point[first]);
-            add_squares::<T, L, V>(level, &mut b, row(first + 1), self.point[first + 1]);
-            add_squares::<T, L, V>(level, &mut c, row(first + 2), self.point[first + 2]);
-            add_squares::<T, L, V>(level, &mut d, row(first + 3), self.point[first + 3]);
-            first += 4;
+        let mut sums = [[T::splat(level, T::zero()); V]; P];
+        let n = self.factors.len();
+        for (c, &factor) in self.factors.iter().enumerate() {
+            let row = T::vectors::<L>(&self.y[c * self.ld + j..][..width]);
+            let factor = T::splat(level, factor);
+            for p in 0..P {
+                let point = T::splat(level, self.points[p * n + c]);
+                for v in 0..V {
+                    let difference = T::vsub(level, row[v], point);
+                    let weighted = T::vmul(level, factor, difference);
+                    sums[p][v] = T::vfma(level, weighted, difference, sums[p][v]);
+                }
+            }
         }
-        while first < self.point.len() {
-            add_squares::<T, L, V>(level, &mut a, row(first), self.point[first]);
-            first += 1;
-        }
-        let out = T::vectors_mut::<L>(&mut self.out[j..j + width]);
-        for v in 0..V {
-            out[v] = T::vadd(level, T::vadd(level, a[v], b[v]), T::vadd(level, c[v], d[v]));
+        let stride = self.out.len() / P;
+        for (p, sums) in sums.iter().enumerate() {
+            let out = &mut self.out[p * stride + j..][..width];
+            T::vectors_mut::<L>(out).copy_from_slice(sums);
         }
     }
 }
 
-#[inline(always)]
-fn add_squares<T: Lanes, L: Level, const V: usize>(
-    level: L,
-    sums: &mut [T::V<L>; V],
-    row: &[T],
-    point: T,
-) {
-    let point = T::splat(level, point);
-    let row = T::vectors::<L>(row);
-    for v in 0..V {
-        let difference = T::vsub(level, row[v], point);
-        sums[v] = T::vfma(level, difference, difference, sums[v]);
+/// The same for entries that are rows of `y`, whole vectors of it.
+pub struct RowDistances<'a, T> {
+    pub(crate) y: &'a [T],
+    pub(crate) factors: &'a [T],
+    pub(crate) points: &'a [T],
+    pub(crate) out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for RowDistances<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        if self.points.len() == self.factors.len() {
+            self.of::<L, 1>(level);
+        } else {
+            self.of::<L, 2>(level);
+        }
+    }
+}
+
+impl<T: Lanes> RowDistances<'_, T> {
+    #[inline(always)]
+    fn of<L: Level, const P: usize>(self, level: L) {
+        let (length, stride) = (self.factors.len(), self.out.len() / P);
+        let factors = T::vectors::<L>(self.factors);
+        let points: [_; P] =
+            core::array::from_fn(|p| T::vectors::<L>(&self.points[p * length..][..length]));
+        for (j, y) in self.y.chunks_exact(length).take(stride).enumerate() {
+            let mut sums = [T::splat(level, T::zero()); P];
+            for (c, (&y, &factor)) in T::vectors::<L>(y).iter().zip(factors).enumerate() {
+                for p in 0..P {
+                    let difference = T::vsub(level, y, points[p][c]);
+                    let weighted = T::vmul(level, factor, difference);
+                    sums[p] = T::vfma(level, weighted, difference, sums[p]);
+                }
+            }
+            for p in 0..P {
+                self.out[p * stride + j] = T::vsum(level, sums[p]);
+            }
+        }
+    }
+}
+
+/// `a_j = (own + r_j)·e_j`: raises `bound_j` to it where `r_j > own`. Returns the largest of the
+/// others, then of all.
+pub struct ShareAffinities<'a, T> {
+    pub(crate) own: T,
+    pub(crate) r: &'a [T],
+    pub(crate) e: &'a [T],
+    pub(crate) bound: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for ShareAffinities<'_, T> {
+    type Output = (T, T);
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> (T, T) {
+        let (zero, own) = (T::splat(level, T::zero()), T::splat(level, self.own));
+        let (mut owned, mut all) = (zero, zero);
+        let columns = T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e));
+        for (bound, (&r, &e)) in T::vectors_mut::<L>(self.bound).iter_mut().zip(columns) {
+            let affinity = T::vmul(level, T::vadd(level, own, r), e);
+            let of_other = T::vselect_greater(level, r, own, affinity, zero);
+            *bound = T::vmax(level, *bound, of_other);
+            owned = T::vmax(level, owned, T::vselect_greater(level, r, own, zero, affinity));
+            all = T::vmax(level, all, affinity);
+        }
+        (T::vmaximum(level, owned), T::vmaximum(level, all))
     }
 }
 
@@ -158,11 +217,29 @@ mod tests {
         let near = |a: T, b: f64| {
             assert!((wide(a) - b).abs() <= tolerance * (1.0 + b.abs()), "{machine:?} {n}");
         };
-        let (y, point) = (numbers::<T>(7 * ld, 0.37), numbers::<T>(7, 0.9));
-        let mut out = vec![T::nan(); width];
-        machine.run(Distances { y: &y, ld, point: &point, out: &mut out });
-        for j in 0..width {
-            near(out[j], (0..7).map(|c| (wide(y[c * ld + j]) - wide(point[c])).powi(2)).sum());
+        let (y, points) = (numbers::<T>(16 * ld, 0.37), numbers::<T>(32, 0.9));
+        let factors = numbers::<T>(16, 0.6);
+        let square = |y: T, point: T, factor: T| (wide(y) - wide(point)).powi(2) * wide(factor);
+        for count in 1..=2 {
+            let mut out = vec![T::nan(); count * width];
+            machine.run(ColumnDistances {
+                y: &y,
+                ld,
+                factors: &factors[..7],
+                points: &points[..count * 7],
+                out: &mut out,
+            });
+            for (p, j) in (0..count).flat_map(|p| (0..width).map(move |j| (p, j))) {
+                let of = |c: usize| square(y[c * ld + j], points[p * 7 + c], factors[c]);
+                near(out[p * width + j], (0..7).map(of).sum());
+            }
+            let mut out = vec![T::nan(); count * n];
+            let points = &points[..count * 16];
+            machine.run(RowDistances { y: &y, factors: &factors, points, out: &mut out });
+            for (p, j) in (0..count).flat_map(|p| (0..n).map(move |j| (p, j))) {
+                let of = |c: usize| square(y[j * 16 + c], points[p * 16 + c], factors[c]);
+                near(out[p * n + j], (0..16).map(of).sum());
+            }
         }
         let (r, e) = (numbers::<T>(width, 1.3), numbers::<T>(n * ld, 0.71));
         let mut out = vec![T::nan(); n];
@@ -171,6 +248,16 @@ mod tests {
             let affinity = |j: usize| (wide(r[i]) + wide(r[j])) * wide(e[i * ld + j]);
             near(out[i], (0..width).map(affinity).fold(0.0, f64::max));
         }
+        let (own, mut bound) = (r[n / 2], numbers::<T>(width, 0.2));
+        let before = bound.clone();
+        let (owned, all) =
+            machine.run(ShareAffinities { own, r: &r, e: &e[..width], bound: &mut bound });
+        let affinity = |j: usize| (wide(own) + wide(r[j])) * wide(e[j]);
+        let (given, kept): (Vec<usize>, Vec<usize>) = (0..width).partition(|&j| r[j] > own);
+        near(owned, kept.iter().map(|&j| affinity(j)).fold(0.0, f64::max));
+        near(all, (0..width).map(affinity).fold(0.0, f64::max));
+        given.iter().for_each(|&j| near(bound[j], affinity(j).max(wide(before[j]))));
+        kept.iter().for_each(|&j| assert!(bound[j] == before[j]));
         let mut w = numbers::<T>(width, 0.3);
         let (before, least) = (w.clone(), 0.05);
         let constant = |x: f64| T::from(x).unwrap();

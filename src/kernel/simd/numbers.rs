@@ -9,7 +9,7 @@ macro_rules! lanes {
         $t:ident, $pad:literal, $v:ident, $lanes:ident, $exp:path, $exp_minus_1:path,
         $transpose:ident, $widen_bytes:ident, $widen_bf16:ident, $and:ident, $or:ident,
         $splat:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $abs:ident,
-        $sum:ident, $maximum:ident, $vectors:ident, $vectors_mut:ident, $load:ident
+        $greater:ident, $select:ident, $sum:ident, $maximum:ident, $vectors:ident, $vectors_mut:ident, $load:ident
     ) => {
         impl Lanes for $t {
             const PAD: usize = $pad;
@@ -42,6 +42,10 @@ macro_rules! lanes {
             #[inline(always)]
             fn vmax<S: Simd>(s: S, a: S::$v, b: S::$v) -> S::$v {
                 s.$max(a, b)
+            }
+            #[inline(always)]
+            fn vselect_greater<S: Simd>(s: S, a: S::$v, b: S::$v, x: S::$v, y: S::$v) -> S::$v {
+                s.$select(s.$greater(a, b), x, y)
             }
             #[inline(always)]
             fn vabs<S: Simd>(s: S, a: S::$v) -> S::$v {
@@ -132,6 +136,8 @@ lanes!(
     mul_add_e_f32s,
     max_f32s,
     abs_f32s,
+    greater_than_f32s,
+    select_f32s,
     reduce_sum_f32s,
     reduce_max_f32s,
     as_simd_f32s,
@@ -157,6 +163,8 @@ lanes!(
     mul_add_e_f64s,
     max_f64s,
     abs_f64s,
+    greater_than_f64s,
+    select_f64s,
     reduce_sum_f64s,
     reduce_max_f64s,
     as_simd_f64s,

@@ -1,9 +1,8 @@
-//! Which entries of a merging memory are the nearest: distances, and pairs of least cost.
+//! The pairs of least cost where many entries are merged in rounds: the distances of all pairs are
+//! kept.
 
 use crate::kernel;
-use crate::kernel::buffer::padded;
 use crate::memory::merged::entries::MergedMemory;
-use crate::memory::merged::rule::Distance;
 use crate::scalar::Scalar;
 
 /// Where a number that is sorted holds its entry: there are no more of them, and 32 bits of the
@@ -20,79 +19,18 @@ pub(crate) struct Pair<T> {
 }
 
 impl<T: Scalar> MergedMemory<T> {
-    /// Sets the factors of the coordinates. Distances are in units in which keys count as they are;
-    /// these units do not change what is least.
-    #[allow(clippy::cast_precision_loss)]
-    fn set_factors(&mut self) {
-        let (head_dim, columns) = (self.slots.head_dim, self.value_columns());
-        let keys = self.factors.len() - columns;
-        self.factors.fill(T::one());
-        if matches!(self.rule.metric, Distance::QueryDiagonal) {
-            let total: f64 = self.units.squared_queries.iter().map(|sum| sum.as_f64()).sum();
-            if total > 0.0 && total.is_finite() {
-                for (factor, sum) in self.factors.iter_mut().zip(&self.units.squared_queries) {
-                    *factor = T::from_f64((sum.as_f64() / total * head_dim as f64).sqrt());
-                }
-            }
-        }
-        let rho_squared = self.units.squared_values.as_f64() / self.units.tokens.max(1) as f64;
-        let values = (self.rule.value_weight / rho_squared / self.rule.scale).sqrt();
-        let values = T::from_f64(if values.is_finite() { values } else { 0.0 });
-        self.factors[keys..].fill(if values.is_finite() { values } else { T::zero() });
-    }
-
-    /// Computes the point of an entry, and its distances to all others.
+    /// Measures an entry that is new or has changed.
     pub(super) fn refresh(&mut self, entry: usize) {
-        let columns = self.value_columns();
-        let keys = self.factors.len() - columns;
-        // squares of numbers within this limit can be summed
-        let limit = T::max_value().sqrt() * T::from_f64(1e-4);
-        let clamp = |x: T| x.max(-limit).min(limit); // a NaN as well
-        let Self { slots, points, point, factors, affinity, distance, metric, .. } = self;
-        match &self.rule.metric {
-            Distance::Identity | Distance::QueryDiagonal => {
-                point.iter_mut().zip(slots.key(entry)).for_each(|(to, x)| *to = x);
-            }
-            Distance::Matrix(_) => {
-                distance.iter_mut().zip(slots.key(entry)).for_each(|(to, x)| *to = clamp(x));
-                let rows = padded::<T>(keys);
-                kernel::row_times_matrix(
-                    &distance[..slots.head_dim],
-                    metric,
-                    rows,
-                    &mut point[..keys],
-                );
-            }
-        }
-        point[keys..keys + columns].copy_from_slice(&slots.value(entry)[..columns]);
-        point.iter_mut().zip(&**factors).for_each(|(x, &factor)| *x = clamp(*x * factor));
-        let capacity = slots.capacity;
-        points[entry..].iter_mut().step_by(capacity).zip(&**point).for_each(|(to, &x)| *to = x);
-        let used = padded::<T>(self.held);
-        kernel::distances(points, capacity, &point[..factors.len()], &mut distance[..used]);
-        let largest = Self::largest_affinity();
-        let least = largest.recip();
-        for x in &mut distance[..used] {
-            *x = x.max(least).recip();
-        }
-        distance[self.held..].fill(T::zero());
-        distance[entry] = T::zero();
-        if self.gaps > 0 {
-            distance
-                .iter_mut()
-                .zip(&self.counts)
-                .filter(|(_, count)| **count == 0.0)
-                .for_each(|(x, _)| *x = T::zero());
-        }
-        affinity[entry * capacity..][..capacity].copy_from_slice(&distance[..capacity]);
-        affinity[entry..]
-            .iter_mut()
-            .step_by(capacity)
-            .zip(&distance[..self.held])
-            .for_each(|(to, &x)| *to = x);
+        self.project(entry);
+        self.measure(&[entry]);
+        let (capacity, used) = (self.slots.capacity, self.used());
+        let row = &self.distances.affinities[..used];
+        self.affinity[entry * capacity..][..used].copy_from_slice(row);
+        let column = self.affinity[entry..].iter_mut().step_by(capacity);
+        column.zip(&row[..self.held]).for_each(|(to, &x)| *to = x);
     }
 
-    /// Brings points and distances up to date.
+    /// Brings affinities up to date.
     fn refresh_all(&mut self) {
         if self.fresh == self.held {
             return;
@@ -111,10 +49,7 @@ impl<T: Scalar> MergedMemory<T> {
     /// of a pair.
     fn find_best(&mut self) {
         let used = self.used();
-        for (r, w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.held) {
-            *r = w.recip(); // of a gap as well, whose affinities are zero
-        }
-        self.reciprocal[self.held..].fill(T::zero());
+        self.set_reciprocals();
         kernel::largest_affinities(
             &self.reciprocal[..used],
             &self.affinity,
@@ -128,6 +63,9 @@ impl<T: Scalar> MergedMemory<T> {
     pub(super) fn best_pair(&mut self, least: usize) -> Option<(T, usize, usize)> {
         if self.held - self.gaps <= least.max(1) {
             return None;
+        }
+        if self.is_by_bounds() {
+            return self.best_by_bounds();
         }
         self.refresh_all();
         self.find_best();
@@ -214,13 +152,8 @@ impl<T: Scalar> MergedMemory<T> {
     }
 
     /// What is as good as `best` but for rounding.
-    fn tied(best: T) -> T {
+    pub(super) fn tied(best: T) -> T {
         best * (T::one() - T::epsilon() * T::from_f64(64.0))
-    }
-
-    /// The largest inverse squared distance: of what is nearer, the first pair is merged.
-    fn largest_affinity() -> T {
-        Self::least_weight().recip() * T::from_f64(0.01)
     }
 }
 

@@ -2,16 +2,15 @@
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::merged::rule::{Distance, Rule};
+use crate::memory::merged::bounds::Bounds;
+use crate::memory::merged::distances::Distances;
+use crate::memory::merged::rule::{Distance, LEAST_WEIGHT, Rule};
 use crate::memory::slots::{Slots, room_for};
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
 /// Tokens whose queries and values set the units of the metric.
 pub(super) const METRIC_TOKENS: usize = 64;
-
-/// What a token that leaves the window weighs at least.
-const LEAST_WEIGHT: f64 = 1e-9;
 
 /// A bounded set of entries, each a mean key k̄, a mean value v̄, the number n of tokens it stands
 /// for and their weight a. It answers a query with `Σ_i n_i e^{scale·q·k̄_i} (v̄_i, 1)`.
@@ -53,18 +52,14 @@ pub struct MergedMemory<T> {
     pub(crate) weights: Buffer<T>,
     pub(super) absorbed: usize,
     pub(super) units: Units<T>,
-    /// What distances are taken of, entries as columns; and `1/distance²` of every pair, zero on
-    /// the diagonal and beyond the entries. Both follow from the entries; those from `fresh` on are
-    /// not yet there.
-    pub(super) points: Buffer<T>,
+    pub(super) distances: Distances<T>,
+    /// What is known of distances, which all follows from the entries; nothing is of those from
+    /// `fresh` on. Bounds where one pair is merged at a time, else `1/distance` of every pair, zero
+    /// on the diagonal and beyond the entries.
+    pub(super) bounds: Bounds<T>,
     pub(super) affinity: Buffer<T>,
     pub(super) fresh: usize,
-    /// `Rᵀ`, rows padded, if distances are taken through a matrix.
-    pub(super) metric: Buffer<T>,
-    /// Scratch: factors of the coordinates, a point, its distances, 1/a, the best of each row.
-    pub(super) factors: Buffer<T>,
-    pub(super) point: Buffer<T>,
-    pub(super) distance: Buffer<T>,
+    /// Scratch: 1/a, the best of each row.
     pub(super) reciprocal: Buffer<T>,
     pub(super) best: Buffer<T>,
     pub(super) order: Vec<u64>,
@@ -93,13 +88,10 @@ impl<T: Scalar> MergedMemory<T> {
             weights: Buffer::new(),
             absorbed: 0,
             units: Units { tokens: 0, squared_values: T::zero(), squared_queries: Vec::new() },
-            points: Buffer::new(),
+            distances: Distances::new(),
+            bounds: Bounds::new(),
             affinity: Buffer::new(),
             fresh: 0,
-            metric: Buffer::new(),
-            factors: Buffer::new(),
-            point: Buffer::new(),
-            distance: Buffer::new(),
             reciprocal: Buffer::new(),
             best: Buffer::new(),
             order: Vec::new(),
@@ -113,17 +105,8 @@ impl<T: Scalar> MergedMemory<T> {
     /// Makes it empty, for these sizes.
     pub(crate) fn prepare(&mut self, head_dim: usize, value_dim: usize) {
         self.slots.prepare(head_dim, value_dim, room_for(0, self.most_slots()));
+        self.distances.prepare(&self.rule.metric, &self.slots);
         self.resize_columns();
-        self.factors.resize(self.coordinates());
-        self.point.resize(self.coordinates().max(head_dim));
-        if let Distance::Matrix(metric) = &self.rule.metric {
-            let rows = padded::<T>(metric.nrows());
-            self.metric.resize(head_dim * rows);
-            self.metric.fill(T::zero());
-            for ((row, column), &x) in metric.indexed_iter() {
-                self.metric[column * rows + row] = T::from_f64(x);
-            }
-        }
         self.units.squared_queries.resize(head_dim, T::zero());
         self.reset();
     }
@@ -137,14 +120,31 @@ impl<T: Scalar> MergedMemory<T> {
     fn resize_columns(&mut self) {
         let capacity = self.slots.capacity;
         self.weights.resize(capacity);
-        self.points.resize(self.coordinates() * capacity);
-        self.affinity.resize(capacity * capacity);
-        self.distance.resize(capacity.max(self.slots.head_dim));
         self.reciprocal.resize(capacity);
-        self.best.resize(capacity);
         self.counts.resize(capacity, 0.0);
-        self.places.resize(capacity, 0);
-        self.order.reserve(capacity);
+        self.distances.make_room(capacity);
+        if self.is_by_bounds() {
+            self.bounds.make_room(capacity);
+        } else {
+            self.affinity.resize(capacity * capacity);
+            self.best.resize(capacity);
+            self.places.resize(capacity, 0);
+            self.order.reserve(capacity);
+        }
+    }
+
+    /// Whether one pair is merged at a time.
+    pub(super) fn is_by_bounds(&self) -> bool {
+        self.rule.block == 1
+    }
+
+    /// Sets 1/a, of a gap as well, whose affinities are zero.
+    pub(super) fn set_reciprocals(&mut self) {
+        let least = T::from_f64(self.rule.cost.least_weight());
+        for (r, &w) in self.reciprocal.iter_mut().zip(&*self.weights).take(self.held) {
+            *r = (w + least).recip();
+        }
+        self.reciprocal[self.held..].fill(T::zero());
     }
 
     /// Makes room for one more entry.
@@ -155,14 +155,16 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.grow(room_for(self.held + 1, self.most_slots()));
         self.weights.grow(self.slots.capacity);
         self.resize_columns();
-        self.fresh = 0; // points and distances lie elsewhere now
+        if !self.is_by_bounds() || matches!(self.rule.metric, Distance::Matrix(_)) {
+            self.fresh = 0; // what is known of distances lay elsewhere
+        }
     }
 
     /// Forgets every token.
     pub fn reset(&mut self) {
         self.weights.fill(T::zero());
-        self.points.fill(T::zero());
         self.affinity.fill(T::zero());
+        self.bounds.clear();
         self.slots.bias.fill(T::neg_infinity());
         self.counts.fill(0.0);
         self.units.squared_queries.fill(T::zero());
@@ -177,41 +179,15 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.copy_from(&other.slots);
         self.weights.resize(other.weights.len());
         self.weights.copy_from_slice(&other.weights);
-        // points and distances follow from the entries, when they are next needed
-        self.points.resize(other.points.len());
-        self.affinity.resize(other.affinity.len());
-        self.metric.resize(other.metric.len());
-        self.metric.copy_from_slice(&other.metric);
-        self.distance.resize(other.distance.len());
-        self.reciprocal.resize(other.reciprocal.len());
-        self.best.resize(other.best.len());
-        self.factors.resize(other.factors.len());
-        self.point.resize(other.point.len());
-        self.places.resize(other.places.len(), 0);
+        self.resize_columns();
+        self.distances.clone_from(&other.distances);
+        self.bounds.copy_from(&other.bounds);
+        self.affinity.copy_from_slice(&other.affinity);
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
         (self.units.tokens, self.units.squared_values) =
             (other.units.tokens, other.units.squared_values);
-        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, 0);
-    }
-
-    /// Coordinates of a point.
-    pub(super) fn coordinates(&self) -> usize {
-        let keys = match &self.rule.metric {
-            Distance::Identity | Distance::QueryDiagonal => self.slots.head_dim,
-            Distance::Matrix(metric) => metric.nrows(),
-        };
-        keys + self.value_columns()
-    }
-
-    pub(super) fn value_columns(&self) -> usize {
-        if self.rule.value_weight > 0.0 {
-            self.rule
-                .value_columns
-                .map_or(self.slots.value_dim, |columns| columns.min(self.slots.value_dim))
-        } else {
-            0
-        }
+        (self.held, self.absorbed, self.fresh) = (other.held, other.absorbed, other.fresh);
     }
 
     /// Slots to read: all entries and what pads them.
@@ -219,29 +195,43 @@ impl<T: Scalar> MergedMemory<T> {
         padded::<T>(self.held)
     }
 
-    /// Whether distances depend on the first tokens.
-    pub(super) fn has_units(&self) -> bool {
-        self.value_columns() > 0 || matches!(self.rule.metric, Distance::QueryDiagonal)
+    /// Whether the first tokens set the units of keys.
+    pub(super) fn has_query_units(&self) -> bool {
+        matches!(self.rule.metric, Distance::QueryDiagonal) && self.rule.query_squares.is_none()
+    }
+
+    /// Whether the first tokens set the units of values.
+    pub(super) fn has_value_units(&self) -> bool {
+        self.rule.cost.counts_values() && self.rule.value_square.is_none()
+    }
+
+    /// Whether another token may change the units.
+    pub(super) fn is_finding_units(&self) -> bool {
+        self.units.tokens < METRIC_TOKENS && (self.has_query_units() || self.has_value_units())
     }
 
     /// Takes one token into the units of the metric: its queries (a row for each head of the group)
     /// and its value.
+    #[allow(clippy::cast_precision_loss)] // heads of a group
     pub(crate) fn observe<'a>(
         &mut self,
-        queries: impl Iterator<Item = ArrayView1<'a, T>>,
+        queries: impl ExactSizeIterator<Item = ArrayView1<'a, T>>,
         value: ArrayView1<'_, T>,
     ) {
-        if self.units.tokens >= METRIC_TOKENS || !self.has_units() {
+        if !self.is_finding_units() {
             return;
         }
         self.units.tokens += 1;
-        let columns = self.value_columns();
-        let squared = value.iter().take(columns).fold(T::zero(), |sum, &x| sum + x * x);
-        self.units.squared_values = (self.units.squared_values + squared).min(T::max_value());
-        if matches!(self.rule.metric, Distance::QueryDiagonal) {
+        if self.has_value_units() {
+            let columns = self.rule.value_columns.unwrap_or(value.len());
+            let squared = value.iter().take(columns).fold(T::zero(), |sum, &x| sum + x * x);
+            self.units.squared_values = (self.units.squared_values + squared).min(T::max_value());
+        }
+        if self.has_query_units() {
+            let share = T::from_f64(1.0 / queries.len() as f64);
             for q in queries {
                 for (sum, &x) in self.units.squared_queries.iter_mut().zip(q) {
-                    *sum = (*sum + x * x).min(T::max_value());
+                    *sum = (*sum + share * (x * x)).min(T::max_value());
                 }
             }
         }
@@ -273,5 +263,8 @@ impl<T: Scalar> MergedMemory<T> {
         let used = self.used();
         kernel::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
         self.weights[self.held..].fill(T::zero());
+        if self.is_by_bounds() {
+            self.bounds.grow(used, decay);
+        }
     }
 }

@@ -3,6 +3,7 @@
 use crate::memory::merged::affinities::{Pair, descending};
 use crate::memory::merged::entries::MergedMemory;
 use crate::scalar::Scalar;
+use ndarray::ArrayView1;
 
 /// Merges the pairs of least cost, anywhere, until all memories together have `budget` entries; at
 /// least `least` stay in each.
@@ -38,6 +39,12 @@ pub(crate) fn reduce<T: Scalar>(
                 pairs[chosen] = best(head, &mut heads[head]);
             }
         }
+        return;
+    }
+    if block == 1 {
+        // nothing is merged yet, and what came is noted, so that a later step does not do it all
+        let settled = heads.iter_mut().filter(|memory| !memory.is_finding_units());
+        settled.for_each(MergedMemory::refresh_bounds);
         return;
     }
     while total > budget {
@@ -78,17 +85,13 @@ impl<T: Scalar> MergedMemory<T> {
     fn merge_pair(&mut self, i: usize, j: usize) {
         self.note(i, j);
         self.merge_into(i, j);
-        let (last, capacity) = (self.held - 1, self.slots.capacity);
+        let last = self.held - 1;
         if j != last {
             self.move_entry(last, j);
-            self.affinity.copy_within(last * capacity..(last + 1) * capacity, j * capacity);
-            for row in self.affinity.chunks_exact_mut(capacity).take(self.held) {
-                row[j] = row[last];
-            }
-            self.affinity[j * capacity + j] = T::zero();
+            self.bounds.move_entry(last, j);
         }
         self.truncate(last);
-        self.refresh(i);
+        self.bounds.change(i);
     }
 
     /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).
@@ -133,7 +136,8 @@ impl<T: Scalar> MergedMemory<T> {
 
     /// Makes entry `i` the mean of both; entry `j` remains.
     fn merge_into(&mut self, i: usize, j: usize) {
-        let share = self.weights[j] / (self.weights[i] + self.weights[j]);
+        let least = T::from_f64(self.rule.cost.least_weight());
+        let share = (self.weights[j] + least) / (self.weights[i] + self.weights[j] + least + least);
         let mean = |x: T, y: T| {
             let difference = y - x;
             if difference.is_finite() {
@@ -142,15 +146,14 @@ impl<T: Scalar> MergedMemory<T> {
                 x * (T::one() - share) + y * share
             }
         };
-        // columns of the slots are apart: a copy of one
-        let Self { slots, point, .. } = self;
-        point.iter_mut().zip(slots.key(j)).for_each(|(to, x)| *to = x);
-        slots.key_mut(i).zip(&**point).for_each(|(x, &y)| *x = mean(*x, y));
-        for c in 0..slots.value_dim {
-            let y = slots.value(j)[c];
-            let x = &mut slots.value_mut(i)[c];
-            *x = mean(*x, y);
-        }
+        let Self { slots, distances, .. } = self;
+        let (d, dv) = (slots.head_dim, slots.value_dim);
+        let [key, value] = [&mut distances.keys[..d], &mut distances.values[..dv]];
+        let keys = key.iter_mut().zip(slots.key(i).zip(slots.key(j)));
+        keys.for_each(|(to, (x, y))| *to = mean(x, y));
+        let values = value.iter_mut().zip(slots.value(i).zip(slots.value(j)));
+        values.for_each(|(to, (x, y))| *to = mean(x, y));
+        slots.set(i, ArrayView1::from(&*key), ArrayView1::from(&*value));
         self.counts[i] += self.counts[j];
         let added = self.weights[j];
         self.weights[i] = (self.weights[i] + added).min(T::max_value().sqrt());
@@ -173,9 +176,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.move_slot(from, to);
         self.counts[to] = self.counts[from];
         self.weights[to] = self.weights[from];
-        for row in self.points.chunks_exact_mut(self.slots.capacity) {
-            row[to] = row[from];
-        }
+        self.distances.move_entry(from, to, self.slots.capacity);
     }
 
     /// Ends at `len` entries; what lies beyond is empty.
@@ -183,8 +184,11 @@ impl<T: Scalar> MergedMemory<T> {
         for slot in len..self.held {
             self.slots.empty(slot);
             self.weights[slot] = T::zero();
-            let column = self.affinity[slot..].iter_mut().step_by(self.slots.capacity);
+            let column = self.affinity.iter_mut().skip(slot).step_by(self.slots.capacity);
             column.take(self.held).for_each(|x| *x = T::zero());
+        }
+        if self.is_by_bounds() {
+            self.bounds.truncate(len, self.held);
         }
         self.held = len;
         self.fresh = self.fresh.min(len);

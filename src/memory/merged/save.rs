@@ -1,7 +1,6 @@
 //! The numbers of a merging memory, out and back in.
 
 use crate::memory::merged::entries::{METRIC_TOKENS, MergedMemory};
-use crate::memory::merged::rule::Distance;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
@@ -57,14 +56,24 @@ impl<T: Scalar> MergedMemory<T> {
             self.units.squared_values = values;
             self.units.squared_queries.copy_from_slice(queries);
         }
-        self.units.tokens = if self.has_units() { seen.min(METRIC_TOKENS) } else { 0 };
+        let has_units = self.has_query_units() || self.has_value_units();
+        self.units.tokens = if has_units { seen.min(METRIC_TOKENS) } else { 0 };
         true
     }
 
     /// Numbers of the state: d + d_v + 2 of each entry, and the units of the metric.
     pub(crate) fn floats(&self) -> usize {
         let (d, dv) = (self.slots.head_dim, self.slots.value_dim);
-        let queries = if matches!(self.rule.metric, Distance::QueryDiagonal) { d } else { 0 };
-        self.rule.entries * (d + dv + 2) + queries + usize::from(self.value_columns() > 0)
+        let queries = if self.has_query_units() { d } else { 0 };
+        self.rule.entries * (d + dv + 2) + queries + usize::from(self.has_value_units())
+    }
+
+    /// The same in bytes: keys and values in their format, all else in numbers of the kernel.
+    pub(crate) fn bytes(&self) -> usize {
+        let (d, dv) = (self.slots.head_dim, self.slots.value_dim);
+        let format = self.slots.format();
+        let wide = self.floats() - self.rule.entries * (d + dv);
+        let rows = format.row_bytes::<T>(d) + format.row_bytes::<T>(dv);
+        self.rule.entries * rows + wide * size_of::<T>()
     }
 }

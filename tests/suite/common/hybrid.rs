@@ -5,8 +5,8 @@ use dijiang::attention::naive::hybrid::{Near, log_products, log_weights};
 use dijiang::attention::naive::merged::{Ward, ward};
 use dijiang::attention::naive::options::{Options, soft_capped, with_sink};
 use dijiang::attention::naive::received::{self, received, received_pooled};
-use dijiang::{Calibration, FeatureMap, Mask};
-use ndarray::{Array1, Array2, ArrayView1};
+use dijiang::{Calibration, FeatureMap, Mask, MergeCost};
+use ndarray::{Array1, Array2, ArrayView1, Axis};
 use std::sync::Arc;
 
 /// What takes the tokens that leave.
@@ -35,8 +35,15 @@ pub struct Received {
     pub block: usize,
     pub gamma: f64,
     pub min_age: usize,
-    pub value_weight: f64,
+    pub cost: MergeCost,
     pub diagonal: bool,
+}
+
+impl Received {
+    /// Whether values count where entries are merged.
+    pub fn counts_values(&self) -> bool {
+        self.cost != MergeCost::Ward { value_weight: 0.0 }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -144,7 +151,15 @@ impl HybridFormula {
     }
 
     fn rule(&self, rule: &Received) -> received::Received {
+        let cost = match rule.cost {
+            MergeCost::Ward { value_weight } => received::Cost::Ward { value_weight },
+            _ => received::Cost::Product,
+        };
         let metric = match &self.metric {
+            Some(metric) if cost == received::Cost::Product => {
+                let columns = metric.axis_iter(Axis(1));
+                received::Metric::Diagonal(columns.map(|column| column.dot(&column)).collect())
+            }
             Some(metric) => received::Metric::Matrix(metric.clone()),
             None if rule.diagonal => received::Metric::QueryDiagonal,
             None => received::Metric::Identity,
@@ -153,8 +168,9 @@ impl HybridFormula {
             entries: rule.entries,
             gamma: rule.gamma,
             min_age: rule.min_age,
-            value_weight: rule.value_weight,
+            cost,
             metric,
+            mean_value_square: None,
             options: self.options,
         }
     }

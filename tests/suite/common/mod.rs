@@ -11,9 +11,9 @@ pub mod written;
 use dijiang::attention::naive::{self, features::Features, options, options::Options};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, Merged, Metric,
-    OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention, StateFormat,
-    TaylorFeatures, Ward, Wpff,
+    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, MergeCost, Merged,
+    Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention,
+    StateFormat, TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -316,7 +316,7 @@ fn far<T: Scalar>(
                 .block(rule.block)
                 .decay(rule.gamma)
                 .min_age(rule.min_age)
-                .value_weight(rule.value_weight);
+                .cost(rule.cost);
             let far = if rule.diagonal { far } else { far.metric(Metric::Identity) };
             calibration.iter().fold(far, |far, c| far.calibrated(c)).into()
         }
@@ -341,9 +341,13 @@ pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridA
     builder.build().unwrap()
 }
 
+/// The two costs of received-attention merging.
+pub const PRODUCT: MergeCost = MergeCost::Product;
+pub const WARD: MergeCost = MergeCost::Ward { value_weight: 4.0 };
+
 /// The default options of received-attention merging.
 pub const RECEIVED: Received =
-    Received { entries: 12, block: 1, gamma: 0.98, min_age: 16, value_weight: 4.0, diagonal: true };
+    Received { entries: 12, block: 1, gamma: 0.98, min_age: 10, cost: PRODUCT, diagonal: true };
 
 /// Hybrids of every far memory, with and without windows, sinks and blocks.
 fn hybrids(d: usize, m: usize) -> Vec<Subject> {
@@ -370,6 +374,8 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         (0, 0, 4, ward()),
         (9, 2, 4, merged(|_| {})),
         (9, 2, 4, merged(|rule| rule.block = 4)),
+        (9, 2, 4, merged(|rule| rule.cost = WARD)),
+        (9, 2, 4, merged(|rule| (rule.cost, rule.block) = (WARD, 4))),
         (6, 0, 3, FarFormula::None),
         (9, 1, 0, merged(|rule| rule.min_age = 2)),
     ];
@@ -386,8 +392,12 @@ fn hybrids(d: usize, m: usize) -> Vec<Subject> {
         (0, 4, FarFormula::Ward { entries: 10, block: 8 }),
         (20, 4, merged(|_| {})),
         (20, 4, merged(|rule| rule.block = 8)),
+        (20, 4, merged(|rule| (rule.cost, rule.min_age) = (WARD, 16))),
+        (20, 4, merged(|rule| (rule.cost, rule.block) = (WARD, 8))),
         (5, 0, merged(|rule| (rule.min_age, rule.diagonal, rule.block) = (0, false, 3))),
-        (1, 1, merged(|rule| (rule.entries, rule.value_weight, rule.gamma) = (1, 0.0, 0.9))),
+        (6, 1, merged(|rule| (rule.min_age, rule.diagonal, rule.gamma) = (3, false, 1.0))),
+        (1, 1, merged(|rule| (rule.entries, rule.gamma) = (1, 0.9))),
+        (1, 1, merged(|rule| rule.cost = MergeCost::Ward { value_weight: 0.0 })),
         (0, 0, merged(|rule| (rule.entries, rule.block) = (5, 2))),
     ];
     let plain = plain.into_iter().map(|(window, sinks, far)| (window, sinks, 0, far, None));
@@ -494,7 +504,7 @@ impl Subject {
             FarFormula::Merged(rule) => {
                 let diagonal = rule.diagonal && metric.is_none();
                 let units =
-                    if diagonal { self.head_dim } else { 0 } + usize::from(rule.value_weight > 0.0);
+                    if diagonal { self.head_dim } else { 0 } + usize::from(rule.counts_values());
                 (1, rule.block, rule.entries * (token + 2) + units)
             }
         };

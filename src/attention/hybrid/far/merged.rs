@@ -2,38 +2,42 @@
 
 use crate::attention::hybrid::config::{FarKind, Weighing};
 use crate::calibration::Calibration;
+use crate::check;
 use crate::error::Error;
-use crate::memory::merged::rule::Metric;
-use crate::memory::merged::rule::{Distance, Rule};
+use crate::memory::merged::rule::{Distance, MergeCost, MergeUnits, Metric, Rule};
 use crate::scalar::Scalar;
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use std::sync::Arc;
 
 /// At most so many merged entries, weighted by the attention they received: a far memory of
 /// [`HybridAttention`](crate::HybridAttention).
 ///
-/// With P the probabilities just used for an output (summed over the query heads of the group),
-/// after each step
+/// With P the probabilities just used for an output, summed over the query heads of the group and
+/// scaled so that those of all but the sinks sum to the number of these heads, after each step
 ///
 /// ```text
 /// window token j:  acc_j ← γ·acc_j + P_j [age ≥ min_age],      entry i:  a_i ← γ·a_i + P_i
 /// ```
 ///
 /// A token that leaves becomes an entry with n = 1 and a = acc + 10⁻⁹. Beyond the bound, the pair
-/// with the smallest
+/// with the smallest [`MergeCost`],
 ///
 /// ```text
-/// a_i a_j/(a_i + a_j) · (‖Δk̄‖² + value_weight·‖Δv̄‖²/ρ²),
-/// ρ² = mean of ‖v_j‖² over the first 64 tokens behind the sinks
+/// δk²·(δv² + ¼·δk²) / (1/a_i + 1/a_j),
+/// δk² = Σ_c r_c Δk̄_c²,    δv² = ‖Δv̄‖²/ρ²
 /// ```
 ///
-/// becomes one entry with a-weighted means; keys are scaled (k̂), and ‖Δk̄‖² is taken in a
-/// [`Metric`]. It is read with weight `n_i e^{q̂·k̄_i}`.
+/// becomes one entry with a-weighted means; keys are scaled (k̂). `r` and `ρ²` are [`MergeUnits`],
+/// or means over the first 64 tokens behind the sinks, as far as they have come. An entry is read
+/// with weight `n_i e^{q̂·k̄_i}`.
+///
+/// The best pair is found exactly at any number of entries, with working memory of a few numbers
+/// for each beside the entries themselves.
 ///
 /// ```
-/// use dijiang::{HybridAttention, Merged, Metric};
+/// use dijiang::{HybridAttention, MergeCost, Merged, Metric};
 ///
-/// let far = Merged::new(64).decay(0.98).min_age(16).value_weight(4.0);
+/// let far = Merged::new(64).decay(0.98).min_age(16).cost(MergeCost::Product);
 /// let far = far.metric(Metric::QueryDiagonal).block(1); // all of these are the defaults
 /// let kernel = HybridAttention::<f32>::builder(8).window(64).far(far).build()?;
 /// # Ok::<(), dijiang::Error>(())
@@ -42,9 +46,10 @@ use std::sync::Arc;
 pub struct Merged {
     entries: usize,
     decay: f64,
-    min_age: usize,
-    value_weight: f64,
+    min_age: Option<usize>,
+    cost: MergeCost,
     metric: Option<Metric>,
+    units: Option<MergeUnits>,
     pub(super) block: usize,
     pub(super) calibration: Option<Arc<Calibration>>,
 }
@@ -56,9 +61,10 @@ impl Merged {
         Self {
             entries,
             decay: 0.98,
-            min_age: 16,
-            value_weight: 4.0,
+            min_age: None,
+            cost: MergeCost::Product,
             metric: None,
+            units: None,
             block: 1,
             calibration: None,
         }
@@ -71,18 +77,32 @@ impl Merged {
         self
     }
 
-    /// Sets the age, in tokens, from which a token in the window collects attention: 16 unless set;
-    /// every token is looked at while it is new.
+    /// Sets the age, in tokens, from which a token in the window collects attention: 16, or half of
+    /// a window below 32, unless set; every token is looked at while it is new.
     #[must_use]
     pub fn min_age(mut self, min_age: usize) -> Self {
-        self.min_age = min_age;
+        self.min_age = Some(min_age);
         self
     }
 
-    /// Sets the factor of `‖Δv̄‖²/ρ²` in the cost of a merge: 4 unless set.
+    /// Sets what it costs to merge: [`MergeCost::Product`] unless set.
     #[must_use]
-    pub fn value_weight(mut self, value_weight: f64) -> Self {
-        self.value_weight = value_weight;
+    pub fn cost(mut self, cost: MergeCost) -> Self {
+        self.cost = cost;
+        self
+    }
+
+    /// Sets the cost to [`MergeCost::Ward`] with this factor of `‖Δv̄‖²/ρ²`.
+    #[must_use]
+    pub fn value_weight(self, value_weight: f64) -> Self {
+        self.cost(MergeCost::Ward { value_weight })
+    }
+
+    /// Sets the units of keys and values, which are otherwise those of the first tokens. With them
+    /// nothing depends on what came first.
+    #[must_use]
+    pub fn units(mut self, units: MergeUnits) -> Self {
+        self.units = Some(units);
         self
     }
 
@@ -102,9 +122,9 @@ impl Merged {
         self
     }
 
-    /// Compares keys by the metric `R = (E q̂q̂ᵀ)^½` of a calibration, scaled to mean 1, in place
-    /// of a [`Metric`]. Make the calibration with the window and sinks of the kernel, which is not
-    /// checked.
+    /// Compares keys by a calibration in place of a [`Metric`]: by the diagonal of its `E q̂q̂ᵀ`, or
+    /// for [`MergeCost::Ward`] by all of it, `R = (E q̂q̂ᵀ)^½`, scaled to mean 1. Make the calibration
+    /// with the window and sinks of the kernel, which is not checked.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
         self.calibration = Some(Arc::new(calibration.clone()));
@@ -113,38 +133,67 @@ impl Merged {
 
     /// Refuses options that are out of range.
     pub(super) fn check(&self) -> Result<(), Error> {
-        let refuse = |which, found, needed| Err(Error::InvalidOption { which, found, needed });
-        if self.calibration.is_some() && self.metric.is_some() {
-            let found = "one, and a calibration, which has its own".to_owned();
-            return refuse("metric", found, "one of the two");
+        let refuse = |which, found: &str, needed| {
+            Err(Error::InvalidOption { which, found: found.to_owned(), needed })
+        };
+        let calibrated = self.calibration.is_some();
+        if calibrated && self.metric.is_some() {
+            return refuse("metric", "one, and a calibration, which has its own", "one of the two");
+        }
+        if calibrated && self.units.is_some() {
+            return refuse("units", "some, and a calibration, which has its own", "one of the two");
+        }
+        if self.units.is_some() && self.metric == Some(Metric::Identity) {
+            return refuse("units", "some, and a metric that has none", "one of the two");
         }
         if !(self.decay > 0.0 && self.decay <= 1.0) {
-            return refuse("decay", self.decay.to_string(), "above 0 and at most 1");
+            return refuse("decay", &self.decay.to_string(), "above 0 and at most 1");
         }
-        if !(self.value_weight >= 0.0 && self.value_weight.is_finite()) {
-            let needed = "a finite number that is not negative";
-            return refuse("value_weight", self.value_weight.to_string(), needed);
-        }
-        Ok(())
+        self.cost.check()
     }
 
-    pub(super) fn kind<T: Scalar>(&self, scale: f64) -> Result<FarKind<T>, Error> {
+    pub(super) fn kind<T: Scalar>(
+        &self,
+        head_dim: usize,
+        window: usize,
+        scale: f64,
+    ) -> Result<FarKind<T>, Error> {
+        let product = self.cost == MergeCost::Product;
         let metric = match (&self.calibration, self.metric.unwrap_or_default()) {
-            (Some(calibration), _) => Distance::Matrix(Arc::new(unit_metric(calibration))),
+            (Some(calibration), _) if !product => {
+                Distance::Matrix(Arc::new(unit_metric(calibration)))
+            }
             (None, Metric::Identity) => Distance::Identity,
-            (None, Metric::QueryDiagonal) => Distance::QueryDiagonal,
+            _ => Distance::QueryDiagonal,
         };
+        let of_units = self.units.as_ref().map(|units| units.query_squares().into());
+        let of_calibration = self.calibration.as_ref().filter(|_| product);
+        if let Some(units) = &self.units {
+            check::size("units", "query_squares", head_dim, units.query_squares().len())?;
+        }
         let rule = Rule {
             entries: self.entries,
             spare: self.block,
             block: self.block,
             metric,
-            value_weight: self.value_weight,
+            cost: self.cost,
+            query_squares: of_units.or(of_calibration.map(|calibration| diagonal(calibration))),
+            value_square: self.units.as_ref().map(MergeUnits::value_square),
             value_columns: None,
             scale,
         };
-        FarKind::merged(rule, Weighing::Received { decay: self.decay, min_age: self.min_age })
+        let min_age = self.min_age.unwrap_or(MIN_AGE.min(window / 2));
+        FarKind::merged(rule, Weighing::Received { decay: self.decay, min_age })
     }
+}
+
+/// The age from which a token collects attention, unless it is set or the window is small.
+const MIN_AGE: usize = 16;
+
+/// The diagonal of `RᵀR = E q̂q̂ᵀ`.
+fn diagonal(calibration: &Calibration) -> Arc<[f64]> {
+    let metric = calibration.metric();
+    metric.axis_iter(Axis(1)).map(|column| column.dot(&column)).collect()
 }
 
 /// The metric of a calibration, scaled so that the mean of the squares it weighs with is 1: values

@@ -3,7 +3,7 @@
 use crate::attention::hybrid::config::{FarKind, Weighing};
 use crate::calibration::Calibration;
 use crate::error::Error;
-use crate::memory::merged::rule::{Distance, Rule};
+use crate::memory::merged::rule::{Distance, MergeCost, Rule};
 use crate::scalar::Scalar;
 use std::sync::Arc;
 
@@ -74,7 +74,9 @@ impl Ward {
             spare: self.block,
             block: self.block,
             metric,
-            value_weight: 0.0,
+            cost: MergeCost::Ward { value_weight: 0.0 },
+            query_squares: None,
+            value_square: None,
             value_columns: None,
             scale,
         };

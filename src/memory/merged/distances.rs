@@ -1,0 +1,278 @@
+//! How far entries lie apart, in the units of the rule: `1/distance` of one or two entries to all.
+
+use crate::kernel;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::packed::TILE;
+use crate::memory::merged::entries::MergedMemory;
+use crate::memory::merged::rule::{Distance, MergeCost};
+use crate::memory::slots::Slots;
+use crate::scalar::Scalar;
+
+/// What distances are taken with. Nothing of it is state: all follows from the entries and the
+/// units.
+#[derive(Clone, Debug)]
+pub(super) struct Distances<T> {
+    /// Factors of squared differences of keys, and of values, padded.
+    key_factors: Buffer<T>,
+    value_factors: Buffer<T>,
+    /// `Rᵀ`, rows padded, if distances are taken through a matrix; and `R k̄` of every entry as
+    /// columns.
+    metric: Buffer<T>,
+    projected: Buffer<T>,
+    /// Scratch: keys and values of the entries that are measured, and the squares of keys.
+    pub(super) keys: Buffer<T>,
+    pub(super) values: Buffer<T>,
+    key_squares: Buffer<T>,
+    /// `1/distance` of each to all, zero to itself and beyond the entries.
+    pub(super) affinities: Buffer<T>,
+    /// Scratch: a tile of what is kept in fewer bits, and the distances to it.
+    tile: [Buffer<T>; 2],
+}
+
+impl<T: Scalar> Distances<T> {
+    pub(super) fn new() -> Self {
+        Self {
+            key_factors: Buffer::new(),
+            value_factors: Buffer::new(),
+            metric: Buffer::new(),
+            projected: Buffer::new(),
+            keys: Buffer::new(),
+            values: Buffer::new(),
+            key_squares: Buffer::new(),
+            affinities: Buffer::new(),
+            tile: [Buffer::new(), Buffer::new()],
+        }
+    }
+
+    /// Sets the sizes; entries are as yet unknown.
+    pub(super) fn prepare(&mut self, metric: &Distance, slots: &Slots<T>) {
+        let keys = match metric {
+            Distance::Identity | Distance::QueryDiagonal => slots.head_dim,
+            Distance::Matrix(metric) => {
+                let rows = padded::<T>(metric.nrows());
+                self.metric.resize(slots.head_dim * rows);
+                self.metric.fill(T::zero());
+                for ((row, column), &x) in metric.indexed_iter() {
+                    self.metric[column * rows + row] = T::from_f64(x);
+                }
+                metric.nrows()
+            }
+        };
+        self.key_factors.resize(keys);
+        self.value_factors.resize(padded::<T>(slots.value_dim));
+        self.keys.resize(2 * keys.max(slots.head_dim));
+        self.values.resize(2 * self.value_factors.len());
+        self.make_room(slots.capacity);
+    }
+
+    /// Makes room for so many entries, of which nothing is known.
+    pub(super) fn make_room(&mut self, capacity: usize) {
+        if !self.metric.is_empty() {
+            self.projected.resize(self.key_factors.len() * capacity);
+            self.projected.fill(T::zero());
+        }
+        self.key_squares.resize(2 * capacity);
+        self.affinities.resize(2 * capacity);
+    }
+
+    /// Measures keys and values of one or two entries against all: the squares of keys, and, in
+    /// `affinities`, those of values.
+    fn squares(&mut self, slots: &Slots<T>, cost: MergeCost, entries: &[usize], used: usize) {
+        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let count = entries.len();
+        let Self { key_factors, value_factors, metric, projected, keys, values, .. } = self;
+        let Self { key_squares, affinities, .. } = self;
+        let columns: &[T] = if metric.is_empty() { slots.key_columns() } else { projected };
+        for (&entry, point) in entries.iter().zip(keys.chunks_exact_mut(length)) {
+            let column = columns[entry..].iter().step_by(slots.capacity);
+            point.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+        }
+        let key_squares = &mut key_squares[..count * used];
+        let points = &keys[..count * length];
+        kernel::column_distances(columns, slots.capacity, key_factors, points, key_squares);
+        let affinities = &mut affinities[..count * used];
+        if cost.counts_values() {
+            for (&entry, point) in entries.iter().zip(values.chunks_exact_mut(stride)) {
+                point.copy_from_slice(slots.value_row(entry));
+            }
+            let points = &values[..count * stride];
+            kernel::row_distances(slots.value_rows(), value_factors, points, affinities);
+        } else {
+            affinities.fill(T::zero());
+        }
+    }
+
+    /// The same of entries in fewer bits, tile by tile of what they stand for.
+    fn squares_of_packed(
+        &mut self,
+        slots: &Slots<T>,
+        cost: MergeCost,
+        entries: &[usize],
+        used: usize,
+    ) {
+        let Some(packed) = slots.packed() else { return };
+        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let count = entries.len();
+        let Self {
+            key_factors,
+            value_factors,
+            metric,
+            projected,
+            keys,
+            values,
+            key_squares,
+            affinities,
+            tile: [tile, squares],
+        } = self;
+        values.fill(T::zero());
+        for (p, &entry) in entries.iter().enumerate() {
+            let key = &mut keys[p * length..(p + 1) * length];
+            if metric.is_empty() {
+                key.iter_mut().zip(slots.key(entry)).for_each(|(to, x)| *to = x);
+            } else {
+                let column = projected[entry..].iter().step_by(slots.capacity);
+                key.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+            }
+            let value = values[p * stride..(p + 1) * stride].iter_mut();
+            value.zip(slots.value(entry)).for_each(|(to, x)| *to = x);
+        }
+        tile.resize(TILE * length.max(slots.head_dim).max(stride));
+        squares.resize(count * TILE);
+        let place = |from: &[T], to: &mut [T], first: usize, width: usize| {
+            for (p, row) in from.chunks_exact(width).enumerate() {
+                to[p * used + first..][..width].copy_from_slice(row);
+            }
+        };
+        if !metric.is_empty() {
+            let out = &mut key_squares[..count * used];
+            let points = &keys[..count * length];
+            kernel::column_distances(projected, slots.capacity, key_factors, points, out);
+        }
+        for first in (0..used).step_by(TILE) {
+            let width = TILE.min(used - first);
+            let squares = &mut squares[..count * width];
+            if metric.is_empty() {
+                packed.unpack_keys(first, &mut tile[..TILE * length]);
+                let points = &keys[..count * length];
+                kernel::column_distances(tile, TILE, key_factors, points, squares);
+                place(squares, key_squares, first, width);
+            }
+            if cost.counts_values() {
+                let rows = &mut tile[..width * stride];
+                packed.unpack_values(first, rows, stride);
+                kernel::row_distances(rows, value_factors, &values[..count * stride], squares);
+                place(squares, affinities, first, width);
+            }
+        }
+        if !cost.counts_values() {
+            affinities[..count * used].fill(T::zero());
+        }
+    }
+
+    /// What is known of an entry is known of another place now.
+    pub(super) fn move_entry(&mut self, from: usize, to: usize, capacity: usize) {
+        if !self.metric.is_empty() {
+            self.projected.chunks_exact_mut(capacity).for_each(|row| row[to] = row[from]);
+        }
+    }
+}
+
+/// What a sum of squares is cut off at: products of two of them stay in range.
+fn most<T: Scalar>() -> T {
+    T::from_f64(if T::NAME == "f32" { 1e18 } else { 1e150 })
+}
+
+/// The least distance: of what is nearer, the first pair is merged. Times the smallest sum of
+/// weights its inverse is still in range.
+fn least<T: Scalar>(cost: MergeCost) -> T {
+    T::from_f64(match (cost, T::NAME == "f32") {
+        (MergeCost::Product, true) => 1e-28,
+        (MergeCost::Product, false) => 1e-290,
+        (MergeCost::Ward { .. }, true) => 1e-18,
+        (MergeCost::Ward { .. }, false) => 1e-148,
+    })
+}
+
+impl<T: Scalar> MergedMemory<T> {
+    /// Sets the factors by the units that are known now.
+    #[allow(clippy::cast_precision_loss)] // tokens and columns
+    pub(super) fn set_factors(&mut self) {
+        let Self { rule, units, slots, distances, .. } = self;
+        let product = rule.cost == MergeCost::Product;
+        let tokens = units.tokens.max(1) as f64;
+        let in_range = |x: f64| T::from_f64(if T::from_f64(x).is_finite() { x } else { 0.0 });
+        distances.key_factors.fill(in_range(rule.scale));
+        if matches!(rule.metric, Distance::QueryDiagonal) {
+            let fixed = rule.query_squares.as_deref();
+            // of scaled queries
+            let square = |c: usize| {
+                fixed.map_or_else(
+                    || units.squared_queries[c].as_f64() / tokens * rule.scale,
+                    |all| all[c],
+                )
+            };
+            let mean = (0..slots.head_dim).map(square).sum::<f64>() / slots.head_dim as f64;
+            let unit = if product { 1.0 } else { mean };
+            if unit > 0.0 && unit.is_finite() {
+                for (c, factor) in distances.key_factors.iter_mut().enumerate() {
+                    *factor = in_range(rule.scale * square(c) / unit);
+                }
+            }
+        }
+        let square = rule.value_square.unwrap_or_else(|| units.squared_values.as_f64() / tokens);
+        let weight =
+            if let MergeCost::Ward { value_weight } = rule.cost { value_weight } else { 1.0 };
+        let columns = rule.value_columns.unwrap_or(slots.value_dim).min(slots.value_dim);
+        distances.value_factors.fill(T::zero());
+        distances.value_factors[..columns].fill(in_range(weight / square));
+    }
+
+    /// Notes an entry that is new or has changed.
+    pub(super) fn project(&mut self, entry: usize) {
+        let Distance::Matrix(metric) = &self.rule.metric else { return };
+        let Self {
+            slots, distances: Distances { metric: by_columns, projected, keys, .. }, ..
+        } = self;
+        // squares of numbers within this limit can be summed
+        let limit = T::max_value().sqrt() * T::from_f64(1e-4);
+        let (key, point) = keys.split_at_mut(slots.head_dim.max(metric.nrows()));
+        let clamped = slots.key(entry).map(|x| x.max(-limit).min(limit));
+        key.iter_mut().zip(clamped).for_each(|(to, x)| *to = x);
+        let (rows, point) = (padded::<T>(metric.nrows()), &mut point[..metric.nrows()]);
+        kernel::row_times_matrix(&key[..slots.head_dim], by_columns, rows, point);
+        let column = projected[entry..].iter_mut().step_by(slots.capacity);
+        column.zip(&*point).for_each(|(to, &x)| *to = x);
+    }
+
+    /// Measures one or two entries against all: afterwards row `p` of
+    /// [`affinities`](Distances::affinities), rows `used` long, holds `1/distance` of entry `p`.
+    pub(super) fn measure(&mut self, entries: &[usize]) {
+        let (used, held) = (self.used(), self.held);
+        let Self { rule, slots, distances, counts, gaps, .. } = self;
+        if slots.packed().is_some() {
+            distances.squares_of_packed(slots, rule.cost, entries, used);
+        } else {
+            distances.squares(slots, rule.cost, entries, used);
+        }
+        let Distances { key_squares, affinities, .. } = distances;
+        let key_squares = &key_squares[..entries.len() * used];
+        let affinities = &mut affinities[..entries.len() * used];
+        let (least, most, quarter) = (least::<T>(rule.cost), most::<T>(), T::from_f64(0.25));
+        let product = rule.cost == MergeCost::Product;
+        for (affinity, &square) in affinities.iter_mut().zip(key_squares) {
+            // a NaN is cut off as well
+            let (square, value) = (square.min(most), affinity.min(most));
+            let distance =
+                if product { square * (value + quarter * square) } else { square + value };
+            *affinity = distance.max(least).recip();
+        }
+        for (&entry, row) in entries.iter().zip(affinities.chunks_exact_mut(used)) {
+            row[held..].fill(T::zero());
+            row[entry] = T::zero();
+            if *gaps > 0 {
+                let all = row.iter_mut().zip(&*counts);
+                all.filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
+            }
+        }
+    }
+}
