@@ -3,7 +3,10 @@
 
 use super::{Contestant, D, D_V, Input, Targets, decode, oracle, race};
 use dijiang::attention::naive;
-use dijiang::{Attention, Head, Mask, SoftmaxAttention, StateFormat, Stream, StreamOptions};
+use dijiang::{
+    Attention, Far, Head, HybridAttention, Mask, SoftmaxAttention, StateFormat, Stream,
+    StreamOptions,
+};
 use ndarray::{Array3, s};
 
 const FORMATS: [StateFormat; 3] = [StateFormat::F32, StateFormat::Bf16, StateFormat::Q8];
@@ -87,6 +90,20 @@ pub fn formats(rounds: usize, quick: bool, targets: &mut Targets) {
         [0, 1, 2].map(|i: usize| Contestant::new(FORMATS[i].name(), input.run(&kernels[i], n)));
     race(&mut racers, rounds);
     let [_, forward] = ratios(&format!("softmax, whole sequence, n = {n}"), &racers);
+
+    let kernels = FORMATS.map(|format| {
+        HybridAttention::<f32>::builder(D)
+            .far(Far::merged(256))
+            .state_format(format)
+            .build()
+            .expect("the options are valid")
+    });
+    let mut racers = [0, 1, 2].map(|i: usize| {
+        let stream = kernels[i].stream(D_V).expect("sizes are positive");
+        Contestant::new(FORMATS[i].name(), decode(stream, &input, 1024))
+    });
+    race(&mut racers, rounds);
+    ratios("hybrid, decode step, 64 + 4 + 256 entries", &racers);
 
     targets.at_least(&format!("softmax decode over {cache}, q8 against f32"), one, 1.5, 3.0);
     targets.at_least(&format!("softmax decode over {cache}, group of 3"), group, 1.5, 3.0);

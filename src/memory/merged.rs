@@ -18,6 +18,7 @@ use crate::memory::merged::rule::{Distance, MergeCost, Rule, check_entries};
 use crate::memory::partial::Partial;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use crate::views;
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use std::sync::Arc;
@@ -75,6 +76,22 @@ impl<T: Scalar> MergedMemory<T> {
             return Err(Error::Unsupported { what: "another metric", why });
         }
         self.rule.metric = Distance::Matrix(Arc::new(metric));
+        self.prepare(self.slots.head_dim, self.slots.value_dim);
+        Ok(self)
+    }
+
+    /// Keeps the means of keys and values in this format: rounded when a token comes, and anew after
+    /// each merge; distances are taken of what is kept.
+    ///
+    /// # Errors
+    ///
+    /// The memory must be empty: [`Error::Unsupported`] if it is not.
+    pub fn with_state_format(mut self, format: StateFormat) -> Result<Self, Error> {
+        if self.absorbed > 0 {
+            let why = "its entries are rounded already, or not; set it before the first token";
+            return Err(Error::Unsupported { what: "another format", why });
+        }
+        self.slots.set_format(format);
         self.prepare(self.slots.head_dim, self.slots.value_dim);
         Ok(self)
     }
@@ -194,5 +211,9 @@ impl<T: Scalar> Memory<T> for MergedMemory<T> {
 
     fn state_floats(&self) -> usize {
         self.floats()
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.bytes()
     }
 }

@@ -1,14 +1,14 @@
 //! States in fewer bits.
 
 use crate::common::checker::{check_attention, feed, units};
-use crate::common::formats::{FORMATS, packed_softmax};
+use crate::common::formats::{FORMATS, packed_hybrids, packed_softmax};
 use crate::common::{assert_close, heads, normal, tokens, wide};
 use dijiang::attention::naive::{self, formats::rounded};
 use dijiang::{
-    Attention, Error, ExactMemory, Head, Mask, Memory, MultiHead, Scalar, SoftmaxAttention,
-    StateFormat, StreamOptions,
+    Attention, Error, ExactMemory, Far, Head, HybridAttention, Mask, Memory, MergedMemory,
+    MultiHead, Scalar, SoftmaxAttention, StateFormat, StreamOptions,
 };
-use ndarray::{Array2, Array3, Array4, Axis, s};
+use ndarray::{Array2, Array3, Array4, Axis, concatenate, s};
 
 #[test]
 fn softmax_over_rounded_keys_and_values_keeps_every_promise() {
@@ -175,13 +175,11 @@ fn layers_count_bytes() {
 fn real_heads_lose_little() {
     for head in heads() {
         let [q, k, v] = &head.test;
-        let exact = naive::softmax(q, k, v, 0.125, head.mask);
+        let d = q.ncols();
+        let exact = naive::softmax(q, k, v, 1.0 / (d as f64).sqrt(), head.mask);
         let norm = |x: &Array2<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let errors = [StateFormat::F32, StateFormat::Bf16, StateFormat::Q8].map(|format| {
-            let kernel = SoftmaxAttention::<f32>::new(64)
-                .unwrap()
-                .with_scale(0.125)
-                .with_state_format(format);
+            let kernel = SoftmaxAttention::<f32>::new(d).unwrap().with_state_format(format);
             let [q, k, v] = [q, k, v].map(|x| x.mapv(|x| x as f32));
             let out = kernel.forward(q.view(), k.view(), v.view(), head.mask).unwrap();
             norm(&(wide(&out) - &exact)) / norm(&exact)
@@ -192,4 +190,112 @@ fn real_heads_lose_little() {
         );
         assert!(errors[0] < 1e-5 && errors[1] < 0.03 && errors[2] < 0.06, "{errors:?}");
     }
+}
+
+#[test]
+fn hybrids_of_rounded_tokens_keep_every_promise() {
+    for (d, m) in [(8, 20), (1, 1), (3, 7)] {
+        for subject in packed_hybrids(d, m) {
+            check_attention(&subject);
+        }
+    }
+}
+
+/// Each step of a merging memory is what its formula makes of the entries that are kept: the pair
+/// of least cost, and its means, rounded.
+fn check_merges(format: StateFormat, d: usize, dv: usize) {
+    let (entries, n) = (9, 120);
+    let mut memory =
+        MergedMemory::<f64>::new(d, dv, entries, 1.0).unwrap().with_state_format(format).unwrap();
+    let [_, k, v] = tokens::<f64>(n, d, dv, 1.0, 8);
+    for t in 0..n {
+        let list = |kept: Array2<f64>, x: &Array2<f64>| {
+            let new = rounded(&x.slice(s![t..=t, ..]).to_owned(), format);
+            concatenate![Axis(0), kept, new]
+        };
+        let mut keys = list(memory.keys(), &k);
+        let mut values = list(memory.values(), &v);
+        let mut counts = memory.counts().to_vec();
+        counts.push(1.0);
+        if keys.nrows() > entries {
+            let cost = |i: usize, j: usize| {
+                let difference = &keys.row(i) - &keys.row(j);
+                counts[i] * counts[j] / (counts[i] + counts[j]) * difference.dot(&difference)
+            };
+            let pairs = (0..entries).flat_map(|i| (i + 1..=entries).map(move |j| (i, j)));
+            let (i, j) = pairs.min_by(|a, b| cost(a.0, a.1).total_cmp(&cost(b.0, b.1))).unwrap();
+            let share = counts[j] / (counts[i] + counts[j]);
+            for x in [&mut keys, &mut values] {
+                let mean = &x.row(i) + &((&x.row(j) - &x.row(i)) * share);
+                let mean = rounded(&mean.insert_axis(Axis(0)), format);
+                x.row_mut(i).assign(&mean.row(0));
+                let last = x.row(entries).to_owned();
+                x.row_mut(j).assign(&last);
+            }
+            counts[i] += counts[j];
+            counts[j] = counts[entries];
+            counts.pop();
+            keys = keys.slice(s![..entries, ..]).to_owned();
+            values = values.slice(s![..entries, ..]).to_owned();
+        }
+        let row = s![t..=t, ..];
+        memory.absorb(k.slice(row), v.slice(row)).unwrap();
+        assert_eq!(memory.counts(), counts, "{format:?} {t}");
+        assert_eq!((memory.keys(), memory.values()), (keys, values), "{format:?} {t}");
+    }
+    let rows = format.row_bytes::<f64>(d) + format.row_bytes::<f64>(dv);
+    assert_eq!(memory.state_bytes(), entries * (rows + 16));
+}
+
+#[test]
+fn merged_entries_are_rounded_anew_and_measured_as_they_are_kept() {
+    for format in FORMATS {
+        check_merges(format, 5, 3);
+        check_merges(format, 40, 33);
+    }
+}
+
+/// What rounding costs a hybrid, on heads of a real model, against the same hybrid in `f64`.
+#[test]
+fn hybrids_of_real_heads_lose_little() {
+    for head in heads().into_iter().filter(|head| head.mask == Mask::Causal) {
+        let d = head.test[0].ncols();
+        let norm = |x: &Array2<f64>| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let [q, k, v] = &head.test;
+        let softmax = naive::softmax(q, k, v, 1.0 / (d as f64).sqrt(), head.mask);
+        let errors = [StateFormat::F32, StateFormat::Bf16, StateFormat::Q8].map(|format| {
+            let kernel = HybridAttention::<f64>::builder(d)
+                .far(Far::merged(64))
+                .state_format(format)
+                .build()
+                .unwrap();
+            let out = kernel.forward(q.view(), k.view(), v.view(), head.mask).unwrap();
+            norm(&(out - &softmax)) / norm(&softmax)
+        });
+        println!("{}: f64 {:.4}, bf16 {:.4}, q8 {:.4}", head.name, errors[0], errors[1], errors[2]);
+        let slack = 0.02 + 0.3 * errors[0];
+        assert!(errors[1] < errors[0] + slack && errors[2] < errors[0] + slack, "{errors:?}");
+    }
+}
+
+#[test]
+fn a_hybrids_bytes_are_those_of_its_entries() {
+    let kernel = |format| {
+        HybridAttention::<f32>::builder(64)
+            .far(Far::merged(256))
+            .state_format(format)
+            .build()
+            .unwrap()
+    };
+    let bytes = |format| kernel(format).state_bytes(64, 5000).unwrap();
+    // of the window the attention received, of entries weight and count, the units of distances
+    let wide = 64 * 4 + 256 * 8 + 65 * 4;
+    assert_eq!(bytes(StateFormat::Q8), 324 * 136 + wide);
+    assert_eq!(bytes(StateFormat::Bf16), 324 * 256 + wide);
+    assert_eq!(bytes(StateFormat::F32), 324 * 512 + wide);
+    let floats = [StateFormat::F32, StateFormat::Q8]
+        .map(|format| kernel(format).state_floats(64, 5000).unwrap());
+    assert_eq!(floats[0], floats[1]);
+    let layer = MultiHead::new(kernel(StateFormat::Q8), 6, 2).unwrap();
+    assert_eq!(layer.state_bytes(64, 5000).unwrap(), 2 * bytes(StateFormat::Q8));
 }

@@ -54,7 +54,12 @@ fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>,
     for &mask in subject.masks() {
         let out = run(kernel, &input, mask);
         let exact = subject.oracle(&q, &k, &v, mask);
-        assert_close(&format!("{} n={n} {mask:?}", subject.name), &out, &exact, units::<T>(60.0));
+        assert_close(
+            &format!("{} n={n} {mask:?}", subject.name),
+            &out,
+            &exact,
+            subject.units::<T>(),
+        );
     }
     if !subject.masks().contains(&Mask::Full) {
         let error = kernel
@@ -66,7 +71,7 @@ fn check_against_oracle<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>,
     let few = normal::<T>(4, d, 0.7, 99);
     let out = kernel.forward(few.view(), input[1].view(), input[2].view(), Mask::Full).unwrap();
     let exact = subject.oracle(&wide(&few), &k, &v, Mask::Full);
-    assert_close(&format!("{} cross n={n}", subject.name), &out, &exact, units::<T>(60.0));
+    assert_close(&format!("{} cross n={n}", subject.name), &out, &exact, subject.units::<T>());
     let nothing = Array2::<T>::zeros((0, d));
     let out = kernel.forward(nothing.view(), input[1].view(), input[2].view(), Mask::Full).unwrap();
     assert_eq!(out.dim(), (0, dv));

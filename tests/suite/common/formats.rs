@@ -1,6 +1,6 @@
 //! Kernels whose state is in fewer bits, with their formulas.
 
-use super::{Formula, Subject, Written};
+use super::{Formula, Subject, Written, hybrid_in, hybrids};
 use dijiang::attention::naive::{self, formats::rounded, options, options::Options};
 use dijiang::{Attention, Mask, Scalar, SoftmaxAttention, StateFormat};
 use std::sync::Arc;
@@ -54,6 +54,19 @@ pub fn packed_softmax(d: usize) -> Vec<Subject> {
                 options::with_sink(&logs, &v, all.sink_logit, mask)
             }),
         }),
+    })
+    .collect()
+}
+
+/// Hybrids of every far memory, in one format or the other.
+pub fn packed_hybrids(d: usize, m: usize) -> Vec<Subject> {
+    let all = hybrids(d, m).into_iter().zip(FORMATS.into_iter().cycle());
+    all.map(|(mut subject, format)| {
+        let Formula::Hybrid(formula) = &subject.formula else { unreachable!("they are hybrids") };
+        subject.f64 = Arc::new(hybrid_in::<f64>(format, formula, d, m));
+        subject.f32 = Arc::new(hybrid_in::<f32>(format, formula, d, m));
+        subject.name = format!("{} {}", format.name(), subject.name);
+        subject
     })
     .collect()
 }
