@@ -80,8 +80,8 @@ impl<T: Scalar> MergedMemory<T> {
         Ok(self)
     }
 
-    /// Keeps the means of keys and values in this format: rounded when a token comes, and anew after
-    /// each merge; distances are taken of what is kept.
+    /// Keeps the means of keys and values in this format: rounded when a token comes, and anew
+    /// after each merge; distances are taken of what is kept.
     ///
     /// # Errors
     ///

@@ -96,9 +96,8 @@ impl Packed {
         });
     }
 
-    /// `out_rj += factor_r·q_r·k_j` for rows of queries, and tokens `j` from `first` on, which is a
-    /// multiple of [`TILE`](crate::kernel::loops::packed::TILE): as many whole cache lines as `tokens` says. Rows of `out` are `ld`
-    /// apart.
+    /// `out_rj += factor_r·q_r·k_j` for rows of queries, and tokens `j` from `first` on, where a
+    /// tile begins: as many whole cache lines as `tokens` says. Rows of `out` are `ld` apart.
     pub(crate) fn add_scores<T: Scalar>(
         &self,
         [first, tokens]: [usize; 2],
