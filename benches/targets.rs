@@ -7,10 +7,11 @@
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of
 //! this crate and of `ndarray`. Name tables to run only these: `forward`, `decode`, `maps`,
-//! `crossover`, `decay`, `hybrids`, `layers`, `threads`. `--strict` turns a missed target into a
-//! failing exit code; `--quick` (or `--test`) runs one short round.
+//! `crossover`, `decay`, `hybrids`, `layers`, `formats`, `threads`. `--strict` turns a missed target
+//! into a failing exit code; `--quick` (or `--test`) runs one short round.
 
 mod decay;
+mod formats;
 mod hybrids;
 mod layers;
 mod oracle;
@@ -273,9 +274,8 @@ fn main() -> ExitCode {
 
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
-    let named = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "layers", "threads"]
-        .into_iter()
-        .any(has);
+    let tables = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "layers"];
+    let named = tables.into_iter().chain(["formats", "threads"]).any(has);
     let wanted = |table: &str| !named || has(table);
     if wanted("forward") {
         whole_sequences(
@@ -305,6 +305,9 @@ fn main() -> ExitCode {
     }
     if wanted("layers") {
         layers::layers(rounds, &mut targets);
+    }
+    if wanted("formats") {
+        formats::formats(rounds, quick, &mut targets);
     }
     #[cfg(feature = "rayon")]
     if wanted("threads") {

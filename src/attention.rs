@@ -185,6 +185,16 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Ok(self.stream(value_dim)?.state_floats())
     }
 
+    /// The same in bytes: what [`Stream::state_bytes`] will say. To be overridden where numbers are
+    /// kept in fewer bits than `T` has ([`StateFormat`](crate::StateFormat)).
+    ///
+    /// # Errors
+    ///
+    /// As [`stream`](Self::stream).
+    fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        Ok(self.state_floats(value_dim, tokens)?.saturating_mul(size_of::<T>()))
+    }
+
     /// How far the heads of a layer depend on each other, and share a state.
     fn sharing(&self) -> Sharing {
         Sharing::default()

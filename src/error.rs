@@ -193,6 +193,16 @@ impl Error {
         }
         self
     }
+
+    /// The same error of the first row, where rows stand for the query heads of one token.
+    pub(crate) fn of_first_row(mut self) -> Self {
+        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } =
+            &mut self
+        {
+            *row = 0;
+        }
+        self
+    }
 }
 
 impl fmt::Display for Error {

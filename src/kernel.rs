@@ -10,6 +10,7 @@
 pub(crate) mod buffer;
 pub(crate) mod compiled;
 pub(crate) mod loops;
+pub(crate) mod packed;
 pub(crate) mod row_dct;
 pub(crate) mod simd;
 

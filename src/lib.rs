@@ -114,6 +114,7 @@ pub mod projection;
 mod rotary;
 mod scalar;
 mod selection;
+mod state_format;
 pub mod theory;
 mod views;
 
@@ -180,6 +181,7 @@ pub use rotary::angles::{RotaryAngles, RotaryPairs};
 pub use scalar::Scalar;
 pub use selection::exact_heads::ExactHeads;
 pub use selection::{HeadError, HeadErrors, HeadSample};
+pub use state_format::{StateFormat, UnknownFormat};
 
 /// The crate of the arrays that arguments and results are, in the version that this one uses.
 #[doc(no_inline)]

@@ -2,10 +2,14 @@
 
 pub(crate) mod answer;
 pub(crate) mod exact;
+pub(crate) mod key_values;
 pub(crate) mod linear;
 pub(crate) mod merged;
 pub(crate) mod online_softmax;
+pub(crate) mod packed;
+pub(crate) mod packed_softmax;
 pub(crate) mod partial;
+pub(crate) mod row_code;
 pub(crate) mod scoring;
 pub(crate) mod slots;
 
@@ -88,6 +92,12 @@ pub trait Memory<T: Scalar>: CloneMemory<T> + Debug + Send {
 
     /// The size of the memory now, in numbers of type `T`.
     fn state_floats(&self) -> usize;
+
+    /// The size of the memory now, in bytes: to be overridden where numbers are kept in fewer bits
+    /// than `T` has ([`StateFormat`](crate::StateFormat)).
+    fn state_bytes(&self) -> usize {
+        self.state_floats() * size_of::<T>()
+    }
 
     /// Told after a read of `q [n, d]` what all memories under the common normaliser came to:
     /// `log_normalizer [n]`, the logarithms of the sums of all weights. So an entry with weight w

@@ -175,16 +175,16 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::state_floats`].
+    /// Those of [`Attention::state_bytes`].
     pub fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         let group = self.group();
-        let mut floats = 0_usize;
+        let mut bytes = 0_usize;
         for unit in &*self.units {
             let kernel = &self.kernels[unit.first_query_head(group)];
-            let each = kernel.state_floats(value_dim, tokens)?;
-            floats = floats.saturating_add(each.saturating_mul(unit.kv_heads()));
+            let each = kernel.state_bytes(value_dim, tokens)?;
+            bytes = bytes.saturating_add(each.saturating_mul(unit.kv_heads()));
         }
-        Ok(floats.saturating_mul(size_of::<T>()))
+        Ok(bytes)
     }
 
     /// Query heads.

@@ -8,7 +8,7 @@ use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
     FeatureMap, FixedGates, Head, HybridAttention, IdentityFeatures, LinearAttention, Linformer,
     Mask, Merged, MultiHead, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention,
-    Scratch, SoftmaxAttention, TaylorFeatures,
+    Scratch, SoftmaxAttention, StateFormat, TaylorFeatures,
 };
 use ndarray::{Array1, Array2, Array4, s};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -107,6 +107,21 @@ fn check_masks(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool, m
     assert_eq!(count, 0, "{name}: a prefill allocates");
 }
 
+/// A cache has room for more tokens than it holds.
+fn check_cache(kernel: &dyn Attention<f32>, d: usize) {
+    let [q, k, v] = [1, 2, 3].map(|seed| normal::<f32>(100, d, 0.5, seed));
+    let (mut stream, mut out) = (kernel.stream(d).unwrap(), Array2::zeros((100, d)));
+    let mut extend = |rows: std::ops::Range<usize>| {
+        let rows = s![rows, ..];
+        stream.extend(q.slice(rows), k.slice(rows), v.slice(rows), out.slice_mut(rows)).unwrap();
+    };
+    (0..3).for_each(|t| extend(t..t + 1));
+    extend(3..70);
+    extend(70..71);
+    let count = allocations(|| (71..100).for_each(|t| extend(t..t + 1)));
+    assert_eq!(count, 0, "a step of a cache with room");
+}
+
 #[test]
 fn steady_calls_allocate_nothing() {
     for d in [8, 64, 80, 128] {
@@ -115,6 +130,13 @@ fn steady_calls_allocate_nothing() {
             check_kernel(&format!("map {i}, d = {d}"), &LinearAttention::new(map), d, false);
         }
         check_kernel("softmax", &SoftmaxAttention::new(d).unwrap(), d, true);
+        for format in [StateFormat::Bf16, StateFormat::Q8] {
+            let softmax = SoftmaxAttention::new(d).unwrap().with_state_format(format);
+            check_kernel(&format!("softmax {format:?}"), &softmax, d, true);
+            check_cache(&softmax, d);
+            let hybrid = HybridAttention::builder(d).far(Far::merged(20)).state_format(format);
+            check_causal(&format!("hybrid {format:?}"), &hybrid.build().unwrap(), d, false);
+        }
         let [q, k] = [1, 2].map(|seed| normal::<f32>(200, d, 0.5, seed));
         let calibration =
             Calibration::from_samples(q.view(), k.view(), CalibrationOptions::new()).unwrap();

@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["kernel::compiled"],
     &["kernel"],
     &["scalar"],
-    &["check", "views"],
+    &["check", "state_format", "views"],
     &["projection", "rotary", "calibration"],
     &["features"],
     &["memory"],

@@ -43,6 +43,15 @@ macro_rules! attention_by {
                 $kernel.state_floats(value_dim, tokens)
             }
 
+            fn state_bytes(
+                &self,
+                value_dim: usize,
+                tokens: usize,
+            ) -> Result<usize, $crate::error::Error> {
+                let $this = self;
+                $kernel.state_bytes(value_dim, tokens)
+            }
+
             fn sharing(&self) -> $crate::attention::sharing::Sharing {
                 let $this = self;
                 $kernel.sharing()
@@ -77,6 +86,10 @@ macro_rules! state_of_stream_inside {
 
         fn state_floats(&self) -> usize {
             self.stream.state_floats()
+        }
+
+        fn state_bytes(&self) -> usize {
+            self.stream.state_bytes()
         }
 
         fn reset(&mut self) {

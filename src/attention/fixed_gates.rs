@@ -112,6 +112,10 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
         self.kernel.state_floats(value_dim, tokens)
     }
 
+    fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        self.kernel.state_bytes(value_dim, tokens)
+    }
+
     fn sharing(&self) -> Sharing {
         self.kernel.sharing()
     }

@@ -207,6 +207,10 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         Ok(Box::new(HybridStream::new(Arc::clone(&self.config), options)?))
     }
 
+    fn state_bytes(&self, value_dim: usize, _: usize) -> Result<usize, Error> {
+        Ok(self.stream(value_dim)?.state_bytes())
+    }
+
     fn sharing(&self) -> Sharing {
         self.config.sharing()
     }

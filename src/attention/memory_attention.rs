@@ -194,14 +194,24 @@ impl<T: Scalar> Attention<T> for MemoryAttention<T> {
     }
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        Ok(self.memory_after(value_dim, tokens)?.state_floats())
+    }
+
+    fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        Ok(self.memory_after(value_dim, tokens)?.state_bytes())
+    }
+}
+
+impl<T: Scalar> MemoryAttention<T> {
+    /// Only the memory knows how it grows: it is shown as many tokens of zeros.
+    fn memory_after(&self, value_dim: usize, tokens: usize) -> Result<Box<dyn Memory<T>>, Error> {
         check::array("tokens", tokens, self.head_dim.max(value_dim))?;
         let mut memory = (self.make)(value_dim)?;
-        // Only the memory knows how it grows: it is shown as many tokens of zeros.
         memory.absorb(
             Array2::zeros((tokens, self.head_dim)).view(),
             Array2::zeros((tokens, value_dim)).view(),
         )?;
-        Ok(memory.state_floats())
+        Ok(memory)
     }
 }
 
@@ -236,6 +246,10 @@ impl<T: Scalar> Stream<T> for MemoryStream<T> {
 
     fn state_floats(&self) -> usize {
         self.memory.state_floats()
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.memory.state_bytes()
     }
 
     fn reset(&mut self) {

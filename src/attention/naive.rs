@@ -15,6 +15,7 @@
 //! | [`merged`] | the same with merged entries behind (Ward's method) |
 //! | [`received`] | merged entries that are weighted by the attention received |
 //! | [`options`] | soft caps, linear biases, learned sinks |
+//! | [`formats`] | states in fewer bits |
 //! | [`block`] | the attention block of the released DiJiang models |
 //!
 //! # Notation
@@ -33,6 +34,7 @@
 
 pub mod block;
 pub mod features;
+pub mod formats;
 pub mod hybrid;
 pub mod linear;
 pub mod merged;

@@ -71,6 +71,10 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         self.kernel.state_floats(value_dim, tokens)
     }
 
+    fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        self.kernel.state_bytes(value_dim, tokens)
+    }
+
     fn sharing(&self) -> Sharing {
         match self.kernel.sharing() {
             // streams here are of one head of keys and values

@@ -1,11 +1,13 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
+mod answer;
 pub(crate) mod options;
 
 use crate::attention::call::{Head, one_head};
 use crate::attention::fingerprint::Fingerprint;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
+use crate::attention::softmax::answer::{answer, answer_group, key_values};
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::attention::threads::Threads;
@@ -15,81 +17,26 @@ use crate::error::Error;
 use crate::kernel::max_abs;
 use crate::mask::Mask;
 use crate::memory::Memory;
-use crate::memory::answer::Readout;
 use crate::memory::exact::ExactMemory;
-use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
+use crate::memory::key_values::KeyValues;
+use crate::memory::online_softmax::Tile;
+use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
-use crate::views::{rows, rows_mut};
-use ndarray::{Array2, ArrayView2, ArrayViewMut2};
-
-/// With fewer scores than this, one thread answers.
-#[cfg(feature = "rayon")]
-const FEWEST_SCORES: usize = 1 << 18;
-
-/// Answers the queries of a block, with a learned sink if there is one; errors count rows from
-/// `row`.
-fn answer_block<T: Scalar>(
-    tokens: [ArrayView2<'_, T>; 3],
-    (scoring, sink_logit): (Scoring<T>, Option<T>),
-    first: Option<usize>,
-    row: usize,
-    mut out: ArrayViewMut2<'_, T>,
-    tile: &mut Tile<T>,
-) -> Result<(), Error> {
-    online_softmax_in_range(tokens, scoring, first, tile, |answer| {
-        if let Some(logit) = sink_logit {
-            (0..answer.tokens).for_each(|row| _ = answer.add_sink(row, logit));
-        }
-        answer.write(row, Readout::Normalized, out.view_mut())
-    })
-}
-
-/// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
-#[allow(clippy::too_many_arguments)]
-fn answer<T: Scalar>(
-    q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    options: (Scoring<T>, Option<T>),
-    first: Option<usize>,
-    mut out: ArrayViewMut2<'_, T>,
-    #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
-    tile: &mut Tile<T>,
-) -> Result<(), Error> {
-    let n = q.nrows();
-    #[cfg(feature = "rayon")]
-    if threads.are_several()
-        && n.saturating_mul(k.nrows()) >= FEWEST_SCORES
-        && n > QUERY_BLOCK
-        && rayon::current_num_threads() > 1
-    {
-        use rayon::prelude::*;
-        let blocks: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(0), QUERY_BLOCK).collect();
-        let answered =
-            blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
-                let start = block * QUERY_BLOCK;
-                let q = rows(q, start..n.min(start + QUERY_BLOCK));
-                answer_block([q, k, v], options, first.map(|first| first + start), start, out, tile)
-            });
-        let results: Vec<_> = answered.collect();
-        return results.into_iter().collect();
-    }
-    for start in (0..n).step_by(QUERY_BLOCK) {
-        let end = n.min(start + QUERY_BLOCK);
-        let (q, out) = (rows(q, start..end), rows_mut(out.view_mut(), start..end));
-        answer_block([q, k, v], options, first.map(|first| first + start), start, out, tile)?;
-    }
-    Ok(())
-}
+use crate::state_format::StateFormat;
+use ndarray::{Array2, ArrayView2, Axis};
 
 /// What a forward pass keeps in the scratch.
 #[derive(Debug)]
-struct SoftmaxScratch<T>(Tile<T>);
+struct SoftmaxScratch<T> {
+    tile: Tile<T>,
+    /// The keys and values of a head in fewer bits.
+    packed: Option<Packed>,
+}
 
 impl<T: Scalar> Default for SoftmaxScratch<T> {
     fn default() -> Self {
-        Self(Tile::new())
+        Self { tile: Tile::new(), packed: None }
     }
 }
 
@@ -102,16 +49,17 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     ) -> Result<(), Error> {
         let first = if mask == Mask::Causal { Some(0) } else { None };
         let threads = scratch.threads();
-        scratch.with_part(|SoftmaxScratch(tile), _| {
+        scratch.with_part(|SoftmaxScratch { tile, packed }, _| {
             heads.iter_mut().try_for_each(|head| {
                 head.check_not_gated()?;
                 head.check_forward(self.head_dim, mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
                 let Head { q, k, v, out, .. } = head;
+                let tokens = key_values(self.format, *k, *v, packed);
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
-                    answer(q, *k, *v, self.of_head(scoring, g), first, out, threads, tile)
+                    answer(q, tokens, self.of_head(scoring, g), first, out, threads, tile)
                 })
             })
         })
@@ -126,7 +74,8 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         options.check_one_head()?;
         let scoring = self.check(group)?;
         Ok(Box::new(SoftmaxStream {
-            cache: ExactMemory::new(self.head_dim, value_dim, scoring.scale.as_f64())?,
+            cache: ExactMemory::new(self.head_dim, value_dim, scoring.scale.as_f64())?
+                .with_state_format(self.format),
             kernel: self.clone(),
             scoring,
             group,
@@ -140,6 +89,12 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
         Ok(tokens.saturating_mul(self.head_dim + value_dim))
+    }
+
+    fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
+        check::at_least_one("value_dim", value_dim)?;
+        let rows = [self.head_dim, value_dim].map(|columns| self.format.row_bytes::<T>(columns));
+        Ok(tokens.saturating_mul(rows[0].saturating_add(rows[1])))
     }
 
     fn sharing(&self) -> Sharing {
@@ -161,7 +116,9 @@ impl<T: Scalar> PairWeights<T> for SoftmaxAttention<T> {
         check::queries(self.head_dim, q)?;
         check::size("k", "columns", self.head_dim, k.ncols())?;
         check::finite("k", k)?;
-        let mut scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t());
+        let mut kept = ExactMemory::new(self.head_dim, 1, 1.0)?.with_state_format(self.format);
+        kept.push(k, Array2::zeros((k.nrows(), 1)).view());
+        let mut scores = q.mapv(T::as_f64).dot(&kept.keys().mapv(T::as_f64).t());
         for ((t, j), score) in scores.indexed_iter_mut() {
             *score = self.score(*score, [t, j]);
         }
@@ -217,17 +174,30 @@ impl<T: Scalar> SoftmaxStream<T> {
         own.and(self.kernel.fingerprint())
     }
 
+    fn is_packed(&self) -> bool {
+        self.kernel.format != StateFormat::F32
+    }
+
     fn absorb(&mut self, head: &mut Head<'_, T>) -> Result<(), Error> {
         let largest = self.largest_with(head);
         let Head { q, k, v, out, .. } = head;
         let before = self.cache.len();
         self.cache.push(*k, *v);
         let Self { cache, kernel, scoring, threads, tile, .. } = self;
-        let (keys, values) = (cache.keys(), cache.values());
-        let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
-        let result = heads.try_for_each(|(g, (q, out))| {
-            answer(q, keys, values, kernel.of_head(*scoring, g), Some(before), out, *threads, tile)
-        });
+        let options = |g: usize| kernel.of_head(*scoring, g);
+        let result = match cache.key_values() {
+            KeyValues::Packed(packed, tokens) if k.nrows() == 1 => {
+                let q = q.index_axis(Axis(1), 0);
+                let out = out.view_mut().index_axis_move(Axis(1), 0);
+                answer_group(q, (packed, tokens), &options, out, tile)
+            }
+            tokens => {
+                let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
+                heads.try_for_each(|(g, (q, out))| {
+                    answer(q, tokens, options(g), Some(before), out, *threads, tile)
+                })
+            }
+        };
         match result {
             Ok(()) => self.largest = largest,
             Err(_) => self.cache.truncate(before),
@@ -277,6 +247,10 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         self.cache.state_floats()
     }
 
+    fn state_bytes(&self) -> usize {
+        self.cache.state_bytes()
+    }
+
     fn reset(&mut self) {
         self.cache.reset();
         self.largest = [T::zero(); 2];
@@ -295,17 +269,34 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
 
     fn save(&self) -> Result<StreamState<T>, Error> {
         let (head_dim, value_dim) = self.cache.dims();
-        let numbers = self.cache.keys().iter().chain(self.cache.values().iter()).copied().collect();
+        let (mut numbers, mut bytes) = (Vec::new(), Vec::new());
+        if self.is_packed() {
+            self.cache.save(&mut bytes);
+        } else {
+            numbers.extend(self.cache.keys().iter().chain(self.cache.values().iter()));
+        }
         let state = StreamState::new(KERNEL, self.len(), vec![head_dim, value_dim], numbers);
-        Ok(state.with_fingerprint(self.fingerprint()))
+        Ok(state.with_bytes(bytes).with_fingerprint(self.fingerprint()))
     }
 
     fn restore(&mut self, state: &StreamState<T>) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
         let tokens = state.tokens();
-        let count = tokens.saturating_mul(head_dim + value_dim);
+        let packed = self.is_packed();
+        let count = if packed { 0 } else { tokens.saturating_mul(head_dim + value_dim) };
         let numbers = state.numbers(KERNEL, &[head_dim, value_dim], count)?;
         self.fingerprint().check(state.fingerprint())?;
+        if packed {
+            let bytes = state.bytes(tokens.saturating_mul(self.cache.token_bytes()))?;
+            let mut cache = self.cache.clone();
+            if !cache.restore(tokens, bytes) {
+                return Err(Error::NotFinite { which: "state", row: 0, column: 0 });
+            }
+            self.reset();
+            self.largest = [largest(cache.keys().view()), largest(cache.values().view())];
+            self.cache = cache;
+            return Ok(());
+        }
         let (k, v) = numbers.split_at(tokens * head_dim);
         self.reset();
         self.largest = [max_abs(k), max_abs(v)];

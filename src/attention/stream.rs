@@ -1,5 +1,7 @@
 //! The state of causal attention that a decoder keeps.
 
+mod bytes;
+
 use crate::attention::call::{Head, ONE_HEAD};
 use crate::attention::fingerprint::Fingerprint;
 use crate::attention::threads::Threads;
@@ -63,6 +65,12 @@ pub trait Stream<T: Scalar>: CloneStream<T> + Debug + Send {
     /// The size of the state now, in numbers of type `T`. Constants of the kernel and working
     /// memory do not count.
     fn state_floats(&self) -> usize;
+
+    /// The size of the state now, in bytes: less than [`state_floats`](Self::state_floats) numbers
+    /// of type `T` take where they are kept in fewer bits ([`StateFormat`](crate::StateFormat)).
+    fn state_bytes(&self) -> usize {
+        self.state_floats().saturating_mul(size_of::<T>())
+    }
 
     /// Forgets every token, and the checkpoint.
     fn reset(&mut self);
@@ -302,6 +310,9 @@ pub struct StreamState<T> {
     tokens: usize,
     shape: Vec<usize>,
     numbers: Vec<T>,
+    /// What is kept in fewer bits.
+    #[cfg_attr(feature = "serde", serde(default))]
+    bytes: Vec<u8>,
 }
 
 impl<T: Scalar> StreamState<T> {
@@ -312,8 +323,8 @@ impl<T: Scalar> StreamState<T> {
         shape: Vec<usize>,
         numbers: Vec<T>,
     ) -> Self {
-        let fingerprint = Fingerprint::new();
-        Self { kernel: kernel.into(), fingerprint, tokens, shape, numbers }
+        let (kernel, fingerprint, bytes) = (kernel.into(), Fingerprint::new(), Vec::new());
+        Self { kernel, fingerprint, tokens, shape, numbers, bytes }
     }
 
     /// The same state with the parameters of its kernel.

@@ -2,6 +2,7 @@
 
 use crate::kernel::simd::Lanes;
 use core::ops::{Deref, DerefMut};
+use num_traits::Zero;
 
 /// Cache lines of a page. What lies whole pages apart is taken for the same by the stores of a
 /// core, which then wait for each other; so larger buffers begin in different parts of a page.
@@ -12,7 +13,7 @@ const PAGE: usize = 64;
 const STAGGER: usize = 9;
 const PAGES: usize = 7;
 
-/// A slice of numbers aligned to 64 bytes.
+/// A slice of numbers, of any type, aligned to 64 bytes.
 #[derive(Debug)]
 pub struct Buffer<T> {
     data: Vec<T>,
@@ -20,7 +21,7 @@ pub struct Buffer<T> {
     len: usize,
 }
 
-impl<T: Lanes> Buffer<T> {
+impl<T: Copy + Zero> Buffer<T> {
     pub(crate) const fn new() -> Self {
         Self { data: Vec::new(), offset: 0, len: 0 }
     }

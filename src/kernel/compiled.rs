@@ -5,7 +5,7 @@
 //! crates that use it only call them.
 
 use crate::kernel::loops::{
-    columns, dct, decay, decode, exp, pairs, products, reduce, scores, vectors,
+    columns, dct, decay, decode, exp, packed, pairs, products, reduce, scores, vectors,
 };
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
@@ -80,4 +80,12 @@ compiled! {
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
+    run_scores_of_bytes: packed::ScoresOfBytes;
+    run_scores_of_bf16: packed::ScoresOfBf16;
+    run_sums_of_bytes: packed::SumsOfBytes;
+    run_sums_of_bf16: packed::SumsOfBf16;
+    run_unpack_keys_of_bytes: packed::UnpackKeysOfBytes;
+    run_unpack_keys_of_bf16: packed::UnpackKeysOfBf16;
+    run_unpack_values_of_bytes: packed::UnpackValuesOfBytes;
+    run_unpack_values_of_bf16: packed::UnpackValuesOfBf16;
 }

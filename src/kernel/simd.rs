@@ -26,6 +26,39 @@ pub trait Level: Simd {
     fn transpose_f64(self, rows: &mut [Self::f64s; 16]) {
         plain_transpose::<f64, Self>(rows);
     }
+
+    /// A vector of the first bytes of a slice.
+    #[inline(always)]
+    fn widen_bytes_f32(self, x: &[i8]) -> Self::f32s {
+        plain_widened::<f32, Self>(self, |i| f32::from(x[i]))
+    }
+
+    /// A vector of the first bytes of a slice.
+    #[inline(always)]
+    fn widen_bytes_f64(self, x: &[i8]) -> Self::f64s {
+        plain_widened::<f64, Self>(self, |i| f64::from(x[i]))
+    }
+
+    /// A vector of the first bfloat16 of a slice.
+    #[inline(always)]
+    fn widen_bf16_f32(self, x: &[u16]) -> Self::f32s {
+        plain_widened::<f32, Self>(self, |i| f32::from_bits(u32::from(x[i]) << 16))
+    }
+
+    /// A vector of the first bfloat16 of a slice.
+    #[inline(always)]
+    fn widen_bf16_f64(self, x: &[u16]) -> Self::f64s {
+        plain_widened::<f64, Self>(self, |i| f64::from(f32::from_bits(u32::from(x[i]) << 16)))
+    }
+}
+
+#[inline(always)]
+fn plain_widened<T: Lanes, L: Level>(level: L, number: impl Fn(usize) -> T) -> T::V<L> {
+    let mut vector = [T::splat(level, T::zero())];
+    for (i, to) in T::elements_mut::<L>(&mut vector).iter_mut().enumerate() {
+        *to = number(i);
+    }
+    vector[0]
 }
 
 #[inline(always)]
@@ -91,6 +124,10 @@ pub trait Lanes: num_traits::Float + 'static {
     fn elements_mut<S: Simd>(x: &mut [Self::V<S>]) -> &mut [Self];
     /// A vector of the first numbers of a slice, then zeros.
     fn load<S: Simd>(s: S, x: &[Self]) -> Self::V<S>;
+    /// A vector of the first bytes of a slice.
+    fn vwiden_bytes<L: Level>(level: L, x: &[i8]) -> Self::V<L>;
+    /// A vector of the first bfloat16 of a slice.
+    fn vwiden_bf16<L: Level>(level: L, x: &[u16]) -> Self::V<L>;
     /// A square of [`PAD`](Self::PAD) rows: 1 on the diagonal and right of it, 0 elsewhere.
     fn triangle() -> &'static [Self];
     /// Transposes a square.

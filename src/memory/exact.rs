@@ -3,19 +3,21 @@
 use crate::check;
 use crate::error::Error;
 use crate::memory::Memory;
+use crate::memory::key_values::KeyValues;
 use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
+use crate::memory::packed::Packed;
 use crate::memory::partial::Partial;
 use crate::memory::scoring::{Scoring, SoftCap};
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use crate::views::rows;
-#[cfg(feature = "serde")]
-use ndarray::Array2;
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2, CowArray, Ix2};
 
 /// The keys and values of every token absorbed: `w(q, k) = exp(scale·q·k)`, exactly, with scores
 /// that are capped if wanted ([`with_soft_cap`](Self::with_soft_cap)).
 ///
-/// It grows by `head_dim + value_dim` numbers a token.
+/// It grows by `head_dim + value_dim` numbers a token, which may be kept in fewer bits
+/// ([`with_state_format`](Self::with_state_format)).
 ///
 /// ```
 /// use dijiang::{ExactMemory, Memory, Partial};
@@ -29,7 +31,7 @@ use ndarray::ArrayView2;
 /// assert!((answer.log_normalizer()[0] - (1.0 + 3f64.exp()).ln()).abs() < 1e-15);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(try_from = "SavedExact<T>", into = "SavedExact<T>"))]
 #[cfg_attr(
@@ -45,7 +47,17 @@ pub struct ExactMemory<T> {
     scoring: Scoring<T>,
     keys: Vec<T>,
     values: Vec<T>,
+    /// What holds the tokens in their place, in a format of fewer bits.
+    packed: Option<Packed>,
     tokens: usize,
+}
+
+impl<T: Scalar> PartialEq for ExactMemory<T> {
+    fn eq(&self, other: &Self) -> bool {
+        (self.scoring, self.state_format()) == (other.scoring, other.state_format())
+            && self.keys() == other.keys()
+            && self.values() == other.values()
+    }
 }
 
 impl<T: Scalar> ExactMemory<T> {
@@ -65,6 +77,7 @@ impl<T: Scalar> ExactMemory<T> {
             scoring: Scoring::new(scale),
             keys: Vec::new(),
             values: Vec::new(),
+            packed: None,
             tokens: 0,
         })
     }
@@ -80,16 +93,72 @@ impl<T: Scalar> ExactMemory<T> {
         Ok(self)
     }
 
-    /// The keys `[len, head_dim]`.
+    /// Keeps keys and values in this format from now on; tokens that are there are rounded to it.
+    ///
+    /// ```
+    /// use dijiang::{ExactMemory, Memory, StateFormat};
+    /// use ndarray::array;
+    ///
+    /// let mut memory =
+    ///     ExactMemory::<f64>::new(2, 2, 1.0)?.with_state_format(StateFormat::Q8);
+    /// memory.absorb(array![[254.0, 1.4]].view(), array![[1.0, 0.0]].view())?;
+    /// assert_eq!(memory.keys(), array![[254.0, 2.0]]); // in steps of 254/127
+    /// assert_eq!((memory.state_floats(), memory.state_bytes()), (4, 8));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
     #[must_use]
-    pub fn keys(&self) -> ArrayView2<'_, T> {
-        matrix(&self.keys, self.tokens, self.head_dim)
+    pub fn with_state_format(mut self, format: StateFormat) -> Self {
+        if format == self.state_format() {
+            return self;
+        }
+        let (k, v) = (self.keys().into_owned(), self.values().into_owned());
+        self.reset();
+        self.packed = Packed::new(format, self.head_dim, self.value_dim);
+        (self.keys, self.values) = (Vec::new(), Vec::new());
+        self.push(k.view(), v.view());
+        self
     }
 
-    /// The values `[len, value_dim]`.
+    /// The format of keys and values, [`StateFormat::F32`] unless set.
     #[must_use]
-    pub fn values(&self) -> ArrayView2<'_, T> {
-        matrix(&self.values, self.tokens, self.value_dim)
+    pub fn state_format(&self) -> StateFormat {
+        self.packed.as_ref().map_or(StateFormat::F32, Packed::format)
+    }
+
+    /// The keys `[len, head_dim]`, as they are kept: a view, or a copy where they are in a format
+    /// of fewer bits.
+    #[must_use]
+    pub fn keys(&self) -> CowArray<'_, T, Ix2> {
+        match &self.packed {
+            None => matrix(&self.keys, self.tokens, self.head_dim).into(),
+            Some(packed) => {
+                let number = |(token, c)| packed.key(token, c);
+                Array2::from_shape_fn((self.tokens, self.head_dim), number).into()
+            }
+        }
+    }
+
+    /// The values `[len, value_dim]`, likewise.
+    #[must_use]
+    pub fn values(&self) -> CowArray<'_, T, Ix2> {
+        match &self.packed {
+            None => matrix(&self.values, self.tokens, self.value_dim).into(),
+            Some(packed) => {
+                let number = |(token, c)| packed.value(token, c);
+                Array2::from_shape_fn((self.tokens, self.value_dim), number).into()
+            }
+        }
+    }
+
+    /// Both as a softmax reads them.
+    pub(crate) fn key_values(&self) -> KeyValues<'_, T> {
+        match &self.packed {
+            None => KeyValues::Wide(
+                matrix(&self.keys, self.tokens, self.head_dim),
+                matrix(&self.values, self.tokens, self.value_dim),
+            ),
+            Some(packed) => KeyValues::Packed(packed, self.tokens),
+        }
     }
 
     /// Tokens absorbed so far.
@@ -113,7 +182,8 @@ impl<T: Scalar> ExactMemory<T> {
         self.scoring.soft_cap.map(SoftCap::cap)
     }
 
-    /// Appends the tokens of another memory of the same shape, scale and cap.
+    /// Appends the tokens of another memory of the same shape, scale and cap; they are rounded if
+    /// this one has another format.
     ///
     /// # Errors
     ///
@@ -131,9 +201,7 @@ impl<T: Scalar> ExactMemory<T> {
                 needed: "a memory of the same soft cap",
             });
         }
-        self.keys.extend_from_slice(&other.keys);
-        self.values.extend_from_slice(&other.values);
-        self.tokens += other.tokens;
+        self.push(other.keys().view(), other.values().view());
         Ok(())
     }
 
@@ -147,9 +215,47 @@ impl<T: Scalar> ExactMemory<T> {
 
     /// Appends tokens that have been checked.
     pub(crate) fn push(&mut self, k: ArrayView2<'_, T>, v: ArrayView2<'_, T>) {
-        self.keys.extend(k.iter());
-        self.values.extend(v.iter());
+        let before = self.tokens;
         self.tokens += k.nrows();
+        match &mut self.packed {
+            None => {
+                self.keys.extend(k.iter());
+                self.values.extend(v.iter());
+            }
+            Some(packed) => {
+                packed.make_room(self.tokens);
+                for (token, (k, v)) in (before..).zip(k.outer_iter().zip(v.outer_iter())) {
+                    packed.put(token, k, v);
+                }
+            }
+        }
+    }
+
+    /// Appends the tokens as they are kept, in a format of fewer bits: see [`Packed::save`].
+    pub(crate) fn save(&self, out: &mut Vec<u8>) {
+        if let Some(packed) = &self.packed {
+            (0..self.tokens).for_each(|token| packed.save(token, out));
+        }
+    }
+
+    /// Takes tokens as they were kept in place of those that are there; false, and then empty, if
+    /// they are no such tokens.
+    #[must_use]
+    pub(crate) fn restore(&mut self, tokens: usize, bytes: &[u8]) -> bool {
+        self.reset();
+        let size = self.token_bytes();
+        let Some(packed) = &mut self.packed else { return false };
+        packed.make_room(tokens);
+        let whole = bytes.len() == tokens * size
+            && bytes.chunks_exact(size).enumerate().all(|(i, bytes)| packed.restore(i, bytes));
+        self.tokens = if whole { tokens } else { 0 };
+        whole
+    }
+
+    /// The bytes of a token.
+    pub(crate) fn token_bytes(&self) -> usize {
+        let format = self.state_format();
+        format.row_bytes::<T>(self.head_dim) + format.row_bytes::<T>(self.value_dim)
     }
 
     /// Forgets all but the first `tokens` tokens.
@@ -179,8 +285,8 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         let mut tile = Tile::new();
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
-            let tokens = [q, self.keys(), self.values()];
-            online_softmax_in_range(tokens, self.scoring, None, &mut tile, |block| {
+            let tokens = self.key_values();
+            online_softmax_in_range(q, tokens, self.scoring, None, &mut tile, |block| {
                 block.add_in_range_to(answer, start)
             })?;
         }
@@ -188,7 +294,11 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
     }
 
     fn state_floats(&self) -> usize {
-        self.keys.len() + self.values.len()
+        self.tokens * (self.head_dim + self.value_dim)
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.tokens * self.token_bytes()
     }
 }
 
@@ -199,6 +309,9 @@ struct SavedExact<T> {
     scale: T,
     #[serde(default)]
     soft_cap: Option<f64>,
+    /// Of which the numbers are; rounding them again changes nothing.
+    #[serde(default)]
+    format: StateFormat,
     keys: Array2<T>,
     values: Array2<T>,
 }
@@ -209,8 +322,9 @@ impl<T: Scalar> From<ExactMemory<T>> for SavedExact<T> {
         Self {
             scale: memory.scoring.scale,
             soft_cap: memory.soft_cap(),
-            keys: memory.keys().to_owned(),
-            values: memory.values().to_owned(),
+            format: memory.state_format(),
+            keys: memory.keys().into_owned(),
+            values: memory.values().into_owned(),
         }
     }
 }
@@ -224,6 +338,7 @@ impl<T: Scalar> TryFrom<SavedExact<T>> for ExactMemory<T> {
         if let Some(cap) = parts.soft_cap {
             memory = memory.with_soft_cap(cap)?;
         }
+        memory = memory.with_state_format(parts.format);
         memory.absorb(parts.keys.view(), parts.values.view())?;
         Ok(memory)
     }

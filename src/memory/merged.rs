@@ -18,6 +18,7 @@ use crate::memory::merged::rule::{Distance, MergeCost, Rule, check_entries};
 use crate::memory::partial::Partial;
 use crate::memory::slots::{Reading, attend};
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use crate::views;
 use ndarray::{Array2, ArrayView1, ArrayView2};
 use std::sync::Arc;
@@ -79,6 +80,22 @@ impl<T: Scalar> MergedMemory<T> {
         Ok(self)
     }
 
+    /// Keeps the means of keys and values in this format: rounded when a token comes, and anew
+    /// after each merge; distances are taken of what is kept.
+    ///
+    /// # Errors
+    ///
+    /// The memory must be empty: [`Error::Unsupported`] if it is not.
+    pub fn with_state_format(mut self, format: StateFormat) -> Result<Self, Error> {
+        if self.absorbed > 0 {
+            let why = "its entries are rounded already, or not; set it before the first token";
+            return Err(Error::Unsupported { what: "another format", why });
+        }
+        self.slots.set_format(format);
+        self.prepare(self.slots.head_dim, self.slots.value_dim);
+        Ok(self)
+    }
+
     /// Takes tokens in that weigh `weights [n]` where entries are merged: the attention expected,
     /// or received.
     ///
@@ -121,14 +138,13 @@ impl<T: Scalar> MergedMemory<T> {
     /// The mean keys `[entries, head_dim]`.
     #[must_use]
     pub fn keys(&self) -> Array2<T> {
-        let number = |(i, c)| self.slots.key(i).nth(c).unwrap_or(T::zero());
-        Array2::from_shape_fn((self.held, self.slots.head_dim), number)
+        rows(self.slots.head_dim, (0..self.held).map(|i| self.slots.key(i)))
     }
 
     /// The mean values `[entries, value_dim]`.
     #[must_use]
     pub fn values(&self) -> Array2<T> {
-        Array2::from_shape_fn((self.held, self.slots.value_dim), |(i, c)| self.slots.value(i)[c])
+        rows(self.slots.value_dim, (0..self.held).map(|i| self.slots.value(i)))
     }
 
     /// The number of tokens each entry stands for.
@@ -154,6 +170,15 @@ impl<T: Scalar> MergedMemory<T> {
     pub fn is_empty(&self) -> bool {
         self.absorbed == 0
     }
+}
+
+/// Rows of so many columns as an array.
+fn rows<T: Scalar, R: Iterator<Item = T>>(
+    columns: usize,
+    rows: impl Iterator<Item = R>,
+) -> Array2<T> {
+    let numbers: Vec<T> = rows.flatten().collect();
+    Array2::from_shape_vec((numbers.len() / columns, columns), numbers).expect("whole rows")
 }
 
 impl<T: Scalar> Memory<T> for MergedMemory<T> {
@@ -186,5 +211,9 @@ impl<T: Scalar> Memory<T> for MergedMemory<T> {
 
     fn state_floats(&self) -> usize {
         self.floats()
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.bytes()
     }
 }

@@ -5,6 +5,9 @@ use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::{Answer, in_range};
+use crate::memory::key_values::{KeyValues, contiguous};
+use crate::memory::packed::Packed;
+use crate::memory::packed_softmax::PackedSoftmax;
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views;
@@ -16,6 +19,9 @@ pub(crate) const QUERY_BLOCK: usize = 128;
 /// Keys that are scored at once: by many queries, and by one.
 const KEY_BLOCK: usize = 64;
 const KEY_BLOCK_OF_ONE: usize = 512;
+
+/// Packed tokens are read by up to so many queries as they are, and tile by tile unpacked for more.
+const FEW_QUERIES: usize = 16;
 
 /// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little
 /// of the masked half is computed.
@@ -53,14 +59,23 @@ impl<T: Scalar> Tile<T> {
 /// [`Error::Overflow`] that a sum of weighted values has left the range of the type; it is then
 /// called again with an answer in a larger unit, in which none can.
 pub(crate) fn online_softmax_in_range<T: Scalar>(
-    [q, k, v]: [ArrayView2<'_, T>; 3],
+    q: ArrayView2<'_, T>,
+    key_values: KeyValues<'_, T>,
     scoring: Scoring<T>,
     first: Option<usize>,
     tile: &mut Tile<T>,
     mut done: impl FnMut(&mut Answer<T>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    in_range(k.nrows(), |share| {
-        online_softmax(q, k, v, scoring, first, share, tile);
+    in_range(key_values.tokens(), |share| {
+        match key_values {
+            KeyValues::Packed(packed, keys) if q.nrows() <= FEW_QUERIES => {
+                let seen = |row: usize| first.map_or(keys, |first| keys.min(first + row + 1));
+                let row = |row| (scoring, seen(row));
+                let last = seen(q.nrows().saturating_sub(1));
+                softmax_of_rows(q, packed, last, &row, share, tile);
+            }
+            _ => online_softmax(q, key_values, scoring, first, share, tile),
+        }
         if share != T::one() {
             tile.answer.clamp();
         }
@@ -68,29 +83,43 @@ pub(crate) fn online_softmax_in_range<T: Scalar>(
     })
 }
 
-/// Some rows, contiguous, each followed by zeros up to `stride` numbers: where they are if they lie
-/// so, else copied.
-fn contiguous<'a, T: Scalar>(
-    x: ArrayView2<'a, T>,
-    first: usize,
-    count: usize,
-    stride: usize,
-    copy: &'a mut Buffer<T>,
-) -> &'a [T] {
-    if x.ncols() == stride
-        && let Some(all) = x.to_slice()
-    {
-        return &all[first * stride..(first + count) * stride];
-    }
-    copy.resize(count * stride);
-    for (row, copy) in
-        views::rows(x, first..first + count).outer_iter().zip(copy.chunks_exact_mut(stride))
-    {
-        let (copy, padding) = copy.split_at_mut(row.len());
-        copy.iter_mut().zip(row).for_each(|(copy, &x)| *copy = x);
-        padding.fill(T::zero());
-    }
-    copy
+/// The same for the query heads of a group `[group, d]` that all see all of some packed tokens,
+/// each with a way to score them of its own. They are read once for a few heads.
+pub(crate) fn softmax_of_group_in_range<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    (packed, keys): (&Packed, usize),
+    scoring: &dyn Fn(usize) -> Scoring<T>,
+    tile: &mut Tile<T>,
+    mut done: impl FnMut(&mut Answer<T>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    in_range(keys, |share| {
+        softmax_of_rows(q, packed, keys, &|row| (scoring(row), keys), share, tile);
+        if share != T::one() {
+            tile.answer.clamp();
+        }
+        done(&mut tile.answer)
+    })
+}
+
+/// Sets the answer to sums over packed tokens, read as they are; see [`PackedSoftmax`].
+fn softmax_of_rows<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    packed: &Packed,
+    keys: usize,
+    row: &dyn Fn(usize) -> (Scoring<T>, usize),
+    share: T,
+    tile: &mut Tile<T>,
+) {
+    let stride = padded::<T>(packed.dims()[1]);
+    let Tile { queries, scores, correction, positions, answer, .. } = tile;
+    queries.resize(q.len());
+    queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
+    answer.resize(q.nrows(), q.nrows(), stride);
+    answer.denominator.fill(T::zero());
+    answer.log_scale.fill(T::neg_infinity());
+    let work = PackedSoftmax { packed, keys, row, queries, share };
+    work.answer(positions, scores, correction, stride, answer);
+    to_natural_units(answer, share);
 }
 
 /// Sets the answer to `Σ_j exp(score_ij)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
@@ -105,17 +134,17 @@ fn contiguous<'a, T: Scalar>(
 /// are kept to base 2, with queries as columns.
 fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
+    key_values: KeyValues<'_, T>,
     scoring: Scoring<T>,
     first: Option<usize>,
     share: T,
     tile: &mut Tile<T>,
 ) {
     let (n, d) = q.dim();
-    let stride = padded::<T>(v.ncols());
+    let stride = padded::<T>(key_values.value_dim());
     let base_2 = scoring.base_2();
-    let keys = first.map_or(k.nrows(), |first| k.nrows().min(first + n));
+    let keys = key_values.tokens();
+    let keys = first.map_or(keys, |first| keys.min(first + n));
     let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
     let Tile { correction, positions, answer, .. } = tile;
     let width = if n == 1 { 1 } else { padded::<T>(n) };
@@ -127,7 +156,9 @@ fn online_softmax<T: Scalar>(
     if scoring.slope.is_some() {
         count_up(positions, if n == 1 { KEY_BLOCK_OF_ONE } else { width });
     }
-    if n == 1 {
+    if let KeyValues::Wide(k, v) = key_values
+        && n == 1
+    {
         queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
         softmax_of_one(
             queries,
@@ -145,8 +176,7 @@ fn online_softmax<T: Scalar>(
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (0..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
-            let k = contiguous(k, start, count, d, key_copy);
-            let v = contiguous(v, start, count, stride, value_copy);
+            let [k, v] = key_values.tile(start, count, stride, [&mut *key_copy, &mut *value_copy]);
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
@@ -170,6 +200,11 @@ fn online_softmax<T: Scalar>(
     if keys == 0 {
         answer.numerator.fill(T::zero());
     }
+    to_natural_units(answer, share);
+}
+
+/// Log scales to base 2 become natural ones, of sums with this share of the weights.
+fn to_natural_units<T: Scalar>(answer: &mut Answer<T>, share: T) {
     let ln_2 = T::from_f64(core::f64::consts::LN_2);
     answer.log_scale.iter_mut().for_each(|log_scale| *log_scale *= ln_2);
     if share != T::one() {

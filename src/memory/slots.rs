@@ -5,8 +5,10 @@ use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::Answer;
+use crate::memory::packed::Packed;
 use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use ndarray::ArrayView1;
 
 /// Slots that a set has room for at once; beyond, room doubles where it is needed.
@@ -28,6 +30,8 @@ pub(crate) struct Slots<T> {
     pub(crate) capacity: usize,
     keys: Buffer<T>,
     values: Buffer<T>,
+    /// What holds keys and values in their place, in a format of fewer bits.
+    packed: Option<Packed>,
     pub(crate) bias: Buffer<T>,
 }
 
@@ -39,13 +43,38 @@ impl<T: Scalar> Slots<T> {
             capacity: 0,
             keys: Buffer::new(),
             values: Buffer::new(),
+            packed: None,
             bias: Buffer::new(),
+        }
+    }
+
+    pub(crate) fn format(&self) -> StateFormat {
+        self.packed.as_ref().map_or(StateFormat::F32, Packed::format)
+    }
+
+    /// Keeps keys and values in this format: those that come after
+    /// [`prepare`](Self::prepare), which must be next.
+    pub(crate) fn set_format(&mut self, format: StateFormat) {
+        if self.format() != format {
+            self.packed = Packed::new(format, self.head_dim, self.value_dim);
         }
     }
 
     /// Makes every slot empty, for these sizes.
     pub(crate) fn prepare(&mut self, head_dim: usize, value_dim: usize, slots: usize) {
         (self.head_dim, self.value_dim, self.capacity) = (head_dim, value_dim, padded::<T>(slots));
+        let format = self.format();
+        if let Some(packed) = &mut self.packed {
+            if packed.dims() != [head_dim, value_dim] {
+                self.packed = Packed::new(format, head_dim, value_dim);
+            }
+            self.keys.resize(0);
+            self.values.resize(0);
+            self.bias.resize(self.capacity);
+            self.bias.fill(T::neg_infinity());
+            self.make_room_packed();
+            return;
+        }
         self.keys.resize(head_dim * self.capacity);
         self.values.resize(self.capacity * padded::<T>(value_dim));
         self.bias.resize(self.capacity);
@@ -60,15 +89,24 @@ impl<T: Scalar> Slots<T> {
         if capacity <= old {
             return;
         }
+        self.bias.grow(capacity);
+        self.bias[old..].fill(T::neg_infinity());
+        self.capacity = capacity;
+        if self.packed.is_some() {
+            return self.make_room_packed();
+        }
         self.keys.grow(self.head_dim * capacity);
         for row in (0..self.head_dim).rev() {
             self.keys.copy_within(row * old..(row + 1) * old, row * capacity);
             self.keys[row * capacity + old..(row + 1) * capacity].fill(T::zero());
         }
         self.values.grow(capacity * padded::<T>(self.value_dim));
-        self.bias.grow(capacity);
-        self.bias[old..].fill(T::neg_infinity());
-        self.capacity = capacity;
+    }
+
+    fn make_room_packed(&mut self) {
+        if let Some(packed) = &mut self.packed {
+            packed.make_room(self.capacity);
+        }
     }
 
     pub(crate) fn copy_from(&mut self, other: &Self) {
@@ -82,10 +120,23 @@ impl<T: Scalar> Slots<T> {
             to.resize(from.len());
             to.copy_from_slice(from);
         }
+        match (&mut self.packed, &other.packed) {
+            (Some(packed), Some(other)) => packed.copy_from(other),
+            (packed, other) => packed.clone_from(other),
+        }
     }
 
-    /// Fills a slot with one token.
+    /// Fills a slot with one token, rounded to the format.
     pub(crate) fn put(&mut self, slot: usize, key: ArrayView1<'_, T>, value: ArrayView1<'_, T>) {
+        self.set(slot, key, value);
+        self.bias[slot] = T::zero();
+    }
+
+    /// Sets the key and the value of a slot, rounded to the format.
+    pub(crate) fn set(&mut self, slot: usize, key: ArrayView1<'_, T>, value: ArrayView1<'_, T>) {
+        if let Some(packed) = &mut self.packed {
+            return packed.put(slot, key, value);
+        }
         for (column, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(key) {
             *column = x;
         }
@@ -94,43 +145,59 @@ impl<T: Scalar> Slots<T> {
             Some(value) => row.copy_from_slice(value),
             None => row.iter_mut().zip(value).for_each(|(to, &x)| *to = x),
         }
-        self.bias[slot] = T::zero();
     }
 
-    /// Fills a slot with what is in a slot of another set of the same sizes.
+    /// Fills a slot with what is in a slot of another set of the same sizes and format.
     pub(crate) fn put_from(&mut self, slot: usize, other: &Self, from: usize) {
+        self.bias[slot] = other.bias[from];
+        if let (Some(packed), Some(other)) = (&mut self.packed, &other.packed) {
+            return packed.put_from(slot, other, from);
+        }
         let keys = other.keys[from..].iter().step_by(other.capacity);
         for (to, &x) in self.keys[slot..].iter_mut().step_by(self.capacity).zip(keys) {
             *to = x;
         }
-        self.value_mut(slot).copy_from_slice(other.value(from));
-        self.bias[slot] = other.bias[from];
+        let stride = padded::<T>(self.value_dim);
+        self.values[slot * stride..(slot + 1) * stride].copy_from_slice(other.value_row(from));
     }
 
     /// The same within this set.
     pub(crate) fn move_slot(&mut self, from: usize, to: usize) {
+        self.bias[to] = self.bias[from];
+        if let Some(packed) = &mut self.packed {
+            return packed.copy_token(from, to);
+        }
         for row in self.keys.chunks_exact_mut(self.capacity) {
             row[to] = row[from];
         }
         let stride = padded::<T>(self.value_dim);
         self.values.copy_within(from * stride..(from + 1) * stride, to * stride);
-        self.bias[to] = self.bias[from];
     }
 
     pub(crate) fn empty(&mut self, slot: usize) {
         self.bias[slot] = T::neg_infinity();
     }
 
+    /// The key of a slot, as it is kept.
     pub(crate) fn key(&self, slot: usize) -> impl Iterator<Item = T> {
-        self.keys[slot..].iter().step_by(self.capacity).copied()
+        let wide = self.keys.get(slot..).unwrap_or_default().iter().step_by(self.capacity).copied();
+        let packed = self.packed.iter();
+        wide.chain(packed.flat_map(move |all| (0..self.head_dim).map(move |c| all.key(slot, c))))
     }
 
-    pub(crate) fn key_mut(&mut self, slot: usize) -> impl Iterator<Item = &mut T> {
-        self.keys[slot..].iter_mut().step_by(self.capacity)
+    /// The value of a slot, as it is kept.
+    pub(crate) fn value(&self, slot: usize) -> impl Iterator<Item = T> {
+        let at = slot * padded::<T>(self.value_dim);
+        let wide = self.values.get(at..).unwrap_or_default().iter().copied();
+        let packed = self.packed.iter();
+        let packed =
+            packed.flat_map(move |all| (0..self.value_dim).map(move |c| all.value(slot, c)));
+        wide.chain(packed).take(self.value_dim)
     }
 
-    pub(crate) fn value(&self, slot: usize) -> &[T] {
-        &self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
+    /// What holds keys and values where they are in fewer bits; columns and rows are of the others.
+    pub(crate) fn packed(&self) -> Option<&Packed> {
+        self.packed.as_ref()
     }
 
     /// All keys, `[head_dim, capacity]`.
@@ -148,7 +215,7 @@ impl<T: Scalar> Slots<T> {
         &self.values[slot * stride..(slot + 1) * stride]
     }
 
-    pub(crate) fn value_mut(&mut self, slot: usize) -> &mut [T] {
+    fn value_mut(&mut self, slot: usize) -> &mut [T] {
         &mut self.values[slot * padded::<T>(self.value_dim)..][..self.value_dim]
     }
 }
@@ -162,6 +229,8 @@ pub(crate) struct Reading<T> {
     pub(crate) scores: Buffer<T>,
     /// Products that are capped before they are added to the scores.
     products: Buffer<T>,
+    /// Queries in units of their own, and the factors of their scores: for sets in fewer bits.
+    units: [Buffer<T>; 2],
     pub(crate) width: usize,
     pub(crate) answer: Answer<T>,
 }
@@ -172,6 +241,7 @@ impl<T: Scalar> Reading<T> {
             queries: Buffer::new(),
             scores: Buffer::new(),
             products: Buffer::new(),
+            units: [Buffer::new(), Buffer::new()],
             width: 0,
             answer: Answer::new(),
         }
@@ -211,7 +281,8 @@ pub(crate) fn attend<T: Scalar>(
     share: T,
     reading: &mut Reading<T>,
 ) {
-    let Reading { queries, scores, products, width, answer } = reading;
+    let Reading { queries, scores, products, units: [own_queries, factors], width, answer } =
+        reading;
     let width = *width;
     let target = if soft_cap.is_some() {
         products.resize(rows * width);
@@ -219,9 +290,22 @@ pub(crate) fn attend<T: Scalar>(
     } else {
         &mut *scores
     };
+    if let Some(packed) = sets.iter().find_map(|(slots, _)| slots.packed()) {
+        own_queries.resize(queries.len());
+        own_queries.copy_from_slice(queries);
+        factors.resize(rows);
+        factors.fill(T::one());
+        packed.set_units(own_queries, factors);
+        if soft_cap.is_some() {
+            target.fill(T::zero());
+        }
+    }
     let mut offset = 0;
     for (slots, used) in sets {
-        if *used > 0 {
+        if let Some(packed) = slots.packed() {
+            let queries = [&**own_queries, &**factors];
+            packed.add_scores([0, *used], queries, &mut target[offset..], width);
+        } else if *used > 0 {
             Product {
                 m: rows,
                 n: *used,
@@ -263,7 +347,14 @@ pub(crate) fn attend<T: Scalar>(
     let (mut offset, mut first) = (0, true);
     for (slots, used) in sets {
         let stride = padded::<T>(slots.value_dim);
-        if *used > 0 {
+        if let Some(packed) = slots.packed() {
+            if first {
+                answer.numerator.fill(T::zero());
+            }
+            let weights = (scores.get(offset..).unwrap_or_default(), width);
+            packed.add_sums([0, *used], weights, &mut answer.numerator, stride);
+            first = false;
+        } else if *used > 0 {
             Product {
                 m: rows,
                 n: stride,

@@ -266,6 +266,12 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.streams.iter().map(|stream| stream.state_floats()).sum()
     }
 
+    /// The same in bytes; see [`Stream::state_bytes`].
+    #[must_use]
+    pub fn state_bytes(&self) -> usize {
+        self.streams.iter().map(|stream| stream.state_bytes()).sum()
+    }
+
     /// The stream that serves one query head of one sequence, to save or to look at. It may serve
     /// others as well: those of its group, or of its pool.
     #[must_use]

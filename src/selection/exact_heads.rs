@@ -75,18 +75,18 @@ impl ExactHeads {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::state_floats`].
+    /// Those of [`Attention::state_bytes`].
     pub fn state_bytes<T: Scalar>(
         &self,
         tokens: usize,
         exact: &dyn Attention<T>,
         kernel: &dyn Attention<T>,
     ) -> Result<usize, Error> {
-        let floats = |kernel: &dyn Attention<T>| kernel.state_floats(self.errors.value_dim, tokens);
-        let (exact, small) = (floats(exact)?, floats(kernel)?);
+        let bytes = |kernel: &dyn Attention<T>| kernel.state_bytes(self.errors.value_dim, tokens);
+        let (exact, small) = (bytes(exact)?, bytes(kernel)?);
         let kept = self.heads.len();
         let small = small.saturating_mul(self.errors.ranked.len() - kept);
-        Ok(exact.saturating_mul(kept).saturating_add(small).saturating_mul(size_of::<T>()))
+        Ok(exact.saturating_mul(kept).saturating_add(small))
     }
 }
 
@@ -128,7 +128,7 @@ impl HeadErrors {
     /// # Errors
     ///
     /// [`Error::InvalidOption`] if not even the memory without exact heads fits; those of
-    /// [`Attention::state_floats`].
+    /// [`Attention::state_bytes`].
     pub fn keep_within<T: Scalar>(
         &self,
         bytes: usize,
@@ -136,10 +136,8 @@ impl HeadErrors {
         exact: &dyn Attention<T>,
         kernel: &dyn Attention<T>,
     ) -> Result<ExactHeads, Error> {
-        let of = |kernel: &dyn Attention<T>| {
-            Ok(kernel.state_floats(self.value_dim, tokens)?.saturating_mul(size_of::<T>()))
-        };
-        let (exact, small): (usize, usize) = (of(exact)?, of(kernel)?);
+        let of = |kernel: &dyn Attention<T>| kernel.state_bytes(self.value_dim, tokens);
+        let (exact, small) = (of(exact)?, of(kernel)?);
         let all = self.ranked.len();
         if exact <= small && exact.saturating_mul(all) <= bytes {
             return Ok(self.keep(all)); // So short a context needs no compression.

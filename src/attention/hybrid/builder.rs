@@ -11,6 +11,7 @@ use crate::check;
 use crate::error::Error;
 use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use std::sync::Arc;
 
 const CAPPED_FEATURES: Error = Error::Unsupported {
@@ -30,6 +31,7 @@ pub struct HybridBuilder<T: Scalar> {
     sinks: usize,
     heavy: usize,
     far: Far<T>,
+    format: StateFormat,
     calibration: Option<Arc<Calibration>>,
 }
 
@@ -47,6 +49,7 @@ impl<T: Scalar> HybridAttention<T> {
             sinks: 4,
             heavy: 0,
             far: Far::merged(64),
+            format: StateFormat::default(),
             calibration: None,
         }
     }
@@ -80,6 +83,28 @@ impl<T: Scalar> HybridBuilder<T> {
     #[must_use]
     pub fn far(mut self, far: impl Into<Far<T>>) -> Self {
         self.far = far.into();
+        self
+    }
+
+    /// Keeps the keys and values of the window, of sinks, of heavy keys and of merged entries in
+    /// this format, [`StateFormat::F32`] unless set.
+    ///
+    /// Tokens are rounded when they come, entries anew after each merge, and distances are taken of
+    /// what is kept. The weights and counts of entries, and what far memories of features or of
+    /// your own keep, stay numbers of the kernel.
+    ///
+    /// ```
+    /// use dijiang::{Attention, Far, HybridAttention, StateFormat};
+    ///
+    /// let builder = HybridAttention::<f32>::builder(64).far(Far::merged(256));
+    /// let bytes = |format| builder.clone().state_format(format).build()?.state_bytes(64, 2048);
+    /// assert_eq!(bytes(StateFormat::Q8)?, (64 + 4 + 256) * 136 + 64 * 4 + 256 * 8 + 65 * 4);
+    /// assert!(bytes(StateFormat::F32)? > 3 * bytes(StateFormat::Q8)?);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn state_format(mut self, format: StateFormat) -> Self {
+        self.format = format;
         self
     }
 
@@ -198,6 +223,7 @@ impl<T: Scalar> HybridBuilder<T> {
         let config = Config {
             head_dim,
             scale,
+            format: self.format,
             soft_cap,
             sink_logits: self.sink_logits.unwrap_or_default(),
             window,

@@ -11,6 +11,7 @@ use crate::memory::merged::rule::{Distance, MOST_ENTRIES, MergeCost, Rule, check
 use crate::memory::scoring::{SoftCap, of_query_head};
 use crate::memory::slots::room_for;
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use core::fmt;
 use core::ops::Range;
 use std::sync::Arc;
@@ -51,6 +52,8 @@ pub(super) enum FarKind<T: Scalar> {
 pub(crate) struct Config<T: Scalar> {
     pub(super) head_dim: usize,
     pub(super) scale: f64,
+    /// Of exact tokens and merged entries.
+    pub(super) format: StateFormat,
     pub(super) soft_cap: Option<SoftCap<T>>,
     /// None, one, or one for each query head of a group.
     pub(super) sink_logits: Vec<f64>,
@@ -165,8 +168,10 @@ impl<T: Scalar> Config<T> {
                 "head_dim {head_dim}, window {window}, sinks {sinks}, heavy {heavy}, \
                  block {block}, scale {scale}, soft_cap {cap:?}, sink_logits {sink_logits:?}, \
                  entries {}, metric {metric}, decay {decay}, \
-                 min_age {min_age}, cost {:?}",
-                rule.entries, rule.cost
+                 min_age {min_age}, cost {:?}, {}",
+                rule.entries,
+                rule.cost,
+                self.format.name()
             ),
             max_heads: if fits { most.max(1) } else { 1 },
         }
@@ -207,6 +212,14 @@ impl<T: Scalar> Config<T> {
         self.sinks * token
             + (self.window + self.block - 1) * (token + received)
             + self.heavy * (token + 1 + received)
+    }
+
+    /// Bytes of the exact part of the state: keys and values in their format, all else in numbers.
+    pub(super) fn near_bytes(&self, value_dim: usize) -> usize {
+        let tokens = self.sinks + self.window + self.block - 1 + self.heavy;
+        let wide = self.near_floats(value_dim) - tokens * (self.head_dim + value_dim);
+        let rows = [self.head_dim, value_dim].map(|columns| self.format.row_bytes::<T>(columns));
+        tokens * (rows[0] + rows[1]) + wide * size_of::<T>()
     }
 
     /// The slot of the token at this position.

@@ -67,6 +67,10 @@ pub(crate) trait FarMemory<T: Scalar>: Any + Debug + Send {
 
     fn state_floats(&self) -> usize;
 
+    fn state_bytes(&self) -> usize {
+        self.state_floats() * size_of::<T>()
+    }
+
     /// Whether no call fails half-way, as long as nothing leaves the range of `T`.
     fn cannot_fail(&self) -> bool {
         false
@@ -178,7 +182,7 @@ impl<T: Scalar> FarScratch<T> {
         key.resize(slots.head_dim);
         key.iter_mut().zip(slots.key(slot)).for_each(|(to, x)| *to = x);
         self.value.resize(slots.value_dim);
-        self.value.copy_from_slice(slots.value(slot));
+        self.value.iter_mut().zip(slots.value(slot)).for_each(|(to, x)| *to = x);
         (
             ArrayView1::from(&**key).insert_axis(Axis(0)),
             ArrayView1::from(&*self.value).insert_axis(Axis(0)),

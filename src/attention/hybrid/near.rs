@@ -31,6 +31,7 @@ impl<T: Scalar> Near<T> {
     }
 
     pub(super) fn prepare(&mut self, config: &Config<T>, value_dim: usize) {
+        self.slots.set_format(config.format);
         self.slots.prepare(config.head_dim, value_dim, config.near_room(0));
         self.received.resize(self.slots.capacity);
         self.received.fill(T::zero());
@@ -72,7 +73,7 @@ impl<T: Scalar> Near<T> {
         for slot in 0..self.slots.capacity {
             self.largest_key = self.slots.key(slot).fold(self.largest_key, |m, x| m.max(x.abs()));
             self.largest_value =
-                self.slots.value(slot).iter().fold(self.largest_value, |m, x| m.max(x.abs()));
+                self.slots.value(slot).fold(self.largest_value, |m, x| m.max(x.abs()));
         }
     }
 

@@ -18,6 +18,8 @@ impl<T: Scalar> Config<T> {
             .with("scale", [self.scale])
             .with("soft cap", self.soft_cap.map(SoftCap::cap))
             .with("sink logits", self.sink_logits.iter().copied());
+        let own =
+            self.format.mark().into_iter().fold(own, |own, mark| own.with("state format", [mark]));
         let own = match (&self.scores, &self.expected) {
             (None, None) => own,
             (scores, expected) => {

@@ -89,6 +89,10 @@ impl<T: Scalar> HybridState<T> {
         self.near.len() * config.near_floats(self.value_dim) + self.far.state_floats()
     }
 
+    pub(super) fn state_bytes(&self, config: &Config<T>) -> usize {
+        self.near.len() * config.near_bytes(self.value_dim) + self.far.state_bytes()
+    }
+
     /// Appends token `i` of the call to the sinks or the window.
     pub(super) fn take(&mut self, config: &Config<T>, calls: &[Head<'_, T>], i: usize) {
         let slot = config.slot(self.tokens);

@@ -89,6 +89,10 @@ impl<T: Scalar> Stream<T> for HybridStream<T> {
         self.state.state_floats(&self.config)
     }
 
+    fn state_bytes(&self) -> usize {
+        self.state.state_bytes(&self.config)
+    }
+
     fn reset(&mut self) {
         self.state.clear(&self.config);
         if let Some((_, valid)) = &mut self.checkpoint {

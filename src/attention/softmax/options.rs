@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::mask::Mask;
 use crate::memory::scoring::{Scoring, SoftCap, of_query_head};
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use core::f64::consts::LOG2_E;
 use core::marker::PhantomData;
 
@@ -22,7 +23,8 @@ use core::marker::PhantomData;
 /// What models change of it are options, which go together: scores that are capped softly
 /// ([`with_soft_cap`](Self::with_soft_cap)), linear biases
 /// ([`with_alibi_slope`](Self::with_alibi_slope)), a learned sink
-/// ([`with_sink_logit`](Self::with_sink_logit)).
+/// ([`with_sink_logit`](Self::with_sink_logit)). Keys and values may be kept in fewer bits
+/// ([`with_state_format`](Self::with_state_format)).
 ///
 /// ```
 /// use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -50,6 +52,8 @@ pub struct SoftmaxAttention<T> {
     sink_logits: Vec<f64>,
     #[cfg_attr(feature = "serde", serde(default))]
     slopes: Vec<f64>,
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub(super) format: StateFormat,
     #[cfg_attr(feature = "serde", serde(skip))]
     number: PhantomData<T>,
 }
@@ -62,8 +66,15 @@ impl<T: Scalar> SoftmaxAttention<T> {
     /// [`Error::ZeroSize`] if `head_dim` is 0.
     pub fn new(head_dim: usize) -> Result<Self, Error> {
         check::at_least_one("head_dim", head_dim)?;
-        let (sink_logits, slopes) = (Vec::new(), Vec::new());
-        Ok(Self { head_dim, scale: None, soft_cap: None, sink_logits, slopes, number: PhantomData })
+        Ok(Self {
+            head_dim,
+            scale: None,
+            soft_cap: None,
+            sink_logits: Vec::new(),
+            slopes: Vec::new(),
+            format: StateFormat::default(),
+            number: PhantomData,
+        })
     }
 
     /// Sets the factor of the scores, `1/√head_dim` unless set. One that is not positive and finite
@@ -187,6 +198,31 @@ impl<T: Scalar> SoftmaxAttention<T> {
         Ok(self)
     }
 
+    /// Keeps keys and values in this format, [`StateFormat::F32`] unless set: those of the cache of
+    /// a stream, and, so that both give the same, those of a whole sequence.
+    ///
+    /// ```text
+    /// o_t = Σ_j e^{scale·q_t·r(k_j)} r(v_j) / Σ_j e^{scale·q_t·r(k_j)}
+    /// ```
+    ///
+    /// with r the rounding of a row to the format.
+    ///
+    /// ```
+    /// use dijiang::{Attention, Mask, SoftmaxAttention, StateFormat};
+    /// use ndarray::array;
+    ///
+    /// let kernel = SoftmaxAttention::<f64>::new(1)?.with_state_format(StateFormat::Q8);
+    /// let (x, v) = (array![[1.0]], array![[254.0, 1.4]]);
+    /// let out = kernel.forward(x.view(), x.view(), v.view(), Mask::Causal)?;
+    /// assert_eq!(out, array![[254.0, 2.0]]); // in steps of 254/127
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_state_format(mut self, format: StateFormat) -> Self {
+        self.format = format;
+        self
+    }
+
     /// Columns of queries and keys.
     #[must_use]
     pub fn head_dim(&self) -> usize {
@@ -195,10 +231,14 @@ impl<T: Scalar> SoftmaxAttention<T> {
 
     /// What tells these options from others, but for the scale.
     pub(super) fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::new()
+        let own = Fingerprint::new()
             .with("soft cap", self.soft_cap)
             .with("sink logits", self.sink_logits.iter().copied())
-            .with("slopes", self.slopes.iter().copied())
+            .with("slopes", self.slopes.iter().copied());
+        match self.format.mark() {
+            Some(mark) => own.with("state format", [mark]),
+            None => own,
+        }
     }
 
     /// The learned sink, if there is one: the same for all query heads.

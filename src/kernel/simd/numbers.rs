@@ -7,7 +7,7 @@ use pulp::Simd;
 macro_rules! lanes {
     (
         $t:ident, $pad:literal, $v:ident, $lanes:ident, $exp:path, $exp_minus_1:path,
-        $transpose:ident, $and:ident, $or:ident,
+        $transpose:ident, $widen_bytes:ident, $widen_bf16:ident, $and:ident, $or:ident,
         $splat:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $abs:ident,
         $greater:ident, $select:ident, $sum:ident, $maximum:ident, $vectors:ident, $vectors_mut:ident, $load:ident
     ) => {
@@ -88,6 +88,14 @@ macro_rules! lanes {
                 s.$load(x)
             }
             #[inline(always)]
+            fn vwiden_bytes<L: Level>(level: L, x: &[i8]) -> L::$v {
+                level.$widen_bytes(x)
+            }
+            #[inline(always)]
+            fn vwiden_bf16<L: Level>(level: L, x: &[u16]) -> L::$v {
+                level.$widen_bf16(x)
+            }
+            #[inline(always)]
             fn triangle() -> &'static [Self] {
                 const TRIANGLE: [$t; $pad * $pad] = {
                     let mut square = [0.0; $pad * $pad];
@@ -117,6 +125,8 @@ lanes!(
     exp2::exp2_f32,
     exp2::exp2_minus_1_f32,
     transpose_f32,
+    widen_bytes_f32,
+    widen_bf16_f32,
     and_f32s,
     or_f32s,
     splat_f32s,
@@ -142,6 +152,8 @@ lanes!(
     exp2::exp2_f64,
     exp2::exp2_minus_1_f64,
     transpose_f64,
+    widen_bytes_f64,
+    widen_bf16_f64,
     and_f64s,
     or_f64s,
     splat_f64s,

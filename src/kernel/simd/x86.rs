@@ -1,7 +1,7 @@
-//! The levels of x86-64: squares transposed with their shuffles.
+//! The levels of x86-64: squares transposed with their shuffles, short numbers widened.
 
 use crate::kernel::simd::Level;
-use core::arch::x86_64::{__m256, __m256d, __m512, __m512d};
+use core::arch::x86_64::{__m128i, __m256, __m256d, __m256i, __m512, __m512d};
 use pulp::cast;
 use pulp::x86::{V3, V4};
 
@@ -67,6 +67,26 @@ impl Level for V4 {
             rows[6 + i] = cast(avx._mm512_shuffle_f64x2::<0b11_01_11_01>(xy_odd, zw_odd));
         }
     }
+
+    #[inline(always)]
+    fn widen_bytes_f32(self, x: &[i8]) -> pulp::f32x16 {
+        let avx = self.avx512f;
+        let bytes: __m128i = cast(first::<i8, 16>(x));
+        cast(avx._mm512_cvtepi32_ps(avx._mm512_cvtepi8_epi32(bytes)))
+    }
+
+    #[inline(always)]
+    fn widen_bytes_f64(self, x: &[i8]) -> pulp::f64x8 {
+        let integers = self.avx2._mm256_cvtepi8_epi32(eight(x));
+        cast(self.avx512f._mm512_cvtepi32_pd(integers))
+    }
+
+    #[inline(always)]
+    fn widen_bf16_f32(self, x: &[u16]) -> pulp::f32x16 {
+        let avx = self.avx512f;
+        let halves: __m256i = cast(first::<u16, 16>(x));
+        cast(avx._mm512_slli_epi32::<16>(avx._mm512_cvtepu16_epi32(halves)))
+    }
 }
 
 impl Level for V3 {
@@ -104,4 +124,27 @@ impl Level for V3 {
         rows[2] = cast(avx._mm256_permute2f128_pd::<0x31>(x, z));
         rows[3] = cast(avx._mm256_permute2f128_pd::<0x31>(y, w));
     }
+
+    #[inline(always)]
+    fn widen_bytes_f32(self, x: &[i8]) -> pulp::f32x8 {
+        cast(self.avx._mm256_cvtepi32_ps(self.avx2._mm256_cvtepi8_epi32(eight(x))))
+    }
+
+    #[inline(always)]
+    fn widen_bf16_f32(self, x: &[u16]) -> pulp::f32x8 {
+        let halves: __m128i = cast(first::<u16, 8>(x));
+        cast(self.avx2._mm256_slli_epi32::<16>(self.avx2._mm256_cvtepu16_epi32(halves)))
+    }
+}
+
+/// The first numbers of a slice.
+#[inline(always)]
+fn first<E: Copy, const N: usize>(x: &[E]) -> [E; N] {
+    *x.first_chunk().expect("a vector of numbers")
+}
+
+/// The first eight bytes of a slice, then zeros.
+#[inline(always)]
+fn eight(x: &[i8]) -> __m128i {
+    cast([cast::<[i8; 8], u64>(first(x)), 0])
 }

@@ -2,6 +2,7 @@
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::loops::packed::TILE;
 use crate::memory::merged::entries::MergedMemory;
 use crate::memory::merged::rule::{Distance, MergeCost};
 use crate::memory::slots::Slots;
@@ -20,10 +21,12 @@ pub(super) struct Distances<T> {
     projected: Buffer<T>,
     /// Scratch: keys and values of the entries that are measured, and the squares of keys.
     pub(super) keys: Buffer<T>,
-    values: Buffer<T>,
+    pub(super) values: Buffer<T>,
     key_squares: Buffer<T>,
     /// `1/distance` of each to all, zero to itself and beyond the entries.
     pub(super) affinities: Buffer<T>,
+    /// Scratch: a tile of what is kept in fewer bits, and the distances to it.
+    tile: [Buffer<T>; 2],
 }
 
 impl<T: Scalar> Distances<T> {
@@ -37,6 +40,7 @@ impl<T: Scalar> Distances<T> {
             values: Buffer::new(),
             key_squares: Buffer::new(),
             affinities: Buffer::new(),
+            tile: [Buffer::new(), Buffer::new()],
         }
     }
 
@@ -69,6 +73,100 @@ impl<T: Scalar> Distances<T> {
         }
         self.key_squares.resize(2 * capacity);
         self.affinities.resize(2 * capacity);
+    }
+
+    /// Measures keys and values of one or two entries against all: the squares of keys, and, in
+    /// `affinities`, those of values.
+    fn squares(&mut self, slots: &Slots<T>, cost: MergeCost, entries: &[usize], used: usize) {
+        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let count = entries.len();
+        let Self { key_factors, value_factors, metric, projected, keys, values, .. } = self;
+        let Self { key_squares, affinities, .. } = self;
+        let columns: &[T] = if metric.is_empty() { slots.key_columns() } else { projected };
+        for (&entry, point) in entries.iter().zip(keys.chunks_exact_mut(length)) {
+            let column = columns[entry..].iter().step_by(slots.capacity);
+            point.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+        }
+        let key_squares = &mut key_squares[..count * used];
+        let points = &keys[..count * length];
+        kernel::column_distances(columns, slots.capacity, key_factors, points, key_squares);
+        let affinities = &mut affinities[..count * used];
+        if cost.counts_values() {
+            for (&entry, point) in entries.iter().zip(values.chunks_exact_mut(stride)) {
+                point.copy_from_slice(slots.value_row(entry));
+            }
+            let points = &values[..count * stride];
+            kernel::row_distances(slots.value_rows(), value_factors, points, affinities);
+        } else {
+            affinities.fill(T::zero());
+        }
+    }
+
+    /// The same of entries in fewer bits, tile by tile of what they stand for.
+    fn squares_of_packed(
+        &mut self,
+        slots: &Slots<T>,
+        cost: MergeCost,
+        entries: &[usize],
+        used: usize,
+    ) {
+        let Some(packed) = slots.packed() else { return };
+        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let count = entries.len();
+        let Self {
+            key_factors,
+            value_factors,
+            metric,
+            projected,
+            keys,
+            values,
+            key_squares,
+            affinities,
+            tile: [tile, squares],
+        } = self;
+        values.fill(T::zero());
+        for (p, &entry) in entries.iter().enumerate() {
+            let key = &mut keys[p * length..(p + 1) * length];
+            if metric.is_empty() {
+                key.iter_mut().zip(slots.key(entry)).for_each(|(to, x)| *to = x);
+            } else {
+                let column = projected[entry..].iter().step_by(slots.capacity);
+                key.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+            }
+            let value = values[p * stride..(p + 1) * stride].iter_mut();
+            value.zip(slots.value(entry)).for_each(|(to, x)| *to = x);
+        }
+        tile.resize(TILE * length.max(slots.head_dim).max(stride));
+        squares.resize(count * TILE);
+        let place = |from: &[T], to: &mut [T], first: usize, width: usize| {
+            for (p, row) in from.chunks_exact(width).enumerate() {
+                to[p * used + first..][..width].copy_from_slice(row);
+            }
+        };
+        if !metric.is_empty() {
+            let out = &mut key_squares[..count * used];
+            let points = &keys[..count * length];
+            kernel::column_distances(projected, slots.capacity, key_factors, points, out);
+        }
+        for first in (0..used).step_by(TILE) {
+            let width = TILE.min(used - first);
+            let squares = &mut squares[..count * width];
+            if metric.is_empty() {
+                packed.unpack_keys(first, &mut tile[..TILE * length]);
+                let points = &keys[..count * length];
+                kernel::column_distances(tile, TILE, key_factors, points, squares);
+                place(squares, key_squares, first, width);
+            }
+            if cost.counts_values() {
+                let rows = &mut tile[..width * stride];
+                packed.unpack_values(first, rows, stride);
+                kernel::row_distances(rows, value_factors, &values[..count * stride], squares);
+                place(squares, affinities, first, width);
+            }
+        }
+        if !cost.counts_values() {
+            affinities[..count * used].fill(T::zero());
+        }
     }
 
     /// What is known of an entry is known of another place now.
@@ -151,31 +249,17 @@ impl<T: Scalar> MergedMemory<T> {
     pub(super) fn measure(&mut self, entries: &[usize]) {
         let (used, held) = (self.used(), self.held);
         let Self { rule, slots, distances, counts, gaps, .. } = self;
-        let Distances { key_factors, value_factors, keys, values, key_squares, affinities, .. } =
-            distances;
-        let (length, stride, count) = (key_factors.len(), value_factors.len(), entries.len());
-        let columns: &[T] =
-            if distances.metric.is_empty() { slots.key_columns() } else { &distances.projected };
-        for (&entry, point) in entries.iter().zip(keys.chunks_exact_mut(length)) {
-            let column = columns[entry..].iter().step_by(slots.capacity);
-            point.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
-        }
-        let key_squares = &mut key_squares[..count * used];
-        let points = &keys[..count * length];
-        kernel::column_distances(columns, slots.capacity, key_factors, points, key_squares);
-        let affinities = &mut affinities[..count * used];
-        if rule.cost.counts_values() {
-            for (&entry, point) in entries.iter().zip(values.chunks_exact_mut(stride)) {
-                point.copy_from_slice(slots.value_row(entry));
-            }
-            let points = &values[..count * stride];
-            kernel::row_distances(slots.value_rows(), value_factors, points, affinities);
+        if slots.packed().is_some() {
+            distances.squares_of_packed(slots, rule.cost, entries, used);
         } else {
-            affinities.fill(T::zero());
+            distances.squares(slots, rule.cost, entries, used);
         }
+        let Distances { key_squares, affinities, .. } = distances;
+        let key_squares = &key_squares[..entries.len() * used];
+        let affinities = &mut affinities[..entries.len() * used];
         let (least, most, quarter) = (least::<T>(rule.cost), most::<T>(), T::from_f64(0.25));
         let product = rule.cost == MergeCost::Product;
-        for (affinity, &square) in affinities.iter_mut().zip(&*key_squares) {
+        for (affinity, &square) in affinities.iter_mut().zip(key_squares) {
             // a NaN is cut off as well
             let (square, value) = (square.min(most), affinity.min(most));
             let distance =

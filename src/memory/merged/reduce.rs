@@ -3,6 +3,7 @@
 use crate::memory::merged::affinities::{Pair, descending};
 use crate::memory::merged::entries::MergedMemory;
 use crate::scalar::Scalar;
+use ndarray::ArrayView1;
 
 /// Merges the pairs of least cost, anywhere, until all memories together have `budget` entries; at
 /// least `least` stay in each.
@@ -146,14 +147,13 @@ impl<T: Scalar> MergedMemory<T> {
             }
         };
         let Self { slots, distances, .. } = self;
-        let other = &mut distances.keys; // columns of the slots are apart: a copy of one
-        other.iter_mut().zip(slots.key(j)).for_each(|(to, x)| *to = x);
-        slots.key_mut(i).zip(&**other).for_each(|(x, &y)| *x = mean(*x, y));
-        for c in 0..slots.value_dim {
-            let y = slots.value(j)[c];
-            let x = &mut slots.value_mut(i)[c];
-            *x = mean(*x, y);
-        }
+        let (d, dv) = (slots.head_dim, slots.value_dim);
+        let [key, value] = [&mut distances.keys[..d], &mut distances.values[..dv]];
+        let keys = key.iter_mut().zip(slots.key(i).zip(slots.key(j)));
+        keys.for_each(|(to, (x, y))| *to = mean(x, y));
+        let values = value.iter_mut().zip(slots.value(i).zip(slots.value(j)));
+        values.for_each(|(to, (x, y))| *to = mean(x, y));
+        slots.set(i, ArrayView1::from(&*key), ArrayView1::from(&*value));
         self.counts[i] += self.counts[j];
         let added = self.weights[j];
         self.weights[i] = (self.weights[i] + added).min(T::max_value().sqrt());

@@ -67,4 +67,13 @@ impl<T: Scalar> MergedMemory<T> {
         let queries = if self.has_query_units() { d } else { 0 };
         self.rule.entries * (d + dv + 2) + queries + usize::from(self.has_value_units())
     }
+
+    /// The same in bytes: keys and values in their format, all else in numbers of the kernel.
+    pub(crate) fn bytes(&self) -> usize {
+        let (d, dv) = (self.slots.head_dim, self.slots.value_dim);
+        let format = self.slots.format();
+        let wide = self.floats() - self.rule.entries * (d + dv);
+        let rows = format.row_bytes::<T>(d) + format.row_bytes::<T>(dv);
+        self.rule.entries * rows + wide * size_of::<T>()
+    }
 }

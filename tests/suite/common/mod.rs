@@ -4,6 +4,7 @@
 
 pub mod alibi;
 pub mod checker;
+pub mod formats;
 pub mod hybrid;
 pub mod written;
 
@@ -12,7 +13,7 @@ use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
     FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, MergeCost, Merged,
     Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention,
-    TaylorFeatures, Ward, Wpff,
+    StateFormat, TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -324,7 +325,18 @@ fn far<T: Scalar>(
 
 /// The kernel of a formula.
 pub fn hybrid<T: Scalar>(formula: &HybridFormula, d: usize, m: usize) -> HybridAttention<T> {
+    hybrid_in(StateFormat::F32, formula, d, m)
+}
+
+/// The same with a state in a format.
+pub fn hybrid_in<T: Scalar>(
+    format: StateFormat,
+    formula: &HybridFormula,
+    d: usize,
+    m: usize,
+) -> HybridAttention<T> {
     let builder = HybridAttention::builder(d)
+        .state_format(format)
         .window(formula.window)
         .sinks(formula.sinks)
         .heavy(formula.heavy);
@@ -469,6 +481,26 @@ impl Subject {
         }
     }
 
+    /// How its state is kept: what its name begins with.
+    pub fn format(&self) -> StateFormat {
+        let first = self.name.split(' ').next().unwrap();
+        first.parse().unwrap_or_default()
+    }
+
+    /// Units of epsilon that it may differ from its formula, which knows nothing of merged entries
+    /// that are rounded anew.
+    pub fn units<T: Scalar>(&self) -> f64 {
+        let merges = |far: &FarFormula| {
+            !matches!(far, FarFormula::None | FarFormula::Features(_) | FarFormula::Taylor(..))
+        };
+        let error = match (&self.formula, self.format()) {
+            (Formula::Hybrid(hybrid), StateFormat::Bf16) if merges(&hybrid.far) => 0.05,
+            (Formula::Hybrid(hybrid), StateFormat::Q8) if merges(&hybrid.far) => 0.1,
+            _ => return checker::units::<T>(60.0),
+        };
+        error / T::epsilon().as_f64()
+    }
+
     pub fn has_streams(&self) -> bool {
         self.masks().contains(&Mask::Causal)
     }
@@ -536,11 +568,13 @@ impl Subject {
                     naive::linear::unnormalized(&phi_q, &phi_k, v, mask)
                 }
             }
-            Formula::Hybrid(formula) if mask == Mask::Full => formula.full(q, k, v, self.scale),
             Formula::Hybrid(formula) => {
-                let (q, k, v) =
-                    (&[vec![q.clone()]], std::slice::from_ref(k), std::slice::from_ref(v));
-                formula.causal(q, k, v, self.scale, false).remove(0).remove(0)
+                let [k, v] = [k, v].map(|x| naive::formats::rounded(x, self.format()));
+                if mask == Mask::Full {
+                    return formula.full(q, &k, &v, self.scale);
+                }
+                let q = [vec![q.clone()]];
+                formula.causal(&q, &[k], &[v], self.scale, false).remove(0).remove(0)
             }
             Formula::Written(written) => (written.output)([q, k, v], mask),
         }

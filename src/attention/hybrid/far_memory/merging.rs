@@ -48,6 +48,7 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
             memory.rule = rule.clone();
             memory.rule.value_columns = deciding_columns;
             memory.rule.spare += (heads - 1) * rule.entries; // of a pool, one head may take all
+            memory.slots.set_format(config.format);
             memory.prepare(config.head_dim, value_dim);
         }
         true
@@ -61,6 +62,10 @@ impl<T: Scalar> FarMemory<T> for MergingPool<T> {
 
     fn state_floats(&self) -> usize {
         self.0.iter().map(MergedMemory::floats).sum()
+    }
+
+    fn state_bytes(&self) -> usize {
+        self.0.iter().map(MergedMemory::bytes).sum()
     }
 
     fn cannot_fail(&self) -> bool {

@@ -54,6 +54,10 @@ impl<T: Scalar> FarMemory<T> for OwnMemories<T> {
         self.memories.iter().map(|memory| memory.state_floats()).sum()
     }
 
+    fn state_bytes(&self) -> usize {
+        self.memories.iter().map(|memory| memory.state_bytes()).sum()
+    }
+
     fn absorb(&mut self, token: Leaving<'_, T>, scratch: &mut FarScratch<T>) -> Result<(), Error> {
         let (k, v, _) = scratch.token(token);
         self.memories[token.head].absorb(k, v)

@@ -1,0 +1,121 @@
+//! How softmax attention answers blocks of queries, or the query heads of a group.
+
+use crate::attention::threads::Threads;
+use crate::error::Error;
+use crate::memory::answer::Readout;
+use crate::memory::key_values::KeyValues;
+use crate::memory::online_softmax::{
+    QUERY_BLOCK, Tile, online_softmax_in_range, softmax_of_group_in_range,
+};
+use crate::memory::packed::Packed;
+use crate::memory::scoring::Scoring;
+use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
+use crate::views::{rows, rows_mut};
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+/// With fewer scores than this, one thread answers.
+#[cfg(feature = "rayon")]
+const FEWEST_SCORES: usize = 1 << 18;
+
+/// Answers query heads that see all of some packed tokens, one query of each.
+pub(super) fn answer_group<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    packed: (&Packed, usize),
+    options: &dyn Fn(usize) -> (Scoring<T>, Option<T>),
+    mut out: ArrayViewMut2<'_, T>,
+    tile: &mut Tile<T>,
+) -> Result<(), Error> {
+    softmax_of_group_in_range(q, packed, &|g| options(g).0, tile, |answer| {
+        for g in 0..answer.tokens {
+            if let Some(logit) = options(g).1 {
+                answer.add_sink(g, logit);
+            }
+        }
+        // an error is about the one token of all of them
+        let write = answer.write(0, Readout::Normalized, out.view_mut());
+        write.map_err(Error::of_first_row)
+    })
+}
+
+/// Answers the queries of a block, with a learned sink if there is one; errors count rows from
+/// `row`.
+fn answer_block<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    key_values: KeyValues<'_, T>,
+    (scoring, sink_logit): (Scoring<T>, Option<T>),
+    first: Option<usize>,
+    row: usize,
+    mut out: ArrayViewMut2<'_, T>,
+    tile: &mut Tile<T>,
+) -> Result<(), Error> {
+    online_softmax_in_range(q, key_values, scoring, first, tile, |answer| {
+        if let Some(logit) = sink_logit {
+            (0..answer.tokens).for_each(|row| _ = answer.add_sink(row, logit));
+        }
+        answer.write(row, Readout::Normalized, out.view_mut())
+    })
+}
+
+/// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn answer<T: Scalar>(
+    q: ArrayView2<'_, T>,
+    key_values: KeyValues<'_, T>,
+    options: (Scoring<T>, Option<T>),
+    first: Option<usize>,
+    mut out: ArrayViewMut2<'_, T>,
+    #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
+    tile: &mut Tile<T>,
+) -> Result<(), Error> {
+    let n = q.nrows();
+    #[cfg(feature = "rayon")]
+    if threads.are_several()
+        && n.saturating_mul(key_values.tokens()) >= FEWEST_SCORES
+        && n > QUERY_BLOCK
+        && rayon::current_num_threads() > 1
+    {
+        use rayon::prelude::*;
+        let blocks: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(0), QUERY_BLOCK).collect();
+        let answered =
+            blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
+                let start = block * QUERY_BLOCK;
+                let q = rows(q, start..n.min(start + QUERY_BLOCK));
+                let first = first.map(|first| first + start);
+                answer_block(q, key_values, options, first, start, out, tile)
+            });
+        let results: Vec<_> = answered.collect();
+        return results.into_iter().collect();
+    }
+    for start in (0..n).step_by(QUERY_BLOCK) {
+        let end = n.min(start + QUERY_BLOCK);
+        let (q, out) = (rows(q, start..end), rows_mut(out.view_mut(), start..end));
+        let first = first.map(|first| first + start);
+        answer_block(q, key_values, options, first, start, out, tile)?;
+    }
+    Ok(())
+}
+
+/// Keys and values as a cache of this format would have them.
+pub(super) fn key_values<'a, T: Scalar>(
+    format: StateFormat,
+    k: ArrayView2<'a, T>,
+    v: ArrayView2<'a, T>,
+    kept: &'a mut Option<Packed>,
+) -> KeyValues<'a, T> {
+    if format == StateFormat::F32 {
+        return KeyValues::Wide(k, v);
+    }
+    if kept
+        .as_ref()
+        .is_none_or(|kept| kept.format() != format || kept.dims() != [k.ncols(), v.ncols()])
+    {
+        *kept = Packed::new(format, k.ncols(), v.ncols());
+    }
+    let Some(packed) = kept else { return KeyValues::Wide(k, v) };
+    packed.make_room(k.nrows());
+    for (token, (k, v)) in k.outer_iter().zip(v.outer_iter()).enumerate() {
+        packed.put(token, k, v);
+    }
+    KeyValues::Packed(packed, k.nrows())
+}
