@@ -9,6 +9,7 @@
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
 use language_model::kernels::Kernel;
+use language_model::linear::Weights;
 use language_model::perplexity::{Losses, losses};
 use language_model::recall::{Score, Task};
 use language_model::session::{Attentions, Session};
@@ -44,7 +45,7 @@ fn smollm2_gives_the_values_that_were_found() {
         println!("skipped: DIJIANG_MODEL and DIJIANG_TOKENS name no files");
         return;
     };
-    let session = Session::open(&model, &[tokens], None, 2048).unwrap();
+    let session = Session::open(&model, &[tokens], None, 2048, Weights::F32).unwrap();
     let attention = |name: &str| session.attention(&name.parse::<Kernel>().unwrap()).unwrap();
     let read = |layers: &[MultiHead<f32>]| -> Losses {
         let texts = session.corpus.evaluation().unwrap();
