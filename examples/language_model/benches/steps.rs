@@ -3,10 +3,10 @@
 //!
 //! ```text
 //! tokens N     the first N tokens of the text that comes along, repeated where they are too few
-//! kernel NAME  starts anew with this kernel in every layer
+//! kernel NAME  starts anew with this kernel in every layer: bytes of the weights in memory
 //! read N       reads so many tokens: seconds
-//! step N       reads so many, one at a time, with the scores of the next: seconds of each, and of
-//!              its attention, products and the rest
+//! step N       reads so many, one at a time, each with the likeliest next one: seconds of each, and
+//!              of its attention, products and the rest; the likeliest tokens
 //! ```
 //!
 //! `cargo bench -p language_model --bench steps -- MODEL f32|quantised`
@@ -64,21 +64,28 @@ fn answer(model: &Path, weights: &str) -> Result<()> {
                 println!("{}", json!(start.elapsed().as_secs_f64()));
             }
             "step" => {
-                let mut seconds = Vec::new();
+                let (mut seconds, mut next) = (Vec::new(), Vec::new());
                 for &token in &tokens {
                     state.restart_clock();
                     let start = Instant::now();
                     let hidden = session.model.extend(state, &[token])?;
-                    session.model.logits(state, &hidden);
+                    let scores = session.model.logits(state, &hidden);
+                    next.push(likeliest(scores.iter()));
                     let (all, time) = (start.elapsed(), state.time());
                     let parts = [all, time.attention, time.products, time.rest];
                     seconds.push(parts.map(|part| part.as_secs_f64()));
                 }
-                println!("{}", json!(seconds));
+                println!("{}", json!({ "seconds": seconds, "next": next }));
             }
             _ => bail!("`{command}` is not a command"),
         }
         stdout().flush()?;
     }
     Ok(())
+}
+
+/// The place of the largest score.
+fn likeliest<'a>(scores: impl Iterator<Item = &'a f32>) -> usize {
+    let best = |best: (usize, f32), (i, &x)| if x > best.1 { (i, x) } else { best };
+    scores.enumerate().fold((0, f32::NEG_INFINITY), best).0
 }
