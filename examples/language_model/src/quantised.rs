@@ -14,6 +14,7 @@ use faer::linalg::matmul::matmul;
 use faer::reborrow::ReborrowMut;
 use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1};
+use pulp::Arch;
 use rayon::prelude::*;
 
 /// The most rows of `x` for which weights are widened in registers. For more of them a part of the
@@ -131,15 +132,19 @@ impl Quantised {
     /// The weights of the outputs `first..first + count`, `[inputs, count]`; `first` begins a group.
     fn widen(&self, first: usize, count: usize, to: &mut [f32]) {
         to.par_chunks_mut(self.widths.block * count).enumerate().for_each(|(block, rows)| {
-            for (at, row) in rows.chunks_mut(count).enumerate() {
-                for (group, to) in row.chunks_mut(GROUP).enumerate() {
-                    self.widen_lanes(first / GROUP + group, block * self.widths.block + at, to);
+            let all = (0..self.widths.block).zip(rows.chunks_mut(count));
+            Arch::new().dispatch(|| {
+                for (at, row) in all {
+                    for (group, to) in row.chunks_mut(GROUP).enumerate() {
+                        self.widen_lanes(first / GROUP + group, block * self.widths.block + at, to);
+                    }
                 }
-            }
+            });
         });
     }
 
     /// The weights of an input, for the first outputs of a group.
+    #[inline(always)]
     fn widen_lanes(&self, group: usize, input: usize, to: &mut [f32]) {
         let (block, at) = (input / self.widths.block, input % self.widths.block);
         let block = group * self.blocks() + block;
@@ -153,6 +158,7 @@ impl Quantised {
         }
     }
 
+    #[inline(always)]
     fn blocks(&self) -> usize {
         self.inputs / self.widths.block
     }

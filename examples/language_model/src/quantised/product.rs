@@ -17,17 +17,20 @@ pub struct Widths {
 impl Widths {
     /// Numbers in a word.
     #[must_use]
+    #[inline(always)]
     pub const fn numbers(self) -> usize {
         32 / self.bits
     }
 
     /// Words of a block.
     #[must_use]
+    #[inline(always)]
     pub const fn words(self) -> usize {
         self.block / self.numbers()
     }
 
     /// What is added to a number to store it.
+    #[inline(always)]
     const fn zero(self) -> u32 {
         if self.bits == 8 { 128 } else { 0 }
     }
@@ -41,6 +44,7 @@ impl Widths {
 
     /// One of the numbers in a word.
     #[must_use]
+    #[inline(always)]
     pub fn number(self, word: u32, at: usize) -> i32 {
         let stored = word >> (self.bits * at) & ((1 << self.bits) - 1);
         stored as i32 - self.zero() as i32

@@ -74,6 +74,10 @@ fn products_are_those_of_the_widened_weights() {
                 let expected = x.mapv(f64::from).dot(&wide.mapv(f64::from));
                 let found = weight.apply(&x);
                 assert_eq!(found.dim(), (rows, outputs));
+                if rows > FEW {
+                    let same = found == Linear::new(wide.clone()).apply(&x);
+                    println!("{kind:?}, {rows} rows, {outputs} outputs: same bits {same}");
+                }
                 if rows > 0 {
                     let error = difference(&found, &expected);
                     assert!(error < 2e-6, "{kind:?}, {rows} rows, {outputs} outputs: {error:e}");
