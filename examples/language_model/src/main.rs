@@ -335,6 +335,7 @@ fn write(
         written.tokens.len(),
         rate(steps, written.writing),
     );
+    println!("weights  {:8.2} MiB in memory", mib(session.model.weight_bytes()));
     println!(
         "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would \
          take {:.2} MiB",
