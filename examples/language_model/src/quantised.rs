@@ -16,13 +16,14 @@ use faer::{Accum, MatMut, MatRef, Par};
 use ndarray::{Array2, ArrayView2, ArrayViewMut1};
 use pulp::Arch;
 use rayon::prelude::*;
+use std::array::from_fn;
 
 /// The most rows of `x` for which weights are widened in registers. For more of them a part of the
 /// weights at a time is widened in memory, and multiplied as `f32` weights are.
 pub const FEW: usize = 32;
 
-/// Numbers of the part that is widened in memory: 4 MiB.
-const PART: usize = 1 << 20;
+/// Numbers of the part that is widened in memory: 1 MiB, which stays near the core.
+const PART: usize = 1 << 18;
 
 /// Words of a task of their own, from where a thread more pays.
 const TASK: usize = 1 << 14;
@@ -122,40 +123,45 @@ impl Quantised {
 
     /// The weights of one output.
     pub fn widen_output(&self, output: usize, mut to: ArrayViewMut1<'_, f32>) {
-        let mut lanes = [0.0; GROUP];
-        for (input, to) in to.iter_mut().enumerate() {
-            self.widen_lanes(output / GROUP, input, &mut lanes);
-            *to = lanes[output % GROUP];
+        let (group, lane) = (output / GROUP, output % GROUP);
+        for (block, mut to) in to.exact_chunks_mut(self.widths.block).into_iter().enumerate() {
+            let (words, scales, mins) = self.block(group, block);
+            for (i, to) in to.iter_mut().enumerate() {
+                let (word, at) = (i / self.widths.numbers(), i % self.widths.numbers());
+                let number = self.widths.number(words[word * GROUP + lane], at) as f32;
+                *to = number * scales[lane] + mins[lane];
+            }
         }
     }
 
     /// The weights of the outputs `first..first + count`, `[inputs, count]`; `first` begins a group.
     fn widen(&self, first: usize, count: usize, to: &mut [f32]) {
         to.par_chunks_mut(self.widths.block * count).enumerate().for_each(|(block, rows)| {
-            let all = (0..self.widths.block).zip(rows.chunks_mut(count));
             Arch::new().dispatch(|| {
-                for (at, row) in all {
-                    for (group, to) in row.chunks_mut(GROUP).enumerate() {
-                        self.widen_lanes(first / GROUP + group, block * self.widths.block + at, to);
+                for column in (0..count).step_by(GROUP) {
+                    let (words, scales, mins) = self.block((first + column) / GROUP, block);
+                    let lanes = GROUP.min(count - column);
+                    let mut rows = rows.chunks_mut(count);
+                    for words in words.as_chunks::<GROUP>().0 {
+                        for (at, row) in (0..self.widths.numbers()).zip(&mut rows) {
+                            let number = |lane: usize| self.widths.number(words[lane], at) as f32;
+                            let wide: [f32; GROUP] =
+                                from_fn(|lane| number(lane) * scales[lane] + mins[lane]);
+                            row[column..column + lanes].copy_from_slice(&wide[..lanes]);
+                        }
                     }
                 }
             });
         });
     }
 
-    /// The weights of an input, for the first outputs of a group.
+    /// Words, scales and minima of a block, for a group of outputs.
     #[inline(always)]
-    fn widen_lanes(&self, group: usize, input: usize, to: &mut [f32]) {
-        let (block, at) = (input / self.widths.block, input % self.widths.block);
-        let block = group * self.blocks() + block;
-        let word = block * self.widths.words() + at / self.widths.numbers();
-        let words = &self.words[word * GROUP..][..GROUP];
-        let scales = &self.scales[block * GROUP..][..GROUP];
-        let at = at % self.widths.numbers();
-        let mins = self.mins.get(block * GROUP..(block + 1) * GROUP).unwrap_or(&[0.0; GROUP]);
-        for (((to, &word), scale), min) in to.iter_mut().zip(words).zip(scales).zip(mins) {
-            *to = self.widths.number(word, at) as f32 * scale + min;
-        }
+    fn block(&self, group: usize, block: usize) -> (&[u32], [f32; GROUP], [f32; GROUP]) {
+        let at = group * self.blocks() + block;
+        let words = self.widths.words() * GROUP;
+        let lanes = |of: &[f32]| of.as_chunks().0.get(at).copied().unwrap_or([0.0; GROUP]);
+        (&self.words[at * words..(at + 1) * words], lanes(&self.scales), lanes(&self.mins))
     }
 
     #[inline(always)]
