@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::kernels::{GRAMMAR, Kernel};
+use crate::linear::Weights;
 use crate::recall::MOST_PAIRS;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -96,6 +97,11 @@ pub struct Input {
         global = true
     )]
     pub threads: Option<usize>,
+
+    /// How weights are kept in memory [default: quantised for `generate` and `compare`, f32 for the
+    /// others]
+    #[arg(long, value_enum, value_name = "HOW", global = true)]
+    pub weights: Option<Weights>,
 }
 
 /// What to do.
@@ -253,6 +259,19 @@ pub enum Command {
         #[arg(long, short, value_name = "DIR", default_value = "target/language_model")]
         output: PathBuf,
     },
+}
+
+impl Cli {
+    /// How weights are kept in memory.
+    #[must_use]
+    pub fn weights(&self) -> Weights {
+        self.input.weights.unwrap_or(match self.command {
+            Command::Generate { .. } | Command::Compare { .. } => Weights::Quantised,
+            Command::Perplexity { .. } | Command::Recall { .. } | Command::Plan { .. } => {
+                Weights::F32
+            }
+        })
+    }
 }
 
 /// Lists of names and codes, and a text to copy.

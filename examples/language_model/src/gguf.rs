@@ -1,13 +1,15 @@
-//! Reading a model from a GGUF file: its sizes, its weights as `f32`.
+//! Reading a model from a GGUF file: its sizes and its weights.
 
 mod foreign;
 mod keys;
 
+use crate::linear::{Linear, Weights};
 use crate::model::{Config, Scales};
+use crate::quantised::Quantised;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
 use dijiang::{Rotary, RotaryPairs};
 use ndarray::{Array1, Array2};
 use std::cell::Cell;
@@ -229,20 +231,34 @@ impl Gguf {
         self.content.tensor_infos.contains_key(name)
     }
 
-    /// A weight of a linear layer `[out, in]`, turned to `[in, out]`.
-    pub fn matrix(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Array2<f32>> {
-        let values = self.values(name, &[outputs, inputs])?;
-        let stored = Array2::from_shape_vec((outputs, inputs), values)?;
-        Ok(stored.t().as_standard_layout().into_owned())
+    /// A linear layer, whose weight the file has as `[out, in]`. What is not quantised in the file
+    /// becomes `f32` in any case.
+    pub fn linear(
+        &mut self,
+        name: &str,
+        inputs: usize,
+        outputs: usize,
+        weights: Weights,
+    ) -> Result<Linear> {
+        let stored = self.tensor(name, &[outputs, inputs])?;
+        if weights == Weights::Quantised && Quantised::can_hold(stored.dtype(), inputs) {
+            let bytes = stored.data().with_context(|| damaged(name))?;
+            let weight = Quantised::new(stored.dtype(), &bytes, inputs, outputs)
+                .with_context(|| damaged(name))?;
+            ensure!(weight.is_finite(), not_finite(name));
+            return Ok(Linear::quantised(weight));
+        }
+        let stored = Array2::from_shape_vec((outputs, inputs), widened(name, &stored)?)?;
+        Ok(Linear::new(stored.t().as_standard_layout().into_owned()))
     }
 
     /// A vector.
     pub fn vector(&mut self, name: &str, length: usize) -> Result<Array1<f32>> {
-        Ok(Array1::from(self.values(name, &[length])?))
+        Ok(Array1::from(widened(name, &self.tensor(name, &[length])?)?))
     }
 
-    /// A tensor, dequantised.
-    fn values(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    /// A tensor as it is stored.
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<QTensor> {
         let Some(info) = self.content.tensor_infos.get(name) else {
             bail!("the GGUF file has no tensor `{name}`")
         };
@@ -253,15 +269,8 @@ impl Gguf {
         );
         let readable = !matches!(info.ggml_dtype, GgmlDType::Q8_1 | GgmlDType::Q8K);
         ensure!(readable, "`{name}` is of the type {:?}; {}", info.ggml_dtype, foreign::READ);
-        let read = || {
-            let tensor =
-                info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu)?;
-            tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
-        };
-        let values =
-            caught(read).with_context(|| format!("cannot read `{name}`: the file is damaged"))?;
-        ensure!(values.iter().all(|x| x.is_finite()), "`{name}` holds values that are not finite");
-        Ok(values)
+        caught(|| info.read(&mut self.file, self.content.tensor_data_offset, &Device::Cpu))
+            .with_context(|| damaged(name))
     }
 
     /// Every tensor must be one that the forward pass uses: a bias left out would give wrong
@@ -338,6 +347,22 @@ impl Gguf {
         }
         Ok(factor)
     }
+}
+
+/// The values of a tensor.
+fn widened(name: &str, tensor: &QTensor) -> Result<Vec<f32>> {
+    let values = caught(|| tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>())
+        .with_context(|| damaged(name))?;
+    ensure!(values.iter().all(|x| x.is_finite()), not_finite(name));
+    Ok(values)
+}
+
+fn damaged(name: &str) -> String {
+    format!("cannot read `{name}`: the file is damaged")
+}
+
+fn not_finite(name: &str) -> String {
+    format!("`{name}` holds values that are not finite")
 }
 
 /// What to say of a part of a model.

@@ -13,6 +13,7 @@ pub mod model;
 pub mod perplexity;
 pub mod plan;
 pub mod progress;
+pub mod quantised;
 pub mod recall;
 pub mod report;
 pub mod session;

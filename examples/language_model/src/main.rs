@@ -8,6 +8,7 @@ use language_model::args::{Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
 use language_model::kernels::{Exact, Kernel, state_bytes};
+use language_model::linear::Weights;
 use language_model::model::Time;
 use language_model::perplexity::{longest, losses, predicted};
 use language_model::plan::Plan;
@@ -21,15 +22,27 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 fn main() -> Result<()> {
-    let Cli { input, command } = Cli::parse();
-    if let Some(threads) = input.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
-    }
+    let cli = Cli::parse();
+    // a decode step hands out hundreds of small tasks: cheaper from within than from outside
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(cli.input.threads.unwrap_or(0))
+        .stack_size(STACK)
+        .build_global()?;
+    rayon::scope(|_| run(cli))
+}
+
+/// Bytes of the stack of a thread, as many as the first one commonly has.
+const STACK: usize = 8 << 20;
+
+fn run(cli: Cli) -> Result<()> {
+    let weights = cli.weights();
+    let Cli { input, command } = cli;
+    let open = || open(&input, weights);
     match command {
-        Command::Perplexity { kernels, context } => perplexity(&open(&input)?, &kernels, context),
-        Command::Recall { kernels, tasks } => recall(&open(&input)?, &kernels, &tasks),
+        Command::Perplexity { kernels, context } => perplexity(&open()?, &kernels, context),
+        Command::Recall { kernels, tasks } => recall(&open()?, &kernels, &tasks),
         Command::Plan { kernel, exact, budget, at, output } => {
-            plan(&open(&input)?, &kernel, exact, budget.zip(at), &output)
+            plan(&open()?, &kernel, exact, budget.zip(at), &output)
         }
         Command::Generate {
             kernel,
@@ -46,10 +59,10 @@ fn main() -> Result<()> {
                     .with_context(|| format!("cannot read {}", file.display()))?,
                 None => prompt,
             };
-            write(&input, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
+            write(&open()?, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
         }
         Command::Compare { kernels, context, tasks, lengths, output } => {
-            all(&open(&input)?, kernels, context, &tasks, lengths, &output)
+            all(&open()?, kernels, context, &tasks, lengths, &output)
         }
     }
 }
@@ -67,12 +80,13 @@ fn model(input: &Input) -> Result<&Path> {
     }
 }
 
-fn open(input: &Input) -> Result<Session> {
+fn open(input: &Input, weights: Weights) -> Result<Session> {
     Session::open(
         model(input)?,
         &input.texts,
         input.calibration.as_deref(),
         input.calibration_tokens,
+        weights,
     )
 }
 
@@ -275,14 +289,13 @@ fn plan(
 }
 
 fn write(
-    input: &Input,
+    session: &Session,
     kernel: &Kernel,
     prompt: &str,
     as_message: bool,
     tokens: usize,
     sampling: Sampling,
 ) -> Result<()> {
-    let session = open(input)?;
     let tokenizer = session.tokenizer()?;
     let prompt = match as_message {
         true => {
@@ -294,7 +307,7 @@ fn write(
         false => tokenizer.encode(prompt)?,
     };
     ensure!(!prompt.is_empty(), "the prompt is empty: give one by `--prompt` or `--prompt-file`");
-    warn_beyond(&session, &[("the prompt and what may be written", prompt.len() + tokens)]);
+    warn_beyond(session, &[("the prompt and what may be written", prompt.len() + tokens)]);
     let layers = session.attention(kernel)?.layers;
     if !as_message {
         print!("{}", tokenizer.decode(&prompt)?);
@@ -322,11 +335,12 @@ fn write(
         written.tokens.len(),
         rate(steps, written.writing),
     );
+    println!("weights  {:8.2} MiB in memory", mib(session.model.weight_bytes()));
     println!(
         "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would \
          take {:.2} MiB",
         mib(written.state.bytes()),
-        mib(softmax_bytes(&session, position)?)
+        mib(softmax_bytes(session, position)?)
     );
     Ok(())
 }

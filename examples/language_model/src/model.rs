@@ -2,7 +2,7 @@
 //! in its heads.
 
 use crate::gguf::Gguf;
-use crate::linear::Linear;
+use crate::linear::{Linear, Weights};
 use anyhow::{Context, Result, ensure};
 use dijiang::{MultiHead, MultiHeadStream, Rotary, RotaryAngles};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView3, Axis, Zip};
@@ -57,7 +57,7 @@ impl Config {
     }
 }
 
-/// The weights of a model, as `f32`.
+/// The weights of a model.
 #[derive(Clone, Debug)]
 pub struct Model {
     config: Config,
@@ -120,20 +120,21 @@ pub struct Projections<'a> {
 }
 
 impl Model {
-    /// Reads a GGUF file.
+    /// Reads a GGUF file, with `f32` weights.
     pub fn load(path: &Path) -> Result<Self> {
-        Self::from_gguf(&mut Gguf::open(path)?).with_context(|| format!("in {}", path.display()))
+        Self::from_gguf(&mut Gguf::open(path)?, Weights::F32)
+            .with_context(|| format!("in {}", path.display()))
     }
 
     /// Reads the weights of an open file.
-    pub fn from_gguf(file: &mut Gguf) -> Result<Self> {
+    pub fn from_gguf(file: &mut Gguf, weights: Weights) -> Result<Self> {
         let config = file.config()?;
         let Config { width, heads, kv_heads, head_dim, value_dim, feed_forward, .. } = config;
         let (queries, keys, values) = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim);
         let mut layers = Vec::new();
         for l in 0..config.layers {
             let mut linear = |name: &str, inputs, outputs| -> Result<Linear> {
-                Ok(Linear::new(file.matrix(&format!("blk.{l}.{name}.weight"), inputs, outputs)?))
+                file.linear(&format!("blk.{l}.{name}.weight"), inputs, outputs, weights)
             };
             let (query, key) = (linear("attn_q", width, queries)?, linear("attn_k", width, keys)?);
             let (value, output) = (
@@ -158,14 +159,14 @@ impl Model {
             });
         }
         let output = match file.has("output.weight") {
-            true => Some(Linear::new(file.matrix("output.weight", width, config.vocabulary)?)),
+            true => Some(file.linear("output.weight", width, config.vocabulary, weights)?),
             false => None,
         };
         Ok(Self {
             layers,
             norm: file.vector("output_norm.weight", width)?,
             rotary: file.rotary(&config)?,
-            embedding: Linear::new(file.matrix("token_embd.weight", width, config.vocabulary)?),
+            embedding: file.linear("token_embd.weight", width, config.vocabulary, weights)?,
             output,
             config,
         })
@@ -175,6 +176,16 @@ impl Model {
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Bytes of the weights of linear layers and embeddings in memory.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let Layer { query, key, value, output, gate, up, down, .. } = layer;
+            [query, key, value, output, gate, up, down]
+        });
+        layers.chain([&self.embedding]).chain(&self.output).map(Linear::bytes).sum()
     }
 
     /// An empty state, with this attention in each layer.
@@ -302,10 +313,9 @@ impl Model {
 
     /// The rows of the embedding.
     fn embed(&self, tokens: &[u32]) -> Array2<f32> {
-        let embedding = self.embedding.weight();
         let mut x = Array2::zeros((tokens.len(), self.config.width));
-        for (mut row, &token) in x.outer_iter_mut().zip(tokens) {
-            row.assign(&embedding.column(token as usize));
+        for (row, &token) in x.outer_iter_mut().zip(tokens) {
+            self.embedding.copy_output(token as usize, row);
         }
         x
     }

@@ -3,6 +3,7 @@
 use crate::capture::Capture;
 use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
+use crate::linear::Weights;
 use crate::model::Model;
 use crate::plan::{self, Plan};
 use crate::recall::{Prompt, Score, Task, copying};
@@ -48,6 +49,7 @@ impl Session {
         texts: &[PathBuf],
         calibration: Option<&Path>,
         calibration_tokens: usize,
+        weights: Weights,
     ) -> Result<Self> {
         let mut file = Gguf::open(model)?;
         let place = || format!("in {}", model.display());
@@ -66,7 +68,7 @@ impl Session {
         let with = Encoder { tokenizer: tokenizer.as_ref().map_err(String::as_str), vocabulary };
         let corpus = Corpus::open(texts, calibration, with)?;
         let template = file.text("tokenizer.chat_template").map(str::to_owned);
-        let model = Model::from_gguf(&mut file).with_context(place)?;
+        let model = Model::from_gguf(&mut file, weights).with_context(place)?;
         Ok(Self { template, ..Self::of(model, tokenizer, corpus, calibration_tokens) })
     }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use language_model::gguf::Gguf;
+use language_model::linear::Weights;
 use language_model::model::Model;
 use language_model::tokenizer::Tokenizer;
 use rand::{RngExt, SeedableRng};
@@ -111,16 +112,22 @@ fn good(sizes: &Sizes) -> Vec<u8> {
     fs::read(sizes.write().path).unwrap()
 }
 
-/// As a program does: header, tokenizer, weights.
+/// As a program does: header, tokenizer, weights. Weights that stay quantised are refused for the
+/// same reasons.
 fn load(path: &Path) -> Result<Model> {
-    LARGEST.set(0);
-    let model = Gguf::open(path).and_then(|mut file| {
-        Tokenizer::from_metadata(file.metadata())?;
-        Model::from_gguf(&mut file)
+    let [wide, quantised] = [Weights::F32, Weights::Quantised].map(|weights| {
+        LARGEST.set(0);
+        let model = Gguf::open(path).and_then(|mut file| {
+            Tokenizer::from_metadata(file.metadata())?;
+            Model::from_gguf(&mut file, weights)
+        });
+        let largest = LARGEST.get();
+        assert!(largest < MOST_BYTES, "{largest} bytes at once");
+        model
     });
-    let largest = LARGEST.get();
-    assert!(largest < MOST_BYTES, "{largest} bytes at once");
-    model
+    let said = |model: &Result<Model>| model.as_ref().err().map(|error| format!("{error:#}"));
+    assert_eq!(said(&wide), said(&quantised));
+    wide
 }
 
 fn refused(path: &Path) -> String {

@@ -8,7 +8,10 @@
 
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
+use language_model::gguf::Gguf;
 use language_model::kernels::Kernel;
+use language_model::linear::Weights;
+use language_model::model::Model;
 use language_model::perplexity::{Losses, losses};
 use language_model::recall::{Score, Task};
 use language_model::session::{Attentions, Session};
@@ -44,7 +47,7 @@ fn smollm2_gives_the_values_that_were_found() {
         println!("skipped: DIJIANG_MODEL and DIJIANG_TOKENS name no files");
         return;
     };
-    let session = Session::open(&model, &[tokens], None, 2048).unwrap();
+    let session = Session::open(&model, &[tokens], None, 2048, Weights::F32).unwrap();
     let attention = |name: &str| session.attention(&name.parse::<Kernel>().unwrap()).unwrap();
     let read = |layers: &[MultiHead<f32>]| -> Losses {
         let texts = session.corpus.evaluation().unwrap();
@@ -59,6 +62,42 @@ fn smollm2_gives_the_values_that_were_found() {
             println!("{name}: {mean:.5} nats, {expected:.5} expected");
             assert!((mean - expected).abs() < 0.003, "{name}: {mean} for {expected}");
         }
+    }
+
+    // weights that stay quantised: the same in chunks, nearly the same token by token
+    let quantised = Model::from_gguf(&mut Gguf::open(&model).unwrap(), Weights::Quantised).unwrap();
+    let texts = session.corpus.evaluation().unwrap();
+    for name in ["softmax", "merged:64,pool"] {
+        let layers = attention(name).layers;
+        let [chunks, steps] = [(&session.model, 512), (&quantised, 1)].map(|(model, size)| {
+            let mut state = model.state(&layers).unwrap();
+            let mut nats = Vec::new();
+            for (read, next) in
+                texts[0].tokens[..512].chunks(size).zip(texts[0].tokens[1..513].chunks(size))
+            {
+                let hidden = model.extend(&mut state, read).unwrap();
+                let scores = model.logits(&mut state, &hidden);
+                nats.extend(scores.outer_iter().zip(next).map(|(row, &next)| {
+                    let top = row.fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+                    let sum: f64 = row.iter().map(|x| f64::from(x - top).exp()).sum();
+                    sum.ln() - f64::from(row[next as usize] - top)
+                }));
+            }
+            nats
+        });
+        let differences = || chunks.iter().zip(&steps).map(|(a, b)| b - a);
+        let largest = differences().fold(0.0, |a: f64, b| a.max(b.abs()));
+        let mean = differences().sum::<f64>() / 512.0;
+        println!("{name}, quantised, token by token: {mean:+.1e} nats, {largest:.1e} at most");
+        assert!(mean.abs() < 1e-3, "{name}: {mean:e}");
+    }
+    let whole =
+        losses(&quantised, &attention("softmax").layers, texts, 2048, &ProgressBar::hidden())
+            .unwrap();
+    for range in [FIRST, SECOND] {
+        let (found, expected) = (whole.mean(range.clone()), exact.mean(range));
+        println!("quantised, in chunks: {found:?} nats for {expected:?}");
+        assert!((found.unwrap() - expected.unwrap()).abs() < 1e-5);
     }
 
     for (name, expected) in ABOVE {

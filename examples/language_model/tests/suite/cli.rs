@@ -1,6 +1,7 @@
 //! The program itself, every command, on a tiny model and with its shortest settings.
 
 use crate::common::{Sizes, Written, text};
+use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
 use std::fs;
 use std::process::{Command, Output};
@@ -100,6 +101,23 @@ fn text_is_written() {
         assert_eq!(found, found.replace("NaN", ""));
         assert_eq!(found.starts_with("The fox"), !more.contains(&"--chat"), "{found}");
     }
+}
+
+#[test]
+fn weights_are_kept_as_asked() {
+    let written = Sizes { weights: GgmlDType::Q8_0, ..Sizes::default() }.write();
+    fs::write(written.folder.path().join("text.txt"), "The quick brown fox. ").unwrap();
+    let mib = |more: &[&str]| {
+        let written = prints(&written, &[&["generate", "-k", KERNEL, "-n", "2"], more].concat());
+        let line = written.lines().find_map(|line| line.strip_prefix("weights")).unwrap();
+        line.split_whitespace().next().unwrap().parse::<f64>().unwrap()
+    };
+    // 36 bytes for 32 numbers, in groups of 16 outputs
+    let (wide, quantised) = (mib(&["--weights", "f32"]), mib(&["--weights", "quantised"]));
+    assert!(quantised < 0.35 * wide && quantised > 0.25 * wide, "{quantised} MiB of {wide}");
+    assert_eq!(mib(&[]), quantised);
+    let error = fails(&written, &["generate", "--weights", "f64"]);
+    assert!(error.contains("--weights") && error.contains("quantised"), "{error}");
 }
 
 #[test]
