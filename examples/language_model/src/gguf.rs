@@ -5,9 +5,9 @@ mod keys;
 
 use crate::model::{Config, Scales};
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Device;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
+use candle_core::{Device, Tensor};
 use dijiang::{Rotary, RotaryPairs};
 use ndarray::{Array1, Array2};
 use std::cell::Cell;
@@ -234,6 +234,11 @@ impl Gguf {
         let values = self.values(name, &[outputs, inputs])?;
         let stored = Array2::from_shape_vec((outputs, inputs), values)?;
         Ok(stored.t().as_standard_layout().into_owned())
+    }
+
+    /// The same as a tensor, as the file has it: `[out, in]`.
+    pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_vec(self.values(name, shape)?, shape, &Device::Cpu)?)
     }
 
     /// A vector.

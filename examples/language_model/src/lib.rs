@@ -15,6 +15,7 @@ pub mod plan;
 pub mod progress;
 pub mod recall;
 pub mod report;
+pub mod sensitivity;
 pub mod session;
 pub mod texts;
 pub mod tokenizer;

@@ -9,4 +9,5 @@ mod cli;
 mod forward;
 mod kernels;
 mod perplexity;
+mod sensitivity;
 mod splits;
