@@ -98,6 +98,15 @@ pub enum Error {
         /// The value of the saved state.
         found: String,
     },
+    /// A [`StatePlan`](crate::StatePlan) is one of another model.
+    Plan {
+        /// What differs.
+        which: &'static str,
+        /// The value this model has.
+        expected: String,
+        /// The value of the plan.
+        found: String,
+    },
     /// A tensor of a checkpoint is missing, or not what it must be.
     Tensor {
         /// Its full name.
@@ -236,6 +245,11 @@ impl fmt::Display for Error {
                 f,
                 "the saved state has {which} {found} where this stream has {expected}: restore it \
                  into a stream of the kernel that saved it"
+            ),
+            Self::Plan { which, expected, found } => write!(
+                f,
+                "the plan is of a model with {which} {found} where this one has {expected}: make \
+                 a plan of this model"
             ),
             Self::Tensor { name, found, needed } => write!(
                 f,

@@ -222,7 +222,7 @@ fn output_error<T: Scalar>(
 
 /// Runs `run` on every item, with feature `rayon` on the threads of the current pool; the first
 /// error, in order.
-fn each<T: Scalar, I: Sync, R: Send>(
+pub(crate) fn each<T: Scalar, I: Sync, R: Send>(
     items: &[I],
     run: impl Fn(&mut Scratch<T>, &I) -> Result<R, Error> + Send + Sync,
 ) -> Result<Vec<R>, Error> {

@@ -20,6 +20,7 @@ const FLOORS: &[&[&str]] = &[
     &["attention"],
     &["multi_head"],
     &["selection", "fidelity"],
+    &["plan"],
     &["block", "decay", "bench", "guide", "theory"],
 ];
 

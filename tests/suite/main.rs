@@ -26,6 +26,7 @@ mod multi_head;
 mod needle_cli;
 mod options;
 mod peers_bugs;
+mod plan;
 mod positions;
 mod promises;
 mod range;
