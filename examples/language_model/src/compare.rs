@@ -2,12 +2,13 @@
 
 use crate::decode::{Decode, decode};
 use crate::kernels::{Kernel, state_bytes};
+use crate::plan::Choice;
 use crate::perplexity::{Losses, longest, losses, predicted};
 use crate::progress;
 use crate::recall::{Score, Task};
 use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
-use dijiang::HeadErrors;
+use dijiang::{HeadErrors, StatePlan};
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -78,6 +79,9 @@ pub struct Row {
     pub state: Vec<(usize, usize)>,
     /// The exact heads, if they were chosen, and the errors of all.
     pub plan: Option<Chosen>,
+    /// The setting of every head, if it was planned.
+    #[serde(default)]
+    pub settings: Option<StatePlan>,
 }
 
 /// The score of one kind of list.
@@ -168,7 +172,8 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
             .iter()
             .map(|&n| Ok((n, state_bytes(layers, config, n)?)))
             .collect::<Result<_>>()?,
-        plan: attention.plan.map(|plan| Chosen {
+        settings: attention.plan.as_ref().and_then(Choice::settings).cloned(),
+        plan: attention.plan.as_ref().and_then(Choice::exact).map(|plan| Chosen {
             exact: plan.heads.heads().to_vec(),
             errors: plan.heads.errors().clone(),
         }),

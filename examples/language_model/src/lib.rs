@@ -17,5 +17,6 @@ pub mod recall;
 pub mod report;
 pub mod sensitivity;
 pub mod session;
+pub mod state_plan;
 pub mod texts;
 pub mod tokenizer;

@@ -2,11 +2,12 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use dijiang::{Attention, SoftmaxAttention};
+use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
 use language_model::args::{Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
+use language_model::gguf::Gguf;
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::model::Time;
 use language_model::perplexity::{longest, losses, predicted};
@@ -15,10 +16,11 @@ use language_model::progress::bar;
 use language_model::recall::Task;
 use language_model::report::{self, mib};
 use language_model::session::Session;
+use language_model::state_plan::{self, PlanText};
 use std::fs;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn main() -> Result<()> {
     let Cli { input, command } = Cli::parse();
@@ -28,8 +30,13 @@ fn main() -> Result<()> {
     match command {
         Command::Perplexity { kernels, context } => perplexity(&open(&input)?, &kernels, context),
         Command::Recall { kernels, tasks } => recall(&open(&input)?, &kernels, &tasks),
-        Command::Plan { kernel, exact, budget, at, output } => {
-            plan(&open(&input)?, &kernel, exact, budget.zip(at), &output)
+        Command::Plan { budget, exact, length, costs, output } => {
+            let options = PlanOptions::new(budget.budget()).exact_heads(exact);
+            let options = length.into_iter().fold(options, PlanOptions::length);
+            plan(&input, options, length, costs.as_deref(), &output)
+        }
+        Command::Heads { kernel, exact, budget, at, output } => {
+            heads(&open(&input)?, &kernel, exact, budget.zip(at), &output)
         }
         Command::Generate {
             kernel,
@@ -71,7 +78,7 @@ fn open(input: &Input) -> Result<Session> {
     Session::open(
         model(input)?,
         &input.texts,
-        input.calibration.as_deref(),
+        &input.calibration,
         input.calibration_tokens,
     )
 }
@@ -203,7 +210,68 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
     Ok(())
 }
 
+/// Plans for all positions of contexts of so many tokens, or for the end of longer ones.
 fn plan(
+    input: &Input,
+    options: PlanOptions,
+    length: Option<usize>,
+    costs: Option<&Path>,
+    output: &Path,
+) -> Result<()> {
+    let session = open(input)?;
+    let (model, config) = (&session.model, session.model.config());
+    let options = options.fingerprint(model.fingerprint());
+    let start = Instant::now();
+    let planner = match costs.filter(|file| file.exists()) {
+        Some(file) => state_plan::load_costs(file)?,
+        None => {
+            let length = length.unwrap_or(input.calibration_tokens.min(config.context));
+            warn_beyond(&session, &[("a calibration text", length)]);
+            let texts = state_plan::plan_texts(session.corpus.planning()?, length)?;
+            let bar = bar(texts.len() * state_plan::steps(config))?;
+            let file = Gguf::open(self::model(input)?)?;
+            let planner = state_plan::costs(model, file, &texts, &options, &bar)?;
+            bar.finish_and_clear();
+            println!(
+                "costs measured on {} texts of {length} tokens in {:.0} s:",
+                texts.len(),
+                start.elapsed().as_secs_f64()
+            );
+            for PlanText { text, weight, .. } in &texts {
+                println!("    {}{}", text.name, if *weight < 1.0 { " (copied)" } else { "" });
+            }
+            if let Some(file) = costs {
+                state_plan::save_costs(&planner, file)?;
+            }
+            planner
+        }
+    };
+    let found = planner.plan_with(&options)?;
+    state_plan::check(&found, "the file of `--costs`", model)?;
+    println!("{found}");
+    state_plan::save(&found, output)?;
+    let by_file: Kernel = format!("merged,plan={}", output.display()).parse()?;
+    compare_states(&session, &session.attention(&by_file)?.layers)?;
+    println!("written to {}; use it as `{by_file}`", output.display());
+    Ok(())
+}
+
+/// Prints the size of the state of these layers beside that of softmax.
+fn compare_states(session: &Session, layers: &[MultiHead<f32>]) -> Result<()> {
+    for tokens in [1024, 8192, 65_536] {
+        let bytes = state_bytes(layers, session.model.config(), tokens)?;
+        let cache = softmax_bytes(session, tokens)?;
+        println!(
+            "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
+            mib(bytes),
+            mib(cache),
+            cache as f64 / bytes.max(1) as f64
+        );
+    }
+    Ok(())
+}
+
+fn heads(
     session: &Session,
     kernel: &Kernel,
     exact: Option<usize>,
@@ -260,16 +328,7 @@ fn plan(
     plan.save(output)?;
     let by_file: Kernel = format!("{},plan={}", kernel, output.display()).parse()?;
     let layers = session.attention(&by_file)?.layers;
-    for tokens in [1024, 8192, 65_536] {
-        let (bytes, cache) =
-            (state_bytes(&layers, config, tokens)?, softmax_bytes(session, tokens)?);
-        println!(
-            "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
-            mib(bytes),
-            mib(cache),
-            cache as f64 / bytes.max(1) as f64
-        );
-    }
+    compare_states(session, &layers)?;
     println!("written to {}; use it as `{by_file}`", output.display());
     Ok(())
 }

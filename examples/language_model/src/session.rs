@@ -4,7 +4,8 @@ use crate::capture::Capture;
 use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::model::Model;
-use crate::plan::{self, Plan};
+use crate::plan::{self, Choice, Plan};
+use crate::state_plan;
 use crate::recall::{Prompt, Score, Task, copying};
 use crate::texts::{Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
@@ -37,8 +38,8 @@ pub struct Session {
 pub struct Attentions {
     /// One for each layer.
     pub layers: Vec<MultiHead<f32>>,
-    /// The exact heads.
-    pub plan: Option<Plan>,
+    /// What was chosen of the heads.
+    pub plan: Option<Choice>,
 }
 
 impl Session {
@@ -46,7 +47,7 @@ impl Session {
     pub fn open(
         model: &Path,
         texts: &[PathBuf],
-        calibration: Option<&Path>,
+        calibration: &[PathBuf],
         calibration_tokens: usize,
     ) -> Result<Self> {
         let mut file = Gguf::open(model)?;
@@ -211,13 +212,18 @@ impl Session {
                 );
                 let by = by.as_deref().unwrap_or(kernel);
                 let choice = self.errors(by)?.keep(*count);
-                Some(Plan::new(config, by, &self.calibration()?, self.warm_up()?, choice))
+                let text = self.calibration()?;
+                Some(Choice::Exact(Plan::new(config, by, &text, self.warm_up()?, choice)))
             }
-            Exact::Plan(path) => Some(Plan::load(path, config)?),
+            Exact::Plan(path) => Some(Choice::load(path, &self.model)?),
         };
+        if let Some(plan) = plan.as_ref().and_then(Choice::settings) {
+            let layers = state_plan::layers(plan, kernel, config)?;
+            return Ok(Attentions { layers, plan: Some(Choice::Settings(plan.clone())) });
+        }
         let capture = if kernel.is_fitted() { Some(self.capture()?) } else { None };
         let layers = kernel
-            .layers(config, capture, plan.as_ref())
+            .layers(config, capture, plan.as_ref().and_then(Choice::exact))
             .with_context(|| format!("kernel `{kernel}`"))?;
         Ok(Attentions { layers, plan })
     }

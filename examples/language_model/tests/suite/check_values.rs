@@ -44,7 +44,7 @@ fn smollm2_gives_the_values_that_were_found() {
         println!("skipped: DIJIANG_MODEL and DIJIANG_TOKENS name no files");
         return;
     };
-    let session = Session::open(&model, &[tokens], None, 2048).unwrap();
+    let session = Session::open(&model, &[tokens], &[], 2048).unwrap();
     let attention = |name: &str| session.attention(&name.parse::<Kernel>().unwrap()).unwrap();
     let read = |layers: &[MultiHead<f32>]| -> Losses {
         let texts = session.corpus.evaluation().unwrap();
