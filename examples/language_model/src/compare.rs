@@ -2,7 +2,6 @@
 
 use crate::decode::{Decode, decode};
 use crate::kernels::{Kernel, state_bytes};
-use crate::plan::Choice;
 use crate::perplexity::{Losses, longest, losses, predicted};
 use crate::progress;
 use crate::recall::{Score, Task};
@@ -172,8 +171,8 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
             .iter()
             .map(|&n| Ok((n, state_bytes(layers, config, n)?)))
             .collect::<Result<_>>()?,
-        settings: attention.plan.as_ref().and_then(Choice::settings).cloned(),
-        plan: attention.plan.as_ref().and_then(Choice::exact).map(|plan| Chosen {
+        settings: attention.settings,
+        plan: attention.plan.map(|plan| Chosen {
             exact: plan.heads.heads().to_vec(),
             errors: plan.heads.errors().clone(),
         }),

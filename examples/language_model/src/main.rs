@@ -75,12 +75,7 @@ fn model(input: &Input) -> Result<&Path> {
 }
 
 fn open(input: &Input) -> Result<Session> {
-    Session::open(
-        model(input)?,
-        &input.texts,
-        &input.calibration,
-        input.calibration_tokens,
-    )
+    Session::open(model(input)?, &input.texts, &input.calibration, input.calibration_tokens)
 }
 
 fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<()> {

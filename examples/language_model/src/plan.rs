@@ -40,24 +40,6 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// The choice of exact heads, if that is all.
-    #[must_use]
-    pub fn exact(&self) -> Option<&Plan> {
-        match self {
-            Self::Exact(plan) => Some(plan),
-            Self::Settings(_) => None,
-        }
-    }
-
-    /// The setting of every head, if it says that.
-    #[must_use]
-    pub fn settings(&self) -> Option<&StatePlan> {
-        match self {
-            Self::Exact(_) => None,
-            Self::Settings(plan) => Some(plan),
-        }
-    }
-
     /// Reads a file of either kind, for this model.
     pub fn load(path: &Path, model: &Model) -> Result<Self> {
         let text =

@@ -73,9 +73,7 @@ impl Exact {
         let embedding = matrix("token_embd.weight", &[vocabulary, width])?;
         let norm = matrix("output_norm.weight", &[width])?;
         let output = match file.has("output.weight") {
-            true => {
-                Some(file.tensor("output.weight", &[vocabulary, width])?.to_dtype(precision)?)
-            }
+            true => Some(file.tensor("output.weight", &[vocabulary, width])?.to_dtype(precision)?),
             false => None,
         };
         Ok(Self { file, config, precision, embedding, output, norm })

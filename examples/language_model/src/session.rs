@@ -5,12 +5,12 @@ use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::model::Model;
 use crate::plan::{self, Choice, Plan};
-use crate::state_plan;
 use crate::recall::{Prompt, Score, Task, copying};
+use crate::state_plan;
 use crate::texts::{Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, ensure};
-use dijiang::{HeadErrors, MultiHead};
+use dijiang::{HeadErrors, MultiHead, StatePlan};
 use indicatif::ProgressBar;
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -33,13 +33,15 @@ pub struct Session {
     errors: RefCell<HashMap<String, HeadErrors>>,
 }
 
-/// Attention for every layer of a model, with the choice of heads it came from.
+/// Attention for every layer of a model, with the choices it came from.
 #[derive(Clone, Debug)]
 pub struct Attentions {
     /// One for each layer.
     pub layers: Vec<MultiHead<f32>>,
-    /// What was chosen of the heads.
-    pub plan: Option<Choice>,
+    /// The exact heads, if they were chosen.
+    pub plan: Option<Plan>,
+    /// The setting of every head, if it was planned.
+    pub settings: Option<StatePlan>,
 }
 
 impl Session {
@@ -213,18 +215,20 @@ impl Session {
                 let by = by.as_deref().unwrap_or(kernel);
                 let choice = self.errors(by)?.keep(*count);
                 let text = self.calibration()?;
-                Some(Choice::Exact(Plan::new(config, by, &text, self.warm_up()?, choice)))
+                Some(Plan::new(config, by, &text, self.warm_up()?, choice))
             }
-            Exact::Plan(path) => Some(Choice::load(path, &self.model)?),
+            Exact::Plan(path) => match Choice::load(path, &self.model)? {
+                Choice::Exact(plan) => Some(plan),
+                Choice::Settings(settings) => {
+                    let layers = state_plan::layers(&settings, kernel, config)?;
+                    return Ok(Attentions { layers, plan: None, settings: Some(settings) });
+                }
+            },
         };
-        if let Some(plan) = plan.as_ref().and_then(Choice::settings) {
-            let layers = state_plan::layers(plan, kernel, config)?;
-            return Ok(Attentions { layers, plan: Some(Choice::Settings(plan.clone())) });
-        }
         let capture = if kernel.is_fitted() { Some(self.capture()?) } else { None };
         let layers = kernel
-            .layers(config, capture, plan.as_ref().and_then(Choice::exact))
+            .layers(config, capture, plan.as_ref())
             .with_context(|| format!("kernel `{kernel}`"))?;
-        Ok(Attentions { layers, plan })
+        Ok(Attentions { layers, plan, settings: None })
     }
 }

@@ -61,11 +61,7 @@ impl Corpus {
     ///
     /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
     /// text. A calibration text may also come from a `.json` file that names one.
-    pub fn open(
-        files: &[PathBuf],
-        calibration: &[PathBuf],
-        with: Encoder<'_>,
-    ) -> Result<Self> {
+    pub fn open(files: &[PathBuf], calibration: &[PathBuf], with: Encoder<'_>) -> Result<Self> {
         let mut evaluation = Vec::new();
         let mut named = Vec::new();
         for file in files {

@@ -102,8 +102,7 @@ impl Tables {
         let (a, b) = (turned.narrow(D::Minus1, 0, 1)?, turned.narrow(D::Minus1, 1, 1)?);
         let first = (a.broadcast_mul(&self.cos)? - b.broadcast_mul(&self.sin)?)?;
         let second = (a.broadcast_mul(&self.sin)? + b.broadcast_mul(&self.cos)?)?;
-        let turned =
-            Tensor::cat(&[first, second], D::Minus1)?.reshape((heads, n, 2 * pairs))?;
+        let turned = Tensor::cat(&[first, second], D::Minus1)?.reshape((heads, n, 2 * pairs))?;
         match d - 2 * pairs {
             0 => Ok(turned),
             rest => Tensor::cat(&[turned, x.narrow(D::Minus1, 2 * pairs, rest)?], D::Minus1),

@@ -37,12 +37,7 @@ const ROWS: usize = 256;
 impl Loss {
     /// The loss of a text and its gradient by the hidden states `[n, width]`, whose products with
     /// `head [vocabulary, width]` are the logits.
-    pub(super) fn gradient(
-        &self,
-        hidden: &Tensor,
-        head: &Tensor,
-        tokens: &[u32],
-    ) -> Result<Found> {
+    pub(super) fn gradient(&self, hidden: &Tensor, head: &Tensor, tokens: &[u32]) -> Result<Found> {
         let n = tokens.len();
         if let Self::LogOdds(places) = self {
             ensure!(

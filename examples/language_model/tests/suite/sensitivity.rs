@@ -4,12 +4,12 @@ use crate::common::naive::Naive;
 use crate::common::{Scaling, Sizes, softmax, tokens};
 use candle_core::DType;
 use candle_core::quantized::GgmlDType;
-use ndarray::ArrayView1;
 use indicatif::ProgressBar;
 use language_model::gguf::Gguf;
 use language_model::model::Scales;
 use language_model::perplexity::loss_of;
 use language_model::sensitivity::{Exact, Loss, Sensitivities, steps};
+use ndarray::ArrayView1;
 use std::path::Path;
 
 fn backward(path: &Path, precision: DType, tokens: &[u32], loss: &Loss) -> Sensitivities {
@@ -99,7 +99,9 @@ fn they_are_what_central_differences_of_the_formula_give() {
 #[test]
 fn every_option_of_a_model_has_its_part() {
     let scales = Scales { embedding: Some(1.5), residual: Some(0.7), attention: Some(0.4) };
-    let sizes = Sizes { scales, rope_factors: true, rope_dims: Some(12), ..Sizes::default() };
+    // without a head of its own an embedding scaled up leaves the model no doubt, and no gradient
+    let tied = false;
+    let sizes = Sizes { scales, tied, rope_factors: true, rope_dims: Some(12), ..Sizes::default() };
     check(&sizes, &Loss::OwnWords { seed: 5 });
     let sizes = Sizes { scaling: Scaling::Linear(2.0), kv_heads: 4, layers: 3, ..sizes };
     check(&sizes, &Loss::LogOdds(4..12));
@@ -145,7 +147,6 @@ fn the_forward_pass_is_that_of_the_model() {
     assert!(loss / (read.len() as f64) < f64::from(sizes.vocabulary as u32).ln());
 }
 
-/// With enough draws the mean of `g` is 0: that of a likelihood at its own distribution.
 #[test]
 fn the_same_seed_draws_the_same_words() {
     let sizes = Sizes::default();
@@ -155,12 +156,6 @@ fn the_same_seed_draws_the_same_words() {
     assert_eq!(of(1).targets, of(1).targets);
     assert_eq!(of(1).layers(), of(1).layers());
     assert_ne!(of(1).targets, of(2).targets);
-    let mean = |count: u64| {
-        let sum = (0..count).map(|seed| of(seed).layers()[0][[1, 30, 2]]).sum::<f32>();
-        sum / count as f32
-    };
-    let size = of(1).layers()[0].index_axis(ndarray::Axis(0), 1).mapv(f32::abs).sum();
-    assert!(mean(64).abs() < size / 4.0, "{} {size}", mean(64));
 }
 
 #[test]
