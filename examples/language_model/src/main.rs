@@ -31,9 +31,9 @@ fn main() -> Result<()> {
         Command::Perplexity { kernels, context } => perplexity(&open(&input)?, &kernels, context),
         Command::Recall { kernels, tasks } => recall(&open(&input)?, &kernels, &tasks),
         Command::Plan { budget, exact, length, costs, output } => {
-            let options = PlanOptions::new(budget.budget()).exact_heads(exact);
+            let options = PlanOptions::new(budget.budget());
             let options = length.into_iter().fold(options, PlanOptions::length);
-            plan(&input, options, length, costs.as_deref(), &output)
+            plan(&input, options, exact, length, costs.as_deref(), &output)
         }
         Command::Heads { kernel, exact, budget, at, output } => {
             heads(&open(&input)?, &kernel, exact, budget.zip(at), &output)
@@ -209,13 +209,16 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
 fn plan(
     input: &Input,
     options: PlanOptions,
+    exact: usize,
     length: Option<usize>,
     costs: Option<&Path>,
     output: &Path,
 ) -> Result<()> {
     let session = open(input)?;
     let (model, config) = (&session.model, session.model.config());
-    let options = options.fingerprint(model.fingerprint());
+    let of_model = config.layers * config.kv_heads;
+    ensure!(exact <= of_model, "`--exact` is {exact}, but the model has {of_model} kv heads");
+    let options = options.exact_heads(exact).fingerprint(model.fingerprint());
     let start = Instant::now();
     let planner = match costs.filter(|file| file.exists()) {
         Some(file) => state_plan::load_costs(file)?,

@@ -30,7 +30,7 @@ const MOST_WINDOWS: usize = 6;
 /// What a copy counts: log odds are tens of nats where likelihoods are a few.
 const WEIGHT_OF_COPIES: f64 = 0.02;
 /// The fewest tokens of a text to plan by.
-const FEWEST: usize = 128;
+const FEWEST: usize = 64;
 
 /// Windows of `length` tokens of these texts, for the model's own words, and two copies: a passage
 /// twice; a passage, another text, the passage again.
@@ -63,7 +63,9 @@ pub fn plan_texts(texts: &[Text], length: usize) -> Result<Vec<PlanText>> {
         windows.dedup();
     }
     let (passages, others) = (&windows[0], &windows[windows.len() / 2]);
-    let twice = passages.tokens[..length / 2].repeat(2);
+    let half = length.div_ceil(2);
+    let mut twice = passages.tokens[..half].repeat(2);
+    twice.truncate(length);
     let again = length - length / 4;
     let mut apart = others.tokens.clone();
     apart[..length / 4].copy_from_slice(&passages.tokens[..length / 4]);
@@ -78,7 +80,7 @@ pub fn plan_texts(texts: &[Text], length: usize) -> Result<Vec<PlanText>> {
         weight: WEIGHT_OF_COPIES,
     };
     let copies = [
-        copy("twice", twice, length / 2..2 * (length / 2)),
+        copy("twice", twice, half..length),
         copy("again after another text", apart, again..length),
     ];
     let own = windows.into_iter().zip(0..).map(|(text, seed)| PlanText {
@@ -178,4 +180,48 @@ pub fn layers(plan: &StatePlan, kernel: &Kernel, config: &Config) -> Result<Vec<
          `merged,plan=FILE` and nothing else"
     );
     (0..config.layers).map(|layer| Ok(plan.layer(layer, config.heads)?)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(name: &str, first: u32, count: u32) -> Text {
+        Text { name: name.to_owned(), tokens: (first..first + count).collect() }
+    }
+
+    #[test]
+    fn each_text_is_read_and_one_is_copied() {
+        let texts = [text("a", 0, 250), text("b", 1000, 120), text("c", 2000, 90)];
+        let found = plan_texts(&texts, 100).unwrap();
+        let names: Vec<&str> = found.iter().map(|text| text.text.name.as_str()).collect();
+        assert_eq!(names, ["a", "b", "a", "a, twice", "a, again after another text"]);
+        assert!(found.iter().all(|text| text.text.tokens.len() == 100));
+        assert_eq!(found[2].text.tokens[0], 100);
+        assert_eq!(found[1].loss, Loss::OwnWords { seed: 1 });
+        let [twice, apart] = [&found[3], &found[4]];
+        assert_eq!(twice.text.tokens[..50], twice.text.tokens[50..]);
+        assert_eq!((&twice.loss, twice.weight), (&Loss::LogOdds(50..100), 0.02));
+        assert_eq!(apart.text.tokens[..25], apart.text.tokens[75..]);
+        assert_eq!(apart.text.tokens[25..75], texts[1].tokens[25..75]);
+        assert_eq!(apart.loss, Loss::LogOdds(75..100));
+    }
+
+    #[test]
+    fn short_texts_are_joined() {
+        let texts = [text("a", 0, 70), text("b", 1000, 90)];
+        let found = plan_texts(&texts, 101).unwrap();
+        let names: Vec<&str> = found.iter().map(|text| text.text.name.as_str()).collect();
+        let copies = ["a and others, twice", "a and others, again after another text"];
+        assert_eq!(names, [&["a and others", "b and others"][..], &copies].concat());
+        assert_eq!(found[0].text.tokens[69..71], [69, 1000]);
+        assert_eq!(found[1].text.tokens[89..91], [1089, 0]);
+        // an odd length: the passage is not copied to its end
+        assert_eq!((found[2].text.tokens.len(), &found[2].loss), (101, &Loss::LogOdds(51..101)));
+        let one = plan_texts(&texts[1..], 80).unwrap();
+        assert_eq!((one.len(), one[2].text.tokens[20]), (3, 1020));
+        let error = plan_texts(&texts, 161).unwrap_err().to_string();
+        assert!(error.contains("160 tokens together, but a plan for 161"), "{error}");
+        assert!(plan_texts(&texts, 3).unwrap_err().to_string().contains("at least 64"));
+    }
 }
