@@ -22,6 +22,7 @@ pages! {
     decay,
     hybrids,
     exact_heads,
+    plans,
     weights,
     speed,
     machines,

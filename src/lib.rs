@@ -45,7 +45,7 @@
 //! | what you have | kernel |
 //! |---|---|
 //! | a trained softmax model | [`SoftmaxAttention`], exact |
-//! | the same, and its cache is too large | [`HybridAttention`] with [`Far::merged`] in most heads, the worst exact ([`HeadErrors`]) |
+//! | the same, and its cache is too large | [`HybridAttention`] with [`Far::merged`] in most heads, the worst exact ([`HeadErrors`]), or a budget for every head ([`StatePlan`]) |
 //! | a model trained with another kernel | its own: [`Performer`], [`EluFeatures`], [`ReluFeatures`], [`TaylorFeatures`] or [`OfficialDijiang`] in [`LinearAttention`], [`DijiangBlock`], [`Retention`], [`CosFormer`], [`Linformer`], [gated sums](LinearAttention::gated); [the table](guide::families) |
 //! | a model that will be trained | any map; [`Performer`] is the plainest, [`DctFeatures`] has no matrix to store |
 //! | small norms, no training | [`DctFeatures`] with [`Radii::Antithetic`] |
@@ -77,8 +77,8 @@
 //!
 //! - `rayon`: threads over heads, sequences and within one long sequence; the same result bit for
 //!   bit.
-//! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`] and
-//!   reports serialise; a restored stream goes on bit for bit.
+//! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`],
+//!   plans and reports serialise; a restored stream goes on bit for bit.
 //! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model.
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
