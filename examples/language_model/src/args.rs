@@ -259,8 +259,9 @@ pub enum Command {
     /// All of it for a list of kernels: a table, CSV, and a page with pictures
     #[command(after_long_help = GRAMMAR)]
     Compare {
-        /// Kernels to measure; softmax comes first in any case
-        #[arg(value_name = "KERNEL", default_values = DEFAULT)]
+        /// Kernels to measure; softmax comes first in any case [default: windows, maps, memories and
+        /// the plan that comes along, if it is for this model]
+        #[arg(value_name = "KERNEL")]
         kernels: Vec<Kernel>,
         /// Predictions in a window of text
         #[arg(
@@ -374,7 +375,8 @@ pub struct Tasks {
     pub copied: usize,
 }
 
-const DEFAULT: [&str; 10] = [
+/// Kernels that are compared unless others are given.
+pub const COMPARED: [&str; 11] = [
     "softmax",
     "window:128",
     "performer:256",
@@ -385,4 +387,5 @@ const DEFAULT: [&str; 10] = [
     "merged:64,pool",
     "window:128,exact=9,by=merged:64",
     "merged:64,pool,exact=9",
+    "merged,plan=smollm2-135m-128",
 ];

@@ -43,11 +43,9 @@ A kernel is NAME[:SIZE][,OPTION]...
                      calibration text
   by=KERNEL          with exact: choose them by this kernel's errors instead (a name without \
                            options)
-  plan=FILE          merged, without a size and options: window, entries and decay of every \
-                           head, and which
-                     stay exact, as `plan` wrote them to FILE; of any kernel: keep the heads \
-                           exact that
-                     `heads` wrote to FILE";
+  plan=FILE          what `plan` wrote: window, entries and decay of every head, for `merged`
+                     without a size and options; `smollm2-135m-128` comes along. Of any
+                     kernel, what `heads` wrote: the heads that stay exact";
 
 /// A kernel for every head of a model.
 #[derive(Clone, Debug, PartialEq)]

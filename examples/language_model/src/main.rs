@@ -4,14 +4,14 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
-use language_model::args::{Cli, Command, Input, Tasks};
+use language_model::args::{COMPARED, Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
 use language_model::gguf::Gguf;
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::model::Time;
 use language_model::perplexity::{longest, losses, predicted};
-use language_model::plan::Plan;
+use language_model::plan::{Choice, Plan};
 use language_model::progress::bar;
 use language_model::recall::Task;
 use language_model::report::{self, mib};
@@ -20,7 +20,7 @@ use language_model::state_plan::{self, PlanText};
 use std::fs;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn main() -> Result<()> {
     let Cli { input, command } = Cli::parse();
@@ -219,7 +219,6 @@ fn plan(
     let of_model = config.layers * config.kv_heads;
     ensure!(exact <= of_model, "`--exact` is {exact}, but the model has {of_model} kv heads");
     let options = options.exact_heads(exact).fingerprint(model.fingerprint());
-    let start = Instant::now();
     let planner = match costs.filter(|file| file.exists()) {
         Some(file) => state_plan::load_costs(file)?,
         None => {
@@ -228,12 +227,13 @@ fn plan(
             let texts = state_plan::plan_texts(session.corpus.planning()?, length)?;
             let bar = bar(texts.len() * state_plan::steps(config))?;
             let file = Gguf::open(self::model(input)?)?;
-            let planner = state_plan::costs(model, file, &texts, &options, &bar)?;
+            let (planner, took) = state_plan::costs(model, file, &texts, &options, &bar)?;
             bar.finish_and_clear();
             println!(
-                "costs measured on {} texts of {length} tokens in {:.0} s:",
+                "costs measured on {} texts of {length} tokens in {:.0} s, sensitivities in {:.0} s:",
                 texts.len(),
-                start.elapsed().as_secs_f64()
+                took.costs.as_secs_f64(),
+                took.sensitivities.as_secs_f64()
             );
             for PlanText { text, weight, .. } in &texts {
                 println!("    {}{}", text.name, if *weight < 1.0 { " (copied)" } else { "" });
@@ -393,6 +393,22 @@ fn softmax_bytes(session: &Session, tokens: usize) -> Result<usize> {
     state_bytes(&session.attention(&"softmax".parse()?)?.layers, session.model.config(), tokens)
 }
 
+/// What is compared unless kernels are given; without plans that came along for other models.
+fn usual(session: &Session) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for name in COMPARED {
+        let kernel: Kernel = name.parse()?;
+        match kernel.exact() {
+            Exact::Plan(path) => match Choice::load(path, &session.model) {
+                Ok(_) => kernels.push(kernel),
+                Err(why) => eprintln!("note: `{kernel}` is left out: {why:#}"),
+            },
+            _ => kernels.push(kernel),
+        }
+    }
+    Ok(kernels)
+}
+
 fn all(
     session: &Session,
     mut kernels: Vec<Kernel>,
@@ -401,6 +417,9 @@ fn all(
     mut lengths: Vec<usize>,
     output: &PathBuf,
 ) -> Result<()> {
+    if kernels.is_empty() {
+        kernels = usual(session)?;
+    }
     let softmax: Kernel = "softmax".parse()?;
     kernels.retain(|kernel| *kernel != softmax);
     kernels.insert(0, softmax);

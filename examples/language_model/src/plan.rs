@@ -42,8 +42,11 @@ pub enum Choice {
 impl Choice {
     /// Reads a file of either kind, for this model.
     pub fn load(path: &Path, model: &Model) -> Result<Self> {
-        let text =
-            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text = match path.to_str().and_then(state_plan::built_in) {
+            Some(text) => text.to_owned(),
+            None => fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?,
+        };
         let not_a_plan = || format!("{} is not a plan", path.display());
         let json: serde_json::Value = serde_json::from_str(&text).with_context(not_a_plan)?;
         if json.get("budget").is_none() {

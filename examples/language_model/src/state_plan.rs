@@ -13,6 +13,7 @@ use dijiang::{ModelSizes, MultiHead, PlanOptions, PlanSample, StatePlan, StatePl
 use indicatif::ProgressBar;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// A text to plan by, with what is differentiated on it.
 #[derive(Clone, Debug, PartialEq)]
@@ -97,6 +98,15 @@ pub fn steps(config: &Config) -> usize {
     sensitivity::steps(config) + config.layers * config.kv_heads
 }
 
+/// Where the time of planning went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Took {
+    /// In forward and backward passes.
+    pub sensitivities: Duration,
+    /// In running every setting in every head.
+    pub costs: Duration,
+}
+
 /// Measures what every setting costs in every head, text by text. The bar advances by [`steps`] for
 /// each.
 pub fn costs(
@@ -105,15 +115,18 @@ pub fn costs(
     texts: &[PlanText],
     options: &PlanOptions,
     bar: &ProgressBar,
-) -> Result<StatePlanner> {
+) -> Result<(StatePlanner, Took)> {
     let config = model.config();
     let mut planner = StatePlanner::new(options)?;
     let mut exact = Exact::new(file, DType::F32)?;
+    let mut took = Took::default();
     for PlanText { text, loss, weight } in texts {
         let place = || format!("planning by `{}`", text.name);
         bar.set_message(format!("{}: sensitivities", text.name));
+        let start = Instant::now();
         let sensitivities = exact.backward(&text.tokens, loss, bar).with_context(place)?;
         let capture = Capture::of(model, &text.tokens).with_context(place)?;
+        took.sensitivities += start.elapsed();
         let samples: Vec<_> = capture
             .samples()
             .into_iter()
@@ -123,9 +136,11 @@ pub fn costs(
             })
             .collect();
         bar.set_message(format!("{}: costs of settings", text.name));
+        let start = Instant::now();
         planner.add_with_progress(&samples, &|_, _| bar.inc(1)).with_context(place)?;
+        took.costs += start.elapsed();
     }
-    Ok(planner)
+    Ok((planner, took))
 }
 
 /// The sizes that a plan must have.
@@ -138,6 +153,16 @@ pub fn sizes(config: &Config) -> ModelSizes {
         head_dim: config.head_dim,
         value_dim: config.value_dim,
     }
+}
+
+/// Plans that come along, by name.
+const BUILT_IN: [(&str, &str); 1] =
+    [("smollm2-135m-128", include_str!("../plans/smollm2-135m-128.json"))];
+
+/// The plan of this name that comes along, as JSON.
+#[must_use]
+pub fn built_in(name: &str) -> Option<&'static str> {
+    BUILT_IN.iter().find(|(other, _)| *other == name).map(|(_, json)| *json)
 }
 
 /// Writes a plan as JSON.

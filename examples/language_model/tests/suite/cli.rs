@@ -91,7 +91,9 @@ fn a_choice_of_heads_is_written_and_used() {
 #[test]
 fn a_plan_of_every_head_is_written_and_used() {
     let written = written();
-    let plan = |more: &[&str]| [&["plan", "--calibration", "text.txt"][..], more].concat();
+    fn plan<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["plan", "--calibration", "text.txt"][..], more].concat()
+    }
     let costs = ["--costs", "costs.json", "-o", "plan.json"];
     let found = prints(&written, &plan(&[&["--slots", "24", "--exact", "1"][..], &costs].concat()));
     assert!(found.contains("costs measured on 3 texts of 120 tokens"), "{found}");
@@ -207,7 +209,7 @@ fn numbers_that_cannot_be() {
     ];
     let zero = ["0"].iter().chain(&counts).copied().collect::<Vec<_>>();
     let few = ["0", "1"].iter().chain(&counts).copied().collect::<Vec<_>>();
-    let cases: [(&str, &[&str], &[&str]); 20] = [
+    let cases: [(&str, &[&str], &[&str]); 26] = [
         ("--context", &["perplexity"], &zero),
         ("--context", &["compare"], &few),
         ("--calibration-tokens", &["perplexity"], &zero),
