@@ -4,11 +4,14 @@ use crate::kernels::{GRAMMAR, Kernel};
 use crate::linear::Weights;
 use crate::recall::MOST_PAIRS;
 use clap::{Args, Parser, Subcommand};
+use dijiang::Budget;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 /// The most tokens that an argument may ask for; more is a slip.
 const MOST_TOKENS: u64 = 1 << 24;
+/// Numbers or bytes of a head; more is a slip as well.
+const MOST_FLOATS: u64 = 1 << 32;
 /// More threads or prompts are a slip as well.
 const MOST: u64 = 1024;
 
@@ -72,10 +75,10 @@ pub struct Input {
     #[arg(long = "text", value_name = "FILE", global = true)]
     pub texts: Vec<PathBuf>,
 
-    /// Text to calibrate kernels to and to choose exact heads on [default: one in a .json of
-    /// `--text`, or one that comes along]
+    /// Text to calibrate kernels to and to choose exact heads on; repeatable: `plan` reads all
+    /// [default: one in a .json of `--text`, or five that come along]
     #[arg(long, value_name = "FILE", global = true)]
-    pub calibration: Option<PathBuf>,
+    pub calibration: Vec<PathBuf>,
 
     /// Tokens of the calibration text to use, at most as many as the model was trained on at once
     #[arg(
@@ -132,9 +135,40 @@ pub enum Command {
         #[command(flatten)]
         tasks: Tasks,
     },
+    /// Window, entries and decay for every kv head at a fixed total, as JSON for
+    /// `merged,plan=FILE`: from the texts of `--calibration`, minutes for each
+    Plan {
+        #[command(flatten)]
+        budget: PlanBudget,
+        /// How many kv heads to keep exact, beside the budget of the others
+        #[arg(
+            long,
+            value_name = "N",
+            value_parser = count(0, MOST_TOKENS),
+            allow_negative_numbers = true,
+            default_value_t = 0
+        )]
+        exact: usize,
+        /// Plan for contexts of so many tokens, and read as many of each text [default: all
+        /// positions of contexts of `--calibration-tokens`]
+        #[arg(
+            long,
+            value_name = "TOKENS",
+            value_parser = count(1, MOST_TOKENS),
+            allow_negative_numbers = true
+        )]
+        length: Option<usize>,
+        /// What every setting costs in every head: read from this file if it is there, else
+        /// measured and written to it; so another budget takes no time
+        #[arg(long, value_name = "FILE")]
+        costs: Option<PathBuf>,
+        /// Where to write the plan
+        #[arg(long, short, value_name = "FILE", default_value = "plan.json")]
+        output: PathBuf,
+    },
     /// The error of a kernel in every kv head, and the choice of heads to keep exact, as JSON
     #[command(after_long_help = GRAMMAR)]
-    Plan {
+    Heads {
         /// Kernel of the other heads
         #[arg(value_name = "KERNEL", default_value = "merged:64")]
         kernel: Kernel,
@@ -165,8 +199,8 @@ pub enum Command {
             requires = "budget"
         )]
         at: Option<usize>,
-        /// Where to write the plan
-        #[arg(long, short, value_name = "FILE", default_value = "plan.json")]
+        /// Where to write the choice
+        #[arg(long, short, value_name = "FILE", default_value = "heads.json")]
         output: PathBuf,
     },
     /// Writes text, token by token, and says what it cost
@@ -231,8 +265,9 @@ pub enum Command {
     /// All of it for a list of kernels: a table, CSV, and a page with pictures
     #[command(after_long_help = GRAMMAR)]
     Compare {
-        /// Kernels to measure; softmax comes first in any case
-        #[arg(value_name = "KERNEL", default_values = DEFAULT)]
+        /// Kernels to measure; softmax comes first in any case [default: windows, maps, memories and
+        /// the plan that comes along, if it is for this model]
+        #[arg(value_name = "KERNEL")]
         kernels: Vec<Kernel>,
         /// Predictions in a window of text
         #[arg(
@@ -267,10 +302,50 @@ impl Cli {
     pub fn weights(&self) -> Weights {
         self.input.weights.unwrap_or(match self.command {
             Command::Generate { .. } | Command::Compare { .. } => Weights::Quantised,
-            Command::Perplexity { .. } | Command::Recall { .. } | Command::Plan { .. } => {
-                Weights::F32
-            }
+            _ => Weights::F32,
         })
+    }
+}
+
+/// What the heads that are not exact may take, on average.
+#[derive(Args, Clone, Debug)]
+#[group(multiple = false)]
+pub struct PlanBudget {
+    /// Tokens of the window and merged entries of a kv head [default: 128]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = count(1, MOST_TOKENS),
+        allow_negative_numbers = true
+    )]
+    pub slots: Option<usize>,
+    /// Numbers of the state of a kv head
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = count(1, MOST_FLOATS),
+        allow_negative_numbers = true
+    )]
+    pub floats: Option<usize>,
+    /// Bytes of the state of a kv head
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = count(1, MOST_FLOATS),
+        allow_negative_numbers = true
+    )]
+    pub bytes: Option<usize>,
+}
+
+impl PlanBudget {
+    /// As the library says it.
+    #[must_use]
+    pub fn budget(&self) -> Budget {
+        match (self.slots, self.floats, self.bytes) {
+            (_, Some(floats), _) => Budget::FloatsPerHead(floats),
+            (_, _, Some(bytes)) => Budget::BytesPerHead(bytes),
+            (slots, None, None) => Budget::Slots(slots.unwrap_or(128)),
+        }
     }
 }
 
@@ -317,7 +392,8 @@ pub struct Tasks {
     pub copied: usize,
 }
 
-const DEFAULT: [&str; 10] = [
+/// Kernels that are compared unless others are given.
+pub const COMPARED: [&str; 11] = [
     "softmax",
     "window:128",
     "performer:256",
@@ -328,4 +404,5 @@ const DEFAULT: [&str; 10] = [
     "merged:64,pool",
     "window:128,exact=9,by=merged:64",
     "merged:64,pool,exact=9",
+    "merged,plan=smollm2-135m-128",
 ];

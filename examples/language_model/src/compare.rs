@@ -7,7 +7,7 @@ use crate::progress;
 use crate::recall::{Score, Task};
 use crate::session::Session;
 use anyhow::{Context, Result, bail, ensure};
-use dijiang::HeadErrors;
+use dijiang::{HeadErrors, StatePlan};
 use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use std::time::Instant;
@@ -78,6 +78,9 @@ pub struct Row {
     pub state: Vec<(usize, usize)>,
     /// The exact heads, if they were chosen, and the errors of all.
     pub plan: Option<Chosen>,
+    /// The setting of every head, if it was planned.
+    #[serde(default)]
+    pub settings: Option<StatePlan>,
 }
 
 /// The score of one kind of list.
@@ -168,6 +171,7 @@ fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar)
             .iter()
             .map(|&n| Ok((n, state_bytes(layers, config, n)?)))
             .collect::<Result<_>>()?,
+        settings: attention.settings,
         plan: attention.plan.map(|plan| Chosen {
             exact: plan.heads.heads().to_vec(),
             errors: plan.heads.errors().clone(),

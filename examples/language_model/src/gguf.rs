@@ -7,9 +7,9 @@ use crate::linear::{Linear, Weights};
 use crate::model::{Config, Scales};
 use crate::quantised::Quantised;
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use dijiang::{Rotary, RotaryPairs};
 use ndarray::{Array1, Array2};
 use std::cell::Cell;
@@ -250,6 +250,12 @@ impl Gguf {
         }
         let stored = Array2::from_shape_vec((outputs, inputs), widened(name, &stored)?)?;
         Ok(Linear::new(stored.t().as_standard_layout().into_owned()))
+    }
+
+    /// A tensor of `f32` as the file has it: of a linear layer `[out, in]`.
+    pub fn widened(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let values = widened(name, &self.tensor(name, shape)?)?;
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     /// A vector.

@@ -43,7 +43,9 @@ A kernel is NAME[:SIZE][,OPTION]...
                      calibration text
   by=KERNEL          with exact: choose them by this kernel's errors instead (a name without \
                            options)
-  plan=FILE          keep the heads exact that `plan` wrote to FILE";
+  plan=FILE          what `plan` wrote: window, entries and decay of every head, for `merged`
+                     without a size and options; `smollm2-135m-128` comes along. Of any
+                     kernel, what `heads` wrote: the heads that stay exact";
 
 /// A kernel for every head of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -247,6 +249,12 @@ impl Kernel {
         let name = without_choice(&self.name);
         let name = name.split(',').filter(|part| *part != "pool").collect::<Vec<_>>().join(",");
         Self { name, family: self.family, options, exact: Exact::None }
+    }
+
+    /// Whether it is `merged` as it is, apart from the choice of heads: a plan says all the rest.
+    #[must_use]
+    pub fn is_plain_merged(&self) -> bool {
+        without_choice(&self.name) == "merged"
     }
 
     /// Whether it is linear attention, with no window and no exact heads beside it.

@@ -16,6 +16,8 @@ pub mod progress;
 pub mod quantised;
 pub mod recall;
 pub mod report;
+pub mod sensitivity;
 pub mod session;
+pub mod state_plan;
 pub mod texts;
 pub mod tokenizer;

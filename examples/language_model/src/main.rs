@@ -2,20 +2,22 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use dijiang::{Attention, SoftmaxAttention};
+use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
-use language_model::args::{Cli, Command, Input, Tasks};
+use language_model::args::{COMPARED, Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
 use language_model::generate::{Sampling, chat, generate};
+use language_model::gguf::Gguf;
 use language_model::kernels::{Exact, Kernel, state_bytes};
 use language_model::linear::Weights;
 use language_model::model::Time;
 use language_model::perplexity::{longest, losses, predicted};
-use language_model::plan::Plan;
+use language_model::plan::{Choice, Plan};
 use language_model::progress::bar;
 use language_model::recall::Task;
 use language_model::report::{self, mib};
 use language_model::session::Session;
+use language_model::state_plan::{self, PlanText};
 use std::fs;
 use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
@@ -41,8 +43,13 @@ fn run(cli: Cli) -> Result<()> {
     match command {
         Command::Perplexity { kernels, context } => perplexity(&open()?, &kernels, context),
         Command::Recall { kernels, tasks } => recall(&open()?, &kernels, &tasks),
-        Command::Plan { kernel, exact, budget, at, output } => {
-            plan(&open()?, &kernel, exact, budget.zip(at), &output)
+        Command::Plan { budget, exact, length, costs, output } => {
+            let options = PlanOptions::new(budget.budget());
+            let options = length.into_iter().fold(options, PlanOptions::length);
+            plan(&input, options, exact, length, costs.as_deref(), &output)
+        }
+        Command::Heads { kernel, exact, budget, at, output } => {
+            heads(&open()?, &kernel, exact, budget.zip(at), &output)
         }
         Command::Generate {
             kernel,
@@ -84,7 +91,7 @@ fn open(input: &Input, weights: Weights) -> Result<Session> {
     Session::open(
         model(input)?,
         &input.texts,
-        input.calibration.as_deref(),
+        &input.calibration,
         input.calibration_tokens,
         weights,
     )
@@ -217,7 +224,71 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
     Ok(())
 }
 
+/// Plans for all positions of contexts of so many tokens, or for the end of longer ones.
 fn plan(
+    input: &Input,
+    options: PlanOptions,
+    exact: usize,
+    length: Option<usize>,
+    costs: Option<&Path>,
+    output: &Path,
+) -> Result<()> {
+    let session = open(input)?;
+    let (model, config) = (&session.model, session.model.config());
+    let of_model = config.layers * config.kv_heads;
+    ensure!(exact <= of_model, "`--exact` is {exact}, but the model has {of_model} kv heads");
+    let options = options.exact_heads(exact).fingerprint(model.fingerprint());
+    let planner = match costs.filter(|file| file.exists()) {
+        Some(file) => state_plan::load_costs(file)?,
+        None => {
+            let length = length.unwrap_or(input.calibration_tokens.min(config.context));
+            warn_beyond(&session, &[("a calibration text", length)]);
+            let texts = state_plan::plan_texts(session.corpus.planning()?, length)?;
+            let bar = bar(texts.len() * state_plan::steps(config))?;
+            let file = Gguf::open(self::model(input)?)?;
+            let (planner, took) = state_plan::costs(model, file, &texts, &options, &bar)?;
+            bar.finish_and_clear();
+            println!(
+                "costs measured on {} texts of {length} tokens in {:.0} s, sensitivities in {:.0} s:",
+                texts.len(),
+                took.costs.as_secs_f64(),
+                took.sensitivities.as_secs_f64()
+            );
+            for PlanText { text, weight, .. } in &texts {
+                println!("    {}{}", text.name, if *weight < 1.0 { " (copied)" } else { "" });
+            }
+            if let Some(file) = costs {
+                state_plan::save_costs(&planner, file)?;
+            }
+            planner
+        }
+    };
+    let found = planner.plan_with(&options)?;
+    state_plan::check(&found, "the file of `--costs`", model)?;
+    println!("{found}");
+    state_plan::save(&found, output)?;
+    let by_file: Kernel = format!("merged,plan={}", output.display()).parse()?;
+    compare_states(&session, &session.attention(&by_file)?.layers)?;
+    println!("written to {}; use it as `{by_file}`", output.display());
+    Ok(())
+}
+
+/// Prints the size of the state of these layers beside that of softmax.
+fn compare_states(session: &Session, layers: &[MultiHead<f32>]) -> Result<()> {
+    for tokens in [1024, 8192, 65_536] {
+        let bytes = state_bytes(layers, session.model.config(), tokens)?;
+        let cache = softmax_bytes(session, tokens)?;
+        println!(
+            "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
+            mib(bytes),
+            mib(cache),
+            cache as f64 / bytes.max(1) as f64
+        );
+    }
+    Ok(())
+}
+
+fn heads(
     session: &Session,
     kernel: &Kernel,
     exact: Option<usize>,
@@ -274,16 +345,7 @@ fn plan(
     plan.save(output)?;
     let by_file: Kernel = format!("{},plan={}", kernel, output.display()).parse()?;
     let layers = session.attention(&by_file)?.layers;
-    for tokens in [1024, 8192, 65_536] {
-        let (bytes, cache) =
-            (state_bytes(&layers, config, tokens)?, softmax_bytes(session, tokens)?);
-        println!(
-            "{tokens:>6} tokens: {:8.1} MiB of state, softmax {:8.1} MiB, a factor of {:.1}",
-            mib(bytes),
-            mib(cache),
-            cache as f64 / bytes.max(1) as f64
-        );
-    }
+    compare_states(session, &layers)?;
     println!("written to {}; use it as `{by_file}`", output.display());
     Ok(())
 }
@@ -350,6 +412,22 @@ fn softmax_bytes(session: &Session, tokens: usize) -> Result<usize> {
     state_bytes(&session.attention(&"softmax".parse()?)?.layers, session.model.config(), tokens)
 }
 
+/// What is compared unless kernels are given; without plans that came along for other models.
+fn usual(session: &Session) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for name in COMPARED {
+        let kernel: Kernel = name.parse()?;
+        match kernel.exact() {
+            Exact::Plan(path) => match Choice::load(path, &session.model) {
+                Ok(_) => kernels.push(kernel),
+                Err(why) => eprintln!("note: `{kernel}` is left out: {why:#}"),
+            },
+            _ => kernels.push(kernel),
+        }
+    }
+    Ok(kernels)
+}
+
 fn all(
     session: &Session,
     mut kernels: Vec<Kernel>,
@@ -358,6 +436,9 @@ fn all(
     mut lengths: Vec<usize>,
     output: &PathBuf,
 ) -> Result<()> {
+    if kernels.is_empty() {
+        kernels = usual(session)?;
+    }
     let softmax: Kernel = "softmax".parse()?;
     kernels.retain(|kernel| *kernel != softmax);
     kernels.insert(0, softmax);

@@ -188,6 +188,21 @@ impl Model {
         layers.chain([&self.embedding]).chain(&self.output).map(Linear::bytes).sum()
     }
 
+    /// Names the model by its sizes and the gains of its norms: these are kept in full where
+    /// matrices are quantised, so that one model has one fingerprint, however its weights are
+    /// stored, and a model trained further has another.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let Config { name, layers, width, heads, kv_heads, head_dim, value_dim, .. } = &self.config;
+        let gains = self.layers.iter().flat_map(|l| [&l.attention_norm, &l.feed_forward_norm]);
+        let bytes = gains.chain([&self.norm]).flatten().flat_map(|gain| gain.to_le_bytes());
+        // FNV-1a
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        format!("{name}, {layers}x{width}, {heads}/{kv_heads}x{head_dim}/{value_dim}, {hash:016x}")
+    }
+
     /// An empty state, with this attention in each layer.
     pub fn state(&self, attention: &[MultiHead<f32>]) -> Result<State> {
         let config = &self.config;

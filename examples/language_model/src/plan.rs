@@ -1,11 +1,13 @@
-//! Which kv heads stay exact: measured on a text, kept as JSON.
+//! Which kv heads stay exact: measured on a text, kept as JSON; and whatever else a file says of
+//! heads.
 
 use crate::capture::Capture;
 use crate::kernels::Kernel;
-use crate::model::Config;
+use crate::model::{Config, Model};
+use crate::state_plan;
 use crate::texts::Text;
 use anyhow::{Context, Result, ensure};
-use dijiang::{Attention, ExactHeads, HeadErrors, SoftmaxAttention};
+use dijiang::{Attention, ExactHeads, HeadErrors, SoftmaxAttention, StatePlan};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::fs;
@@ -26,6 +28,34 @@ pub struct Plan {
     pub warm_up: usize,
     /// The choice, and the error of every head.
     pub heads: ExactHeads,
+}
+
+/// What a file says of the heads of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Choice {
+    /// Which stay exact, whatever the kernel of the others.
+    Exact(Plan),
+    /// All of it: a setting for every head.
+    Settings(StatePlan),
+}
+
+impl Choice {
+    /// Reads a file of either kind, for this model.
+    pub fn load(path: &Path, model: &Model) -> Result<Self> {
+        let text = match path.to_str().and_then(state_plan::built_in) {
+            Some(text) => text.to_owned(),
+            None => fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        let not_a_plan = || format!("{} is not a plan", path.display());
+        let json: serde_json::Value = serde_json::from_str(&text).with_context(not_a_plan)?;
+        if json.get("budget").is_none() {
+            return Ok(Self::Exact(Plan::load(path, model.config())?));
+        }
+        let plan: StatePlan = serde_json::from_value(json).with_context(not_a_plan)?;
+        state_plan::check(&plan, &path.display().to_string(), model)?;
+        Ok(Self::Settings(plan))
+    }
 }
 
 /// Tokens of the calibration text that do not count.

@@ -11,6 +11,7 @@ mod page;
 mod picture;
 mod plot;
 mod records;
+mod settings;
 mod table;
 #[cfg(test)]
 mod tests;

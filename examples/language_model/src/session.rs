@@ -5,12 +5,13 @@ use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::linear::Weights;
 use crate::model::Model;
-use crate::plan::{self, Plan};
+use crate::plan::{self, Choice, Plan};
 use crate::recall::{Prompt, Score, Task, copying};
+use crate::state_plan;
 use crate::texts::{Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, ensure};
-use dijiang::{HeadErrors, MultiHead};
+use dijiang::{HeadErrors, MultiHead, StatePlan};
 use indicatif::ProgressBar;
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -33,13 +34,15 @@ pub struct Session {
     errors: RefCell<HashMap<String, HeadErrors>>,
 }
 
-/// Attention for every layer of a model, with the choice of heads it came from.
+/// Attention for every layer of a model, with the choices it came from.
 #[derive(Clone, Debug)]
 pub struct Attentions {
     /// One for each layer.
     pub layers: Vec<MultiHead<f32>>,
-    /// The exact heads.
+    /// The exact heads, if they were chosen.
     pub plan: Option<Plan>,
+    /// The setting of every head, if it was planned.
+    pub settings: Option<StatePlan>,
 }
 
 impl Session {
@@ -47,7 +50,7 @@ impl Session {
     pub fn open(
         model: &Path,
         texts: &[PathBuf],
-        calibration: Option<&Path>,
+        calibration: &[PathBuf],
         calibration_tokens: usize,
         weights: Weights,
     ) -> Result<Self> {
@@ -213,14 +216,21 @@ impl Session {
                 );
                 let by = by.as_deref().unwrap_or(kernel);
                 let choice = self.errors(by)?.keep(*count);
-                Some(Plan::new(config, by, &self.calibration()?, self.warm_up()?, choice))
+                let text = self.calibration()?;
+                Some(Plan::new(config, by, &text, self.warm_up()?, choice))
             }
-            Exact::Plan(path) => Some(Plan::load(path, config)?),
+            Exact::Plan(path) => match Choice::load(path, &self.model)? {
+                Choice::Exact(plan) => Some(plan),
+                Choice::Settings(settings) => {
+                    let layers = state_plan::layers(&settings, kernel, config)?;
+                    return Ok(Attentions { layers, plan: None, settings: Some(settings) });
+                }
+            },
         };
         let capture = if kernel.is_fitted() { Some(self.capture()?) } else { None };
         let layers = kernel
             .layers(config, capture, plan.as_ref())
             .with_context(|| format!("kernel `{kernel}`"))?;
-        Ok(Attentions { layers, plan })
+        Ok(Attentions { layers, plan, settings: None })
     }
 }

@@ -24,7 +24,8 @@ pub struct Text {
 /// which matters where they are used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Corpus {
-    calibration: Result<Text, String>,
+    /// Not empty.
+    calibration: Result<Vec<Text>, String>,
     evaluation: Result<Vec<Text>, String>,
 }
 
@@ -60,7 +61,7 @@ impl Corpus {
     ///
     /// `.json` files hold token ids, alone, with a name, or for several texts; all others are UTF-8
     /// text. A calibration text may also come from a `.json` file that names one.
-    pub fn open(files: &[PathBuf], calibration: Option<&Path>, with: Encoder<'_>) -> Result<Self> {
+    pub fn open(files: &[PathBuf], calibration: &[PathBuf], with: Encoder<'_>) -> Result<Self> {
         let mut evaluation = Vec::new();
         let mut named = Vec::new();
         for file in files {
@@ -68,20 +69,19 @@ impl Corpus {
             evaluation.extend(read.evaluation);
             named.extend(read.calibration.map(|text| (file, text)));
         }
+        let of_file = |file: &PathBuf| only(file, with).with_context(|| file.display().to_string());
         let calibration = match (calibration, named.as_slice()) {
-            (Some(file), _) => Ok(only(file, with).with_context(|| file.display().to_string())?),
-            (None, [(one, _), (other, _), ..]) => bail!(
+            ([_, ..], _) => Ok(calibration.iter().map(of_file).collect::<Result<_>>()?),
+            ([], [(one, _), (other, _), ..]) => bail!(
                 "both {} and {} name a calibration text: give a calibration file to choose",
                 one.display(),
                 other.display()
             ),
-            (None, [(_, text)]) => Ok(text.clone()),
-            (None, []) => embedded(
-                "Forests (Roosevelt, 1908)",
-                include_str!("../texts/calibration.txt"),
-                with,
-                "--calibration",
-            ),
+            ([], [(_, text)]) => Ok(vec![text.clone()]),
+            ([], []) => CALIBRATION
+                .iter()
+                .map(|(name, text)| embedded(name, text, with, "--calibration"))
+                .collect(),
         };
         let evaluation = if files.is_empty() {
             EVALUATION.iter().map(|(name, text)| embedded(name, text, with, "--text")).collect()
@@ -97,12 +97,17 @@ impl Corpus {
     /// These texts; `evaluation` is not empty.
     #[must_use]
     pub fn new(calibration: Text, evaluation: Vec<Text>) -> Self {
-        Self { calibration: Ok(calibration), evaluation: Ok(evaluation) }
+        Self { calibration: Ok(vec![calibration]), evaluation: Ok(evaluation) }
     }
 
-    /// What kernels are calibrated to, and exact heads chosen by.
+    /// What kernels are calibrated to, and exact heads chosen by: the first of those below.
     pub fn calibration(&self) -> Result<&Text> {
-        self.calibration.as_ref().map_err(|why| anyhow!("{why}"))
+        self.planning()?.first().context("there is no calibration text")
+    }
+
+    /// What plans are made by; never empty.
+    pub fn planning(&self) -> Result<&[Text]> {
+        self.calibration.as_deref().map_err(|why| anyhow!("{why}"))
     }
 
     /// What the model is evaluated on; never empty.
@@ -110,6 +115,15 @@ impl Corpus {
         self.evaluation.as_deref().map_err(|why| anyhow!("{why}"))
     }
 }
+
+/// The texts to calibrate to that come with the program; none is evaluated on.
+const CALIBRATION: [(&str, &str); 5] = [
+    ("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt")),
+    ("Lighthouses", include_str!("../texts/lighthouses.txt")),
+    ("The Tell-Tale Heart (Poe, 1843)", include_str!("../texts/poe_tell_tale_heart.txt")),
+    ("The River Commission", include_str!("../texts/river_commission.txt")),
+    ("Repairs", include_str!("../texts/repairs.txt")),
+];
 
 /// The texts to evaluate on that come with the program.
 const EVALUATION: [(&str, &str); 2] = [
@@ -235,6 +249,8 @@ mod tests {
 
     fn open(files: &[PathBuf], calibration: Option<&Path>) -> Result<Corpus> {
         let tokenizer = byte_level();
+        let calibration = calibration.map(Path::to_owned);
+        let calibration = calibration.as_slice();
         Corpus::open(files, calibration, Encoder { tokenizer: Ok(&tokenizer), vocabulary: 300 })
     }
 
@@ -247,7 +263,7 @@ mod tests {
         let tokenizer = byte_level();
         let corpus = open(&[], None).unwrap();
         assert_eq!(corpus.evaluation().unwrap().len(), 2);
-        for text in corpus.evaluation().unwrap().iter().chain([corpus.calibration().unwrap()]) {
+        for text in corpus.evaluation().unwrap().iter().chain(corpus.planning().unwrap()) {
             let decoded = tokenizer.decode(&text.tokens).unwrap();
             assert!((10_000..11_000).contains(&decoded.len()), "{}: {}", text.name, decoded.len());
             assert!(
@@ -351,18 +367,18 @@ mod tests {
         let files = Files::new();
         let with = Encoder { tokenizer: Err("its tokenizer is odd"), vocabulary: 10 };
         let ids = files.file("ids.json", "[1, 9]");
-        let corpus = Corpus::open(std::slice::from_ref(&ids), None, with).unwrap();
+        let corpus = Corpus::open(std::slice::from_ref(&ids), &[], with).unwrap();
         assert_eq!(corpus.evaluation().unwrap(), [text("ids", &[1, 9])]);
         let error = corpus.calibration().unwrap_err().to_string();
         assert!(error.contains("Roosevelt") && error.contains("its tokenizer is odd"), "{error}");
         assert!(error.contains("give token ids in a .json file by `--calibration`"), "{error}");
-        let corpus = Corpus::open(&[], Some(&ids), with).unwrap();
+        let corpus = Corpus::open(&[], std::slice::from_ref(&ids), with).unwrap();
         assert_eq!(*corpus.calibration().unwrap(), text("ids", &[1, 9]));
         let error = corpus.evaluation().unwrap_err().to_string();
         assert!(error.contains("Opticks") && error.contains("by `--text`"), "{error}");
 
         let refused =
-            |file: PathBuf| format!("{:#}", Corpus::open(&[file], None, with).unwrap_err());
+            |file: PathBuf| format!("{:#}", Corpus::open(&[file], &[], with).unwrap_err());
         let error = refused(files.file("words.txt", "words"));
         assert!(error.contains("words.txt: give token ids in a .json file"), "{error}");
         assert!(error.contains("its tokenizer is odd"), "{error}");

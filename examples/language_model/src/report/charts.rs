@@ -2,7 +2,8 @@
 
 use super::axis::Axis;
 use super::facts::{
-    is_constant, lengths, lists, on_scale, recalled, reference, score, state_at, states,
+    exact_heads, is_constant, lengths, lists, on_scale, recalled, reference, score, state_at,
+    states,
 };
 use super::numbers::mib;
 use super::plot::{Look, OF_REFERENCE, Panel, Series, look};
@@ -48,9 +49,9 @@ pub fn perplexity(comparison: &Comparison) -> Option<Panel> {
     let mut panel = Panel::new("Perplexity against the size of the state", x, y);
     let point = |row: &Row| (mib(row.state_bytes).log10(), row.halves[1].exp());
     // the same kernel with fewer and with more exact heads
-    for (row, look) in drawn.iter().filter(|(row, _)| row.plan.is_none()) {
+    for (row, look) in drawn.iter().filter(|(row, _)| exact_heads(row).is_none()) {
         let exact = drawn.iter().filter(|(other, _)| {
-            other.plan.is_some() && without_choice(&other.kernel) == row.kernel
+            exact_heads(other).is_some() && without_choice(&other.kernel) == row.kernel
         });
         let mut points: Vec<(f64, f64)> =
             exact.map(|(other, _)| point(other)).chain([point(row)]).collect();

@@ -42,7 +42,8 @@ pub fn states(comparison: &Comparison, row: &Row) -> Vec<(usize, usize)> {
 /// Whether the state has stopped to grow at the longest contexts.
 pub fn is_constant(comparison: &Comparison, row: &Row) -> bool {
     let states = states(comparison, row);
-    row.plan.is_none() && matches!(states[..], [.., (_, before), (_, last)] if before == last)
+    exact_heads(row).is_none()
+        && matches!(states[..], [.., (_, before), (_, last)] if before == last)
 }
 
 /// Bytes of the state after so many tokens.
@@ -100,17 +101,19 @@ pub fn recalled(row: &Row, least_distance: usize) -> Score {
 
 /// Exact heads that were chosen.
 pub fn exact_heads(row: &Row) -> Option<usize> {
-    row.plan.as_ref().map(|plan| plan.exact.len())
+    let planned = row.settings.as_ref().map(|plan| plan.exact_heads().len());
+    row.plan.as_ref().map(|plan| plan.exact.len()).or(planned.filter(|count| *count > 0))
 }
 
 /// Whether it is a window and nothing else.
 pub fn is_window(row: &Row) -> bool {
-    row.plan.is_none() && row.kernel.starts_with("window:")
+    exact_heads(row).is_none() && row.kernel.starts_with("window:")
 }
 
 /// Whether it is linear attention, with no window and no exact heads beside it.
 pub fn is_map_alone(row: &Row) -> bool {
-    row.plan.is_none() && row.kernel.parse::<Kernel>().is_ok_and(|kernel| kernel.is_map_alone())
+    exact_heads(row).is_none()
+        && row.kernel.parse::<Kernel>().is_ok_and(|kernel| kernel.is_map_alone())
 }
 
 /// The row of constant memory with the lowest perplexity.
@@ -120,7 +123,7 @@ pub fn best_constant(comparison: &Comparison) -> Option<&Row> {
 
 /// The row with exact heads with the lowest perplexity.
 pub fn best_exact(comparison: &Comparison) -> Option<&Row> {
-    lowest(others(comparison).filter(|row| row.plan.is_some()))
+    lowest(others(comparison).filter(|row| exact_heads(row).is_some()))
 }
 
 fn lowest<'a>(rows: impl Iterator<Item = &'a Row>) -> Option<&'a Row> {

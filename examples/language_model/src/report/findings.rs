@@ -112,7 +112,8 @@ fn exact(comparison: &Comparison, first: &Row) -> Vec<String> {
     let sentence = |row: &Row| {
         let heads = exact_heads(row)?;
         let name = without_choice(&row.kernel);
-        let base = comparison.rows.iter().find(|base| base.plan.is_none() && base.kernel == name);
+        let base =
+            comparison.rows.iter().find(|base| exact_heads(base).is_none() && base.kernel == name);
         let (from, recall) = match base {
             Some(base) => (
                 format!(" from {}", numbers::change(change(comparison, base))),
@@ -230,7 +231,7 @@ fn memory(comparison: &Comparison, first: &Row) -> Option<String> {
             range(times(most), times(least))
         ));
     }
-    for row in useful().filter(|row| row.plan.is_some()) {
+    for row in useful().filter(|row| exact_heads(row).is_some()) {
         let Some(bytes) = state_at(comparison, row, longest) else { continue };
         parts.push(format!(
             "{} {} MiB, {} times less",
@@ -270,7 +271,9 @@ fn decode(comparison: &Comparison, first: &Row) -> Option<String> {
     let mut parts: Vec<String> =
         describe("kernels of constant memory", &constant).into_iter().collect();
     parts.extend(
-        useful().filter(|row| row.plan.is_some()).filter_map(|row| describe(&row.kernel, &[row])),
+        useful()
+            .filter(|row| exact_heads(row).is_some())
+            .filter_map(|row| describe(&row.kernel, &[row])),
     );
     if parts.is_empty() {
         return None;

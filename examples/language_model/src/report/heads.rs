@@ -4,11 +4,11 @@ use super::numbers::{plain, shortened};
 use crate::compare::{Chosen, Comparison};
 
 /// Pixels for the names of kv heads.
-const LEFT: usize = 64;
+pub const LEFT: usize = 64;
 /// Pixels for all the layers.
-const ACROSS: usize = 820;
+pub const ACROSS: usize = 820;
 /// Larger models are not drawn.
-const MOST_CELLS: usize = 20_000;
+pub const MOST_CELLS: usize = 20_000;
 
 /// From no error to the largest.
 const COLOURS: [[f64; 3]; 5] = [
@@ -137,12 +137,13 @@ fn scale(most: f64, top: usize, missing: bool) -> String {
     svg
 }
 
-fn text(x: usize, y: usize, anchor: &str, text: &str) -> String {
+/// A label.
+pub fn text(x: usize, y: usize, anchor: &str, text: &str) -> String {
     format!("<text x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\" fill=\"#010203\">{text}</text>\n")
 }
 
 /// The colour of a share of the largest error.
-fn colour(share: f64) -> String {
+pub fn colour(share: f64) -> String {
     let place = share.clamp(0.0, 1.0) * (COLOURS.len() - 1) as f64;
     let below = (place.floor() as usize).min(COLOURS.len() - 2);
     let part = place - below as f64;

@@ -9,6 +9,7 @@ use super::findings::{cautions, found};
 use super::heads;
 use super::numbers::{self, count, list, mib, plain, range, shortened};
 use super::plot::{Panel, key};
+use super::settings;
 use super::table;
 use crate::compare::{Comparison, Row};
 use anyhow::Result;
@@ -33,6 +34,7 @@ pub fn page(comparison: &Comparison, command: &str) -> Result<String> {
     quality(&mut blocks, comparison)?;
     recall(&mut blocks, comparison)?;
     cost(&mut blocks, comparison)?;
+    planned(&mut blocks, comparison);
     plans(&mut blocks, comparison);
     Ok(reports::page::page(
         "Attention kernels in a language model",
@@ -206,6 +208,41 @@ fn cost(blocks: &mut Vec<Block>, comparison: &Comparison) -> Result<()> {
         if lengths(comparison).is_empty() { " No decode steps were timed." } else { "" }
     )));
     Ok(())
+}
+
+/// What every head was given, by plans.
+fn planned(blocks: &mut Vec<Block>, comparison: &Comparison) {
+    let mut figures = Vec::new();
+    for (row, plan) in settings::plans(comparison).into_iter().take(MOST_PLANS) {
+        let Some(svg) = settings::picture(plan) else { continue };
+        let heads = settings::merged(plan).count();
+        let slots: usize =
+            settings::merged(plan).map(|(window, entries, _)| window + entries).sum();
+        let exact = plan.exact_heads().len();
+        let predicted = match plan.has_sensitivities() {
+            true => format!(
+                " It predicts a loss of {:.4} nats a token more than exact attention has.",
+                plan.cost()
+            ),
+            false => String::new(),
+        };
+        let caption = format!(
+            "{}: the area of a disc is the number of merged entries of a kv head, its colour the \
+             window; on average {} slots, window and entries together, and {}.{predicted}",
+            name(row),
+            plain(slots as f64 / heads.max(1) as f64),
+            match exact {
+                0 => "no exact heads".to_owned(),
+                1 => "1 exact head besides, drawn as a square".to_owned(),
+                count => format!("{count} exact heads besides, drawn as squares"),
+            }
+        );
+        figures.push(Figure { svg, caption });
+    }
+    if !figures.is_empty() {
+        blocks.push(Block::section("What every head is given"));
+        blocks.push(Block::Figures { wide: true, figures });
+    }
 }
 
 fn plans(blocks: &mut Vec<Block>, comparison: &Comparison) {

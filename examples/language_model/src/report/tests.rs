@@ -27,6 +27,7 @@ fn row(kernel: &str, loss: f64, per_token: usize) -> Row {
         state_bytes: bytes(256),
         state: [128, 256, 512].map(|tokens| (tokens, bytes(tokens))).to_vec(),
         plan: None,
+        settings: None,
     }
 }
 
@@ -38,6 +39,27 @@ fn chosen() -> Result<Chosen> {
         .to_vec();
     let errors = serde_json::from_value(serde_json::json!({"ranked": heads, "value_dim": 8}))?;
     Ok(Chosen { exact: vec![(0, 0), (7, 7)], errors })
+}
+
+/// Two layers of two kv heads, one of them exact.
+fn settings() -> Result<dijiang::StatePlan> {
+    let head = |layer: usize, kv_head: usize| {
+        let merged = serde_json::json!({"window": 16 << layer, "entries": 4 << (6 * kv_head), "decay": 0.98});
+        let setting = match (layer, kv_head) {
+            (1, 1) => serde_json::json!("exact"),
+            _ => serde_json::json!({"merged": merged}),
+        };
+        serde_json::json!({
+            "layer": layer, "kv_head": kv_head, "setting": setting, "cost": 0.01,
+            "cost_by_length": [[256, 0.01]], "metric": null, "value_norm_squared": null
+        })
+    };
+    let heads: Vec<_> = [(0, 0), (0, 1), (1, 0), (1, 1)].map(|(l, h)| head(l, h)).to_vec();
+    Ok(serde_json::from_value(serde_json::json!({
+        "sizes": {"layers": 2, "query_heads": 4, "kv_heads": 2, "head_dim": 8, "value_dim": 8},
+        "fingerprint": "x", "sinks": 4, "scale": 0.35, "budget": {"slots": 64}, "length": null,
+        "sensitivities": true, "heads": heads
+    }))?)
 }
 
 fn comparison(rows: Vec<Row>) -> Comparison {
@@ -58,12 +80,15 @@ fn comparison(rows: Vec<Row>) -> Comparison {
 fn usual() -> Result<Comparison> {
     let mut exact = row("merged:8,exact=1", 3.02, 100);
     exact.plan = Some(chosen()?);
+    let mut planned = row("merged,plan=x.json", 3.015, 100);
+    planned.settings = Some(settings()?);
     let rows = vec![
         row("softmax", 3.0, 400),
         row("window:16", 3.3, 0),
         row("merged:8", 3.2, 0),
         row("dct:64", 7.0, 0),
         exact,
+        planned,
     ];
     Ok(comparison(rows))
 }
@@ -135,6 +160,15 @@ fn the_page_has_every_picture() -> Result<()> {
     assert!(page.contains("Off the scale: dct:64"));
     assert!(page.contains("layer 0, kv head 0: error 0.50, exact"));
     assert!(page.contains("layer 1, kv head 0: error unknown"));
+    for title in [
+        "layer 0, kv head 1: window 16, 256 entries, decay 0.98",
+        "layer 1, kv head 0: window 32, 4 entries",
+        "layer 1, kv head 1: exact",
+        "on average 109 slots, window and entries together, and 1 exact head besides",
+        "a loss of 0.0400 nats a token",
+    ] {
+        assert!(page.contains(title), "{title}");
+    }
     assert!(!page.contains("http://") && !page.contains("https://"));
     Ok(())
 }

@@ -66,9 +66,10 @@ fn perplexity_and_recall() {
 }
 
 #[test]
-fn a_plan_is_written_and_used() {
+fn a_choice_of_heads_is_written_and_used() {
     let written = written();
-    let found = prints(&written, &["plan", "merged:4,window=8", "--exact", "1", "-o", "plan.json"]);
+    let found =
+        prints(&written, &["heads", "merged:4,window=8", "--exact", "1", "-o", "plan.json"]);
     assert!(found.contains("exact (layer.kv head): ") && found.contains("a factor of"), "{found}");
     let by_file = "merged:4,window=8,pool,plan=plan.json";
     let same = |kernel: &str| {
@@ -78,14 +79,57 @@ fn a_plan_is_written_and_used() {
     assert_eq!(same(by_file), same(KERNEL), "the choice made on the spot is the one in the file");
     let found = prints(
         &written,
-        &["plan", "merged:4,window=8", "--budget", "1000", "--at", "100", "-o", "all.json"],
+        &["heads", "merged:4,window=8", "--budget", "1000", "--at", "100", "-o", "all.json"],
     );
     assert!(found.contains("all.json"), "{found}");
-    let error = run(&written, &["plan", "merged:4,window=8,exact=1"]);
+    let error = run(&written, &["heads", "merged:4,window=8,exact=1"]);
     assert!(
         !error.status.success()
             && String::from_utf8_lossy(&error.stderr).contains("a choice of heads already")
     );
+}
+
+#[test]
+fn a_plan_of_every_head_is_written_and_used() {
+    let written = written();
+    fn plan<'a>(more: &[&'a str]) -> Vec<&'a str> {
+        [&["plan", "--calibration", "text.txt"][..], more].concat()
+    }
+    let costs = ["--costs", "costs.json", "-o", "plan.json"];
+    let found = prints(&written, &plan(&[&["--slots", "24", "--exact", "1"][..], &costs].concat()));
+    assert!(found.contains("costs measured on 3 texts of 120 tokens"), "{found}");
+    assert!(found.contains("text, twice (copied)"), "{found}");
+    assert!(found.contains("a factor of") && found.contains("`merged,plan=plan.json`"), "{found}");
+    let by_file = "merged,plan=plan.json";
+    let of = |kernel| prints(&written, &["perplexity", kernel, "--context", "100"]);
+    let found = of(by_file);
+    assert!(found.contains(by_file) && !found.contains("NaN"), "{found}");
+    // measured once, planned again: a smaller state
+    let found = prints(&written, &plan(&[&["--bytes", "2400"][..], &costs].concat()));
+    assert!(!found.contains("measured"), "{found}");
+    let bytes = |lines: &str| {
+        let line = lines.lines().find(|line| line.contains("65536 tokens")).unwrap().to_owned();
+        line.split_whitespace().nth(2).unwrap().parse::<f64>().unwrap()
+    };
+    assert!(bytes(&found) <= 0.1, "{found}");
+
+    let error = fails(&written, &["perplexity", "merged:8,plan=plan.json"]);
+    assert!(error.contains("`merged,plan=FILE` and nothing else"), "{error}");
+    let error = fails(&written, &plan(&["--slots", "3", "--costs", "costs.json"]));
+    assert!(error.contains("budget") && error.contains("smallest settings take 20"), "{error}");
+    let error = fails(&written, &plan(&["--slots", "30", "--bytes", "7"]));
+    assert!(error.contains("cannot be used with"), "{error}");
+    let error = fails(&written, &plan(&["--length", "900"]));
+    assert!(error.contains("a plan for 900 needs as many"), "{error}");
+    // another model of the same sizes
+    Sizes { seed: 9, ..Sizes::default() }.parts().write(&written.path);
+    let error = fails(&written, &["perplexity", by_file]);
+    assert!(error.contains("plan.json is a plan for another model than `tiny`"), "{error}");
+    let error = fails(&written, &plan(&costs));
+    assert!(error.contains("`--costs` is a plan for another model"), "{error}");
+    fs::write(written.folder.path().join("costs.json"), "{}").unwrap();
+    let error = fails(&written, &plan(&costs));
+    assert!(error.contains("costs.json does not hold the costs of a plan"), "{error}");
 }
 
 #[test]
@@ -183,7 +227,7 @@ fn numbers_that_cannot_be() {
     ];
     let zero = ["0"].iter().chain(&counts).copied().collect::<Vec<_>>();
     let few = ["0", "1"].iter().chain(&counts).copied().collect::<Vec<_>>();
-    let cases: [(&str, &[&str], &[&str]); 20] = [
+    let cases: [(&str, &[&str], &[&str]); 26] = [
         ("--context", &["perplexity"], &zero),
         ("--context", &["compare"], &few),
         ("--calibration-tokens", &["perplexity"], &zero),
@@ -198,8 +242,14 @@ fn numbers_that_cannot_be() {
         ("--prompts", &["compare"], &zero),
         ("--exact", &["plan"], &counts),
         ("--exact", &["plan"], &["5"]),
-        ("--budget", &["plan", "--at", "8"], &["-1", "NaN", "inf", "1e400", "much"]),
-        ("--at", &["plan", "--budget", "1"], &zero),
+        ("--exact", &["heads"], &counts),
+        ("--exact", &["heads"], &["5"]),
+        ("--slots", &["plan"], &zero),
+        ("--floats", &["plan"], &zero),
+        ("--bytes", &["plan"], &zero),
+        ("--length", &["plan"], &zero),
+        ("--budget", &["heads", "--at", "8"], &["-1", "NaN", "inf", "1e400", "much"]),
+        ("--at", &["heads", "--budget", "1"], &zero),
         ("--tokens", &["generate"], &zero),
         ("--temperature", &["generate"], &["-1", "NaN", "inf", "hot"]),
         ("--top-p", &["generate"], &["0", "1.1", "-0.5", "NaN"]),
@@ -250,7 +300,7 @@ fn numbers_that_cannot_be() {
     assert!(found.contains("written       1 tokens"), "{found}");
     let error = fails(
         &written,
-        &["plan", "merged:4,window=8", "--budget", "0.0001", "--at", "400", "-o", "p.json"],
+        &["heads", "merged:4,window=8", "--budget", "0.0001", "--at", "400", "-o", "p.json"],
     );
     assert!(error.contains("`--budget` is 0.0001 MiB, but after 400 tokens"), "{error}");
     // a context longer than any text is the text
@@ -322,7 +372,7 @@ fn token_ids_need_no_tokenizer() {
     let compare = [&["compare", "merged:4,window=8,exact=1", "-o", "out"][..], &SHORTEST].concat();
     for arguments in [
         &["perplexity", "softmax", "merged:4,window=8,exact=1", "--context", "40"][..],
-        &["plan", "merged:4,window=8", "-o", "plan.json"],
+        &["heads", "merged:4,window=8", "-o", "plan.json"],
         &compare,
     ] {
         let output = on_ids(&written, "ids.json", arguments);

@@ -10,4 +10,5 @@ mod forward;
 mod kernels;
 mod perplexity;
 mod quantised;
+mod sensitivity;
 mod splits;

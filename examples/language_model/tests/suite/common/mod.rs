@@ -346,7 +346,7 @@ pub fn session(sizes: &Sizes, calibration_tokens: usize) -> (Session, Written) {
     let written = sizes.write();
     let tokenizer = tokenizer(&written.path);
     let with = Encoder { tokenizer: Ok(&tokenizer), vocabulary: sizes.vocabulary };
-    let corpus = Corpus::open(&[], None, with).unwrap();
+    let corpus = Corpus::open(&[], &[], with).unwrap();
     let evaluation = [("one", 90, 3), ("two", 60, 4)].map(|(name, count, seed)| Text {
         name: name.to_owned(),
         tokens: tokens(count, 262, seed),

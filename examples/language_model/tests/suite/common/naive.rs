@@ -44,6 +44,15 @@ impl Naive {
 
     /// The scores of every token of the vocabulary, after each of `tokens`.
     pub fn logits(&self, tokens: &[u32]) -> Array2<f64> {
+        self.logits_changed(tokens, &|_, _| {})
+    }
+
+    /// The same, where `change` is given each layer and what its heads put out, `[n][heads · d_v]`.
+    pub fn logits_changed(
+        &self,
+        tokens: &[u32],
+        change: &dyn Fn(usize, &mut [Vec<f64>]),
+    ) -> Array2<f64> {
         let embedding = self.matrix("token_embd");
         let mut x: Vec<Row> =
             tokens.iter().map(|&token| embedding[token as usize].clone()).collect();
@@ -55,7 +64,8 @@ impl Naive {
             let q = self.linear(&h, &layer("attn_q"));
             let k = self.linear(&h, &layer("attn_k"));
             let v = self.linear(&h, &layer("attn_v"));
-            let mixed = self.attention(&q, &k, &v);
+            let mut mixed = self.attention(&q, &k, &v);
+            change(l, &mut mixed);
             let mut added = self.linear(&mixed, &layer("attn_output"));
             times(&mut added, scales.residual);
             add(&mut x, &added);
