@@ -5,9 +5,11 @@ pub(crate) mod affinities;
 mod bounds;
 mod distances;
 pub(crate) mod entries;
+mod measure;
 pub(crate) mod reduce;
 pub(crate) mod rule;
 mod save;
+mod search;
 
 use crate::check;
 use crate::error::Error;

@@ -5,6 +5,7 @@ use crate::check;
 use crate::error::Error;
 use crate::memory::merged::rule::MergeUnits;
 use crate::plan::setting::KernelOptions;
+use crate::state_format::StateFormat;
 
 /// What the heads that are not exact may take, on average over them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +18,8 @@ pub enum Budget {
     /// So many numbers of the state, whatever they are
     /// ([`Attention::state_floats`](crate::Attention::state_floats)).
     FloatsPerHead(usize),
-    /// So many bytes of a state of `f32`.
+    /// So many bytes of a state of kernels of `f32`, in the format of the options
+    /// ([`Attention::state_bytes`](crate::Attention::state_bytes)).
     BytesPerHead(usize),
 }
 
@@ -30,16 +32,17 @@ impl Budget {
 
     /// What a setting costs in the unit of the budget.
     pub(crate) fn sizes(self, kernel: KernelOptions, value_dim: usize) -> Result<Sizes, Error> {
-        let bytes = match self {
-            Self::Slots(_) => return Ok(Sizes { fixed: 0, window: 1, entry: 1 }),
-            Self::FloatsPerHead(_) => 1,
-            Self::BytesPerHead(_) => size_of::<f32>(),
-        };
+        if let Self::Slots(_) = self {
+            return Ok(Sizes { fixed: 0, window: 1, entry: 1 });
+        }
         // the state is linear in both sizes: the kernel itself says how
         let units = MergeUnits::new(vec![1.0; kernel.head_dim], 1.0)?;
         let floats = |window, entries| {
             let kernel = kernel.merged::<f32>(window, entries, 0.98, Some(&units))?;
-            Ok::<_, Error>(kernel.state_floats(value_dim, 1)? * bytes)
+            match self {
+                Self::BytesPerHead(_) => kernel.state_bytes(value_dim, 1),
+                _ => kernel.state_floats(value_dim, 1),
+            }
         };
         let (both, wider, larger) = (floats(8, 8)?, floats(9, 8)?, floats(8, 9)?);
         let (window, entry) = (wider - both, larger - both);
@@ -100,6 +103,8 @@ pub struct PlanOptions {
     pub(crate) length: Option<usize>,
     pub(crate) sinks: usize,
     pub(crate) scale: Option<f64>,
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub(crate) format: StateFormat,
     pub(crate) grid: Vec<Curve>,
     pub(crate) fingerprint: String,
 }
@@ -119,6 +124,7 @@ impl PlanOptions {
             length: None,
             sinks: 4,
             scale: None,
+            format: StateFormat::F32,
             grid: Vec::new(),
             fingerprint: String::new(),
         };
@@ -151,6 +157,13 @@ impl PlanOptions {
         Self { scale: Some(scale), ..self }
     }
 
+    /// Sets in how many bits states are kept, those of exact heads as well:
+    /// [`StateFormat::F32`] unless set. Costs are measured in this format.
+    #[must_use]
+    pub fn state_format(self, format: StateFormat) -> Self {
+        Self { format, ..self }
+    }
+
     /// Sets the settings that are measured: every decay with every window and the numbers of
     /// entries behind it. Numbers above 512 are measured where the one before lowered the cost to
     /// less than .8 of what it was.
@@ -176,7 +189,7 @@ impl PlanOptions {
     /// What all kernels have in common, for queries of `head_dim` columns.
     pub(crate) fn kernel(&self, head_dim: usize) -> Result<KernelOptions, Error> {
         let scale = check::scale::<f64>(self.scale, head_dim)?;
-        Ok(KernelOptions { head_dim, scale, sinks: self.sinks })
+        Ok(KernelOptions { head_dim, scale, sinks: self.sinks, format: self.format })
     }
 
     /// The fewest slots of a setting.

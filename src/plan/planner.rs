@@ -155,8 +155,8 @@ impl StatePlanner {
         self.plan_with(&PlanOptions { budget, ..self.options.clone() })
     }
 
-    /// The plan for another budget, number of exact heads, length or fingerprint, from the same
-    /// costs.
+    /// The plan for another budget, number of exact heads, length, format or fingerprint, from the
+    /// same costs: those of the format that was measured.
     ///
     /// # Errors
     ///
@@ -183,6 +183,7 @@ impl StatePlanner {
             fingerprint: options.fingerprint.clone(),
             sinks: kernel.sinks,
             scale: kernel.scale,
+            format: kernel.format,
             budget: options.budget,
             length: options.length,
             sensitivities: shape.sensitivities,

@@ -6,6 +6,7 @@ use crate::plan::costs::{HeadCosts, WHOLE};
 use crate::plan::options::{Budget, PlanOptions};
 use crate::plan::sample::SampleShape;
 use crate::plan::setting::{HeadPlan, KernelOptions, ModelSizes};
+use crate::state_format::StateFormat;
 
 /// A [`StatePlan`](crate::StatePlan) as it is read.
 #[derive(serde::Deserialize)]
@@ -15,6 +16,8 @@ pub(crate) struct SavedPlan {
     pub(crate) fingerprint: String,
     pub(crate) sinks: usize,
     pub(crate) scale: f64,
+    #[serde(default)]
+    pub(crate) format: StateFormat,
     pub(crate) budget: Budget,
     pub(crate) length: Option<usize>,
     pub(crate) sensitivities: bool,
@@ -67,7 +70,7 @@ impl SavedPlan {
         }
         // whatever else a kernel refuses
         let (head_dim, scale, sinks) = (sizes.head_dim, *scale, self.sinks);
-        let kernel = KernelOptions { head_dim, scale, sinks };
+        let kernel = KernelOptions { head_dim, scale, sinks, format: self.format };
         heads.iter().try_for_each(|head| {
             kernel.kernel::<f64>(head.setting, head.units.as_ref()).map(|_| ())
         })

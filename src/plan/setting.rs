@@ -8,6 +8,7 @@ use crate::check;
 use crate::error::Error;
 use crate::memory::merged::rule::MergeUnits;
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use std::sync::Arc;
 
 /// What one head of keys and values is given.
@@ -126,9 +127,11 @@ pub(crate) struct KernelOptions {
     pub(crate) head_dim: usize,
     pub(crate) scale: f64,
     pub(crate) sinks: usize,
+    pub(crate) format: StateFormat,
 }
 
 impl KernelOptions {
+    /// Softmax attention as costs are measured against it: nothing is rounded.
     pub(crate) fn exact<T: Scalar>(&self) -> Result<SoftmaxAttention<T>, Error> {
         Ok(SoftmaxAttention::new(self.head_dim)?.with_scale(self.scale))
     }
@@ -144,7 +147,7 @@ impl KernelOptions {
         let far = Merged::new(entries).decay(decay);
         let far = units.map_or(far.clone(), |units| far.units(units.clone()));
         let builder = HybridAttention::builder(self.head_dim).window(window).sinks(self.sinks);
-        builder.scale(self.scale).far(far).build()
+        builder.scale(self.scale).state_format(self.format).far(far).build()
     }
 
     /// The kernel of a setting.
@@ -154,7 +157,7 @@ impl KernelOptions {
         units: Option<&MergeUnits>,
     ) -> Result<Arc<dyn Attention<T>>, Error> {
         Ok(match setting {
-            HeadSetting::Exact => Arc::new(self.exact()?),
+            HeadSetting::Exact => Arc::new(self.exact()?.with_state_format(self.format)),
             HeadSetting::Merged { window, entries, decay } => {
                 Arc::new(self.merged(window, entries, decay, units)?)
             }

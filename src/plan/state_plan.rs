@@ -8,6 +8,7 @@ use crate::plan::options::Budget;
 use crate::plan::saved::SavedPlan;
 use crate::plan::setting::{HeadPlan, KernelOptions, ModelSizes};
 use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
 use std::sync::Arc;
 
 /// Window, entries and decay for every head of keys and values of a model, at a fixed total.
@@ -72,6 +73,7 @@ pub struct StatePlan {
     pub(crate) fingerprint: String,
     pub(crate) sinks: usize,
     pub(crate) scale: f64,
+    pub(crate) format: StateFormat,
     pub(crate) budget: Budget,
     pub(crate) length: Option<usize>,
     pub(crate) sensitivities: bool,
@@ -134,6 +136,18 @@ impl StatePlan {
     #[must_use]
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// In how many bits states are kept.
+    #[must_use]
+    pub fn state_format(&self) -> StateFormat {
+        self.format
+    }
+
+    /// The same settings with states in another format. The budget was made for the old one.
+    #[must_use]
+    pub fn with_state_format(self, format: StateFormat) -> Self {
+        Self { format, ..self }
     }
 
     /// Whether costs were weighted by sensitivities, and so predict a loss.
@@ -241,9 +255,12 @@ impl StatePlan {
     ///
     /// # Errors
     ///
-    /// Those of [`Attention::state_floats`].
+    /// Those of [`Attention::state_bytes`].
     pub fn state_bytes<T: Scalar>(&self, tokens: usize) -> Result<usize, Error> {
-        Ok(self.state_floats(tokens)?.saturating_mul(size_of::<T>()))
+        self.heads.iter().try_fold(0_usize, |sum, head| {
+            let kernel = self.kernel_of::<T>(head)?;
+            Ok(sum.saturating_add(kernel.state_bytes(self.sizes.value_dim, tokens)?))
+        })
     }
 
     fn kernel_of<T: Scalar>(&self, head: &HeadPlan) -> Result<Arc<dyn Attention<T>>, Error> {
@@ -253,7 +270,7 @@ impl StatePlan {
     /// What all kernels have in common.
     fn kernel_options(&self) -> KernelOptions {
         let (head_dim, scale, sinks) = (self.sizes.head_dim, self.scale, self.sinks);
-        KernelOptions { head_dim, scale, sinks }
+        KernelOptions { head_dim, scale, sinks, format: self.format }
     }
 
     /// The mean of `window + entries` over the heads that are not exact.
@@ -278,8 +295,8 @@ impl TryFrom<SavedPlan> for StatePlan {
 
     fn try_from(saved: SavedPlan) -> Result<Self, Error> {
         saved.check()?;
-        let SavedPlan { sizes, fingerprint, sinks, scale, budget, length, .. } = saved;
-        let (sensitivities, heads) = (saved.sensitivities, saved.heads);
-        Ok(Self { sizes, fingerprint, sinks, scale, budget, length, sensitivities, heads })
+        let SavedPlan { sizes, fingerprint, sinks, scale, format, .. } = saved;
+        let SavedPlan { budget, length, sensitivities, heads, .. } = saved;
+        Ok(Self { sizes, fingerprint, sinks, scale, format, budget, length, sensitivities, heads })
     }
 }

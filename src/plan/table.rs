@@ -39,9 +39,10 @@ impl fmt::Display for StatePlan {
         write!(f, "\n{} heads, {exact} of them exact", self.heads.len())?;
         writeln!(
             f,
-            "; the others: {:.1} slots on average, {} sinks",
+            "; the others: {:.1} slots on average, {} sinks; states in {}",
             self.mean_slots(),
-            self.sinks
+            self.sinks,
+            self.format.name()
         )?;
         write!(f, "budget: {}", self.budget)?;
         match self.length {

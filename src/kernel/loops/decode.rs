@@ -365,7 +365,9 @@ mod tests {
                 z_low: &mut low_,
                 waiting: Waiting { keys: &mut keys_, stride, values: &mut values_, count },
             });
-            read.iter_mut().for_each(|x| *x = *x * half * half);
+            for x in &mut read {
+                *x = *x * half * half;
+            }
             assert!(read == answer && keys_ == keys && values_ == values);
             assert!(z_ == new_z && low_ == z_low, "{machine:?} {n} {width}: another rounding");
         }

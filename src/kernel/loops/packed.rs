@@ -255,7 +255,7 @@ impl<T: Lanes, C: Code> PackedSums<'_, T, C> {
             for i in 0..R {
                 let weights = &self.weights[(r + i) * self.ld + first..][..count];
                 if C::SCALED {
-                    for b in 0..1 + usize::from(two) {
+                    for b in 0..=usize::from(two) {
                         let at = first * self.blocks + (j / BLOCK + b) * TILE;
                         let scales = &self.scales[at..at + TILE];
                         times_scales(level, weights, scales, &mut scaled[i][b]);
@@ -376,6 +376,7 @@ impl<T: Lanes, C: Code> Loop for UnpackValues<'_, T, C> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)] // small numbers
 mod tests {
     use super::*;
     use crate::kernel::loops::samples::{assert_near, numbers, wide};

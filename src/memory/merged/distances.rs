@@ -1,9 +1,9 @@
-//! How far entries lie apart, in the units of the rule: `1/distance` of one or two entries to all.
+//! How far entries lie apart: squared distances of keys and of values, of one or two entries to
+//! all.
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::packed::TILE;
-use crate::memory::merged::entries::MergedMemory;
 use crate::memory::merged::rule::{Distance, MergeCost};
 use crate::memory::slots::Slots;
 use crate::scalar::Scalar;
@@ -13,16 +13,16 @@ use crate::scalar::Scalar;
 #[derive(Clone, Debug)]
 pub(super) struct Distances<T> {
     /// Factors of squared differences of keys, and of values, padded.
-    key_factors: Buffer<T>,
-    value_factors: Buffer<T>,
+    pub(super) key_factors: Buffer<T>,
+    pub(super) value_factors: Buffer<T>,
     /// `Rᵀ`, rows padded, if distances are taken through a matrix; and `R k̄` of every entry as
     /// columns.
-    metric: Buffer<T>,
-    projected: Buffer<T>,
+    pub(super) metric: Buffer<T>,
+    pub(super) projected: Buffer<T>,
     /// Scratch: keys and values of the entries that are measured, and the squares of keys.
     pub(super) keys: Buffer<T>,
     pub(super) values: Buffer<T>,
-    key_squares: Buffer<T>,
+    pub(super) key_squares: Buffer<T>,
     /// `1/distance` of each to all, zero to itself and beyond the entries.
     pub(super) affinities: Buffer<T>,
     /// Scratch: a tile of what is kept in fewer bits, and the distances to it.
@@ -77,7 +77,13 @@ impl<T: Scalar> Distances<T> {
 
     /// Measures keys and values of one or two entries against all: the squares of keys, and, in
     /// `affinities`, those of values.
-    fn squares(&mut self, slots: &Slots<T>, cost: MergeCost, entries: &[usize], used: usize) {
+    pub(super) fn squares(
+        &mut self,
+        slots: &Slots<T>,
+        cost: MergeCost,
+        entries: &[usize],
+        used: usize,
+    ) {
         let (length, stride) = (self.key_factors.len(), self.value_factors.len());
         let count = entries.len();
         let Self { key_factors, value_factors, metric, projected, keys, values, .. } = self;
@@ -103,7 +109,7 @@ impl<T: Scalar> Distances<T> {
     }
 
     /// The same of entries in fewer bits, tile by tile of what they stand for.
-    fn squares_of_packed(
+    pub(super) fn squares_of_packed(
         &mut self,
         slots: &Slots<T>,
         cost: MergeCost,
@@ -173,106 +179,6 @@ impl<T: Scalar> Distances<T> {
     pub(super) fn move_entry(&mut self, from: usize, to: usize, capacity: usize) {
         if !self.metric.is_empty() {
             self.projected.chunks_exact_mut(capacity).for_each(|row| row[to] = row[from]);
-        }
-    }
-}
-
-/// What a sum of squares is cut off at: products of two of them stay in range.
-fn most<T: Scalar>() -> T {
-    T::from_f64(if T::NAME == "f32" { 1e18 } else { 1e150 })
-}
-
-/// The least distance: of what is nearer, the first pair is merged. Times the smallest sum of
-/// weights its inverse is still in range.
-fn least<T: Scalar>(cost: MergeCost) -> T {
-    T::from_f64(match (cost, T::NAME == "f32") {
-        (MergeCost::Product, true) => 1e-28,
-        (MergeCost::Product, false) => 1e-290,
-        (MergeCost::Ward { .. }, true) => 1e-18,
-        (MergeCost::Ward { .. }, false) => 1e-148,
-    })
-}
-
-impl<T: Scalar> MergedMemory<T> {
-    /// Sets the factors by the units that are known now.
-    #[allow(clippy::cast_precision_loss)] // tokens and columns
-    pub(super) fn set_factors(&mut self) {
-        let Self { rule, units, slots, distances, .. } = self;
-        let product = rule.cost == MergeCost::Product;
-        let tokens = units.tokens.max(1) as f64;
-        let in_range = |x: f64| T::from_f64(if T::from_f64(x).is_finite() { x } else { 0.0 });
-        distances.key_factors.fill(in_range(rule.scale));
-        if matches!(rule.metric, Distance::QueryDiagonal) {
-            let fixed = rule.query_squares.as_deref();
-            // of scaled queries
-            let square = |c: usize| {
-                fixed.map_or_else(
-                    || units.squared_queries[c].as_f64() / tokens * rule.scale,
-                    |all| all[c],
-                )
-            };
-            let mean = (0..slots.head_dim).map(square).sum::<f64>() / slots.head_dim as f64;
-            let unit = if product { 1.0 } else { mean };
-            if unit > 0.0 && unit.is_finite() {
-                for (c, factor) in distances.key_factors.iter_mut().enumerate() {
-                    *factor = in_range(rule.scale * square(c) / unit);
-                }
-            }
-        }
-        let square = rule.value_square.unwrap_or_else(|| units.squared_values.as_f64() / tokens);
-        let weight =
-            if let MergeCost::Ward { value_weight } = rule.cost { value_weight } else { 1.0 };
-        let columns = rule.value_columns.unwrap_or(slots.value_dim).min(slots.value_dim);
-        distances.value_factors.fill(T::zero());
-        distances.value_factors[..columns].fill(in_range(weight / square));
-    }
-
-    /// Notes an entry that is new or has changed.
-    pub(super) fn project(&mut self, entry: usize) {
-        let Distance::Matrix(metric) = &self.rule.metric else { return };
-        let Self {
-            slots, distances: Distances { metric: by_columns, projected, keys, .. }, ..
-        } = self;
-        // squares of numbers within this limit can be summed
-        let limit = T::max_value().sqrt() * T::from_f64(1e-4);
-        let (key, point) = keys.split_at_mut(slots.head_dim.max(metric.nrows()));
-        let clamped = slots.key(entry).map(|x| x.max(-limit).min(limit));
-        key.iter_mut().zip(clamped).for_each(|(to, x)| *to = x);
-        let (rows, point) = (padded::<T>(metric.nrows()), &mut point[..metric.nrows()]);
-        kernel::row_times_matrix(&key[..slots.head_dim], by_columns, rows, point);
-        let column = projected[entry..].iter_mut().step_by(slots.capacity);
-        column.zip(&*point).for_each(|(to, &x)| *to = x);
-    }
-
-    /// Measures one or two entries against all: afterwards row `p` of
-    /// [`affinities`](Distances::affinities), rows `used` long, holds `1/distance` of entry `p`.
-    pub(super) fn measure(&mut self, entries: &[usize]) {
-        let (used, held) = (self.used(), self.held);
-        let Self { rule, slots, distances, counts, gaps, .. } = self;
-        if slots.packed().is_some() {
-            distances.squares_of_packed(slots, rule.cost, entries, used);
-        } else {
-            distances.squares(slots, rule.cost, entries, used);
-        }
-        let Distances { key_squares, affinities, .. } = distances;
-        let key_squares = &key_squares[..entries.len() * used];
-        let affinities = &mut affinities[..entries.len() * used];
-        let (least, most, quarter) = (least::<T>(rule.cost), most::<T>(), T::from_f64(0.25));
-        let product = rule.cost == MergeCost::Product;
-        for (affinity, &square) in affinities.iter_mut().zip(key_squares) {
-            // a NaN is cut off as well
-            let (square, value) = (square.min(most), affinity.min(most));
-            let distance =
-                if product { square * (value + quarter * square) } else { square + value };
-            *affinity = distance.max(least).recip();
-        }
-        for (&entry, row) in entries.iter().zip(affinities.chunks_exact_mut(used)) {
-            row[held..].fill(T::zero());
-            row[entry] = T::zero();
-            if *gaps > 0 {
-                let all = row.iter_mut().zip(&*counts);
-                all.filter(|(_, count)| **count == 0.0).for_each(|(x, _)| *x = T::zero());
-            }
         }
     }
 }
