@@ -227,9 +227,8 @@ fn groups_share_a_state() {
     let unnormalized: Arc<dyn Attention<f64>> =
         Arc::new(LinearAttention::new(Performer::new(8, 16, 3).unwrap()).unnormalized());
     let softmax: Arc<dyn Attention<f64>> = Arc::new(SoftmaxAttention::new(8).unwrap());
-    for (kernel, floats) in
-        [(linear, 2 * 16 * 6 + 1), (unnormalized, 2 * 16 * 6 + 1), (softmax, 80 * 13)]
-    {
+    let sums = 2 * 16 * 6 + 1 + 16 * (16 + 5);
+    for (kernel, floats) in [(linear, sums), (unnormalized, sums), (softmax, 80 * 13)] {
         let layer = MultiHead::per_kv_head(vec![kernel.clone(), kernel], 6).unwrap();
         let exact = layer.forward(q.view(), k.view(), v.view(), Mask::Causal, None).unwrap();
         let mut stream = layer.stream(2, 5).unwrap();
