@@ -5,8 +5,8 @@
 //! tokens N     the first N tokens of the text that comes along, repeated where they are too few
 //! kernel NAME  starts anew with this kernel in every layer: bytes of the weights in memory
 //! read N       reads so many tokens: seconds
-//! step N       reads so many, one at a time, each with the likeliest next one: seconds of each, and
-//!              of its attention, products and the rest; the likeliest tokens
+//! step N       reads so many, one at a time, each with the likeliest next one: seconds of each,
+//!              and of its attention, products and the rest; the likeliest tokens
 //! ```
 //!
 //! `cargo bench -p language_model --bench steps -- MODEL f32|quantised`

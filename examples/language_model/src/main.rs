@@ -233,7 +233,7 @@ fn plan(
     costs: Option<&Path>,
     output: &Path,
 ) -> Result<()> {
-    let session = open(input)?;
+    let session = open(input, Weights::F32)?;
     let (model, config) = (&session.model, session.model.config());
     let of_model = config.layers * config.kv_heads;
     ensure!(exact <= of_model, "`--exact` is {exact}, but the model has {of_model} kv heads");

@@ -52,8 +52,8 @@ impl Quantised {
         Form::of(kind).is_some() && inputs.is_multiple_of(kind.block_size())
     }
 
-    /// The weights of a file, `[outputs, inputs]`; none where they cannot stay as they are, or where
-    /// there are more or fewer bytes than that.
+    /// The weights of a file, `[outputs, inputs]`; none where they cannot stay as they are, or
+    /// where there are more or fewer bytes than that.
     #[must_use]
     pub fn new(kind: GgmlDType, bytes: &[u8], inputs: usize, outputs: usize) -> Option<Self> {
         let form = Form::of(kind).filter(|_| Self::can_hold(kind, inputs))?;
@@ -134,7 +134,8 @@ impl Quantised {
         }
     }
 
-    /// The weights of the outputs `first..first + count`, `[inputs, count]`; `first` begins a group.
+    /// The weights of the outputs `first..first + count`, `[inputs, count]`; `first` begins a
+    /// group.
     fn widen(&self, first: usize, count: usize, to: &mut [f32]) {
         to.par_chunks_mut(self.widths.block * count).enumerate().for_each(|(block, rows)| {
             Arch::new().dispatch(|| {

@@ -149,8 +149,8 @@ impl<T: Scalar> Far<T> {
         }
     }
 
-    /// What a kernel of this head dimension, window and scale makes it by; `calibration` is its own or the
-    /// kernel's.
+    /// What a kernel of this head dimension, window and scale makes it by; `calibration` is its own
+    /// or the kernel's.
     pub(super) fn kind(
         &self,
         head_dim: usize,

@@ -219,7 +219,8 @@ fn answer(
 ///
 /// ```
 /// use dijiang::attention::naive::options::Options;
-/// use dijiang::attention::naive::{hybrid::Near, received::{self, Cost, Head, Metric, Received, State}};
+/// use dijiang::attention::naive::hybrid::Near;
+/// use dijiang::attention::naive::received::{self, Cost, Head, Metric, Received, State};
 /// use ndarray::array;
 ///
 /// let rule = Received {
@@ -267,7 +268,8 @@ pub fn step(
 ///
 /// ```
 /// use dijiang::attention::naive::options::Options;
-/// use dijiang::{Mask, attention::naive::{self, hybrid::Near, received::{self, Cost, Metric, Received}}};
+/// use dijiang::attention::naive::received::{self, Cost, Metric, Received};
+/// use dijiang::{Mask, attention::naive::{self, hybrid::Near}};
 /// use ndarray::array;
 ///
 /// // while nothing has merged, it is softmax attention

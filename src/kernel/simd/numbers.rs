@@ -9,7 +9,8 @@ macro_rules! lanes {
         $t:ident, $pad:literal, $v:ident, $lanes:ident, $exp:path, $exp_minus_1:path,
         $transpose:ident, $widen_bytes:ident, $widen_bf16:ident, $and:ident, $or:ident,
         $splat:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident, $abs:ident,
-        $greater:ident, $select:ident, $sum:ident, $maximum:ident, $vectors:ident, $vectors_mut:ident, $load:ident
+        $greater:ident, $select:ident, $sum:ident, $maximum:ident, $vectors:ident,
+        $vectors_mut:ident, $load:ident
     ) => {
         impl Lanes for $t {
             const PAD: usize = $pad;

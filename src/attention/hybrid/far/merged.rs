@@ -123,8 +123,8 @@ impl Merged {
     }
 
     /// Compares keys by a calibration in place of a [`Metric`]: by the diagonal of its `E q̂q̂ᵀ`, or
-    /// for [`MergeCost::Ward`] by all of it, `R = (E q̂q̂ᵀ)^½`, scaled to mean 1. Make the calibration
-    /// with the window and sinks of the kernel, which is not checked.
+    /// for [`MergeCost::Ward`] by all of it, `R = (E q̂q̂ᵀ)^½`, scaled to mean 1. Make the
+    /// calibration with the window and sinks of the kernel, which is not checked.
     #[must_use]
     pub fn calibrated(mut self, calibration: &Calibration) -> Self {
         self.calibration = Some(Arc::new(calibration.clone()));
