@@ -259,8 +259,8 @@ pub enum Command {
     /// All of it for a list of kernels: a table, CSV, and a page with pictures
     #[command(after_long_help = GRAMMAR)]
     Compare {
-        /// Kernels to measure; softmax comes first in any case [default: windows, maps, memories and
-        /// the plan that comes along, if it is for this model]
+        /// Kernels to measure; softmax comes first in any case [default: windows, maps, memories
+        /// and the plan that comes along, if it is for this model]
         #[arg(value_name = "KERNEL")]
         kernels: Vec<Kernel>,
         /// Predictions in a window of text
