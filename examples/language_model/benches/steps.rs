@@ -34,7 +34,7 @@ fn main() -> Result<()> {
 
 fn answer(model: &Path, weights: &str) -> Result<()> {
     let weights = Weights::from_str(weights, true).map_err(anyhow::Error::msg)?;
-    let session = Session::open(model, &[], None, 2048, weights)?;
+    let session = Session::open(model, &[], &[], 2048, weights)?;
     let mut source = session.first_text()?.tokens.iter().copied().cycle();
     let text = source.clone();
     let mut state: Option<State> = None;

@@ -76,11 +76,11 @@ pub struct Row {
     pub state_bytes: usize,
     /// Tokens and bytes of the state by the formula, at each length.
     pub state: Vec<(usize, usize)>,
+    /// The setting of every head, if it was planned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<StatePlan>,
     /// The exact heads, if they were chosen, and the errors of all.
     pub plan: Option<Chosen>,
-    /// The setting of every head, if it was planned.
-    #[serde(default)]
-    pub settings: Option<StatePlan>,
 }
 
 /// The score of one kind of list.

@@ -249,7 +249,8 @@ fn plan(
             let (planner, took) = state_plan::costs(model, file, &texts, &options, &bar)?;
             bar.finish_and_clear();
             println!(
-                "costs measured on {} texts of {length} tokens in {:.0} s, sensitivities in {:.0} s:",
+                "costs measured on {} texts of {length} tokens in {:.0} s, sensitivities in {:.0} \
+                 s:",
                 texts.len(),
                 took.costs.as_secs_f64(),
                 took.sensitivities.as_secs_f64()

@@ -44,9 +44,8 @@ fn chosen() -> Result<Chosen> {
 /// Two layers of two kv heads, one of them exact.
 fn settings() -> Result<dijiang::StatePlan> {
     let head = |layer: usize, kv_head: usize| {
-        let merged = serde_json::json!({
-            "window": 16 << layer, "entries": 4 << (6 * kv_head), "decay": 0.98
-        });
+        let entries = 4 << (6 * kv_head);
+        let merged = serde_json::json!({"window": 16 << layer, "entries": entries, "decay": 0.98});
         let setting = match (layer, kv_head) {
             (1, 1) => serde_json::json!("exact"),
             _ => serde_json::json!({"merged": merged}),

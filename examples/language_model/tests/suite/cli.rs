@@ -105,7 +105,7 @@ fn a_plan_of_every_head_is_written_and_used() {
     let found = of(by_file);
     assert!(found.contains(by_file) && !found.contains("NaN"), "{found}");
     // measured once, planned again: a smaller state
-    let found = prints(&written, &plan(&[&["--bytes", "2400"][..], &costs].concat()));
+    let found = prints(&written, &plan(&[&["--bytes", "4000"][..], &costs].concat()));
     assert!(!found.contains("measured"), "{found}");
     let bytes = |lines: &str| {
         let line = lines.lines().find(|line| line.contains("65536 tokens")).unwrap().to_owned();
