@@ -4,7 +4,7 @@ use crate::kernels::{GRAMMAR, Kernel};
 use crate::linear::Weights;
 use crate::recall::MOST_PAIRS;
 use clap::{Args, Parser, Subcommand};
-use dijiang::Budget;
+use dijiang::{Budget, StateFormat};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -158,6 +158,9 @@ pub enum Command {
             allow_negative_numbers = true
         )]
         length: Option<usize>,
+        /// In how many bits states are kept: f32, bf16 or q8; bytes are those of this format
+        #[arg(long, value_name = "FORMAT", default_value = "f32")]
+        state: StateFormat,
         /// What every setting costs in every head: read from this file if it is there, else
         /// measured and written to it; so another budget takes no time
         #[arg(long, value_name = "FILE")]

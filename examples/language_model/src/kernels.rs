@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
     HybridAttention, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang, Performer,
-    ReluFeatures, SoftmaxAttention, Ward, Wpff, projection,
+    ReluFeatures, SoftmaxAttention, StateFormat, Ward, Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
@@ -37,6 +37,8 @@ A kernel is NAME[:SIZE][,OPTION]...
                                      of merged (block: of ward too)
   calibrated         fit the kernel of each head to the calibration text (not official, elu, relu)
   seed=N             of random maps
+  state=FORMAT       f32, bf16 or q8: bits of caches, windows, sinks and entries (softmax, hybrids,
+                     merged,plan=FILE)
   pool               merged: the kv heads of a layer share their entries
   exact=N            keep the N kv heads exact in which this kernel is furthest from exact \
                            attention on the
@@ -88,6 +90,7 @@ struct Options {
     value_weight: Option<f64>,
     metric: Option<Metric>,
     seed: Option<u64>,
+    state: Option<StateFormat>,
     calibrated: bool,
     pool: bool,
 }
@@ -150,6 +153,7 @@ impl FromStr for Kernel {
                 ("seed", Some(x)) => {
                     options.seed = Some(number(key, x, |_| true, "a whole number below 2^64")?);
                 }
+                ("state", Some(x)) => options.state = Some(x.parse()?),
                 ("exact", Some(x)) => exact = Exact::Count(count(key, x, 0..=MOST_TOKENS)?, None),
                 ("by", Some(x)) => by = Some(Box::new(x.parse()?)),
                 ("plan", Some(x)) => exact = Exact::Plan(PathBuf::from(x)),
@@ -254,7 +258,18 @@ impl Kernel {
     /// Whether it is `merged` as it is, apart from the choice of heads: a plan says all the rest.
     #[must_use]
     pub fn is_plain_merged(&self) -> bool {
-        without_choice(&self.name) == "merged"
+        let name = without_choice(&self.name);
+        name.split(',').filter(|part| !part.starts_with("state=")).eq(["merged"])
+    }
+
+    /// In how many bits states are kept, if that was said.
+    #[must_use]
+    pub fn given_state(&self) -> Option<StateFormat> {
+        self.options.state
+    }
+
+    fn state(&self) -> StateFormat {
+        self.options.state.unwrap_or_default()
     }
 
     /// Whether it is linear attention, with no window and no exact heads beside it.
@@ -281,6 +296,7 @@ impl Kernel {
                 Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu)
             ),
             "sinks" | "heavy" => self.is_hybrid(),
+            "state" => self.is_hybrid() || self.family == Family::Softmax,
             "decay" | "min-age" | "value-weight" | "metric" | "pool" => {
                 matches!(self.family, Family::Merged(_))
             }
@@ -353,7 +369,8 @@ impl Kernel {
             "`{}` and the plan do not belong together",
             self.name
         );
-        let exact: AnyKernel = Arc::new(SoftmaxAttention::new(config.head_dim)?);
+        let exact = SoftmaxAttention::new(config.head_dim)?.with_state_format(self.state());
+        let exact: AnyKernel = Arc::new(exact);
         let heads = self.heads(config, capture)?;
         let layer = |(l, kernels): (usize, Vec<AnyKernel>)| -> Result<MultiHead<f32>> {
             let choose = |(kv, kernel)| match plan {
@@ -377,7 +394,7 @@ impl Kernel {
         let seed = self.options.seed.unwrap_or(0);
         let calibrated = fit.filter(|_| self.options.calibrated);
         Ok(match self.family {
-            Family::Softmax => Arc::new(SoftmaxAttention::new(d)?),
+            Family::Softmax => Arc::new(SoftmaxAttention::new(d)?.with_state_format(self.state())),
             Family::Window => self.hybrid(d, Far::none(), fit)?,
             Family::Merged(entries) => self.hybrid(d, self.merged(entries, calibrated), fit)?,
             Family::Ward(entries) => {
@@ -475,6 +492,7 @@ impl Kernel {
             .window(self.window())
             .sinks(self.sinks())
             .heavy(heavy)
+            .state_format(self.state())
             .far(far);
         if let Some(fit) = fit.filter(|_| heavy > 0 || matches!(self.family, Family::Taylor(_))) {
             builder = builder.calibrated(fit);

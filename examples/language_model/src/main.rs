@@ -43,8 +43,8 @@ fn run(cli: Cli) -> Result<()> {
     match command {
         Command::Perplexity { kernels, context } => perplexity(&open()?, &kernels, context),
         Command::Recall { kernels, tasks } => recall(&open()?, &kernels, &tasks),
-        Command::Plan { budget, exact, length, costs, output } => {
-            let options = PlanOptions::new(budget.budget());
+        Command::Plan { budget, exact, length, state, costs, output } => {
+            let options = PlanOptions::new(budget.budget()).state_format(state);
             let options = length.into_iter().fold(options, PlanOptions::length);
             plan(&input, options, exact, length, costs.as_deref(), &output)
         }
@@ -307,14 +307,15 @@ fn heads(
     }
     let errors = session.errors(kernel)?;
     let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
+    let softmax = softmax.with_state_format(kernel.given_state().unwrap_or_default());
     let choice = match (exact, budget) {
         (Some(count), _) => errors.keep(count),
         (None, Some((mib, tokens))) => {
             let small = kernel
                 .alone()
                 .heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
-            let floats = small[0][0].state_floats(config.value_dim, tokens)?;
-            let least = report::mib(floats.saturating_mul(size_of::<f32>()).saturating_mul(heads));
+            let bytes = small[0][0].state_bytes(config.value_dim, tokens)?;
+            let least = report::mib(bytes.saturating_mul(heads));
             errors
                 .keep_within(
                     (mib * 1_048_576.0) as usize,

@@ -360,7 +360,7 @@ impl State {
     /// Bytes of the attention states of all layers now.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.attention.iter().map(|heads| heads.state_floats() * size_of::<f32>()).sum()
+        self.attention.iter().map(|heads| heads.state_bytes()).sum()
     }
 
     /// Where the time went since [`restart_clock`](Self::restart_clock).

@@ -222,6 +222,10 @@ impl Session {
             Exact::Plan(path) => match Choice::load(path, &self.model)? {
                 Choice::Exact(plan) => Some(plan),
                 Choice::Settings(settings) => {
+                    let settings = match kernel.given_state() {
+                        Some(format) => settings.with_state_format(format),
+                        None => settings,
+                    };
                     let layers = state_plan::layers(&settings, kernel, config)?;
                     return Ok(Attentions { layers, plan: None, settings: Some(settings) });
                 }

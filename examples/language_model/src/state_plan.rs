@@ -202,7 +202,7 @@ pub fn layers(plan: &StatePlan, kernel: &Kernel, config: &Config) -> Result<Vec<
     ensure!(
         kernel.is_plain_merged(),
         "`{kernel}`: the plan says window, entries and decay of every head, so its name is \
-         `merged,plan=FILE` and nothing else"
+         `merged,plan=FILE`, with `state=FORMAT` or without"
     );
     (0..config.layers).map(|layer| Ok(plan.layer(layer, config.heads)?)).collect()
 }
