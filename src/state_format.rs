@@ -180,6 +180,7 @@ pub(crate) fn is_finite(x: u16) -> bool {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // small numbers
 mod tests {
     use super::*;
 

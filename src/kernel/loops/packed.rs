@@ -376,6 +376,7 @@ impl<T: Lanes, C: Code> Loop for UnpackValues<'_, T, C> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)] // small numbers
 mod tests {
     use super::*;
     use crate::kernel::loops::samples::{assert_near, numbers, wide};
