@@ -264,9 +264,9 @@ impl<T: Lanes, C: Code> PackedSums<'_, T, C> {
                     scaled[i][0][..count].copy_from_slice(weights);
                 }
             }
-            let rows = self.values[first * self.stride + j..].chunks(self.stride);
+            let rows = self.values[first * self.stride..].chunks_exact(self.stride);
             for (t, row) in (0..count).zip(rows) {
-                let row = &row[..width];
+                let row = &row[j..j + width];
                 let mut weights = [[T::splat(level, T::zero()); 2]; R];
                 for i in 0..R {
                     let one = T::splat(level, scaled[i][0][t]);

@@ -129,21 +129,15 @@ impl<C: RowCode> Tiles<C> {
         }
     }
 
+    /// Of tokens from the first of a tile on; rows of `out` are whole cache lines.
     pub(super) fn read_values<T: Scalar>(
         &self,
         tokens: Range<usize>,
         stride: usize,
         out: &mut [T],
     ) {
-        for (token, out) in tokens.zip(out.chunks_exact_mut(stride)) {
-            let row = &self.values[token * self.stride()..][..self.value_dim];
-            let (out, padding) = out.split_at_mut(self.value_dim);
-            padding.fill(T::zero());
-            for (block, (out, row)) in out.chunks_mut(BLOCK).zip(row.chunks(BLOCK)).enumerate() {
-                let scale = self.scale(1, token, block * BLOCK);
-                out.iter_mut().zip(row).for_each(|(out, value)| *out = value.decode(scale));
-            }
-        }
+        debug_assert!(tokens.start.is_multiple_of(TILE) && tokens.len() <= TILE);
+        self.unpack_values(tokens.start, &mut out[..tokens.len() * stride], stride);
     }
 
     pub(super) fn add_scores<T: Scalar>(
