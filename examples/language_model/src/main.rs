@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
+use dijiang::{Attention, Budget, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
 use language_model::args::{COMPARED, Cli, Command, Input, Tasks};
 use language_model::compare::{Program, compare};
@@ -31,9 +31,7 @@ fn main() -> Result<()> {
         Command::Perplexity { kernels, context } => perplexity(&open(&input)?, &kernels, context),
         Command::Recall { kernels, tasks } => recall(&open(&input)?, &kernels, &tasks),
         Command::Plan { budget, exact, length, costs, output } => {
-            let options = PlanOptions::new(budget.budget());
-            let options = length.into_iter().fold(options, PlanOptions::length);
-            plan(&input, options, exact, length, costs.as_deref(), &output)
+            plan(&input, budget.budget(), exact, length, costs.as_deref(), &output)
         }
         Command::Heads { kernel, exact, budget, at, output } => {
             heads(&open(&input)?, &kernel, exact, budget.zip(at), &output)
@@ -208,7 +206,7 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
 /// Plans for all positions of contexts of so many tokens, or for the end of longer ones.
 fn plan(
     input: &Input,
-    options: PlanOptions,
+    budget: Budget,
     exact: usize,
     length: Option<usize>,
     costs: Option<&Path>,
@@ -218,7 +216,8 @@ fn plan(
     let (model, config) = (&session.model, session.model.config());
     let of_model = config.layers * config.kv_heads;
     ensure!(exact <= of_model, "`--exact` is {exact}, but the model has {of_model} kv heads");
-    let options = options.exact_heads(exact).fingerprint(model.fingerprint());
+    let options = PlanOptions::new(budget).exact_heads(exact).fingerprint(model.fingerprint());
+    let options = length.into_iter().fold(options, PlanOptions::length);
     let planner = match costs.filter(|file| file.exists()) {
         Some(file) => state_plan::load_costs(file)?,
         None => {
@@ -245,8 +244,10 @@ fn plan(
             planner
         }
     };
+    // the name of the model that was measured stands in the planner's own plans
+    let own = planner.plan_within(budget)?;
+    state_plan::check(&own, "the file of `--costs`", model)?;
     let found = planner.plan_with(&options)?;
-    state_plan::check(&found, "the file of `--costs`", model)?;
     println!("{found}");
     state_plan::save(&found, output)?;
     let by_file: Kernel = format!("merged,plan={}", output.display()).parse()?;
