@@ -131,6 +131,12 @@ impl PlanOptions {
         none.grid(&[0.95, 0.98], &windows)
     }
 
+    /// The budget.
+    #[must_use]
+    pub fn budget(&self) -> Budget {
+        self.budget
+    }
+
     /// Sets how many heads stay exact, beside the budget of the others: one by one the head with
     /// the largest remaining cost, after which the others are filled again.
     #[must_use]

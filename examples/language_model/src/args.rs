@@ -11,7 +11,7 @@ use std::str::FromStr;
 /// The most tokens that an argument may ask for; more is a slip.
 const MOST_TOKENS: u64 = 1 << 24;
 /// Numbers or bytes of a head; more is a slip as well.
-const MOST_FLOATS: u64 = 1 << 32;
+const MOST_FLOATS: u64 = 1 << 31;
 /// More threads or prompts are a slip as well.
 const MOST: u64 = 1024;
 

@@ -264,8 +264,10 @@ fn plan(
             planner
         }
     };
+    // the name of the model that was measured stands in the planner's own plans
+    let own = planner.plan_within(options.budget())?;
+    state_plan::check(&own, "the file of `--costs`", model)?;
     let found = planner.plan_with(&options)?;
-    state_plan::check(&found, "the file of `--costs`", model)?;
     println!("{found}");
     state_plan::save(&found, output)?;
     let by_file: Kernel = format!("merged,plan={}", output.display()).parse()?;

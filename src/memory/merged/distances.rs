@@ -65,6 +65,21 @@ impl<T: Scalar> Distances<T> {
         self.make_room(slots.capacity);
     }
 
+    /// Makes it equal to another of the same sizes; what is scratch stays.
+    pub(super) fn copy_from(&mut self, other: &Self) {
+        for (to, from) in [
+            (&mut self.key_factors, &other.key_factors),
+            (&mut self.value_factors, &other.value_factors),
+            (&mut self.metric, &other.metric),
+            (&mut self.projected, &other.projected),
+        ] {
+            to.resize(from.len());
+            to.copy_from_slice(from);
+        }
+        self.keys.resize(other.keys.len());
+        self.values.resize(other.values.len());
+    }
+
     /// Makes room for so many entries, of which nothing is known.
     pub(super) fn make_room(&mut self, capacity: usize) {
         if !self.metric.is_empty() {

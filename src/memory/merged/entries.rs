@@ -180,7 +180,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.weights.resize(other.weights.len());
         self.weights.copy_from_slice(&other.weights);
         self.resize_columns();
-        self.distances.clone_from(&other.distances);
+        self.distances.copy_from(&other.distances);
         self.bounds.copy_from(&other.bounds);
         self.affinity.copy_from_slice(&other.affinity);
         self.counts.clone_from(&other.counts);
