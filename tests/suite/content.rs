@@ -5,7 +5,7 @@ use crate::common::{RECEIVED, assert_close, hybrid, normal, tokens, wide};
 use dijiang::attention::naive::options::Options;
 use dijiang::{
     Attention, Error, Far, FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask,
-    Memory, MergedMemory, Partial, ReluFeatures, Scalar, attention::naive,
+    Memory, MergedMemory, Partial, ReluFeatures, Scalar, StateFormat, attention::naive,
 };
 use ndarray::{Array2, ArrayView2, ArrayViewMut1, ArrayViewMut2, array, s};
 
@@ -197,8 +197,10 @@ fn memories_that_grow_are_their_formulas_and_the_same_bits_for_any_split() {
         (140, 0, 0, far(200, 1)),
         (4096, 4, 0, far(16_000, 1)),
     ] {
-        let (calibration, metric, options) = (None, None, Options::default());
-        let formula = HybridFormula { window, sinks, heavy, far, calibration, metric, options };
+        let (calibration, metric, format, options) =
+            (None, None, StateFormat::F32, Options::default());
+        let formula =
+            HybridFormula { window, sinks, heavy, far, calibration, metric, format, options };
         let kernel = hybrid::<f64>(&formula, d, 0);
         let scale = 1.0 / (d as f64).sqrt();
         let queries = [vec![q.clone()]];

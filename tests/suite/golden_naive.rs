@@ -8,7 +8,7 @@ use dijiang::attention::naive::merged::{self, Bounds, Entry, Ward, ward};
 use dijiang::attention::naive::options::Options;
 use dijiang::attention::naive::received::{self, Cost, Head, Metric, Received, State};
 use dijiang::attention::naive::{self, block, linear};
-use dijiang::{DctFeatures, Mask};
+use dijiang::{DctFeatures, Mask, StateFormat};
 use ndarray::{Array1, Array2, Axis, concatenate, s};
 use serde_json::Value;
 
@@ -314,6 +314,7 @@ fn merged_by_ward() {
             entries,
             weights: weights.clone(),
             metric: Some(metric.clone()),
+            format: StateFormat::F32,
             options: Options::default(),
         };
         let out = ward([&q, &k, &v], scale, &near, &rule, Mask::Causal);
@@ -329,8 +330,8 @@ fn merged_by_ward() {
         let mut lists = [Vec::new()];
         for (j, step) in gone.into_iter().zip(steps) {
             lists[0].push(Entry::token(k.row(j), v.row(j), weights[j]));
-            let bounds = Bounds { entries, least: 1, block: 1, least_weight: 0.0 };
-            merged::reduce(&mut lists, bounds, cost);
+            let bounds = Bounds { entries, least: 1, block: 1 };
+            merged::reduce(&mut lists, bounds, cost, |a, b| a.merge(b, 0.0));
             check_entries(name(case), &lists[0], &step["entries"]);
         }
     }
@@ -351,6 +352,8 @@ fn merged_by_received_attention() {
             cost: Cost::Ward { value_weight: case["beta"].as_f64().unwrap().powi(2) },
             metric: Metric::Identity,
             mean_value_square: None,
+            format: StateFormat::F32,
+            key_unit: 1.0,
             options: Options::default(),
         };
         let out = received::received(&q, &k, &v, scale, &near, &rule);
@@ -392,6 +395,8 @@ fn merged_by_the_product_cost() {
             cost: Cost::Product,
             metric: Metric::Diagonal(vector(&case["metric"])),
             mean_value_square: case["value_norm_squared"].as_f64(),
+            format: StateFormat::F32,
+            key_unit: 1.0,
             options: Options::default(),
         };
         let out = received::received(&q, &k, &v, scale, &near, &rule);

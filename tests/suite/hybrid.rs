@@ -5,8 +5,8 @@ use crate::common::{RECEIVED, assert_close, hybrid, normal, tokens};
 use dijiang::attention::naive::options::Options;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, Far, Head, HybridAttention, Mask, Merged,
-    Metric, MultiHead, Performer, Scratch, SoftmaxAttention, Stream, StreamOptions, StreamState,
-    Ward,
+    Metric, MultiHead, Performer, Scratch, SoftmaxAttention, StateFormat, Stream, StreamOptions,
+    StreamState, Ward,
 };
 use ndarray::{Array2, Array3, Array4, Axis, s};
 use proptest::prelude::*;
@@ -15,7 +15,16 @@ use std::sync::Arc;
 fn merged(window: usize, sinks: usize, block: usize) -> HybridFormula {
     let far = FarFormula::Merged(crate::common::hybrid::Received { block, ..RECEIVED });
     let options = Options::default();
-    HybridFormula { window, sinks, heavy: 0, far, calibration: None, metric: None, options }
+    HybridFormula {
+        window,
+        sinks,
+        heavy: 0,
+        far,
+        calibration: None,
+        metric: None,
+        format: StateFormat::F32,
+        options,
+    }
 }
 
 fn random(shape: (usize, usize, usize, usize), seed: u64) -> Array4<f64> {

@@ -8,7 +8,8 @@ use dijiang::attention::naive::options::{Options, alibi, soft_capped, with_sink}
 use dijiang::fidelity::Reference;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, Error, ExactMemory, Far, HybridAttention, Mask,
-    Memory, MultiHead, Partial, Performer, Scalar, SoftmaxAttention, StreamOptions, alibi_slopes,
+    Memory, MultiHead, Partial, Performer, Scalar, SoftmaxAttention, StateFormat, StreamOptions,
+    alibi_slopes,
 };
 use ndarray::{Array2, Array4, Axis, s};
 use std::sync::Arc;
@@ -278,6 +279,7 @@ fn sinks_of_every_head_of_a_hybrid() {
             far: far.clone(),
             calibration: None,
             metric: None,
+            format: StateFormat::F32,
             options,
         };
         let builder = HybridAttention::<f64>::builder(d).window(window).sinks(1).soft_cap(2.0);
@@ -312,9 +314,9 @@ fn pools_with_a_cap_and_a_sink() {
     let (heads, n, d) = (2, 60, 4);
     let options = Options { soft_cap: Some(1.5), sink_logit: Some(1.0) };
     let far = FarFormula::Merged(crate::common::hybrid::Received { entries: 6, ..RECEIVED });
-    let (calibration, metric) = (None, None);
+    let (calibration, metric, format) = (None, None, StateFormat::F32);
     let formula =
-        HybridFormula { window: 8, sinks: 1, heavy: 0, far, calibration, metric, options };
+        HybridFormula { window: 8, sinks: 1, heavy: 0, far, calibration, metric, format, options };
     let x = |seed| {
         let numbers = normal::<f64>(heads * n, d, 1.0, seed).into_raw_vec_and_offset().0;
         Array4::from_shape_vec((1, heads, n, d), numbers).unwrap()

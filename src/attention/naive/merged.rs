@@ -1,10 +1,12 @@
 //! Merged entries behind the window: mean keys and mean values that stand for many tokens, made by
 //! Ward's rule.
 
+use super::formats::rounded;
 use super::hybrid::{Held, Near};
 use super::options::{Options, soft_capped};
 use crate::mask::Mask;
-use ndarray::{Array1, Array2, ArrayView1};
+use crate::state_format::StateFormat;
+use ndarray::{Array1, Array2, ArrayView1, Axis};
 
 /// Some tokens as one: read with the weight `count·e^{scale·q·key}`.
 #[derive(Clone, Debug)]
@@ -30,7 +32,7 @@ impl Entry {
     /// Two entries as one:
     ///
     /// ```text
-    /// key = (a_i key_i + a_j key_j)/(a_i + a_j),    value likewise
+    /// key = key_i + a_j/(a_i + a_j)·(key_j − key_i),    value likewise
     /// n = n_i + n_j,    a = a_i + a_j
     /// ```
     ///
@@ -51,13 +53,22 @@ impl Entry {
     pub fn merge(&self, other: &Self, least: f64) -> Self {
         let weight = self.weight + other.weight;
         let [a, b] = [self.weight + least, other.weight + least];
-        let mean = |x: &Array1<f64>, y: &Array1<f64>| (x * a + y * b) / (a + b);
+        let mean = |x: &Array1<f64>, y: &Array1<f64>| x + (y - x) * (b / (a + b));
         Self {
             key: mean(&self.key, &other.key),
             value: mean(&self.value, &other.value),
             count: self.count + other.count,
             weight,
         }
+    }
+}
+
+impl Entry {
+    /// The entry as a state of this format keeps it; `unit` is what keys are scaled with.
+    #[must_use]
+    pub fn rounded(self, format: StateFormat, unit: f64) -> Self {
+        let row = |x: Array1<f64>| rounded(&x.insert_axis(Axis(0)), format).remove_axis(Axis(0));
+        Self { key: row(self.key / unit) * unit, value: row(self.value), ..self }
     }
 }
 
@@ -90,12 +101,10 @@ pub struct Bounds {
     pub least: usize,
     /// Tokens that arrive at once.
     pub block: usize,
-    /// What is added to every weight where means are taken, see [`Entry::merge`].
-    pub least_weight: f64,
 }
 
 /// Merges the entries of some lists until they are within `bounds`, given the cost of a pair of
-/// list `h`, `cost(h, i, j)` with `i` before `j`.
+/// list `h`, `cost(h, i, j)` with `i` before `j`, and what becomes of a pair, `merge(i, j)`.
 ///
 /// The pairs that may merge are those in one list that are nearest to each other; of equal costs
 /// the first counts, by list, then by place. With `block` 1 the cheapest pair becomes one entry, in
@@ -107,7 +116,8 @@ pub struct Bounds {
 /// use dijiang::attention::naive::merged::{self, Bounds, Entry};
 /// use ndarray::array;
 ///
-/// let bounds = Bounds { entries: 3, least: 1, block: 1, least_weight: 0.0 };
+/// let bounds = Bounds { entries: 3, least: 1, block: 1 };
+/// let merge = |a: &Entry, b: &Entry| a.merge(b, 0.0);
 /// let token = |x: f64| Entry::token(array![x].view(), array![x].view(), 1.0);
 /// let cost = |_: usize, a: &Entry, b: &Entry| {
 ///     merged::ward_cost(a, b, (a.key[0] - b.key[0]).powi(2))
@@ -116,12 +126,12 @@ pub struct Bounds {
 /// let tokens: Vec<Entry> = [0.0, 10.0, 1.0, 5.0].map(token).to_vec();
 ///
 /// let mut lists = [tokens.clone()];
-/// merged::reduce(&mut lists, bounds, cost);
+/// merged::reduce(&mut lists, bounds, cost, merge);
 /// assert_eq!(keys(&lists[0]), [0.5, 10.0, 5.0]);
 ///
 /// // two pools of two, and three in all: the cheaper pair merges
 /// let mut lists = [tokens[..2].to_vec(), tokens[2..].to_vec()];
-/// merged::reduce(&mut lists, bounds, cost);
+/// merged::reduce(&mut lists, bounds, cost, merge);
 /// assert_eq!((keys(&lists[0]), keys(&lists[1])), (vec![0.0, 10.0], vec![3.0]));
 /// ```
 ///
@@ -130,8 +140,9 @@ pub struct Bounds {
 /// If every list has `least` entries and those are more than `entries` together.
 pub fn reduce(
     lists: &mut [Vec<Entry>],
-    Bounds { entries, least, block, least_weight }: Bounds,
+    Bounds { entries, least, block }: Bounds,
     cost: impl Fn(usize, &Entry, &Entry) -> f64,
+    merge: impl Fn(&Entry, &Entry) -> Entry,
 ) {
     loop {
         let all: usize = lists.iter().map(Vec::len).sum();
@@ -148,7 +159,7 @@ pub fn reduce(
         pairs.truncate(if block == 1 { 1 } else { all - entries });
         assert!(!pairs.is_empty(), "every list is as short as it may be");
         for &MutualPair { list, first, second, .. } in &pairs {
-            lists[list][first] = lists[list][first].merge(&lists[list][second], least_weight);
+            lists[list][first] = merge(&lists[list][first], &lists[list][second]);
         }
         pairs.sort_by_key(|pair| pair.second);
         for &MutualPair { list, second, .. } in pairs.iter().rev() {
@@ -240,6 +251,8 @@ pub struct Ward {
     pub weights: Array1<f64>,
     /// `R`, of the squared distance `|R Δkey|²`; `None` for the identity.
     pub metric: Option<Array2<f64>>,
+    /// How entries are kept. Tokens are given as they are kept.
+    pub format: StateFormat,
     /// How entries are read.
     pub options: Options,
 }
@@ -264,7 +277,8 @@ pub struct Ward {
 /// // keys 0, 1, 9 become the entries 0.5 (twice) and 9, which a query of 0 sees alike
 /// let (q, k, v) = (array![[0.0]], array![[0.0], [1.0], [9.0]], array![[1.0], [3.0], [8.0]]);
 /// let options = Options::default();
-/// let ward = Ward { entries: 2, weights: Array1::ones(3), metric: None, options };
+/// let format = dijiang::StateFormat::F32;
+/// let ward = Ward { entries: 2, weights: Array1::ones(3), metric: None, format, options };
 /// let out = merged::ward([&q, &k, &v], 1.0, &Near::new(0, 0), &ward, Mask::Full);
 /// assert!((out[[0, 0]] - 4.0).abs() < 1e-15);
 /// ```
@@ -291,9 +305,9 @@ pub fn ward(
     };
     let make_room = |entries: &mut Vec<Entry>| {
         let cost = |_: usize, a: &Entry, b: &Entry| ward_cost(a, b, distance(a, b));
-        let bounds =
-            Bounds { entries: rule.entries, least: 1, block: near.block, least_weight: 0.0 };
-        reduce(core::slice::from_mut(entries), bounds, cost);
+        let bounds = Bounds { entries: rule.entries, least: 1, block: near.block };
+        let merge = |a: &Entry, b: &Entry| a.merge(b, 0.0).rounded(rule.format, 1.0);
+        reduce(core::slice::from_mut(entries), bounds, cost, merge);
     };
     let (mut held, mut entries) = (Held::default(), Vec::new());
     let token = |j: usize| Entry::token(k.row(j), v.row(j), rule.weights[j]);

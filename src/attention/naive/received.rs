@@ -4,6 +4,7 @@
 use super::hybrid::{Held, Near};
 use super::merged::{Bounds, Entry, read, reduce, ward_cost};
 use super::options::Options;
+use crate::state_format::StateFormat;
 use ndarray::{Array1, Array2};
 
 /// Tokens behind the sinks that set the units of distances.
@@ -64,6 +65,11 @@ pub struct Received {
     pub metric: Metric,
     /// `ρ²`; `None` for the mean of `|v|²` over the first 64 tokens behind the sinks.
     pub mean_value_square: Option<f64>,
+    /// How entries are kept: keys in units of `key_unit`, `√scale` where they are scaled. Tokens
+    /// are given as they are kept.
+    pub format: StateFormat,
+    /// The unit of keys where they are rounded; without effect in [`StateFormat::F32`].
+    pub key_unit: f64,
     /// How entries are read.
     pub options: Options,
 }
@@ -161,8 +167,11 @@ fn make_room(states: &mut [State], rule: &Received, least: usize, block: usize) 
     let mut lists: Vec<Vec<Entry>> =
         states.iter_mut().map(|state| core::mem::take(&mut state.entries)).collect();
     let entries = rule.entries * states.len();
-    let bounds = Bounds { entries, least, block, least_weight: rule.cost.least_weight() };
-    reduce(&mut lists, bounds, |h, a, b| states[h].cost(a, b, rule));
+    let bounds = Bounds { entries, least, block };
+    let merge = |a: &Entry, b: &Entry| {
+        a.merge(b, rule.cost.least_weight()).rounded(rule.format, rule.key_unit)
+    };
+    reduce(&mut lists, bounds, |h, a, b| states[h].cost(a, b, rule), merge);
     states.iter_mut().zip(lists).for_each(|(state, list)| state.entries = list);
 }
 
@@ -218,14 +227,15 @@ fn answer(
 /// Returns their outputs. Tokens must come in order, from `t = 0`.
 ///
 /// ```
-/// use dijiang::attention::naive::options::Options;
+/// use dijiang::{StateFormat, attention::naive::options::Options};
 /// use dijiang::attention::naive::hybrid::Near;
 /// use dijiang::attention::naive::received::{self, Cost, Head, Metric, Received, State};
 /// use ndarray::array;
 ///
 /// let rule = Received {
 ///     entries: 1, gamma: 0.5, min_age: 0, cost: Cost::Ward { value_weight: 0.0 },
-///     metric: Metric::Identity, mean_value_square: None, options: Options::default(),
+///     metric: Metric::Identity, mean_value_square: None, format: StateFormat::F32,
+///     key_unit: 1.0, options: Options::default(),
 /// };
 /// let (q, k, v) = ([array![[0.0], [0.0]]], array![[1.0], [2.0]], array![[1.0], [3.0]]);
 /// let head = Head { queries: &q, keys: &k, values: &v };
@@ -267,7 +277,7 @@ pub fn step(
 /// query heads.
 ///
 /// ```
-/// use dijiang::attention::naive::options::Options;
+/// use dijiang::{StateFormat, attention::naive::options::Options};
 /// use dijiang::attention::naive::received::{self, Cost, Metric, Received};
 /// use dijiang::{Mask, attention::naive::{self, hybrid::Near}};
 /// use ndarray::array;
@@ -275,7 +285,8 @@ pub fn step(
 /// // while nothing has merged, it is softmax attention
 /// let rule = Received {
 ///     entries: 2, gamma: 0.98, min_age: 16, cost: Cost::Product, metric: Metric::QueryDiagonal,
-///     mean_value_square: None, options: Options::default(),
+///     mean_value_square: None, format: StateFormat::F32,
+///     key_unit: 1.0, options: Options::default(),
 /// };
 /// let (x, v) = (array![[0.1], [0.7], [-0.4]], array![[1.0], [2.0], [3.0]]);
 /// let out = received::received(&[x.clone()], &x, &v, 1.0, &Near::new(1, 0), &rule);
@@ -312,13 +323,14 @@ pub fn received(
 /// `q [head][group]`, `k [head]` and `v [head]` give outputs `[head][group]`.
 ///
 /// ```
-/// use dijiang::attention::naive::options::Options;
+/// use dijiang::{StateFormat, attention::naive::options::Options};
 /// use dijiang::attention::naive::{hybrid::Near, received::{self, Cost, Metric, Received}};
 /// use ndarray::Array2;
 ///
 /// let rule = Received {
 ///     entries: 5, gamma: 0.98, min_age: 1, cost: Cost::Product, metric: Metric::QueryDiagonal,
-///     mean_value_square: None, options: Options::default(),
+///     mean_value_square: None, format: StateFormat::F32,
+///     key_unit: 1.0, options: Options::default(),
 /// };
 /// let x = |phase: f64| {
 ///     Array2::from_shape_fn((20, 2), |(t, i)| (phase + (2 * t + i) as f64).sin())

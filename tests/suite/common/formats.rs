@@ -66,6 +66,9 @@ pub fn packed_hybrids(d: usize, m: usize) -> Vec<Subject> {
         subject.f64 = Arc::new(hybrid_in::<f64>(format, formula, d, m));
         subject.f32 = Arc::new(hybrid_in::<f32>(format, formula, d, m));
         subject.name = format!("{} {}", format.name(), subject.name);
+        if let Formula::Hybrid(formula) = &mut subject.formula {
+            formula.format = format;
+        }
         subject
     })
     .collect()

@@ -5,7 +5,7 @@ use dijiang::attention::naive::hybrid::{Near, log_products, log_weights};
 use dijiang::attention::naive::merged::{Ward, ward};
 use dijiang::attention::naive::options::{Options, soft_capped, with_sink};
 use dijiang::attention::naive::received::{self, received, received_pooled};
-use dijiang::{Calibration, FeatureMap, Mask, MergeCost};
+use dijiang::{Calibration, FeatureMap, Mask, MergeCost, StateFormat};
 use ndarray::{Array1, Array2, ArrayView1, Axis};
 use std::sync::Arc;
 
@@ -55,6 +55,8 @@ pub struct HybridFormula {
     pub calibration: Option<Arc<Calibration>>,
     /// The calibrated metric of received-attention merging.
     pub metric: Option<Array2<f64>>,
+    /// How entries are kept.
+    pub format: StateFormat,
     /// A cap and a learned sink.
     pub options: Options,
 }
@@ -71,7 +73,7 @@ impl HybridFormula {
         pooled: bool,
     ) -> Vec<Vec<Array2<f64>>> {
         if let FarFormula::Merged(rule) = &self.far {
-            let (rule, near) = (self.rule(rule), |h: usize| self.near(&k[h], scale));
+            let (rule, near) = (self.rule(rule, scale), |h: usize| self.near(&k[h], scale));
             if pooled {
                 assert_eq!(self.heavy, 0, "heavy keys have scores of one head");
                 return received_pooled(q, k, v, scale, &near(0), &rule);
@@ -103,7 +105,7 @@ impl HybridFormula {
 
     /// One query head, of a hybrid that does not learn from what is read.
     fn head(&self, [q, k, v]: [&Array2<f64>; 3], scale: f64, mask: Mask) -> Array2<f64> {
-        let (near, options) = (self.near(k, scale), self.options);
+        let (near, options, format) = (self.near(k, scale), self.options, self.format);
         let logs = |far: &Array2<f64>| log_weights(q, k, scale, &near, far, mask);
         match &self.far {
             FarFormula::None => {
@@ -118,14 +120,14 @@ impl HybridFormula {
             }
             FarFormula::Ward { entries, .. } => {
                 let weights = Array1::ones(k.nrows());
-                let rule = Ward { entries: *entries, weights, metric: None, options };
+                let rule = Ward { entries: *entries, weights, metric: None, format, options };
                 ward([q, k, v], scale, &near, &rule, mask)
             }
             FarFormula::WardCalibrated { entries, metric } => {
                 let weight = |k: ArrayView1<'_, f64>| self.calibration().expected_attention(k);
                 let weights = (k * scale.sqrt()).outer_iter().map(weight).collect();
                 let metric = Some((**metric).clone());
-                let rule = Ward { entries: *entries, weights, metric, options };
+                let rule = Ward { entries: *entries, weights, metric, format, options };
                 ward([q, k, v], scale, &near, &rule, mask)
             }
             FarFormula::Merged(_) => unreachable!("it learns from what is read"),
@@ -150,7 +152,7 @@ impl HybridFormula {
         Near { sinks: self.sinks, window: self.window, block, heavy: self.heavy, scores }
     }
 
-    fn rule(&self, rule: &Received) -> received::Received {
+    fn rule(&self, rule: &Received, scale: f64) -> received::Received {
         let cost = match rule.cost {
             MergeCost::Ward { value_weight } => received::Cost::Ward { value_weight },
             _ => received::Cost::Product,
@@ -171,6 +173,8 @@ impl HybridFormula {
             cost,
             metric,
             mean_value_square: None,
+            format: self.format,
+            key_unit: scale.sqrt(),
             options: self.options,
         }
     }

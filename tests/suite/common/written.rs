@@ -76,6 +76,7 @@ fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Su
         }
     }
     let map = map::<f64>(name, d, d, 5);
+    let is_of_features = log_decay.nrows() == 1 && log_decay.ncols() > 1;
     Subject {
         name: format!("decayed {name} d={d} normalized={normalized} {:?}", log_decay.dim()),
         head_dim: d,
@@ -87,7 +88,11 @@ fn decayed(name: &str, d: usize, normalized: bool, log_decay: Array2<f64>) -> Su
             masks: &[Mask::Causal],
             normalized,
             has_features: true,
-            state: Box::new(move |dv, _| linear_floats(d, dv) + 1),
+            // where every feature has a decay of its own, no token waits
+            state: Box::new(move |dv, _| match is_of_features {
+                true => 2 * d * (dv + 1) + 2,
+                false => linear_floats(d, dv) + 1,
+            }),
             output: Box::new(move |[q, k, v], _| {
                 let phi_q = features(&*map, q, 1.0, false).absolute();
                 let phi_k = features(&*map, k, 1.0, true).absolute();
