@@ -460,8 +460,8 @@ fn decode_steps(
     targets.at_least(
         "decode step against the same through ndarray dot and std exp",
         ratio,
-        8.0,
-        12.0,
+        10.0,
+        13.0,
     );
     println!();
 }
