@@ -23,6 +23,7 @@ pages! {
     hybrids,
     exact_heads,
     plans,
+    formats,
     weights,
     speed,
     machines,

@@ -30,9 +30,11 @@ impl<T: Scalar> Bounds<T> {
     /// Makes room for so many entries; what is known of those there are stays.
     pub(super) fn make_room(&mut self, capacity: usize) {
         self.bound.grow(capacity.max(self.bound.len()));
-        self.changed.reserve(capacity);
-        self.seen.reserve(capacity);
-        self.at_hand.reserve(2);
+        for (list, most) in
+            [(&mut self.changed, capacity), (&mut self.seen, capacity), (&mut self.at_hand, 2)]
+        {
+            list.reserve(most.saturating_sub(list.len()));
+        }
     }
 
     /// Nothing is known any more.
