@@ -107,6 +107,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.prepare(head_dim, value_dim, room_for(0, self.most_slots()));
         self.distances.prepare(&self.rule.metric, &self.slots);
         self.resize_columns();
+        self.bounds.make_room(self.slots.capacity);
         self.units.squared_queries.resize(head_dim, T::zero());
         self.reset();
     }
@@ -123,9 +124,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.reciprocal.resize(capacity);
         self.counts.resize(capacity, 0.0);
         self.distances.make_room(capacity);
-        if self.is_by_bounds() {
-            self.bounds.make_room(capacity);
-        } else {
+        if !self.is_by_bounds() {
             self.affinity.resize(capacity * capacity);
             self.best.resize(capacity);
             self.places.resize(capacity, 0);
@@ -155,6 +154,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.grow(room_for(self.held + 1, self.most_slots()));
         self.weights.grow(self.slots.capacity);
         self.resize_columns();
+        self.bounds.make_room(self.slots.capacity);
         if !self.is_by_bounds() || matches!(self.rule.metric, Distance::Matrix(_)) {
             self.fresh = 0; // what is known of distances lay elsewhere
         }

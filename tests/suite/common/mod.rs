@@ -493,17 +493,17 @@ impl Subject {
     /// numbers of a format is rounded to another than in `f64`, now and then, and other pairs are
     /// merged from there on: only the size of the output is left.
     pub fn units<T: Scalar>(&self) -> f64 {
-        let merges = |far: &FarFormula| {
-            !matches!(far, FarFormula::None | FarFormula::Features(_) | FarFormula::Taylor(..))
-        };
-        match &self.formula {
-            Formula::Hybrid(hybrid)
-                if self.format() != StateFormat::F32 && merges(&hybrid.far) && T::NAME == "f32" =>
-            {
-                0.6 / T::epsilon().as_f64()
-            }
-            _ => checker::units::<T>(60.0),
+        if self.merges() && self.format() != StateFormat::F32 && T::NAME == "f32" {
+            0.6 / T::epsilon().as_f64()
+        } else {
+            checker::units::<T>(60.0)
         }
+    }
+
+    /// Whether it merges entries.
+    pub fn merges(&self) -> bool {
+        let Formula::Hybrid(HybridFormula { far, .. }) = &self.formula else { return false };
+        !matches!(far, FarFormula::None | FarFormula::Features(_) | FarFormula::Taylor(..))
     }
 
     pub fn has_streams(&self) -> bool {
