@@ -396,7 +396,7 @@ pub struct Tasks {
 }
 
 /// Kernels that are compared unless others are given.
-pub const COMPARED: [&str; 11] = [
+pub const COMPARED: [&str; 13] = [
     "softmax",
     "window:128",
     "performer:256",
@@ -408,4 +408,6 @@ pub const COMPARED: [&str; 11] = [
     "window:128,exact=9,by=merged:64",
     "merged:64,pool,exact=9",
     "merged,plan=smollm2-135m-128",
+    "merged,plan=smollm2-135m-q8-256",
+    "merged,plan=smollm2-135m-q8-256-exact-5",
 ];

@@ -46,8 +46,8 @@ A kernel is NAME[:SIZE][,OPTION]...
   by=KERNEL          with exact: choose them by this kernel's errors instead (a name without \
                            options)
   plan=FILE          what `plan` wrote: window, entries and decay of every head, for `merged`
-                     without a size and options; `smollm2-135m-128` comes along. Of any
-                     kernel, what `heads` wrote: the heads that stay exact";
+                     without a size and options; three come along, see `plans/README.md`. Of
+                     any kernel, what `heads` wrote: the heads that stay exact";
 
 /// A kernel for every head of a model.
 #[derive(Clone, Debug, PartialEq)]

@@ -156,8 +156,11 @@ pub fn sizes(config: &Config) -> ModelSizes {
 }
 
 /// Plans that come along, by name.
-const BUILT_IN: [(&str, &str); 1] =
-    [("smollm2-135m-128", include_str!("../plans/smollm2-135m-128.json"))];
+const BUILT_IN: [(&str, &str); 3] = [
+    ("smollm2-135m-128", include_str!("../plans/smollm2-135m-128.json")),
+    ("smollm2-135m-q8-256", include_str!("../plans/smollm2-135m-q8-256.json")),
+    ("smollm2-135m-q8-256-exact-5", include_str!("../plans/smollm2-135m-q8-256-exact-5.json")),
+];
 
 /// The plan of this name that comes along, as JSON.
 #[must_use]
