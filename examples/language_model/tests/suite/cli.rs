@@ -114,7 +114,7 @@ fn a_plan_of_every_head_is_written_and_used() {
     assert!(bytes(&found) <= 0.1, "{found}");
 
     let error = fails(&written, &["perplexity", "merged:8,plan=plan.json"]);
-    assert!(error.contains("`merged,plan=FILE` and nothing else"), "{error}");
+    assert!(error.contains("`merged,plan=FILE`"), "{error}");
     let error = fails(&written, &plan(&["--slots", "3", "--costs", "costs.json"]));
     assert!(error.contains("budget") && error.contains("smallest settings take 20"), "{error}");
     let error = fails(&written, &plan(&["--slots", "30", "--bytes", "7"]));
