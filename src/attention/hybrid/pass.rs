@@ -135,6 +135,7 @@ mod tests {
     use crate::attention::hybrid::far::merged::Merged;
     use crate::attention::hybrid::far_memory::merging::MergingPool;
     use crate::attention::hybrid::far_memory::{Sizes, of_kind};
+    use crate::memory::merged::entries::MergedMemory;
     use crate::memory::merged::rule::{MergeUnits, Metric};
     use crate::views;
     use ndarray::{Array2, Array3};
@@ -162,18 +163,48 @@ mod tests {
         }
     }
 
+    /// The cases of a golden file.
+    fn cases(name: &str) -> Vec<Value> {
+        let path = format!("{}/tests/data/golden/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        file["cases"].as_array().unwrap().clone()
+    }
+
+    /// The state after all tokens of a case, given one by one; `each` sees the outputs
+    /// `[group, d_v]` of each token and the entries after it.
+    fn step_by_step(
+        kernel: &HybridAttention<f64>,
+        case: &Value,
+        mut each: impl FnMut(usize, Array2<f64>, &mut MergedMemory<f64>),
+    ) -> HybridState<f64> {
+        let heads: Vec<_> = case["q"].as_array().unwrap().iter().map(matrix).collect();
+        let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
+        let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| {
+            heads[g][[t, c]]
+        });
+        let mut state = HybridState::new();
+        let sizes = Sizes { heads: 1, value_dim: v.ncols(), deciding_columns: None };
+        state.prepare(&kernel.config, sizes).unwrap();
+        let mut scratch = HybridScratch::new();
+        for t in 0..k.nrows() {
+            let row = |x: &Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
+            let (k, v) = (row(&k), row(&v));
+            let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
+            let mut out = Array3::zeros((heads.len(), 1, v.ncols()));
+            let call = Head::group(q, k.view(), v.view(), out.view_mut());
+            state.extend(&kernel.config, &mut [call], &mut scratch).unwrap();
+            let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
+            each(t, out.index_axis_move(Axis(1), 0), &mut memories[0]);
+        }
+        state
+    }
+
     /// Which pairs are merged, the entries and the attention received in the window, step by step.
     #[test]
     fn the_state_of_the_golden_cases() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/golden/received.json");
-        let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-        for case in file["cases"].as_array().unwrap() {
+        for case in &cases("received") {
             let name = case["name"].as_str().unwrap();
-            let heads: Vec<_> = case["q"].as_array().unwrap().iter().map(matrix).collect();
-            let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
-            let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| {
-                heads[g][[t, c]]
-            });
+            let k = matrix(&case["k"]);
             let block = number(&case["block"]);
             let far = Merged::new(number(&case["entries_max"]))
                 .decay(case["gamma"].as_f64().unwrap())
@@ -189,19 +220,7 @@ mod tests {
                 .build()
                 .unwrap();
             let config = &kernel.config;
-            let mut state = HybridState::new();
-            let sizes = Sizes { heads: 1, value_dim: v.ncols(), deciding_columns: None };
-            state.prepare(config, sizes).unwrap();
-            let (mut scratch, mut out) =
-                (HybridScratch::new(), Array3::zeros((heads.len(), 1, v.ncols())));
-            for t in 0..k.nrows() {
-                let rows =
-                    |x: &'_ Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
-                let (k, v) = (rows(&k), rows(&v));
-                let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
-                let call = Head::group(q, k.view(), v.view(), out.view_mut());
-                state.extend(config, &mut [call], &mut scratch).unwrap();
-                let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
+            let state = step_by_step(&kernel, case, |t, _, memory| {
                 let what = format!("{name} t={t}");
                 let expected =
                     case["merges"].as_array().unwrap().iter().find(|step| number(&step["t"]) == t);
@@ -213,8 +232,8 @@ mod tests {
                         .collect()
                 };
                 let expected = expected.map_or(Vec::new(), |step| pairs(&step["rounds"]));
-                assert_eq!(memories[0].merges, expected, "{what}");
-                memories[0].merges.clear();
+                assert_eq!(memory.merges, expected, "{what}");
+                memory.merges.clear();
                 for step in
                     case["trace"].as_array().unwrap().iter().filter(|step| number(&step["t"]) == t)
                 {
@@ -225,20 +244,13 @@ mod tests {
                     let one = |x: &str| {
                         entries.iter().map(|e| e[x].as_f64().unwrap()).collect::<Vec<_>>()
                     };
-                    near(
-                        &what,
-                        &(memories[0].keys() * root).into_iter().collect::<Vec<_>>(),
-                        &all("key"),
-                    );
-                    near(
-                        &what,
-                        &memories[0].values().into_iter().collect::<Vec<_>>(),
-                        &all("value"),
-                    );
-                    near(&what, memories[0].counts(), &one("count"));
-                    near(&what, memories[0].weights(), &one("weight"));
+                    let flat = |x: Array2<f64>| x.into_iter().collect::<Vec<_>>();
+                    near(&what, &flat(memory.keys() * root), &all("key"));
+                    near(&what, &flat(memory.values()), &all("value"));
+                    near(&what, memory.counts(), &one("count"));
+                    near(&what, memory.weights(), &one("weight"));
                 }
-            }
+            });
             let held = config.held(k.nrows());
             assert_eq!(held.start, number(&case["window_end"]["first"]), "{name}");
             let received: Vec<f64> =
@@ -250,15 +262,9 @@ mod tests {
     /// Which pairs the product cost merges, the outputs and the entries that are left.
     #[test]
     fn the_merges_of_the_product_cost() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/golden/product_cost.json");
-        let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-        for case in file["cases"].as_array().unwrap() {
+        for case in &cases("product_cost") {
             let name = case["name"].as_str().unwrap();
-            let heads: Vec<_> = case["q"].as_array().unwrap().iter().map(matrix).collect();
-            let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
-            let q = Array3::from_shape_fn((heads.len(), k.nrows(), k.ncols()), |(g, t, c)| {
-                heads[g][[t, c]]
-            });
+            let k = matrix(&case["k"]);
             let units = MergeUnits::new(
                 vector(&case["metric"]),
                 case["value_norm_squared"].as_f64().unwrap(),
@@ -273,23 +279,11 @@ mod tests {
                 .far(far)
                 .build()
                 .unwrap();
-            let config = &kernel.config;
-            let mut state = HybridState::new();
-            let sizes = Sizes { heads: 1, value_dim: v.ncols(), deciding_columns: None };
-            state.prepare(config, sizes).unwrap();
-            let (mut scratch, mut merges) = (HybridScratch::new(), Vec::new());
-            let mut all = Array3::zeros((heads.len(), k.nrows(), v.ncols()));
-            for t in 0..k.nrows() {
-                let rows =
-                    |x: &Array2<f64>| views::row(x.view(), t).insert_axis(Axis(0)).to_owned();
-                let (k, v) = (rows(&k), rows(&v));
-                let q = q.index_axis(Axis(1), t).insert_axis(Axis(1));
-                let out = all.index_axis_mut(Axis(1), t).insert_axis(Axis(1));
-                let call = Head::group(q, k.view(), v.view(), out);
-                state.extend(config, &mut [call], &mut scratch).unwrap();
-                let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
-                merges.extend(memories[0].merges.drain(..).map(|[x, y]| [t, x, y]));
-            }
+            let (mut merges, mut all) = (Vec::new(), Vec::new());
+            let mut state = step_by_step(&kernel, case, |t, out, memory| {
+                all.push(out);
+                merges.extend(memory.merges.drain(..).map(|[x, y]| [t, x, y]));
+            });
             let expected = case["merges"]
                 .as_array()
                 .unwrap()
@@ -298,13 +292,14 @@ mod tests {
             assert_eq!(merges, expected.collect::<Vec<[usize; 3]>>(), "{name}");
             let MergingPool(memories) = of_kind(&mut *state.far).unwrap();
             let flat = |x: Array2<f64>| x.into_iter().collect::<Vec<_>>();
-            let keys = flat(memories[0].keys() * config.scale.sqrt());
+            let keys = flat(memories[0].keys() * kernel.config.scale.sqrt());
             near(name, &keys, &flat(matrix(&case["final_keys"])));
             near(name, &flat(memories[0].values()), &flat(matrix(&case["final_values"])));
             near(name, memories[0].counts(), &vector(&case["final_counts"]));
             near(name, memories[0].weights(), &vector(&case["final_weights"]));
-            for (found, exact) in all.outer_iter().zip(case["output"].as_array().unwrap()) {
-                near(name, &flat(found.to_owned()), &flat(matrix(exact)));
+            for (g, exact) in case["output"].as_array().unwrap().iter().enumerate() {
+                let found: Vec<f64> = all.iter().flat_map(|out| out.row(g).to_vec()).collect();
+                near(name, &found, &flat(matrix(exact)));
             }
         }
     }

@@ -23,9 +23,6 @@ impl<T: Scalar> MergedMemory<T> {
     /// Brings bounds up to date with entries that are new or have changed.
     pub(super) fn refresh_bounds(&mut self) {
         self.bounds.at_hand.clear();
-        if self.fresh == self.held && self.bounds.changed.is_empty() {
-            return;
-        }
         self.set_reciprocals();
         if self.fresh == 0 {
             self.set_factors();
@@ -91,7 +88,6 @@ impl<T: Scalar> MergedMemory<T> {
     /// The pair of least cost; of equal ones the lowest first entry, then the lowest second.
     pub(super) fn best_by_bounds(&mut self) -> Option<(T, usize, usize)> {
         self.refresh_bounds();
-        self.set_reciprocals();
         self.bounds.seen.clear();
         let used = self.used();
         let top = kernel::max(&self.bounds.bound[..used]);

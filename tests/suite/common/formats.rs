@@ -1,32 +1,14 @@
 //! Kernels whose state is in fewer bits, with their formulas.
 
-use super::{Formula, Subject, Written, hybrid_in, hybrids};
+use super::{Formula, Subject, Written, hybrid_in, hybrids, softmax};
 use dijiang::attention::naive::{self, formats::rounded, options, options::Options};
-use dijiang::{Attention, Mask, Scalar, SoftmaxAttention, StateFormat};
+use dijiang::{Mask, StateFormat};
 use std::sync::Arc;
 
 pub const FORMATS: [StateFormat; 2] = [StateFormat::Bf16, StateFormat::Q8];
 
 /// Softmax attention over rounded keys and values, with and without options.
 pub fn packed_softmax(d: usize) -> Vec<Subject> {
-    fn softmax<T: Scalar>(
-        d: usize,
-        format: StateFormat,
-        all: Options,
-        slope: Option<f64>,
-    ) -> Arc<dyn Attention<T>> {
-        let mut kernel = SoftmaxAttention::new(d).unwrap().with_state_format(format);
-        if let Some(cap) = all.soft_cap {
-            kernel = kernel.with_soft_cap(cap).unwrap();
-        }
-        if let Some(logit) = all.sink_logit {
-            kernel = kernel.with_sink_logit(logit).unwrap();
-        }
-        if let Some(slope) = slope {
-            kernel = kernel.with_alibi_slope(slope).unwrap();
-        }
-        Arc::new(kernel)
-    }
     let scale = 1.0 / (d as f64).sqrt();
     let cases = [
         (Options::default(), None),

@@ -220,21 +220,28 @@ pub fn subjects(d: usize, m: usize) -> Vec<Subject> {
     all
 }
 
+/// Softmax attention with options, its state in a format.
+pub fn softmax<T: Scalar>(
+    d: usize,
+    format: StateFormat,
+    all: Options,
+    slope: Option<f64>,
+) -> Arc<dyn Attention<T>> {
+    let mut kernel = SoftmaxAttention::new(d).unwrap().with_state_format(format);
+    if let Some(cap) = all.soft_cap {
+        kernel = kernel.with_soft_cap(cap).unwrap();
+    }
+    if let Some(logit) = all.sink_logit {
+        kernel = kernel.with_sink_logit(logit).unwrap();
+    }
+    if let Some(slope) = slope {
+        kernel = kernel.with_alibi_slope(slope).unwrap();
+    }
+    Arc::new(kernel)
+}
+
 /// Softmax attention with options, and hybrids with a cap, a learned sink or both.
 pub fn optional_subjects(d: usize, m: usize) -> Vec<Subject> {
-    fn softmax<T: Scalar>(d: usize, all: Options, slope: Option<f64>) -> Arc<dyn Attention<T>> {
-        let mut kernel = SoftmaxAttention::new(d).unwrap();
-        if let Some(cap) = all.soft_cap {
-            kernel = kernel.with_soft_cap(cap).unwrap();
-        }
-        if let Some(logit) = all.sink_logit {
-            kernel = kernel.with_sink_logit(logit).unwrap();
-        }
-        if let Some(slope) = slope {
-            kernel = kernel.with_alibi_slope(slope).unwrap();
-        }
-        Arc::new(kernel)
-    }
     let scale = 1.0 / (d as f64).sqrt();
     let capped = Options { soft_cap: Some(1.5), sink_logit: None };
     let with_sink = Options { soft_cap: None, sink_logit: Some(2.0) };
@@ -249,8 +256,8 @@ pub fn optional_subjects(d: usize, m: usize) -> Vec<Subject> {
     let exact = cases.into_iter().map(|(all, slope)| Subject {
         name: format!("softmax d={d} {all:?} slope {slope:?}"),
         head_dim: d,
-        f64: softmax(d, all, slope),
-        f32: softmax(d, all, slope),
+        f64: softmax(d, StateFormat::F32, all, slope),
+        f32: softmax(d, StateFormat::F32, all, slope),
         positive: true,
         scale,
         formula: Formula::Written(Written {
