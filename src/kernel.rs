@@ -25,7 +25,8 @@ use crate::kernel::loops::decay::DecayRows;
 use crate::kernel::loops::decode::{BLOCK, DecayStep, DecodeStep, LetWait, ReadSums};
 use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum, ExponentialPair};
 use crate::kernel::loops::pairs::{
-    ColumnDistances, LargestAffinities, Receive, RowDistances, ShareAffinities,
+    ColumnDistances, LargestAffinities, LargestBeyond, Reach, Receive, RowDistances,
+    ShareAffinities,
 };
 use crate::kernel::loops::products::{Product, RowTimesMatrix};
 use crate::kernel::loops::reduce::{
@@ -289,19 +290,40 @@ pub(crate) fn column_distances<T: Compiled>(
     T::run_column_distances(ColumnDistances { y, ld, factors, points, out });
 }
 
-/// The same, with `y [any, factors.len()]` and rows of `out` as long as there are rows of `y`;
-/// `factors.len()` is a multiple of [`Lanes::PAD`].
-pub(crate) fn row_distances<T: Compiled>(y: &[T], factors: &[T], points: &[T], out: &mut [T]) {
-    debug_assert!(factors.len().is_multiple_of(T::PAD));
-    T::run_row_distances(RowDistances { y, factors, points, out });
+impl<T: Compiled> RowDistances<'_, T> {
+    /// Measures.
+    pub(crate) fn run(self) {
+        debug_assert!([1, 2].contains(&(self.points.len() / self.stride)));
+        debug_assert!(self.stride.is_multiple_of(T::PAD) && self.columns <= self.stride);
+        debug_assert!(self.out.len().is_multiple_of(T::PAD * self.points.len() / self.stride));
+        T::run_row_distances(self);
+    }
 }
 
-/// Raises `bound_j` to `(own + r_j)·e_j` where `r_j > own`, and returns the largest of these
-/// products where it is not, or 0, and the largest of all. Lengths are multiples of
+/// Raises `bound_j` to `(own + r_j)·e_j` where `e_j ≤ limit_j`. Lengths are multiples of
 /// [`Lanes::PAD`].
-pub(crate) fn share_affinities<T: Compiled>(own: T, r: &[T], e: &[T], bound: &mut [T]) -> (T, T) {
+pub(crate) fn share_affinities<T: Compiled>(
+    own: T,
+    r: &[T],
+    e: &[T],
+    limit: &[T],
+    bound: &mut [T],
+) {
     debug_assert!(r.len().is_multiple_of(T::PAD));
-    T::run_share_affinities(ShareAffinities { own, r, e, bound })
+    T::run_share_affinities(ShareAffinities { own, r, e, limit, bound });
+}
+
+/// The largest `(own + r_j)·e_j` with `e_j ≤ limit`, or 0. Lengths are multiples of
+/// [`Lanes::PAD`].
+pub(crate) fn largest_beyond<T: Compiled>(own: T, r: &[T], e: &[T], limit: T) -> T {
+    debug_assert!(r.len().is_multiple_of(T::PAD));
+    T::run_largest_beyond(LargestBeyond { own, r, e, limit })
+}
+
+/// `out_j = min(2·r_j·e_j, bound_j)`. Lengths are multiples of [`Lanes::PAD`].
+pub(crate) fn reach<T: Compiled>(r: &[T], e: &[T], bound: &[T], out: &mut [T]) {
+    debug_assert!(r.len().is_multiple_of(T::PAD));
+    T::run_reach(Reach { r, e, bound, out });
 }
 
 /// `out_i = max_j (r_i + r_j)·e_ij`, or 0, for each of `out.len()` rows of `e`, as wide as `r`: a

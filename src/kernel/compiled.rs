@@ -75,7 +75,9 @@ compiled! {
     run_read_sums: decode::ReadSums;
     run_column_distances: pairs::ColumnDistances;
     run_row_distances: pairs::RowDistances;
-    run_share_affinities: pairs::ShareAffinities -> (Self, Self);
+    run_share_affinities: pairs::ShareAffinities;
+    run_largest_beyond: pairs::LargestBeyond -> Self;
+    run_reach: pairs::Reach;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;

@@ -2,11 +2,13 @@
 //! least become one.
 
 pub(crate) mod affinities;
-mod bounds;
 mod distances;
 pub(crate) mod entries;
 mod measure;
+mod neighbours;
+mod recent;
 pub(crate) mod reduce;
+mod row;
 pub(crate) mod rule;
 mod save;
 mod search;

@@ -81,6 +81,16 @@ impl Packed {
         each!(self, tiles => tiles.value(token, c))
     }
 
+    /// Copies a key.
+    pub(crate) fn read_key<T: Scalar>(&self, token: usize, out: &mut [T]) {
+        each!(self, tiles => tiles.read_key(token, out));
+    }
+
+    /// Copies a value.
+    pub(crate) fn read_value<T: Scalar>(&self, token: usize, out: &mut [T]) {
+        each!(self, tiles => tiles.read_value(token, out));
+    }
+
     /// Copies the keys and values of some tokens of one tile to rows, those of values padded with
     /// zeros to `stride` numbers.
     pub(crate) fn read<T: Scalar>(

@@ -195,6 +195,23 @@ impl<T: Scalar> Slots<T> {
         wide.chain(packed).take(self.value_dim)
     }
 
+    /// Copies the key of a slot, as it is kept.
+    pub(crate) fn read_key(&self, slot: usize, out: &mut [T]) {
+        if let Some(packed) = &self.packed {
+            return packed.read_key(slot, &mut out[..self.head_dim]);
+        }
+        let column = self.keys[slot..].iter().step_by(self.capacity);
+        out.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+    }
+
+    /// Copies the value of a slot, as it is kept.
+    pub(crate) fn read_value(&self, slot: usize, out: &mut [T]) {
+        if let Some(packed) = &self.packed {
+            return packed.read_value(slot, &mut out[..self.value_dim]);
+        }
+        out[..self.value_dim].copy_from_slice(&self.value_row(slot)[..self.value_dim]);
+    }
+
     /// What holds keys and values where they are in fewer bits; columns and rows are of the others.
     pub(crate) fn packed(&self) -> Option<&Packed> {
         self.packed.as_ref()

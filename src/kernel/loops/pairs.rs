@@ -67,10 +67,13 @@ impl<T: Lanes> ColumnDistances<'_, T> {
     }
 }
 
-/// The same for entries that are rows of `y`, whole vectors of it.
+/// `out_pj = factor·Σ_c (y_jc − point_pc)²` over the first `columns` for one or two points and
+/// entries that are rows of `y`, which are as long as a point; there are whole vectors of them.
 pub struct RowDistances<'a, T> {
     pub(crate) y: &'a [T],
-    pub(crate) factors: &'a [T],
+    pub(crate) stride: usize,
+    pub(crate) columns: usize,
+    pub(crate) factor: T,
     pub(crate) points: &'a [T],
     pub(crate) out: &'a mut [T],
 }
@@ -80,7 +83,7 @@ impl<T: Lanes> Loop for RowDistances<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        if self.points.len() == self.factors.len() {
+        if self.points.len() == self.stride {
             self.of::<L, 1>(level);
         } else {
             self.of::<L, 2>(level);
@@ -91,51 +94,99 @@ impl<T: Lanes> Loop for RowDistances<'_, T> {
 impl<T: Lanes> RowDistances<'_, T> {
     #[inline(always)]
     fn of<L: Level, const P: usize>(self, level: L) {
-        let (length, stride) = (self.factors.len(), self.out.len() / P);
-        let factors = T::vectors::<L>(self.factors);
-        let points: [_; P] =
-            core::array::from_fn(|p| T::vectors::<L>(&self.points[p * length..][..length]));
-        for (j, y) in self.y.chunks_exact(length).take(stride).enumerate() {
+        let Self { y, stride, columns, factor, points, out } = self;
+        let (lanes, count) = (T::lanes::<L>(), out.len() / P);
+        let whole = columns / lanes * lanes;
+        let points: [&[T]; P] = core::array::from_fn(|p| &points[p * stride..][..columns]);
+        for (j, y) in y.chunks_exact(stride).take(count).enumerate() {
             let mut sums = [T::splat(level, T::zero()); P];
-            for (c, (&y, &factor)) in T::vectors::<L>(y).iter().zip(factors).enumerate() {
+            for (c, &y) in T::vectors::<L>(&y[..columns]).iter().enumerate() {
                 for p in 0..P {
-                    let difference = T::vsub(level, y, points[p][c]);
-                    let weighted = T::vmul(level, factor, difference);
-                    sums[p] = T::vfma(level, weighted, difference, sums[p]);
+                    let difference = T::vsub(level, y, T::vectors::<L>(points[p])[c]);
+                    sums[p] = T::vfma(level, difference, difference, sums[p]);
                 }
             }
             for p in 0..P {
-                self.out[p * stride + j] = T::vsum(level, sums[p]);
+                if whole < columns {
+                    let [y, point] =
+                        [&y[..columns], points[p]].map(|x| T::load(level, &x[whole..]));
+                    let difference = T::vsub(level, y, point);
+                    sums[p] = T::vfma(level, difference, difference, sums[p]);
+                }
+                out[p * count + j] = factor * T::vsum(level, sums[p]);
             }
         }
     }
 }
 
-/// `a_j = (own + r_j)·e_j`: raises `bound_j` to it where `r_j > own`. Returns the largest of the
-/// others, then of all.
+/// Raises `bound_j` to `(own + r_j)·e_j` where `e_j` is not above `limit_j`.
 pub struct ShareAffinities<'a, T> {
     pub(crate) own: T,
     pub(crate) r: &'a [T],
     pub(crate) e: &'a [T],
+    pub(crate) limit: &'a [T],
     pub(crate) bound: &'a mut [T],
 }
 
 impl<T: Lanes> Loop for ShareAffinities<'_, T> {
-    type Output = (T, T);
+    type Output = ();
 
     #[inline(always)]
-    fn run<L: Level>(self, level: L) -> (T, T) {
+    fn run<L: Level>(self, level: L) {
         let (zero, own) = (T::splat(level, T::zero()), T::splat(level, self.own));
-        let (mut owned, mut all) = (zero, zero);
         let columns = T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e));
-        for (bound, (&r, &e)) in T::vectors_mut::<L>(self.bound).iter_mut().zip(columns) {
+        let bounds = T::vectors_mut::<L>(self.bound).iter_mut();
+        for ((bound, &limit), (&r, &e)) in bounds.zip(T::vectors::<L>(self.limit)).zip(columns) {
             let affinity = T::vmul(level, T::vadd(level, own, r), e);
-            let of_other = T::vselect_greater(level, r, own, affinity, zero);
-            *bound = T::vmax(level, *bound, of_other);
-            owned = T::vmax(level, owned, T::vselect_greater(level, r, own, zero, affinity));
-            all = T::vmax(level, all, affinity);
+            let affinity = T::vselect_greater(level, e, limit, zero, affinity);
+            *bound = T::vmax(level, *bound, affinity);
         }
-        (T::vmaximum(level, owned), T::vmaximum(level, all))
+    }
+}
+
+/// The largest `(own + r_j)·e_j` where `e_j` is not above the limit, or 0.
+pub struct LargestBeyond<'a, T> {
+    pub(crate) own: T,
+    pub(crate) r: &'a [T],
+    pub(crate) e: &'a [T],
+    pub(crate) limit: T,
+}
+
+impl<T: Lanes> Loop for LargestBeyond<'_, T> {
+    type Output = T;
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) -> T {
+        let (zero, own) = (T::splat(level, T::zero()), T::splat(level, self.own));
+        let (limit, mut largest) = (T::splat(level, self.limit), zero);
+        for (&r, &e) in T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e)) {
+            let affinity = T::vmul(level, T::vadd(level, own, r), e);
+            let affinity = T::vselect_greater(level, e, limit, zero, affinity);
+            largest = T::vmax(level, largest, affinity);
+        }
+        T::vmaximum(level, largest)
+    }
+}
+
+/// `out_j = min(2·r_j·e_j, bound_j)`.
+pub struct Reach<'a, T> {
+    pub(crate) r: &'a [T],
+    pub(crate) e: &'a [T],
+    pub(crate) bound: &'a [T],
+    pub(crate) out: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for Reach<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let columns = T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e));
+        let columns = columns.zip(T::vectors::<L>(self.bound));
+        for (out, ((&r, &e), &bound)) in T::vectors_mut::<L>(self.out).iter_mut().zip(columns) {
+            let most = T::vmul(level, T::vadd(level, r, r), e);
+            *out = T::vselect_greater(level, most, bound, bound, most);
+        }
     }
 }
 
@@ -233,12 +284,19 @@ mod tests {
                 let of = |c: usize| square(y[c * ld + j], points[p * 7 + c], factors[c]);
                 near(out[p * width + j], (0..7).map(of).sum());
             }
-            let mut out = vec![T::nan(); count * n];
-            let points = &points[..count * 16];
-            machine.run(RowDistances { y: &y, factors: &factors, points, out: &mut out });
+            let (mut out, factor) = (vec![T::nan(); count * width], factors[3]);
+            let columns = 16 - n % 5;
+            machine.run(RowDistances {
+                y: &y,
+                stride: 16,
+                columns,
+                factor,
+                points: &points[..count * 16],
+                out: &mut out,
+            });
             for (p, j) in (0..count).flat_map(|p| (0..n).map(move |j| (p, j))) {
-                let of = |c: usize| square(y[j * 16 + c], points[p * 16 + c], factors[c]);
-                near(out[p * n + j], (0..16).map(of).sum());
+                let of = |c: usize| square(y[j * 16 + c], points[p * 16 + c], factor);
+                near(out[p * width + j], (0..columns).map(of).sum());
             }
         }
         let (r, e) = (numbers::<T>(width, 1.3), numbers::<T>(n * ld, 0.71));
@@ -248,20 +306,23 @@ mod tests {
             let affinity = |j: usize| (wide(r[i]) + wide(r[j])) * wide(e[i * ld + j]);
             near(out[i], (0..width).map(affinity).fold(0.0, f64::max));
         }
-        let (own, mut bound) = (r[n / 2], numbers::<T>(width, 0.2));
-        let before = bound.clone();
-        let (owned, all) =
-            machine.run(ShareAffinities { own, r: &r, e: &e[..width], bound: &mut bound });
+        let (own, before) = (r[n / 2], numbers::<T>(width, 0.2));
+        let (mut bound, limit, e) = (before.clone(), numbers::<T>(width, 1.9), &e[..width]);
+        machine.run(ShareAffinities { own, r: &r, e, limit: &limit, bound: &mut bound });
         let affinity = |j: usize| (wide(own) + wide(r[j])) * wide(e[j]);
-        let (given, kept): (Vec<usize>, Vec<usize>) = (0..width).partition(|&j| r[j] > own);
-        near(owned, kept.iter().map(|&j| affinity(j)).fold(0.0, f64::max));
-        near(all, (0..width).map(affinity).fold(0.0, f64::max));
-        for j in given {
-            near(bound[j], affinity(j).max(wide(before[j])));
+        for j in 0..width {
+            let raised = if e[j] > limit[j] { 0.0 } else { affinity(j) };
+            near(bound[j], raised.max(wide(before[j])));
         }
-        for j in kept {
-            assert!(bound[j] == before[j]);
+        let within = |&j: &usize| e[j] <= limit[0];
+        let largest = (0..width).filter(within).map(affinity).fold(0.0, f64::max);
+        near(machine.run(LargestBeyond { own, r: &r, e, limit: limit[0] }), largest);
+        let mut out = before.clone();
+        machine.run(Reach { r: &r, e, bound: &before, out: &mut out });
+        for j in 0..width {
+            near(out[j], (2.0 * wide(r[j]) * wide(e[j])).min(wide(before[j])));
         }
+        let e = numbers::<T>(n * ld, 0.71);
         let mut w = numbers::<T>(width, 0.3);
         let (before, least) = (w.clone(), 0.05);
         let constant = |x: f64| T::from(x).unwrap();

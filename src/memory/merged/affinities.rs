@@ -24,7 +24,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.project(entry);
         self.measure(&[entry]);
         let (capacity, used) = (self.slots.capacity, self.used());
-        let row = &self.distances.affinities[..used];
+        let row = &self.distances.closeness[..used];
         self.affinity[entry * capacity..][..used].copy_from_slice(row);
         let column = self.affinity[entry..].iter_mut().step_by(capacity);
         column.zip(&row[..self.held]).for_each(|(to, &x)| *to = x);
@@ -64,8 +64,8 @@ impl<T: Scalar> MergedMemory<T> {
         if self.held - self.gaps <= least.max(1) {
             return None;
         }
-        if self.is_by_bounds() {
-            return self.best_by_bounds();
+        if self.is_by_neighbours() {
+            return self.best_by_neighbours();
         }
         self.refresh_all();
         self.find_best();

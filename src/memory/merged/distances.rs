@@ -4,6 +4,7 @@
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::packed::TILE;
+use crate::kernel::loops::pairs::RowDistances;
 use crate::memory::merged::rule::{Distance, MergeCost};
 use crate::memory::slots::Slots;
 use crate::scalar::Scalar;
@@ -12,9 +13,10 @@ use crate::scalar::Scalar;
 /// units.
 #[derive(Clone, Debug)]
 pub(super) struct Distances<T> {
-    /// Factors of squared differences of keys, and of values, padded.
+    /// Factors of squared differences of keys, and of those of so many columns of values.
     pub(super) key_factors: Buffer<T>,
-    pub(super) value_factors: Buffer<T>,
+    pub(super) value_factor: T,
+    pub(super) value_columns: usize,
     /// `Rᵀ`, rows padded, if distances are taken through a matrix; and `R k̄` of every entry as
     /// columns.
     pub(super) metric: Buffer<T>,
@@ -24,7 +26,7 @@ pub(super) struct Distances<T> {
     pub(super) values: Buffer<T>,
     pub(super) key_squares: Buffer<T>,
     /// `1/distance` of each to all, zero to itself and beyond the entries.
-    pub(super) affinities: Buffer<T>,
+    pub(super) closeness: Buffer<T>,
     /// Scratch: a tile of what is kept in fewer bits, and the distances to it.
     tile: [Buffer<T>; 2],
 }
@@ -33,13 +35,14 @@ impl<T: Scalar> Distances<T> {
     pub(super) fn new() -> Self {
         Self {
             key_factors: Buffer::new(),
-            value_factors: Buffer::new(),
+            value_factor: T::zero(),
+            value_columns: 0,
             metric: Buffer::new(),
             projected: Buffer::new(),
             keys: Buffer::new(),
             values: Buffer::new(),
             key_squares: Buffer::new(),
-            affinities: Buffer::new(),
+            closeness: Buffer::new(),
             tile: [Buffer::new(), Buffer::new()],
         }
     }
@@ -59,9 +62,8 @@ impl<T: Scalar> Distances<T> {
             }
         };
         self.key_factors.resize(keys);
-        self.value_factors.resize(padded::<T>(slots.value_dim));
         self.keys.resize(2 * keys.max(slots.head_dim));
-        self.values.resize(2 * self.value_factors.len());
+        self.values.resize(2 * padded::<T>(slots.value_dim));
         self.make_room(slots.capacity);
     }
 
@@ -69,7 +71,6 @@ impl<T: Scalar> Distances<T> {
     pub(super) fn copy_from(&mut self, other: &Self) {
         for (to, from) in [
             (&mut self.key_factors, &other.key_factors),
-            (&mut self.value_factors, &other.value_factors),
             (&mut self.metric, &other.metric),
             (&mut self.projected, &other.projected),
         ] {
@@ -78,6 +79,7 @@ impl<T: Scalar> Distances<T> {
         }
         self.keys.resize(other.keys.len());
         self.values.resize(other.values.len());
+        (self.value_factor, self.value_columns) = (other.value_factor, other.value_columns);
     }
 
     /// Makes room for so many entries, of which nothing is known.
@@ -87,11 +89,11 @@ impl<T: Scalar> Distances<T> {
             self.projected.fill(T::zero());
         }
         self.key_squares.resize(2 * capacity);
-        self.affinities.resize(2 * capacity);
+        self.closeness.resize(2 * capacity);
     }
 
     /// Measures keys and values of one or two entries against all: the squares of keys, and, in
-    /// `affinities`, those of values.
+    /// `closeness`, those of values.
     pub(super) fn squares(
         &mut self,
         slots: &Slots<T>,
@@ -99,27 +101,29 @@ impl<T: Scalar> Distances<T> {
         entries: &[usize],
         used: usize,
     ) {
-        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let (length, stride) = (self.key_factors.len(), self.values.len() / 2);
         let count = entries.len();
-        let Self { key_factors, value_factors, metric, projected, keys, values, .. } = self;
-        let Self { key_squares, affinities, .. } = self;
-        let columns: &[T] = if metric.is_empty() { slots.key_columns() } else { projected };
+        let (factor, columns) = (self.value_factor, self.value_columns);
+        let Self { key_factors, metric, projected, keys, values, key_squares, closeness, .. } =
+            self;
+        let y: &[T] = if metric.is_empty() { slots.key_columns() } else { projected };
         for (&entry, point) in entries.iter().zip(keys.chunks_exact_mut(length)) {
-            let column = columns[entry..].iter().step_by(slots.capacity);
+            let column = y[entry..].iter().step_by(slots.capacity);
             point.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
         }
         let key_squares = &mut key_squares[..count * used];
         let points = &keys[..count * length];
-        kernel::column_distances(columns, slots.capacity, key_factors, points, key_squares);
-        let affinities = &mut affinities[..count * used];
+        kernel::column_distances(y, slots.capacity, key_factors, points, key_squares);
+        let closeness = &mut closeness[..count * used];
         if cost.counts_values() {
             for (&entry, point) in entries.iter().zip(values.chunks_exact_mut(stride)) {
                 point.copy_from_slice(slots.value_row(entry));
             }
             let points = &values[..count * stride];
-            kernel::row_distances(slots.value_rows(), value_factors, points, affinities);
+            let y = slots.value_rows();
+            RowDistances { y, stride, columns, factor, points, out: closeness }.run();
         } else {
-            affinities.fill(T::zero());
+            closeness.fill(T::zero());
         }
     }
 
@@ -132,30 +136,30 @@ impl<T: Scalar> Distances<T> {
         used: usize,
     ) {
         let Some(packed) = slots.packed() else { return };
-        let (length, stride) = (self.key_factors.len(), self.value_factors.len());
+        let (length, stride) = (self.key_factors.len(), self.values.len() / 2);
         let count = entries.len();
         let Self {
             key_factors,
-            value_factors,
+            value_factor: factor,
+            value_columns: columns,
             metric,
             projected,
             keys,
             values,
             key_squares,
-            affinities,
+            closeness,
             tile: [tile, squares],
         } = self;
         values.fill(T::zero());
         for (p, &entry) in entries.iter().enumerate() {
             let key = &mut keys[p * length..(p + 1) * length];
             if metric.is_empty() {
-                key.iter_mut().zip(slots.key(entry)).for_each(|(to, x)| *to = x);
+                slots.read_key(entry, key);
             } else {
                 let column = projected[entry..].iter().step_by(slots.capacity);
                 key.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
             }
-            let value = values[p * stride..(p + 1) * stride].iter_mut();
-            value.zip(slots.value(entry)).for_each(|(to, x)| *to = x);
+            slots.read_value(entry, &mut values[p * stride..]);
         }
         tile.resize(TILE * length.max(slots.head_dim).max(stride));
         squares.resize(count * TILE);
@@ -181,12 +185,14 @@ impl<T: Scalar> Distances<T> {
             if cost.counts_values() {
                 let rows = &mut tile[..width * stride];
                 packed.unpack_values(first, rows, stride);
-                kernel::row_distances(rows, value_factors, &values[..count * stride], squares);
-                place(squares, affinities, first, width);
+                let points = &values[..count * stride];
+                let (factor, columns, out) = (*factor, *columns, &mut *squares);
+                RowDistances { y: rows, stride, columns, factor, points, out }.run();
+                place(squares, closeness, first, width);
             }
         }
         if !cost.counts_values() {
-            affinities[..count * used].fill(T::zero());
+            closeness[..count * used].fill(T::zero());
         }
     }
 

@@ -2,8 +2,8 @@
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::merged::bounds::Bounds;
 use crate::memory::merged::distances::Distances;
+use crate::memory::merged::neighbours::Neighbours;
 use crate::memory::merged::rule::{Distance, LEAST_WEIGHT, Rule};
 use crate::memory::slots::{Slots, room_for};
 use crate::scalar::Scalar;
@@ -56,7 +56,7 @@ pub struct MergedMemory<T> {
     /// What is known of distances, which all follows from the entries; nothing is of those from
     /// `fresh` on. Bounds where one pair is merged at a time, else `1/distance` of every pair, zero
     /// on the diagonal and beyond the entries.
-    pub(super) bounds: Bounds<T>,
+    pub(super) neighbours: Neighbours<T>,
     pub(super) affinity: Buffer<T>,
     pub(super) fresh: usize,
     /// Scratch: 1/a, the best of each row.
@@ -68,6 +68,9 @@ pub struct MergedMemory<T> {
     pub(super) gaps: usize,
     #[cfg(test)]
     pub(crate) merges: Vec<[usize; 2]>,
+    /// Entries that were measured for a search, beside those that had changed.
+    #[cfg(test)]
+    pub(super) looks: usize,
 }
 
 /// Sums over the first tokens, which set the units of keys and values.
@@ -89,7 +92,7 @@ impl<T: Scalar> MergedMemory<T> {
             absorbed: 0,
             units: Units { tokens: 0, squared_values: T::zero(), squared_queries: Vec::new() },
             distances: Distances::new(),
-            bounds: Bounds::new(),
+            neighbours: Neighbours::new(),
             affinity: Buffer::new(),
             fresh: 0,
             reciprocal: Buffer::new(),
@@ -99,6 +102,8 @@ impl<T: Scalar> MergedMemory<T> {
             gaps: 0,
             #[cfg(test)]
             merges: Vec::new(),
+            #[cfg(test)]
+            looks: 0,
         }
     }
 
@@ -107,7 +112,6 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.prepare(head_dim, value_dim, room_for(0, self.most_slots()));
         self.distances.prepare(&self.rule.metric, &self.slots);
         self.resize_columns();
-        self.bounds.make_room(self.slots.capacity);
         self.units.squared_queries.resize(head_dim, T::zero());
         self.reset();
     }
@@ -124,7 +128,9 @@ impl<T: Scalar> MergedMemory<T> {
         self.reciprocal.resize(capacity);
         self.counts.resize(capacity, 0.0);
         self.distances.make_room(capacity);
-        if !self.is_by_bounds() {
+        if self.is_by_neighbours() {
+            self.neighbours.make_room(capacity);
+        } else {
             self.affinity.resize(capacity * capacity);
             self.best.resize(capacity);
             self.places.resize(capacity, 0);
@@ -133,7 +139,7 @@ impl<T: Scalar> MergedMemory<T> {
     }
 
     /// Whether one pair is merged at a time.
-    pub(super) fn is_by_bounds(&self) -> bool {
+    pub(super) fn is_by_neighbours(&self) -> bool {
         self.rule.block == 1
     }
 
@@ -154,8 +160,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.slots.grow(room_for(self.held + 1, self.most_slots()));
         self.weights.grow(self.slots.capacity);
         self.resize_columns();
-        self.bounds.make_room(self.slots.capacity);
-        if !self.is_by_bounds() || matches!(self.rule.metric, Distance::Matrix(_)) {
+        if !self.is_by_neighbours() || matches!(self.rule.metric, Distance::Matrix(_)) {
             self.fresh = 0; // what is known of distances lay elsewhere
         }
     }
@@ -164,7 +169,7 @@ impl<T: Scalar> MergedMemory<T> {
     pub fn reset(&mut self) {
         self.weights.fill(T::zero());
         self.affinity.fill(T::zero());
-        self.bounds.clear();
+        self.neighbours.clear();
         self.slots.bias.fill(T::neg_infinity());
         self.counts.fill(0.0);
         self.units.squared_queries.fill(T::zero());
@@ -181,7 +186,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.weights.copy_from_slice(&other.weights);
         self.resize_columns();
         self.distances.copy_from(&other.distances);
-        self.bounds.copy_from(&other.bounds);
+        self.neighbours.copy_from(&other.neighbours);
         self.affinity.copy_from_slice(&other.affinity);
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);
@@ -263,8 +268,8 @@ impl<T: Scalar> MergedMemory<T> {
         let used = self.used();
         kernel::receive(&mut self.weights[..used], decay, Self::least_weight(), factors, p, ld);
         self.weights[self.held..].fill(T::zero());
-        if self.is_by_bounds() {
-            self.bounds.grow(used, decay);
+        if self.is_by_neighbours() {
+            self.neighbours.grow(used, decay);
         }
     }
 }

@@ -53,8 +53,7 @@ impl<T: Scalar> MergedMemory<T> {
         let weight =
             if let MergeCost::Ward { value_weight } = rule.cost { value_weight } else { 1.0 };
         let columns = rule.value_columns.unwrap_or(slots.value_dim).min(slots.value_dim);
-        distances.value_factors.fill(T::zero());
-        distances.value_factors[..columns].fill(in_range(weight / square));
+        (distances.value_factor, distances.value_columns) = (in_range(weight / square), columns);
     }
 
     /// Notes an entry that is new or has changed.
@@ -75,7 +74,7 @@ impl<T: Scalar> MergedMemory<T> {
     }
 
     /// Measures one or two entries against all: afterwards row `p` of
-    /// [`affinities`](Distances::affinities), rows `used` long, holds `1/distance` of entry `p`.
+    /// [`closeness`](Distances::closeness), rows `used` long, holds `1/distance` of entry `p`.
     pub(super) fn measure(&mut self, entries: &[usize]) {
         let (used, held) = (self.used(), self.held);
         let Self { rule, slots, distances, counts, gaps, .. } = self;
@@ -84,19 +83,19 @@ impl<T: Scalar> MergedMemory<T> {
         } else {
             distances.squares(slots, rule.cost, entries, used);
         }
-        let Distances { key_squares, affinities, .. } = distances;
+        let Distances { key_squares, closeness, .. } = distances;
         let key_squares = &key_squares[..entries.len() * used];
-        let affinities = &mut affinities[..entries.len() * used];
+        let closeness = &mut closeness[..entries.len() * used];
         let (least, most, quarter) = (least::<T>(rule.cost), most::<T>(), T::from_f64(0.25));
         let product = rule.cost == MergeCost::Product;
-        for (affinity, &square) in affinities.iter_mut().zip(key_squares) {
+        for (closeness, &square) in closeness.iter_mut().zip(key_squares) {
             // a NaN is cut off as well
-            let (square, value) = (square.min(most), affinity.min(most));
+            let (square, value) = (square.min(most), closeness.min(most));
             let distance =
                 if product { square * (value + quarter * square) } else { square + value };
-            *affinity = distance.max(least).recip();
+            *closeness = distance.max(least).recip();
         }
-        for (&entry, row) in entries.iter().zip(affinities.chunks_exact_mut(used)) {
+        for (&entry, row) in entries.iter().zip(closeness.chunks_exact_mut(used)) {
             row[held..].fill(T::zero());
             row[entry] = T::zero();
             if *gaps > 0 {

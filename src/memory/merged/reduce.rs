@@ -2,6 +2,7 @@
 
 use crate::memory::merged::affinities::{Pair, descending};
 use crate::memory::merged::entries::MergedMemory;
+use crate::memory::slots::Slots;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
 
@@ -44,7 +45,7 @@ pub(crate) fn reduce<T: Scalar>(
     if block == 1 {
         // nothing is merged yet, and what came is noted, so that a later step does not do it all
         let settled = heads.iter_mut().filter(|memory| !memory.is_finding_units());
-        settled.for_each(MergedMemory::refresh_bounds);
+        settled.for_each(MergedMemory::refresh_neighbours);
         return;
     }
     while total > budget {
@@ -88,10 +89,12 @@ impl<T: Scalar> MergedMemory<T> {
         let last = self.held - 1;
         if j != last {
             self.move_entry(last, j);
-            self.bounds.move_entry(last, j);
+            self.neighbours.move_entry(last, j);
         }
         self.truncate(last);
-        self.bounds.change(i);
+        if !self.neighbours.change(i) {
+            self.fresh = 0; // all is found out again
+        }
     }
 
     /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).
@@ -147,13 +150,23 @@ impl<T: Scalar> MergedMemory<T> {
             }
         };
         let Self { slots, distances, .. } = self;
-        let (d, dv) = (slots.head_dim, slots.value_dim);
-        let [key, value] = [&mut distances.keys[..d], &mut distances.values[..dv]];
-        let keys = key.iter_mut().zip(slots.key(i).zip(slots.key(j)));
-        keys.for_each(|(to, (x, y))| *to = mean(x, y));
-        let values = value.iter_mut().zip(slots.value(i).zip(slots.value(j)));
-        values.for_each(|(to, (x, y))| *to = mean(x, y));
-        slots.set(i, ArrayView1::from(&*key), ArrayView1::from(&*value));
+        for (numbers, size, read) in [
+            (
+                &mut distances.keys,
+                slots.head_dim,
+                Slots::read_key as fn(&Slots<T>, usize, &mut [T]),
+            ),
+            (&mut distances.values, slots.value_dim, Slots::read_value),
+        ] {
+            let half = numbers.len() / 2;
+            let (first, second) = numbers.split_at_mut(half);
+            read(slots, i, first);
+            read(slots, j, second);
+            first.iter_mut().zip(&*second).take(size).for_each(|(x, &y)| *x = mean(*x, y));
+        }
+        let [key, value] =
+            [&distances.keys[..slots.head_dim], &distances.values[..slots.value_dim]];
+        slots.set(i, ArrayView1::from(key), ArrayView1::from(value));
         self.counts[i] += self.counts[j];
         let added = self.weights[j];
         self.weights[i] = (self.weights[i] + added).min(T::max_value().sqrt());
@@ -187,8 +200,8 @@ impl<T: Scalar> MergedMemory<T> {
             let column = self.affinity.iter_mut().skip(slot).step_by(self.slots.capacity);
             column.take(self.held).for_each(|x| *x = T::zero());
         }
-        if self.is_by_bounds() {
-            self.bounds.truncate(len, self.held);
+        if self.is_by_neighbours() {
+            self.neighbours.truncate(len, self.held);
         }
         self.held = len;
         self.fresh = self.fresh.min(len);

@@ -1,122 +1,118 @@
 //! The pair of least cost among many entries, exactly, without the distances of all pairs.
 //!
-//! Of every pair, the affinity `a = (1/a_i + 1/a_j)/distance²` (the inverse of its cost) is at most
-//! the bound of one of its two entries: of the lighter one, when it was last looked at. In a step
-//! all weights decay by γ and then only grow, so no affinity grows by more than 1/γ, and the bounds
-//! with it stay bounds. The best pair is found by measuring the entries with the largest bounds
-//! until what is left cannot be better: a few of them, whatever the number of entries. Working
-//! memory is some numbers for each entry.
+//! The affinity of a pair is the inverse of its cost, `(1/a_i + 1/a_j)·closeness`, with
+//! `closeness = 1/distance²`, which stays as it is while neither entry changes. Each entry i is
+//! linked with those nearest to it, and has four bounds ([`neighbours`](super::neighbours)): of
+//! closenesses and affinities, with linked entries and with all others.
+//!
+//! - If i is the lighter of a pair, `1/a_j ≤ 1/a_i`: its affinity is at most `2/a_i` times the
+//!   bound of the closeness.
+//! - In a step all weights decay by γ and then only grow, so no affinity grows by more than 1/γ:
+//!   bounds of affinities stay bounds if they grow so.
+//!
+//! The smaller of the two bounds the affinities of the pairs in which i is the lighter, and every
+//! pair has a lighter entry. So the best pair is found by going through the links of the entries
+//! that reach as far as the best pair so far, and by measuring the few entries whose bound of all
+//! others does. Entries that have changed of late are not linked with any: their closenesses to all
+//! others are kept ([`recent`](super::recent)), so that an entry that many are near to, and that
+//! changes all the time, is not linked with them anew in every step. Working memory is some
+//! fifty numbers for each entry.
 
 use crate::kernel;
 use crate::memory::merged::entries::MergedMemory;
+use crate::memory::merged::row::{Found, Row};
 use crate::scalar::Scalar;
 
-/// A pair and its affinity.
-#[derive(Clone, Copy, Debug)]
-struct Found<T> {
-    affinity: T,
-    i: usize,
-    j: usize,
-}
-
 impl<T: Scalar> MergedMemory<T> {
-    /// Brings bounds up to date with entries that are new or have changed.
-    pub(super) fn refresh_bounds(&mut self) {
-        self.bounds.at_hand.clear();
+    /// Measures entries that are new or have changed.
+    pub(super) fn refresh_neighbours(&mut self) {
         self.set_reciprocals();
         if self.fresh == 0 {
             self.set_factors();
-            self.bounds.clear();
+            self.neighbours.clear();
         }
-        for new in self.fresh..self.held {
-            self.bounds.bound[new] = T::zero();
-        }
-        let mut changed = core::mem::take(&mut self.bounds.changed);
-        changed.retain(|&entry| entry < self.fresh);
-        changed.extend(self.fresh..self.held);
-        for &entry in &changed {
+        let changed = self.neighbours.changed.take().filter(|&entry| entry < self.fresh);
+        let mut changed = changed.into_iter().chain(self.fresh..self.held);
+        for entry in changed.clone() {
             self.project(entry);
+            self.neighbours.forget(entry);
         }
-        for pair in changed.chunks(2) {
+        while let Some(first) = changed.next() {
+            let both = [first, changed.next().unwrap_or(first)];
+            let pair = if both[0] == both[1] { &both[..1] } else { &both };
             self.measure(pair);
-            for (row, &entry) in pair.iter().enumerate() {
-                self.share(entry, row);
+            for (place, &entry) in pair.iter().enumerate() {
+                let closeness = &self.distances.closeness;
+                let row = row(&self.reciprocal, closeness, entry, place, self.used());
+                self.neighbours.add(row);
             }
-            self.bounds.at_hand.clear();
-            self.bounds.at_hand.extend(pair);
         }
-        changed.clear();
-        self.bounds.changed = changed;
         self.fresh = self.held;
     }
 
-    /// Gives the affinities of a measured entry to the lighter of each pair; returns the largest.
-    fn share(&mut self, entry: usize, row: usize) -> T {
-        let used = self.used();
-        let own = self.reciprocal[entry];
-        let affinities = &self.distances.affinities[row * used..(row + 1) * used];
-        let bound = &mut self.bounds.bound[..used];
-        let (owned, all) =
-            kernel::share_affinities(own, &self.reciprocal[..used], affinities, bound);
-        bound[entry] = owned;
-        all
-    }
-
-    /// Measures an entry; its best pair if that is as good as `enough`.
+    /// Measures an entry and links it anew: its best pair if that is as good as `enough`.
     fn look_at(&mut self, entry: usize, enough: T) -> Option<Found<T>> {
-        self.bounds.seen.push(entry);
-        let row = self.bounds.at_hand.iter().position(|&at_hand| at_hand == entry);
-        let row = row.unwrap_or_else(|| {
-            self.measure(&[entry]);
-            self.bounds.at_hand.clear();
-            self.bounds.at_hand.push(entry);
-            0
-        });
-        let best = self.share(entry, row);
-        if best < enough {
-            return None;
+        #[cfg(test)]
+        {
+            self.looks += 1;
         }
-        let (own, tied) = (self.reciprocal[entry], Self::tied(best));
-        let row = self.distances.affinities[row * self.used()..][..self.held].iter();
-        let partner = row
-            .zip(&*self.reciprocal)
-            .enumerate()
-            .find(|&(j, (&affinity, &other))| j != entry && (own + other) * affinity >= tied);
-        partner.map(|(j, _)| Found { affinity: best, i: entry.min(j), j: entry.max(j) })
+        self.measure(&[entry]);
+        let row = row(&self.reciprocal, &self.distances.closeness, entry, 0, self.used());
+        self.neighbours.find_nearest(row);
+        row.best(enough, Self::tied)
     }
 
     /// The pair of least cost; of equal ones the lowest first entry, then the lowest second.
-    pub(super) fn best_by_bounds(&mut self) -> Option<(T, usize, usize)> {
-        self.refresh_bounds();
-        self.bounds.seen.clear();
-        let used = self.used();
-        let top = kernel::max(&self.bounds.bound[..used]);
-        let first = self.bounds.bound[..self.held].iter().position(|&bound| bound == top);
-        let mut best = self.look_at(first?, T::zero())?;
-        let mut start = 0;
-        while start < self.held {
-            let end = used.min(start + 64);
-            let enough = Self::tied(best.affinity);
-            if kernel::max(&self.bounds.bound[start..end]) < enough {
-                start = end;
-                continue;
+    pub(super) fn best_by_neighbours(&mut self) -> Option<(T, usize, usize)> {
+        self.refresh_neighbours();
+        let (used, held, tied) = (self.used(), self.held, Self::tied);
+        let mut best: Option<Found<T>> = None;
+        let reciprocal = &self.reciprocal[..used];
+        for recent in 0..self.neighbours.recent.entries().len() {
+            let enough = best.map_or(T::zero(), |best| tied(best.affinity));
+            if let Some(found) = self.neighbours.recent.row(recent, reciprocal).best(enough, tied) {
+                best = Some(best.map_or(found, |best| best.or(found, tied)));
             }
-            for entry in start..end.min(self.held) {
-                let enough = Self::tied(best.affinity);
-                if self.bounds.bound[entry] < enough || self.bounds.seen.contains(&entry) {
-                    continue;
-                }
-                let Some(found) = self.look_at(entry, enough) else { continue };
-                let is_lower = (found.i, found.j) < (best.i, best.j);
-                if Self::tied(found.affinity) > best.affinity || is_lower {
-                    let affinity = best.affinity.max(found.affinity);
-                    best = Found { affinity, ..found };
-                }
-            }
-            start = end;
         }
-        Some((best.affinity, best.i, best.j))
+        for among_linked in [true, false] {
+            let reach = self.neighbours.reach(&self.reciprocal[..used], among_linked);
+            // what is found first should be good, so that little else has to be
+            let top = among_linked.then(|| kernel::max(reach));
+            let mut next = top.and_then(|top| self.neighbours.next(0, held, top));
+            let mut start = 0;
+            loop {
+                let enough = best.map_or(T::zero(), |best| tied(best.affinity));
+                let Some(entry) = next.take().or_else(|| {
+                    let next = self.neighbours.next(start, held, enough);
+                    start = next.map_or(held, |entry| entry + 1);
+                    next
+                }) else {
+                    break;
+                };
+                let found = if among_linked {
+                    self.neighbours.best_linked(entry, &self.reciprocal, tied)
+                } else {
+                    self.look_at(entry, enough)
+                };
+                if let Some(found) = found {
+                    best = Some(best.map_or(found, |best| best.or(found, tied)));
+                }
+            }
+        }
+        best.map(|best| (best.affinity, best.i, best.j))
     }
+}
+
+/// A row of what has been measured.
+fn row<'a, T>(
+    reciprocal: &'a [T],
+    closeness: &'a [T],
+    entry: usize,
+    place: usize,
+    used: usize,
+) -> Row<'a, T> {
+    let closeness = &closeness[place * used..(place + 1) * used];
+    Row { entry, reciprocal: &reciprocal[..used], closeness }
 }
 
 #[cfg(test)]
@@ -189,12 +185,22 @@ mod tests {
             scale: 0.4,
         });
         memory.prepare(d, dv);
+        let mut other = memory.clone();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mut measured = 0;
         let numbers = |n: usize, spread: f64, random: &mut ChaCha8Rng| -> Array1<f64> {
             (0..n).map(|_| spread * uniform(random, -1.0, 1.0)).collect()
         };
         for t in 0..tokens {
+            if t % 700 == 699 {
+                // what comes is new, or goes on in another memory
+                if random.next_u64() % 4 == 0 {
+                    memory.reset();
+                } else {
+                    other.copy_from(&memory);
+                    core::mem::swap(&mut memory, &mut other);
+                }
+            }
             let key = numbers(d, if t % 7 == 0 { 5.0 } else { 1.0 }, &mut random);
             let value = numbers(dv, 2.0, &mut random);
             let query = numbers(d, 1.0, &mut random);
@@ -207,7 +213,7 @@ mod tests {
             memory.reduce();
             assert_eq!(memory.merges, expected.into_iter().collect::<Vec<_>>(), "token {t}");
             memory.merges.clear();
-            measured += memory.bounds.seen.len();
+            measured += core::mem::take(&mut memory.looks);
             let used = memory.used();
             let received: Vec<f64> = (0..used)
                 .map(|i| {

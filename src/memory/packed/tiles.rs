@@ -81,6 +81,25 @@ impl<C: RowCode> Tiles<C> {
         self.values[token * self.stride() + c].decode(self.scale(1, token, c))
     }
 
+    /// Copies a key.
+    pub(super) fn read_key<T: Scalar>(&self, token: usize, out: &mut [T]) {
+        for (block, out) in out.chunks_mut(BLOCK).enumerate() {
+            let first = block * BLOCK;
+            let scale = self.scale(0, token, first);
+            let keys = self.keys[self.key_at(token, first)..].iter().step_by(TILE);
+            out.iter_mut().zip(keys).for_each(|(to, key)| *to = key.decode(scale));
+        }
+    }
+
+    /// Copies a value.
+    pub(super) fn read_value<T: Scalar>(&self, token: usize, out: &mut [T]) {
+        let row = &self.values[token * self.stride()..];
+        for (block, (out, values)) in out.chunks_mut(BLOCK).zip(row.chunks(BLOCK)).enumerate() {
+            let scale = self.scale(1, token, block * BLOCK);
+            out.iter_mut().zip(values).for_each(|(to, value)| *to = value.decode(scale));
+        }
+    }
+
     fn set_scale(&mut self, side: usize, token: usize, c: usize, scale: u16) {
         if C::SCALED {
             let columns = [self.head_dim, self.value_dim][side];

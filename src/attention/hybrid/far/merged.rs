@@ -31,8 +31,8 @@ use std::sync::Arc;
 /// or means over the first 64 tokens behind the sinks, as far as they have come. An entry is read
 /// with weight `n_i e^{q̂·k̄_i}`.
 ///
-/// The best pair is found exactly at any number of entries, with working memory of a few numbers
-/// for each beside the entries themselves.
+/// The best pair is found exactly at any number of entries, with working memory of some fifty
+/// numbers for each beside the entries themselves.
 ///
 /// ```
 /// use dijiang::{HybridAttention, MergeCost, Merged, Metric};
