@@ -48,6 +48,8 @@ fn good_names_come_back() {
         "merged:64,window=32,sinks=2,heavy=4,decay=0.99,min-age=8,block=16,value-weight=0.5,\
          metric=query-diagonal",
         "merged:64,plan=some/file.json",
+        "merged,plan=some/file.json,state=q8",
+        "softmax,state=bf16",
         "ward:32,calibrated,block=4",
         "taylor",
         "performer:64,window=16,sinks=0,seed=18446744073709551615",

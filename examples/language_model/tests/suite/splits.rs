@@ -10,8 +10,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// Every name and option, so small that windows and budgets overflow.
-const KERNELS: [&str; 42] = [
+const KERNELS: [&str; 47] = [
     "softmax",
+    "softmax,state=q8",
+    "window:16,state=q8",
     "window:16",
     "window,window=9,sinks=2",
     "window:8,sinks=0",
@@ -29,6 +31,9 @@ const KERNELS: [&str; 42] = [
     "merged:8,window=16,sinks=0,decay=0.9,min-age=4,block=5,value-weight=0.5",
     "merged:8,window=16,metric=identity,pool,block=3",
     "merged:8,window=16,metric=query-diagonal",
+    "merged:8,window=16,state=q8",
+    "merged:8,window=16,pool,exact=1,state=bf16",
+    "merged:8,window=16,sinks=0,block=5,state=q8",
     "ward:8,window=16",
     "ward:8,window=16,block=4,calibrated",
     "ward:8,window=16,heavy=3,sinks=1,exact=3",

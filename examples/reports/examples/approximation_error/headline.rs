@@ -246,6 +246,12 @@ pub fn take_away(results: &Results, plan: &Plan) -> Vec<String> {
     of_masks.into_iter().chain([maps(results, plan, &heads)]).flatten().collect()
 }
 
+/// Of the names of hybrids that merge by another cost than the default.
+const WARD: &str = "Ward's cost";
+/// What the errors of single heads do not see.
+const BY_LOSS: &str = " Where the heads are those of a language model, judge by its loss: there \
+                       the default cost lost less than Ward's with as many entries (docs/models.md).";
+
 /// Which hybrid to choose on these heads.
 fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
     let mut entries: Vec<(Hybrid, Entry)> = hybrid_entries(results, inputs);
@@ -273,7 +279,8 @@ fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
             best.name
         )
     } else if best.error < 0.25 * uniform {
-        format!("On {mask} heads choose {} ({}): {measured}.", best.name, best.code)
+        let caution = if best.name.contains(WARD) { BY_LOSS } else { "" };
+        format!("On {mask} heads choose {} ({}): {measured}.{caution}", best.name, best.code)
     } else {
         format!(
             "On {mask} heads nothing comes close; the closest is {} ({}): {measured}.",
