@@ -3,8 +3,9 @@
 use crate::common::{assert_close, golden, matrix, vector};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, Error, ExactMemory, Far,
-    FeatureMap, Head, HybridAttention, LinearMemory, Mask, Memory, Merged, MergedMemory, Metric,
-    Partial, Performer, SoftmaxAttention, StreamOptions, Taylor, TaylorFit,
+    FeatureMap, Head, HybridAttention, LinearMemory, Mask, Memory, MergeUnits, Merged,
+    MergedMemory, Metric, Partial, Performer, SoftmaxAttention, StateFormat, StreamOptions, Taylor,
+    TaylorFit,
 };
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde_json::Value;
@@ -278,6 +279,50 @@ fn received() {
             }
             assert!(first.as_ref().is_none_or(|first| *first == out), "{name}: pieces of {size}");
             first = Some(out);
+        }
+    }
+}
+
+/// Outputs of memories in fewer bits against those of wide numbers. Of entries that are rounded
+/// other pairs may be the nearest: then outputs differ by what a merge makes of them.
+#[test]
+fn product_cost_by_format() {
+    let tolerances =
+        [(StateFormat::F32, 1e-10), (StateFormat::Bf16, 0.008), (StateFormat::Q8, 0.016)];
+    for case in golden("golden/product_cost")["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let q: Vec<Array2<f64>> = case["q"].as_array().unwrap().iter().map(matrix).collect();
+        let (k, v) = (matrix(&case["k"]), matrix(&case["v"]));
+        let q = Array3::from_shape_fn((q.len(), k.nrows(), k.ncols()), |(g, t, c)| q[g][[t, c]]);
+        let exact: Vec<_> = case["output"].as_array().unwrap().iter().map(matrix).collect();
+        let square = case["value_norm_squared"].as_f64().unwrap();
+        let units = MergeUnits::new(vector(&case["metric"]).to_vec(), square).unwrap();
+        let far = Merged::new(number(&case["entries"]))
+            .decay(case["decay"].as_f64().unwrap())
+            .min_age(number(&case["min_age"]))
+            .units(units);
+        for (format, tolerance) in tolerances {
+            let kernel = HybridAttention::builder(k.ncols())
+                .window(number(&case["window"]))
+                .sinks(number(&case["sinks"]))
+                .scale(case["scale"].as_f64().unwrap())
+                .far(far.clone())
+                .state_format(format)
+                .build()
+                .unwrap();
+            let options = StreamOptions::new(v.ncols()).group(q.len_of(Axis(0)));
+            let mut stream = kernel.stream_with(options).unwrap();
+            let mut out = Array3::<f64>::zeros((q.len_of(Axis(0)), k.nrows(), v.ncols()));
+            let head = Head::group(q.view(), k.view(), v.view(), out.view_mut());
+            stream.extend_heads(&mut [head]).unwrap();
+            let (mut error, mut norm) = (0.0, 0.0);
+            for (found, exact) in out.outer_iter().zip(&exact) {
+                error += (&found - exact).mapv(|x| x * x).sum();
+                norm += exact.mapv(|x| x * x).sum();
+            }
+            let error = (error / norm).sqrt();
+            println!("{name}, {format:?}: {error:.1e}");
+            assert!(error <= tolerance, "{name}, {format:?}: {error:e}");
         }
     }
 }

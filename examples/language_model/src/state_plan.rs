@@ -29,7 +29,7 @@ pub struct PlanText {
 /// Windows of prose at most: more take long, and change little.
 const MOST_WINDOWS: usize = 6;
 /// What a copy counts: log odds are tens of nats where likelihoods are a few.
-const WEIGHT_OF_COPIES: f64 = 0.02;
+const WEIGHT_OF_COPIES: f64 = 0.002;
 /// The fewest tokens of a text to plan by.
 const FEWEST: usize = 64;
 
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(found[1].loss, Loss::OwnWords { seed: 1 });
         let [twice, apart] = [&found[3], &found[4]];
         assert_eq!(twice.text.tokens[..50], twice.text.tokens[50..]);
-        assert_eq!((&twice.loss, twice.weight), (&Loss::LogOdds(50..100), 0.02));
+        assert_eq!((&twice.loss, twice.weight), (&Loss::LogOdds(50..100), 0.002));
         assert_eq!(apart.text.tokens[..25], apart.text.tokens[75..]);
         assert_eq!(apart.text.tokens[25..75], texts[1].tokens[25..75]);
         assert_eq!(apart.loss, Loss::LogOdds(75..100));

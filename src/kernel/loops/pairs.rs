@@ -68,7 +68,7 @@ impl<T: Lanes> ColumnDistances<'_, T> {
 }
 
 /// `out_pj = factor·Σ_c (y_jc − point_pc)²` over the first `columns` for one or two points and
-/// entries that are rows of `y`, which are as long as a point; there are whole vectors of them.
+/// entries that are rows of `y`, as long as a point.
 pub struct RowDistances<'a, T> {
     pub(crate) y: &'a [T],
     pub(crate) stride: usize,
@@ -108,9 +108,8 @@ impl<T: Lanes> RowDistances<'_, T> {
             }
             for p in 0..P {
                 if whole < columns {
-                    let [y, point] =
-                        [&y[..columns], points[p]].map(|x| T::load(level, &x[whole..]));
-                    let difference = T::vsub(level, y, point);
+                    let y = T::load(level, &y[whole..columns]);
+                    let difference = T::vsub(level, y, T::load(level, &points[p][whole..]));
                     sums[p] = T::vfma(level, difference, difference, sums[p]);
                 }
                 out[p * count + j] = factor * T::vsum(level, sums[p]);
