@@ -55,15 +55,21 @@ impl<T: Scalar> Row<'_, T> {
             return None;
         }
         let (own, enough) = (reciprocal[entry], tied(largest));
-        let strips = reciprocal.chunks(STRIP).zip(closeness.chunks(STRIP)).enumerate();
-        let strips =
-            strips.filter(|(_, (r, e))| kernel::largest_beyond(own, r, e, T::infinity()) >= enough);
-        let pairs = strips.flat_map(|(strip, (r, e))| {
-            let affinities = r.iter().zip(e).map(move |(&r, &e)| (own + r) * e);
-            affinities.enumerate().map(move |(i, affinity)| (affinity, strip * STRIP + i))
-        });
-        let pairs = pairs.filter(|&(affinity, other)| other != entry && affinity >= enough);
-        let found = pairs.map(|(affinity, other)| Found::new(affinity, entry, other));
-        found.reduce(|best, found| best.or(found, tied))
+        let mut best: Option<Found<T>> = None;
+        for start in (0..closeness.len()).step_by(STRIP) {
+            let strip = start..closeness.len().min(start + STRIP);
+            let (r, e) = (&reciprocal[strip.clone()], &closeness[strip.clone()]);
+            if kernel::largest_beyond(own, r, e, T::infinity()) < enough {
+                continue;
+            }
+            for other in strip {
+                let affinity = (own + reciprocal[other]) * closeness[other];
+                if affinity >= enough && other != entry {
+                    let found = Found::new(affinity, entry, other);
+                    best = Some(best.map_or(found, |best| best.or(found, tied)));
+                }
+            }
+        }
+        best
     }
 }
