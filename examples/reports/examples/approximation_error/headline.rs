@@ -250,7 +250,8 @@ pub fn take_away(results: &Results, plan: &Plan) -> Vec<String> {
 const WARD: &str = "Ward's cost";
 /// What the errors of single heads do not see.
 const BY_LOSS: &str = " Where the heads are those of a language model, judge by its loss: there \
-                       the default cost lost less than Ward's with as many entries (docs/models.md).";
+                       the default cost lost less than Ward's with as many entries \
+                       (docs/models.md).";
 
 /// Which hybrid to choose on these heads.
 fn choice(results: &Results, inputs: &[usize], mask: &str) -> Option<String> {
