@@ -67,7 +67,7 @@ impl<T: Lanes> ColumnDistances<'_, T> {
     }
 }
 
-/// `out_pj = factor·Σ_c (y_jc − point_pc)²` over the first `columns` for one or two points and
+/// `out_pj = Σ_c (factor·(y_jc − point_pc))²` over the first `columns` for one or two points and
 /// entries that are rows of `y`, as long as a point.
 pub struct RowDistances<'a, T> {
     pub(crate) y: &'a [T],
@@ -96,13 +96,14 @@ impl<T: Lanes> RowDistances<'_, T> {
     fn of<L: Level, const P: usize>(self, level: L) {
         let Self { y, stride, columns, factor, points, out } = self;
         let (lanes, count) = (T::lanes::<L>(), out.len() / P);
-        let whole = columns / lanes * lanes;
+        let (whole, factor) = (columns / lanes * lanes, T::splat(level, factor));
         let points: [&[T]; P] = core::array::from_fn(|p| &points[p * stride..][..columns]);
         for (j, y) in y.chunks_exact(stride).take(count).enumerate() {
             let mut sums = [T::splat(level, T::zero()); P];
             for (c, &y) in T::vectors::<L>(&y[..columns]).iter().enumerate() {
                 for p in 0..P {
                     let difference = T::vsub(level, y, T::vectors::<L>(points[p])[c]);
+                    let difference = T::vmul(level, factor, difference);
                     sums[p] = T::vfma(level, difference, difference, sums[p]);
                 }
             }
@@ -110,9 +111,10 @@ impl<T: Lanes> RowDistances<'_, T> {
                 if whole < columns {
                     let y = T::load(level, &y[whole..columns]);
                     let difference = T::vsub(level, y, T::load(level, &points[p][whole..]));
+                    let difference = T::vmul(level, factor, difference);
                     sums[p] = T::vfma(level, difference, difference, sums[p]);
                 }
-                out[p * count + j] = factor * T::vsum(level, sums[p]);
+                out[p * count + j] = T::vsum(level, sums[p]);
             }
         }
     }
@@ -294,7 +296,7 @@ mod tests {
                 out: &mut out,
             });
             for (p, j) in (0..count).flat_map(|p| (0..n).map(move |j| (p, j))) {
-                let of = |c: usize| square(y[j * 16 + c], points[p * 16 + c], factor);
+                let of = |c: usize| square(y[j * 16 + c], points[p * 16 + c], factor * factor);
                 near(out[p * width + j], (0..columns).map(of).sum());
             }
         }

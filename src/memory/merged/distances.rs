@@ -13,7 +13,7 @@ use crate::scalar::Scalar;
 /// units.
 #[derive(Clone, Debug)]
 pub(super) struct Distances<T> {
-    /// Factors of squared differences of keys, and of those of so many columns of values.
+    /// Factors of squared differences of keys, and of differences of so many columns of values.
     pub(super) key_factors: Buffer<T>,
     pub(super) value_factor: T,
     pub(super) value_columns: usize,

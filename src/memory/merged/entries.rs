@@ -54,8 +54,8 @@ pub struct MergedMemory<T> {
     pub(super) units: Units<T>,
     pub(super) distances: Distances<T>,
     /// What is known of distances, which all follows from the entries; nothing is of those from
-    /// `fresh` on. Bounds where one pair is merged at a time, else `1/distance` of every pair, zero
-    /// on the diagonal and beyond the entries.
+    /// `fresh` on. The nearest of each where one pair is merged at a time, else `1/distance` of
+    /// every pair, zero on the diagonal and beyond the entries.
     pub(super) neighbours: Neighbours<T>,
     pub(super) affinity: Buffer<T>,
     pub(super) fresh: usize,
@@ -187,6 +187,7 @@ impl<T: Scalar> MergedMemory<T> {
         self.resize_columns();
         self.distances.copy_from(&other.distances);
         self.neighbours.copy_from(&other.neighbours);
+        self.affinity.resize(other.affinity.len());
         self.affinity.copy_from_slice(&other.affinity);
         self.counts.clone_from(&other.counts);
         self.units.squared_queries.clone_from(&other.units.squared_queries);

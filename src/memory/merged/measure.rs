@@ -53,7 +53,8 @@ impl<T: Scalar> MergedMemory<T> {
         let weight =
             if let MergeCost::Ward { value_weight } = rule.cost { value_weight } else { 1.0 };
         let columns = rule.value_columns.unwrap_or(slots.value_dim).min(slots.value_dim);
-        (distances.value_factor, distances.value_columns) = (in_range(weight / square), columns);
+        let factor = in_range((weight / square).sqrt());
+        (distances.value_factor, distances.value_columns) = (factor, columns);
     }
 
     /// Notes an entry that is new or has changed.

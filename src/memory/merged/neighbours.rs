@@ -48,10 +48,12 @@ impl<T: Scalar> Links<T> {
 #[derive(Clone, Debug)]
 pub(super) struct Neighbours<T> {
     links: Vec<Links<T>>,
-    /// No closeness to a linked entry is larger, and none to another.
+    /// No closeness to a linked entry is larger, and none to another that has settled. Pairs with
+    /// recent entries are in the rows of these, of which nothing else is known; their limit is
+    /// infinite, so that they are told of none.
     near: Buffer<T>,
     limit: Buffer<T>,
-    /// No affinity with a linked entry is larger, and none with another.
+    /// No affinity with a linked entry is larger, and none with another that has settled.
     linked: Buffer<T>,
     others: Buffer<T>,
     /// The names of the entries, and where the entry with a handle is.
@@ -251,9 +253,6 @@ impl<T: Scalar> Neighbours<T> {
             let settled = recent.row(0, row.reciprocal);
             self.find_nearest(settled);
             self.introduce(settled);
-            for unsettled in recent.entries().skip(1) {
-                self.others[unsettled] = T::zero();
-            }
             self.recent = recent;
             self.recent.leave(oldest);
         }
@@ -267,6 +266,10 @@ impl<T: Scalar> Neighbours<T> {
         let (closeness, affinity) = if linked { (near, of_linked) } else { (limit, others) };
         let reach = &mut reach[..reciprocal.len()];
         kernel::reach(reciprocal, closeness, affinity, reach);
+        // their rows say more than bounds would
+        for recent in self.recent.entries() {
+            reach[recent] = T::neg_infinity();
+        }
         reach
     }
 
