@@ -25,7 +25,7 @@ use crate::kernel::loops::decay::DecayRows;
 use crate::kernel::loops::decode::{BLOCK, DecayStep, DecodeStep, LetWait, ReadSums};
 use crate::kernel::loops::exp::{Exp2, Exp2BelowMaximum, ExponentialPair};
 use crate::kernel::loops::pairs::{
-    ColumnDistances, LargestAffinities, LargestBeyond, Reach, Receive, RowDistances,
+    ColumnDistances, LargestAffinities, LargestWithin, Reach, Receive, RowDistances,
     ShareAffinities,
 };
 use crate::kernel::loops::products::{Product, RowTimesMatrix};
@@ -315,9 +315,9 @@ pub(crate) fn share_affinities<T: Compiled>(
 
 /// The largest `(own + r_j)·e_j` with `e_j ≤ limit`, or 0. Lengths are multiples of
 /// [`Lanes::PAD`].
-pub(crate) fn largest_beyond<T: Compiled>(own: T, r: &[T], e: &[T], limit: T) -> T {
+pub(crate) fn largest_within<T: Compiled>(own: T, r: &[T], e: &[T], limit: T) -> T {
     debug_assert!(r.len().is_multiple_of(T::PAD));
-    T::run_largest_beyond(LargestBeyond { own, r, e, limit })
+    T::run_largest_within(LargestWithin { own, r, e, limit })
 }
 
 /// `out_j = min(2·r_j·e_j, bound_j)`. Lengths are multiples of [`Lanes::PAD`].

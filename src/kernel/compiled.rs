@@ -76,7 +76,7 @@ compiled! {
     run_column_distances: pairs::ColumnDistances;
     run_row_distances: pairs::RowDistances;
     run_share_affinities: pairs::ShareAffinities;
-    run_largest_beyond: pairs::LargestBeyond -> Self;
+    run_largest_within: pairs::LargestWithin -> Self;
     run_reach: pairs::Reach;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;

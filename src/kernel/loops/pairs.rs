@@ -120,6 +120,19 @@ impl<T: Lanes> RowDistances<'_, T> {
     }
 }
 
+/// `(own + r)·e` where e is not above the limit, else 0.
+#[inline(always)]
+fn affinity_within<T: Lanes, L: Level>(
+    level: L,
+    own: T::V<L>,
+    r: T::V<L>,
+    e: T::V<L>,
+    limit: T::V<L>,
+) -> T::V<L> {
+    let affinity = T::vmul(level, T::vadd(level, own, r), e);
+    T::vselect_greater(level, e, limit, T::splat(level, T::zero()), affinity)
+}
+
 /// Raises `bound_j` to `(own + r_j)·e_j` where `e_j` is not above `limit_j`.
 pub struct ShareAffinities<'a, T> {
     pub(crate) own: T,
@@ -134,35 +147,33 @@ impl<T: Lanes> Loop for ShareAffinities<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) {
-        let (zero, own) = (T::splat(level, T::zero()), T::splat(level, self.own));
+        let own = T::splat(level, self.own);
         let columns = T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e));
         let bounds = T::vectors_mut::<L>(self.bound).iter_mut();
         for ((bound, &limit), (&r, &e)) in bounds.zip(T::vectors::<L>(self.limit)).zip(columns) {
-            let affinity = T::vmul(level, T::vadd(level, own, r), e);
-            let affinity = T::vselect_greater(level, e, limit, zero, affinity);
+            let affinity = affinity_within::<T, L>(level, own, r, e, limit);
             *bound = T::vmax(level, *bound, affinity);
         }
     }
 }
 
 /// The largest `(own + r_j)·e_j` where `e_j` is not above the limit, or 0.
-pub struct LargestBeyond<'a, T> {
+pub struct LargestWithin<'a, T> {
     pub(crate) own: T,
     pub(crate) r: &'a [T],
     pub(crate) e: &'a [T],
     pub(crate) limit: T,
 }
 
-impl<T: Lanes> Loop for LargestBeyond<'_, T> {
+impl<T: Lanes> Loop for LargestWithin<'_, T> {
     type Output = T;
 
     #[inline(always)]
     fn run<L: Level>(self, level: L) -> T {
-        let (zero, own) = (T::splat(level, T::zero()), T::splat(level, self.own));
-        let (limit, mut largest) = (T::splat(level, self.limit), zero);
+        let (own, limit) = (T::splat(level, self.own), T::splat(level, self.limit));
+        let mut largest = T::splat(level, T::zero());
         for (&r, &e) in T::vectors::<L>(self.r).iter().zip(T::vectors::<L>(self.e)) {
-            let affinity = T::vmul(level, T::vadd(level, own, r), e);
-            let affinity = T::vselect_greater(level, e, limit, zero, affinity);
+            let affinity = affinity_within::<T, L>(level, own, r, e, limit);
             largest = T::vmax(level, largest, affinity);
         }
         T::vmaximum(level, largest)
@@ -317,7 +328,7 @@ mod tests {
         }
         let within = |&j: &usize| e[j] <= limit[0];
         let largest = (0..width).filter(within).map(affinity).fold(0.0, f64::max);
-        near(machine.run(LargestBeyond { own, r: &r, e, limit: limit[0] }), largest);
+        near(machine.run(LargestWithin { own, r: &r, e, limit: limit[0] }), largest);
         let mut out = before.clone();
         machine.run(Reach { r: &r, e, bound: &before, out: &mut out });
         for j in 0..width {

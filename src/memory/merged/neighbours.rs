@@ -124,15 +124,10 @@ impl<T: Scalar> Neighbours<T> {
         self.reach.resize(other.reach.len());
     }
 
-    /// Nobody knows an entry any more.
-    fn rename(&mut self, entry: usize) {
-        self.names[entry] += HANDLE + 1;
-    }
-
     /// Nothing is known of an entry, and it is told of none.
     pub(super) fn forget(&mut self, entry: usize) {
         self.recent.forget(entry);
-        self.rename(entry);
+        self.names[entry] += HANDLE + 1; // nobody knows it any more
         self.links[entry].len = 0;
         for column in self.columns() {
             column[entry] = T::zero();
@@ -140,12 +135,10 @@ impl<T: Scalar> Neighbours<T> {
         self.limit[entry] = T::infinity();
     }
 
-    /// An entry has changed. False if there is another of which nothing is known, beside the
-    /// newest.
-    #[must_use]
-    pub(super) fn change(&mut self, entry: usize) -> bool {
-        self.forget(entry);
-        self.changed.replace(entry).is_none_or(|other| other == entry)
+    /// An entry has changed, the first since all were measured.
+    pub(super) fn change(&mut self, entry: usize) {
+        debug_assert!(self.changed.is_none());
+        self.changed = Some(entry);
     }
 
     /// The last entry takes the place of another.
@@ -159,8 +152,6 @@ impl<T: Scalar> Neighbours<T> {
         for place in [from, to] {
             self.places[(self.names[place] & HANDLE) as usize] = place;
         }
-        self.changed = self.changed.filter(|&entry| entry != to);
-        self.changed = self.changed.map(|entry| if entry == from { to } else { entry });
     }
 
     /// Entries from `len` to `old` are gone.
@@ -169,7 +160,6 @@ impl<T: Scalar> Neighbours<T> {
             self.forget(entry);
             self.limit[entry] = T::zero();
         }
-        self.changed = self.changed.filter(|&entry| entry < len);
     }
 
     /// No affinity has grown by more than 1/`decay`.
@@ -308,8 +298,7 @@ impl<T: Scalar> Neighbours<T> {
             kept += 1;
             near = near.max(link.closeness);
             let affinity = (reciprocal[entry] + reciprocal[place]) * link.closeness;
-            let found = Found::new(affinity, entry, place);
-            best = Some(best.map_or(found, |best| best.or(found, &tied)));
+            best = Found::better(best, Some(Found::new(affinity, entry, place)), &tied);
         }
         links.len = kept;
         self.near[entry] = near;

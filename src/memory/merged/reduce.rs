@@ -92,9 +92,7 @@ impl<T: Scalar> MergedMemory<T> {
             self.neighbours.move_entry(last, j);
         }
         self.truncate(last);
-        if !self.neighbours.change(i) {
-            self.fresh = 0; // all is found out again
-        }
+        self.neighbours.change(i);
     }
 
     /// Merges a pair; the place of the second stays empty until [`close_gaps`](Self::close_gaps).

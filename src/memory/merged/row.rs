@@ -19,8 +19,20 @@ impl<T: Scalar> Found<T> {
         Self { affinity, i: i.min(j), j: i.max(j) }
     }
 
+    /// The better of two pairs, if there are any.
+    pub(super) fn better(
+        best: Option<Self>,
+        found: Option<Self>,
+        tied: impl Fn(T) -> T,
+    ) -> Option<Self> {
+        match (best, found) {
+            (Some(best), Some(found)) => Some(best.or(found, tied)),
+            (best, found) => best.or(found),
+        }
+    }
+
     /// The better of two; of equal ones the lower.
-    pub(super) fn or(self, other: Self, tied: impl Fn(T) -> T) -> Self {
+    fn or(self, other: Self, tied: impl Fn(T) -> T) -> Self {
         let affinity = self.affinity.max(other.affinity);
         let is_lower = (other.i, other.j) < (self.i, self.j);
         let is_taken = if is_lower {
@@ -44,7 +56,7 @@ impl<T: Scalar> Row<'_, T> {
     /// The largest affinity of those whose closeness is within the limit.
     pub(super) fn largest(self, limit: T) -> T {
         let own = self.reciprocal[self.entry];
-        kernel::largest_beyond(own, self.reciprocal, self.closeness, limit)
+        kernel::largest_within(own, self.reciprocal, self.closeness, limit)
     }
 
     /// The pair of largest affinity, if that is as good as `enough`.
@@ -54,19 +66,18 @@ impl<T: Scalar> Row<'_, T> {
         if largest < enough {
             return None;
         }
-        let (own, enough) = (reciprocal[entry], tied(largest));
+        let (own, as_good) = (reciprocal[entry], tied(largest));
         let mut best: Option<Found<T>> = None;
         for start in (0..closeness.len()).step_by(STRIP) {
             let strip = start..closeness.len().min(start + STRIP);
             let (r, e) = (&reciprocal[strip.clone()], &closeness[strip.clone()]);
-            if kernel::largest_beyond(own, r, e, T::infinity()) < enough {
+            if kernel::largest_within(own, r, e, T::infinity()) < as_good {
                 continue;
             }
             for other in strip {
                 let affinity = (own + reciprocal[other]) * closeness[other];
-                if affinity >= enough && other != entry {
-                    let found = Found::new(affinity, entry, other);
-                    best = Some(best.map_or(found, |best| best.or(found, tied)));
+                if affinity >= as_good && other != entry {
+                    best = Found::better(best, Some(Found::new(affinity, entry, other)), tied);
                 }
             }
         }

@@ -31,7 +31,7 @@ impl<T: Scalar> MergedMemory<T> {
             self.set_factors();
             self.neighbours.clear();
         }
-        let changed = self.neighbours.changed.take().filter(|&entry| entry < self.fresh);
+        let changed = self.neighbours.changed.take();
         let mut changed = changed.into_iter().chain(self.fresh..self.held);
         for entry in changed.clone() {
             self.project(entry);
@@ -66,38 +66,28 @@ impl<T: Scalar> MergedMemory<T> {
     pub(super) fn best_by_neighbours(&mut self) -> Option<(T, usize, usize)> {
         self.refresh_neighbours();
         let (used, held, tied) = (self.used(), self.held, Self::tied);
-        let mut best: Option<Found<T>> = None;
+        let enough = |best: Option<Found<T>>| best.map_or(T::zero(), |best| tied(best.affinity));
+        let mut best = None;
         let reciprocal = &self.reciprocal[..used];
         for recent in 0..self.neighbours.recent.entries().len() {
-            let enough = best.map_or(T::zero(), |best| tied(best.affinity));
-            if let Some(found) = self.neighbours.recent.row(recent, reciprocal).best(enough, tied) {
-                best = Some(best.map_or(found, |best| best.or(found, tied)));
-            }
+            let row = self.neighbours.recent.row(recent, reciprocal);
+            best = Found::better(best, row.best(enough(best), tied), tied);
         }
-        for among_linked in [true, false] {
-            let reach = self.neighbours.reach(&self.reciprocal[..used], among_linked);
-            // what is found first should be good, so that little else has to be
-            let top = among_linked.then(|| kernel::max(reach));
-            let mut next = top.and_then(|top| self.neighbours.next(0, held, top));
-            let mut start = 0;
-            loop {
-                let enough = best.map_or(T::zero(), |best| tied(best.affinity));
-                let Some(entry) = next.take().or_else(|| {
-                    let next = self.neighbours.next(start, held, enough);
-                    start = next.map_or(held, |entry| entry + 1);
-                    next
-                }) else {
-                    break;
-                };
-                let found = if among_linked {
-                    self.neighbours.best_linked(entry, &self.reciprocal, tied)
-                } else {
-                    self.look_at(entry, enough)
-                };
-                if let Some(found) = found {
-                    best = Some(best.map_or(found, |best| best.or(found, tied)));
-                }
-            }
+        // what is found first should be good, so that little else has to be looked at
+        let top = kernel::max(self.neighbours.reach(reciprocal, true));
+        if let Some(entry) = self.neighbours.next(0, held, top) {
+            best = Found::better(best, self.neighbours.best_linked(entry, reciprocal, tied), tied);
+        }
+        let mut start = 0;
+        while let Some(entry) = self.neighbours.next(start, held, enough(best)) {
+            best = Found::better(best, self.neighbours.best_linked(entry, reciprocal, tied), tied);
+            start = entry + 1;
+        }
+        self.neighbours.reach(reciprocal, false);
+        start = 0;
+        while let Some(entry) = self.neighbours.next(start, held, enough(best)) {
+            best = Found::better(best, self.look_at(entry, enough(best)), tied);
+            start = entry + 1;
         }
         best.map(|best| (best.affinity, best.i, best.j))
     }
