@@ -92,6 +92,22 @@ impl<T: Scalar> Distances<T> {
         self.closeness.resize(2 * capacity);
     }
 
+    /// Copies keys, or what the metric makes of them, and values of the entries that are measured.
+    fn take_points(&mut self, slots: &Slots<T>, entries: &[usize]) {
+        let (length, stride) = (self.key_factors.len(), self.values.len() / 2);
+        let Self { metric, projected, keys, values, .. } = self;
+        let points = keys.chunks_exact_mut(length).zip(values.chunks_exact_mut(stride));
+        for (&entry, (key, value)) in entries.iter().zip(points) {
+            if metric.is_empty() {
+                slots.read_key(entry, key);
+            } else {
+                let column = projected[entry..].iter().step_by(slots.capacity);
+                key.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
+            }
+            slots.read_value(entry, value);
+        }
+    }
+
     /// Measures keys and values of one or two entries against all: the squares of keys, and, in
     /// `closeness`, those of values.
     pub(super) fn squares(
@@ -103,22 +119,16 @@ impl<T: Scalar> Distances<T> {
     ) {
         let (length, stride) = (self.key_factors.len(), self.values.len() / 2);
         let count = entries.len();
+        self.take_points(slots, entries);
         let (factor, columns) = (self.value_factor, self.value_columns);
         let Self { key_factors, metric, projected, keys, values, key_squares, closeness, .. } =
             self;
         let y: &[T] = if metric.is_empty() { slots.key_columns() } else { projected };
-        for (&entry, point) in entries.iter().zip(keys.chunks_exact_mut(length)) {
-            let column = y[entry..].iter().step_by(slots.capacity);
-            point.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
-        }
         let key_squares = &mut key_squares[..count * used];
         let points = &keys[..count * length];
         kernel::column_distances(y, slots.capacity, key_factors, points, key_squares);
         let closeness = &mut closeness[..count * used];
         if cost.counts_values() {
-            for (&entry, point) in entries.iter().zip(values.chunks_exact_mut(stride)) {
-                point.copy_from_slice(slots.value_row(entry));
-            }
             let points = &values[..count * stride];
             let y = slots.value_rows();
             RowDistances { y, stride, columns, factor, points, out: closeness }.run();
@@ -138,6 +148,7 @@ impl<T: Scalar> Distances<T> {
         let Some(packed) = slots.packed() else { return };
         let (length, stride) = (self.key_factors.len(), self.values.len() / 2);
         let count = entries.len();
+        self.take_points(slots, entries);
         let Self {
             key_factors,
             value_factor: factor,
@@ -150,17 +161,6 @@ impl<T: Scalar> Distances<T> {
             closeness,
             tile: [tile, squares],
         } = self;
-        values.fill(T::zero());
-        for (p, &entry) in entries.iter().enumerate() {
-            let key = &mut keys[p * length..(p + 1) * length];
-            if metric.is_empty() {
-                slots.read_key(entry, key);
-            } else {
-                let column = projected[entry..].iter().step_by(slots.capacity);
-                key.iter_mut().zip(column).for_each(|(to, &x)| *to = x);
-            }
-            slots.read_value(entry, &mut values[p * stride..]);
-        }
         tile.resize(TILE * length.max(slots.head_dim).max(stride));
         squares.resize(count * TILE);
         let place = |from: &[T], to: &mut [T], first: usize, width: usize| {
