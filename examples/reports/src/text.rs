@@ -17,11 +17,13 @@ pub fn wrapped(sentence: &str) -> String {
     text
 }
 
-/// The first characters of a name that is too long.
+/// A name without its middle if it is too long: names often differ at the end.
 pub fn shortened(name: &str, width: usize) -> String {
-    if name.chars().count() <= width {
-        name.to_owned()
-    } else {
-        name.chars().take(width.saturating_sub(1)).chain(['…']).collect()
+    let letters: Vec<char> = name.chars().collect();
+    if letters.len() <= width {
+        return name.to_owned();
     }
+    let kept = width.saturating_sub(1);
+    let (first, last) = (&letters[..kept / 3], &letters[letters.len() - (kept - kept / 3)..]);
+    first.iter().chain(&['…']).chain(last).collect()
 }
