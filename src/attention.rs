@@ -22,13 +22,14 @@ pub(crate) mod stream;
 pub(crate) mod threads;
 
 use crate::attention::call::Head;
-use crate::attention::gradient::HeadGradient;
+use crate::attention::gradient::{Gradients, HeadGradient};
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::stream::{Stream, StreamOptions};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use core::fmt::Debug;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
@@ -200,13 +201,18 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Sharing::default()
     }
 
-    /// Computes the gradient of a loss by queries, keys, values and log decays from that by the
-    /// outputs.
+    /// Computes the gradient of a loss by queries, keys, values, log decays and parameters from that
+    /// by the outputs, and adds it to what is there ([`HeadGradient`]).
+    ///
+    /// What the forward pass computed is computed again, in memory that does not depend on the
+    /// number of tokens. A loss over several heads, sequences or calls needs one call for each.
     ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] unless overridden; otherwise as
-    /// [`forward_heads`](Self::forward_heads).
+    /// Those of [`forward_heads`](Self::forward_heads); [`Error::NotFinite`] for cotangents that
+    /// are not finite, [`Error::Overflow`] if a gradient leaves the range of `T`;
+    /// [`Error::Unsupported`] if the kernel has no backward pass, or
+    /// one of its parts, such as a feature map of one's own, has none.
     fn backward_heads(
         &self,
         heads: &mut [HeadGradient<'_, T>],
@@ -214,8 +220,67 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         let _ = (heads, mask, scratch);
-        let why = "its type does not implement `Attention::backward_heads`";
+        let why = "its type does not implement `Attention::backward_heads`; `SoftmaxAttention`, \
+                   `LinearAttention` and what is built of them have one";
         Err(Error::Unsupported { what: "the gradient of this kernel", why })
+    }
+
+    /// Computes the gradients of a loss from that by the outputs, `d_out [n_q, d_v]`, and allocates
+    /// them: for kernels without log decays.
+    ///
+    /// ```
+    /// use dijiang::{Attention, Mask, SoftmaxAttention};
+    /// use ndarray::array;
+    ///
+    /// let kernel = SoftmaxAttention::<f64>::new(1)?;
+    /// let (q, k, v) = (array![[0.0]], array![[1.0], [2.0]], array![[3.0], [5.0]]);
+    /// let d = kernel.backward(q.view(), k.view(), v.view(), array![[1.0]].view(), Mask::Full)?;
+    /// assert_eq!(d.v, array![[0.5], [0.5]]); // the weights
+    /// assert_eq!(d.q, array![[0.5]]); // the covariance of keys and values
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Those of [`backward_heads`](Self::backward_heads).
+    fn backward(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        d_out: ArrayView2<'_, T>,
+        mask: Mask,
+    ) -> Result<Gradients<T>, Error> {
+        let mut d = Gradients {
+            q: Array2::zeros(q.dim()),
+            k: Array2::zeros(k.dim()),
+            v: Array2::zeros(v.dim()),
+            parameters: self.parameters().zeros_like(),
+        };
+        let gradients = [d.q.view_mut(), d.k.view_mut(), d.v.view_mut()];
+        let head = HeadGradient::new([q, k, v], d_out, gradients);
+        let head = head.with_parameters(&mut d.parameters);
+        self.backward_heads(&mut [head], mask, &mut Scratch::new())?;
+        Ok(d)
+    }
+
+    /// The numbers of the kernel that can be trained, by name: what
+    /// [`backward_heads`](Self::backward_heads) gives gradients by. None unless overridden.
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new()
+    }
+
+    /// The same kernel with other numbers in the place of those of these names. Kernels and maps
+    /// are immutable, so this is a new one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape, and the
+    /// errors of the constructors; [`Error::Unsupported`] unless overridden.
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        let _ = parameters;
+        let why = "its type does not implement `Attention::with_parameters`";
+        Err(Error::Unsupported { what: "this kernel with other parameters", why })
     }
 
     /// The unnormalised weights of single pairs, where they depend on the pair alone.

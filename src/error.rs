@@ -107,6 +107,15 @@ pub enum Error {
         /// The value of the plan.
         found: String,
     },
+    /// A parameter of a map or a kernel cannot be set, or its gradient not be added to.
+    Parameter {
+        /// Its name.
+        name: String,
+        /// What was found.
+        found: String,
+        /// What is needed.
+        needed: String,
+    },
     /// A tensor of a checkpoint is missing, or not what it must be.
     Tensor {
         /// Its full name.
@@ -265,6 +274,11 @@ impl fmt::Display for Error {
                 f,
                 "tensor `{name}` is {found} where {needed} is needed: check the file, the prefix \
                  of the names and the number of heads"
+            ),
+            Self::Parameter { name, found, needed } => write!(
+                f,
+                "the parameter `{name}` is {found} where {needed} is needed: take the names and \
+                 shapes that `parameters()` gives"
             ),
             Self::InHead { sequence, head, error } => {
                 write!(f, "sequence {sequence}, {head}: {error}")

@@ -7,15 +7,20 @@ pub(crate) mod delegate;
 pub(crate) mod elementwise;
 pub(crate) mod exponential;
 pub(crate) mod fit;
+pub(crate) mod gradient;
 pub(crate) mod official_dijiang;
 pub(crate) mod performer;
 pub(crate) mod radii;
 pub(crate) mod relu;
+pub(crate) mod sums;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
 
 use crate::error::Error;
 use crate::features::columns::ColumnMap;
+use crate::features::gradient::MapGradient;
+use crate::features::sums::ProjectionSums;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use core::fmt::Debug;
 use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2};
@@ -114,17 +119,62 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
         self.map_queries(x, values, log_scale)
     }
 
+    /// Computes the gradient of a loss by vectors and parameters from that by their features, and
+    /// adds it to what is there ([`MapGradient`]). Without it, the kernels that use the map can be
+    /// run and not trained.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] unless overridden; those of [`map_queries`](Self::map_queries).
+    fn backward(&self, gradient: MapGradient<'_, T>) -> Result<(), Error> {
+        let _ = gradient;
+        Err(NO_GRADIENT)
+    }
+
+    /// The numbers of the map that can be trained, by the names they are saved under: what
+    /// [`backward`](Self::backward) gives gradients by. None unless overridden.
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new()
+    }
+
+    /// The same map with other numbers in the place of those of these names. Maps are immutable, so
+    /// this is a new one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape, and the
+    /// errors of the constructors; [`Error::Unsupported`] unless overridden.
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        let _ = parameters;
+        let why = "its type does not implement `FeatureMap::with_parameters`";
+        Err(Error::Unsupported { what: "this feature map with other parameters", why })
+    }
+
     /// The same map on tokens as columns, which maps of this crate have.
     #[doc(hidden)]
     fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
         None
     }
+
+    /// Adds what the [column map](Self::column_map) has summed for queries and for keys to the
+    /// gradient by the parameters.
+    #[doc(hidden)]
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        let _ = (sums, d_parameters);
+    }
 }
 
+pub(crate) const NO_GRADIENT: Error = Error::Unsupported {
+    what: "the gradient of this feature map",
+    why: "its type does not implement `FeatureMap::backward`; every map of the crate does",
+};
+
 /// Whether queries or keys are mapped.
-#[derive(Clone, Copy)]
-pub(crate) enum Side {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Queries.
     Query,
+    /// Keys.
     Key,
 }
 

@@ -17,8 +17,8 @@ pub(crate) mod simd;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::compiled::Compiled;
 use crate::kernel::loops::columns::{
-    DecayQueriesAndKeys, Exp2ColumnsBelowMaximum, MaskAndAddRows, OnlineSoftmax, ScaleAndSumRows,
-    ScaleRows, ScaleRowsInPlace, Transpose,
+    DecayQueriesAndKeys, Exp2ColumnsBelowMaximum, MaskAndAddRows, MultiplyAndSumColumns,
+    OnlineSoftmax, ScaleAndSumRows, ScaleRows, ScaleRowsInPlace, Transpose,
 };
 use crate::kernel::loops::dct::{DctColumns, LanesDct};
 use crate::kernel::loops::decay::DecayRows;
@@ -243,6 +243,12 @@ pub(crate) fn online_softmax<T: Compiled>(
 /// `x_it ← x_it·factor_t`, and `sums_i = Σ_t` of the result.
 pub(crate) fn scale_and_sum_rows<T: Compiled>(x: &mut [T], factors: &[T], sums: &mut [T]) {
     T::run_scale_and_sum_rows(ScaleAndSumRows { x, factors, sums });
+}
+
+/// `x_it ← x_it·y_it`, and `sums_t = Σ_i` of the result, of columns as many as `sums`.
+pub(crate) fn multiply_and_sum_columns<T: Compiled>(x: &mut [T], y: &[T], sums: &mut [T]) {
+    debug_assert!(x.len() == y.len() && sums.len().is_multiple_of(T::PAD));
+    T::run_multiply_and_sum_columns(MultiplyAndSumColumns { x, y, sums });
 }
 
 /// The causal part of up to [`Lanes::PAD`] rows of scores `[rows, width]`: row `i` belongs to token

@@ -13,7 +13,7 @@ const FLOORS: &[&[&str]] = &[
     &["kernel::compiled"],
     &["kernel"],
     &["scalar"],
-    &["check", "state_format", "views"],
+    &["check", "parameters", "state_format", "views"],
     &["projection", "rotary", "calibration"],
     &["features"],
     &["memory"],

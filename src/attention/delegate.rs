@@ -67,6 +67,19 @@ macro_rules! attention_by {
                 $kernel.backward_heads(heads, mask, scratch)
             }
 
+            fn parameters(&self) -> $crate::parameters::Parameters<T> {
+                let $this = self;
+                $kernel.parameters()
+            }
+
+            fn with_parameters(
+                &self,
+                parameters: &$crate::parameters::Parameters<T>,
+            ) -> Result<Box<dyn $crate::attention::Attention<T>>, $crate::error::Error> {
+                let $this = self;
+                $kernel.with_parameters(parameters)
+            }
+
             fn pair_weights(&self) -> Option<&dyn $crate::attention::PairWeights<T>> {
                 let $this = self;
                 $kernel.pair_weights()

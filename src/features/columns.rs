@@ -2,6 +2,8 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::Side;
+use crate::features::sums::ProjectionSums;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::scalar::Scalar;
@@ -41,6 +43,24 @@ impl<'a, T> Columns<'a, T> {
     }
 }
 
+/// Vectors as columns that have been mapped, and the gradients by their features.
+#[derive(Debug)]
+pub struct ColumnGradient<'a, T> {
+    /// The vectors, `[head_dim, width]`.
+    pub x: &'a [T],
+    /// Columns, a multiple of 64 bytes' numbers.
+    pub width: usize,
+    /// How many of the columns are vectors: the first.
+    pub tokens: usize,
+    /// Their features, `[num_features, width]`.
+    pub values: &'a [T],
+    /// The gradients by the features, times `e^{log_scale}`: `[num_features, width]`, zero beyond
+    /// the vectors. They may be changed.
+    pub d_values: &'a mut [T],
+    /// Where the gradients by the vectors go, `[head_dim, width]`, over what was there.
+    pub d_x: &'a mut [T],
+}
+
 /// A map, the same for queries and keys, in the layout of the inner loops: tokens as columns.
 pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
     /// Numbers of a vector.
@@ -73,6 +93,20 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
         self.map_columns(first, scratch)?;
         self.map_columns(second, scratch)
     }
+
+    /// Logits that the vectors are projected to by parameters; 0 if there are none.
+    fn projected(&self) -> usize {
+        0
+    }
+
+    /// The gradients by vectors and, where there are sums for them, by parameters.
+    fn backward_columns(
+        &self,
+        side: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        sums: Option<&mut ProjectionSums<T>>,
+        scratch: &mut [Buffer<T>; 2],
+    );
 }
 
 /// Checks the arguments of a map.
@@ -121,6 +155,16 @@ fn normal_factor<T: Scalar>(largest: T) -> (T, T) {
     // The inverse of a number below the normal ones would be infinite.
     let normal = largest.max(T::min_positive_value());
     (normal.recip(), normal.ln())
+}
+
+/// The factors of [`take_maxima`] for columns that are a map's features as they are.
+pub(crate) fn factors_of_columns<T: Scalar>(x: &[T], width: usize, factors: &mut Buffer<T>) {
+    factors.resize(width);
+    factors.fill(T::zero());
+    for row in x.chunks_exact(width) {
+        factors.iter_mut().zip(row).for_each(|(largest, &x)| *largest = largest.max(x.abs()));
+    }
+    factors.iter_mut().for_each(|factor| *factor = normal_factor(*factor).0);
 }
 
 /// Brings columns to a largest absolute value near one and adds the logarithm of what was taken

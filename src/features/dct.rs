@@ -14,6 +14,8 @@ use crate::features::delegate::features_by;
 use crate::features::exponential::Weights;
 use crate::features::official_dijiang::OfficialDijiang;
 use crate::features::radii::Radii;
+use crate::features::sums::{ProjectionSums, add_radii, add_weights};
+use crate::parameters::Parameters;
 use crate::projection::{self, Generator};
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2};
@@ -169,6 +171,22 @@ impl<T: Scalar> DctFeatures<T> {
         calibration.refit(self, Self::with_weights)
     }
 
+    /// The same map with other `radii` or `weights`, as [`FeatureMap::with_parameters`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape;
+    /// [`Error::NotFinite`] if a radius is NaN or infinite; those of
+    /// [`with_weights`](Self::with_weights).
+    pub fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        let mut all = FeatureMap::parameters(self);
+        all.set(parameters)?;
+        let radii = all.vector("radii");
+        check::finite("radii", radii.view().insert_axis(ndarray::Axis(0)))?;
+        let directions = self.features.directions().clone().with_radii(radii);
+        Self::assemble(self.seed, directions).with_weights(all.vector("weights"))
+    }
+
     /// The radii `[num_features]`, in the order of the features.
     #[must_use]
     pub fn radii(&self) -> &Array1<T> {
@@ -189,7 +207,24 @@ impl<T: Scalar> DctFeatures<T> {
     }
 }
 
-features_by!([T: Scalar] DctFeatures<T>, this => &this.features as &dyn ColumnMap<T>);
+features_by!([T: Scalar] DctFeatures<T>, this => &this.features as &dyn ColumnMap<T>, {
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new()
+            .with("radii", self.radii().clone().into_dyn())
+            .with("weights", self.weights().into_dyn())
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        if d_parameters.get("radii").is_some() {
+            add_radii(sums, d_parameters, self.features.unit_projection().view());
+        }
+        add_weights(sums, d_parameters, "weights", self.weights.factors.iter());
+    }
+});
 
 impl<T: PartialEq> PartialEq for DctFeatures<T> {
     fn eq(&self, other: &Self) -> bool {

@@ -2,10 +2,15 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns, largest_of_columns, take_maxima};
+use crate::features::columns::{
+    ColumnGradient, ColumnMap, Columns, factors_of_columns, largest_of_columns, take_maxima,
+};
 use crate::features::delegate::features_by;
+use crate::features::sums::ProjectionSums;
+use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use core::marker::PhantomData;
 
@@ -24,7 +29,15 @@ macro_rules! map_of_columns {
             }
         }
 
-        features_by!([T: Scalar] $map<T>, this => this as &dyn ColumnMap<T>);
+        features_by!([T: Scalar] $map<T>, this => this as &dyn ColumnMap<T>, {
+            fn with_parameters(
+                &self,
+                parameters: &Parameters<T>,
+            ) -> Result<Box<dyn FeatureMap<T>>, Error> {
+                Parameters::new().check_names(parameters)?;
+                Ok(Box::new(self.clone()))
+            }
+        });
 
         #[cfg(feature = "serde")]
         impl<T> From<$map<T>> for usize {
@@ -101,6 +114,19 @@ impl<T: Scalar> ColumnMap<T> for EluFeatures<T> {
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
     }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        ColumnGradient { x, values, d_values, d_x, .. }: &mut ColumnGradient<'_, T>,
+        _: Option<&mut ProjectionSums<T>>,
+        _: &mut [Buffer<T>; 2],
+    ) {
+        // φ' = φ where x ≤ 0, else 1 = φ/(1 + x)
+        for (((d_x, d_value), &value), &x) in d_x.iter_mut().zip(&**d_values).zip(*values).zip(*x) {
+            *d_x = *d_value * (value / (T::one() + x.max(T::zero())));
+        }
+    }
 }
 
 /// The exponents of negative coordinates, less the shift of their column, to base 2. Not inlined:
@@ -175,5 +201,21 @@ impl<T: Scalar> ColumnMap<T> for IdentityFeatures<T> {
         log_scale.fill(T::zero());
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        ColumnGradient { x, width, d_values, d_x, .. }: &mut ColumnGradient<'_, T>,
+        _: Option<&mut ProjectionSums<T>>,
+        [factors, _]: &mut [Buffer<T>; 2],
+    ) {
+        factors_of_columns(x, *width, factors);
+        let rows = d_x.chunks_exact_mut(*width).zip(d_values.chunks_exact(*width));
+        for (d_x, d_value) in rows {
+            for ((d_x, &d_value), &factor) in d_x.iter_mut().zip(d_value).zip(&**factors) {
+                *d_x = d_value * factor;
+            }
+        }
     }
 }

@@ -3,7 +3,9 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns};
+use crate::features::Side;
+use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
+use crate::features::sums::ProjectionSums;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::exp::ExponentialPair;
@@ -42,6 +44,26 @@ impl<T: Scalar> Dense<T> {
             projection,
             exponents: Exponents::new(longest.sqrt(), weights),
         }
+    }
+}
+
+impl<T: Scalar> Dense<T> {
+    /// From the gradients by the logits, those by the vectors without their end and by `log₂e`:
+    /// `log₂e·Σ_i a_i ω_i`.
+    pub(crate) fn backward_of_logits(&self, gradient: &mut ColumnGradient<'_, T>) {
+        let width = gradient.width;
+        Product {
+            m: self.head_dim,
+            n: width,
+            k: self.num_features,
+            a: Matrix::rows(&self.projection, padded::<T>(self.num_features)),
+            b: gradient.d_values,
+            ldb: width,
+            c: gradient.d_x,
+            ldc: width,
+            into: Epilogue::Set,
+        }
+        .run();
     }
 }
 
@@ -100,6 +122,47 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
             columns.log_scale[0] = self.exponents.log_scale(largest, norm)?;
         }
         Ok(())
+    }
+
+    fn projected(&self) -> usize {
+        self.num_features
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        sums: Option<&mut ProjectionSums<T>>,
+        [totals, _]: &mut [Buffer<T>; 2],
+    ) {
+        to_logits(gradient, totals);
+        self.backward_of_logits(gradient);
+        subtract_norms(gradient, totals, T::from_f64(core::f64::consts::LN_2));
+        if let Some(sums) = sums {
+            sums.add(gradient);
+        }
+    }
+}
+
+/// Brings the gradients by the features of an exponential map to those by its logits,
+/// `a_i = φ_i·∂L/∂φ_i`, and sums these over the features: minus the gradient by `½|x|²`.
+pub(crate) fn to_logits<T: Scalar>(gradient: &mut ColumnGradient<'_, T>, totals: &mut Buffer<T>) {
+    totals.resize(gradient.width);
+    kernel::multiply_and_sum_columns(gradient.d_values, gradient.values, totals);
+}
+
+/// The end of the gradient by the vectors of an exponential map,
+/// `dx = Σ_i a_i ω_i − (Σ_i a_i)·x`: the first sum is `factor·d_x`.
+pub(crate) fn subtract_norms<T: Scalar>(
+    gradient: &mut ColumnGradient<'_, T>,
+    totals: &[T],
+    factor: T,
+) {
+    let ColumnGradient { x, width, ref mut d_x, .. } = *gradient;
+    for (d_x, x) in d_x.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+        for ((d_x, &x), &total) in d_x.iter_mut().zip(x).zip(totals) {
+            *d_x = factor * *d_x - total * x;
+        }
     }
 }
 

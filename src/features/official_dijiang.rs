@@ -2,12 +2,16 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns};
+use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::dct::transform::{FastDirections, FastExponential, norm};
 use crate::features::delegate::features_by;
-use crate::features::exponential::Weights;
+use crate::features::exponential::{Weights, to_logits};
+use crate::features::sums::{ProjectionSums, add_radii};
+use crate::features::{FeatureMap, Side};
+use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::scalar::sealed::Dct;
 use ndarray::{Array1, Array2, ArrayView2};
@@ -121,6 +125,18 @@ impl<T: Scalar> OfficialDijiang<T> {
         Self::new(radii)
     }
 
+    /// The same map with other `radii`, as [`FeatureMap::with_parameters`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape; those of
+    /// [`new`](Self::new).
+    pub fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        let mut all = FeatureMap::parameters(self);
+        all.set(parameters)?;
+        Self::new(all.vector("radii"))
+    }
+
     /// The radii `t [head_dim]`, in the order of the features.
     #[must_use]
     pub fn radii(&self) -> &Array1<T> {
@@ -135,7 +151,21 @@ impl<T: Scalar> OfficialDijiang<T> {
     }
 }
 
-features_by!([T: Scalar] OfficialDijiang<T>, this => this as &dyn ColumnMap<T>);
+features_by!([T: Scalar] OfficialDijiang<T>, this => this as &dyn ColumnMap<T>, {
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new().with("radii", self.radii().clone().into_dyn())
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        if d_parameters.get("radii").is_some() {
+            add_radii(sums, d_parameters, self.features.unit_projection().view());
+        }
+    }
+});
 
 impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
     fn head_dim(&self) -> usize {
@@ -153,7 +183,7 @@ impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
     ) -> Result<(), Error> {
         self.features.map_columns(columns, scratch)?;
         // A softmax has no |x|² and a sum of one.
-        let columns = columns.with_features(self.num_features());
+        let columns = columns.with_features(self.radii().len());
         let (Columns { width, values, log_scale, .. }, [totals, _]) = (columns, scratch);
         totals.resize(width);
         totals.fill(T::zero());
@@ -168,6 +198,33 @@ impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
         }
         log_scale.fill(T::zero());
         Ok(())
+    }
+
+    fn projected(&self) -> usize {
+        self.radii().len()
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        sums: Option<&mut ProjectionSums<T>>,
+        scratch: &mut [Buffer<T>; 2],
+    ) {
+        // of a softmax y: a_i = y_i·(dy_i − Σ_l y_l dy_l)
+        let [totals, _] = &mut *scratch;
+        to_logits(gradient, totals);
+        let ColumnGradient { values, width, ref mut d_values, .. } = *gradient;
+        for (a, y) in d_values.chunks_exact_mut(width).zip(values.chunks_exact(width)) {
+            for ((a, &y), &total) in a.iter_mut().zip(y).zip(&**totals) {
+                *a -= y * total;
+            }
+        }
+        self.features.backward_of_logits(gradient, scratch);
+        kernel::scale(gradient.d_x, T::from_f64(core::f64::consts::LN_2));
+        if let Some(sums) = sums {
+            sums.add(gradient);
+        }
     }
 }
 
@@ -184,6 +241,14 @@ struct Frequencies<T> {
     transform: Dct<T>,
     /// Norms of the transform's input.
     norms: Vec<T>,
+}
+
+impl<T: Scalar> Frequencies<T> {
+    /// The norms, without what the DCT-III halves.
+    fn backward_norms(&self) -> impl Iterator<Item = T> {
+        let half = T::from_f64(0.5);
+        self.norms.iter().enumerate().map(move |(j, &norm)| if j == 0 { half * norm } else { norm })
+    }
 }
 
 impl<T: Scalar> FastDirections<T> for Frequencies<T> {
@@ -212,6 +277,34 @@ impl<T: Scalar> FastDirections<T> for Frequencies<T> {
         for ((logit, &y), &radius) in logits.iter_mut().zip(&*block).zip(&self.radii) {
             *logit = y * radius;
         }
+    }
+
+    fn with_radii(self, radii: Array1<T>) -> Self {
+        Self { radii, ..self }
+    }
+
+    fn backward_of_row(&self, a: &[T], d_x: &mut [T], scratch: &mut [T]) {
+        let (block, scratch) = scratch.split_at_mut(self.norms.len());
+        for ((y, &a), &radius) in block.iter_mut().zip(a).zip(&self.radii) {
+            *y = a * radius;
+        }
+        T::dct2(&self.transform, block, scratch);
+        for ((d_x, &y), norm) in d_x.iter_mut().zip(&*block).zip(self.backward_norms()) {
+            *d_x = y * norm;
+        }
+    }
+
+    fn backward_of_columns(
+        &self,
+        lanes: &LanesDct<T>,
+        last_factors: &[T],
+        gradient: &mut ColumnGradient<'_, T>,
+        [norms, transform]: &mut [Buffer<T>; 2],
+    ) {
+        let ColumnGradient { width, ref d_values, ref mut d_x, .. } = *gradient;
+        norms.resize(self.norms.len());
+        norms.iter_mut().zip(self.backward_norms()).for_each(|(to, norm)| *to = norm);
+        lanes.dct2(d_values, width, last_factors, norms, d_x, transform);
     }
 
     fn logits_of_columns(

@@ -3,9 +3,12 @@
 use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::ColumnMap;
 use crate::features::delegate::features_by;
 use crate::features::exponential::{Dense, Weights};
+use crate::features::sums::{ProjectionSums, add_projection, add_weights};
+use crate::parameters::Parameters;
 use crate::projection;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2, Axis, concatenate};
@@ -130,6 +133,20 @@ impl<T: Scalar> Performer<T> {
         calibration.refit(self, Self::with_weights)
     }
 
+    /// The same map with another `projection` or other `weights`, as
+    /// [`FeatureMap::with_parameters`] makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape; those of
+    /// [`from_projection`](Self::from_projection) and [`with_weights`](Self::with_weights).
+    pub fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        let mut all = FeatureMap::parameters(self);
+        all.set(parameters)?;
+        Self::from_projection(all.matrix("projection").to_owned())?
+            .with_weights(all.vector("weights"))
+    }
+
     /// The projection `[num_features, head_dim]`.
     #[must_use]
     pub fn projection(&self) -> ArrayView2<'_, T> {
@@ -143,7 +160,22 @@ impl<T: Scalar> Performer<T> {
     }
 }
 
-features_by!([T: Scalar] Performer<T>, this => &this.dense as &dyn ColumnMap<T>);
+features_by!([T: Scalar] Performer<T>, this => &this.dense as &dyn ColumnMap<T>, {
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new()
+            .with("projection", self.projection.clone().into_dyn())
+            .with("weights", self.weights.factors.clone().into_dyn())
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        add_projection(sums, d_parameters, "projection");
+        add_weights(sums, d_parameters, "weights", self.weights.factors.iter());
+    }
+});
 
 /// What is saved.
 #[cfg(feature = "serde")]

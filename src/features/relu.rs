@@ -2,11 +2,16 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns, take_maxima};
+use crate::features::columns::{
+    ColumnGradient, ColumnMap, Columns, factors_of_columns, take_maxima,
+};
 use crate::features::delegate::features_by;
+use crate::features::sums::{ProjectionSums, add_projection};
+use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::Array2;
 
@@ -80,24 +85,42 @@ impl<T: Scalar> ReluFeatures<T> {
     }
 }
 
-features_by!([T: Scalar] ReluFeatures<T>, this => this as &dyn ColumnMap<T>);
-
-impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
-    fn head_dim(&self) -> usize {
-        self.head_dim
+features_by!([T: Scalar] ReluFeatures<T>, this => this as &dyn ColumnMap<T>, {
+    fn parameters(&self) -> Parameters<T> {
+        let projection = self.projection.clone().map(|x| ("projection".to_owned(), x.into_dyn()));
+        projection.into_iter().collect()
     }
 
-    fn num_features(&self) -> usize {
-        self.projection.as_ref().map_or(self.head_dim, Array2::nrows)
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
     }
 
-    fn map_columns(
-        &self,
-        columns: &mut Columns<'_, T>,
-        scratch: &mut [Buffer<T>; 2],
-    ) -> Result<(), Error> {
-        let m = self.num_features();
-        let Columns { x, width, tokens, values, log_scale, .. } = columns.with_features(m);
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        add_projection(sums, d_parameters, "projection");
+    }
+});
+
+impl<T: Scalar> ReluFeatures<T> {
+    /// The same map with another `projection`, if it has one, as [`FeatureMap::with_parameters`]
+    /// makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape; those of
+    /// [`from_projection`](Self::from_projection).
+    pub fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        let mut all = FeatureMap::parameters(self);
+        all.set(parameters)?;
+        if self.projection.is_none() {
+            return Ok(self.clone());
+        }
+        let map = Self::from_projection(all.matrix("projection").to_owned())?;
+        Ok(Self { epsilon: self.epsilon, ..map })
+    }
+
+    /// Ωx, or x itself.
+    fn logits(&self, x: &[T], width: usize, values: &mut [T]) {
+        let m = values.len() / width;
         match &self.projection {
             None => values.copy_from_slice(x),
             Some(projection) => {
@@ -121,6 +144,26 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
                 }
             }
         }
+    }
+}
+
+impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
+    fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    fn num_features(&self) -> usize {
+        self.projection.as_ref().map_or(self.head_dim, Array2::nrows)
+    }
+
+    fn map_columns(
+        &self,
+        columns: &mut Columns<'_, T>,
+        scratch: &mut [Buffer<T>; 2],
+    ) -> Result<(), Error> {
+        let m = ColumnMap::num_features(self);
+        let Columns { x, width, tokens, values, log_scale, .. } = columns.with_features(m);
+        self.logits(x, width, values);
         if !kernel::all_finite(values) {
             let finite =
                 |t: &usize| values.iter().skip(*t).step_by(width).all(|value| value.is_finite());
@@ -134,6 +177,47 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
         log_scale.fill(T::zero());
         take_maxima(values, log_scale, &mut scratch[0]);
         Ok(())
+    }
+
+    fn projected(&self) -> usize {
+        self.projection.as_ref().map_or(0, Array2::nrows)
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        sums: Option<&mut ProjectionSums<T>>,
+        [logits, factors]: &mut [Buffer<T>; 2],
+    ) {
+        let ColumnGradient { x, width, ref mut d_values, ref mut d_x, .. } = *gradient;
+        logits.resize(d_values.len());
+        self.logits(x, width, logits);
+        // where the logit is positive, the gradient passes, by the factor of the values
+        for (d_value, logit) in d_values.iter_mut().zip(logits.iter_mut()) {
+            *d_value = if *logit > T::zero() { *d_value } else { T::zero() };
+            *logit = logit.max(T::zero()) + self.epsilon;
+        }
+        factors_of_columns(logits, width, factors);
+        for row in d_values.chunks_exact_mut(width) {
+            row.iter_mut().zip(&**factors).for_each(|(d_value, &factor)| *d_value *= factor);
+        }
+        let Some(projection) = &self.projection else { return d_x.copy_from_slice(d_values) };
+        Product {
+            m: self.head_dim,
+            n: width,
+            k: projection.nrows(),
+            a: Matrix::columns(projection.as_slice().unwrap_or_default(), self.head_dim),
+            b: d_values,
+            ldb: width,
+            c: d_x,
+            ldc: width,
+            into: Epilogue::Set,
+        }
+        .run();
+        if let Some(sums) = sums {
+            sums.add(gradient);
+        }
     }
 }
 

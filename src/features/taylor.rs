@@ -2,9 +2,12 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns};
+use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::delegate::features_by;
+use crate::features::sums::ProjectionSums;
+use crate::features::{FeatureMap, Side};
 use crate::kernel::buffer::Buffer;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use core::marker::PhantomData;
 
@@ -56,7 +59,12 @@ impl<T: Scalar> TaylorFeatures<T> {
     }
 }
 
-features_by!([T: Scalar] TaylorFeatures<T>, this => this as &dyn ColumnMap<T>);
+features_by!([T: Scalar] TaylorFeatures<T>, this => this as &dyn ColumnMap<T>, {
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Parameters::new().check_names(parameters)?;
+        Ok(Box::new(self.clone()))
+    }
+});
 
 impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
     fn head_dim(&self) -> usize {
@@ -73,7 +81,7 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         let Columns { x, width, values, log_scale, .. } =
-            columns.with_features(self.num_features());
+            columns.with_features(ColumnMap::num_features(self));
         let half_root = T::from_f64(core::f64::consts::FRAC_1_SQRT_2);
         // Divided by max(1, |x|_∞)², nothing overflows.
         let [scratch, _] = scratch;
@@ -111,6 +119,47 @@ impl<T: Scalar> ColumnMap<T> for TaylorFeatures<T> {
             }
         }
         Ok(())
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        _: Option<&mut ProjectionSums<T>>,
+        [scratch, _]: &mut [Buffer<T>; 2],
+    ) {
+        // with u = x/max(1, |x|_∞): dx_l = inverse·(inverse·d_l + √2·u_l·d_ll + Σ_m u_m·d_lm)
+        let ColumnGradient { x, width, ref d_values, ref mut d_x, .. } = *gradient;
+        scratch.resize(width);
+        scratch.fill(T::one());
+        for row in x.chunks_exact(width) {
+            scratch.iter_mut().zip(row).for_each(|(size, x)| *size = size.max(x.abs()));
+        }
+        scratch.iter_mut().for_each(|size| *size = size.recip());
+        let row = |i: usize| i * width..(i + 1) * width;
+        for l in 0..self.head_dim {
+            let linear = d_values[row(1 + l)].iter().zip(&**scratch);
+            d_x[row(l)].iter_mut().zip(linear).for_each(|(d_x, (&d, &inverse))| *d_x = d * inverse);
+        }
+        let root = T::from_f64(core::f64::consts::SQRT_2);
+        let mut add = |to: usize, pair: usize, from: usize, factor: T| {
+            let terms = d_values[row(pair)].iter().zip(&x[row(from)]).zip(&**scratch);
+            for (d_x, ((&d, &x), &inverse)) in d_x[row(to)].iter_mut().zip(terms) {
+                *d_x += d * (x * inverse) * factor;
+            }
+        };
+        let mut pair = 1 + self.head_dim;
+        for l in 0..self.head_dim {
+            add(l, pair, l, root);
+            for m in l + 1..self.head_dim {
+                add(l, pair + m - l, m, T::one());
+                add(m, pair + m - l, l, T::one());
+            }
+            pair += self.head_dim - l;
+        }
+        for d_x in d_x.chunks_exact_mut(width) {
+            d_x.iter_mut().zip(&**scratch).for_each(|(d_x, &inverse)| *d_x *= inverse);
+        }
     }
 }
 

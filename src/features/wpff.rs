@@ -3,9 +3,12 @@
 use crate::calibration::Calibration;
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::delegate::features_by;
 use crate::features::performer::Performer;
 use crate::features::radii::Radii;
+use crate::features::sums::{ProjectionSums, add_radii, add_weights};
+use crate::parameters::Parameters;
 use crate::projection::{self, Generator};
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2};
@@ -170,6 +173,20 @@ impl<T: Scalar> Wpff<T> {
         calibration.refit(self, Self::with_weights)
     }
 
+    /// The same map with other `points`, `radii` or `weights`, as [`FeatureMap::with_parameters`]
+    /// makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Parameter`] if there is no parameter of a name, or it has another shape; those of
+    /// [`from_parts`](Self::from_parts).
+    pub fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        let mut all = FeatureMap::parameters(self);
+        all.set(parameters)?;
+        let points = all.matrix("points").to_owned();
+        Self::from_parts(points, all.vector("radii"), all.vector("weights"))
+    }
+
     /// The directions `[num_features, head_dim]`.
     #[must_use]
     pub fn points(&self) -> ArrayView2<'_, T> {
@@ -189,7 +206,32 @@ impl<T: Scalar> Wpff<T> {
     }
 }
 
-features_by!([T: Scalar] Wpff<T>, this => &this.map);
+features_by!([T: Scalar] Wpff<T>, this => &this.map, {
+    fn parameters(&self) -> Parameters<T> {
+        Parameters::new()
+            .with("points", self.points.clone().into_dyn())
+            .with("radii", self.radii.clone().into_dyn())
+            .with("weights", self.weights().clone().into_dyn())
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
+        // ω_i = r_i·u_i
+        add_radii(sums, d_parameters, self.points.view());
+        if let Some(d_points) = d_parameters.get_mut("points") {
+            for d_projection in sums.map(ProjectionSums::projection) {
+                if !d_projection.is_empty() {
+                    let radii = self.radii.view().insert_axis(ndarray::Axis(1));
+                    *d_points += &(d_projection * radii);
+                }
+            }
+        }
+        add_weights(sums, d_parameters, "weights", self.weights().iter());
+    }
+});
 
 /// What is saved.
 #[cfg(feature = "serde")]

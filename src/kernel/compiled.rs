@@ -50,6 +50,7 @@ compiled! {
     run_exp2_columns_below_maximum: columns::Exp2ColumnsBelowMaximum;
     run_online_softmax: columns::OnlineSoftmax -> bool;
     run_scale_and_sum_rows: columns::ScaleAndSumRows;
+    run_multiply_and_sum_columns: columns::MultiplyAndSumColumns;
     run_mask_and_add_rows: columns::MaskAndAddRows;
     run_scale_rows: columns::ScaleRows -> Self;
     run_scale_rows_in_place: columns::ScaleRowsInPlace;

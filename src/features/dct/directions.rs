@@ -1,7 +1,8 @@
 //! Random directions of the DCT: `C S_b C S_0`, projected on by two fast transforms.
 
-use crate::features::columns::Columns;
+use crate::features::columns::{ColumnGradient, Columns};
 use crate::features::dct::transform::{FastDirections, norm};
+use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
 use crate::scalar::Scalar;
@@ -95,6 +96,76 @@ impl<T: Scalar> FastDirections<T> for MixedDirections<T> {
                 }
             }
         }
+    }
+
+    fn with_radii(self, radii: Array1<T>) -> Self {
+        let wide = |x: Vec<T>| x.into_iter().map(T::as_f64).collect();
+        Self::new(self.count, wide(self.mixing), wide(self.signs), radii)
+    }
+
+    // The transpose of a DCT-II is a DCT-III whose first number is not halved.
+    fn backward_of_row(&self, a: &[T], d_x: &mut [T], scratch: &mut [T]) {
+        let (d, two) = (self.mixing.len(), T::from_f64(2.0));
+        let (mixed, rest) = scratch.split_at_mut(d);
+        let (block, scratch) = rest.split_at_mut(d);
+        mixed.fill(T::zero());
+        for (b, inner) in self.inner.chunks_exact(d).enumerate() {
+            let (first, last) = (b * d, self.count.min(b * d + d));
+            block.fill(T::zero());
+            for (a, outer) in a.chunks_exact(self.count).zip(self.outer.chunks_exact(self.count)) {
+                for ((z, &a), &factor) in
+                    block.iter_mut().zip(&a[first..last]).zip(&outer[first..last])
+                {
+                    *z += a * factor;
+                }
+            }
+            block[0] *= two;
+            T::dct3(&self.transform, block, scratch);
+            for ((y, &z), &factor) in mixed.iter_mut().zip(&*block).zip(inner) {
+                *y += z * factor;
+            }
+        }
+        mixed[0] *= two;
+        T::dct3(&self.transform, mixed, scratch);
+        for ((d_x, &y), &sign) in d_x.iter_mut().zip(&*mixed).zip(&self.mixing) {
+            *d_x = y * sign;
+        }
+    }
+
+    fn backward_of_columns(
+        &self,
+        lanes: &LanesDct<T>,
+        last_factors: &[T],
+        gradient: &mut ColumnGradient<'_, T>,
+        [scratch, transform]: &mut [Buffer<T>; 2],
+    ) {
+        let ColumnGradient { width, ref d_values, ref mut d_x, .. } = *gradient;
+        let (d, size) = (self.mixing.len(), self.mixing.len() * width);
+        scratch.resize(3 * size + d);
+        let (mixed, rest) = scratch.split_at_mut(size);
+        let (block, rest) = rest.split_at_mut(size);
+        let (part, rest) = rest.split_at_mut(size);
+        let twos = &mut rest[..d];
+        twos.fill(T::one());
+        twos[0] = T::from_f64(2.0);
+        mixed.fill(T::zero());
+        for (b, inner) in self.inner.chunks_exact(d).enumerate() {
+            let (first, last) = (b * d, self.count.min(b * d + d));
+            block.fill(T::zero());
+            for (a, outer) in
+                d_values.chunks_exact(self.count * width).zip(last_factors.chunks_exact(self.count))
+            {
+                let rows = a[first * width..last * width].chunks_exact(width);
+                for ((z, a), &factor) in
+                    block.chunks_exact_mut(width).zip(rows).zip(&outer[first..last])
+                {
+                    kernel::add_scaled(z, factor, a);
+                }
+            }
+            lanes.dct3(block, width, twos, inner, part, transform);
+            kernel::add_scaled(mixed, T::one(), part);
+        }
+        lanes.dct3(mixed, width, twos, &self.mixing, d_x, transform);
     }
 
     fn logits_of_columns(

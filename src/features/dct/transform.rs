@@ -2,8 +2,10 @@
 //! fastest.
 
 use crate::error::Error;
-use crate::features::columns::{ColumnMap, Columns};
-use crate::features::exponential::{Dense, Exponents, Weights};
+use crate::features::Side;
+use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
+use crate::features::exponential::{Dense, Exponents, Weights, subtract_norms, to_logits};
+use crate::features::sums::ProjectionSums;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
 use crate::scalar::Scalar;
@@ -18,6 +20,11 @@ pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
     /// The radii: the lengths of the ω_i, up to their signs.
     fn radii(&self) -> &Array1<T>;
 
+    /// The same directions with other radii.
+    fn with_radii(self, radii: Array1<T>) -> Self
+    where
+        Self: Sized;
+
     /// The factors of the last transform of [`logits_of_columns`](Self::logits_of_columns), to be
     /// multiplied by `log₂e`.
     fn last_factors(&self) -> &[T];
@@ -27,6 +34,18 @@ pub(crate) trait FastDirections<T: Scalar>: Debug + Send + Sync {
 
     /// ω_i·x of every feature.
     fn logits(&self, x: &[T], logits: &mut [T], scratch: &mut [T]);
+
+    /// The gradient by one vector from that by its logits, without its end: `Σ_i a_i ω_i`.
+    fn backward_of_row(&self, a: &[T], d_x: &mut [T], scratch: &mut [T]);
+
+    /// The same of columns, with last factors in the place of those of the logits.
+    fn backward_of_columns(
+        &self,
+        lanes: &LanesDct<T>,
+        last_factors: &[T],
+        gradient: &mut ColumnGradient<'_, T>,
+        scratch: &mut [Buffer<T>; 2],
+    );
 
     /// `log₂e·ω_i·x` of every feature for all columns at once, into their values.
     fn logits_of_columns(
@@ -163,6 +182,48 @@ impl<T: Scalar> Way<T> {
     }
 }
 
+impl<T: Scalar, D: FastDirections<T> + Clone> FastExponential<T, D> {
+    /// The matrix whose rows are the directions of length one.
+    pub(crate) fn unit_projection(&self) -> Array2<T> {
+        let radii = Array1::ones(self.directions.radii().len());
+        projection(&self.directions.clone().with_radii(radii))
+    }
+}
+
+impl<T: Scalar, D: FastDirections<T>> FastExponential<T, D> {
+    /// From the gradients by the logits, those by the vectors without their end and by `log₂e`:
+    /// `log₂e·Σ_i a_i ω_i`.
+    pub(crate) fn backward_of_logits(
+        &self,
+        gradient: &mut ColumnGradient<'_, T>,
+        scratch: &mut [Buffer<T>; 2],
+    ) {
+        match &self.way {
+            Way::Dense(dense) => dense.backward_of_logits(gradient),
+            Way::Columns { lanes, last_factors, .. } => {
+                self.directions.backward_of_columns(lanes, last_factors, gradient, scratch);
+            }
+            Way::Rows(_) => {
+                let (d, m) = (self.directions.head_dim(), self.directions.radii().len());
+                let ColumnGradient { width, tokens, ref d_values, ref mut d_x, .. } = *gradient;
+                let log2_e = T::from_f64(core::f64::consts::LOG2_E);
+                let [scratch, _] = scratch;
+                scratch.resize(d + m + self.directions.scratch_len());
+                let (column, rest) = scratch.split_at_mut(d);
+                let (a, scratch) = rest.split_at_mut(m);
+                d_x.fill(T::zero());
+                for t in 0..tokens {
+                    let of_token = d_values[t..].iter().step_by(width);
+                    a.iter_mut().zip(of_token).for_each(|(to, &a)| *to = a * log2_e);
+                    self.directions.backward_of_row(a, column, scratch);
+                    let to = d_x[t..].iter_mut().step_by(width);
+                    to.zip(&*column).for_each(|(to, &x)| *to = x);
+                }
+            }
+        }
+    }
+}
+
 impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
     fn head_dim(&self) -> usize {
         self.directions.head_dim()
@@ -206,5 +267,26 @@ impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
         let [first, second] = pair;
         self.map_columns(first, scratch)?;
         self.map_columns(second, scratch)
+    }
+
+    fn projected(&self) -> usize {
+        self.directions.radii().len()
+    }
+
+    fn backward_columns(
+        &self,
+        _: Side,
+        gradient: &mut ColumnGradient<'_, T>,
+        sums: Option<&mut ProjectionSums<T>>,
+        scratch: &mut [Buffer<T>; 2],
+    ) {
+        let mut totals = core::mem::replace(&mut scratch[0], Buffer::new());
+        to_logits(gradient, &mut totals);
+        self.backward_of_logits(gradient, scratch);
+        subtract_norms(gradient, &totals, T::from_f64(core::f64::consts::LN_2));
+        scratch[0] = totals;
+        if let Some(sums) = sums {
+            sums.add(gradient);
+        }
     }
 }

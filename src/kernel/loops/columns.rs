@@ -153,6 +153,39 @@ impl<T: Lanes> Loop for ScaleAndSumRows<'_, T> {
     }
 }
 
+/// `x_it ← x_it·y_it`, and `sums_t = Σ_i` of the result.
+pub struct MultiplyAndSumColumns<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) y: &'a [T],
+    pub(crate) sums: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for MultiplyAndSumColumns<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(mut self, level: L) {
+        strips!(self, level, T, L, self.sums.len());
+    }
+}
+
+impl<T: Lanes> MultiplyAndSumColumns<'_, T> {
+    #[inline(always)]
+    fn strip<L: Level, const V: usize>(&mut self, level: L, j: usize) {
+        let width = self.sums.len();
+        let mut sums = [T::splat(level, T::zero()); V];
+        for (row, y) in self.x.chunks_exact_mut(width).zip(self.y.chunks_exact(width)) {
+            let (mut x, y) = (load::<T, L, V>(row, j), load::<T, L, V>(y, j));
+            for v in 0..V {
+                x[v] = T::vmul(level, x[v], y[v]);
+                sums[v] = T::vadd(level, sums[v], x[v]);
+            }
+            store::<T, L, V>(row, j, x);
+        }
+        store::<T, L, V>(self.sums, j, sums);
+    }
+}
+
 /// `scores_it ← 0` where `t < first + i`, and `sums_t += Σ_i` of the result.
 pub struct MaskAndAddRows<'a, T> {
     pub(crate) scores: &'a mut [T],
