@@ -34,6 +34,14 @@ pub(crate) fn finite<T: Scalar>(which: &'static str, x: ArrayView2<'_, T>) -> Re
     Ok(())
 }
 
+/// Fails unless a gradient is finite: finite input led out of the range of `T`.
+pub(crate) fn gradient<T: Scalar>(which: &'static str, x: ArrayView2<'_, T>) -> Result<(), Error> {
+    finite(which, x).map_err(|error| match error {
+        Error::NotFinite { row, .. } => Error::Overflow { which, row },
+        other => other,
+    })
+}
+
 /// Whether every element of a row is finite.
 pub(crate) fn row_is_finite<T: Scalar>(row: ArrayView1<'_, T>) -> bool {
     match row.to_slice() {

@@ -1,8 +1,11 @@
 //! Linear attention over any feature map: a fixed-size state instead of a growing cache.
 
+pub(crate) mod gradient;
 pub(crate) mod stream;
 
 use crate::attention::call::{Head, NO_FULL_DECAY};
+use crate::attention::gradient::HeadGradient;
+use crate::attention::linear::gradient::BackwardScratch;
 use crate::attention::linear::stream::{LinearStream, check_gates};
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
@@ -20,6 +23,7 @@ use crate::memory::linear::decay::{Decay, LogDecay};
 use crate::memory::linear::entry::Workspace;
 use crate::memory::linear::pass::{Pass, Tokens};
 use crate::memory::linear::state::State;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2};
 use std::sync::Arc;
@@ -325,6 +329,28 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
 
     fn sharing(&self) -> Sharing {
         Sharing::Head
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        scratch.with_part(|part: &mut BackwardScratch<T>, _| {
+            heads.iter_mut().try_for_each(|head| {
+                head.check_backward(self.map.head_dim(), mask)?;
+                self.backward_head(head, mask, part)
+            })
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.all_parameters()
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        self.with_all_parameters(parameters)
     }
 
     fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {

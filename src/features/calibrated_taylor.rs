@@ -1,12 +1,16 @@
 //! The Taylor map of second order, calibrated to the far pairs of a head.
 
+mod gradient;
+
 use crate::calibration::Calibration;
 use crate::calibration::taylor::TaylorFit;
 use crate::check;
 use crate::error::Error;
 use crate::features::columns::check_map;
+use crate::features::gradient::MapGradient;
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::views::rows;
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
@@ -289,6 +293,18 @@ impl<T: Scalar> FeatureMap<T> for CalibratedTaylor<T> {
         log_scale: ArrayViewMut1<'_, T>,
     ) -> Result<(), Error> {
         self.map_rows(Side::Key, x, values, log_scale)
+    }
+
+    fn backward(&self, gradient: MapGradient<'_, T>) -> Result<(), Error> {
+        self.gradient(gradient)
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.all_parameters()
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
+        Ok(Box::new(self.with_parameters(parameters)?))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Feature maps that are another map inside: pointers, and types of this crate on maps of columns.
 
+use crate::check;
 use crate::error::Error;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns, check_map};
 use crate::features::gradient::MapGradient;
@@ -216,8 +217,5 @@ pub(crate) fn backward_by_columns<T: Scalar>(
     if let Some(d_parameters) = d_parameters {
         map.add_parameters(sums.each_ref(), d_parameters);
     }
-    crate::check::finite("d_x", d_x.view()).map_err(|error| match error {
-        Error::NotFinite { row, .. } => Error::Overflow { which: "the gradient by `x`", row },
-        other => other,
-    })
+    check::gradient("the gradient by `x`", d_x.view())
 }

@@ -55,14 +55,6 @@ impl<T: Scalar> ProjectionSums<T> {
         }
     }
 
-    /// Multiplies them.
-    pub(crate) fn scale(&mut self, factor: T) {
-        let Self { projection, projection_low, bias, bias_low, .. } = self;
-        for array in [projection, projection_low, bias, bias_low] {
-            kernel::scale(array, factor);
-        }
-    }
-
     /// Adds a chunk, with the gradients by the logits in the place of those by the values. The
     /// columns beyond the tokens are zero.
     pub(crate) fn add(&mut self, gradient: &ColumnGradient<'_, T>) {

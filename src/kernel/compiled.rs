@@ -5,7 +5,7 @@
 //! crates that use it only call them.
 
 use crate::kernel::loops::{
-    columns, dct, decay, decode, exp, packed, pairs, products, reduce, scores, vectors,
+    columns, dct, decay, decode, exp, gradient, packed, pairs, products, reduce, scores, vectors,
 };
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
@@ -81,6 +81,10 @@ compiled! {
     run_reach: pairs::Reach;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
+    run_dot_columns: gradient::DotColumns;
+    run_affine_columns: gradient::AffineColumns;
+    run_causal_affine: gradient::CausalAffine;
+    run_add_and_scale_columns: gradient::AddAndScaleColumns;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
     run_scores_of_bytes: packed::ScoresOfBytes;

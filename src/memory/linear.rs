@@ -1,5 +1,6 @@
 //! Linear memory: sums of feature products, of a size that does not depend on the number of tokens.
 
+pub(crate) mod backward;
 mod bounds;
 mod causal;
 mod chunk;

@@ -47,8 +47,12 @@ impl<T: Scalar> Chunk<T> {
     }
 
     pub(super) fn resize(&mut self, tokens: usize, features: usize, value_dim: usize) {
-        self.tokens = tokens;
-        self.width = if tokens == 1 { 1 } else { padded::<T>(tokens) };
+        let width = if tokens == 1 { 1 } else { padded::<T>(tokens) };
+        self.resize_to(tokens, width, features, value_dim);
+    }
+
+    fn resize_to(&mut self, tokens: usize, width: usize, features: usize, value_dim: usize) {
+        (self.tokens, self.width) = (tokens, width);
         self.queries.resize(padded::<T>(features) * self.width);
         self.keys.resize(padded::<T>(features) * self.width);
         self.query_scale.resize(self.width);
@@ -81,6 +85,17 @@ impl<T: Scalar> Chunk<T> {
         if largest.is_finite() { Ok(()) } else { check::finite("v", v) }
     }
 
+    /// As [`resize`](Self::resize), with padded columns for a single token as well.
+    pub(super) fn resize_padded(&mut self, tokens: usize, features: usize, value_dim: usize) {
+        self.resize_to(tokens, padded::<T>(tokens), features, value_dim);
+    }
+
+    /// Multiplies the values.
+    pub(super) fn scale_values(&mut self, factor: T) {
+        kernel::scale(&mut self.values, factor);
+        self.note_values(kernel::max_abs(&self.values));
+    }
+
     /// Notes the largest magnitude of the values.
     pub(super) fn note_values(&mut self, largest: T) {
         (self.values_size, self.headroom) = (Size::of_values(largest), headroom(largest));
@@ -94,7 +109,20 @@ impl<T: Scalar> Chunk<T> {
         features: usize,
         value_dim: usize,
     ) {
-        self.resize(tokens.len(), features, value_dim);
+        let width = if tokens.len() == 1 { 1 } else { padded::<T>(tokens.len()) };
+        self.copy_tokens_to(width, from, tokens, features, value_dim);
+    }
+
+    /// As [`copy_tokens`](Self::copy_tokens), with so many columns.
+    pub(super) fn copy_tokens_to(
+        &mut self,
+        width: usize,
+        from: &Self,
+        tokens: Range<usize>,
+        features: usize,
+        value_dim: usize,
+    ) {
+        self.resize_to(tokens.len(), width, features, value_dim);
         for (to, from_features) in
             [(&mut self.queries, &from.queries), (&mut self.keys, &from.keys)]
         {

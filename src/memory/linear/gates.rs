@@ -221,6 +221,11 @@ impl<T: Scalar> Gates<T> {
         );
     }
 
+    /// After [`decay_group`](Self::decay_group) of features: `e^b`, `[features, width]`.
+    pub(super) fn feature_decays(&self) -> &[T] {
+        &self.factors
+    }
+
     /// Takes [`decay_group`](Self::decay_group) back from the log scales of queries.
     pub(super) fn restore_query_scales(&self, group: &mut Chunk<T>) {
         group.query_scale[..self.query_scale.len()].copy_from_slice(&self.query_scale);

@@ -105,6 +105,10 @@ impl<'a, T: Scalar> Pass<'a, T> {
         Self { map, scale_root, decay: None }
     }
 
+    pub(super) fn feature_map(&self) -> &'a dyn FeatureMap<T> {
+        self.map
+    }
+
     pub(super) fn scale_root(&self) -> T {
         self.scale_root
     }
@@ -144,6 +148,19 @@ impl<'a, T: Scalar> Pass<'a, T> {
         }
         buffers.chunk.set_values(v).map_err(|error| error.in_chunk(first_row))?;
         buffers.gates.set(self.decay, log_decay, q.nrows(), first_row)
+    }
+
+    /// As [`map_tokens`](Self::map_tokens), of keys alone: those of queries may hold anything.
+    pub(super) fn map_keys(
+        &self,
+        Tokens { k, v, log_decay, .. }: Tokens<'_, T>,
+        buffers: &mut PassBuffers<T>,
+        first_row: usize,
+    ) -> Result<(), Error> {
+        buffers.chunk.resize(k.nrows(), self.num_features(), v.ncols());
+        self.map(Side::Key, k, buffers, first_row)?;
+        buffers.chunk.set_values(v).map_err(|error| error.in_chunk(first_row))?;
+        buffers.gates.set(self.decay, log_decay, k.nrows(), first_row)
     }
 
     /// Maps the query and the key of one token and copies its values, all at once, if its rows are

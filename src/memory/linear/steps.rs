@@ -97,6 +97,36 @@ pub(super) fn scale_answer<T: Scalar>(answer: &mut Answer<T>, factor: T) {
     }
 }
 
+/// The masked scores of keys and queries, `Aᵀ [width, width]`, with `A_ts = q̃_t·k̃_s` for s ≤ t, else
+/// 0, and what they add to the denominators. Rows go in blocks of `T::PAD` keys; the
+/// columns before the first of a block are not written.
+pub(super) fn score_tokens<T: Scalar>(
+    tokens: &Chunk<T>,
+    features: usize,
+    scores: &mut Buffer<T>,
+    denominator: &mut [T],
+) {
+    let (count, width) = (tokens.tokens, tokens.width);
+    scores.resize(width * width);
+    // what lies above the diagonal of a block is wasted work
+    for first in (0..count).step_by(T::PAD) {
+        let last = count.min(first + T::PAD);
+        Product {
+            m: last - first,
+            n: width - first,
+            k: features,
+            a: Matrix::columns(&tokens.keys[first..], width),
+            b: &tokens.queries[first..],
+            ldb: width,
+            c: &mut scores[first * width + first..],
+            ldc: width,
+            into: Epilogue::Set,
+        }
+        .run();
+        kernel::mask_and_add_rows(&mut scores[first * width..last * width], first, denominator);
+    }
+}
+
 /// Intra-chunk read, what the tokens themselves add to the answer:
 ///
 /// ```text
@@ -117,28 +147,7 @@ pub(super) fn read_tokens<T: Scalar>(
     if !state_was_read {
         answer.denominator.fill(T::zero());
     }
-    scores.resize(width * width);
-    // what lies above the diagonal of a block is wasted work
-    for first in (0..count).step_by(T::PAD) {
-        let last = count.min(first + T::PAD);
-        Product {
-            m: last - first,
-            n: width - first,
-            k: features,
-            a: Matrix::columns(&tokens.keys[first..], width),
-            b: &tokens.queries[first..],
-            ldb: width,
-            c: &mut scores[first * width + first..],
-            ldc: width,
-            into: Epilogue::Set,
-        }
-        .run();
-        kernel::mask_and_add_rows(
-            &mut scores[first * width..last * width],
-            first,
-            &mut answer.denominator,
-        );
-    }
+    score_tokens(tokens, features, scores, &mut answer.denominator);
     for first in (0..count).step_by(VALUE_BLOCK) {
         let last = count.min(first + VALUE_BLOCK);
         Product {

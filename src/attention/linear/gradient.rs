@@ -1,0 +1,196 @@
+//! The backward pass of linear attention, and its parameters.
+
+use crate::attention::Attention;
+use crate::attention::call::{NO_FULL_DECAY, NOT_GATED};
+use crate::attention::gradient::HeadGradient;
+use crate::attention::linear::LinearAttention;
+use crate::check;
+use crate::error::Error;
+use crate::features::FeatureMap;
+use crate::mask::Mask;
+use crate::memory::linear::backward::{Backward, BackwardWork, TokenGradients};
+use crate::memory::linear::decay::{Decay, LogDecay};
+use crate::memory::linear::pass::{Pass, Tokens};
+use crate::parameters::Parameters;
+use crate::scalar::Scalar;
+use ndarray::{Array1, Axis};
+use std::sync::Arc;
+
+/// What a backward pass keeps in the scratch.
+#[derive(Debug)]
+pub(super) struct BackwardScratch<T> {
+    work: BackwardWork<T>,
+    log_decay: LogDecay<T>,
+}
+
+impl<T: Scalar> Default for BackwardScratch<T> {
+    fn default() -> Self {
+        Self { work: BackwardWork::new(), log_decay: LogDecay::new() }
+    }
+}
+
+impl<F> LinearAttention<F> {
+    /// The gradients of one head, of checked shapes but for the log decays.
+    pub(super) fn backward_head<T: Scalar>(
+        &self,
+        head: &mut HeadGradient<'_, T>,
+        mask: Mask,
+        BackwardScratch { work, log_decay }: &mut BackwardScratch<T>,
+    ) -> Result<(), Error>
+    where
+        F: FeatureMap<T>,
+    {
+        let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
+        let (features, value_dim) = (self.map.num_features(), head.v.ncols());
+        let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
+        check_gates(decay, features, head)?;
+        if mask == Mask::Full && decay.is_some() {
+            return Err(NO_FULL_DECAY);
+        }
+        let pass = Pass::new(&*self.map, value_dim, scale)?.with_decay(decay);
+        let HeadGradient { q, k, v, log_decay, d_out, d_q, d_k, d_v, .. } = head;
+        let HeadGradient { d_log_decay, d_parameters, .. } = head;
+        if q.is_empty() {
+            return Ok(());
+        }
+        let asked = d_parameters.as_deref();
+        let of_map = asked.map(|asked| asked.of("map").zeros_like());
+        let of_map = of_map.filter(|of_map| !of_map.is_empty());
+        let trains_decay = asked.is_some_and(|asked| !asked.of("decay").is_empty());
+        work.begin(&pass, of_map);
+        let heads = q.outer_iter().zip(d_out.outer_iter()).zip(d_q.outer_iter_mut());
+        for ((q, d_out), d_q) in heads {
+            let with_decays = decay.is_some() && (d_log_decay.is_some() || trains_decay);
+            let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
+            let backward = Backward { pass, tokens, readout: self.readout, with_decays };
+            let mut out = TokenGradients {
+                d_out,
+                d_q,
+                d_k: d_k.view_mut(),
+                d_v: d_v.view_mut(),
+                d_log_decay: d_log_decay.as_mut().map(|x| x.view_mut()),
+            };
+            match mask {
+                Mask::Causal => backward.causal(&mut out, work)?,
+                Mask::Full => backward.full(&mut out, work)?,
+            }
+            check::gradient("the gradient by `q`", out.d_q.view())?;
+            if let (true, Some(d_parameters)) = (trains_decay, d_parameters.as_deref_mut()) {
+                add_decays(&self.decay, work.decay_sums(), d_parameters)?;
+            }
+        }
+        check::gradient("the gradient by `k`", d_k.view())?;
+        check::gradient("the gradient by `v`", d_v.view())?;
+        if let Some(d_log_decay) = d_log_decay {
+            check::gradient("the gradient by `log_decay`", d_log_decay.view())?;
+        }
+        if let (Some(of_map), Some(d_parameters)) = (work.end(&pass), d_parameters) {
+            d_parameters.add_scaled(T::one(), &of_map.under("map"))?;
+        }
+        Ok(())
+    }
+
+    /// The parameters of the map, under `map`, and the decays.
+    pub(super) fn all_parameters<T: Scalar>(&self) -> Parameters<T>
+    where
+        F: FeatureMap<T>,
+    {
+        let mut all = self.map.parameters().under("map");
+        if self.decay.common != 1.0 {
+            let common = Array1::from(vec![T::from_f64(self.decay.common)]);
+            all.insert("decay.common", common.into_dyn());
+        }
+        if let Some(channels) = &self.decay.channels {
+            let channels: Array1<T> = channels.iter().map(|&decay| T::from_f64(decay)).collect();
+            all.insert("decay.channels", channels.into_dyn());
+        }
+        all
+    }
+
+    /// The same kernel with other parameters.
+    pub(super) fn with_all_parameters<T: Scalar>(
+        &self,
+        parameters: &Parameters<T>,
+    ) -> Result<Box<dyn Attention<T>>, Error>
+    where
+        F: FeatureMap<T> + 'static,
+    {
+        self.all_parameters().check_names(parameters)?;
+        let mut decay = self.decay.clone();
+        let wide = |name| -> Option<Vec<f64>> {
+            parameters.get(name).map(|x| x.iter().map(|x| x.as_f64()).collect())
+        };
+        if let Some(&[common]) = wide("decay.common").as_deref() {
+            decay.common = common;
+        }
+        if let Some(channels) = wide("decay.channels") {
+            decay.channels = Some(channels);
+        }
+        decay.check(self.map.num_features())?;
+        let of_map = parameters.of("map");
+        if of_map.is_empty() {
+            return Ok(Box::new(Self { decay, ..self.clone() }));
+        }
+        let map = Arc::new(self.map.with_parameters(&of_map)?);
+        let Self { scale, readout, .. } = *self;
+        Ok(Box::new(LinearAttention { map, scale, readout, decay }))
+    }
+}
+
+/// Adds the gradient by γ and by γ_i, of that by their logarithms, for one or all features.
+fn add_decays<T: Scalar>(
+    decay: &Decay,
+    sums: &[f64],
+    d_parameters: &mut Parameters<T>,
+) -> Result<(), Error> {
+    const ZERO: Error = Error::Unsupported {
+        what: "the gradient by a decay of 0",
+        why: "it is computed from that by the logarithm; begin with a small decay instead",
+    };
+    if let Some(common) = d_parameters.vector_mut("decay.common") {
+        if decay.common == 0.0 {
+            return Err(ZERO);
+        }
+        common[0] += T::from_f64(sums.iter().sum::<f64>() / decay.common);
+    }
+    let values = decay.channels.as_deref().unwrap_or_default();
+    if let Some(channels) = d_parameters.vector_mut("decay.channels") {
+        for ((gradient, sum), &value) in channels.iter_mut().zip(sums).zip(values) {
+            if value == 0.0 {
+                return Err(ZERO);
+            }
+            *gradient += T::from_f64(sum / value);
+        }
+    }
+    Ok(())
+}
+
+/// Checks the log decays of a head, and the room for the gradient by them.
+fn check_gates<T: Scalar>(
+    decay: Option<&LogDecay<T>>,
+    features: usize,
+    head: &HeadGradient<'_, T>,
+) -> Result<(), Error> {
+    let gated = decay.is_some_and(|decay| decay.gated);
+    let Some(log_decay) = head.log_decay else {
+        if head.d_log_decay.is_some() && !gated {
+            return Err(NOT_GATED);
+        }
+        return if gated { Err(MISSING_GATES) } else { Ok(()) };
+    };
+    if !gated {
+        return Err(NOT_GATED);
+    }
+    check::size("log_decay", "rows", head.keys(), log_decay.nrows())?;
+    if log_decay.ncols() != 1 {
+        check::size("log_decay", "columns", features, log_decay.ncols())?;
+    }
+    let Some(d_log_decay) = &head.d_log_decay else { return Ok(()) };
+    check::size("d_log_decay", "rows", log_decay.nrows(), d_log_decay.len_of(Axis(0)))?;
+    check::size("d_log_decay", "columns", log_decay.ncols(), d_log_decay.len_of(Axis(1)))
+}
+
+const MISSING_GATES: Error = Error::Unsupported {
+    what: "a call of a gated kernel without log decays",
+    why: "set `HeadGradient::log_decay`, with `with_log_decay`",
+};

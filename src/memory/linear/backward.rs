@@ -1,0 +1,282 @@
+//! The gradients of linear attention, by recomputation in two scans.
+//!
+//! With `G_t = dO_t/Z_t` and `h_t = −(dO_t·O_t)/Z_t` (`G = dO`, `h = 0` without a denominator), the
+//! prefix sums S and z, and the suffix sums
+//!
+//! ```text
+//! R_j = Σ_{t≥j} φ_q(t) G_tᵀ,    r_j = Σ_{t≥j} h_t φ_q(t),
+//! dφ_q(t) = S_t G_t + h_t z_t,    dφ_k(j) = R_j v_j + r_j,    dv_j = R_jᵀ φ_k(j).
+//! ```
+//!
+//! The scan [`forward`] takes the groups of tokens of the forward pass, in their order: it has S,
+//! and does all that tokens of one group do to each other. The scan in [`reverse`] takes them from
+//! the last to the first, and has R: what later groups do to the keys. Between the two, a
+//! [`tape`] keeps the features of a run of tokens. A sequence longer than one run is cut into
+//! parts, of which the last comes first; the sums before each part are kept.
+
+mod forward;
+mod gates;
+mod map;
+mod reverse;
+mod tape;
+
+use crate::check;
+use crate::error::Error;
+use crate::features::Side;
+use crate::kernel::buffer::padded;
+use crate::kernel::{chunk_len, max_abs};
+use crate::memory::answer::Readout;
+use crate::memory::linear::backward::forward::Buffers;
+use crate::memory::linear::backward::gates::GateGradients;
+use crate::memory::linear::backward::map::MapBuffers;
+use crate::memory::linear::backward::tape::Tape;
+use crate::memory::linear::groups::{FirstDecay, Groups};
+use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
+use crate::memory::linear::state::State;
+use crate::memory::linear::steps;
+use crate::parameters::Parameters;
+use crate::scalar::Scalar;
+use crate::views;
+use core::ops::Range;
+use ndarray::{ArrayView2, ArrayViewMut2};
+
+/// Numbers that a tape may keep.
+const TAPE_FLOATS: usize = 3 << 18;
+
+/// Parts that a sequence longer than a tape is cut into, and each of them again.
+const PARTS: usize = 16;
+
+/// The gradient by the outputs, and where those by the arguments are added.
+#[derive(Debug)]
+pub(crate) struct TokenGradients<'a, T> {
+    pub(crate) d_out: ArrayView2<'a, T>,
+    pub(crate) d_q: ArrayViewMut2<'a, T>,
+    pub(crate) d_k: ArrayViewMut2<'a, T>,
+    pub(crate) d_v: ArrayViewMut2<'a, T>,
+    pub(crate) d_log_decay: Option<ArrayViewMut2<'a, T>>,
+}
+
+/// Powers of two by which cotangents and values are divided, so that products of the two stay in
+/// range: gradients are linear in the former, those by queries and keys in the latter as well.
+#[derive(Clone, Copy, Debug)]
+struct Units<T> {
+    d_out: T,
+    values: T,
+}
+
+impl<T: Scalar> Units<T> {
+    fn of(d_out: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<Self, Error> {
+        let unit = |which, x: ArrayView2<'_, T>| {
+            let largest = match x.to_slice() {
+                Some(x) => max_abs(x),
+                None => x.iter().fold(T::zero(), |m, x| m.max(x.abs())),
+            };
+            check::finite(which, x)?;
+            let comfortable = T::from_f64(0.5_f64.powi(16))..=T::from_f64(2.0_f64.powi(16));
+            if largest == T::zero() || comfortable.contains(&largest) {
+                return Ok(T::one());
+            }
+            // its inverse is a number as well
+            let most = T::max_value().log2() - T::from_f64(2.0);
+            Ok(largest.log2().floor().max(-most).min(most).exp2())
+        };
+        Ok(Self { d_out: unit("d_out", d_out)?, values: unit("v", v)? })
+    }
+
+    /// What gradients by features are to be multiplied with.
+    fn of_features(self) -> T {
+        self.d_out * self.values
+    }
+}
+
+/// Working memory, which grows to what the largest call needed and holds nothing between calls.
+#[derive(Debug)]
+pub(crate) struct BackwardWork<T> {
+    pass: PassBuffers<T>,
+    tape: Tape<T>,
+    state: State<T>,
+    suffix: State<T>,
+    /// The sums before parts of the sequence.
+    checkpoints: Vec<State<T>>,
+    map: MapBuffers<T>,
+    gates: GateGradients<T>,
+    buffers: Buffers<T>,
+}
+
+impl<T: Scalar> BackwardWork<T> {
+    pub(crate) fn new() -> Self {
+        Self {
+            pass: PassBuffers::new(),
+            tape: Tape::new(),
+            state: State::new(),
+            suffix: State::new(),
+            checkpoints: Vec::new(),
+            map: MapBuffers::new(),
+            gates: GateGradients::new(),
+            buffers: Buffers::new(),
+        }
+    }
+
+    /// Begins the gradients by the parameters of a map, if any are asked for.
+    pub(crate) fn begin(&mut self, pass: &Pass<'_, T>, parameters: Option<Parameters<T>>) {
+        self.map.begin(pass.feature_map(), parameters);
+    }
+
+    /// Ends them.
+    pub(crate) fn end(&mut self, pass: &Pass<'_, T>) -> Option<Parameters<T>> {
+        self.map.end(pass.feature_map())
+    }
+
+    /// The gradient by the log decays of the last call, one for all features or one for each, summed
+    /// over its tokens.
+    pub(crate) fn decay_sums(&self) -> &[f64] {
+        self.gates.sums()
+    }
+}
+
+/// A backward pass over tokens: what it knows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Backward<'a, T> {
+    pub(crate) pass: Pass<'a, T>,
+    pub(crate) tokens: Tokens<'a, T>,
+    pub(crate) readout: Readout,
+    /// Whether gradients by decays are wanted.
+    pub(crate) with_decays: bool,
+}
+
+impl<T: Scalar> Backward<'_, T> {
+    fn value_dim(&self) -> usize {
+        self.tokens.v.ncols()
+    }
+
+    /// Tokens of one tape.
+    fn tape_tokens(&self) -> usize {
+        let (features, chunk) = (self.pass.num_features(), chunk_len::<T>());
+        let sums = if self.with_decays { features * self.value_dim() / chunk } else { 0 };
+        let most = TAPE_FLOATS / (4 * features + sums);
+        (most / chunk * chunk).max(chunk)
+    }
+
+    /// The gradients of causal attention. Shapes have been checked, and the log decays' as well.
+    pub(crate) fn causal(
+        &self,
+        out: &mut TokenGradients<'_, T>,
+        work: &mut BackwardWork<T>,
+    ) -> Result<(), Error> {
+        let units = Units::of(out.d_out, self.tokens.v)?;
+        let (features, value_dim) = (self.pass.num_features(), self.value_dim());
+        work.state.reset(features, value_dim);
+        work.suffix.reset(features, value_dim);
+        work.gates.begin();
+        self.part(0..self.tokens.q.nrows(), 0, units, out, work)
+    }
+
+    /// The gradients of a part of the sequence, from the sums before it and the suffix sums after
+    /// it. Leaves those before it in the place of the latter.
+    fn part(
+        &self,
+        part: Range<usize>,
+        depth: usize,
+        units: Units<T>,
+        out: &mut TokenGradients<'_, T>,
+        work: &mut BackwardWork<T>,
+    ) -> Result<(), Error> {
+        let most = self.tape_tokens();
+        if part.len() <= most {
+            self.scan_forward(part, units, out, work)?;
+            return self.scan_back(units, out, work);
+        }
+        let mut len = most;
+        while len * PARTS < part.len() {
+            len *= PARTS;
+        }
+        let starts: Vec<usize> = part.clone().step_by(len).collect();
+        let first = depth * PARTS;
+        if work.checkpoints.len() < first + PARTS {
+            work.checkpoints.resize_with(first + PARTS, State::new);
+        }
+        for (i, &start) in starts.iter().enumerate() {
+            work.checkpoints[first + i].copy_from(&work.state);
+            if i + 1 < starts.len() {
+                self.absorb(start..start + len, units, work)?;
+            }
+        }
+        for (i, &start) in starts.iter().enumerate().rev() {
+            work.state.copy_from(&work.checkpoints[first + i]);
+            self.part(start..part.end.min(start + len), depth + 1, units, out, work)?;
+        }
+        Ok(())
+    }
+
+    /// Takes tokens into the sums without reading them.
+    fn absorb(
+        &self,
+        tokens: Range<usize>,
+        units: Units<T>,
+        work: &mut BackwardWork<T>,
+    ) -> Result<(), Error> {
+        let BackwardWork { pass: buffers, state, .. } = work;
+        let (features, value_dim) = (self.pass.num_features(), self.value_dim());
+        for start in tokens.clone().step_by(chunk_len::<T>()) {
+            let rows = start..tokens.end.min(start + chunk_len::<T>());
+            let tokens = self.tokens.rows(rows);
+            self.pass.map_keys(tokens, buffers, start)?;
+            set_unit(buffers, units);
+            let mut groups = Groups::new();
+            while let Some(group) = groups.next(&buffers.chunk, &mut buffers.gates, state.scale) {
+                let PassBuffers { chunk, part, gates, step, .. } = &mut *buffers;
+                if group.first_decay == FirstDecay::InSums {
+                    state.decay(gates.decay_before(group.tokens.start));
+                }
+                let width = padded::<T>(group.tokens.len());
+                part.copy_tokens_to(width, chunk, group.tokens.clone(), features, value_dim);
+                if group.is_single() {
+                    let steps::StepBuffers { factors, key_sums, .. } = &mut *step;
+                    part.rescale_keys(group.log_scale, features, factors, key_sums);
+                    steps::absorb(state, part, group.log_scale, &step.key_sums);
+                } else {
+                    steps::bring(part, &group, gates, features, step);
+                    steps::update(state, part, &group, gates, &mut step.key_sums);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradients of attention of every query to every key, without decay.
+    pub(crate) fn full(
+        &self,
+        out: &mut TokenGradients<'_, T>,
+        work: &mut BackwardWork<T>,
+    ) -> Result<(), Error> {
+        let units = Units::of(out.d_out, self.tokens.v)?;
+        let (features, value_dim) = (self.pass.num_features(), self.value_dim());
+        work.state.reset(features, value_dim);
+        work.suffix.reset(features, value_dim);
+        self.absorb(0..self.tokens.k.nrows(), units, work)?;
+        for start in (0..self.tokens.q.nrows()).step_by(chunk_len::<T>()) {
+            let rows = start..self.tokens.q.nrows().min(start + chunk_len::<T>());
+            self.read_all(rows, units, out, work)?;
+        }
+        for start in (0..self.tokens.k.nrows()).step_by(chunk_len::<T>()) {
+            let rows = start..self.tokens.k.nrows().min(start + chunk_len::<T>());
+            work.tape.clear();
+            let k = views::rows(self.tokens.k, rows.clone());
+            let BackwardWork { pass: buffers, tape, state, .. } = work;
+            buffers.chunk.resize_padded(rows.len(), features, value_dim);
+            self.pass.map(Side::Key, k, buffers, start)?;
+            let entry = tape.next();
+            entry.begin(rows, &buffers.chunk, features);
+            entry.begin_alone(state.scale.high, &mut buffers.chunk, features, &mut buffers.step);
+            self.keys_from_suffix(units, out, work)?;
+        }
+        Ok(())
+    }
+}
+
+/// Brings the values of a chunk to their unit.
+fn set_unit<T: Scalar>(buffers: &mut PassBuffers<T>, units: Units<T>) {
+    if units.values != T::one() {
+        buffers.chunk.scale_values(units.values.recip());
+    }
+}
