@@ -1,6 +1,9 @@
 //! Backward passes against the golden file and against central differences of forward passes.
 
-use crate::common::{assert_close, golden, matrix, vector};
+use crate::common::gradients::{Trained, check_gradients};
+use crate::common::{
+    Formula, MAPS, SIGNED_MAPS, assert_close, golden, map as map_of, matrix, subjects, vector,
+};
 use dijiang::{
     Attention, EluFeatures, FeatureMap, HeadGradient, IdentityFeatures, LinearAttention, Mask,
     OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
@@ -120,4 +123,77 @@ fn the_golden_gradients_of_linear_attention() {
         }
     }
     assert_eq!(checked, 11);
+}
+
+/// Linear attention over every map keeps the promises of the shared checker.
+#[test]
+fn every_linear_kernel_has_its_gradient() {
+    for (d, m) in [(8, 20), (1, 1), (3, 7)] {
+        for subject in subjects(d, m) {
+            if !matches!(subject.formula, Formula::Linear(..)) {
+                continue;
+            }
+            check_gradients(&Trained {
+                name: &subject.name,
+                head_dim: d,
+                f64: &*subject.f64,
+                f32: &*subject.f32,
+                masks: subject.masks(),
+                gates: 0,
+                size: 0.7,
+            });
+        }
+    }
+}
+
+/// So does every kind of decay.
+#[test]
+fn every_decay_has_its_gradient() {
+    for name in MAPS.into_iter().chain(SIGNED_MAPS) {
+        if name.starts_with("performer-") || name.starts_with("dct-") || name == "taylor" {
+            continue;
+        }
+        for (kind, gates) in
+            [("common", 0), ("channels", 0), ("gate", 1), ("gates", 9), ("both", 1), ("both", 9)]
+        {
+            for normalized in [true, false] {
+                // features of either sign that decay differently may add up to nothing
+                let signed = SIGNED_MAPS.contains(&name)
+                    || name == "taylor-calibrated" && (kind == "channels" || gates == 9);
+                if normalized && (signed || name == "taylor-calibrated" && kind == "both") {
+                    continue;
+                }
+                let what = format!("{name} {kind} {gates} normalized {normalized}");
+                let (wide, features) = kernel::<f64>(name, kind, normalized);
+                let narrow = kernel::<f32>(name, kind, normalized).0;
+                check_gradients(&Trained {
+                    name: &what,
+                    head_dim: 4,
+                    f64: &*wide,
+                    f32: &*narrow,
+                    masks: &[Mask::Causal],
+                    gates: if gates == 9 { features } else { gates },
+                    size: 0.7,
+                });
+            }
+        }
+    }
+}
+
+/// A kernel that forgets in some way, and its features.
+fn kernel<T: Scalar>(name: &str, kind: &str, normalized: bool) -> (Box<dyn Attention<T>>, usize) {
+    let map = map_of::<T>(name, 4, 6, 3);
+    let features = map.num_features();
+    let mut kernel = LinearAttention::new(map).with_scale(0.5);
+    if !normalized {
+        kernel = kernel.unnormalized();
+    }
+    let channels = (0..features).map(|i| 0.99 - 0.6 * (i as f64 / features as f64)).collect();
+    kernel = match kind {
+        "common" => kernel.with_decay(0.9),
+        "channels" => kernel.with_channel_decay(channels),
+        "both" => kernel.with_channel_decay(channels).with_decay(0.95).gated(),
+        _ => kernel.gated(),
+    };
+    (Box::new(kernel), features)
 }

@@ -219,8 +219,9 @@ impl<T: Scalar> Backward<'_, T> {
         let (features, value_dim) = (self.pass.num_features(), self.value_dim());
         for start in tokens.clone().step_by(chunk_len::<T>()) {
             let rows = start..tokens.end.min(start + chunk_len::<T>());
-            let tokens = self.tokens.rows(rows);
-            self.pass.map_keys(tokens, buffers, start)?;
+            let part = |x| views::rows(x, rows.clone());
+            let [k, v] = [self.tokens.k, self.tokens.v].map(part);
+            self.pass.map_keys(k, v, self.tokens.log_decay.map(part), buffers, start)?;
             set_unit(buffers, units);
             let mut groups = Groups::new();
             while let Some(group) = groups.next(&buffers.chunk, &mut buffers.gates, state.scale) {

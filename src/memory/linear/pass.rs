@@ -153,7 +153,9 @@ impl<'a, T: Scalar> Pass<'a, T> {
     /// As [`map_tokens`](Self::map_tokens), of keys alone: those of queries may hold anything.
     pub(super) fn map_keys(
         &self,
-        Tokens { k, v, log_decay, .. }: Tokens<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        log_decay: Option<ArrayView2<'_, T>>,
         buffers: &mut PassBuffers<T>,
         first_row: usize,
     ) -> Result<(), Error> {

@@ -5,6 +5,7 @@
 pub mod alibi;
 pub mod checker;
 pub mod formats;
+pub mod gradients;
 pub mod hybrid;
 pub mod written;
 

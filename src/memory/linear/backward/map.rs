@@ -1,5 +1,6 @@
 //! From gradients by features to those by queries or keys.
 
+use crate::check;
 use crate::error::Error;
 use crate::features::columns::ColumnGradient;
 use crate::features::gradient::MapGradient;
@@ -117,13 +118,15 @@ impl<T: Scalar> MapBuffers<T> {
         let as_rows = |columns: &[T]| {
             Array2::from_shape_fn((tokens, features), |(t, i)| columns[i * width + t])
         };
+        let d_values = as_rows(d_values);
+        check::gradient("the gradient by a feature", d_values.view())?;
         let mut own = Array2::zeros(x.dim());
         map.backward(MapGradient {
             side,
             x: x.mapv(|x| x * root).view(),
             values: as_rows(values).view(),
             log_scale: Array1::from(log_scale[..tokens].to_vec()).view(),
-            d_values: as_rows(d_values).view(),
+            d_values: d_values.view(),
             d_x: own.view_mut(),
             d_parameters: self.parameters.as_mut(),
         })?;
