@@ -14,6 +14,7 @@ use ndarray::{Array2, ArrayView2};
 #[derive(Debug)]
 pub struct Product {
     size: [usize; 3],
+    by_rows: bool,
     a: Buffer<f32>,
     b: Buffer<f32>,
     c: Buffer<f32>,
@@ -28,18 +29,25 @@ impl Product {
             buffer.iter_mut().zip(0_u16..).for_each(|(x, i)| *x = f32::from(i % 7) - 3.0);
             buffer
         };
-        Self { size: [m, n, k], a: numbers(m * k), b: numbers(k * n), c: numbers(m * n) }
+        let [a, b, c] = [m * k, k * n, m * n].map(numbers);
+        Self { size: [m, n, k], by_rows: false, a, b, c }
+    }
+
+    /// The same with A by its rows.
+    #[must_use]
+    pub fn by_rows(self) -> Self {
+        Self { by_rows: true, ..self }
     }
 
     /// Computes it.
     pub fn run(&mut self) {
-        let Self { size: [m, n, k], a, b, c } = self;
+        let Self { size: [m, n, k], by_rows, a, b, c } = self;
         let (m, n, k) = (*m, *n, *k);
         kernel::loops::products::Product {
             m,
             n,
             k,
-            a: Matrix::columns(a, m),
+            a: if *by_rows { Matrix::rows(a, k) } else { Matrix::columns(a, m) },
             b,
             ldb: n,
             c,

@@ -94,6 +94,13 @@ pub trait ColumnMap<T: Scalar>: Debug + Send + Sync {
         self.map_columns(second, scratch)
     }
 
+    /// The matrix Ω of an exponential map `φ_i(x) = D_i·exp(ω_i·x − |x|²/2)/√m`, `[num_features,
+    /// head_dim]` with padded rows, where its gradient is best computed with it: see
+    /// [`exponential_rows`](crate::features::exponential::exponential_rows).
+    fn omega(&self) -> Option<&[T]> {
+        None
+    }
+
     /// Logits that the vectors are projected to by parameters; 0 if there are none.
     fn projected(&self) -> usize {
         0

@@ -21,6 +21,8 @@ pub(crate) struct Dense<T> {
     num_features: usize,
     /// log₂e·Ωᵀ, `[head_dim, num_features]` with padded rows.
     projection: Buffer<T>,
+    /// Ω, `[num_features, head_dim]` with padded rows.
+    omega: Buffer<T>,
     exponents: Exponents<T>,
 }
 
@@ -29,8 +31,11 @@ impl<T: Scalar> Dense<T> {
         let (num_features, head_dim) = omega.dim();
         let stride = padded::<T>(num_features);
         let mut projection = Buffer::zeros(head_dim * stride);
+        let width = padded::<T>(head_dim);
+        let mut rows = Buffer::zeros(num_features * width);
         for (i, row) in omega.outer_iter().enumerate() {
             for (p, &w) in row.iter().enumerate() {
+                rows[i * width + p] = w;
                 projection[p * stride + i] = T::from_f64(w.as_f64() * core::f64::consts::LOG2_E);
             }
         }
@@ -42,6 +47,7 @@ impl<T: Scalar> Dense<T> {
             head_dim,
             num_features,
             projection,
+            omega: rows,
             exponents: Exponents::new(longest.sqrt(), weights),
         }
     }
@@ -124,6 +130,10 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         Ok(())
     }
 
+    fn omega(&self) -> Option<&[T]> {
+        Some(&self.omega)
+    }
+
     fn projected(&self) -> usize {
         self.num_features
     }
@@ -142,6 +152,29 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
             sums.add(gradient);
         }
     }
+}
+
+/// The gradients by vectors of an exponential map as rows with padding, `Σ_i a_i ω_i`, of the
+/// gradients a by the logits as columns: without the end, `−(Σ_i a_i)·x`.
+pub(crate) fn exponential_rows<T: Scalar>(
+    omega: &[T],
+    [tokens, num_features, head_dim]: [usize; 3],
+    a: &[T],
+    out: &mut [T],
+) {
+    let stride = padded::<T>(head_dim);
+    Product {
+        m: tokens,
+        n: stride,
+        k: num_features,
+        a: Matrix::columns(a, a.len() / num_features),
+        b: omega,
+        ldb: stride,
+        c: out,
+        ldc: stride,
+        into: Epilogue::Set,
+    }
+    .run();
 }
 
 /// Brings the gradients by the features of an exponential map to those by its logits,

@@ -59,38 +59,37 @@ impl<T: Scalar> ProjectionSums<T> {
     /// columns beyond the tokens are zero.
     pub(crate) fn add(&mut self, gradient: &ColumnGradient<'_, T>) {
         let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
-        let (logits, stride) = (self.bias.len(), padded::<T>(self.head_dim));
-        self.rows.resize(width * stride);
-        self.chunk.resize(stride.max(logits));
+        let stride = padded::<T>(self.head_dim);
+        let mut rows = core::mem::replace(&mut self.rows, Buffer::new());
+        rows.resize(width * stride);
+        self.chunk.resize(stride);
         let row = |p: usize| &x[p * width..(p + 1) * width];
-        kernel::transpose(
-            self.head_dim,
-            &row,
-            T::one(),
-            &mut self.chunk[..stride],
-            &mut self.rows[..width * stride],
-        );
+        kernel::transpose(self.head_dim, &row, T::one(), &mut self.chunk, &mut rows);
+        self.add_rows(&rows, [tokens, width], d_values);
+        self.rows = rows;
+    }
+
+    /// The same of vectors as rows with padding.
+    pub(crate) fn add_rows(&mut self, rows: &[T], [tokens, width]: [usize; 2], a: &[T]) {
+        let (logits, stride) = (self.bias.len(), padded::<T>(self.head_dim));
         Product {
             m: logits,
             n: stride,
             k: tokens,
-            a: Matrix::rows(d_values, width),
-            b: &self.rows,
+            a: Matrix::rows(a, width),
+            b: rows,
             ldb: stride,
             c: &mut self.projection,
             ldc: stride,
             into: Epilogue::Compensated(&mut self.projection_low),
         }
         .run();
-        for (sum, row) in self.chunk.iter_mut().zip(d_values.chunks_exact(width)).take(logits) {
+        self.chunk.resize(logits);
+        for (sum, row) in self.chunk.iter_mut().zip(a.chunks_exact(width)) {
             *sum = kernel::sum(&row[..tokens]);
         }
-        kernel::add_compensated(
-            &mut self.bias,
-            &mut self.bias_low,
-            T::one(),
-            &self.chunk[..logits],
-        );
+        let Self { bias, bias_low, chunk, .. } = self;
+        kernel::add_compensated(bias, bias_low, T::one(), chunk);
     }
 
     /// The gradient by Ω, `[logits, head_dim]`, or nothing if none was asked for.

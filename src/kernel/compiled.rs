@@ -85,6 +85,8 @@ compiled! {
     run_affine_columns: gradient::AffineColumns;
     run_causal_affine: gradient::CausalAffine;
     run_add_and_scale_columns: gradient::AddAndScaleColumns;
+    run_add_rows: gradient::AddRows;
+    run_add_exponential_rows: gradient::AddExponentialRows;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
     run_scores_of_bytes: packed::ScoresOfBytes;

@@ -1,7 +1,10 @@
 //! The loops of backward passes, as the other floors call them.
 
+use crate::kernel::buffer::padded;
 use crate::kernel::compiled::Compiled;
-use crate::kernel::loops::gradient::{AddAndScaleColumns, AffineColumns, CausalAffine, DotColumns};
+use crate::kernel::loops::gradient::{
+    AddAndScaleColumns, AddExponentialRows, AddRows, AffineColumns, CausalAffine, DotColumns,
+};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 
 /// `sums_t += Σ_i x_it·y_it` for columns from `from` on, a multiple of 64 bytes' numbers.
@@ -26,6 +29,24 @@ pub(crate) fn causal_affine<T: Compiled>(x: &mut [T], first: usize, a: &[T], b: 
 pub(crate) fn add_and_scale_columns<T: Compiled>(x: &mut [T], factor: T, y: &[T], scales: &[T]) {
     debug_assert_eq!(x.len(), y.len());
     T::run_add_and_scale_columns(AddAndScaleColumns { x, factor, y, scales });
+}
+
+/// `sum_t += factor·x_t` for rows of `length` numbers, those of `x` padded.
+pub(crate) fn add_rows<T: Compiled>(x: &[T], factor: T, length: usize, sum: &mut [T]) {
+    T::run_add_rows(AddRows { x, stride: padded::<T>(length), factor, length, sum });
+}
+
+/// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` padded.
+pub(crate) fn add_exponential_rows<T: Compiled>(
+    y: &[T],
+    x: &[T],
+    totals: &[T],
+    root: T,
+    length: usize,
+    sum: &mut [T],
+) {
+    let stride = padded::<T>(length);
+    T::run_add_exponential_rows(AddExponentialRows { y, stride, x, totals, root, length, sum });
 }
 
 /// `C [m, n] (+)= A [m, k]·B [k, n]` of rows of B and C `ld` apart.

@@ -269,6 +269,13 @@ impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
         self.map_columns(second, scratch)
     }
 
+    fn omega(&self) -> Option<&[T]> {
+        match &self.way {
+            Way::Dense(dense) | Way::Columns { one: Some(dense), .. } => dense.omega(),
+            Way::Columns { .. } | Way::Rows(_) => None,
+        }
+    }
+
     fn projected(&self) -> usize {
         self.directions.radii().len()
     }

@@ -143,6 +143,70 @@ impl<T: Lanes> AddAndScaleColumns<'_, T> {
     }
 }
 
+/// `sum_t += factor·x_t` for rows of `length` numbers, those of `x` `stride` apart.
+pub struct AddRows<'a, T> {
+    pub(crate) x: &'a [T],
+    pub(crate) stride: usize,
+    pub(crate) factor: T,
+    pub(crate) length: usize,
+    pub(crate) sum: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for AddRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
+        let factor = T::splat(level, self.factor);
+        let rows = self.sum.chunks_exact_mut(self.length).zip(self.x.chunks_exact(self.stride));
+        for (sum, x) in rows {
+            let (sum, rest) = sum.split_at_mut(whole);
+            for (sum, x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors::<L>(x)) {
+                *sum = T::vfma(level, factor, *x, *sum);
+            }
+            for (sum, &x) in rest.iter_mut().zip(&x[whole..]) {
+                *sum = *sum + self.factor * x;
+            }
+        }
+    }
+}
+
+/// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` `stride`
+/// apart.
+pub struct AddExponentialRows<'a, T> {
+    pub(crate) y: &'a [T],
+    pub(crate) stride: usize,
+    pub(crate) x: &'a [T],
+    pub(crate) totals: &'a [T],
+    pub(crate) root: T,
+    pub(crate) length: usize,
+    pub(crate) sum: &'a mut [T],
+}
+
+impl<T: Lanes> Loop for AddExponentialRows<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
+        let root = T::splat(level, self.root);
+        let rows = self.sum.chunks_exact_mut(self.length).zip(self.y.chunks_exact(self.stride));
+        for ((sum, y), (x, &total)) in rows.zip(self.x.chunks_exact(self.length).zip(self.totals)) {
+            let own = -(self.root * self.root * total);
+            let splat = T::splat(level, own);
+            let (sum, rest) = sum.split_at_mut(whole);
+            let terms = T::vectors::<L>(y).iter().zip(T::vectors::<L>(x));
+            for (sum, (y, x)) in T::vectors_mut::<L>(sum).iter_mut().zip(terms) {
+                *sum = T::vfma(level, root, *y, T::vfma(level, splat, *x, *sum));
+            }
+            for ((sum, &y), &x) in rest.iter_mut().zip(&y[whole..]).zip(&x[whole..]) {
+                *sum = *sum + self.root * y + own * x;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,11 +260,36 @@ mod tests {
         }
     }
 
+    fn check_rows<T: Lanes + core::fmt::Debug>(machine: Machine, tolerance: f64) {
+        let close = |found: T, exact: T| {
+            let difference = (found - exact).abs().to_f64().unwrap();
+            assert!(difference <= tolerance, "{machine:?}: {found:?} instead of {exact:?}");
+        };
+        for length in [1, 3, T::PAD, 2 * T::PAD + 5] {
+            let stride = length.next_multiple_of(T::PAD);
+            let y = numbers::<T>(5 * stride, 0.2);
+            let [x, sum] = [0.6, 0.8].map(|seed| numbers::<T>(5 * length, seed));
+            let (totals, root) = (numbers::<T>(5, 0.4), y[1]);
+            let at = |i: usize| y[i / length * stride + i % length];
+            let mut z = sum.clone();
+            machine.run(AddRows { x: &y, stride, factor: root, length, sum: &mut z });
+            (0..5 * length).for_each(|i| close(z[i], sum[i] + root * at(i)));
+            let mut z = sum.clone();
+            let (x, totals) = (&x[..], &totals[..]);
+            machine.run(AddExponentialRows { y: &y, stride, x, totals, root, length, sum: &mut z });
+            for i in 0..5 * length {
+                close(z[i], sum[i] + root * (at(i) - totals[i / length] * root * x[i]));
+            }
+        }
+    }
+
     #[test]
     fn loops_agree_with_their_formulas_at_every_level() {
         for machine in Machine::all() {
             check::<f32>(machine, 2e-5);
             check::<f64>(machine, 1e-13);
+            check_rows::<f32>(machine, 2e-5);
+            check_rows::<f64>(machine, 1e-13);
         }
     }
 }

@@ -7,6 +7,9 @@
 use crate::kernel::loops::vectors::compensate;
 use crate::kernel::simd::{Lanes, Level, Loop};
 
+/// Steps along the depth that rows of A are read at once for.
+const STEPS: usize = 8;
+
 /// Where a product goes.
 #[derive(Debug)]
 pub enum Epilogue<'a, T> {
@@ -167,7 +170,27 @@ impl<T: Lanes> Product<'_, T> {
             for (r, row) in rows.iter_mut().enumerate() {
                 *row = &self.a.data[(i + r) * self.a.stride..][..self.k];
             }
-            for (p, b) in b.enumerate() {
+            // some steps at once, with one look at the length of a row for all of them
+            let (mut b, mut p) = (b, 0);
+            while p + STEPS <= self.k {
+                let mut a: [&[T; STEPS]; R] = [rows[0].first_chunk().expect("there are"); R];
+                for r in 0..R {
+                    a[r] = rows[r][p..].first_chunk().expect("there are so many");
+                }
+                for step in 0..STEPS {
+                    let b = b.next().expect("a row of B for each step");
+                    let b: &[T::V<L>; V] =
+                        T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
+                    for r in 0..R {
+                        let a = T::splat(level, a[r][step]);
+                        for v in 0..V {
+                            sums[r][v] = T::vfma(level, a, b[v], sums[r][v]);
+                        }
+                    }
+                }
+                p += STEPS;
+            }
+            for (p, b) in (p..self.k).zip(b) {
                 let b: &[T::V<L>; V] =
                     T::vectors::<L>(&b[..width]).first_chunk().expect("as many vectors");
                 for r in 0..R {

@@ -18,6 +18,7 @@ mod forward;
 mod gates;
 mod map;
 mod reverse;
+mod rows;
 mod tape;
 
 use crate::check;
@@ -41,7 +42,7 @@ use core::ops::Range;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Numbers that a tape may keep.
-const TAPE_FLOATS: usize = 3 << 18;
+const TAPE_FLOATS: usize = 100 << 13;
 
 /// Parts that a sequence longer than a tape is cut into, and each of them again.
 const PARTS: usize = 16;
@@ -71,7 +72,9 @@ impl<T: Scalar> Units<T> {
                 Some(x) => max_abs(x),
                 None => x.iter().fold(T::zero(), |m, x| m.max(x.abs())),
             };
-            check::finite(which, x)?;
+            if !largest.is_finite() {
+                check::finite(which, x)?; // NaN may hide; chunks are looked at again
+            }
             let comfortable = T::from_f64(0.5_f64.powi(16))..=T::from_f64(2.0_f64.powi(16));
             if largest == T::zero() || comfortable.contains(&largest) {
                 return Ok(T::one());
@@ -153,7 +156,8 @@ impl<T: Scalar> Backward<'_, T> {
     fn tape_tokens(&self) -> usize {
         let (features, chunk) = (self.pass.num_features(), chunk_len::<T>());
         let sums = if self.with_decays { features * self.value_dim() / chunk } else { 0 };
-        let most = TAPE_FLOATS / (4 * features + sums);
+        let decays = if self.pass.decays_by_feature(self.tokens.log_decay) { features } else { 0 };
+        let most = TAPE_FLOATS / (3 * features + 8 + sums + decays);
         (most / chunk * chunk).max(chunk)
     }
 
@@ -182,7 +186,8 @@ impl<T: Scalar> Backward<'_, T> {
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
         let most = self.tape_tokens();
-        if part.len() <= most {
+        // one tape of twice the length costs less than reading half of the tokens once more
+        if part.len() <= if depth == 0 { 2 * most } else { most } {
             self.scan_forward(part, units, out, work)?;
             return self.scan_back(units, out, work);
         }

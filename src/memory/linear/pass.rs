@@ -122,6 +122,12 @@ impl<'a, T: Scalar> Pass<'a, T> {
         self.map.num_features()
     }
 
+    /// Whether features may decay differently, with these gates.
+    pub(super) fn decays_by_feature(&self, gates: Option<ArrayView2<'_, T>>) -> bool {
+        let common = gates.is_none_or(|gates| gates.ncols() == 1);
+        self.decay.is_some_and(|decay| !(decay.may_be_common() && common))
+    }
+
     /// Whether all features decay alike, with these gates.
     #[cfg(feature = "rayon")]
     pub(super) fn decays_alike(&self, gates: Option<ArrayView2<'_, T>>) -> bool {

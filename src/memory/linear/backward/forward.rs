@@ -1,6 +1,7 @@
 //! The scan from the first token to the last: gradients by queries, and what tokens of one group
 //! do to each other.
 
+use crate::check;
 use crate::error::Error;
 use crate::features::Side;
 use crate::kernel::buffer::{Buffer, padded};
@@ -10,6 +11,7 @@ use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Readout;
 use crate::memory::linear::backward::gates::GroupDecays;
 use crate::memory::linear::backward::map::Mapped;
+use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
 use crate::memory::linear::backward::{Backward, BackwardWork, TokenGradients, Units, set_unit};
 use crate::memory::linear::groups::{FirstDecay, Group, Groups};
 use crate::memory::linear::pass::PassBuffers;
@@ -18,7 +20,6 @@ use crate::memory::partial::divisor;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
-use ndarray::ArrayView2;
 
 /// Memory of one group.
 #[derive(Debug)]
@@ -63,31 +64,6 @@ impl<T: Scalar> Buffers<T> {
             features: Buffer::new(),
             d_values: Buffer::new(),
             sums: Buffer::new(),
-        }
-    }
-}
-
-/// Rows times their factors, padded.
-pub(super) fn scaled_rows<T: Scalar>(x: ArrayView2<'_, T>, factors: &[T], out: &mut Buffer<T>) {
-    let stride = padded::<T>(x.ncols());
-    out.resize(x.nrows() * stride);
-    for ((x, out), &factor) in x.outer_iter().zip(out.chunks_exact_mut(stride)).zip(factors) {
-        let (numbers, padding) = out.split_at_mut(x.len());
-        match x.to_slice() {
-            Some(x) => _ = kernel::scale_into(factor, x, numbers),
-            None => numbers.iter_mut().zip(x).for_each(|(to, &x)| *to = factor * x),
-        }
-        padding.fill(T::zero());
-    }
-}
-
-/// Adds `factor` times padded rows.
-pub(super) fn add_rows<T: Scalar>(rows: &[T], factor: T, mut sums: ndarray::ArrayViewMut2<'_, T>) {
-    let (stride, columns) = (padded::<T>(sums.ncols()), sums.ncols());
-    for (mut sum, row) in sums.outer_iter_mut().zip(rows.chunks_exact(stride)) {
-        match sum.as_slice_mut() {
-            Some(sum) => kernel::add_scaled(sum, factor, &row[..columns]),
-            None => sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += factor * x),
         }
     }
 }
@@ -201,6 +177,9 @@ impl<T: Scalar> Backward<'_, T> {
         d_out.resize(value_dim * width);
         squares.resize(width);
         views::to_columns(cotangents, units.d_out.recip(), squares, d_out);
+        if !kernel::all_finite(squares) {
+            check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
+        }
 
         // S dO_t of the sums, and dO_t·v_s of the group
         d_features.resize(m * width);
@@ -248,22 +227,30 @@ impl<T: Scalar> Backward<'_, T> {
             let block = first * width..count.min(first + T::PAD) * width;
             causal_affine(&mut d_scores[block], first, inverse, d_normalizer);
         }
-        for first in (0..count).step_by(T::PAD) {
-            let last = count.min(first + T::PAD);
+        // blocks of two vectors of queries, or of keys; what the mask hides in them is zero
+        let pair = 2 * T::PAD;
+        for first in (T::PAD..count).step_by(pair) {
+            let rows = first * width..count.min(first + T::PAD) * width;
+            for row in d_scores[rows].chunks_exact_mut(width) {
+                row[first - T::PAD..first].fill(T::zero());
+            }
+        }
+        for first in (0..count).step_by(pair) {
             let to = &mut d_features[first..];
-            let keys = Matrix::rows(k, width);
-            product([m, T::PAD, last], keys, &d_scores[first..], to, width, true);
+            let sizes = [m, pair.min(width - first), count.min(first + pair)];
+            product(sizes, Matrix::rows(k, width), &d_scores[first..], to, width, true);
         }
         // dk̃_s = Σ_{t≥s} q̃_t (v_s·G_t + h_t)
         let by_query = d_scores_by_query;
         by_query.resize(width * width);
         let row = |s: usize| &d_scores[s * width..(s + 1) * width];
         kernel::transpose(count, &row, T::one(), squares, by_query);
-        for first in (0..count).step_by(T::PAD) {
+        for first in (0..count).step_by(pair) {
             let scores = &by_query[first * width + first..];
             let queries = Matrix::rows(&q[first..], width);
             let to = &mut entry.d_keys[first..];
-            product([m, T::PAD, count - first], queries, scores, to, width, false);
+            let sizes = [m, pair.min(width - first), count - first];
+            product(sizes, queries, scores, to, width, false);
         }
         // dv_s = Σ_{t≥s} A_ts G_t
         scale_by(units.d_out, inverse, &mut of_sums[0]);
@@ -359,6 +346,9 @@ impl<T: Scalar> Backward<'_, T> {
         squares.resize(width);
         let cotangents = views::rows(out.d_out, rows.clone());
         views::to_columns(cotangents, units.d_out.recip(), squares, d_out);
+        if !kernel::all_finite(squares) {
+            check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
+        }
         d_features.resize(m * width);
         let sums = Matrix::rows(&state.sums, padded::<T>(value_dim));
         product([m, width, value_dim], sums, d_out, d_features, width, false);

@@ -3,11 +3,14 @@
 use crate::check;
 use crate::error::Error;
 use crate::features::columns::ColumnGradient;
+use crate::features::exponential::exponential_rows;
 use crate::features::gradient::MapGradient;
 use crate::features::sums::ProjectionSums;
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
+use crate::kernel::gradient::add_exponential_rows;
+use crate::memory::linear::backward::rows::scaled_rows;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::views;
@@ -33,6 +36,7 @@ pub(super) struct MapBuffers<T> {
     squares: Buffer<T>,
     d_x: Buffer<T>,
     rows: Buffer<T>,
+    factors: Buffer<T>,
     scratch: [Buffer<T>; 2],
     /// Of queries and of keys; for maps that take tokens as rows, the gradients themselves.
     pub(super) sums: [ProjectionSums<T>; 2],
@@ -46,6 +50,7 @@ impl<T: Scalar> MapBuffers<T> {
             squares: Buffer::new(),
             d_x: Buffer::new(),
             rows: Buffer::new(),
+            factors: Buffer::new(),
             scratch: [Buffer::new(), Buffer::new()],
             sums: [ProjectionSums::new(), ProjectionSums::new()],
             parameters: None,
@@ -80,6 +85,10 @@ impl<T: Scalar> MapBuffers<T> {
         let Some(columns) = map.column_map() else {
             return self.add_by_rows(map, root, mapped, d_x);
         };
+        if let Some(omega) = columns.omega() {
+            self.add_exponential(omega, root, mapped, d_x);
+            return Ok(());
+        }
         let Mapped { side, x, width, values, d_values, .. } = mapped;
         let (tokens, head_dim) = x.dim();
         self.x.resize(head_dim * width);
@@ -103,6 +112,40 @@ impl<T: Scalar> MapBuffers<T> {
             }
         }
         Ok(())
+    }
+
+    /// The same through an exponential map, `dx_t = root·(Σ_i a_it ω_i − (Σ_i a_it)·root·x_t)`.
+    fn add_exponential(
+        &mut self,
+        omega: &[T],
+        root: T,
+        Mapped { side, x, width, values, d_values, .. }: Mapped<'_, T>,
+        mut d_x: ArrayViewMut2<'_, T>,
+    ) {
+        let ((tokens, head_dim), stride) = (x.dim(), padded::<T>(x.ncols()));
+        self.squares.resize(width);
+        kernel::multiply_and_sum_columns(d_values, values, &mut self.squares);
+        self.rows.resize(tokens * stride);
+        let sizes = [tokens, values.len() / width, head_dim];
+        exponential_rows(omega, sizes, d_values, &mut self.rows);
+        if let (Some(sum), Some(x)) = (d_x.as_slice_mut(), x.to_slice()) {
+            add_exponential_rows(&self.rows, x, &self.squares, root, head_dim, sum);
+        } else {
+            let rows = self.rows.chunks_exact(stride).zip(&*self.squares);
+            for ((mut sum, x), (row, &total)) in d_x.outer_iter_mut().zip(x.outer_iter()).zip(rows)
+            {
+                for ((sum, &x), &row) in sum.iter_mut().zip(x).zip(row) {
+                    *sum += root * (row - total * root * x);
+                }
+            }
+        }
+        if self.parameters.is_some() {
+            self.factors.resize(tokens);
+            self.factors.fill(root);
+            scaled_rows(x, &self.factors, &mut self.rows);
+            let own = &mut self.sums[usize::from(side == Side::Key)];
+            own.add_rows(&self.rows, [tokens, width], d_values);
+        }
     }
 
     /// The same through a map that takes tokens as rows.
