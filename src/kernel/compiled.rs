@@ -5,7 +5,7 @@
 //! crates that use it only call them.
 
 use crate::kernel::loops::{
-    columns, dct, decay, decode, exp, packed, pairs, products, reduce, scores, vectors,
+    columns, dct, decay, decode, exp, gradients, packed, pairs, products, reduce, scores, vectors,
 };
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
@@ -83,6 +83,9 @@ compiled! {
     run_receive: pairs::Receive;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
+    run_softmax_gradient: gradients::SoftmaxGradient;
+    run_soft_cap_gradient: gradients::SoftCapGradient;
+    run_add_rows: gradients::AddRows;
     run_scores_of_bytes: packed::ScoresOfBytes;
     run_scores_of_bf16: packed::ScoresOfBf16;
     run_sums_of_bytes: packed::SumsOfBytes;

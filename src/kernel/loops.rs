@@ -13,6 +13,7 @@ pub(crate) mod dct_leaf;
 pub(crate) mod decay;
 pub(crate) mod decode;
 pub(crate) mod exp;
+pub(crate) mod gradients;
 pub(crate) mod packed;
 pub(crate) mod pairs;
 pub(crate) mod products;

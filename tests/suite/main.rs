@@ -18,6 +18,7 @@ mod formats;
 mod golden;
 mod golden_hybrid;
 mod golden_naive;
+mod gradients_softmax;
 mod hybrid;
 mod layer_batches;
 mod layer_errors;

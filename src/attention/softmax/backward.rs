@@ -1,0 +1,161 @@
+//! The backward pass of softmax attention.
+
+use crate::attention::gradient::{ForwardRecord, HeadGradient};
+use crate::attention::softmax::answer::{Outputs, answer_block};
+use crate::attention::softmax::options::{SINK_LOGITS, SoftmaxAttention};
+use crate::check;
+use crate::error::Error;
+use crate::kernel::buffer::Buffer;
+use crate::mask::Mask;
+use crate::memory::key_values::KeyValues;
+use crate::memory::online_softmax::Tile;
+use crate::memory::scoring::Scoring;
+use crate::memory::softmax_gradient::{Answered, GradientTile, QUERY_BLOCK, Units, add_gradients};
+use crate::memory::unit::{Unit, product};
+use crate::scalar::Scalar;
+use crate::state_format::StateFormat;
+use crate::views::{rows, rows_mut};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Slice};
+
+/// What a backward pass keeps in the scratch.
+#[derive(Debug)]
+pub(super) struct BackwardScratch<T> {
+    tile: GradientTile<T>,
+    again: Again<T>,
+}
+
+impl<T: Scalar> Default for BackwardScratch<T> {
+    fn default() -> Self {
+        Self { tile: GradientTile::new(), again: Again::new() }
+    }
+}
+
+/// What the forward pass of a block of queries gives, computed again.
+#[derive(Debug)]
+struct Again<T> {
+    tile: Tile<T>,
+    out: Buffer<T>,
+    log_normalizer: Buffer<T>,
+}
+
+impl<T: Scalar> Again<T> {
+    fn new() -> Self {
+        Self { tile: Tile::new(), out: Buffer::new(), log_normalizer: Buffer::new() }
+    }
+
+    /// Computes it for some queries, the first of which is in row `row`.
+    fn answer(
+        &mut self,
+        q: ArrayView2<'_, T>,
+        key_values: KeyValues<'_, T>,
+        options: (Scoring<T>, Option<T>),
+        first: Option<usize>,
+        row: usize,
+    ) -> Result<(ArrayView2<'_, T>, ArrayView1<'_, T>), Error> {
+        let shape = (q.nrows(), key_values.value_dim());
+        self.out.resize(shape.0 * shape.1);
+        self.log_normalizer.resize(shape.0);
+        let to = Outputs {
+            out: ArrayViewMut2::from_shape(shape, &mut self.out).expect("counted"),
+            log_normalizer: Some(ArrayViewMut1::from(&mut *self.log_normalizer)),
+        };
+        answer_block(q, key_values, options, first, row, to, &mut self.tile)?;
+        let out = ArrayView2::from_shape(shape, &self.out).expect("counted");
+        Ok((out, ArrayView1::from(&*self.log_normalizer)))
+    }
+}
+
+const PACKED: Error = Error::Unsupported {
+    what: "the gradient of attention to keys and values in fewer bits",
+    why: "rounding has none; use a kernel with `StateFormat::F32`",
+};
+
+impl<T: Scalar> SoftmaxAttention<T> {
+    /// Adds the gradients of one head of keys and values.
+    pub(super) fn backward_head(
+        &self,
+        head: &mut HeadGradient<'_, T>,
+        mask: Mask,
+        BackwardScratch { tile, again }: &mut BackwardScratch<T>,
+    ) -> Result<(), Error> {
+        head.check_not_gated()?;
+        head.check_backward(self.head_dim, mask)?;
+        head.check_finite()?;
+        let scoring = self.check(head.group_len())?;
+        if self.format != StateFormat::F32 {
+            return Err(PACKED);
+        }
+        if let Some(d_parameters) = &head.d_parameters {
+            self.numbers().check_names(d_parameters)?;
+        }
+
+        let [n, group] = [head.queries(), head.group_len()];
+        let HeadGradient { q, k, v, d_out, record, d_q, d_k, d_v, d_parameters, .. } = head;
+        let [unit_of_k, unit_of_v] = [Unit::of(*k), Unit::of(*v)];
+        for g in 0..group {
+            let [q, d_out] = [&*q, &*d_out].map(|x| x.index_axis(Axis(0), g));
+            let mut d_q = d_q.index_axis_mut(Axis(0), g);
+            let (scoring, sink_logit) = self.of_head(scoring, g);
+            let (k_unit, v_unit) = (unit_of_k, unit_of_v);
+            let units = Units { q: Unit::of(q), k: k_unit, v: v_unit, d_out: Unit::of(d_out) };
+            let mut d_sink = 0.0;
+            for start in (0..n).step_by(QUERY_BLOCK) {
+                let block = start..n.min(start + QUERY_BLOCK);
+                let first = (mask == Mask::Causal).then_some(start);
+                let q = rows(q, block.clone());
+                let (out, log_normalizer) = match record {
+                    Some(ForwardRecord { out, log_normalizer }) => {
+                        let mut logs = log_normalizer.index_axis(Axis(0), g);
+                        logs.slice_axis_inplace(Axis(0), Slice::from(block.clone()));
+                        (rows(out.index_axis(Axis(0), g), block.clone()), logs)
+                    }
+                    None => {
+                        let key_values = KeyValues::Wide(*k, *v);
+                        again.answer(q, key_values, (scoring, sink_logit), first, start)?
+                    }
+                };
+                let answered = Answered { q, out, log_normalizer, first };
+                let d_out = rows(d_out, block.clone());
+                let d_q = rows_mut(d_q.view_mut(), block);
+                let d = [&mut *d_k, &mut *d_v];
+                add_gradients(answered, [*k, *v], scoring, (d_out, units), d_q, d, tile);
+                if let Some(logit) = sink_logit {
+                    d_sink -= weights_of_sink(logit, log_normalizer, tile.means());
+                }
+            }
+            let sink = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS));
+            if let Some(d) = sink.and_then(|d| {
+                let logits = d.len();
+                d.iter_mut().nth(if logits > 1 { g } else { 0 })
+            }) {
+                let [first, second] = product::<T>(1.0, &[units.d_out, units.v]);
+                *d += T::from_f64(d_sink) * first * second;
+            }
+        }
+        check_range(head)
+    }
+}
+
+/// `Σ_t exp(logit − log_normalizer_t)·means_t`.
+fn weights_of_sink<T: Scalar>(logit: T, log_normalizer: ArrayView1<'_, T>, means: &[T]) -> f64 {
+    let weight = |log: &T| (logit.as_f64() - log.as_f64()).exp();
+    log_normalizer.iter().zip(means).map(|(log, mean)| weight(log) * mean.as_f64()).sum()
+}
+
+/// Gradients must have stayed in the range of the type.
+fn check_range<T: Scalar>(head: &HeadGradient<'_, T>) -> Result<(), Error> {
+    let of_q = head.d_q.outer_iter().map(|d_q| ("the gradient by `q`", d_q));
+    let of_rest = [("the gradient by `k`", &head.d_k), ("the gradient by `v`", &head.d_v)];
+    for (which, d) in of_q.chain(of_rest.map(|(which, d)| (which, d.view()))) {
+        if let Err(Error::NotFinite { row, .. }) = check::finite(which, d) {
+            return Err(Error::Overflow { which, row });
+        }
+    }
+    let Some(d) = head.d_parameters.as_ref().and_then(|d| d.get(SINK_LOGITS)) else {
+        return Ok(());
+    };
+    match d.iter().position(|d| !d.is_finite()) {
+        Some(row) => Err(Error::Overflow { which: "the gradient by `sink_logits`", row }),
+        None => Ok(()),
+    }
+}
