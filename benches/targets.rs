@@ -7,8 +7,8 @@
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of
 //! this crate and of `ndarray`. Name tables to run only these: `forward`, `decode`, `maps`,
-//! `crossover`, `decay`, `hybrids`, `layers`, `formats`, `gradients`, `threads`. `--strict` turns a missed
-//! target into a failing exit code; `--quick` (or `--test`) runs one short round.
+//! `crossover`, `decay`, `hybrids`, `layers`, `formats`, `gradients`, `threads`. `--strict` turns a
+//! missed target into a failing exit code; `--quick` (or `--test`) runs one short round.
 
 mod decay;
 mod formats;

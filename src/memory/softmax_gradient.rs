@@ -141,7 +141,7 @@ pub(crate) fn add_gradients<T: Scalar>(
     log_normalizer.resize(width);
     log_normalizer.fill(T::infinity()); // no weight beyond the queries
     for (to, &log) in log_normalizer.iter_mut().zip(block.log_normalizer) {
-        *to = log * T::from_f64(LOG2_E);
+        *to = T::from_f64(log.as_f64() * LOG2_E);
     }
     if scoring.slope.is_some() {
         count_up(positions, width);
@@ -153,9 +153,10 @@ pub(crate) fn add_gradients<T: Scalar>(
         let count = KEY_BLOCK.min(keys - start);
         let range = start..start + count;
         let k_rows = contiguous(k, start, count, stride, key_copy);
-        let scaled_k = match units.k.is_one() {
-            true => k_rows,
-            false => in_unit(k, range.clone(), stride, units.k, scaled_copy),
+        let scaled_k = if units.k.is_one() {
+            k_rows
+        } else {
+            in_unit(k, range.clone(), stride, units.k, scaled_copy)
         };
         let v_rows = in_unit(v, range.clone(), value_stride, units.v, value_copy);
         let offset = block.first.map(|first| first.cast_signed() - start.cast_signed());

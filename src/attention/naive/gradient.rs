@@ -80,13 +80,13 @@ pub fn softmax_gradient(
             (0..seen).map(|j| (scores[[t, j]] - log_normalizer).exp()).collect();
 
         let mut o = Array1::<f64>::zeros(v.ncols());
-        for j in 0..seen {
-            o.scaled_add(weights[j], &v.row(j));
-            d.v.row_mut(j).scaled_add(weights[j], &d_o.row(t));
+        for (j, &weight) in weights.iter().enumerate() {
+            o.scaled_add(weight, &v.row(j));
+            d.v.row_mut(j).scaled_add(weight, &d_o.row(t));
         }
         let mean = d_o.row(t).dot(&o);
-        for j in 0..seen {
-            let d_score = weights[j] * (d_o.row(t).dot(&v.row(j)) - mean);
+        for (j, &weight) in weights.iter().enumerate() {
+            let d_score = weight * (d_o.row(t).dot(&v.row(j)) - mean);
             let slope_of_cap = match options.soft_cap {
                 Some(cap) => (products[[t, j]] / cap).cosh().powi(-2), // 1 − tanh²
                 None => 1.0,

@@ -76,7 +76,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
         &self,
         head: &mut HeadGradient<'_, T>,
         mask: Mask,
-        BackwardScratch { tile, again }: &mut BackwardScratch<T>,
+        scratch: &mut BackwardScratch<T>,
     ) -> Result<(), Error> {
         head.check_not_gated()?;
         head.check_backward(self.head_dim, mask)?;
@@ -89,55 +89,87 @@ impl<T: Scalar> SoftmaxAttention<T> {
             self.numbers().check_names(d_parameters)?;
         }
 
-        let [n, group] = [head.queries(), head.group_len()];
+        let group = head.group_len();
         let HeadGradient { q, k, v, d_out, record, d_q, d_k, d_v, d_parameters, .. } = head;
-        let [unit_of_k, unit_of_v] = [Unit::of(*k), Unit::of(*v)];
+        let key_values = [*k, *v];
+        let [unit_of_k, unit_of_v] = key_values.map(Unit::of);
         for g in 0..group {
             let [q, d_out] = [&*q, &*d_out].map(|x| x.index_axis(Axis(0), g));
-            let mut d_q = d_q.index_axis_mut(Axis(0), g);
-            let (scoring, sink_logit) = self.of_head(scoring, g);
-            let (k_unit, v_unit) = (unit_of_k, unit_of_v);
-            let units = Units { q: Unit::of(q), k: k_unit, v: v_unit, d_out: Unit::of(d_out) };
-            let mut d_sink = 0.0;
-            for start in (0..n).step_by(QUERY_BLOCK) {
-                let block = start..n.min(start + QUERY_BLOCK);
-                let first = (mask == Mask::Causal).then_some(start);
-                let q = rows(q, block.clone());
-                let (out, log_normalizer) = match record {
-                    Some(ForwardRecord { out, log_normalizer }) => {
-                        let mut logs = log_normalizer.index_axis(Axis(0), g);
-                        logs.slice_axis_inplace(Axis(0), Slice::from(block.clone()));
-                        (rows(out.index_axis(Axis(0), g), block.clone()), logs)
-                    }
-                    None => {
-                        let key_values = KeyValues::Wide(*k, *v);
-                        again.answer(q, key_values, (scoring, sink_logit), first, start)?
-                    }
-                };
-                let answered = Answered { q, out, log_normalizer, first };
-                let d_out = rows(d_out, block.clone());
-                let d_q = rows_mut(d_q.view_mut(), block);
-                let d = [&mut *d_k, &mut *d_v];
-                add_gradients(answered, [*k, *v], scoring, (d_out, units), d_q, d, tile);
-                if let Some(logit) = sink_logit {
-                    d_sink -= weights_of_sink(logit, log_normalizer, tile.means());
-                }
-            }
-            let sink = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS));
-            if let Some(d) = sink.and_then(|d| {
-                let logits = d.len();
-                d.iter_mut().nth(if logits > 1 { g } else { 0 })
-            }) {
+            let units =
+                Units { q: Unit::of(q), k: unit_of_k, v: unit_of_v, d_out: Unit::of(d_out) };
+            let one = QueryHead {
+                q,
+                d_out,
+                units,
+                options: self.of_head(scoring, g),
+                is_causal: mask == Mask::Causal,
+                record: record.map(|ForwardRecord { out, log_normalizer }| {
+                    (out.index_axis_move(Axis(0), g), log_normalizer.index_axis_move(Axis(0), g))
+                }),
+            };
+            let d_q = d_q.index_axis_mut(Axis(0), g);
+            let d_sink = one.add_gradients(key_values, d_q, [&mut *d_k, &mut *d_v], scratch)?;
+            if let Some(d) = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS)) {
+                let of_head = if d.len() > 1 { g } else { 0 };
                 let [first, second] = product::<T>(1.0, &[units.d_out, units.v]);
-                *d += T::from_f64(d_sink) * first * second;
+                let d_sink = T::from_f64(d_sink) * first * second;
+                d.iter_mut().skip(of_head).take(1).for_each(|d| *d += d_sink);
             }
         }
         check_range(head)
     }
 }
 
+/// One query head.
+#[derive(Debug)]
+struct QueryHead<'a, T> {
+    q: ArrayView2<'a, T>,
+    d_out: ArrayView2<'a, T>,
+    units: Units,
+    /// How it scores, and its learned sink.
+    options: (Scoring<T>, Option<T>),
+    is_causal: bool,
+    /// The outputs and logarithms of normalisers of a forward pass.
+    record: Option<(ArrayView2<'a, T>, ArrayView1<'a, T>)>,
+}
+
+impl<T: Scalar> QueryHead<'_, T> {
+    /// Adds the gradients by queries, keys and values; that by the logit of the sink, in the units
+    /// of cotangents and values.
+    fn add_gradients(
+        &self,
+        [k, v]: [ArrayView2<'_, T>; 2],
+        mut d_q: ArrayViewMut2<'_, T>,
+        [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
+        BackwardScratch { tile, again }: &mut BackwardScratch<T>,
+    ) -> Result<f64, Error> {
+        let Self { q, d_out, units, options, is_causal, record } = self;
+        let (scoring, sink_logit) = *options;
+        let (n, mut d_sink) = (q.nrows(), 0.0);
+        for start in (0..n).step_by(QUERY_BLOCK) {
+            let block = start..n.min(start + QUERY_BLOCK);
+            let first = is_causal.then_some(start);
+            let q = rows(*q, block.clone());
+            let (out, log_normalizer) = if let Some((out, mut log_normalizer)) = *record {
+                log_normalizer.slice_axis_inplace(Axis(0), Slice::from(block.clone()));
+                (rows(out, block.clone()), log_normalizer)
+            } else {
+                again.answer(q, KeyValues::Wide(k, v), *options, first, start)?
+            };
+            let answered = Answered { q, out, log_normalizer, first };
+            let d_out = (rows(*d_out, block.clone()), *units);
+            let d_q = rows_mut(d_q.view_mut(), block);
+            add_gradients(answered, [k, v], scoring, d_out, d_q, [&mut *d_k, &mut *d_v], tile);
+            if let Some(logit) = sink_logit {
+                d_sink -= weight_of_sink(logit, log_normalizer, tile.means());
+            }
+        }
+        Ok(d_sink)
+    }
+}
+
 /// `Σ_t exp(logit − log_normalizer_t)·means_t`.
-fn weights_of_sink<T: Scalar>(logit: T, log_normalizer: ArrayView1<'_, T>, means: &[T]) -> f64 {
+fn weight_of_sink<T: Scalar>(logit: T, log_normalizer: ArrayView1<'_, T>, means: &[T]) -> f64 {
     let weight = |log: &T| (logit.as_f64() - log.as_f64()).exp();
     log_normalizer.iter().zip(means).map(|(log, mean)| weight(log) * mean.as_f64()).sum()
 }
