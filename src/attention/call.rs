@@ -93,7 +93,8 @@ impl<'a, T> Head<'a, T> {
     /// pass; other kernels, and streams, report [`Error::Unsupported`].
     ///
     /// ```
-    /// use dijiang::{Attention, ForwardRecord, Head, HeadGradient, Mask, Scratch, SoftmaxAttention};
+    /// use dijiang::{Attention, Mask, Scratch, SoftmaxAttention};
+    /// use dijiang::{ForwardRecord, Head, HeadGradient};
     /// use ndarray::{Array2, Array3};
     ///
     /// let (kernel, mut scratch) = (SoftmaxAttention::<f32>::new(8)?, Scratch::new());

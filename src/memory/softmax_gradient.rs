@@ -241,7 +241,8 @@ fn sum_over_queries<T: Scalar>(
     }
 }
 
-/// `sums_t = Σ_j weights_jt·rows_j` for every query, over the keys that it sees; added unless `set`.
+/// `sums_t = Σ_j weights_jt·rows_j` for every query, over the keys that it sees; added unless
+/// `set`.
 fn sum_over_keys<T: Scalar>(
     seen: Seen,
     weights: &[T],

@@ -410,6 +410,24 @@ fn huge_and_tiny_numbers() {
     }
 }
 
+/// Blocks of queries with cotangents of very different size keep the digits of their gradients.
+#[test]
+fn tiny_cotangents_beside_large_ones() {
+    let kernel = SoftmaxAttention::<f32>::new(16).unwrap();
+    let plain = Input::new(1, [150, 150], [16, 9], 3);
+    let mut mixed = plain.clone();
+    let factor = 2.0_f64.powi(-110);
+    mixed.d_out.slice_mut(s![.., 64.., ..]).mapv_inplace(|x| x * factor);
+    for mask in [Mask::Causal, Mask::Full] {
+        let [plain, mixed] =
+            [&plain, &mixed].map(|input| backward(&kernel, input, mask, PLAIN).unwrap());
+        for (plain, mixed) in plain.q.iter().zip(&mixed.q).skip(64 * 16) {
+            let error = (f64::from(*mixed) / factor - f64::from(*plain)).abs();
+            assert!(error < 1e-6, "{mask:?}: {error:e}");
+        }
+    }
+}
+
 #[test]
 fn scores_of_any_size() {
     for size in [5.0, 20.0, 1e3] {

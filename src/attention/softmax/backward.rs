@@ -92,11 +92,9 @@ impl<T: Scalar> SoftmaxAttention<T> {
         let group = head.group_len();
         let HeadGradient { q, k, v, d_out, record, d_q, d_k, d_v, d_parameters, .. } = head;
         let key_values = [*k, *v];
-        let [unit_of_k, unit_of_v] = key_values.map(Unit::of);
+        let units = key_values.map(Unit::of);
         for g in 0..group {
             let [q, d_out] = [&*q, &*d_out].map(|x| x.index_axis(Axis(0), g));
-            let units =
-                Units { q: Unit::of(q), k: unit_of_k, v: unit_of_v, d_out: Unit::of(d_out) };
             let one = QueryHead {
                 q,
                 d_out,
@@ -111,8 +109,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
             let d_sink = one.add_gradients(key_values, d_q, [&mut *d_k, &mut *d_v], scratch)?;
             if let Some(d) = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS)) {
                 let of_head = if d.len() > 1 { g } else { 0 };
-                let [first, second] = product::<T>(1.0, &[units.d_out, units.v]);
-                let d_sink = T::from_f64(d_sink) * first * second;
+                let d_sink = T::from_f64(d_sink);
                 d.iter_mut().skip(of_head).take(1).for_each(|d| *d += d_sink);
             }
         }
@@ -125,7 +122,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
 struct QueryHead<'a, T> {
     q: ArrayView2<'a, T>,
     d_out: ArrayView2<'a, T>,
-    units: Units,
+    /// Those of keys and values.
+    units: [Unit; 2],
     /// How it scores, and its learned sink.
     options: (Scoring<T>, Option<T>),
     is_causal: bool,
@@ -134,8 +132,7 @@ struct QueryHead<'a, T> {
 }
 
 impl<T: Scalar> QueryHead<'_, T> {
-    /// Adds the gradients by queries, keys and values; that by the logit of the sink, in the units
-    /// of cotangents and values.
+    /// Adds the gradients by queries, keys and values; that by the logit of the sink.
     fn add_gradients(
         &self,
         [k, v]: [ArrayView2<'_, T>; 2],
@@ -143,7 +140,7 @@ impl<T: Scalar> QueryHead<'_, T> {
         [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
         BackwardScratch { tile, again }: &mut BackwardScratch<T>,
     ) -> Result<f64, Error> {
-        let Self { q, d_out, units, options, is_causal, record } = self;
+        let Self { q, d_out, units: [k_unit, v_unit], options, is_causal, record } = self;
         let (scoring, sink_logit) = *options;
         let (n, mut d_sink) = (q.nrows(), 0.0);
         for start in (0..n).step_by(QUERY_BLOCK) {
@@ -157,11 +154,15 @@ impl<T: Scalar> QueryHead<'_, T> {
                 again.answer(q, KeyValues::Wide(k, v), *options, first, start)?
             };
             let answered = Answered { q, out, log_normalizer, first };
-            let d_out = (rows(*d_out, block.clone()), *units);
+            let d_out = rows(*d_out, block.clone());
+            let units = Units { q: Unit::of(q), k: *k_unit, v: *v_unit, d_out: Unit::of(d_out) };
             let d_q = rows_mut(d_q.view_mut(), block);
+            let d_out = (d_out, units);
             add_gradients(answered, [k, v], scoring, d_out, d_q, [&mut *d_k, &mut *d_v], tile);
             if let Some(logit) = sink_logit {
-                d_sink -= weight_of_sink(logit, log_normalizer, tile.means());
+                let [first, second] = product::<f64>(1.0, &[units.d_out, units.v]);
+                let sum = weight_of_sink(logit, log_normalizer, tile.means());
+                d_sink -= sum * first * second;
             }
         }
         Ok(d_sink)
