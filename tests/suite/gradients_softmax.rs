@@ -674,24 +674,25 @@ fn only_softmax_gives_log_normalizers() {
     assert!(matches!(error, Err(Error::Shape { which: "log_normalizer", .. })));
 }
 
-/// The logarithms of the normalisers that a forward pass gives.
+/// The logarithms of the normalisers that a forward pass gives, of so many tokens that threads take
+/// part where they may.
 #[test]
 fn log_normalizers_of_the_forward_pass() {
     for chosen in Chosen::all(2) {
         for mask in [Mask::Causal, Mask::Full] {
-            let input = Input::new(2, [150, 150], [9, 4], 2);
+            let input = Input::new(2, [600, 600], [9, 4], 2);
             let Input { q, k, v, d_out } = &input;
             let mut out = Array3::zeros(d_out.dim());
-            let mut logs = Array2::from_elem((2, 150), f64::NAN);
+            let mut logs = Array2::from_elem((2, 600), f64::NAN);
             let kernel = chosen.kernel::<f64>(9);
             let head = Head::group(q.view(), k.view(), v.view(), out.view_mut());
             let mut heads = [head.with_log_normalizer(logs.view_mut())];
             kernel.forward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
             for g in 0..2 {
                 let of_head = |list: &[f64]| list.get(g).or(list.first()).copied();
-                for t in [0, 1, 64, 149] {
+                for t in [0, 1, 64, 149, 599] {
                     let scale = chosen.scale.unwrap_or(1.0 / 3.0);
-                    let seen = if mask == Mask::Causal { t + 1 } else { 150 };
+                    let seen = if mask == Mask::Causal { t + 1 } else { 600 };
                     let score = |j: usize| {
                         let product = scale * q.index_axis(Axis(0), g).row(t).dot(&k.row(j));
                         let score = chosen.soft_cap.map_or(product, |c| c * (product / c).tanh());
