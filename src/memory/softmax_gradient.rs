@@ -186,9 +186,9 @@ pub(crate) fn add_gradients<T: Scalar>(
     }
 }
 
-/// Scores become weights, and `d_scores` the gradients by scores: of values by rows, of cotangents
-/// as columns, each with their number or their columns, and with logarithms of normalisers and
-/// means of the queries.
+/// `scores` become weights, and `d_scores` the gradients by scores. Values are rows, `value_stride`
+/// apart; cotangents `[value_dim, width]` are columns, and so are the logarithms of normalisers to
+/// base 2 and the means.
 fn weigh<T: Scalar>(
     seen: Seen,
     (values, value_stride): (&[T], usize),
