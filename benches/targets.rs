@@ -7,11 +7,12 @@
 //!
 //! The unit is the peak of this run: the best GFLOP/s among matrix products of several sizes, of
 //! this crate and of `ndarray`. Name tables to run only these: `forward`, `decode`, `maps`,
-//! `crossover`, `decay`, `hybrids`, `layers`, `formats`, `threads`. `--strict` turns a missed
-//! target into a failing exit code; `--quick` (or `--test`) runs one short round.
+//! `crossover`, `decay`, `hybrids`, `layers`, `formats`, `gradients`, `threads`. `--strict` turns a
+//! missed target into a failing exit code; `--quick` (or `--test`) runs one short round.
 
 mod decay;
 mod formats;
+mod gradients;
 mod hybrids;
 mod layers;
 mod oracle;
@@ -275,7 +276,7 @@ fn main() -> ExitCode {
     let longest = if quick { 2048 } else { 8192 };
     let input = Input::<f32>::new(longest);
     let tables = ["forward", "decode", "maps", "crossover", "decay", "hybrids", "layers"];
-    let named = tables.into_iter().chain(["formats", "threads"]).any(has);
+    let named = tables.into_iter().chain(["formats", "gradients", "threads"]).any(has);
     let wanted = |table: &str| !named || has(table);
     if wanted("forward") {
         whole_sequences(
@@ -308,6 +309,9 @@ fn main() -> ExitCode {
     }
     if wanted("formats") {
         formats::formats(rounds, quick, &mut targets);
+    }
+    if wanted("gradients") {
+        gradients::gradients(rounds, quick, &mut targets);
     }
     #[cfg(feature = "rayon")]
     if wanted("threads") {

@@ -103,8 +103,9 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// - [`Error::Overflow`], [`Error::Normalizer`]: finite input led out of the range of `T`;
     /// - [`Error::InvalidOption`]: an option of the kernel cannot be used, such as a scale that is
     ///   not positive, or a log decay is positive or NaN;
-    /// - [`Error::Unsupported`]: the kernel has no such mask, or log decays are missing or not
-    ///   expected.
+    /// - [`Error::Unsupported`]: the kernel has no such mask, log decays are missing or not
+    ///   expected, or the kernel does not give the
+    ///   [logarithms of normalisers](Head::with_log_normalizer) that are asked for.
     ///
     /// After an error the content of the outputs is unspecified.
     fn forward_heads(

@@ -9,7 +9,7 @@
 
 pub(crate) mod buffer;
 pub(crate) mod compiled;
-pub(crate) mod gradient;
+pub(crate) mod gradients;
 pub(crate) mod loops;
 pub(crate) mod packed;
 pub(crate) mod row_dct;

@@ -10,8 +10,11 @@ pub(crate) mod packed;
 pub(crate) mod packed_softmax;
 pub(crate) mod partial;
 pub(crate) mod row_code;
+pub(crate) mod score_tile;
 pub(crate) mod scoring;
 pub(crate) mod slots;
+pub(crate) mod softmax_gradient;
+pub(crate) mod unit;
 
 use crate::error::Error;
 use crate::memory::partial::Partial;

@@ -1,4 +1,4 @@
-//! A decode loop and a steady forward pass allocate nothing.
+//! A decode loop, and steady forward and backward passes, allocate nothing.
 
 #[path = "suite/common/mod.rs"]
 mod common;
@@ -6,11 +6,11 @@ mod common;
 use common::normal;
 use dijiang::{
     Attention, Calibration, CalibrationOptions, CosFormer, DctFeatures, EluFeatures, Far,
-    FeatureMap, FixedGates, Head, HybridAttention, IdentityFeatures, LinearAttention, Linformer,
-    Mask, Merged, MultiHead, OfficialDijiang, Performer, Radii, Retention, Rotary, RotaryAttention,
-    Scratch, SoftmaxAttention, StateFormat, TaylorFeatures,
+    FeatureMap, FixedGates, ForwardRecord, Head, HeadGradient, HybridAttention, IdentityFeatures,
+    LinearAttention, Linformer, Mask, Merged, MultiHead, OfficialDijiang, Performer, Radii,
+    Retention, Rotary, RotaryAttention, Scratch, SoftmaxAttention, StateFormat, TaylorFeatures,
 };
-use ndarray::{Array1, Array2, Array4, s};
+use ndarray::{Array1, Array2, Array3, Array4, Axis, s};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -107,6 +107,37 @@ fn check_masks(name: &str, kernel: &dyn Attention<f32>, d: usize, grows: bool, m
     assert_eq!(count, 0, "{name}: a prefill allocates");
 }
 
+/// Several backward passes in the same memory, with and without what a forward pass gave.
+fn check_backward(name: &str, kernel: &dyn Attention<f32>, d: usize) {
+    let [q, k, v, d_out] =
+        [1, 2, 3, 4].map(|seed| normal::<f32>(300, if seed < 3 { d } else { 20 }, 0.5, seed));
+    let (mut out, mut logs) = (Array3::zeros((1, 300, 20)), Array2::zeros((1, 300)));
+    let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| Array2::zeros(x.dim()));
+    let mut scratch = Scratch::new();
+    for mask in [Mask::Causal, Mask::Full] {
+        let mut backward = |n: usize, has_record: bool| {
+            let rows = s![..n, ..];
+            let [q, k, v] = [&q, &k, &v].map(|x| x.slice(rows));
+            let (mut out, mut logs) = (out.slice_mut(s![.., ..n, ..]), logs.slice_mut(s![.., ..n]));
+            let d = [&mut d_q, &mut d_k, &mut d_v].map(|x| x.slice_mut(rows));
+            let mut head = HeadGradient::new([q, k, v], d_out.slice(rows), d);
+            if has_record {
+                let forward = Head::new(q, k, v, out.index_axis_mut(Axis(0), 0));
+                let mut heads = [forward.with_log_normalizer(logs.view_mut())];
+                kernel.forward_heads(&mut heads, mask, &mut scratch).unwrap();
+                let (out, log_normalizer) = (out.view(), logs.view());
+                head = head.with_record(ForwardRecord { out, log_normalizer });
+            }
+            kernel.backward_heads(&mut [head], mask, &mut scratch).unwrap();
+        };
+        let calls = [(300, false), (300, true), (1, false), (70, true)];
+        calls.into_iter().for_each(|(n, has_record)| backward(n, has_record));
+        let again = calls.into_iter().rev();
+        let count = allocations(|| again.for_each(|(n, has_record)| backward(n, has_record)));
+        assert_eq!(count, 0, "{name}, {mask:?}: a steady backward pass allocates");
+    }
+}
+
 /// A cache has room for more tokens than it holds.
 fn check_cache(kernel: &dyn Attention<f32>, d: usize) {
     let [q, k, v] = [1, 2, 3].map(|seed| normal::<f32>(100, d, 0.5, seed));
@@ -129,7 +160,11 @@ fn steady_calls_allocate_nothing() {
             let d = map.head_dim();
             check_kernel(&format!("map {i}, d = {d}"), &LinearAttention::new(map), d, false);
         }
-        check_kernel("softmax", &SoftmaxAttention::new(d).unwrap(), d, true);
+        let softmax = SoftmaxAttention::new(d).unwrap();
+        check_kernel("softmax", &softmax, d, true);
+        check_backward("softmax", &softmax, d);
+        let capped = softmax.with_soft_cap(3.0).unwrap().with_sink_logit(0.5).unwrap();
+        check_backward("capped softmax with a sink", &capped, d);
         for format in [StateFormat::Bf16, StateFormat::Q8] {
             let softmax = SoftmaxAttention::new(d).unwrap().with_state_format(format);
             check_kernel(&format!("softmax {format:?}"), &softmax, d, true);

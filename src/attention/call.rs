@@ -42,6 +42,9 @@ pub struct Head<'a, T> {
     pub probes: usize,
     /// Outputs `[group, n_q, d_v]`, written over whatever they held.
     pub out: ArrayViewMut3<'a, T>,
+    /// Where the natural logarithms of the sums of the weights go, `[group, n_q]`, if they are
+    /// asked for: [`with_log_normalizer`](Self::with_log_normalizer).
+    pub log_normalizer: Option<ArrayViewMut2<'a, T>>,
 }
 
 impl<'a, T> Head<'a, T> {
@@ -67,7 +70,7 @@ impl<'a, T> Head<'a, T> {
         v: ArrayView2<'a, T>,
         out: ArrayViewMut3<'a, T>,
     ) -> Self {
-        Self { q, k, v, log_decay: None, probes: 0, out }
+        Self { q, k, v, log_decay: None, probes: 0, out, log_normalizer: None }
     }
 
     /// Brings the log decays of the tokens, `[n_k, 1 or num_features]`.
@@ -82,11 +85,54 @@ impl<'a, T> Head<'a, T> {
         Self { probes, ..self }
     }
 
+    /// Asks for the natural logarithms of the sums of the weights, `[group, n_q]`, those of learned
+    /// sinks included. With them and the outputs, a backward pass computes nothing of the forward
+    /// pass again ([`ForwardRecord`](crate::ForwardRecord)).
+    ///
+    /// [`SoftmaxAttention`](crate::SoftmaxAttention) and what is built of it give them in a forward
+    /// pass; other kernels, and streams, report [`Error::Unsupported`].
+    ///
+    /// ```
+    /// use dijiang::{Attention, Mask, Scratch, SoftmaxAttention};
+    /// use dijiang::{ForwardRecord, Head, HeadGradient};
+    /// use ndarray::{Array2, Array3};
+    ///
+    /// let (kernel, mut scratch) = (SoftmaxAttention::<f32>::new(8)?, Scratch::new());
+    /// let x = Array2::from_shape_fn((20, 8), |(t, c)| ((t * 8 + c) as f32).sin());
+    /// let (mut out, mut log_normalizer) = (Array3::zeros((1, 20, 8)), Array2::zeros((1, 20)));
+    /// let q = x.view().insert_axis(ndarray::Axis(0));
+    /// let head = Head::group(q, x.view(), x.view(), out.view_mut());
+    /// let mut heads = [head.with_log_normalizer(log_normalizer.view_mut())];
+    /// kernel.forward_heads(&mut heads, Mask::Causal, &mut scratch)?;
+    /// // the first query sees one key only
+    /// assert!((log_normalizer[[0, 0]] - x.row(0).dot(&x.row(0)) / 8_f32.sqrt()).abs() < 1e-5);
+    ///
+    /// let d_out = Array2::ones((20, 8)); // the loss is the sum of all outputs
+    /// let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| Array2::zeros((20, 8)));
+    /// let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+    /// let head = HeadGradient::new([x.view(), x.view(), x.view()], d_out.view(), d);
+    /// let record = ForwardRecord { out: out.view(), log_normalizer: log_normalizer.view() };
+    /// kernel.backward_heads(&mut [head.with_record(record)], Mask::Causal, &mut scratch)?;
+    /// assert!((d_v.sum() - 160.0).abs() < 1e-3); // each query hands on a weight of one in all
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_log_normalizer(self, log_normalizer: ArrayViewMut2<'a, T>) -> Self {
+        Self { log_normalizer: Some(log_normalizer), ..self }
+    }
+
     /// The same head, borrowed for a shorter time.
     #[inline]
     pub fn reborrow(&mut self) -> Head<'_, T> {
-        let Self { q, k, v, log_decay, probes, out } = self;
-        Head { q: *q, k: *k, v: *v, log_decay: *log_decay, probes: *probes, out: out.view_mut() }
+        Head {
+            q: self.q,
+            k: self.k,
+            v: self.v,
+            log_decay: self.log_decay,
+            probes: self.probes,
+            out: self.out.view_mut(),
+            log_normalizer: self.log_normalizer.as_mut().map(|x| x.view_mut()),
+        }
     }
 
     /// Query heads.
@@ -157,6 +203,10 @@ impl<T: Scalar> Head<'_, T> {
     }
 
     fn check_sizes(&self, head_dim: usize) -> Result<(), Error> {
+        if let Some(log_normalizer) = &self.log_normalizer {
+            check::size("log_normalizer", "heads", self.group_len(), log_normalizer.nrows())?;
+            check::size("log_normalizer", "rows", self.queries(), log_normalizer.ncols())?;
+        }
         check::size("out", "heads", self.group_len(), self.out.len_of(Axis(0)))?;
         check::size("q", "columns", head_dim, self.q.len_of(Axis(2)))?;
         check::size("k", "columns", head_dim, self.k.ncols())?;
@@ -182,6 +232,16 @@ impl<T: Scalar> Head<'_, T> {
     pub fn check_not_gated(&self) -> Result<(), Error> {
         if self.log_decay.is_some() { Err(NOT_GATED) } else { Ok(()) }
     }
+
+    /// Refuses to give the logarithms of the sums of the weights, for kernels that do not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] if they are asked for.
+    #[inline]
+    pub fn check_no_log_normalizer(&self) -> Result<(), Error> {
+        if self.log_normalizer.is_some() { Err(NO_LOG_NORMALIZER) } else { Ok(()) }
+    }
 }
 
 /// The only head of a call, for streams of one head of keys and values.
@@ -201,6 +261,11 @@ pub(crate) fn one_head<'b, 'a, T>(
 pub(crate) const NOT_GATED: Error = Error::Unsupported {
     what: "a log decay of each token",
     why: "this kernel is not one of `LinearAttention::gated`",
+};
+
+pub(crate) const NO_LOG_NORMALIZER: Error = Error::Unsupported {
+    what: "the logarithms of the sums of the weights",
+    why: "only a forward pass of `SoftmaxAttention`, and of what is built of it, gives them",
 };
 
 pub(crate) const NO_FULL_DECAY: Error = Error::Unsupported {

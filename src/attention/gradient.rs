@@ -66,7 +66,8 @@ pub struct HeadGradient<'a, T> {
     pub d_parameters: Option<&'a mut Parameters<T>>,
 }
 
-/// What a forward pass gave, so that a backward pass need not compute it again.
+/// What a forward pass of the same kernel gave for the same arguments, so that a backward pass need
+/// not compute it again. Gradients are wrong where it is that of others.
 ///
 /// Exact softmax then leaves out its first pass over the scores. Linear attention needs neither:
 /// it gets both on the way, for less than reading them would cost.

@@ -158,6 +158,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
     ) -> Result<(), Error> {
         for head in &*heads {
             head.check_not_gated()?;
+            head.check_no_log_normalizer()?;
             head.check_forward(self.config.head_dim, mask)?;
             self.config.check_group(head.group_len())?;
             head.check_finite()?;
@@ -169,7 +170,7 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             }
             // every query head begins with an empty state
             heads.iter_mut().try_for_each(|head| {
-                let Head { q, k, v, log_decay, probes, out } = head;
+                let Head { q, k, v, log_decay, probes, out, .. } = head;
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let head = Head {

@@ -309,6 +309,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         scratch.with_part(|part: &mut LinearScratch<T>, _| {
             part.work.set_threads(threads.are_several());
             heads.iter_mut().try_for_each(|head| {
+                head.check_no_log_normalizer()?;
                 head.check_forward(self.map.head_dim(), mask)?;
                 self.forward_head(head, mask, part)
             })

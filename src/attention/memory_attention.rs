@@ -166,6 +166,7 @@ impl<T: Scalar> Attention<T> for MemoryAttention<T> {
     ) -> Result<(), Error> {
         heads.iter_mut().try_for_each(|head| {
             head.check_not_gated()?;
+            head.check_no_log_normalizer()?;
             head.check_forward(self.head_dim, mask)?;
             head.check_finite()?;
             let mut memory = (self.make)(head.v.ncols())?;
@@ -231,6 +232,7 @@ impl<T: Scalar> Stream<T> for MemoryStream<T> {
         let head = one_head(heads)?;
         let StreamOptions { value_dim, group, .. } = self.options;
         head.check_not_gated()?;
+        head.check_no_log_normalizer()?;
         head.check_extend(self.head_dim, value_dim, group)?;
         head.check_finite()?;
         let mut memory = self.memory.clone();

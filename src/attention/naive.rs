@@ -16,6 +16,7 @@
 //! | [`received`] | merged entries that are weighted by the attention received |
 //! | [`options`] | soft caps, linear biases, learned sinks |
 //! | [`formats`] | states in fewer bits |
+//! | [`gradient`] | what a loss by outputs hands back to arguments |
 //! | [`block`] | the attention block of the released DiJiang models |
 //!
 //! # Notation
@@ -35,6 +36,7 @@
 pub mod block;
 pub mod features;
 pub mod formats;
+pub mod gradient;
 pub mod hybrid;
 pub mod linear;
 pub mod merged;

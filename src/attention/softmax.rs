@@ -1,13 +1,15 @@
 //! Softmax attention: exact, tiled, the reference for everything else.
 
 mod answer;
+mod backward;
 pub(crate) mod options;
 
 use crate::attention::call::{Head, one_head};
 use crate::attention::fingerprint::Fingerprint;
+use crate::attention::gradient::HeadGradient;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
-use crate::attention::softmax::answer::{answer, answer_group, key_values};
+use crate::attention::softmax::answer::{Outputs, answer, answer_group, key_values};
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::attention::threads::Threads;
@@ -22,6 +24,7 @@ use crate::memory::key_values::KeyValues;
 use crate::memory::online_softmax::Tile;
 use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
 use ndarray::{Array2, ArrayView2, Axis};
@@ -55,11 +58,14 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
                 head.check_forward(self.head_dim, mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
-                let Head { q, k, v, out, .. } = head;
+                let Head { q, k, v, out, log_normalizer, .. } = head;
                 let tokens = key_values(self.format, *k, *v, packed);
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
-                    answer(q, tokens, self.of_head(scoring, g), first, out, threads, tile)
+                    let log_normalizer =
+                        log_normalizer.as_mut().map(|x| x.index_axis_mut(Axis(0), g));
+                    let to = Outputs { out, log_normalizer };
+                    answer(q, tokens, self.of_head(scoring, g), first, to, threads, tile)
                 })
             })
         })
@@ -99,6 +105,25 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 
     fn sharing(&self) -> Sharing {
         if self.differs_by_head() { Sharing::Group } else { Sharing::Head }
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        scratch.with_part(|part, _| {
+            heads.iter_mut().try_for_each(|head| self.backward_head(head, mask, part))
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.numbers()
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        Ok(Box::new(self.with_numbers(parameters)?))
     }
 
     fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {
@@ -159,6 +184,7 @@ impl<T: Scalar> SoftmaxStream<T> {
     fn check(&self, head: &Head<'_, T>) -> Result<(), Error> {
         let (head_dim, value_dim) = self.cache.dims();
         head.check_not_gated()?;
+        head.check_no_log_normalizer()?;
         head.check_extend(head_dim, value_dim, self.group)
     }
 
@@ -194,7 +220,8 @@ impl<T: Scalar> SoftmaxStream<T> {
             tokens => {
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
-                    answer(q, tokens, options(g), Some(before), out, *threads, tile)
+                    let to = Outputs { out, log_normalizer: None };
+                    answer(q, tokens, options(g), Some(before), to, *threads, tile)
                 })
             }
         };

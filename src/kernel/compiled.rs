@@ -5,7 +5,8 @@
 //! crates that use it only call them.
 
 use crate::kernel::loops::{
-    columns, dct, decay, decode, exp, gradient, packed, pairs, products, reduce, scores, vectors,
+    columns, dct, decay, decode, exp, gradient_columns, gradients, packed, pairs, products, reduce,
+    scores, vectors,
 };
 use crate::kernel::simd::Lanes;
 use crate::kernel::simd::machine::Machine;
@@ -81,14 +82,16 @@ compiled! {
     run_reach: pairs::Reach;
     run_largest_affinities: pairs::LargestAffinities;
     run_receive: pairs::Receive;
-    run_dot_columns: gradient::DotColumns;
-    run_affine_columns: gradient::AffineColumns;
-    run_causal_affine: gradient::CausalAffine;
-    run_add_and_scale_columns: gradient::AddAndScaleColumns;
-    run_add_rows: gradient::AddRows;
-    run_add_exponential_rows: gradient::AddExponentialRows;
+    run_dot_columns: gradient_columns::DotColumns;
+    run_affine_columns: gradient_columns::AffineColumns;
+    run_causal_affine: gradient_columns::CausalAffine;
+    run_add_and_scale_columns: gradient_columns::AddAndScaleColumns;
+    run_add_exponential_rows: gradient_columns::AddExponentialRows;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
+    run_softmax_gradient: gradients::SoftmaxGradient;
+    run_soft_cap_gradient: gradients::SoftCapGradient;
+    run_add_rows: gradients::AddRows;
     run_scores_of_bytes: packed::ScoresOfBytes;
     run_scores_of_bf16: packed::ScoresOfBf16;
     run_sums_of_bytes: packed::SumsOfBytes;

@@ -8,6 +8,7 @@ use crate::memory::answer::{Answer, in_range};
 use crate::memory::key_values::{KeyValues, contiguous};
 use crate::memory::packed::Packed;
 use crate::memory::packed_softmax::PackedSoftmax;
+use crate::memory::score_tile::{ScoreTile, Seen, count_up};
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views;
@@ -22,10 +23,6 @@ const KEY_BLOCK_OF_ONE: usize = 512;
 
 /// Packed tokens are read by up to so many queries as they are, and tile by tile unpacked for more.
 const FEW_QUERIES: usize = 16;
-
-/// Where the mask cuts through a tile, keys and queries go in blocks of this many, so that little
-/// of the masked half is computed.
-const MASK_BLOCK: usize = 16;
 
 /// Working memory of [`online_softmax`]: the queries of a block, the scores of one tile, copies of
 /// its keys and values where their rows are not contiguous. Never an n × n array.
@@ -180,8 +177,9 @@ fn online_softmax<T: Scalar>(
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
             let offset = first.map(|first| first.cast_signed() - start.cast_signed());
-            let last = keys - 1 - start;
-            score(k, queries, d, width, offset, last, scoring, positions, scores);
+            let seen = Seen { offset, keys: count, queries: n, width };
+            let scores_of = ScoreTile { k, ldk: d, d, queries, last: keys - 1 - start, positions };
+            scores_of.write(scoring, seen, scores, None);
             let changed = kernel::online_softmax(
                 scores,
                 &mut answer.log_scale,
@@ -194,7 +192,7 @@ fn online_softmax<T: Scalar>(
             if share != T::one() {
                 kernel::scale(scores, share);
             }
-            add_values(scores, v, n, width, stride, offset, start == 0, &mut answer.numerator);
+            add_values(scores, v, seen, stride, start == 0, &mut answer.numerator);
         }
     }
     if keys == 0 {
@@ -213,112 +211,27 @@ fn to_natural_units<T: Scalar>(answer: &mut Answer<T>, share: T) {
     }
 }
 
-/// Writes 0, 1, 2, .. up to `count` numbers.
-#[allow(clippy::cast_precision_loss)] // sizes of tiles
-fn count_up<T: Scalar>(positions: &mut Buffer<T>, count: usize) {
-    positions.resize(count);
-    positions.iter_mut().enumerate().for_each(|(i, position)| *position = T::from_f64(i as f64));
-}
-
-/// Scores of a tile `[keys, width]`; −∞ where the mask hides the key. `last_key` is the last key
-/// that any query sees, counted from the first of the tile.
-#[allow(
-    clippy::too_many_arguments,
-    clippy::cast_sign_loss,
-    clippy::cast_possible_wrap,
-    clippy::cast_precision_loss
-)]
-fn score<T: Scalar>(
-    k: &[T],
-    queries: &[T],
-    d: usize,
-    width: usize,
-    offset: Option<isize>,
-    last_key: usize,
-    scoring: Scoring<T>,
-    positions: &[T],
-    scores: &mut [T],
-) {
-    let count = scores.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
-    let step = if all_seen { count } else { MASK_BLOCK };
-    for first in (0..count).step_by(step) {
-        let last = count.min(first + step);
-        // the first query that sees the first key of the block, down to a whole vector
-        let seen_by = |key: usize| {
-            offset
-                .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
-                .min(width)
-        };
-        let from = seen_by(first) / T::PAD * T::PAD;
-        let rows = &mut scores[first * width..last * width];
-        if from < width {
-            Product {
-                m: last - first,
-                n: width - from,
-                k: d,
-                a: Matrix::rows(&k[first * d..], d),
-                b: &queries[from..],
-                ldb: width,
-                c: &mut rows[from..],
-                ldc: width,
-                into: Epilogue::Set,
-            }
-            .run();
-            if let Some(cap) = scoring.soft_cap {
-                rows.chunks_exact_mut(width).for_each(|row| cap.apply(&mut row[from..]));
-            }
-            if let Some(slope) = scoring.slope {
-                for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
-                    // minus the distance: of query t it is t + offset − key, or last_key − key
-                    let (of_0, step) = match offset {
-                        Some(offset) => (key.cast_signed() - offset, -T::one()),
-                        None => (key.cast_signed() - last_key.cast_signed(), T::zero()),
-                    };
-                    let line = [T::from_f64(of_0 as f64), step];
-                    kernel::add_distances(&mut row[from..], &positions[from..], line, slope);
-                }
-            }
-        }
-        if !all_seen {
-            for (key, row) in (first..last).zip(rows.chunks_exact_mut(width)) {
-                row[..seen_by(key)].fill(T::neg_infinity());
-            }
-        }
-    }
-}
-
 /// Adds the weighted values of a tile.
-#[allow(clippy::too_many_arguments, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
 fn add_values<T: Scalar>(
     weights: &[T],
     v: &[T],
-    n: usize,
-    width: usize,
+    seen: Seen,
     stride: usize,
-    offset: Option<isize>,
     set: bool,
     numerator: &mut [T],
 ) {
-    let count = weights.len() / width;
-    let all_seen = offset.is_none_or(|offset| offset + 1 >= count.cast_signed());
-    let step = if all_seen { n } else { MASK_BLOCK };
-    for first in (0..n).step_by(step) {
-        let last = n.min(first + step);
-        let seen = offset.map_or(count, |offset| {
-            (offset + last.cast_signed()).clamp(0, count.cast_signed()).cast_unsigned()
-        });
-        if seen == 0 && !set {
+    for (queries, keys) in seen.query_blocks() {
+        if keys == 0 && !set {
             continue;
         }
         Product {
-            m: last - first,
+            m: queries.len(),
             n: stride,
-            k: seen,
-            a: Matrix::columns(&weights[first..], width),
+            k: keys,
+            a: Matrix::columns(&weights[queries.start..], seen.width),
             b: v,
             ldb: stride,
-            c: &mut numerator[first * stride..],
+            c: &mut numerator[queries.start * stride..],
             ldc: stride,
             into: if set { Epilogue::Set } else { Epilogue::Add },
         }

@@ -36,6 +36,12 @@ impl<T: Scalar> SoftCap<T> {
     pub(crate) fn apply(self, scores: &mut [T]) {
         kernel::soft_cap(scores, self.limit, self.factor);
     }
+
+    /// Gradients by capped scores become those by what they are before the cap, `scores` to
+    /// base 2.
+    pub(crate) fn hand_on(self, scores: &[T], gradients: &mut [T]) {
+        kernel::gradients::soft_cap_gradient(scores, self.factor, gradients);
+    }
 }
 
 /// `scale·q·k`, softly capped, minus `slope` times the distance of the tokens.

@@ -117,6 +117,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
             probes: 0,
             out,
+            log_normalizer: None,
         }
     }
 

@@ -42,6 +42,7 @@ impl<T: Scalar> HybridStream<T> {
         check::size("q", "kv heads", self.options.heads, heads.len())?;
         for head in heads {
             head.check_not_gated()?;
+            head.check_no_log_normalizer()?;
             head.check_extend(self.config.head_dim, value_dim, group)?;
         }
         heads.iter().try_for_each(Head::check_finite)

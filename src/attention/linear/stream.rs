@@ -85,6 +85,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> LinearStream<T, F> {
     }
 
     fn check(&self, head: &Head<'_, T>) -> Result<(), Error> {
+        head.check_no_log_normalizer()?;
         head.check_extend(self.memory.head_dim(), self.memory.value_dim(), self.group)?;
         let decay = self.decay.as_ref().map_err(Error::clone)?.as_deref();
         check_gates(decay, self.memory.num_features(), head)

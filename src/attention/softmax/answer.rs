@@ -11,8 +11,8 @@ use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
-use crate::views::{rows, rows_mut};
-use ndarray::{ArrayView2, ArrayViewMut2};
+use crate::views::rows;
+use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
 
 /// With fewer scores than this, one thread answers.
 #[cfg(feature = "rayon")]
@@ -38,22 +38,51 @@ pub(super) fn answer_group<T: Scalar>(
     })
 }
 
+/// Where the answers to some queries go, `[n, d_v]`, and the natural logarithms of the sums of the
+/// weights, `[n]`, if they are asked for.
+#[derive(Debug)]
+pub(super) struct Outputs<'a, T> {
+    pub(super) out: ArrayViewMut2<'a, T>,
+    pub(super) log_normalizer: Option<ArrayViewMut1<'a, T>>,
+}
+
+impl<T> Outputs<'_, T> {
+    /// The first `n`, and the rest.
+    fn split_at(self, n: usize) -> (Self, Self) {
+        let (out, out_rest) = self.out.split_at(Axis(0), n);
+        let (log_normalizer, rest) = match self.log_normalizer {
+            Some(all) => {
+                let (log_normalizer, rest) = all.split_at(Axis(0), n);
+                (Some(log_normalizer), Some(rest))
+            }
+            None => (None, None),
+        };
+        (Self { out, log_normalizer }, Self { out: out_rest, log_normalizer: rest })
+    }
+}
+
 /// Answers the queries of a block, with a learned sink if there is one; errors count rows from
 /// `row`.
-fn answer_block<T: Scalar>(
+pub(super) fn answer_block<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
     (scoring, sink_logit): (Scoring<T>, Option<T>),
     first: Option<usize>,
     row: usize,
-    mut out: ArrayViewMut2<'_, T>,
+    mut to: Outputs<'_, T>,
     tile: &mut Tile<T>,
 ) -> Result<(), Error> {
     online_softmax_in_range(q, key_values, scoring, first, tile, |answer| {
         if let Some(logit) = sink_logit {
             (0..answer.tokens).for_each(|row| _ = answer.add_sink(row, logit));
         }
-        answer.write(row, Readout::Normalized, out.view_mut())
+        if let Some(log_normalizer) = &mut to.log_normalizer {
+            let sums = answer.log_scale.iter().zip(&*answer.denominator);
+            log_normalizer.iter_mut().zip(sums).for_each(|(to, (&scale, sum))| {
+                *to = scale + sum.ln();
+            });
+        }
+        answer.write(row, Readout::Normalized, to.out.view_mut())
     })
 }
 
@@ -64,7 +93,7 @@ pub(super) fn answer<T: Scalar>(
     key_values: KeyValues<'_, T>,
     options: (Scoring<T>, Option<T>),
     first: Option<usize>,
-    mut out: ArrayViewMut2<'_, T>,
+    to: Outputs<'_, T>,
     #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
     tile: &mut Tile<T>,
 ) -> Result<(), Error> {
@@ -76,22 +105,30 @@ pub(super) fn answer<T: Scalar>(
         && rayon::current_num_threads() > 1
     {
         use rayon::prelude::*;
-        let blocks: Vec<_> = out.axis_chunks_iter_mut(ndarray::Axis(0), QUERY_BLOCK).collect();
+        let (mut blocks, mut rest) = (Vec::new(), to);
+        for start in (0..n).step_by(QUERY_BLOCK) {
+            let (block, after) = rest.split_at(QUERY_BLOCK.min(n - start));
+            blocks.push(block);
+            rest = after;
+        }
         let answered =
-            blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, out)| {
+            blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, to)| {
                 let start = block * QUERY_BLOCK;
                 let q = rows(q, start..n.min(start + QUERY_BLOCK));
                 let first = first.map(|first| first + start);
-                answer_block(q, key_values, options, first, start, out, tile)
+                answer_block(q, key_values, options, first, start, to, tile)
             });
         let results: Vec<_> = answered.collect();
         return results.into_iter().collect();
     }
+    let mut rest = to;
     for start in (0..n).step_by(QUERY_BLOCK) {
-        let end = n.min(start + QUERY_BLOCK);
-        let (q, out) = (rows(q, start..end), rows_mut(out.view_mut(), start..end));
+        let count = QUERY_BLOCK.min(n - start);
+        let (to, after) = rest.split_at(count);
+        rest = after;
         let first = first.map(|first| first + start);
-        answer_block(q, key_values, options, first, start, out, tile)?;
+        let q = rows(q, start..start + count);
+        answer_block(q, key_values, options, first, start, to, tile)?;
     }
     Ok(())
 }

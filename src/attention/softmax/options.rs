@@ -5,10 +5,12 @@ use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::memory::scoring::{Scoring, SoftCap, of_query_head};
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
 use core::f64::consts::LOG2_E;
 use core::marker::PhantomData;
+use ndarray::Array1;
 
 /// Exact softmax attention (Vaswani et al., arXiv 1706.03762, equation 1):
 ///
@@ -145,7 +147,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
     /// group that shares its keys and values: in a layer with grouped-query heads, a kernel for
     /// each kv head ([`MultiHead::per_kv_head`](crate::MultiHead::per_kv_head)).
     ///
-    /// Calls must then be of as many query heads, or they report [`Error::Shape`].
+    /// Calls must then be of as many query heads, or they report [`Error::Shape`]. The logits, one
+    /// or several, are the [parameter](crate::Attention::parameters) `sink_logits`.
     ///
     /// # Errors
     ///
@@ -273,6 +276,26 @@ impl<T: Scalar> SoftmaxAttention<T> {
         (Scoring { slope, ..common }, of_query_head(&self.sink_logits, g).map(T::from_f64))
     }
 
+    /// What can be trained: the logits of learned sinks.
+    pub(super) fn numbers(&self) -> Parameters<T> {
+        if self.sink_logits.is_empty() {
+            return Parameters::new();
+        }
+        let logits = self.sink_logits.iter().map(|&logit| T::from_f64(logit)).collect();
+        Parameters::new().with(SINK_LOGITS, Array1::from_vec(logits).into_dyn())
+    }
+
+    /// The same with other numbers.
+    pub(super) fn with_numbers(&self, parameters: &Parameters<T>) -> Result<Self, Error> {
+        self.numbers().check_names(parameters)?;
+        match parameters.get(SINK_LOGITS) {
+            Some(logits) => {
+                self.clone().with_sink_logits(logits.iter().map(|logit| logit.as_f64()).collect())
+            }
+            None => Ok(self.clone()),
+        }
+    }
+
     /// The score of a query and a key from their product, at positions `t` and `j`.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(super) fn score(&self, product: f64, [t, j]: [usize; 2]) -> f64 {
@@ -292,6 +315,9 @@ impl<T: Scalar> SoftmaxAttention<T> {
         }
     }
 }
+
+/// The name of the logits of learned sinks among the parameters.
+pub(super) const SINK_LOGITS: &str = "sink_logits";
 
 /// 2⁴¹: the longest distance, times log₂e and more.
 const MOST_TOKENS: f64 = 2_199_023_255_552.0;

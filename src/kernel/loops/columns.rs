@@ -8,7 +8,7 @@
 use crate::kernel::simd::{Lanes, Level, Loop};
 
 /// Columns that are worked on at once, in vectors.
-pub(super) const STRIP: usize = 4;
+pub(crate) const STRIP: usize = 4;
 
 /// Calls `work` for every strip of columns, `V` vectors from column `j` on.
 macro_rules! strips {
@@ -29,12 +29,12 @@ pub(super) use strips;
 
 /// `V` vectors of a slice from `j` on.
 #[inline(always)]
-pub(super) fn load<T: Lanes, L: Level, const V: usize>(x: &[T], j: usize) -> [T::V<L>; V] {
+pub(crate) fn load<T: Lanes, L: Level, const V: usize>(x: &[T], j: usize) -> [T::V<L>; V] {
     *T::vectors::<L>(&x[j..j + V * T::lanes::<L>()]).first_chunk().expect("as many vectors")
 }
 
 #[inline(always)]
-pub(super) fn store<T: Lanes, L: Level, const V: usize>(
+pub(crate) fn store<T: Lanes, L: Level, const V: usize>(
     x: &mut [T],
     j: usize,
     values: [T::V<L>; V],

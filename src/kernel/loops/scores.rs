@@ -31,21 +31,40 @@ impl<T: Lanes> Loop for SoftCap<'_, T> {
 
 #[inline(always)]
 fn capped<T: Lanes, L: Level>(level: L, x: T::V<L>, limit: T, factor: T) -> T::V<L> {
-    let number = |x: f64| T::splat(level, T::from(x).unwrap_or_else(T::nan));
-    let splat = |x: T| T::splat(level, x);
-    let t = T::vexp2_minus_1(level, T::vmul(level, T::vabs(level, x), splat(factor)));
-    let below = T::vadd(level, t, number(2.0));
-    let slope = T::vfma(level, below, number(32.0 / 99.0), number(-144.0 / 99.0));
-    let mut reciprocal = T::vfma(level, below, slope, number(210.0 / 99.0));
+    let t = T::vexp2_minus_1(level, T::vmul(level, T::vabs(level, x), T::splat(level, factor)));
+    let reciprocal = reciprocal::<T, L>(level, T::vadd(level, t, number::<T, L>(level, 2.0)));
+    let size = T::vmul(level, T::vmul(level, t, reciprocal), T::splat(level, limit));
+    // 0·x is NaN where a product of queries and keys has left the range
+    T::vfma(level, x, T::splat(level, T::zero()), T::vwith_sign(level, size, x))
+}
+
+/// 1 − tanh²(x/limit) = 4e/(1 + e)² with e = e^{−2|x/limit|}, which keeps its digits where it is
+/// small.
+#[inline(always)]
+pub(crate) fn tanh_slope<T: Lanes, L: Level>(level: L, x: T::V<L>, factor: T) -> T::V<L> {
+    let e = T::vexp2(level, T::vmul(level, T::vabs(level, x), T::splat(level, factor)));
+    let reciprocal = reciprocal::<T, L>(level, T::vadd(level, e, number::<T, L>(level, 1.0)));
+    let half = T::vmul(level, T::vmul(level, e, number::<T, L>(level, 4.0)), reciprocal);
+    T::vfma(level, x, T::splat(level, T::zero()), T::vmul(level, half, reciprocal))
+}
+
+#[inline(always)]
+fn number<T: Lanes, L: Level>(level: L, x: f64) -> T::V<L> {
+    T::splat(level, T::from(x).unwrap_or_else(T::nan))
+}
+
+/// 1/x for x from 1 to 2.
+#[inline(always)]
+fn reciprocal<T: Lanes, L: Level>(level: L, x: T::V<L>) -> T::V<L> {
+    let [square, line, constant] = [32.0 / 99.0, -144.0 / 99.0, 210.0 / 99.0];
+    let slope = T::vfma(level, x, number::<T, L>(level, square), number::<T, L>(level, line));
+    let mut reciprocal = T::vfma(level, x, slope, number::<T, L>(level, constant));
     let steps = if T::epsilon() > T::from(1e-10).unwrap_or_else(T::nan) { 2 } else { 3 };
     for _ in 0..steps {
-        let product = T::vmul(level, below, reciprocal);
-        let error = T::vsub(level, splat(T::one()), product);
+        let error = T::vsub(level, number::<T, L>(level, 1.0), T::vmul(level, x, reciprocal));
         reciprocal = T::vfma(level, reciprocal, error, reciprocal);
     }
-    let size = T::vmul(level, T::vmul(level, t, reciprocal), splat(limit));
-    // 0·x is NaN where a product of queries and keys has left the range
-    T::vfma(level, x, splat(T::zero()), T::vwith_sign(level, size, x))
+    reciprocal
 }
 
 /// `x_t += slope·(first + step·positions_t)`; whole numbers in the brackets are exact.

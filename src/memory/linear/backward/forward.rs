@@ -5,7 +5,7 @@ use crate::check;
 use crate::error::Error;
 use crate::features::Side;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::gradient::{affine_columns, causal_affine, dot_columns, product};
+use crate::kernel::gradients::{affine_columns, causal_affine, dot_columns, product};
 use crate::kernel::loops::products::Matrix;
 use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Readout;
@@ -227,17 +227,9 @@ impl<T: Scalar> Backward<'_, T> {
             let block = first * width..count.min(first + T::PAD) * width;
             causal_affine(&mut d_scores[block], first, inverse, d_normalizer);
         }
-        // blocks of two vectors of queries, or of keys; what the mask hides in them is zero
-        let pair = 2 * T::PAD;
-        for first in (T::PAD..count).step_by(pair) {
-            let rows = first * width..count.min(first + T::PAD) * width;
-            for row in d_scores[rows].chunks_exact_mut(width) {
-                row[first - T::PAD..first].fill(T::zero());
-            }
-        }
-        for first in (0..count).step_by(pair) {
+        for first in (0..count).step_by(T::PAD) {
             let to = &mut d_features[first..];
-            let sizes = [m, pair.min(width - first), count.min(first + pair)];
+            let sizes = [m, T::PAD, count.min(first + T::PAD)];
             product(sizes, Matrix::rows(k, width), &d_scores[first..], to, width, true);
         }
         // dk̃_s = Σ_{t≥s} q̃_t (v_s·G_t + h_t)
@@ -245,11 +237,11 @@ impl<T: Scalar> Backward<'_, T> {
         by_query.resize(width * width);
         let row = |s: usize| &d_scores[s * width..(s + 1) * width];
         kernel::transpose(count, &row, T::one(), squares, by_query);
-        for first in (0..count).step_by(pair) {
+        for first in (0..count).step_by(T::PAD) {
             let scores = &by_query[first * width + first..];
             let queries = Matrix::rows(&q[first..], width);
             let to = &mut entry.d_keys[first..];
-            let sizes = [m, pair.min(width - first), count - first];
+            let sizes = [m, T::PAD, count - first];
             product(sizes, queries, scores, to, width, false);
         }
         // dv_s = Σ_{t≥s} A_ts G_t

@@ -20,7 +20,7 @@
 //!
 //! Only where features decay differently is the last one that difference, within the group.
 
-use crate::kernel::gradient::dot_columns;
+use crate::kernel::gradients::dot_columns;
 use crate::kernel::{self, buffer::Buffer};
 use crate::memory::linear::backward::TokenGradients;
 use crate::memory::linear::backward::tape::Entry;

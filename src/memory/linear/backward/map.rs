@@ -9,7 +9,7 @@ use crate::features::sums::ProjectionSums;
 use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::gradient::add_exponential_rows;
+use crate::kernel::gradients::add_exponential_rows;
 use crate::memory::linear::backward::rows::scaled_rows;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;

@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::features::Side;
 use crate::kernel;
 use crate::kernel::buffer::padded;
-use crate::kernel::gradient::{add_and_scale_columns, product};
+use crate::kernel::gradients::{add_and_scale_columns, product};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::linear::backward::forward::Buffers;
 use crate::memory::linear::backward::map::Mapped;

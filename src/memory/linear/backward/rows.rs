@@ -27,7 +27,7 @@ pub(super) fn scaled_rows<T: Scalar>(x: ArrayView2<'_, T>, factors: &[T], out: &
 pub(super) fn add_rows<T: Scalar>(rows: &[T], factor: T, mut sums: ArrayViewMut2<'_, T>) {
     let (stride, columns) = (padded::<T>(sums.ncols()), sums.ncols());
     if let Some(sums) = sums.as_slice_mut() {
-        kernel::gradient::add_rows(rows, factor, columns, sums);
+        kernel::gradients::add_rows(factor, rows, stride, columns, sums);
         return;
     }
     for (mut sum, row) in sums.outer_iter_mut().zip(rows.chunks_exact(stride)) {

@@ -1,11 +1,38 @@
-//! The loops of backward passes, as the other floors call them.
+//! The inner loops of backward passes.
 
 use crate::kernel::buffer::padded;
 use crate::kernel::compiled::Compiled;
-use crate::kernel::loops::gradient::{
-    AddAndScaleColumns, AddExponentialRows, AddRows, AffineColumns, CausalAffine, DotColumns,
+use crate::kernel::loops::gradient_columns::{
+    AddAndScaleColumns, AddExponentialRows, AffineColumns, CausalAffine, DotColumns,
 };
+use crate::kernel::loops::gradients::{AddRows, SoftCapGradient, SoftmaxGradient};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+
+impl<T: Compiled> SoftmaxGradient<'_, T> {
+    /// Computes weights and gradients.
+    pub(crate) fn run(self) {
+        debug_assert!(self.means.len().is_multiple_of(T::PAD) && self.from.is_multiple_of(T::PAD));
+        T::run_softmax_gradient(self);
+    }
+}
+
+/// `gradients ← gradients·(1 − tanh²(x/limit))` for scores `x` to base 2, with `factor = −2/cap`:
+/// what [`soft_cap`](crate::kernel::soft_cap) hands on. Lengths are multiples of [`Lanes::PAD`].
+pub(crate) fn soft_cap_gradient<T: Compiled>(x: &[T], factor: T, gradients: &mut [T]) {
+    debug_assert!(x.len().is_multiple_of(T::PAD) && x.len() == gradients.len());
+    T::run_soft_cap_gradient(SoftCapGradient { x, factor, gradients });
+}
+
+/// `to_i += factor·from_i` for rows of `length` numbers, those of `from` `stride` apart.
+pub(crate) fn add_rows<T: Compiled>(
+    factor: T,
+    from: &[T],
+    stride: usize,
+    length: usize,
+    to: &mut [T],
+) {
+    T::run_add_rows(AddRows { factor, from, stride, length, to });
+}
 
 /// `sums_t += Σ_i x_it·y_it` for columns from `from` on, a multiple of 64 bytes' numbers.
 pub(crate) fn dot_columns<T: Compiled>(x: &[T], y: &[T], from: usize, sums: &mut [T]) {
@@ -29,11 +56,6 @@ pub(crate) fn causal_affine<T: Compiled>(x: &mut [T], first: usize, a: &[T], b: 
 pub(crate) fn add_and_scale_columns<T: Compiled>(x: &mut [T], factor: T, y: &[T], scales: &[T]) {
     debug_assert_eq!(x.len(), y.len());
     T::run_add_and_scale_columns(AddAndScaleColumns { x, factor, y, scales });
-}
-
-/// `sum_t += factor·x_t` for rows of `length` numbers, those of `x` padded.
-pub(crate) fn add_rows<T: Compiled>(x: &[T], factor: T, length: usize, sum: &mut [T]) {
-    T::run_add_rows(AddRows { x, stride: padded::<T>(length), factor, length, sum });
 }
 
 /// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` padded.

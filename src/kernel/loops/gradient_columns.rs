@@ -143,35 +143,6 @@ impl<T: Lanes> AddAndScaleColumns<'_, T> {
     }
 }
 
-/// `sum_t += factor·x_t` for rows of `length` numbers, those of `x` `stride` apart.
-pub struct AddRows<'a, T> {
-    pub(crate) x: &'a [T],
-    pub(crate) stride: usize,
-    pub(crate) factor: T,
-    pub(crate) length: usize,
-    pub(crate) sum: &'a mut [T],
-}
-
-impl<T: Lanes> Loop for AddRows<'_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Level>(self, level: L) {
-        let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
-        let factor = T::splat(level, self.factor);
-        let rows = self.sum.chunks_exact_mut(self.length).zip(self.x.chunks_exact(self.stride));
-        for (sum, x) in rows {
-            let (sum, rest) = sum.split_at_mut(whole);
-            for (sum, x) in T::vectors_mut::<L>(sum).iter_mut().zip(T::vectors::<L>(x)) {
-                *sum = T::vfma(level, factor, *x, *sum);
-            }
-            for (sum, &x) in rest.iter_mut().zip(&x[whole..]) {
-                *sum = *sum + self.factor * x;
-            }
-        }
-    }
-}
-
 /// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` `stride`
 /// apart.
 pub struct AddExponentialRows<'a, T> {
@@ -271,9 +242,6 @@ mod tests {
             let [x, sum] = [0.6, 0.8].map(|seed| numbers::<T>(5 * length, seed));
             let (totals, root) = (numbers::<T>(5, 0.4), y[1]);
             let at = |i: usize| y[i / length * stride + i % length];
-            let mut z = sum.clone();
-            machine.run(AddRows { x: &y, stride, factor: root, length, sum: &mut z });
-            (0..5 * length).for_each(|i| close(z[i], sum[i] + root * at(i)));
             let mut z = sum.clone();
             let (x, totals) = (&x[..], &totals[..]);
             machine.run(AddExponentialRows { y: &y, stride, x, totals, root, length, sum: &mut z });

@@ -1,0 +1,135 @@
+//! Backward passes against the forward pass of the same kernel.
+
+use super::{Contestant, D, D_V, Input, Targets, oracle, race_for, softmax_flops};
+use dijiang::attention::naive::gradient::softmax_gradient;
+use dijiang::attention::naive::options::Options;
+use dijiang::{Attention, ForwardRecord, Head, HeadGradient, Mask, Scratch, SoftmaxAttention};
+use ndarray::{Array2, Array3, ArrayView2, Axis};
+use std::hint::black_box;
+
+/// How far `f32` may be from the formula, relative to the largest element: gradients by queries
+/// and keys are sums of differences.
+const TOLERANCE: f64 = 3e-5;
+
+/// One head with all that its passes read and write.
+struct Passes<'a> {
+    input: [ArrayView2<'a, f32>; 3],
+    d_out: ArrayView2<'a, f32>,
+    mask: Mask,
+    out: Array3<f32>,
+    log_normalizer: Array2<f32>,
+    d: [Array2<f32>; 3],
+    scratch: Scratch<f32>,
+}
+
+impl<'a> Passes<'a> {
+    fn new(input: [ArrayView2<'a, f32>; 3], d_out: ArrayView2<'a, f32>, mask: Mask) -> Self {
+        let n = d_out.nrows();
+        Self {
+            input,
+            d_out,
+            mask,
+            out: Array3::zeros((1, n, d_out.ncols())),
+            log_normalizer: Array2::zeros((1, n)),
+            d: input.map(|x| Array2::zeros(x.dim())),
+            scratch: Scratch::new(),
+        }
+    }
+
+    fn forward(&mut self, kernel: &dyn Attention<f32>, is_recorded: bool) {
+        let [q, k, v] = self.input;
+        let out = self.out.index_axis_mut(Axis(0), 0);
+        let mut head = Head::new(black_box(q), k, v, out);
+        if is_recorded {
+            head = head.with_log_normalizer(self.log_normalizer.view_mut());
+        }
+        kernel
+            .forward_heads(&mut [head], self.mask, &mut self.scratch)
+            .expect("the input is finite");
+    }
+
+    fn backward(&mut self, kernel: &dyn Attention<f32>, has_record: bool) {
+        let [d_q, d_k, d_v] = &mut self.d;
+        // a sum over many calls would leave the range
+        [&mut *d_q, d_k, d_v].into_iter().for_each(|d| d.fill(0.0));
+        let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+        let mut head = HeadGradient::new(black_box(self.input), self.d_out, d);
+        if has_record {
+            let log_normalizer = self.log_normalizer.view();
+            head = head.with_record(ForwardRecord { out: self.out.view(), log_normalizer });
+        }
+        kernel
+            .backward_heads(&mut [head], self.mask, &mut self.scratch)
+            .expect("the input is finite");
+    }
+}
+
+/// Refuses to go on if a backward pass does not compute its formula.
+fn check(kernel: &SoftmaxAttention<f32>, mask: Mask) {
+    let x = [2, 3, 4, 5].map(|seed| oracle::normal(200, D, seed));
+    let [q, k, v, d_out] = x.each_ref().map(|x| oracle::wide(x.view()));
+    let (scale, none) = (1.0 / (D as f64).sqrt(), Options::default());
+    let exact = softmax_gradient([&q, &k, &v], &d_out, scale, none, 0.0, mask);
+    let [q, k, v, d_out] = x.each_ref().map(|x| x.view());
+    let mut passes = Passes::new([q, k, v], d_out, mask);
+    for has_record in [false, true] {
+        if has_record {
+            passes.forward(kernel, true);
+        }
+        passes.backward(kernel, has_record);
+        for (found, exact) in passes.d.iter().zip([&exact.q, &exact.k, &exact.v]) {
+            oracle::assert_close("a gradient", found.view(), exact, TOLERANCE);
+        }
+    }
+}
+
+/// Softmax attention: five products for a pair of tokens where the forward pass has two.
+pub fn gradients(rounds: usize, quick: bool, targets: &mut Targets) {
+    let n = 2048;
+    let input = Input::<f32>::new(n);
+    let d_out = oracle::normal(n, D_V, 17);
+    let softmax = SoftmaxAttention::<f32>::new(D).expect("sizes are positive");
+    println!("{:<40}{:>12}{:>12}{:>12}", format!("gradients, n = {n}"), "ms", "ratio", "GFLOP/s");
+    let mut shares = Vec::new();
+    for (mask, name, pairs) in [(Mask::Causal, "causal", 1.0), (Mask::Full, "full", 2.0)] {
+        check(&softmax, mask);
+        let new = || {
+            let x = [input.q.view(), input.k.view(), input.v.view()];
+            Passes::new(x, d_out.view(), mask)
+        };
+        let [mut forward, mut recorded, mut again] = [new(), new(), new()];
+        recorded.forward(&softmax, true);
+        let mut racers = [
+            Contestant::new(format!("softmax {name}, forward"), || forward.forward(&softmax, true)),
+            Contestant::new(format!("softmax {name}, backward with record"), || {
+                recorded.backward(&softmax, true);
+            }),
+            Contestant::new(format!("softmax {name}, backward without"), || {
+                again.backward(&softmax, false);
+            }),
+        ];
+        race_for(if quick { 0.004 } else { 0.05 }, &mut racers, if quick { 1 } else { rounds });
+        let flops = pairs * n as f64 * softmax_flops(n);
+        let [forward, ..] = racers.each_ref().map(Contestant::seconds);
+        let mut rates = Vec::new();
+        // products of two matrices: those of the forward pass, of the backward pass, of both
+        for (racer, products) in racers.iter().zip([2.0, 5.0, 7.0]) {
+            let seconds = racer.seconds();
+            let rate = flops * products / 2.0 / seconds / 1e9;
+            rates.push(rate);
+            println!(
+                "{:<40}{:>12.3}{:>12.2}{rate:>12.1}",
+                racer.name,
+                seconds * 1e3,
+                seconds / forward
+            );
+        }
+        shares.push((name, rates[1] / rates[0]));
+    }
+    println!();
+    for (name, share) in shares {
+        let what = format!("softmax {name}, GFLOP/s of the backward pass / forward pass");
+        targets.at_least(&what, share, 0.65, 0.9);
+    }
+    println!();
+}
