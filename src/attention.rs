@@ -202,8 +202,8 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Sharing::default()
     }
 
-    /// Computes the gradient of a loss by queries, keys, values, log decays and parameters from that
-    /// by the outputs, and adds it to what is there ([`HeadGradient`]).
+    /// Computes the gradient of a loss by queries, keys, values, log decays and parameters from
+    /// that by the outputs, and adds it to what is there ([`HeadGradient`]).
     ///
     /// What the forward pass computed is computed again, in memory that does not depend on the
     /// number of tokens. A loss over several heads, sequences or calls needs one call for each.

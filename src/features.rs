@@ -12,6 +12,7 @@ pub(crate) mod official_dijiang;
 pub(crate) mod performer;
 pub(crate) mod radii;
 pub(crate) mod relu;
+pub(crate) mod side;
 pub(crate) mod sums;
 pub(crate) mod taylor;
 pub(crate) mod wpff;
@@ -19,6 +20,7 @@ pub(crate) mod wpff;
 use crate::error::Error;
 use crate::features::columns::ColumnMap;
 use crate::features::gradient::MapGradient;
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
@@ -169,24 +171,8 @@ pub(crate) const NO_GRADIENT: Error = Error::Unsupported {
     why: "its type does not implement `FeatureMap::backward`; every map of the crate does",
 };
 
-/// Whether queries or keys are mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// Queries.
-    Query,
-    /// Keys.
-    Key,
-}
-
 impl Side {
-    /// The argument.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Query => "q",
-            Self::Key => "k",
-        }
-    }
-
+    /// Maps vectors as queries or as keys.
     pub(crate) fn map<T: Scalar>(
         self,
         map: &(impl FeatureMap<T> + ?Sized),

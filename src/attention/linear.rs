@@ -5,7 +5,7 @@ pub(crate) mod stream;
 
 use crate::attention::call::{Head, NO_FULL_DECAY};
 use crate::attention::gradient::HeadGradient;
-use crate::attention::linear::gradient::BackwardScratch;
+use crate::attention::linear::gradient::{BackwardScratch, LinearParts};
 use crate::attention::linear::stream::{LinearStream, check_gates};
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
@@ -255,6 +255,16 @@ impl<F> LinearAttention<F> {
     }
 }
 
+impl<F> LinearAttention<F> {
+    fn parts<T: Scalar>(&self) -> LinearParts<'_, T>
+    where
+        F: FeatureMap<T>,
+    {
+        let Self { map, scale, readout, decay } = self;
+        LinearParts { map: &**map, scale: *scale, readout: *readout, decay }
+    }
+}
+
 /// What a forward pass keeps in the scratch.
 #[derive(Debug)]
 struct LinearScratch<T> {
@@ -341,17 +351,22 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
         scratch.with_part(|part: &mut BackwardScratch<T>, _| {
             heads.iter_mut().try_for_each(|head| {
                 head.check_backward(self.map.head_dim(), mask)?;
-                self.backward_head(head, mask, part)
+                self.parts().backward_head(head, mask, part)
             })
         })
     }
 
     fn parameters(&self) -> Parameters<T> {
-        self.all_parameters()
+        self.parts().parameters()
     }
 
     fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
-        self.with_all_parameters(parameters)
+        let (map, decay) = self.parts().with_parameters(parameters)?;
+        let Self { scale, readout, .. } = *self;
+        Ok(match map {
+            Some(map) => Box::new(LinearAttention { map: Arc::new(map), scale, readout, decay }),
+            None => Box::new(Self { decay, ..self.clone() }),
+        })
     }
 
     fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {

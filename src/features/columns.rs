@@ -2,7 +2,7 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;

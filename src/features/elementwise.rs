@@ -2,12 +2,13 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::{
     ColumnGradient, ColumnMap, Columns, factors_of_columns, largest_of_columns, take_maxima,
 };
 use crate::features::delegate::features_by;
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
-use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::parameters::Parameters;

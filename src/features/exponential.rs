@@ -3,8 +3,8 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::Side;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
@@ -149,7 +149,8 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         self.backward_of_logits(gradient);
         subtract_norms(gradient, totals, T::from_f64(core::f64::consts::LN_2));
         if let Some(sums) = sums {
-            sums.add(gradient);
+            let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
+            sums.add(x, [tokens, width], d_values);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
@@ -11,9 +11,10 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 /// by the vectors and by the parameters of the map go: what
 /// [`FeatureMap::backward`](crate::FeatureMap::backward) is called with.
 ///
-/// With features `φ_i = values_i·e^{log_scale}` of a row, `d_values_i = e^{log_scale}·∂L/∂φ_i`: the
-/// gradient by the values where the log scale is a constant. So `φ_i·∂L/∂φ_i = values_i·d_values_i`,
-/// and nothing overflows. Gradients are *added* to what `d_x` and `d_parameters` hold.
+/// With features `φ_i = values_i·e^{log_scale}` of a row, `d_values_i = e^{log_scale}·∂L/∂φ_i`:
+/// the gradient by the values where the log scale is a constant. So
+/// `φ_i·∂L/∂φ_i = values_i·d_values_i`, and nothing overflows. Gradients are
+/// *added* to what `d_x` and `d_parameters` hold.
 ///
 /// ```
 /// use dijiang::{Error, FeatureMap, MapGradient, Side};

@@ -2,12 +2,13 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::dct::transform::{FastDirections, FastExponential, norm};
 use crate::features::delegate::features_by;
 use crate::features::exponential::{Weights, to_logits};
+use crate::features::side::Side;
 use crate::features::sums::{ProjectionSums, add_radii};
-use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
@@ -223,7 +224,8 @@ impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
         self.features.backward_of_logits(gradient, scratch);
         kernel::scale(gradient.d_x, T::from_f64(core::f64::consts::LN_2));
         if let Some(sums) = sums {
-            sums.add(gradient);
+            let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
+            sums.add(x, [tokens, width], d_values);
         }
     }
 }

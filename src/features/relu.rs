@@ -2,12 +2,13 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::{
     ColumnGradient, ColumnMap, Columns, factors_of_columns, take_maxima,
 };
 use crate::features::delegate::features_by;
+use crate::features::side::Side;
 use crate::features::sums::{ProjectionSums, add_projection};
-use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
@@ -216,7 +217,8 @@ impl<T: Scalar> ColumnMap<T> for ReluFeatures<T> {
         }
         .run();
         if let Some(sums) = sums {
-            sums.add(gradient);
+            let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
+            sums.add(x, [tokens, width], d_values);
         }
     }
 }

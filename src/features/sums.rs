@@ -1,6 +1,5 @@
 //! Sums over tokens from which the gradients by the parameters of a map follow.
 
-use crate::features::columns::ColumnGradient;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
@@ -55,17 +54,16 @@ impl<T: Scalar> ProjectionSums<T> {
         }
     }
 
-    /// Adds a chunk, with the gradients by the logits in the place of those by the values. The
-    /// columns beyond the tokens are zero.
-    pub(crate) fn add(&mut self, gradient: &ColumnGradient<'_, T>) {
-        let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
+    /// Adds a chunk of vectors `[head_dim, width]` with the gradients by their logits `[logits,
+    /// width]`, both zero beyond the tokens.
+    pub(crate) fn add(&mut self, x: &[T], [tokens, width]: [usize; 2], a: &[T]) {
         let stride = padded::<T>(self.head_dim);
         let mut rows = core::mem::replace(&mut self.rows, Buffer::new());
         rows.resize(width * stride);
         self.chunk.resize(stride);
         let row = |p: usize| &x[p * width..(p + 1) * width];
         kernel::transpose(self.head_dim, &row, T::one(), &mut self.chunk, &mut rows);
-        self.add_rows(&rows, [tokens, width], d_values);
+        self.add_rows(&rows, [tokens, width], a);
         self.rows = rows;
     }
 

@@ -2,10 +2,11 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::delegate::features_by;
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
-use crate::features::{FeatureMap, Side};
 use crate::kernel::buffer::Buffer;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;

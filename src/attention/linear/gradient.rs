@@ -1,20 +1,19 @@
 //! The backward pass of linear attention, and its parameters.
 
-use crate::attention::Attention;
 use crate::attention::call::{NO_FULL_DECAY, NOT_GATED};
 use crate::attention::gradient::HeadGradient;
-use crate::attention::linear::LinearAttention;
 use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::mask::Mask;
-use crate::memory::linear::backward::{Backward, BackwardWork, TokenGradients};
+use crate::memory::answer::Readout;
+use crate::memory::linear::backward::call::{Backward, TokenGradients};
+use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::decay::{Decay, LogDecay};
 use crate::memory::linear::pass::{Pass, Tokens};
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Axis};
-use std::sync::Arc;
 
 /// What a backward pass keeps in the scratch.
 #[derive(Debug)]
@@ -29,25 +28,31 @@ impl<T: Scalar> Default for BackwardScratch<T> {
     }
 }
 
-impl<F> LinearAttention<F> {
+/// What a linear kernel is made of.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LinearParts<'a, T> {
+    pub(super) map: &'a dyn FeatureMap<T>,
+    pub(super) scale: Option<f64>,
+    pub(super) readout: Readout,
+    pub(super) decay: &'a Decay,
+}
+
+impl<T: Scalar> LinearParts<'_, T> {
     /// The gradients of one head, of checked shapes but for the log decays.
-    pub(super) fn backward_head<T: Scalar>(
+    pub(super) fn backward_head(
         &self,
         head: &mut HeadGradient<'_, T>,
         mask: Mask,
         BackwardScratch { work, log_decay }: &mut BackwardScratch<T>,
-    ) -> Result<(), Error>
-    where
-        F: FeatureMap<T>,
-    {
+    ) -> Result<(), Error> {
         let scale = check::scale::<T>(self.scale, self.map.head_dim())?;
         let (features, value_dim) = (self.map.num_features(), head.v.ncols());
-        let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
+        let decay = log_decay.set(self.decay, features)?.then_some(&*log_decay);
         check_gates(decay, features, head)?;
         if mask == Mask::Full && decay.is_some() {
             return Err(NO_FULL_DECAY);
         }
-        let pass = Pass::new(&*self.map, value_dim, scale)?.with_decay(decay);
+        let pass = Pass::new(self.map, value_dim, scale)?.with_decay(decay);
         let HeadGradient { q, k, v, log_decay, d_out, d_q, d_k, d_v, .. } = head;
         let HeadGradient { d_log_decay, d_parameters, .. } = head;
         if q.is_empty() {
@@ -76,7 +81,7 @@ impl<F> LinearAttention<F> {
             }
             check::gradient("the gradient by `q`", out.d_q.view())?;
             if let (true, Some(d_parameters)) = (trains_decay, d_parameters.as_deref_mut()) {
-                add_decays(&self.decay, work.decay_sums(), d_parameters)?;
+                add_decays(self.decay, work.decay_sums(), d_parameters)?;
             }
         }
         check::gradient("the gradient by `k`", d_k.view())?;
@@ -91,10 +96,7 @@ impl<F> LinearAttention<F> {
     }
 
     /// The parameters of the map, under `map`, and the decays.
-    pub(super) fn all_parameters<T: Scalar>(&self) -> Parameters<T>
-    where
-        F: FeatureMap<T>,
-    {
+    pub(super) fn parameters(&self) -> Parameters<T> {
         let mut all = self.map.parameters().under("map");
         if self.decay.common != 1.0 {
             let common = Array1::from(vec![T::from_f64(self.decay.common)]);
@@ -107,15 +109,12 @@ impl<F> LinearAttention<F> {
         all
     }
 
-    /// The same kernel with other parameters.
-    pub(super) fn with_all_parameters<T: Scalar>(
+    /// The map with other parameters, if some are its own, and the decays with others.
+    pub(super) fn with_parameters(
         &self,
         parameters: &Parameters<T>,
-    ) -> Result<Box<dyn Attention<T>>, Error>
-    where
-        F: FeatureMap<T> + 'static,
-    {
-        self.all_parameters().check_names(parameters)?;
+    ) -> Result<(Option<Box<dyn FeatureMap<T>>>, Decay), Error> {
+        self.parameters().check_names(parameters)?;
         let mut decay = self.decay.clone();
         let wide = |name| -> Option<Vec<f64>> {
             parameters.get(name).map(|x| x.iter().map(|x| x.as_f64()).collect())
@@ -128,12 +127,8 @@ impl<F> LinearAttention<F> {
         }
         decay.check(self.map.num_features())?;
         let of_map = parameters.of("map");
-        if of_map.is_empty() {
-            return Ok(Box::new(Self { decay, ..self.clone() }));
-        }
-        let map = Arc::new(self.map.with_parameters(&of_map)?);
-        let Self { scale, readout, .. } = *self;
-        Ok(Box::new(LinearAttention { map, scale, readout, decay }))
+        let is_same = of_map.is_empty();
+        Ok((if is_same { None } else { Some(self.map.with_parameters(&of_map)?) }, decay))
     }
 }
 

@@ -2,9 +2,9 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::Side;
 use crate::features::calibrated_taylor::CalibratedTaylor;
 use crate::features::gradient::MapGradient;
+use crate::features::side::Side;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView1, Axis};

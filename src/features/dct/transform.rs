@@ -2,9 +2,9 @@
 //! fastest.
 
 use crate::error::Error;
-use crate::features::Side;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::exponential::{Dense, Exponents, Weights, subtract_norms, to_logits};
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::dct::LanesDct;
@@ -293,7 +293,8 @@ impl<T: Scalar, D: FastDirections<T>> ColumnMap<T> for FastExponential<T, D> {
         subtract_norms(gradient, &totals, T::from_f64(core::f64::consts::LN_2));
         scratch[0] = totals;
         if let Some(sums) = sums {
-            sums.add(gradient);
+            let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
+            sums.add(x, [tokens, width], d_values);
         }
     }
 }

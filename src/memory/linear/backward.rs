@@ -14,32 +14,28 @@
 //! [`tape`] keeps the features of a run of tokens. A sequence longer than one run is cut into
 //! parts, of which the last comes first; the sums before each part are kept.
 
+pub(crate) mod call;
 mod forward;
 mod gates;
 mod map;
 mod reverse;
 mod rows;
 mod tape;
+pub(crate) mod work;
 
-use crate::check;
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel::buffer::padded;
-use crate::kernel::{chunk_len, max_abs};
-use crate::memory::answer::Readout;
-use crate::memory::linear::backward::forward::Buffers;
-use crate::memory::linear::backward::gates::GateGradients;
-use crate::memory::linear::backward::map::MapBuffers;
-use crate::memory::linear::backward::tape::Tape;
+use crate::kernel::chunk_len;
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::groups::{FirstDecay, Groups};
-use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
+use crate::memory::linear::pass::PassBuffers;
 use crate::memory::linear::state::State;
 use crate::memory::linear::steps;
-use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
-use ndarray::{ArrayView2, ArrayViewMut2};
 
 /// Numbers that a tape may keep.
 const TAPE_FLOATS: usize = 100 << 13;
@@ -47,111 +43,7 @@ const TAPE_FLOATS: usize = 100 << 13;
 /// Parts that a sequence longer than a tape is cut into, and each of them again.
 const PARTS: usize = 16;
 
-/// The gradient by the outputs, and where those by the arguments are added.
-#[derive(Debug)]
-pub(crate) struct TokenGradients<'a, T> {
-    pub(crate) d_out: ArrayView2<'a, T>,
-    pub(crate) d_q: ArrayViewMut2<'a, T>,
-    pub(crate) d_k: ArrayViewMut2<'a, T>,
-    pub(crate) d_v: ArrayViewMut2<'a, T>,
-    pub(crate) d_log_decay: Option<ArrayViewMut2<'a, T>>,
-}
-
-/// Powers of two by which cotangents and values are divided, so that products of the two stay in
-/// range: gradients are linear in the former, those by queries and keys in the latter as well.
-#[derive(Clone, Copy, Debug)]
-struct Units<T> {
-    d_out: T,
-    values: T,
-}
-
-impl<T: Scalar> Units<T> {
-    fn of(d_out: ArrayView2<'_, T>, v: ArrayView2<'_, T>) -> Result<Self, Error> {
-        let unit = |which, x: ArrayView2<'_, T>| {
-            let largest = match x.to_slice() {
-                Some(x) => max_abs(x),
-                None => x.iter().fold(T::zero(), |m, x| m.max(x.abs())),
-            };
-            if !largest.is_finite() {
-                check::finite(which, x)?; // NaN may hide; chunks are looked at again
-            }
-            let comfortable = T::from_f64(0.5_f64.powi(16))..=T::from_f64(2.0_f64.powi(16));
-            if largest == T::zero() || comfortable.contains(&largest) {
-                return Ok(T::one());
-            }
-            // its inverse is a number as well
-            let most = T::max_value().log2() - T::from_f64(2.0);
-            Ok(largest.log2().floor().max(-most).min(most).exp2())
-        };
-        Ok(Self { d_out: unit("d_out", d_out)?, values: unit("v", v)? })
-    }
-
-    /// What gradients by features are to be multiplied with.
-    fn of_features(self) -> T {
-        self.d_out * self.values
-    }
-}
-
-/// Working memory, which grows to what the largest call needed and holds nothing between calls.
-#[derive(Debug)]
-pub(crate) struct BackwardWork<T> {
-    pass: PassBuffers<T>,
-    tape: Tape<T>,
-    state: State<T>,
-    suffix: State<T>,
-    /// The sums before parts of the sequence.
-    checkpoints: Vec<State<T>>,
-    map: MapBuffers<T>,
-    gates: GateGradients<T>,
-    buffers: Buffers<T>,
-}
-
-impl<T: Scalar> BackwardWork<T> {
-    pub(crate) fn new() -> Self {
-        Self {
-            pass: PassBuffers::new(),
-            tape: Tape::new(),
-            state: State::new(),
-            suffix: State::new(),
-            checkpoints: Vec::new(),
-            map: MapBuffers::new(),
-            gates: GateGradients::new(),
-            buffers: Buffers::new(),
-        }
-    }
-
-    /// Begins the gradients by the parameters of a map, if any are asked for.
-    pub(crate) fn begin(&mut self, pass: &Pass<'_, T>, parameters: Option<Parameters<T>>) {
-        self.map.begin(pass.feature_map(), parameters);
-    }
-
-    /// Ends them.
-    pub(crate) fn end(&mut self, pass: &Pass<'_, T>) -> Option<Parameters<T>> {
-        self.map.end(pass.feature_map())
-    }
-
-    /// The gradient by the log decays of the last call, one for all features or one for each, summed
-    /// over its tokens.
-    pub(crate) fn decay_sums(&self) -> &[f64] {
-        self.gates.sums()
-    }
-}
-
-/// A backward pass over tokens: what it knows.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Backward<'a, T> {
-    pub(crate) pass: Pass<'a, T>,
-    pub(crate) tokens: Tokens<'a, T>,
-    pub(crate) readout: Readout,
-    /// Whether gradients by decays are wanted.
-    pub(crate) with_decays: bool,
-}
-
 impl<T: Scalar> Backward<'_, T> {
-    fn value_dim(&self) -> usize {
-        self.tokens.v.ncols()
-    }
-
     /// Tokens of one tape.
     fn tape_tokens(&self) -> usize {
         let (features, chunk) = (self.pass.num_features(), chunk_len::<T>());
@@ -227,7 +119,7 @@ impl<T: Scalar> Backward<'_, T> {
             let part = |x| views::rows(x, rows.clone());
             let [k, v] = [self.tokens.k, self.tokens.v].map(part);
             self.pass.map_keys(k, v, self.tokens.log_decay.map(part), buffers, start)?;
-            set_unit(buffers, units);
+            units.set(buffers);
             let mut groups = Groups::new();
             while let Some(group) = groups.next(&buffers.chunk, &mut buffers.gates, state.scale) {
                 let PassBuffers { chunk, part, gates, step, .. } = &mut *buffers;
@@ -277,12 +169,5 @@ impl<T: Scalar> Backward<'_, T> {
             self.keys_from_suffix(units, out, work)?;
         }
         Ok(())
-    }
-}
-
-/// Brings the values of a chunk to their unit.
-fn set_unit<T: Scalar>(buffers: &mut PassBuffers<T>, units: Units<T>) {
-    if units.values != T::one() {
-        buffers.chunk.scale_values(units.values.recip());
     }
 }

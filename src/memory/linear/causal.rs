@@ -1,7 +1,7 @@
 //! Causal attention, chunk after chunk and in each chunk group after group.
 
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel::chunk_len;
 use crate::memory::answer::Readout;
 use crate::memory::linear::gates::Rates;

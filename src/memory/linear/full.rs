@@ -1,7 +1,7 @@
 //! Keys without queries, and queries without keys: what has no order, chunk after chunk.
 
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Answer;
 use crate::memory::linear::chunk::Chunk;

@@ -2,8 +2,9 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::{Columns, OF_NOTHING};
-use crate::features::{FeatureMap, Side};
+use crate::features::side::Side;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::reduce::TakeToken;

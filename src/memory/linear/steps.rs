@@ -97,9 +97,9 @@ pub(super) fn scale_answer<T: Scalar>(answer: &mut Answer<T>, factor: T) {
     }
 }
 
-/// The masked scores of keys and queries, `Aᵀ [width, width]`, with `A_ts = q̃_t·k̃_s` for s ≤ t, else
-/// 0, and what they add to the denominators. Rows go in blocks of `T::PAD` keys; the
-/// columns before the first of a block are not written.
+/// The masked scores of keys and queries, `Aᵀ [width, width]`, with `A_ts = q̃_t·k̃_s` for s ≤ t,
+/// else 0, and what they add to the denominators. Rows go in blocks of `T::PAD` keys; the columns
+/// before the first of a block are not written.
 pub(super) fn score_tokens<T: Scalar>(
     tokens: &Chunk<T>,
     features: usize,

@@ -10,7 +10,7 @@ mod scan;
 mod share;
 
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel::buffer::padded;
 use crate::kernel::chunk_len;
 use crate::memory::answer::Readout;

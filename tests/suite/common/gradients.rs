@@ -114,7 +114,7 @@ impl<T: Scalar> Call<T> {
         let mut heads = [head.with_parameters(&mut found.parameters)];
         kernel.backward_heads(&mut heads, mask, scratch)?;
         found.q.mapv_inplace(|x| x - dirt);
-        [&mut found.k, &mut found.v].map(|x| x.mapv_inplace(|x| x - dirt));
+        [&mut found.k, &mut found.v].into_iter().for_each(|x| x.mapv_inplace(|x| x - dirt));
         found.log_decay.iter_mut().for_each(|x| x.mapv_inplace(|x| x - dirt));
         found.parameters.iter_mut().for_each(|(_, x)| x.mapv_inplace(|x| x - dirt));
         Ok(found)
@@ -141,8 +141,9 @@ impl<T: Scalar> Found<T> {
         all
     }
 
-    /// Fails unless all arrays are close, relative to the largest number of an array, or of those by
-    /// queries, keys and values: what is zero in exact arithmetic is rounding errors of their size.
+    /// Fails unless all arrays are close, relative to the largest number of an array, or of those
+    /// by queries, keys and values: what is zero in exact arithmetic is rounding errors of their
+    /// size.
     #[track_caller]
     pub fn assert_close(&self, what: &str, exact: &Found<f64>, units: f64) {
         let largest = |x: &Array2<f64>| x.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
@@ -205,7 +206,7 @@ fn check_differences(subject: &Trained<'_>, mask: Mask, sizes: [usize; 2]) {
                 "k" => moved.k += &u(call.k.nrows(), call.k.ncols()),
                 "v" => moved.v += &u(call.v.nrows(), call.v.ncols()),
                 _ => {
-                    for x in &mut moved.log_decay {
+                    if let Some(x) = &mut moved.log_decay {
                         // a decay of nothing cannot become less
                         let u = u(x.nrows(), x.ncols());
                         x.zip_mut_with(&u, |x, u| *x = (*x + u).min(0.0));
@@ -423,9 +424,8 @@ fn check_bad_input<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, 
                     _ => changed.d_out[[1, row, 0]] = bad,
                 }
                 let error = run(&changed).expect("a number is not finite");
-                let expected = matches!(&error,
-                    Error::NotFinite { which: found, row: at, column: 0 } if *found == which && *at == row);
-                assert!(expected, "{} {mask:?}: {which}: {error}", subject.name);
+                let expected = Error::NotFinite { which, row, column: 0 };
+                assert_eq!(error, expected, "{} {mask:?}: {which}", subject.name);
             }
         }
     }

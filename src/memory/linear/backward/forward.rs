@@ -3,16 +3,17 @@
 
 use crate::check;
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::{affine_columns, causal_affine, dot_columns, product};
 use crate::kernel::loops::products::Matrix;
 use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Readout;
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
 use crate::memory::linear::backward::gates::GroupDecays;
 use crate::memory::linear::backward::map::Mapped;
 use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
-use crate::memory::linear::backward::{Backward, BackwardWork, TokenGradients, Units, set_unit};
+use crate::memory::linear::backward::work::{BackwardWork, Buffers};
 use crate::memory::linear::groups::{FirstDecay, Group, Groups};
 use crate::memory::linear::pass::PassBuffers;
 use crate::memory::linear::steps::{self, StepBuffers, score_tokens};
@@ -20,53 +21,6 @@ use crate::memory::partial::divisor;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
-
-/// Memory of one group.
-#[derive(Debug)]
-pub(super) struct Buffers<T> {
-    /// Cotangents as columns `[value_dim, width]`, and as rows, each times its factor.
-    pub(super) d_out: Buffer<T>,
-    pub(super) d_out_rows: Buffer<T>,
-    /// Values as columns.
-    pub(super) values: Buffer<T>,
-    pub(super) squares: Buffer<T>,
-    denominator: Buffer<T>,
-    inverse: Buffer<T>,
-    d_normalizer: Buffer<T>,
-    /// The same for what the sums answer, which may have another log scale.
-    of_sums: [Buffer<T>; 2],
-    /// Gradients by masked scores `[width, width]`: of keys and queries, and of queries and keys.
-    d_scores: Buffer<T>,
-    d_scores_by_query: Buffer<T>,
-    /// `[num_features, width]`.
-    pub(super) d_features: Buffer<T>,
-    pub(super) features: Buffer<T>,
-    /// `[width, value_dim]` with padded rows.
-    pub(super) d_values: Buffer<T>,
-    /// `[num_features]`.
-    pub(super) sums: Buffer<T>,
-}
-
-impl<T: Scalar> Buffers<T> {
-    pub(super) fn new() -> Self {
-        Self {
-            d_out: Buffer::new(),
-            d_out_rows: Buffer::new(),
-            values: Buffer::new(),
-            squares: Buffer::new(),
-            denominator: Buffer::new(),
-            inverse: Buffer::new(),
-            d_normalizer: Buffer::new(),
-            of_sums: [Buffer::new(), Buffer::new()],
-            d_scores: Buffer::new(),
-            d_scores_by_query: Buffer::new(),
-            d_features: Buffer::new(),
-            features: Buffer::new(),
-            d_values: Buffer::new(),
-            sums: Buffer::new(),
-        }
-    }
-}
 
 impl<T: Scalar> Backward<'_, T> {
     /// The scan over some tokens, onto an empty tape.
@@ -81,7 +35,7 @@ impl<T: Scalar> Backward<'_, T> {
         for start in tokens.clone().step_by(chunk_len::<T>()) {
             let rows = start..tokens.end.min(start + chunk_len::<T>());
             self.pass.map_tokens(self.tokens.rows(rows), &mut work.pass, start)?;
-            set_unit(&mut work.pass, units);
+            units.set(&mut work.pass);
             let mut groups = Groups::new();
             // whether the sums have the decay of the next token from a group that was split
             let mut has_decayed = false;
@@ -176,7 +130,7 @@ impl<T: Scalar> Backward<'_, T> {
         let cotangents = views::rows(out.d_out, rows.clone());
         d_out.resize(value_dim * width);
         squares.resize(width);
-        views::to_columns(cotangents, units.d_out.recip(), squares, d_out);
+        views::to_columns(cotangents, units.d_out_inverse, squares, d_out);
         if !kernel::all_finite(squares) {
             check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
         }
@@ -245,7 +199,7 @@ impl<T: Scalar> Backward<'_, T> {
             product(sizes, queries, scores, to, width, false);
         }
         // dv_s = Σ_{t≥s} A_ts G_t
-        scale_by(units.d_out, inverse, &mut of_sums[0]);
+        scale_by(units.d_out_inverse, inverse, &mut of_sums[0]);
         scaled_rows(cotangents, &of_sums[0], d_out_rows);
         d_values.resize(count * stride);
         for first in (0..count).step_by(T::PAD) {
@@ -273,15 +227,13 @@ impl<T: Scalar> Backward<'_, T> {
         if self.with_decays {
             let decays = GroupDecays { q, k, entry, d_features };
             let scores = [&*step.scores, &**d_scores];
-            gate_gradients.within(decays, scores, units.of_features(), out);
+            gate_gradients.within(decays, scores, units, out);
         }
         if !entry.decays.is_empty() {
             let decays = d_features.iter_mut().zip(&*entry.decays);
             decays.for_each(|(d_feature, &decay)| *d_feature *= decay);
         }
-        if units.of_features() != T::one() {
-            kernel::scale(d_features, units.of_features());
-        }
+        units.bring(d_features);
         let mapped = Mapped {
             side: Side::Query,
             x: views::rows(self.tokens.q, rows.clone()),
@@ -337,7 +289,7 @@ impl<T: Scalar> Backward<'_, T> {
         d_out.resize(value_dim * width);
         squares.resize(width);
         let cotangents = views::rows(out.d_out, rows.clone());
-        views::to_columns(cotangents, units.d_out.recip(), squares, d_out);
+        views::to_columns(cotangents, units.d_out_inverse, squares, d_out);
         if !kernel::all_finite(squares) {
             check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
         }
@@ -351,9 +303,7 @@ impl<T: Scalar> Backward<'_, T> {
             }
         }
         affine_columns(d_features, &state.normalizer, &entry.inverse, &entry.d_normalizer);
-        if units.of_features() != T::one() {
-            kernel::scale(d_features, units.of_features());
-        }
+        units.bring(d_features);
         let mapped = Mapped {
             side: Side::Query,
             x: views::rows(self.tokens.q, rows.clone()),
@@ -375,8 +325,8 @@ impl<T: Scalar> Backward<'_, T> {
     }
 }
 
-/// `out = x/unit`.
-fn scale_by<T: Scalar>(unit: T, x: &[T], out: &mut Buffer<T>) {
+/// `out = factor·x`.
+fn scale_by<T: Scalar>(factor: T, x: &[T], out: &mut Buffer<T>) {
     out.resize(x.len());
-    kernel::scale_into(unit.recip(), x, out);
+    kernel::scale_into(factor, x, out);
 }

@@ -22,7 +22,7 @@
 
 use crate::kernel::gradients::dot_columns;
 use crate::kernel::{self, buffer::Buffer};
-use crate::memory::linear::backward::TokenGradients;
+use crate::memory::linear::backward::call::{TokenGradients, Units};
 use crate::memory::linear::backward::tape::Entry;
 use crate::memory::linear::gates::Rates;
 use crate::memory::linear::state::State;
@@ -85,7 +85,7 @@ impl<T: Scalar> GateGradients<T> {
         &mut self,
         GroupDecays { q, k, entry, d_features }: GroupDecays<'_, T>,
         [scores, d_scores]: [&[T]; 2],
-        unit: T,
+        units: Units<T>,
         out: &mut TokenGradients<'_, T>,
     ) {
         let (count, width) = (entry.tokens(), entry.width);
@@ -121,7 +121,7 @@ impl<T: Scalar> GateGradients<T> {
                 }
             }
         }
-        self.add(entry, unit, out);
+        self.add(entry, units, out);
     }
 
     /// Adds what later queries have to do with the keys of a group and those before it. `later` is
@@ -131,7 +131,7 @@ impl<T: Scalar> GateGradients<T> {
         &mut self,
         entry: &Entry<T>,
         later: Option<(&State<T>, &[T])>,
-        unit: T,
+        units: Units<T>,
         out: &mut TokenGradients<'_, T>,
     ) {
         let Some((suffix, d_features)) = later else { return };
@@ -181,19 +181,19 @@ impl<T: Scalar> GateGradients<T> {
                 total += self.of_sums[t] * entry.key_factors[t];
             }
         }
-        self.add(entry, unit, out);
+        self.add(entry, units, out);
     }
 
     /// Adds the gradients of a group to those of the tokens and to the sums.
-    fn add(&mut self, entry: &Entry<T>, unit: T, out: &mut TokenGradients<'_, T>) {
+    fn add(&mut self, entry: &Entry<T>, units: Units<T>, out: &mut TokenGradients<'_, T>) {
         let columns = self.tokens.len() / entry.tokens();
         if self.sums.len() != columns {
             self.sums.clear();
             self.sums.resize(columns, 0.0);
         }
-        for row in self.tokens.chunks_exact_mut(columns) {
-            row.iter_mut().for_each(|x| *x *= unit);
-            for (sum, x) in self.sums.iter_mut().zip(&*row) {
+        units.bring(&mut self.tokens);
+        for row in self.tokens.chunks_exact(columns) {
+            for (sum, x) in self.sums.iter_mut().zip(row) {
                 *sum += x.as_f64();
             }
         }

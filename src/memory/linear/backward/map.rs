@@ -2,11 +2,12 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::features::FeatureMap;
 use crate::features::columns::ColumnGradient;
 use crate::features::exponential::exponential_rows;
 use crate::features::gradient::MapGradient;
+use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
-use crate::features::{FeatureMap, Side};
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::add_exponential_rows;

@@ -1,16 +1,16 @@
 //! The scan from the last token to the first: what later queries do to keys and values.
 
 use crate::error::Error;
-use crate::features::Side;
+use crate::features::side::Side;
 use crate::kernel;
 use crate::kernel::buffer::padded;
 use crate::kernel::gradients::{add_and_scale_columns, product};
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
-use crate::memory::linear::backward::forward::Buffers;
-use crate::memory::linear::backward::map::Mapped;
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::map::{MapBuffers, Mapped};
 use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
 use crate::memory::linear::backward::tape::Entry;
-use crate::memory::linear::backward::{Backward, BackwardWork, TokenGradients, Units};
+use crate::memory::linear::backward::work::{BackwardWork, Buffers};
 use crate::memory::linear::chunk::Chunk;
 use crate::memory::linear::gates::{Gates, Rates};
 use crate::memory::linear::groups::Group;
@@ -82,7 +82,7 @@ impl<T: Scalar> Backward<'_, T> {
             }
             if self.with_decays {
                 let later = has_future.then_some((&*suffix, &*buffers.d_features));
-                gates.from_suffix(entry, later, units.of_features(), out);
+                gates.from_suffix(entry, later, units, out);
             }
             self.keys(entry, has_future, units, out, map, buffers)?;
             self.add_queries(entry, suffix, units, out.d_out, buffers);
@@ -108,7 +108,7 @@ impl<T: Scalar> Backward<'_, T> {
         let v = views::rows(self.tokens.v, rows.clone());
         values.resize(value_dim * width);
         squares.resize(width);
-        views::to_columns(v, units.values.recip(), squares, values);
+        views::to_columns(v, units.values_inverse, squares, values);
         d_features.resize(m * width);
         Product {
             m,
@@ -147,7 +147,7 @@ impl<T: Scalar> Backward<'_, T> {
         has_future: bool,
         units: Units<T>,
         out: &mut TokenGradients<'_, T>,
-        map: &mut super::map::MapBuffers<T>,
+        map: &mut MapBuffers<T>,
         buffers: &Buffers<T>,
     ) -> Result<(), Error> {
         let Entry { d_keys, keys, key_factors, decays, .. } = entry;
@@ -159,9 +159,7 @@ impl<T: Scalar> Backward<'_, T> {
         if !decays.is_empty() {
             d_keys.iter_mut().zip(&**decays).for_each(|(d_key, &decay)| *d_key /= decay);
         }
-        if units.of_features() != T::one() {
-            kernel::scale(d_keys, units.of_features());
-        }
+        units.bring(d_keys);
         let rows = entry.rows.clone();
         let mapped = Mapped {
             side: Side::Key,
@@ -190,7 +188,7 @@ impl<T: Scalar> Backward<'_, T> {
         let share = (own - suffix.scale.high).exp();
         let Buffers { d_out_rows, squares, features, sums, .. } = buffers;
         squares.resize(width);
-        kernel::scale_into(share / units.d_out, &entry.inverse, squares);
+        kernel::scale_into(share * units.d_out_inverse, &entry.inverse, squares);
         let cotangents = views::rows(d_out, entry.rows.clone());
         scaled_rows(cotangents, squares, d_out_rows);
         let queries: &[T] = if entry.decays.is_empty() {
