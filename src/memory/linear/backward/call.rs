@@ -17,6 +17,8 @@ pub(crate) struct TokenGradients<'a, T> {
     pub(crate) d_k: ArrayViewMut2<'a, T>,
     pub(crate) d_v: ArrayViewMut2<'a, T>,
     pub(crate) d_log_decay: Option<ArrayViewMut2<'a, T>>,
+    /// Whether all that was added is known to be finite.
+    pub(crate) is_finite: bool,
 }
 
 /// Powers of two by which cotangents and values are divided, so that products of the two stay in

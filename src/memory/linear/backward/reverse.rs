@@ -80,11 +80,12 @@ impl<T: Scalar> Backward<'_, T> {
             if has_future {
                 self.later_queries(entry, suffix, units, out, buffers);
             }
-            if self.with_decays {
-                let later = has_future.then_some((&*suffix, &*buffers.d_features));
+            if self.with_decays && has_future {
+                let later = (&*suffix, &*buffers.d_features, factor(entry, suffix));
                 gates.from_suffix(entry, later, units, out);
             }
-            self.keys(entry, has_future, units, out, map, buffers)?;
+            let factor = has_future.then(|| factor(entry, suffix));
+            self.keys(entry, factor, units, out, map, buffers)?;
             self.add_queries(entry, suffix, units, out.d_out, buffers);
             decay(suffix, &entry.decay_before);
         }
@@ -136,23 +137,23 @@ impl<T: Scalar> Backward<'_, T> {
         let factor = factor(entry, suffix);
         squares.iter_mut().zip(&*entry.key_factors).for_each(|(to, &key)| *to = key * factor);
         kernel::scale_rows_in_place(d_values, stride, &squares[..rows.len()]);
-        add_rows(d_values, units.d_out, views::rows_mut(out.d_v.view_mut(), rows));
-        kernel::scale(d_features, factor);
+        let d_v = views::rows_mut(out.d_v.view_mut(), rows);
+        out.is_finite &= add_rows(d_values, units.d_out, d_v);
     }
 
     /// Adds the gradient by keys.
     fn keys(
         &self,
         entry: &mut Entry<T>,
-        has_future: bool,
+        factor: Option<T>,
         units: Units<T>,
         out: &mut TokenGradients<'_, T>,
         map: &mut MapBuffers<T>,
         buffers: &Buffers<T>,
     ) -> Result<(), Error> {
         let Entry { d_keys, keys, key_factors, decays, .. } = entry;
-        if has_future {
-            add_and_scale_columns(d_keys, T::one(), &buffers.d_features, key_factors);
+        if let Some(factor) = factor {
+            add_and_scale_columns(d_keys, factor, &buffers.d_features, key_factors);
         } else {
             add_and_scale_columns(d_keys, T::zero(), keys, key_factors);
         }
@@ -170,7 +171,9 @@ impl<T: Scalar> Backward<'_, T> {
             d_values: &mut entry.d_keys,
         };
         let d_k = views::rows_mut(out.d_k.view_mut(), rows);
-        map.add(self.pass.feature_map(), self.pass.scale_root(), mapped, d_k)
+        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
+        out.is_finite &= map.add(map_and_root, mapped, d_k)?;
+        Ok(())
     }
 
     /// Adds the queries of a group to the suffix sums.
@@ -234,7 +237,8 @@ impl<T: Scalar> Backward<'_, T> {
             if has_future {
                 self.later_queries(entry, suffix, units, out, buffers);
             }
-            self.keys(entry, has_future, units, out, map, buffers)?;
+            let factor = has_future.then(|| factor(entry, suffix));
+            self.keys(entry, factor, units, out, map, buffers)?;
         }
         Ok(())
     }
