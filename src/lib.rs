@@ -156,6 +156,8 @@ pub use features::dct::DctFeatures;
 pub use features::elementwise::{EluFeatures, IdentityFeatures};
 pub use features::fit::{WeightFit, fit_weights};
 pub use features::gradient::MapGradient;
+pub use features::learned::LearnedFeatures;
+pub use features::logits::LearnedForm;
 pub use features::official_dijiang::OfficialDijiang;
 pub use features::performer::Performer;
 pub use features::radii::Radii;

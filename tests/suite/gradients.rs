@@ -5,8 +5,8 @@ use crate::common::{
     Formula, MAPS, SIGNED_MAPS, assert_close, golden, map as map_of, matrix, subjects, vector,
 };
 use dijiang::{
-    Attention, EluFeatures, FeatureMap, HeadGradient, IdentityFeatures, LinearAttention, Mask,
-    OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
+    Attention, EluFeatures, FeatureMap, HeadGradient, IdentityFeatures, LearnedFeatures,
+    LearnedForm, LinearAttention, Mask, OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
 };
 use ndarray::{Array2, Axis};
 use serde_json::Value;
@@ -29,7 +29,17 @@ fn map<T: Scalar>(
     let name = case["name"].as_str().unwrap();
     let columns = matrix(&case["q"]).ncols();
     if !case["query_projection"].is_null() {
-        return None;
+        let projections =
+            ["query_projection", "key_projection"].map(|name| narrow(&matrix(&case[name])));
+        let biases = ["query_bias", "key_bias"].map(|name| vector(&case[name]).mapv(T::from_f64));
+        let map = LearnedFeatures::from_parts(LearnedForm::Softmax, true, projections, biases);
+        let names = [
+            ("map.query_projection", "d_query_projection"),
+            ("map.key_projection", "d_key_projection"),
+            ("map.query_bias", "d_query_bias"),
+            ("map.key_bias", "d_key_bias"),
+        ];
+        return Some((Arc::new(map.unwrap()), names.to_vec()));
     }
     if !case["projection"].is_null() {
         let map = Performer::<T>::from_projection(narrow(&matrix(&case["projection"]))).unwrap();
@@ -122,7 +132,7 @@ fn the_golden_gradients_of_linear_attention() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 11);
+    assert_eq!(checked, 12);
 }
 
 /// Linear attention over every map keeps the promises of the shared checker.

@@ -26,8 +26,7 @@ pub(crate) mod work;
 use crate::error::Error;
 use crate::features::side::Side;
 use crate::kernel::buffer::padded;
-use crate::kernel::chunk_len;
-use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
 use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::groups::{FirstDecay, Groups};
 use crate::memory::linear::pass::PassBuffers;
@@ -46,7 +45,7 @@ const PARTS: usize = 16;
 impl<T: Scalar> Backward<'_, T> {
     /// Tokens of one tape.
     fn tape_tokens(&self) -> usize {
-        let (features, chunk) = (self.pass.num_features(), chunk_len::<T>());
+        let (features, chunk) = (self.pass.num_features(), block_len::<T>());
         let sums = if self.with_decays { features * self.value_dim() / chunk } else { 0 };
         let decays = if self.pass.decays_by_feature(self.tokens.log_decay) { features } else { 0 };
         let most = TAPE_FLOATS / (3 * features + 8 + sums + decays);
@@ -114,8 +113,8 @@ impl<T: Scalar> Backward<'_, T> {
     ) -> Result<(), Error> {
         let BackwardWork { pass: buffers, state, .. } = work;
         let (features, value_dim) = (self.pass.num_features(), self.value_dim());
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let rows = start..tokens.end.min(start + chunk_len::<T>());
+        for start in tokens.clone().step_by(block_len::<T>()) {
+            let rows = start..tokens.end.min(start + block_len::<T>());
             let part = |x| views::rows(x, rows.clone());
             let [k, v] = [self.tokens.k, self.tokens.v].map(part);
             self.pass.map_keys(k, v, self.tokens.log_decay.map(part), buffers, start)?;
@@ -152,12 +151,12 @@ impl<T: Scalar> Backward<'_, T> {
         work.state.reset(features, value_dim);
         work.suffix.reset(features, value_dim);
         self.absorb(0..self.tokens.k.nrows(), units, work)?;
-        for start in (0..self.tokens.q.nrows()).step_by(chunk_len::<T>()) {
-            let rows = start..self.tokens.q.nrows().min(start + chunk_len::<T>());
+        for start in (0..self.tokens.q.nrows()).step_by(block_len::<T>()) {
+            let rows = start..self.tokens.q.nrows().min(start + block_len::<T>());
             self.read_all(rows, units, out, work)?;
         }
-        for start in (0..self.tokens.k.nrows()).step_by(chunk_len::<T>()) {
-            let rows = start..self.tokens.k.nrows().min(start + chunk_len::<T>());
+        for start in (0..self.tokens.k.nrows()).step_by(block_len::<T>()) {
+            let rows = start..self.tokens.k.nrows().min(start + block_len::<T>());
             work.tape.clear();
             let k = views::rows(self.tokens.k, rows.clone());
             let BackwardWork { pass: buffers, tape, state, .. } = work;

@@ -4,12 +4,12 @@
 use crate::check;
 use crate::error::Error;
 use crate::features::side::Side;
+use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::{affine_columns, causal_affine, dot_columns, product};
 use crate::kernel::loops::products::Matrix;
-use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Readout;
-use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
 use crate::memory::linear::backward::gates::GroupDecays;
 use crate::memory::linear::backward::map::Mapped;
 use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
@@ -32,8 +32,8 @@ impl<T: Scalar> Backward<'_, T> {
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
         work.tape.clear();
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let rows = start..tokens.end.min(start + chunk_len::<T>());
+        for start in tokens.clone().step_by(block_len::<T>()) {
+            let rows = start..tokens.end.min(start + block_len::<T>());
             self.pass.map_tokens(self.tokens.rows(rows), &mut work.pass, start)?;
             units.set(&mut work.pass);
             let mut groups = Groups::new();

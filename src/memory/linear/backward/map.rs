@@ -61,11 +61,13 @@ impl<T: Scalar> MapBuffers<T> {
     /// Begins with no sums, for parameters of these names, if any are asked for.
     pub(super) fn begin(&mut self, map: &dyn FeatureMap<T>, parameters: Option<Parameters<T>>) {
         self.parameters = parameters;
-        let logits = match (map.column_map(), &self.parameters) {
-            (Some(map), Some(_)) => map.projected(),
-            _ => 0,
-        };
-        self.sums.iter_mut().for_each(|sums| sums.reset(logits, map.head_dim()));
+        for (sums, side) in self.sums.iter_mut().zip([Side::Query, Side::Key]) {
+            let logits = match (map.column_map(side), &self.parameters) {
+                (Some(map), Some(_)) => map.projected(),
+                _ => 0,
+            };
+            sums.reset(logits, map.head_dim());
+        }
     }
 
     /// Ends the sums: the gradients by the parameters of the map.
@@ -83,7 +85,7 @@ impl<T: Scalar> MapBuffers<T> {
         mapped: Mapped<'_, T>,
         d_x: ArrayViewMut2<'_, T>,
     ) -> Result<bool, Error> {
-        let Some(columns) = map.column_map() else {
+        let Some(columns) = map.column_map(mapped.side) else {
             self.add_by_rows(map, root, mapped, d_x)?;
             return Ok(false);
         };
