@@ -14,6 +14,7 @@ mod calibration;
 mod content;
 mod dct_ways;
 mod decay;
+mod distill;
 mod formats;
 mod golden;
 mod golden_hybrid;
