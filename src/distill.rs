@@ -64,7 +64,7 @@ impl<T> Distilled<T> {
 /// et al., arXiv 2410.10254, section 3.1; Hedgehog, arXiv 2402.04347, section 4.2).
 ///
 /// Every step takes one sample at random and one step of Adam (Kingma and Ba, arXiv 1412.6980,
-/// algorithm 1), causal, from the gradient over the queries that are not held out for validation.
+/// algorithm 1) from the gradient over the queries that are not held out for validation.
 /// The kernel of the smallest validation loss is returned: never a worse one, by that measure, than
 /// the kernel as it came. Weights of features stay at 0 or above, and a step that leads to
 /// parameters that the kernel refuses is halved until they can be used.
@@ -191,6 +191,7 @@ fn changed<T: Scalar>(
 struct Lesson<'a, T> {
     sample: DistillSample<'a, T>,
     loss: DistillLoss,
+    mask: Mask,
     /// What takes the place of the values: these, or the unit matrix, which shows the weights.
     values: Array2<T>,
     /// The teacher's answers.
@@ -220,10 +221,11 @@ impl<'a, T: Scalar> Lesson<'a, T> {
         };
         let mut target = Array2::zeros((n, values.ncols()));
         let DistillSample { q, k, .. } = sample;
-        forward(teacher, [q, k, values.view()], target.view_mut(), scratch)?;
+        forward(teacher, [q, k, values.view()], options.mask, target.view_mut(), scratch)?;
         // without rows to validate on, the loss itself is what tells
         let rows = if held_out == 0 { [0..n, 0..n] } else { [0..n - held_out, n - held_out..n] };
-        Ok(Self { sample, loss: options.loss, values, target, rows })
+        let (loss, mask) = (options.loss, options.mask);
+        Ok(Self { sample, loss, mask, values, target, rows })
     }
 
     /// The losses over the rows for training and for validation; adds the gradient of the first.
@@ -235,7 +237,7 @@ impl<'a, T: Scalar> Lesson<'a, T> {
     ) -> Result<[f64; 2], Error> {
         let DistillSample { q, k, .. } = self.sample;
         let mut out = Array2::zeros(self.target.dim());
-        forward(kernel, [q, k, self.values.view()], out.view_mut(), scratch)?;
+        forward(kernel, [q, k, self.values.view()], self.mask, out.view_mut(), scratch)?;
         let mut d_out = Array2::zeros(out.dim());
         let mut losses = [0.0; 2];
         for (loss, (rows, is_training)) in
@@ -248,7 +250,7 @@ impl<'a, T: Scalar> Lesson<'a, T> {
         let mut d_v = Array2::zeros(self.values.dim());
         let gradients = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
         let head = HeadGradient::new([q, k, self.values.view()], d_out.view(), gradients);
-        kernel.backward_heads(&mut [head.with_parameters(gradient)], Mask::Causal, scratch)?;
+        kernel.backward_heads(&mut [head.with_parameters(gradient)], self.mask, scratch)?;
         Ok(losses)
     }
 
@@ -302,8 +304,9 @@ const NOT_POSITIVE: Error = Error::Unsupported {
 fn forward<T: Scalar>(
     kernel: &dyn Attention<T>,
     [q, k, v]: [ArrayView2<'_, T>; 3],
+    mask: Mask,
     out: ArrayViewMut2<'_, T>,
     scratch: &mut Scratch<T>,
 ) -> Result<(), Error> {
-    kernel.forward_heads(&mut [Head::new(q, k, v, out)], Mask::Causal, scratch)
+    kernel.forward_heads(&mut [Head::new(q, k, v, out)], mask, scratch)
 }
