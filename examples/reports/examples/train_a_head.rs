@@ -1,84 +1,64 @@
-//! Trains feature maps on a head of a language model, and shows what that changes on another text.
+//! Trains feature maps on a head of a language model, and shows what they do on another text.
 //!
 //! ```text
 //! cargo run --release --example train_a_head [HEAD]
 //! ```
 //!
-//! Queries and keys come from `data/heads.safetensors`: its calibration split trains, its test split
-//! tells. HEAD is L00H4, L11H5, L17H4, L29H2 or M02H3.
+//! The heads are those of `data/README.md`: the calibration split trains, the test split tells.
 
 use dijiang::{
-    Attention, DctFeatures, DistillLoss, DistillOptions, DistillSample, FeatureMap, LearnedFeatures,
-    LinearAttention, Mask, SoftmaxAttention, WeightFit, Wpff, distill_with, fidelity, fit_weights,
+    DctFeatures, DistillLoss, DistillOptions, DistillSample, FeatureMap, LearnedFeatures,
+    LinearAttention, Mask, SoftmaxAttention, WeightFit, Wpff, distill, fidelity, fit_weights,
 };
 use ndarray::Array2;
 use safetensors::SafeTensors;
 use std::error::Error;
 
-fn tensor(file: &SafeTensors<'_>, name: &str) -> Result<Array2<f32>, Box<dyn Error>> {
-    let tensor = file.tensor(name)?;
-    let (numbers, _) = tensor.data().as_chunks::<4>();
-    let numbers = numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-    Ok(Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), numbers)?)
+/// Queries, keys and values of a split.
+fn split(file: &SafeTensors<'_>, place: &str) -> Result<[Array2<f32>; 3], Box<dyn Error>> {
+    let read = |which: &str| -> Result<Array2<f32>, Box<dyn Error>> {
+        let tensor = file.tensor(&format!("{place}/{which}"))?;
+        let numbers = tensor.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        Ok(Array2::from_shape_vec((tensor.shape()[0], tensor.shape()[1]), numbers.collect())?)
+    };
+    Ok([read("q")?, read("k")?, read("v")?])
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let name = std::env::args().nth(1).unwrap_or_else(|| "L11H5".to_owned());
+    let head = std::env::args().nth(1).unwrap_or_else(|| "L00H4".to_owned());
+    let mask = if head == "M02H3" { Mask::Full } else { Mask::Causal };
     let file = SafeTensors::deserialize(include_bytes!("../../../data/heads.safetensors"))?;
-    let [q, k, v] = ["q", "k", "v"].map(|x| tensor(&file, &format!("{name}/test/{x}")));
-    let [q, k, v] = [q?, k?, v?];
-    let [train_q, train_k] = ["q", "k"].map(|x| tensor(&file, &format!("{name}/calibration/{x}")));
-    let (train_q, train_k) = (train_q?, train_k?);
+    let [q, k, v] = &split(&file, &format!("{head}/calibration"))?;
+    let test = &split(&file, &format!("{head}/test"))?;
     let (d, m) = (q.ncols(), 64);
-    let mask = if name == "M02H3" { Mask::Full } else { Mask::Causal };
 
-    let wpff = Wpff::<f32>::new(d, m, 0)?;
-    let fit = WeightFit::new().with_mask(mask);
-    let calibrated = fit_weights(&wpff, train_q.view(), train_k.view(), fit)
-        .and_then(|weights| wpff.clone().with_weights(weights))?;
-    let maps: [(&str, Box<dyn FeatureMap<f32>>); 5] = [
-        ("weights of wpff", Box::new(wpff)),
-        ("weights of wpff, from fitted ones", Box::new(calibrated.clone())),
-        ("learned, from fitted wpff", Box::new(LearnedFeatures::from_map(&calibrated)?)),
-        (
-            "learned, from dct",
-            Box::new(LearnedFeatures::from_map(&DctFeatures::new(d, m, 0)?)?),
-        ),
+    let wpff = Wpff::new(d, m, 0)?;
+    let fit = fit_weights(&wpff, q.view(), k.view(), WeightFit::new().with_mask(mask))?;
+    let fitted = wpff.with_weights(fit)?;
+    let maps: [(&str, Box<dyn FeatureMap<f32>>); 4] = [
+        ("fitted wpff, its weights alone", Box::new(fitted.clone())),
+        ("learned, from fitted wpff", Box::new(LearnedFeatures::from_map(&fitted)?)),
+        ("learned, from dct", Box::new(LearnedFeatures::from_map(&DctFeatures::new(d, m, 0)?)?)),
         ("Hedgehog", Box::new(LearnedFeatures::hedgehog(d)?)),
     ];
-    // the values of the training text are not needed where rows of weights are compared
-    let sample = DistillSample { q: train_q.view(), k: train_k.view(), v: train_k.view() };
-    let teacher = SoftmaxAttention::<f32>::new(d)?;
-    let error = |kernel: &dyn Attention<f32>| {
-        fidelity::compare(kernel, q.view(), k.view(), v.view(), mask)
-    };
-    println!("{name}: {m} features, {} tokens to train on, {} to test", train_q.nrows(), q.nrows());
-    println!(
-        "{:<34}{:>14}{:>14}{:>12}{:>12}",
-        "", "divergence", "after", "test error", "after"
-    );
+    let (teacher, mut uniform) = (SoftmaxAttention::new(d)?, 0.0);
+    println!("{head}, {} tokens to train on and {} to test", q.nrows(), test[0].nrows());
+    println!("divergence from softmax in training, nats a query; output error on the test text");
+    println!("{:<32}step 0      50     150     300   before   after", "");
     for (what, map) in maps {
         let kernel = LinearAttention::new(map);
-        let options = DistillOptions::new()
-            .loss(DistillLoss::CrossEntropy)
-            .mask(mask)
-            .steps(300)
-            .learning_rate(0.02);
-        let fitted = distill_with(&kernel, &teacher, &[sample], options, |step| {
-            if step.index % 10 == 0 {
-                eprint!("\r{what}: step {}, {:.3} nats ", step.index, step.training);
-            }
-            true
-        })?;
-        eprint!("\r{:60}\r", "");
-        let (first, best) = (fitted.steps[0].validation, fitted.steps[fitted.best].validation);
-        let [before, after] = [error(&kernel)?, error(&*fitted.kernel)?];
-        println!(
-            "{what:<34}{first:>14.3}{best:>14.3}{:>12.3}{:>12.3}",
-            before.output_error, after.output_error
-        );
+        let only = if what.contains("alone") { "map.weights" } else { "map" };
+        let options = DistillOptions::new().loss(DistillLoss::CrossEntropy).mask(mask).only(only);
+        let sample = DistillSample { q: q.view(), k: k.view(), v: v.view() };
+        let trained = distill(&kernel, &teacher, &[sample], options)?;
+        let losses = [0, 50, 150, 300].map(|step| format!("{:8.3}", trained.steps[step].training));
+        let [q, k, v] = test.each_ref().map(|x| x.view());
+        let before = fidelity::compare(&kernel, q, k, v, mask)?;
+        let after = fidelity::compare(&*trained.kernel, q, k, v, mask)?;
+        let errors = format!("{:9.3}{:8.3}", before.output_error, after.output_error);
+        println!("{what:<30}{}{errors}", losses.concat());
+        uniform = after.uniform_error;
     }
-    let uniform = error(&LinearAttention::new(DctFeatures::<f32>::new(d, m, 0)?))?.uniform_error;
-    println!("{:<34}{:>52.3}", "uniform attention", uniform);
+    println!("{:<62}{uniform:9.3}{uniform:8.3}", "uniform attention");
     Ok(())
 }
