@@ -91,10 +91,10 @@ impl<T> Distilled<T> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidOption`] for options that cannot be used, and if the kernel has no parameters, or
-/// none of the names that were chosen; [`Error::ZeroSize`] without samples; [`Error::Unsupported`]
-/// if the kernel has no backward pass, or a cross entropy is asked of weights that are not positive;
-/// those of the forward and backward passes.
+/// [`Error::InvalidOption`] for options that cannot be used, and if the kernel has no parameters,
+/// or none of the names that were chosen; [`Error::ZeroSize`] without samples;
+/// [`Error::Unsupported`] if the kernel has no backward pass, or a cross entropy is asked of
+/// weights that are not positive; those of the forward and backward passes.
 pub fn distill<T: Scalar>(
     kernel: &dyn Attention<T>,
     teacher: &dyn Attention<T>,

@@ -84,8 +84,8 @@ impl<T: Scalar> LearnedFeatures<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a projection has no rows or columns, [`Error::Shape`] if the shapes do
-    /// not fit together, [`Error::NotFinite`] if a number is NaN or infinite.
+    /// [`Error::ZeroSize`] if a projection has no rows or columns, [`Error::Shape`] if the shapes
+    /// do not fit together, [`Error::NotFinite`] if a number is NaN or infinite.
     pub fn from_parts(
         form: LearnedForm,
         is_mirrored: bool,
@@ -133,8 +133,7 @@ impl<T: Scalar> LearnedFeatures<T> {
 
     /// What begins as an exponential map of the crate: [`Performer`](crate::Performer),
     /// [`Wpff`](crate::Wpff) and [`DctFeatures`](crate::DctFeatures), calibrated or not,
-    /// [`OfficialDijiang`](crate::OfficialDijiang), or another learned one. Features of weight 0 are
-    /// left out.
+    /// or [`OfficialDijiang`](crate::OfficialDijiang). Features of weight 0 are left out.
     ///
     /// # Errors
     ///
@@ -367,9 +366,8 @@ impl<T: Scalar> TryFrom<SavedLearned<T>> for LearnedFeatures<T> {
     type Error = Error;
 
     fn try_from(saved: SavedLearned<T>) -> Result<Self, Error> {
-        let SavedLearned { form, mirrored, query_projection, query_bias, key_projection, key_bias } =
-            saved;
-        let projections = [query_projection, key_projection];
-        Self::from_parts(form, mirrored, projections, [query_bias, key_bias])
+        let projections = [saved.query_projection, saved.key_projection];
+        let biases = [saved.query_bias, saved.key_bias];
+        Self::from_parts(saved.form, saved.mirrored, projections, biases)
     }
 }
