@@ -15,6 +15,7 @@
 //! parts, of which the last comes first; the sums before each part are kept.
 
 pub(crate) mod call;
+mod checkpoint;
 mod forward;
 mod gates;
 mod map;
@@ -27,17 +28,17 @@ use crate::error::Error;
 use crate::features::side::Side;
 use crate::kernel::buffer::padded;
 use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
+use crate::memory::linear::backward::checkpoint::Checkpoint;
 use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::groups::{FirstDecay, Groups};
 use crate::memory::linear::pass::PassBuffers;
-use crate::memory::linear::state::State;
 use crate::memory::linear::steps;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
 
-/// Numbers that a tape may keep.
-const TAPE_FLOATS: usize = 100 << 13;
+/// Numbers that a tape may keep: with what pads its buffers, some 3 MiB of `f32`.
+const TAPE_FLOATS: usize = 72 << 13;
 
 /// Parts that a sequence longer than a tape is cut into, and each of them again.
 const PARTS: usize = 16;
@@ -77,8 +78,7 @@ impl<T: Scalar> Backward<'_, T> {
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
         let most = self.tape_tokens();
-        // one tape of twice the length costs less than reading half of the tokens once more
-        if part.len() <= if depth == 0 { 2 * most } else { most } {
+        if part.len() <= most {
             self.scan_forward(part, units, out, work)?;
             return self.scan_back(units, out, work);
         }
@@ -86,20 +86,21 @@ impl<T: Scalar> Backward<'_, T> {
         while len * PARTS < part.len() {
             len *= PARTS;
         }
-        let starts: Vec<usize> = part.clone().step_by(len).collect();
+        let parts = part.len().div_ceil(len);
+        let place = |i: usize| part.start + i * len..part.end.min(part.start + (i + 1) * len);
         let first = depth * PARTS;
-        if work.checkpoints.len() < first + PARTS {
-            work.checkpoints.resize_with(first + PARTS, State::new);
+        if work.checkpoints.len() < first + parts {
+            work.checkpoints.resize_with(first + parts, Checkpoint::new);
         }
-        for (i, &start) in starts.iter().enumerate() {
-            work.checkpoints[first + i].copy_from(&work.state);
-            if i + 1 < starts.len() {
-                self.absorb(start..start + len, units, work)?;
+        for i in 0..parts {
+            work.checkpoints[first + i].keep(&work.state);
+            if i + 1 < parts {
+                self.absorb(place(i), units, work)?;
             }
         }
-        for (i, &start) in starts.iter().enumerate().rev() {
-            work.state.copy_from(&work.checkpoints[first + i]);
-            self.part(start..part.end.min(start + len), depth + 1, units, out, work)?;
+        for i in (0..parts).rev() {
+            work.checkpoints[first + i].restore(&mut work.state);
+            self.part(place(i), depth + 1, units, out, work)?;
         }
         Ok(())
     }

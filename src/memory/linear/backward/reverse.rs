@@ -56,11 +56,10 @@ impl<T: Scalar> Entry<T> {
 }
 
 /// Lets sums decay by log decays, if there are any.
-fn decay<T: Scalar>(sums: &mut State<T>, log_decay: &[T]) {
+fn let_decay<T: Scalar>(sums: &mut State<T>, log_decay: &[T], decay: &mut StateDecay<T>) {
     if !log_decay.is_empty() {
-        let mut decay = StateDecay::new();
         decay.set(log_decay);
-        sums.decay(&decay);
+        sums.decay(decay);
     }
 }
 
@@ -72,10 +71,10 @@ impl<T: Scalar> Backward<'_, T> {
         out: &mut TokenGradients<'_, T>,
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
-        let BackwardWork { tape, suffix, map, gates, buffers, .. } = work;
+        let BackwardWork { tape, suffix, map, gates, buffers, decay, .. } = work;
         for entry in tape.backwards() {
             // back to where the group began, as its keys count
-            decay(suffix, &entry.decay_within);
+            let_decay(suffix, &entry.decay_within, decay);
             let has_future = suffix.tokens > 0;
             if has_future {
                 self.later_queries(entry, suffix, units, out, buffers);
@@ -87,7 +86,7 @@ impl<T: Scalar> Backward<'_, T> {
             let factor = has_future.then(|| factor(entry, suffix));
             self.keys(entry, factor, units, out, map, buffers)?;
             self.add_queries(entry, suffix, units, out.d_out, buffers);
-            decay(suffix, &entry.decay_before);
+            let_decay(suffix, &entry.decay_before, decay);
         }
         Ok(())
     }

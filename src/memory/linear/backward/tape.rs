@@ -1,6 +1,7 @@
 //! What the forward scan keeps of each group of tokens for the scan back.
 
-use crate::kernel::buffer::Buffer;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::memory::linear::backward::call::block_len;
 use crate::memory::linear::chunk::Chunk;
 use crate::memory::linear::gates::Rates;
 use crate::memory::linear::log_scale::LogScale;
@@ -103,6 +104,10 @@ impl<T: Scalar> Entry<T> {
     /// As [`begin`](Self::begin), of all tokens of a chunk, whose features go over to the entry.
     pub(super) fn take(&mut self, rows: Range<usize>, chunk: &mut Chunk<T>, features: usize) {
         (self.rows, self.width) = (rows, chunk.width);
+        // what the chunk gets in return has room for any other
+        for array in [&mut self.queries, &mut self.keys] {
+            array.resize(padded::<T>(features) * block_len::<T>());
+        }
         self.swap(chunk);
         for (to, from) in
             [(&mut self.query_scale, &chunk.query_scale), (&mut self.key_scale, &chunk.key_scale)]
