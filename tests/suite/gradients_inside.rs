@@ -3,11 +3,11 @@
 use crate::common::gradients::{Trained, check_gradients};
 use crate::common::{assert_close, normal, tokens};
 use dijiang::{
-    Attention, CosFormer, EluFeatures, Error, ForwardRecord, Head, HeadGradient, LinearAttention,
-    Mask, Parameters, Performer, Retention, Rotary, RotaryAttention, RotaryPairs, Scalar, Scratch,
-    SoftmaxAttention,
+    Attention, CosFormer, EluFeatures, Error, FixedGates, ForwardRecord, Head, HeadGradient,
+    LinearAttention, Linformer, Mask, Parameters, Performer, Retention, Rotary, RotaryAttention,
+    RotaryPairs, Scalar, Scratch, SoftmaxAttention,
 };
-use ndarray::{Array1, Array2, Array3, Axis, array};
+use ndarray::{Array1, Array2, Array3, ArrayD, Axis, array, s};
 
 const BOTH: &[Mask] = &[Mask::Causal, Mask::Full];
 const CAUSAL: &[Mask] = &[Mask::Causal];
@@ -156,4 +156,112 @@ fn parameters_of_kernels_inside() {
     let wrong = Parameters::new().with("map.weights", Array1::ones(8).into_dyn());
     let error = kernel.with_parameters(&wrong).unwrap_err();
     assert!(matches!(error, Error::Parameter { .. }), "{error}");
+}
+
+/// Log decays that are the same numbers in both types.
+fn log_decays<T: Scalar>(n: usize, width: usize) -> Array2<T> {
+    let gates = normal::<f32>(n, width, 1.0, 21).mapv(|x| -0.3 * x.powi(4) - 0.001);
+    gates.mapv(|x| T::from_f64(f64::from(x)))
+}
+
+#[test]
+fn fixed_gates_are_a_parameter() {
+    fn elu<T: Scalar>(width: usize, n: usize) -> FixedGates<impl Attention<T>, T> {
+        let map = EluFeatures::new(5).unwrap();
+        let kernel = LinearAttention::new(map).gated().with_decay(0.9).unnormalized();
+        FixedGates::new(kernel, log_decays(n, width))
+    }
+    fn performer<T: Scalar>() -> impl Attention<T> {
+        let kernel = LinearAttention::new(Performer::<T>::new(5, 9, 1).unwrap()).gated();
+        FixedGates::new(kernel, log_decays(700, 1))
+    }
+    for width in [1, 5] {
+        let (wide, narrow) = (elu::<f64>(width, 700), elu::<f32>(width, 700));
+        check(&format!("fixed gates {width}"), 5, CAUSAL, &wide, &narrow);
+        assert_eq!(names(&wide), ["kernel.decay.common", "log_decay"]);
+    }
+    let (wide, narrow) = (performer::<f64>(), performer::<f32>());
+    check("fixed gates of random features", 5, CAUSAL, &wide, &narrow);
+    let expected = ["kernel.map.projection", "kernel.map.weights", "log_decay"];
+    assert_eq!(names(&wide), expected);
+
+    // the gradient is that by the log decays of a call, and 0 beyond it
+    let kernel = elu::<f64>(1, 30);
+    let [q, k, v] = tokens::<f64>(20, 5, 3, 1.0, 1);
+    let [q, k, v, d_out] = [q.view(), k.view(), v.view(), v.view()];
+    let found = kernel.backward(q, k, v, d_out, Mask::Causal).unwrap();
+    let d_log_decay = found.parameters.get("log_decay").unwrap();
+    let gates = log_decays::<f64>(30, 1);
+    let mut d_gates = Array2::zeros((20, 1));
+    let [mut d_q, mut d_k, mut d_v] = [5, 5, 3].map(|columns| Array2::zeros((20, columns)));
+    let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+    let head = HeadGradient::new([q, k, v], d_out, d);
+    let mut heads = [head.with_log_decay(gates.slice(s![..20, ..]), d_gates.view_mut())];
+    kernel.kernel().backward_heads(&mut heads, Mask::Causal, &mut Scratch::new()).unwrap();
+    assert_eq!((found.q, found.k, found.v), (d_q, d_k, d_v));
+    assert_eq!(d_log_decay.slice(s![..20, ..]).into_dyn(), d_gates.into_dyn());
+    assert!(d_log_decay.slice(s![20.., ..]).iter().all(|x| *x == 0.0));
+
+    let error = kernel.backward(q, k, v, d_out, Mask::Full).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    let error = elu::<f64>(1, 19).backward(q, k, v, d_out, Mask::Causal).unwrap_err();
+    assert!(matches!(error, Error::Shape { which: "log_decay", .. }), "{error}");
+    let mut wrong = Parameters::new().with("log_decay", Array2::zeros((20, 1)).into_dyn());
+    let error = kernel.with_parameters(&wrong).unwrap_err();
+    assert!(matches!(error, Error::Parameter { .. }), "{error}");
+    let [mut d_q, mut d_k, mut d_v] = [5, 5, 3].map(|columns| Array2::zeros((20, columns)));
+    let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+    let mut heads = [HeadGradient::new([q, k, v], d_out, d).with_parameters(&mut wrong)];
+    let error = kernel.backward_heads(&mut heads, Mask::Causal, &mut Scratch::new()).unwrap_err();
+    assert!(matches!(error, Error::Parameter { .. }), "{error}");
+}
+
+#[test]
+fn linformer_has_its_gradient() {
+    fn kernel<T: Scalar>(d: usize, rank: usize, shared: bool) -> Box<dyn Attention<T>> {
+        let kernel = match shared {
+            true => Linformer::shared(d, rank, 700, 5).unwrap(),
+            false => Linformer::new(d, rank, 700, 5).unwrap().with_scale(0.3),
+        };
+        // the same numbers in both types
+        let round = |x: &ArrayD<T>| x.mapv(|x| T::from_f64(f64::from(x.as_f64() as f32)));
+        let rounded = kernel.parameters();
+        let rounded = rounded.iter().map(|(name, x)| (name.to_owned(), round(x))).collect();
+        kernel.with_parameters(&rounded).unwrap()
+    }
+    for (d, rank, shared) in [(8, 16, false), (5, 7, true), (1, 1, false), (3, 40, true)] {
+        let (wide, narrow) = (kernel::<f64>(d, rank, shared), kernel::<f32>(d, rank, shared));
+        check(&format!("linformer {d} {rank} {shared}"), d, &[Mask::Full], &*wide, &*narrow);
+        let expected: &[&str] = if shared { &["e"] } else { &["e", "f"] };
+        assert_eq!(names(&*wide), expected);
+        let [q, k, v] = tokens::<f64>(20, d, 3, 1.0, 1);
+        let [q, k, v, d_out] = [q.view(), k.view(), v.view(), v.view()];
+        let found = wide.backward(q, k, v, d_out, Mask::Full).unwrap();
+        for (name, d) in found.parameters.iter() {
+            assert!(d.slice(s![.., 20..]).iter().all(|x| *x == 0.0), "{name}");
+            let is_of_all = d.slice(s![.., ..20]).iter().all(|x| *x != 0.0);
+            assert!(rank == 1 || is_of_all, "{name}");
+        }
+        let error = wide.backward(q, k, v, d_out, Mask::Causal).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    }
+
+    // what is shared stays so, and the scale stays as well
+    let kernel = Linformer::<f64>::shared(2, 3, 9, 1).unwrap().with_scale(0.25);
+    let other = Parameters::new().with("e", Array2::from_elem((3, 9), 0.5).into_dyn());
+    let other = kernel.with_parameters(&other).unwrap();
+    assert_eq!(names(&*other), ["e"]);
+    let e = Array2::from_elem((3, 9), 0.5);
+    let written = Linformer::from_projections(2, e.clone(), e).unwrap().with_scale(0.25);
+    let x = normal::<f64>(9, 2, 1.0, 3);
+    let [first, second] = [&*other, &written]
+        .map(|kernel| kernel.forward(x.view(), x.view(), x.view(), Mask::Full).unwrap());
+    assert_eq!(first, second);
+    let wrong = Parameters::new().with("f", Array2::zeros((3, 9)).into_dyn());
+    let error = kernel.with_parameters(&wrong).unwrap_err();
+    assert!(matches!(error, Error::Parameter { .. }), "{error}");
+    let long = normal::<f64>(10, 2, 1.0, 3);
+    let long = long.view();
+    let error = kernel.backward(long, long, long, long, Mask::Full).unwrap_err();
+    assert_eq!(error, Error::TooLong { max_len: 9, found: 10 });
 }
