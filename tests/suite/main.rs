@@ -24,6 +24,7 @@ mod gradients_softmax;
 mod hybrid;
 mod layer_batches;
 mod layer_errors;
+mod layer_gradients;
 mod layer_padding;
 mod layer_streams;
 mod multi_head;
