@@ -152,20 +152,18 @@ impl Call {
                 for h in (kv * GROUP..(kv + 1) * GROUP).step_by(step) {
                     let heads = s![h..h + step, .., ..];
                     let keys = s![b, kv, keys.clone(), ..];
-                    let [q, d_out] = [&self.q, &self.d_out].map(|x| x.slice(queries.clone()));
-                    let mut d_q = d.q.slice_mut(queries.clone());
+                    let [q, d_out] = [&self.q, &self.d_out].map(|x| x.slice(queries));
+                    let mut d_q = d.q.slice_mut(queries);
                     let mut d_parameters = kernels[h].parameters().zeros_like();
                     let head = HeadGradient::group(
                         q.slice(heads),
-                        [self.k.slice(keys.clone()), self.v.slice(keys.clone())],
+                        [self.k.slice(keys), self.v.slice(keys)],
                         d_out.slice(heads),
                         d_q.slice_mut(heads),
-                        [d.k.slice_mut(keys.clone()), d.v.slice_mut(keys.clone())],
+                        [d.k.slice_mut(keys), d.v.slice_mut(keys)],
                     );
                     let head = match (&self.log_decay, &mut d.log_decay) {
-                        (Some(x), Some(d)) => {
-                            head.with_log_decay(x.slice(keys.clone()), d.slice_mut(keys))
-                        }
+                        (Some(x), Some(d)) => head.with_log_decay(x.slice(keys), d.slice_mut(keys)),
                         _ => head,
                     };
                     let mut call = [head.with_parameters(&mut d_parameters)];
