@@ -176,6 +176,7 @@ pub use memory::merged::rule::{MergeCost, MergeUnits, Metric};
 pub use memory::partial::Partial;
 pub use memory::{CloneMemory, Memory};
 pub use multi_head::MultiHead;
+pub use multi_head::gradient::{LayerGradient, LayerGradients};
 pub use multi_head::layout::Padding;
 pub use multi_head::stream::MultiHeadStream;
 pub use multi_head::stream::state::MultiHeadState;
