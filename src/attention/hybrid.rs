@@ -1,11 +1,13 @@
 //! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one
 //! normaliser.
 
+mod backward;
 pub(crate) mod builder;
 pub(crate) mod config;
 pub(crate) mod far;
 mod far_memory;
 mod near;
+mod parameters;
 mod pass;
 mod read;
 mod save;
@@ -15,6 +17,8 @@ mod stream;
 
 use crate::attention::Attention;
 use crate::attention::call::Head;
+use crate::attention::gradient::HeadGradient;
+use crate::attention::hybrid::backward::pass::{BackwardParts, add_gradients};
 use crate::attention::hybrid::config::Config;
 use crate::attention::hybrid::far_memory::Sizes;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
@@ -25,6 +29,7 @@ use crate::attention::stream::{Stream, StreamOptions};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use std::sync::Arc;
 
@@ -91,6 +96,12 @@ pub struct HybridAttention<T: Scalar> {
 const FULL_MERGED: Error = Error::Unsupported {
     what: "a full mask with `Far::merged`",
     why: "attention received needs an order of queries; use `Far::ward`",
+};
+
+const FULL_GRADIENT: Error = Error::Unsupported {
+    what: "the gradient of a hybrid under a full mask",
+    why: "only that of causal calls is written; use `Mask::Causal`, or `LinearAttention` with the \
+          map of the far memory",
 };
 
 impl<T: Scalar> HybridAttention<T> {
@@ -214,5 +225,40 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
 
     fn sharing(&self) -> Sharing {
         self.config.sharing()
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let own = self.config.parameters();
+        for head in &*heads {
+            head.check_not_gated()?;
+            head.check_backward(self.config.head_dim, mask)?;
+            self.config.check_group(head.group_len())?;
+            head.check_finite()?;
+            head.d_parameters.iter().try_for_each(|d| own.check_names(d))?;
+        }
+        self.check_mask(mask)?;
+        if mask != Mask::Causal {
+            return Err(FULL_GRADIENT);
+        }
+        scratch.with_part(|parts: &mut BackwardParts<T>, _| {
+            if self.config.learns() {
+                return add_gradients(&self.config, heads, parts);
+            }
+            let one_by_one = heads.iter_mut().map(core::slice::from_mut);
+            one_by_one.into_iter().try_for_each(|head| add_gradients(&self.config, head, parts))
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.config.parameters()
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        Ok(Box::new(Self { config: Arc::new(self.config.with_parameters(parameters)?) }))
     }
 }

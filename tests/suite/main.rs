@@ -19,6 +19,7 @@ mod golden;
 mod golden_hybrid;
 mod golden_naive;
 mod gradients;
+mod gradients_hybrid;
 mod gradients_softmax;
 mod hybrid;
 mod layer_batches;

@@ -17,6 +17,7 @@
 pub(crate) mod call;
 mod forward;
 mod gates;
+pub(crate) mod late;
 mod map;
 mod reverse;
 mod rows;
