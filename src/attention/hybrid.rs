@@ -98,12 +98,6 @@ const FULL_MERGED: Error = Error::Unsupported {
     why: "attention received needs an order of queries; use `Far::ward`",
 };
 
-const FULL_GRADIENT: Error = Error::Unsupported {
-    what: "the gradient of a hybrid under a full mask",
-    why: "only that of causal calls is written; use `Mask::Causal`, or `LinearAttention` with the \
-          map of the far memory",
-};
-
 impl<T: Scalar> HybridAttention<T> {
     /// Columns of queries and keys.
     #[must_use]
@@ -242,15 +236,14 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             head.d_parameters.iter().try_for_each(|d| own.check_names(d))?;
         }
         self.check_mask(mask)?;
-        if mask != Mask::Causal {
-            return Err(FULL_GRADIENT);
-        }
         scratch.with_part(|parts: &mut BackwardParts<T>, _| {
             if self.config.learns() {
-                return add_gradients(&self.config, heads, parts);
+                return add_gradients(&self.config, heads, mask, parts);
             }
             let one_by_one = heads.iter_mut().map(core::slice::from_mut);
-            one_by_one.into_iter().try_for_each(|head| add_gradients(&self.config, head, parts))
+            one_by_one
+                .into_iter()
+                .try_for_each(|head| add_gradients(&self.config, head, mask, parts))
         })
     }
 

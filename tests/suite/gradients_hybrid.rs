@@ -92,7 +92,7 @@ fn hybrids_that_do_not_learn_have_their_gradient() {
                 head_dim: d,
                 f64: &*subject.f64,
                 f32: &*subject.f32,
-                masks: &[Mask::Causal],
+                masks: subject.masks(),
                 gates: 0,
                 size: 0.7,
             });

@@ -17,3 +17,5 @@ mod flow;
 pub(super) mod head;
 mod log;
 pub(super) mod pass;
+#[cfg(test)]
+mod tests;

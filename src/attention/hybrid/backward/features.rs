@@ -8,12 +8,14 @@ use crate::attention::hybrid::parameters::FAR;
 use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::kernel::buffer::padded;
+use crate::mask::Mask;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
 use crate::memory::linear::pass::Pass;
 use crate::memory::seen_rows::SeenBlock;
 use crate::scalar::Scalar;
 use crate::views;
-use ndarray::{Array2, ArrayView2, Axis};
+use core::ops::Range;
+use ndarray::{Array2, Axis};
 
 /// Working memory.
 #[derive(Debug)]
@@ -24,7 +26,6 @@ pub(super) struct FeaturesWork<T> {
     sums: LateSums<T>,
     /// Of all tokens, in the order in which they enter the sums: their positions, and the steps.
     arrivals: Vec<[usize; 2]>,
-    from: Vec<usize>,
     /// Logarithms of normalisers and means of all queries, block by block.
     kept: [Vec<T>; 2],
 }
@@ -37,7 +38,6 @@ impl<T: Scalar> FeaturesWork<T> {
             held: Held::default(),
             sums: LateSums::new(),
             arrivals: Vec::new(),
-            from: Vec::new(),
             kept: [Vec::new(), Vec::new()],
         }
     }
@@ -59,16 +59,9 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work.arrivals.clear();
         work.kept.iter_mut().for_each(Vec::clear);
         work.sums.begin(&pass, value_dim, self.units, asked);
-        let n = self.head.queries();
-        for start in (0..n).step_by(BLOCK) {
-            self.ask(&pass, log, start, work)?;
-        }
-        work.sums.turn(&pass);
-        let mut arrived = work.arrivals.len();
-        for start in (0..n).step_by(BLOCK).rev() {
-            let first = work.arrivals[..arrived].partition_point(|&[_, step]| step < start);
-            self.ask_again(&pass, start, first..arrived, work)?;
-            arrived = first;
+        match self.mask {
+            Mask::Causal => self.causal(&pass, log, work)?,
+            Mask::Full => self.full(&pass, log, work)?,
         }
         if let (Some(of_map), Some(all)) = (work.sums.end(&pass), &mut self.head.d_parameters) {
             all.add_scaled(T::one(), &of_map.under(FAR))?;
@@ -76,33 +69,97 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         Ok(())
     }
 
-    /// A block of the first pass: all but what later queries hand on to tokens of the sums.
-    fn ask(
+    /// Steps one after the other.
+    fn causal(
         &mut self,
         pass: &Pass<'_, T>,
         log: &Log<T>,
-        start: usize,
-        FeaturesWork { flow, block, held, sums, arrivals, kept, .. }: &mut FeaturesWork<T>,
+        work: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let steps = start..self.head.queries().min(start + BLOCK);
-        let (scoring, units) = (self.scoring, self.units);
+        let n = self.head.queries();
+        for start in (0..n).step_by(BLOCK) {
+            let steps = start..n.min(start + BLOCK);
+            self.arrive(pass, log, steps.clone(), work)?;
+            work.flow.add_near(self.config, steps.clone(), self.tokens());
+            work.flow.rows.begin_gradients();
+            self.ask(pass, steps, work)?;
+            work.sums.absorb();
+            self.hand_on(&mut work.flow);
+        }
+        work.sums.turn(pass);
+        for start in (0..n).step_by(BLOCK).rev() {
+            let steps = start..n.min(start + BLOCK);
+            let [k, v] = self.arrive_again(pass, start, work)?;
+            self.ask_again(pass, steps, work)?;
+            self.end_arrivals(pass, [&k, &v], work)?;
+        }
+        Ok(())
+    }
+
+    /// All queries after all tokens.
+    fn full(
+        &mut self,
+        pass: &Pass<'_, T>,
+        log: &Log<T>,
+        work: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (n, last) = (self.head.queries(), self.steps());
+        for start in (0..last).step_by(BLOCK) {
+            self.arrive(pass, log, start..last.min(start + BLOCK), work)?;
+            work.sums.absorb();
+        }
+        self.arrive(pass, log, last..last, work)?; // nothing, but for the heavy keys
+        work.flow.add_sinks(self.config, self.tokens());
+        work.flow.rows.begin_gradients();
+        for start in (0..n).step_by(BLOCK) {
+            self.ask(pass, start..n.min(start + BLOCK), work)?;
+        }
+        self.hand_on(&mut work.flow);
+        work.sums.turn(pass);
+        self.arrive_again(pass, last, work)?;
+        for start in (0..n).step_by(BLOCK).rev() {
+            self.ask_again(pass, start..n.min(start + BLOCK), work)?;
+        }
+        for start in (0..last).step_by(BLOCK).rev() {
+            let [k, v] = self.arrive_again(pass, start, work)?;
+            self.end_arrivals(pass, [&k, &v], work)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the tokens that enter the sums within some steps.
+    fn arrive(
+        &mut self,
+        pass: &Pass<'_, T>,
+        log: &Log<T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, held, sums, arrivals, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
         flow.walk(self.config, log, held, steps.clone(), self.tokens());
         flow.end(held);
-        flow.add_near(self.config, steps.clone(), self.tokens());
-        flow.rows.begin_gradients();
-        let [k, v] = [self.head.k, self.head.v].map(|x| gathered(x, &flow.arrivals));
+        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
         let row = flow.arrivals.first().copied().unwrap_or_default();
-        sums.enter(pass, Entering { k: k.view(), v: v.view(), row })?;
         let entered = flow.arrivals.iter().zip(&flow.from);
-        arrivals.extend(entered.map(|(&position, &from)| [position, start + from]));
+        arrivals.extend(entered.map(|(&position, &from)| [position, steps.start + from]));
+        sums.enter(pass, Entering { k: k.view(), v: v.view(), row })
+    }
+
+    /// Queries of the first pass: all but what they hand on to tokens of the sums.
+    fn ask(
+        &mut self,
+        pass: &Pass<'_, T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, block, sums, kept, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (scoring, units, row) = (self.scoring, self.units, steps.start);
         for g in 0..self.head.group_len() {
             let asking = self.asking(g, steps.clone());
             let [q, d_out] = asking;
             block.begin(asking, scoring, units);
-            let asked = Asking { q, d_out, row: start };
+            let asked = Asking { q, d_out, row };
             let others = sums.answer(pass, asked, &block.cotangents, &flow.from)?;
             let sink = self.config.sink_logit(g);
-            let of_sink = block.weigh(&flow.rows, scoring, Some(others), sink, start)?;
+            let of_sink = block.weigh(&flow.rows, scoring, Some(others), sink, row)?;
             self.add_sink(g, of_sink);
             let d_q = self.d_q(g, steps.clone());
             block.hand_on(asking, &mut flow.rows, scoring.scale.as_f64(), units, d_q);
@@ -111,39 +168,57 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             kept[0].extend_from_slice(&block.log_normalizer);
             kept[1].extend_from_slice(&block.means);
         }
-        sums.absorb();
-        self.hand_on(flow);
         Ok(())
     }
 
-    /// A block of the second pass: what its queries hand on to tokens of the sums.
-    fn ask_again(
+    /// The second pass: takes the last tokens that entered from step `start` on.
+    fn arrive_again(
         &mut self,
         pass: &Pass<'_, T>,
         start: usize,
-        range: core::ops::Range<usize>,
-        FeaturesWork { flow, sums, arrivals, from, kept, .. }: &mut FeaturesWork<T>,
-    ) -> Result<(), Error> {
-        let steps = start..self.head.queries().min(start + BLOCK);
+        FeaturesWork { flow, sums, arrivals, .. }: &mut FeaturesWork<T>,
+    ) -> Result<[Array2<T>; 2], Error> {
+        let first = arrivals.partition_point(|&[_, step]| step < start);
         flow.arrivals.clear();
-        flow.arrivals.extend(arrivals[range.clone()].iter().map(|[position, _]| position));
-        from.clear();
-        from.extend(arrivals[range].iter().map(|[_, step]| step - start));
-        let [k, v] = [self.head.k, self.head.v].map(|x| gathered(x, &flow.arrivals));
+        flow.from.clear();
+        for [position, step] in arrivals.drain(first..) {
+            flow.arrivals.push(position);
+            flow.from.push(step - start);
+        }
+        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
         let row = flow.arrivals.first().copied().unwrap_or_default();
-        let entering = Entering { k: k.view(), v: v.view(), row };
-        sums.enter_again(pass, entering)?;
-        let width = padded::<T>(steps.len());
-        let group = self.head.group_len();
+        sums.enter_again(pass, Entering { k: k.view(), v: v.view(), row })?;
+        Ok([k, v])
+    }
+
+    /// What queries hand on to tokens of the sums.
+    fn ask_again(
+        &mut self,
+        pass: &Pass<'_, T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, sums, kept, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (width, group) = (padded::<T>(steps.len()), self.head.group_len());
         let first = kept[0].len() - group * width;
         for g in 0..group {
             let [q, d_out] = self.asking(g, steps.clone());
             let own = first + g * width..first + (g + 1) * width;
-            let [logs, means] = [&kept[0][own.clone()], &kept[1][own]];
-            sums.ask_again(pass, Asking { q, d_out, row: start }, [logs, means], from)?;
+            let kept = [&kept[0][own.clone()], &kept[1][own]];
+            sums.ask_again(pass, Asking { q, d_out, row: steps.start }, kept, &flow.from)?;
         }
         kept.iter_mut().for_each(|kept| kept.truncate(first));
-        let [mut d_k, mut d_v] = [k.dim(), v.dim()].map(Array2::zeros);
+        Ok(())
+    }
+
+    /// Adds the gradients by the tokens that entered.
+    fn end_arrivals(
+        &mut self,
+        pass: &Pass<'_, T>,
+        [k, v]: [&Array2<T>; 2],
+        FeaturesWork { flow, sums, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
+        let entering = Entering { k: k.view(), v: v.view(), row: 0 };
         sums.to_tokens(pass, entering, d_k.view_mut(), d_v.view_mut())?;
         for (i, &position) in flow.arrivals.iter().enumerate() {
             for (all, own) in [(&mut self.head.d_k, &d_k), (&mut self.head.d_v, &d_v)] {
@@ -153,9 +228,4 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         }
         Ok(())
     }
-}
-
-/// Copies of some rows.
-fn gathered<T: Scalar>(x: ArrayView2<'_, T>, positions: &[usize]) -> Array2<T> {
-    x.select(Axis(0), positions)
 }

@@ -67,6 +67,8 @@ pub(super) struct KeyValues<'a, T> {
     pub(super) k: ArrayView2<'a, T>,
     pub(super) v: ArrayView2<'a, T>,
     pub(super) units: Units,
+    /// Whether one more step follows, in which all that waits for its block leaves as well.
+    pub(super) rest_leaves: bool,
 }
 
 impl<T: Scalar> KeyValues<'_, T> {
@@ -154,8 +156,12 @@ impl<T: Scalar> Flow<T> {
             self.end_row(Origin::Token(position), 1.0);
         }
         for (i, t) in steps.enumerate() {
-            let Some(leaving) = config.leaving(t) else { continue };
-            for position in leaving {
+            let leaving = if tokens.rest_leaves && t == tokens.k.nrows() {
+                Some(config.held(t))
+            } else {
+                config.leaving(t)
+            };
+            for position in leaving.into_iter().flatten() {
                 self.leave(config, log, position, i..n, tokens);
             }
             self.merge(config, log, i..n);
@@ -276,5 +282,14 @@ impl<T: Scalar> Flow<T> {
                 self.near.push(position);
             }
         }
+    }
+
+    /// Adds the sinks, and lets any query see all rows.
+    pub(super) fn add_sinks(&mut self, config: &Config<T>, tokens: KeyValues<'_, T>) {
+        for position in 0..config.sinks.min(tokens.k.nrows()) {
+            tokens.push(&mut self.rows, position, 0..0);
+            self.near.push(position);
+        }
+        self.rows.seen.fill(0..usize::MAX);
     }
 }

@@ -4,6 +4,7 @@ use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::backward::flow::{Flow, KeyValues, Origin};
 use crate::attention::hybrid::config::Config;
 use crate::attention::hybrid::parameters::SINK_LOGITS;
+use crate::mask::Mask;
 use crate::memory::scoring::Scoring;
 use crate::memory::seen_rows::SeenRows;
 use crate::memory::softmax_gradient::Units;
@@ -23,12 +24,17 @@ pub(super) struct OneHead<'a, 'b, T: Scalar> {
     pub(super) head: &'a mut HeadGradient<'b, T>,
     pub(super) units: Units,
     pub(super) scoring: Scoring<T>,
+    pub(super) mask: Mask,
     /// By the logit of the sink of each query head.
     d_sinks: Vec<f64>,
 }
 
 impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
-    pub(super) fn new(config: &'a Config<T>, head: &'a mut HeadGradient<'b, T>) -> Self {
+    pub(super) fn new(
+        config: &'a Config<T>,
+        head: &'a mut HeadGradient<'b, T>,
+        mask: Mask,
+    ) -> Self {
         let units = Units {
             q: Unit::of_all(head.q.outer_iter()),
             k: Unit::of(head.k),
@@ -38,11 +44,17 @@ impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
         let scale = T::from_f64(config.scale);
         let scoring = Scoring { soft_cap: config.soft_cap, ..Scoring::new(scale) };
         let d_sinks = vec![0.0; head.group_len()];
-        Self { config, head, units, scoring, d_sinks }
+        Self { config, head, units, scoring, mask, d_sinks }
+    }
+
+    /// Steps in which tokens leave the window.
+    pub(super) fn steps(&self) -> usize {
+        self.head.keys() + usize::from(self.mask == Mask::Full)
     }
 
     pub(super) fn tokens(&self) -> KeyValues<'b, T> {
-        KeyValues { k: self.head.k, v: self.head.v, units: self.units }
+        let rest_leaves = self.mask == Mask::Full;
+        KeyValues { k: self.head.k, v: self.head.v, units: self.units, rest_leaves }
     }
 
     /// Queries and cotangents of some steps of a query head.

@@ -9,6 +9,7 @@ use crate::attention::hybrid::near::stay;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::error::Error;
 use crate::kernel::buffer::Buffer;
+use crate::mask::Mask;
 use crate::memory::merged::entries::Merge;
 use crate::scalar::Scalar;
 use crate::views::{row, rows};
@@ -29,38 +30,45 @@ pub(super) struct Log<T> {
 pub(super) fn record<T: Scalar>(
     config: &Config<T>,
     heads: &[HeadGradient<'_, T>],
+    mask: Mask,
     state: &mut HybridState<T>,
     scratch: &mut HybridScratch<T>,
 ) -> Result<Vec<Log<T>>, Error> {
-    let places = heads.iter().map(|head| places(config, head));
+    let places = heads.iter().map(|head| places(config, head, mask));
     let mut logs: Vec<Log<T>> = places.map(|places| Log { places, merges: Vec::new() }).collect();
     if matches!(config.far, FarKind::Merged { .. }) {
-        let merges = merges(config, heads, state, scratch)?;
+        let merges = merges(config, heads, mask, state, scratch)?;
         logs.iter_mut().zip(merges).for_each(|(log, merges)| log.merges = merges);
     }
     Ok(logs)
 }
 
 /// Which tokens become heavy keys.
-fn places<T: Scalar>(config: &Config<T>, head: &HeadGradient<'_, T>) -> Vec<Option<u32>> {
+fn places<T: Scalar>(
+    config: &Config<T>,
+    head: &HeadGradient<'_, T>,
+    mask: Mask,
+) -> Vec<Option<u32>> {
     let (mut scores, mut scratch) = (Vec::new(), [Buffer::new(), Buffer::new()]);
     if config.heavy == 0 {
         return Vec::new();
     }
     let leaving = (0..head.keys()).filter_map(|t| config.leaving(t)).flatten();
+    let rest = if mask == Mask::Full { config.held(head.keys()) } else { 0..0 };
     let place = |position| {
         let key = row(head.k, position);
         let score = config.static_score(key.iter().copied(), &mut scratch);
         #[allow(clippy::cast_possible_truncation)] // counted keys
         stay(&mut scores, config.heavy, score).map(|place| place as u32)
     };
-    leaving.map(place).collect()
+    leaving.chain(rest).map(place).collect()
 }
 
 /// What is merged in each head.
 fn merges<T: Scalar>(
     config: &Config<T>,
     heads: &[HeadGradient<'_, T>],
+    mask: Mask,
     state: &mut HybridState<T>,
     scratch: &mut HybridScratch<T>,
 ) -> Result<Vec<Vec<Merge<T>>>, Error> {
@@ -83,7 +91,9 @@ fn merges<T: Scalar>(
             let mut out = out.view_mut();
             out.slice_axis_inplace(Axis(1), Slice::from(..range.len()));
             let mut q: ArrayView3<'_, T> = head.q;
-            q.slice_axis_inplace(Axis(1), Slice::from(range.clone()));
+            // without learning there may be more keys than queries, which nobody asks
+            let asked = if learns { range.clone() } else { 0..0 };
+            q.slice_axis_inplace(Axis(1), Slice::from(asked));
             Head::group(q, part(head.k), part(head.v), out)
         });
         let mut calls: Vec<Head<'_, T>> = calls.collect();
@@ -96,6 +106,9 @@ fn merges<T: Scalar>(
             state.leave(config, scratch).map_err(|error| error.in_chunk(start))?;
             state.tokens += 1;
         }
+    }
+    if mask == Mask::Full {
+        state.leave_rest(config, scratch)?;
     }
     let Some(MergingPool(memories)) = of_kind(&mut *state.far) else { return Ok(Vec::new()) };
     Ok(memories.iter_mut().map(|memory| memory.log.take().unwrap_or_default()).collect())

@@ -10,6 +10,7 @@ use crate::attention::hybrid::parameters::SINK_LOGITS;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
 
@@ -43,10 +44,11 @@ const PACKED: Error = Error::Unsupported {
     why: "rounding has none; build the kernel with `StateFormat::F32`",
 };
 
-/// Adds the gradients of causal attention of checked heads, which share one budget.
+/// Adds the gradients of checked heads, which share one budget.
 pub(in crate::attention::hybrid) fn add_gradients<T: Scalar>(
     config: &Config<T>,
     heads: &mut [HeadGradient<'_, T>],
+    mask: Mask,
     BackwardParts { state, scratch, entries, features }: &mut BackwardParts<T>,
 ) -> Result<(), Error> {
     if config.format != StateFormat::F32 {
@@ -64,9 +66,9 @@ pub(in crate::attention::hybrid) fn add_gradients<T: Scalar>(
     if first.q.is_empty() {
         return Ok(());
     }
-    let logs = record(config, heads, state, scratch)?;
+    let logs = record(config, heads, mask, state, scratch)?;
     for (head, log) in heads.iter_mut().zip(&logs) {
-        let mut one = OneHead::new(config, head);
+        let mut one = OneHead::new(config, head, mask);
         match &config.far {
             FarKind::Linear(map) => one.by_features(log, &***map, features)?,
             _ => one.by_entries(log, entries)?,
