@@ -68,6 +68,20 @@ use std::sync::Arc;
 /// `entries·(d + d_v + 2)` for [`Ward`](crate::Ward) and [`Merged`](crate::Merged) (the latter has
 /// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps.
 ///
+/// # Gradient
+///
+/// What the kernel decides is a constant of the
+/// [gradient](crate::Attention::backward_heads): which pairs of entries are merged and with which
+/// shares, and which keys are heavy. So an entry is a fixed mean of keys and of values, read with
+/// its count, and nothing flows back through attention received, the units of the metric or the
+/// scores of a calibration. Where these depend on the arguments, gradients therefore differ from
+/// differences of outputs; with [`Far::none`](crate::Far::none),
+/// [`Far::features`](crate::Far::features) and an uncalibrated [`Far::ward`](crate::Far::ward) they
+/// are those of the outputs. [Parameters](crate::Attention::parameters) are those of the map, under
+/// `far`, and `sink_logits`. A backward pass keeps some bytes for each token: what was decided, or
+/// two numbers for each query. [Memories of your own](crate::Far::memory) and states in fewer bits
+/// have no gradient.
+///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, SoftmaxAttention};
 /// use ndarray::Array2;

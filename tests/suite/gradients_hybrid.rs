@@ -1,10 +1,17 @@
 //! Backward passes of hybrids: against the golden file, central differences, and the formula of
 //! softmax attention over means of tokens.
 
-use crate::common::gradients::{Trained, check_gradients};
+use crate::common::gradients::{
+    Trained, check_bad_input, check_causality, check_gradients, check_units, check_views,
+};
 use crate::common::hybrid::FarFormula;
-use crate::common::{Formula, assert_close, golden, hybrids, matrix, vector};
-use dijiang::{Attention, Far, HeadGradient, HybridAttention, Mask, Performer, Scalar, Scratch};
+use crate::common::{
+    Formula, Subject, assert_close, golden, hybrids, matrix, optional_subjects, tokens, vector,
+};
+use dijiang::{
+    Attention, Error, ExactMemory, Far, HeadGradient, HybridAttention, Mask, Parameters, Performer,
+    Scalar, Scratch, SoftmaxAttention, StateFormat,
+};
 use ndarray::{Array2, Array3, Axis};
 use serde_json::Value;
 
@@ -77,25 +84,116 @@ fn the_golden_gradients_of_a_hybrid() {
     assert_eq!(checked, 1);
 }
 
-/// Where nothing is decided by what was read, gradients agree with central differences.
+fn trained<'a>(subject: &'a Subject) -> Trained<'a> {
+    Trained {
+        name: &subject.name,
+        head_dim: subject.head_dim,
+        f64: &*subject.f64,
+        f32: &*subject.f32,
+        masks: subject.masks(),
+        gates: 0,
+        size: 0.7,
+    }
+}
+
+/// Whether a small change of queries or keys changes weights that are constants of the gradient.
+fn decides(subject: &Subject) -> bool {
+    let Formula::Hybrid(formula) = &subject.formula else { unreachable!() };
+    matches!(formula.far, FarFormula::Merged(_) | FarFormula::WardCalibrated { .. })
+}
+
+/// Where such weights are none, gradients agree with central differences.
 #[test]
 fn hybrids_that_do_not_learn_have_their_gradient() {
-    for (d, m) in [(8, 20), (3, 7)] {
-        for subject in hybrids(d, m) {
-            let Formula::Hybrid(formula) = &subject.formula else { unreachable!() };
-            if matches!(formula.far, FarFormula::Merged(_) | FarFormula::WardCalibrated { .. }) {
-                continue;
-            }
-            println!("{}", subject.name);
-            check_gradients(&Trained {
-                name: &subject.name,
-                head_dim: d,
-                f64: &*subject.f64,
-                f32: &*subject.f32,
-                masks: subject.masks(),
-                gates: 0,
-                size: 0.7,
-            });
+    for (d, m) in [(8, 20), (1, 1)] {
+        for subject in hybrids(d, m).iter().filter(|subject| !decides(subject)) {
+            check_gradients(&trained(subject));
         }
     }
+}
+
+/// So do they with a cap, a learned sink or both.
+#[test]
+fn hybrids_with_options_have_their_gradient() {
+    for subject in optional_subjects(4, 7) {
+        if matches!(subject.formula, Formula::Hybrid(_)) && !decides(&subject) {
+            check_gradients(&trained(&subject));
+        }
+    }
+}
+
+/// What holds of any backward pass. (The formula is checked where decisions are known: in the
+/// crate.)
+#[test]
+fn merging_hybrids_keep_the_other_promises() {
+    for subject in hybrids(8, 20).iter().filter(|subject| decides(subject)) {
+        let trained = trained(subject);
+        for &mask in trained.masks {
+            check_units::<f64>(&trained, trained.f64, mask);
+            check_units::<f32>(&trained, trained.f32, mask);
+            check_views(&trained, mask);
+            check_bad_input::<f64>(&trained, trained.f64, mask);
+            check_bad_input::<f32>(&trained, trained.f32, mask);
+        }
+        check_causality(&trained);
+    }
+}
+
+/// While nothing has left the window, it is the gradient of softmax attention.
+#[test]
+fn a_window_over_all_is_softmax_attention() {
+    let [q, k, v] = tokens::<f64>(50, 6, 4, 1.0, 3);
+    let d_out = tokens::<f64>(50, 6, 4, 1.0, 4)[2].clone();
+    let exact = SoftmaxAttention::new(6).unwrap();
+    let gradient = |kernel: &dyn Attention<f64>| {
+        kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+    };
+    let exact = gradient(&exact);
+    let features = || Far::features(Performer::new(6, 10, 1).unwrap());
+    for far in [Far::none(), Far::merged(5), Far::ward(5), features()] {
+        let kernel = HybridAttention::builder(6).window(49).sinks(1).far(far).build().unwrap();
+        let found = gradient(&kernel);
+        for (x, y) in [(&found.q, &exact.q), (&found.k, &exact.k), (&found.v, &exact.v)] {
+            assert_close("a window over all", x, y, 256.0);
+        }
+    }
+}
+
+/// Parameters have the names of their places, and can be replaced.
+#[test]
+fn the_parameters_of_a_hybrid() {
+    let builder = || HybridAttention::<f64>::builder(4).window(3);
+    let map = Performer::new(4, 6, 1).unwrap();
+    let kernel = builder().far(Far::features(map)).sink_logits(vec![0.5, 1.0]).build().unwrap();
+    let mut parameters = kernel.parameters();
+    let names: Vec<&str> = parameters.names().collect();
+    assert_eq!(names, ["far.projection", "far.weights", "sink_logits"]);
+    parameters.get_mut("far.weights").unwrap()[2] = 0.25;
+    parameters.get_mut("sink_logits").unwrap()[1] = -2.0;
+    let changed = kernel.with_parameters(&parameters).unwrap();
+    assert_eq!(changed.parameters(), parameters);
+    assert_ne!(kernel.parameters(), parameters);
+    let wrong =
+        Parameters::new().with("projection", parameters.get("far.weights").unwrap().to_owned());
+    assert!(matches!(kernel.with_parameters(&wrong), Err(Error::Parameter { .. })));
+    let plain = builder().far(Far::merged(4)).build().unwrap();
+    assert!(plain.parameters().is_empty());
+}
+
+/// What has no gradient says so, and what to use.
+#[test]
+fn hybrids_without_a_gradient_say_so() {
+    let x = tokens::<f64>(20, 4, 4, 1.0, 3)[0].clone();
+    let why = |kernel: HybridAttention<f64>, mask| {
+        let x = x.view();
+        kernel.backward(x, x, x, x, mask).unwrap_err().to_string()
+    };
+    let builder = || HybridAttention::<f64>::builder(4).window(3);
+    let packed = builder().state_format(StateFormat::Q8).build().unwrap();
+    assert!(why(packed, Mask::Causal).contains("StateFormat::F32"));
+    let far =
+        Far::memory(|value_dim, scale| Ok(Box::new(ExactMemory::<f64>::new(4, value_dim, scale)?)));
+    let own = builder().far(far).build().unwrap();
+    assert!(why(own, Mask::Causal).contains("Far::features"));
+    assert!(why(builder().build().unwrap(), Mask::Full).contains("window(0)"));
 }

@@ -6,6 +6,7 @@ use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::HybridAttention;
 use crate::attention::hybrid::backward::log::{Log, record};
 use crate::attention::hybrid::builder::HybridBuilder;
+use crate::attention::hybrid::config::FarKind;
 use crate::attention::hybrid::far::Far;
 use crate::attention::hybrid::far::merged::Merged;
 use crate::attention::hybrid::far::ward::Ward;
@@ -74,8 +75,9 @@ impl<T: Scalar> Call<T> {
     }
 }
 
-/// What each step sees: exact tokens, and means by the merges of the log.
-fn seen(near: &NaiveNear, log: &Log<f64>, n: usize, mask: Mask) -> Vec<Vec<Mean>> {
+/// What each step sees: exact tokens, and, if what leaves them is kept, means by the merges of the
+/// log.
+fn seen(near: &NaiveNear, keeps: bool, log: &Log<f64>, n: usize, mask: Mask) -> Vec<Vec<Mean>> {
     let (mut held, mut entries, mut absorbed) = (Held::default(), Vec::<Option<Mean>>::new(), 0);
     let mut merges = log.merges.iter().peekable();
     let mut all = Vec::new();
@@ -86,8 +88,10 @@ fn seen(near: &NaiveNear, log: &Log<f64>, n: usize, mask: Mask) -> Vec<Vec<Mean>
             // a step of its own for what still waits for its block
             Mask::Full => held.window.drain(..).collect(),
         };
-        absorbed += leaving.len();
-        entries.extend(leaving.into_iter().map(|j| Some(Mean::token(j))));
+        if keeps {
+            absorbed += leaving.len();
+            entries.extend(leaving.into_iter().map(|j| Some(Mean::token(j))));
+        }
         while let Some(merge) = merges.next_if(|merge| merge.absorbed <= absorbed) {
             let [i, j] = merge.pair.map(usize::from);
             let mean =
@@ -152,7 +156,8 @@ fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mas
             heavy: config.heavy,
             scores,
         };
-        let seen = seen(&near, log, n, mask);
+        let keeps = matches!(config.far, FarKind::Merged { .. });
+        let seen = seen(&near, keeps, log, n, mask);
         let [mut d_k, mut d_v] = [call.k.dim(), call.v.dim()].map(Array2::zeros);
         let mut d_sink = vec![0.0; config.sink_logits.len()];
         for (g, q) in call.q.outer_iter().enumerate() {
