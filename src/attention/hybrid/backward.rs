@@ -7,9 +7,9 @@
 //! A [`log`] holds what was decided, some bytes a token. With it, what a block of steps sees is
 //! put together as rows ([`flow`]): the window, the sinks and every entry there was during the
 //! block, each seen by a run of its steps, so that the block is computed by matrix products. Blocks
-//! go from the last to the first ([`entries`]), from copies of the entries made on the way, and hand
-//! the gradients by the entries on to the block before. Sums of features have two passes of their
-//! own ([`features`]).
+//! go from the last to the first ([`entries`]), from copies of the entries made on the way, and
+//! hand the gradients by the entries on to the block before. Sums of features have two passes of
+//! their own ([`features`]).
 
 mod entries;
 mod features;

@@ -164,7 +164,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             let d_q = self.d_q(g, steps.clone());
             block.hand_on(asking, &mut flow.rows, scoring.scale.as_f64(), units, d_q);
             let d_q = self.d_q(g, steps.clone());
-            sums.to_queries(pass, asked, [&block.shares, &block.means], &flow.from, d_q)?;
+            sums.add_to_queries(pass, asked, [&block.shares, &block.means], &flow.from, d_q)?;
             kept[0].extend_from_slice(&block.log_normalizer);
             kept[1].extend_from_slice(&block.means);
         }
@@ -206,7 +206,9 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             let kept = [&kept[0][own.clone()], &kept[1][own]];
             sums.ask_again(pass, Asking { q, d_out, row: steps.start }, kept, &flow.from)?;
         }
-        kept.iter_mut().for_each(|kept| kept.truncate(first));
+        for kept in kept {
+            kept.truncate(first);
+        }
         Ok(())
     }
 
@@ -219,7 +221,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     ) -> Result<(), Error> {
         let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
         let entering = Entering { k: k.view(), v: v.view(), row: 0 };
-        sums.to_tokens(pass, entering, d_k.view_mut(), d_v.view_mut())?;
+        sums.add_to_tokens(pass, entering, d_k.view_mut(), d_v.view_mut())?;
         for (i, &position) in flow.arrivals.iter().enumerate() {
             for (all, own) in [(&mut self.head.d_k, &d_k), (&mut self.head.d_v, &d_v)] {
                 let mut to = all.index_axis_mut(Axis(0), position);

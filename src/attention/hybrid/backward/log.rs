@@ -76,7 +76,9 @@ fn merges<T: Scalar>(
     let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns: None };
     state.prepare(config, sizes)?;
     if let Some(MergingPool(memories)) = of_kind(&mut *state.far) {
-        memories.iter_mut().for_each(|memory| memory.log = Some(Vec::new()));
+        for memory in memories {
+            memory.log = Some(Vec::new());
+        }
     }
     let n = heads[0].keys();
     let piece = PIECE.min(n);

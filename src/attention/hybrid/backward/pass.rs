@@ -16,7 +16,7 @@ use crate::state_format::StateFormat;
 
 /// What a backward pass keeps in the scratch.
 #[derive(Debug)]
-pub(in crate::attention::hybrid) struct BackwardParts<T: Scalar> {
+pub(crate) struct BackwardParts<T: Scalar> {
     state: HybridState<T>,
     scratch: HybridScratch<T>,
     entries: EntriesWork<T>,
@@ -45,7 +45,7 @@ const PACKED: Error = Error::Unsupported {
 };
 
 /// Adds the gradients of checked heads, which share one budget.
-pub(in crate::attention::hybrid) fn add_gradients<T: Scalar>(
+pub(crate) fn add_gradients<T: Scalar>(
     config: &Config<T>,
     heads: &mut [HeadGradient<'_, T>],
     mask: Mask,

@@ -1,4 +1,5 @@
 //! Gradients by merged entries against the formula, given what a forward pass decided.
+#![allow(clippy::cast_precision_loss)]
 
 use crate::attention::Attention;
 use crate::attention::call::Head;
@@ -20,6 +21,7 @@ use crate::calibration::options::CalibrationOptions;
 use crate::kernel::buffer::Buffer;
 use crate::mask::Mask;
 use crate::memory::merged::rule::{MergeCost, Metric};
+use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis};
 
@@ -162,7 +164,7 @@ fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mas
         let mut d_sink = vec![0.0; config.sink_logits.len()];
         for (g, q) in call.q.outer_iter().enumerate() {
             let options = Options {
-                soft_cap: config.soft_cap.map(|cap| cap.cap()),
+                soft_cap: config.soft_cap.map(SoftCap::cap),
                 sink_logit: config.sink_logit(g),
             };
             let of = |x: &Array3<f64>| x.index_axis(Axis(0), g).to_owned();

@@ -94,7 +94,7 @@ impl<T: Scalar> LateSums<T> {
 
     /// Adds the gradient by the queries of the last answer, given what makes weights of the
     /// denominators, and the means.
-    pub(crate) fn to_queries(
+    pub(crate) fn add_to_queries(
         &mut self,
         pass: &Pass<'_, T>,
         asking: Asking<'_, T>,

@@ -134,7 +134,7 @@ impl<T: Scalar> LateSums<T> {
     }
 
     /// Adds the gradients by the tokens that entered in a block, after its queries.
-    pub(crate) fn to_tokens(
+    pub(crate) fn add_to_tokens(
         &mut self,
         pass: &Pass<'_, T>,
         tokens: Entering<'_, T>,
