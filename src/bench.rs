@@ -3,6 +3,7 @@
 
 use crate::features::FeatureMap;
 use crate::features::columns::Columns;
+use crate::features::side::Side;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::products::{Epilogue, Matrix};
 use crate::kernel::{self, chunk_len};
@@ -88,7 +89,7 @@ impl<T: Scalar> Map<T> {
     /// Maps every row, chunk by chunk; returns whether all were in range.
     pub fn run(&mut self) -> bool {
         let Self { features, x, vectors, squares, values, log_scale, scratch } = self;
-        let Some(map) = features.column_map() else { return false };
+        let Some(map) = features.column_map(Side::Query) else { return false };
         (0..x.nrows()).step_by(chunk_len::<T>()).all(|start| {
             let rows = views::rows(x.view(), start..x.nrows().min(start + chunk_len::<T>()));
             views::to_columns(rows, T::one(), squares, vectors);

@@ -8,6 +8,8 @@ pub(crate) mod elementwise;
 pub(crate) mod exponential;
 pub(crate) mod fit;
 pub(crate) mod gradient;
+pub(crate) mod learned;
+pub(crate) mod logits;
 pub(crate) mod official_dijiang;
 pub(crate) mod performer;
 pub(crate) mod radii;
@@ -20,6 +22,7 @@ pub(crate) mod wpff;
 use crate::error::Error;
 use crate::features::columns::ColumnMap;
 use crate::features::gradient::MapGradient;
+use crate::features::logits::Logits;
 use crate::features::side::Side;
 use crate::features::sums::ProjectionSums;
 use crate::parameters::Parameters;
@@ -152,9 +155,16 @@ pub trait FeatureMap<T: Scalar>: Debug + Send + Sync {
         Err(Error::Unsupported { what: "this feature map with other parameters", why })
     }
 
-    /// The same map on tokens as columns, which maps of this crate have.
+    /// The same map, of queries or of keys, on tokens as columns, which maps of this crate have.
     #[doc(hidden)]
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+    fn column_map(&self, side: Side) -> Option<&dyn ColumnMap<T>> {
+        let _ = side;
+        None
+    }
+
+    /// The same map in logits `Ωx + b`, for maps that are exponentials of these.
+    #[doc(hidden)]
+    fn logits(&self) -> Option<Logits<T>> {
         None
     }
 

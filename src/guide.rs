@@ -25,6 +25,7 @@ pages! {
     plans,
     formats,
     weights,
+    training,
     speed,
     machines,
     own_map,

@@ -1,6 +1,9 @@
 //! Many heads at once: `[batch, heads, n, d]` views, grouped-query heads, padded keys, threads.
 
+mod backward;
+pub(crate) mod gradient;
 pub(crate) mod layout;
+mod parameters;
 mod pool;
 pub(crate) mod stream;
 pub(crate) mod tasks;
@@ -12,7 +15,7 @@ use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::multi_head::layout::{
-    HeadUnit, LayerShape, Padding, check_heads, check_lengths, check_log_decay,
+    Dim4, HeadUnit, LayerShape, Padding, check_heads, check_lengths, check_log_decay,
 };
 use crate::multi_head::stream::MultiHeadStream;
 use crate::multi_head::tasks::{LayerCall, threads_of_each};
@@ -304,18 +307,27 @@ impl<T: Scalar> MultiHead<T> {
         key_lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        let dims = [q.dim(), k.dim(), v.dim(), out.dim()];
-        check_heads(self.query_heads(), self.kv_heads, dims)?;
+        let call = self.call([q, k, v], log_decay, mask, key_lengths, out.dim())?;
+        call.forward(&self.kernels, &self.units, mask, out)
+    }
+
+    /// The arguments, if they fit together.
+    fn call<'a>(
+        &self,
+        [q, k, v]: [ArrayView4<'a, T>; 3],
+        log_decay: Option<ArrayView4<'a, T>>,
+        mask: Mask,
+        lengths: Option<&'a [usize]>,
+        out: Dim4,
+    ) -> Result<LayerCall<'a, T>, Error> {
+        check_heads(self.query_heads(), self.kv_heads, [q.dim(), k.dim(), v.dim(), out])?;
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
-        check_lengths(key_lengths, q.dim().0, k.dim().2)?;
-        let is_causal = mask == Mask::Causal;
-        let padding = self.padding;
-        if is_causal || key_lengths.is_some() && padding == Padding::Left {
+        check_lengths(lengths, q.dim().0, k.dim().2)?;
+        let (is_causal, padding) = (mask == Mask::Causal, self.padding);
+        if is_causal || lengths.is_some() && padding == Padding::Left {
             check::size("k", "rows", q.dim().2, k.dim().2)?;
         }
-        let (group, lengths) = (self.group(), key_lengths);
-        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, is_causal };
-        call.forward(&self.kernels, &self.units, mask, out)
+        Ok(LayerCall { q, k, v, log_decay, group: self.group(), lengths, padding, is_causal })
     }
 
     /// Starts an empty causal stream of `batch` sequences.

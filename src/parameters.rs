@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::scalar::Scalar;
 use core::fmt::Write;
-use ndarray::{Array1, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Ix1, Ix2};
+use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Ix1, Ix2};
 use std::collections::BTreeMap;
 
 /// Arrays of numbers by name, in the order of the names: the parameters of a map or a kernel, or
@@ -189,12 +189,20 @@ impl<T: Scalar> Parameters<T> {
                 let (name, found) = (name.clone(), "not there".to_owned());
                 return Err(Error::Parameter { name, found, needed: format!("one of {names}") });
             };
-            if own.shape() != array.shape() {
-                let [found, needed] = [array, own].map(|x| format!("of shape {:?}", x.shape()));
-                return Err(Error::Parameter { name: name.clone(), found, needed });
-            }
+            check_shape(name, array, own.shape())?;
         }
         Ok(())
+    }
+
+    /// A copy of the gradient by a matrix, if it is asked for.
+    pub(crate) fn matrix_like(
+        &self,
+        name: &str,
+        matrix: &Array2<T>,
+    ) -> Result<Option<Array2<T>>, Error> {
+        let Some(array) = self.arrays.get(name) else { return Ok(None) };
+        check_shape(name, array, matrix.shape())?;
+        Ok(Some(self.matrix(name).as_standard_layout().into_owned()))
     }
 
     /// A vector to add to, if it is there.
@@ -213,4 +221,13 @@ impl<T: Scalar> Parameters<T> {
         let view = self.get(name).and_then(|view| view.into_dimensionality::<Ix2>().ok());
         view.unwrap_or_else(|| ArrayView2::from(&[[]; 0]))
     }
+}
+
+/// Fails unless an array has the shape of the parameter.
+fn check_shape<T>(name: &str, array: &ArrayD<T>, shape: &[usize]) -> Result<(), Error> {
+    if array.shape() == shape {
+        return Ok(());
+    }
+    let [found, needed] = [array.shape(), shape].map(|shape| format!("of shape {shape:?}"));
+    Err(Error::Parameter { name: name.to_owned(), found, needed })
 }

@@ -99,6 +99,12 @@ impl Generator {
         if self.0.next_u64() >> 63 == 0 { 1.0 } else { -1.0 }
     }
 
+    /// A number below `count`.
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    pub(crate) fn index(&mut self, count: usize) -> usize {
+        ((self.uniform() * count as f64) as usize).min(count.saturating_sub(1))
+    }
+
     /// Fisher–Yates.
     #[allow(clippy::cast_possible_truncation)]
     pub(crate) fn shuffle(&mut self, x: &mut [f64]) {

@@ -304,3 +304,35 @@ fn a_step_of_a_layer_allocates_nothing() {
         assert_eq!(count, 0, "{name}: a checkpoint allocates");
     }
 }
+
+/// A backward pass keeps what does not depend on the number of tokens, and in memory it has met
+/// allocates nothing.
+#[test]
+fn gradients_of_linear_attention_in_constant_memory() {
+    let d = 64;
+    let map = Performer::<f32>::new(d, d, 0).unwrap();
+    for (n, most) in [(300, 1 << 20), (131_072, 4 << 20)] {
+        for kernel in
+            [LinearAttention::new(map.clone()), LinearAttention::new(map.clone()).with_decay(0.9)]
+        {
+            let [q, k, v, d_out] = [1, 2, 3, 4].map(|seed| normal::<f32>(300, d, 0.5, seed));
+            let [q, k, v, d_out] = [&q, &k, &v, &d_out]
+                .map(|x| Array2::from_shape_fn((n, d), |(t, i)| x[[t % 300, i]]));
+            let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| Array2::zeros((n, d)));
+            let mut scratch = Scratch::new();
+            let mut backward = |scratch: &mut Scratch<f32>| {
+                let gradients = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+                let inputs = [q.view(), k.view(), v.view()];
+                let head = HeadGradient::new(inputs, d_out.view(), gradients);
+                kernel.backward_heads(&mut [head], Mask::Causal, scratch).unwrap();
+            };
+            let before = BYTES.with(Cell::get);
+            backward(&mut scratch);
+            let bytes = BYTES.with(Cell::get) - before;
+            assert!(bytes <= most, "{bytes} bytes for {n} tokens");
+            if n == 300 {
+                assert_eq!(allocations(|| backward(&mut scratch)), 0, "a second time");
+            }
+        }
+    }
+}

@@ -19,7 +19,7 @@ const FLOORS: &[&[&str]] = &[
     &["memory"],
     &["attention"],
     &["multi_head"],
-    &["selection", "fidelity"],
+    &["selection", "fidelity", "distill"],
     &["plan"],
     &["block", "decay", "bench", "guide", "theory"],
 ];

@@ -11,7 +11,7 @@ use crate::features::elementwise::IdentityFeatures;
 use crate::rotary::Rotary;
 use crate::rotary::angles::RotaryAngles;
 use crate::scalar::Scalar;
-use ndarray::{ArrayView2, ArrayViewMut2};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 
 /// Linear attention whose weight falls with the distance (cosFormer, Qin et al., arXiv 2202.08791,
 /// equations 10 to 13):
@@ -38,6 +38,9 @@ use ndarray::{ArrayView2, ArrayViewMut2};
 /// has a plain ReLU and bounds the normaliser from below by 10⁻⁶ instead; the default ε = 10⁻⁶
 /// changes its weights in the sixth digit. It has a [`with_epsilon`](Self::with_epsilon) for
 /// others, 0 among them.
+///
+/// There is nothing to train in it but what gives it queries and keys. In its gradient the ReLU has
+/// slope 0 at 0.
 ///
 /// The state of a stream is `4·head_dim·(value_dim + 1) + 1` numbers, and `16·(2·head_dim +
 /// value_dim)` for tokens that wait, as that of
@@ -155,10 +158,30 @@ impl Positions for Cosines {
         for (((x, mut out), &cos), &sin) in
             x.outer_iter().zip(out.outer_iter_mut()).zip(cos).zip(sin)
         {
-            let (first, second) = out.view_mut().split_at(ndarray::Axis(0), self.head_dim);
+            let (first, second) = out.view_mut().split_at(Axis(0), self.head_dim);
             for ((&x, first), second) in x.iter().zip(first).zip(second) {
                 let feature = x.max(T::zero()) + epsilon;
                 (*first, *second) = (feature * cos, feature * sin);
+            }
+        }
+        Ok(())
+    }
+
+    fn rotate_back<T: Scalar>(
+        &self,
+        angles: &RotaryAngles<T>,
+        x: ArrayView2<'_, T>,
+        d_out: ArrayViewMut2<'_, T>,
+        mut d_x: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        let (cos, sin) = angles.parts();
+        let tokens = x.outer_iter().zip(d_x.outer_iter_mut()).zip(d_out.outer_iter());
+        for (((x, d_x), d_out), (&cos, &sin)) in tokens.zip(cos.iter().zip(sin)) {
+            let (first, second) = d_out.split_at(Axis(0), self.head_dim);
+            for (((&x, d_x), &first), &second) in x.iter().zip(d_x).zip(first).zip(second) {
+                if x > T::zero() {
+                    *d_x += first * cos + second * sin;
+                }
             }
         }
         Ok(())

@@ -8,86 +8,101 @@ use std::sync::Arc;
 macro_rules! attention_by {
     ([$($generics:tt)*] $type:ty, $this:ident => $kernel:expr) => {
         impl<$($generics)*> $crate::attention::Attention<T> for $type {
-            fn forward_heads(
-                &self,
-                heads: &mut [$crate::attention::call::Head<'_, T>],
-                mask: $crate::mask::Mask,
-                scratch: &mut $crate::attention::scratch::Scratch<T>,
-            ) -> Result<(), $crate::error::Error> {
-                let $this = self;
-                $kernel.forward_heads(heads, mask, scratch)
-            }
-
-            fn stream(
-                &self,
-                value_dim: usize,
-            ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
-                let $this = self;
-                $kernel.stream(value_dim)
-            }
-
-            fn stream_with(
-                &self,
-                options: $crate::attention::stream::StreamOptions,
-            ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
-                let $this = self;
-                $kernel.stream_with(options)
-            }
-
-            fn state_floats(
-                &self,
-                value_dim: usize,
-                tokens: usize,
-            ) -> Result<usize, $crate::error::Error> {
-                let $this = self;
-                $kernel.state_floats(value_dim, tokens)
-            }
-
-            fn state_bytes(
-                &self,
-                value_dim: usize,
-                tokens: usize,
-            ) -> Result<usize, $crate::error::Error> {
-                let $this = self;
-                $kernel.state_bytes(value_dim, tokens)
-            }
-
-            fn sharing(&self) -> $crate::attention::sharing::Sharing {
-                let $this = self;
-                $kernel.sharing()
-            }
-
-            fn backward_heads(
-                &self,
-                heads: &mut [$crate::attention::gradient::HeadGradient<'_, T>],
-                mask: $crate::mask::Mask,
-                scratch: &mut $crate::attention::scratch::Scratch<T>,
-            ) -> Result<(), $crate::error::Error> {
-                let $this = self;
-                $kernel.backward_heads(heads, mask, scratch)
-            }
-
-            fn parameters(&self) -> $crate::parameters::Parameters<T> {
-                let $this = self;
-                $kernel.parameters()
-            }
-
-            fn with_parameters(
-                &self,
-                parameters: &$crate::parameters::Parameters<T>,
-            ) -> Result<Box<dyn $crate::attention::Attention<T>>, $crate::error::Error> {
-                let $this = self;
-                $kernel.with_parameters(parameters)
-            }
-
-            fn pair_weights(&self) -> Option<&dyn $crate::attention::PairWeights<T>> {
-                let $this = self;
-                $kernel.pair_weights()
-            }
+            $crate::attention::delegate::forward_by!($this => $kernel);
+            $crate::attention::delegate::backward_by!($this => $kernel);
         }
     };
 }
 pub(crate) use attention_by;
+
+/// The methods of [`Attention`] but for those of gradients, by a kernel inside.
+macro_rules! forward_by {
+    ($this:ident => $kernel:expr) => {
+        fn forward_heads(
+            &self,
+            heads: &mut [$crate::attention::call::Head<'_, T>],
+            mask: $crate::mask::Mask,
+            scratch: &mut $crate::attention::scratch::Scratch<T>,
+        ) -> Result<(), $crate::error::Error> {
+            let $this = self;
+            $kernel.forward_heads(heads, mask, scratch)
+        }
+
+        fn stream(
+            &self,
+            value_dim: usize,
+        ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
+            let $this = self;
+            $kernel.stream(value_dim)
+        }
+
+        fn stream_with(
+            &self,
+            options: $crate::attention::stream::StreamOptions,
+        ) -> Result<Box<dyn $crate::attention::stream::Stream<T>>, $crate::error::Error> {
+            let $this = self;
+            $kernel.stream_with(options)
+        }
+
+        fn state_floats(
+            &self,
+            value_dim: usize,
+            tokens: usize,
+        ) -> Result<usize, $crate::error::Error> {
+            let $this = self;
+            $kernel.state_floats(value_dim, tokens)
+        }
+
+        fn state_bytes(
+            &self,
+            value_dim: usize,
+            tokens: usize,
+        ) -> Result<usize, $crate::error::Error> {
+            let $this = self;
+            $kernel.state_bytes(value_dim, tokens)
+        }
+
+        fn sharing(&self) -> $crate::attention::sharing::Sharing {
+            let $this = self;
+            $kernel.sharing()
+        }
+
+        fn pair_weights(&self) -> Option<&dyn $crate::attention::PairWeights<T>> {
+            let $this = self;
+            $kernel.pair_weights()
+        }
+    };
+}
+pub(crate) use forward_by;
+
+/// The methods of gradients.
+macro_rules! backward_by {
+    ($this:ident => $kernel:expr) => {
+        fn backward_heads(
+            &self,
+            heads: &mut [$crate::attention::gradient::HeadGradient<'_, T>],
+            mask: $crate::mask::Mask,
+            scratch: &mut $crate::attention::scratch::Scratch<T>,
+        ) -> Result<(), $crate::error::Error> {
+            let $this = self;
+            $kernel.backward_heads(heads, mask, scratch)
+        }
+
+        fn parameters(&self) -> $crate::parameters::Parameters<T> {
+            let $this = self;
+            $kernel.parameters()
+        }
+
+        fn with_parameters(
+            &self,
+            parameters: &$crate::parameters::Parameters<T>,
+        ) -> Result<Box<dyn $crate::attention::Attention<T>>, $crate::error::Error> {
+            let $this = self;
+            $kernel.with_parameters(parameters)
+        }
+    };
+}
+pub(crate) use backward_by;
 
 /// The methods of a [`Stream`](crate::attention::stream::Stream) whose state is that of another
 /// one, in its field `stream`.

@@ -5,11 +5,13 @@ use crate::attention::Attention;
 use crate::attention::call::{Head, NO_FULL_DECAY, one_head};
 use crate::attention::delegate::state_of_stream_inside;
 use crate::attention::fingerprint::Fingerprint;
+use crate::attention::gradient::{HeadGradient, KERNEL};
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::stream::{Stream, StreamOptions, StreamState};
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::views;
 use ndarray::{Array2, ArrayView2};
@@ -20,6 +22,9 @@ use std::sync::Arc;
 ///
 /// Token `t` of any call, and of a stream from its first token on, has row `t` of the log decays. A
 /// model brings them with every [`Head`] instead.
+///
+/// They are a parameter, `log_decay`, beside those of the kernel under `kernel`. Rows beyond the
+/// sequence of a call have the gradient 0.
 ///
 /// ```
 /// use dijiang::{EluFeatures, FixedGates, LinearAttention, Mask, fidelity};
@@ -119,7 +124,55 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
     fn sharing(&self) -> Sharing {
         self.kernel.sharing()
     }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        if mask != Mask::Causal {
+            return Err(NO_FULL_DECAY);
+        }
+        heads.iter_mut().try_for_each(|head| {
+            head.check_not_gated()?;
+            let keys = head.keys();
+            let log_decay = Some(rows(&self.log_decay, 0, keys)?);
+            let mut d_all = match &head.d_parameters {
+                Some(d_parameters) => d_parameters.matrix_like(LOG_DECAY, &self.log_decay)?,
+                None => None,
+            };
+            head.with_kernel_inside(|mut head| {
+                let d_all = d_all.as_mut().map(|d| d.view_mut());
+                let d_log_decay = d_all.map(|d| views::rows_mut(d, 0..keys));
+                let head = HeadGradient { log_decay, d_log_decay, ..head.reborrow() };
+                self.kernel.backward_heads(&mut [head], mask, scratch)
+            })?;
+            if let (Some(d_all), Some(d_parameters)) = (d_all, &mut head.d_parameters) {
+                d_parameters.insert(LOG_DECAY, d_all.into_dyn());
+            }
+            Ok(())
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        let log_decay = (*self.log_decay).clone().into_dyn();
+        self.kernel.parameters().under(KERNEL).with(LOG_DECAY, log_decay)
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        Attention::<T>::parameters(self).check_names(parameters)?;
+        let kernel = self.kernel.with_parameters(&parameters.of(KERNEL))?;
+        let log_decay = match parameters.get(LOG_DECAY) {
+            Some(_) => Arc::new(parameters.matrix(LOG_DECAY).to_owned()),
+            None => Arc::clone(&self.log_decay),
+        };
+        Ok(Box::new(FixedGates { kernel, log_decay }))
+    }
 }
+
+/// The name of the log decays among the parameters.
+const LOG_DECAY: &str = "log_decay";
 
 /// A stream whose next token has the row of its position.
 #[derive(Clone, Debug)]

@@ -8,6 +8,9 @@ use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
+/// The place of a kernel inside another one, in the names of its parameters.
+pub(crate) const KERNEL: &str = "kernel";
+
 /// One head of keys and values, the gradient of a loss by its outputs, and where the gradients by
 /// its arguments go: what [`Attention::backward_heads`](crate::Attention::backward_heads) is called
 /// with. Shapes are those of [`Head`](crate::Head), and views may have any strides.
@@ -188,6 +191,24 @@ impl<'a, T> HeadGradient<'a, T> {
             d_v: self.d_v.view_mut(),
             d_log_decay: self.d_log_decay.as_mut().map(|x| x.view_mut()),
             d_parameters,
+        }
+    }
+
+    /// Runs `backward` with the head as a kernel inside gets it: gradients by its parameters have
+    /// names that begin with its place here.
+    pub(crate) fn with_kernel_inside(
+        &mut self,
+        backward: impl FnOnce(HeadGradient<'_, T>) -> Result<(), Error>,
+    ) -> Result<(), Error>
+    where
+        T: Scalar,
+    {
+        let mut inside = self.d_parameters.as_ref().map(|d| d.of(KERNEL));
+        let d_parameters = inside.as_mut().filter(|inside| !inside.is_empty());
+        backward(HeadGradient { d_parameters, ..self.reborrow() })?;
+        match (&mut self.d_parameters, inside) {
+            (Some(d_parameters), Some(inside)) => d_parameters.set(&inside.under(KERNEL)),
+            _ => Ok(()),
         }
     }
 

@@ -1,18 +1,22 @@
 //! Linformer: softmax attention over projected keys and values.
 
+mod gradient;
+mod projected;
+
 use crate::attention::Attention;
 use crate::attention::call::Head;
+use crate::attention::gradient::HeadGradient;
+use crate::attention::linformer::gradient::ProjectionGradient;
+use crate::attention::linformer::projected::Projected;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::Stream;
 use crate::error::Error;
-use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::loops::products::{Epilogue, Matrix, Product};
-use crate::kernel::{all_finite, chunk_len};
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
-use crate::{check, projection, views};
+use crate::{check, projection};
 use ndarray::{Array2, ArrayView2, Axis};
 use std::sync::Arc;
 
@@ -35,6 +39,9 @@ use std::sync::Arc;
 /// ones are where training begins. Outputs are weighted means of the rows of F V, not of the
 /// values: they leave the hull of the values, and values of ones give ones only if the rows of F
 /// sum to one.
+///
+/// Both are parameters, `e` and `f`, or `e` alone where they are [`shared`](Self::shared). Columns
+/// beyond the sequence of a call have the gradient 0.
 ///
 /// ```
 /// use dijiang::{Attention, Linformer, Mask};
@@ -162,17 +169,6 @@ fn random<T: Scalar>(
     Ok(projection::gaussian(max_len, rows, seed)?.mapv(|x| T::from_f64(x * factor)))
 }
 
-/// A projection times the rows of a call, `[rank, columns]`, and what it takes. Grows to the
-/// largest call.
-#[derive(Debug)]
-struct Projected<T> {
-    /// Some rows, each as wide as whole vectors.
-    rows: Buffer<T>,
-    sums: Buffer<T>,
-    /// The rounding errors of the sums.
-    low: Buffer<T>,
-}
-
 /// Projected keys and values, in the scratch.
 #[derive(Debug)]
 struct LinformerScratch<T>([Projected<T>; 2]);
@@ -180,59 +176,6 @@ struct LinformerScratch<T>([Projected<T>; 2]);
 impl<T: Scalar> Default for LinformerScratch<T> {
     fn default() -> Self {
         Self([Projected::new(), Projected::new()])
-    }
-}
-
-impl<T: Scalar> Projected<T> {
-    fn new() -> Self {
-        Self { rows: Buffer::new(), sums: Buffer::new(), low: Buffer::new() }
-    }
-
-    /// Sets the sums to `projection[.., ..n]·x`, `x [n, columns]`.
-    fn set(
-        &mut self,
-        which: &'static str,
-        projection: &Array2<T>,
-        x: ArrayView2<'_, T>,
-    ) -> Result<(), Error> {
-        let ((rank, max_len), stride) = (projection.dim(), padded::<T>(x.ncols()));
-        let (weights, block) = (projection.as_slice().unwrap_or_default(), chunk_len::<T>());
-        self.sums.resize(rank * stride);
-        self.low.resize(rank * stride);
-        self.sums.fill(T::zero());
-        self.low.fill(T::zero());
-        for (start, x) in
-            x.axis_chunks_iter(Axis(0), block).enumerate().map(|(i, x)| (i * block, x))
-        {
-            self.rows.resize(x.nrows() * stride);
-            for (row, x) in self.rows.chunks_exact_mut(stride).zip(x.outer_iter()) {
-                let (numbers, padding) = row.split_at_mut(x.len());
-                numbers.iter_mut().zip(x).for_each(|(to, &x)| *to = x);
-                padding.fill(T::zero());
-            }
-            Product {
-                m: rank,
-                n: stride,
-                k: x.nrows(),
-                a: Matrix::rows(&weights[start..], max_len),
-                b: &self.rows,
-                ldb: stride,
-                c: &mut self.sums,
-                ldc: stride,
-                into: Epilogue::Compensated(&mut self.low),
-            }
-            .run();
-        }
-        match self.sums.chunks_exact(stride).position(|row| !all_finite(row)) {
-            Some(row) => Err(Error::Overflow { which, row }),
-            None => Ok(()),
-        }
-    }
-
-    fn view(&self, rank: usize, columns: usize) -> ArrayView2<'_, T> {
-        let all = ArrayView2::from_shape((rank, padded::<T>(columns)), &self.sums)
-            .expect("set for these");
-        views::columns(all, 0..columns)
     }
 }
 
@@ -270,6 +213,106 @@ impl<T: Scalar> Attention<T> for Linformer<T> {
 
     fn sharing(&self) -> Sharing {
         Sharing::Head
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        scratch.with_part(|part: &mut BackwardScratch<T>, scratch| {
+            heads.iter_mut().try_for_each(|head| self.backward_head(head, mask, part, scratch))
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        let [e, f] = &self.projections;
+        let parameters = Parameters::new().with(E, (**e).clone().into_dyn());
+        if Arc::ptr_eq(e, f) { parameters } else { parameters.with(F, (**f).clone().into_dyn()) }
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        let mut own = self.parameters();
+        own.set(parameters)?;
+        let e = Arc::new(own.matrix(E).as_standard_layout().into_owned());
+        let f = match own.get(F) {
+            Some(_) => Arc::new(own.matrix(F).as_standard_layout().into_owned()),
+            None => Arc::clone(&e),
+        };
+        let kernel = Self::of(self.head_dim, [e, f])?;
+        Ok(Box::new(match self.scale {
+            Some(scale) => kernel.with_scale(scale),
+            None => kernel,
+        }))
+    }
+}
+
+impl<T: Scalar> Linformer<T> {
+    fn backward_head(
+        &self,
+        head: &mut HeadGradient<'_, T>,
+        mask: Mask,
+        part: &mut BackwardScratch<T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let BackwardScratch { forward: LinformerScratch([keys, values]), of_projection } = part;
+        head.check_not_gated()?;
+        head.check_backward(self.head_dim, mask)?;
+        if mask != Mask::Full {
+            return Err(NOT_CAUSAL);
+        }
+        check::length(self.max_len(), head.keys())?;
+        head.check_finite()?;
+        let ([e, f], value_dim) = (&self.projections, head.v.ncols());
+        keys.set("a projected key", e, head.k)?;
+        values.set("a projected value", f, head.v)?;
+        let (k, v) = (keys.view(e.nrows(), self.head_dim), values.view(f.nrows(), value_dim));
+        let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
+        let projected = HeadGradient {
+            k,
+            v,
+            d_k: d_k.view_mut(),
+            d_v: d_v.view_mut(),
+            d_parameters: None,
+            ..head.reborrow()
+        };
+        self.softmax.backward_heads(&mut [projected], Mask::Full, scratch)?;
+
+        let name_of_f = if Arc::ptr_eq(e, f) { E } else { F };
+        for (name, projection, d_out, x, d_x) in [
+            (E, e, &d_k, head.k, head.d_k.view_mut()),
+            (name_of_f, f, &d_v, head.v, head.d_v.view_mut()),
+        ] {
+            let d_parameters = head.d_parameters.as_deref_mut();
+            let asked = d_parameters.as_ref().map(|d| d.matrix_like(name, projection));
+            let mut d_projection = asked.transpose()?.flatten();
+            of_projection.add(projection, x, d_out, d_x, d_projection.as_mut());
+            if let (Some(d_projection), Some(d_parameters)) = (d_projection, d_parameters) {
+                let which = if name == E { "the gradient by `e`" } else { "the gradient by `f`" };
+                check::gradient(which, d_projection.view())?;
+                d_parameters.insert(name, d_projection.into_dyn());
+            }
+        }
+        check::gradient("the gradient by `k`", head.d_k.view())?;
+        check::gradient("the gradient by `v`", head.d_v.view())
+    }
+}
+
+/// The names of the projections among the parameters.
+const E: &str = "e";
+const F: &str = "f";
+
+/// What a backward pass keeps in the scratch.
+#[derive(Debug)]
+struct BackwardScratch<T> {
+    forward: LinformerScratch<T>,
+    of_projection: ProjectionGradient<T>,
+}
+
+impl<T: Scalar> Default for BackwardScratch<T> {
+    fn default() -> Self {
+        Self { forward: LinformerScratch::default(), of_projection: ProjectionGradient::new() }
     }
 }
 

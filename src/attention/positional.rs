@@ -1,10 +1,13 @@
 //! Kernels whose queries and keys are changed by their positions before a kernel inside gets them.
 
 pub(crate) mod rotate;
+mod rotate_back;
 pub(crate) mod stream;
 
 use crate::attention::call::Head;
+use crate::attention::gradient::{HeadGradient, KERNEL};
 use crate::attention::positional::rotate::{Positions, Rotated};
+use crate::attention::positional::rotate_back::RotatedGradients;
 use crate::attention::positional::stream::PositionalStream;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
@@ -13,6 +16,7 @@ use crate::attention::{Attention, PairWeights};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array2, ArrayView2, Axis};
 use std::sync::Arc;
@@ -81,6 +85,34 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
             Sharing::Layer { .. } => Sharing::Group,
             other => other,
         }
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        scratch.with_part(|rotated: &mut RotatedGradients<T>, scratch| {
+            heads.iter_mut().try_for_each(|head| {
+                head.check_backward(self.positions.head_dim(), mask)?;
+                rotated.add(&*self.positions, head, |head| {
+                    head.with_kernel_inside(|head| {
+                        self.kernel.backward_heads(&mut [head], mask, scratch)
+                    })
+                })
+            })
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.kernel.parameters().under(KERNEL)
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        Attention::<T>::parameters(self).check_names(parameters)?;
+        let kernel = self.kernel.with_parameters(&parameters.of(KERNEL))?;
+        Ok(Box::new(Positional { positions: Arc::clone(&self.positions), kernel }))
     }
 
     fn pair_weights(&self) -> Option<&dyn PairWeights<T>> {

@@ -1,11 +1,16 @@
 //! Retention: products of turned queries and keys that decay with the distance.
 
-use crate::attention::delegate::attention_by;
+use crate::attention::Attention;
+use crate::attention::delegate::forward_by;
+use crate::attention::gradient::HeadGradient;
 use crate::attention::linear::LinearAttention;
 use crate::attention::positional::Positional;
+use crate::attention::scratch::Scratch;
 use crate::check;
 use crate::error::Error;
 use crate::features::elementwise::IdentityFeatures;
+use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::rotary::Rotary;
 use crate::rotary::angles::RotaryPairs;
 use crate::scalar::Scalar;
@@ -34,6 +39,8 @@ use ndarray::Array1;
 /// one by one in a stream (the recurrent one). Only the decay from one token to a later one is
 /// formed, so no length is too large. A decay needs an order: [`Mask::Full`](crate::Mask::Full)
 /// gives [`Error::Unsupported`] unless the decay is 1 and there is no xPos.
+///
+/// A γ other than 1 can be trained: it is the parameter `decay [1]`. Decays of xPos stay.
 ///
 /// ```
 /// use dijiang::{Attention, Mask, MultiHead, Retention, decay};
@@ -91,10 +98,7 @@ impl<T: Scalar> Retention<T> {
     #[allow(clippy::cast_precision_loss)]
     pub fn new(head_dim: usize, decay: f64) -> Result<Self, Error> {
         let rotary = Rotary::partial(head_dim, 0)?;
-        if !(0.0..=1.0).contains(&decay) {
-            let found = decay.to_string();
-            return Err(Error::InvalidOption { which: "decay", found, needed: "from 0 to 1" });
-        }
+        check_decay(decay)?;
         let last = (head_dim / 2).saturating_sub(1).max(1) as f64;
         let frequencies =
             (0..head_dim / 2).map(|i| libm::pow(10_000.0, -(i as f64) / last)).collect();
@@ -176,6 +180,15 @@ impl<T: Scalar> Retention<T> {
     }
 }
 
+/// γ must be from 0 to 1.
+fn check_decay(decay: f64) -> Result<(), Error> {
+    if (0.0..=1.0).contains(&decay) {
+        return Ok(());
+    }
+    let found = decay.to_string();
+    Err(Error::InvalidOption { which: "decay", found, needed: "from 0 to 1" })
+}
+
 /// `ζ_i^{1/512}` of each column.
 #[allow(clippy::cast_precision_loss)]
 fn xpos_decays(rotary: &Rotary) -> Array1<f64> {
@@ -191,7 +204,49 @@ fn xpos_decays(rotary: &Rotary) -> Array1<f64> {
     })
 }
 
-attention_by!([T: Scalar] Retention<T>, this => this.kernel);
+impl<T: Scalar> Attention<T> for Retention<T> {
+    forward_by!(this => this.kernel);
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        heads.iter_mut().try_for_each(|head| {
+            let asked = head.d_parameters.as_ref().and_then(|d| d.get(DECAY));
+            let mut inside = asked.map(|d| Parameters::new().with(INSIDE, d.to_owned()));
+            let inner = HeadGradient { d_parameters: inside.as_mut(), ..head.reborrow() };
+            self.kernel.backward_heads(&mut [inner], mask, scratch)?;
+            let found = inside.as_ref().and_then(|inside| inside.get(INSIDE));
+            if let (Some(d_parameters), Some(found)) = (&mut head.d_parameters, found) {
+                d_parameters.insert(DECAY, found.to_owned());
+            }
+            Ok(())
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        match self.kernel.parameters().get(INSIDE) {
+            Some(decay) => Parameters::new().with(DECAY, decay.to_owned()),
+            None => Parameters::new(),
+        }
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        self.parameters().check_names(parameters)?;
+        let mut decay = self.options.decay;
+        if let Some(&x) = parameters.get(DECAY).as_ref().and_then(|x| x.first()) {
+            decay = x.as_f64();
+        }
+        check_decay(decay)?;
+        Ok(Box::new(self.clone().with(|options| options.decay = decay)))
+    }
+}
+
+/// The name of γ among the parameters, and among those of the kernel inside.
+const DECAY: &str = "decay";
+const INSIDE: &str = "kernel.decay.common";
 
 #[cfg(feature = "serde")]
 impl<T: Scalar> From<Retention<T>> for Options {

@@ -19,6 +19,8 @@ use crate::scalar::Scalar;
 /// [`Rotary::rotate`] where that is not meant. Streams have the size, checkpoints and saved states
 /// of the kernel's own.
 ///
+/// Its parameters are those of the kernel, under `kernel`: `kernel.map.projection`.
+///
 /// Each head computes the angles of its tokens again, and one copy of `q` and `k` of a call; in a
 /// layer of many heads [`Rotary::angles`] and
 /// [`RotaryAngles::rotate_heads_in_place`](crate::RotaryAngles::rotate_heads_in_place) before the

@@ -12,6 +12,7 @@ use crate::features::dct::directions::MixedDirections;
 use crate::features::dct::transform::{FastDirections, FastExponential};
 use crate::features::delegate::features_by;
 use crate::features::exponential::Weights;
+use crate::features::logits::Logits;
 use crate::features::official_dijiang::OfficialDijiang;
 use crate::features::radii::Radii;
 use crate::features::sums::{ProjectionSums, add_radii, add_weights};
@@ -216,6 +217,10 @@ features_by!([T: Scalar] DctFeatures<T>, this => &this.features as &dyn ColumnMa
 
     fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
         Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn logits(&self) -> Option<Logits<T>> {
+        Some(Logits::of_weights(self.projection().view(), &self.weights))
     }
 
     fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {

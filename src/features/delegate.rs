@@ -40,6 +40,11 @@ macro_rules! features_by {
                 $crate::features::FeatureMap::with_parameters($map, parameters)
             }
 
+            fn logits(&self) -> Option<$crate::features::logits::Logits<T>> {
+                let $this = self;
+                $crate::features::FeatureMap::logits($map)
+            }
+
             fn add_parameters(
                 &self,
                 sums: [&$crate::features::sums::ProjectionSums<T>; 2],
@@ -95,9 +100,12 @@ macro_rules! features_by {
                 $crate::features::FeatureMap::map_keys($map, x, values, log_scale)
             }
 
-            fn column_map(&self) -> Option<&dyn $crate::features::columns::ColumnMap<T>> {
+            fn column_map(
+                &self,
+                side: $crate::features::side::Side,
+            ) -> Option<&dyn $crate::features::columns::ColumnMap<T>> {
                 let $this = self;
-                $crate::features::FeatureMap::column_map($map)
+                $crate::features::FeatureMap::column_map($map, side)
             }
 
             $($items)*
@@ -170,7 +178,7 @@ impl<T: Scalar> FeatureMap<T> for dyn ColumnMap<T> + '_ {
         Ok(())
     }
 
-    fn column_map(&self) -> Option<&dyn ColumnMap<T>> {
+    fn column_map(&self, _: Side) -> Option<&dyn ColumnMap<T>> {
         Some(self)
     }
 }
@@ -180,7 +188,7 @@ pub(crate) fn backward_by_columns<T: Scalar>(
     map: &dyn FeatureMap<T>,
     gradient: MapGradient<'_, T>,
 ) -> Result<(), Error> {
-    let Some(columns) = map.column_map() else { return Err(NO_GRADIENT) };
+    let Some(columns) = map.column_map(gradient.side) else { return Err(NO_GRADIENT) };
     let (head_dim, num_features) = (map.head_dim(), map.num_features());
     gradient.check(head_dim, num_features)?;
     let MapGradient { side, x, values, d_values, mut d_x, d_parameters, .. } = gradient;

@@ -28,6 +28,21 @@ pub(crate) struct Dense<T> {
 
 impl<T: Scalar> Dense<T> {
     pub(crate) fn new(omega: ArrayView2<'_, T>, weights: &Weights<T>) -> Self {
+        Self::of(omega, |longest| Exponents::new(longest, weights))
+    }
+
+    /// The map of logits `Ωx + b`, not divided by √m.
+    pub(crate) fn with_bias(omega: ArrayView2<'_, T>, bias: &Array1<T>) -> Self {
+        let base_2 = |b: &T| T::from_f64(b.as_f64() * core::f64::consts::LOG2_E);
+        let bias = bias.iter().map(base_2).collect();
+        Self::of(omega, |longest| Exponents {
+            bias: Some(bias),
+            ..Exponents::new(longest, &Weights::unscaled(omega.nrows()))
+        })
+    }
+
+    /// `exponents` is given the largest |ω_i|.
+    fn of(omega: ArrayView2<'_, T>, exponents: impl FnOnce(f64) -> Exponents<T>) -> Self {
         let (num_features, head_dim) = omega.dim();
         let stride = padded::<T>(num_features);
         let mut projection = Buffer::zeros(head_dim * stride);
@@ -48,12 +63,10 @@ impl<T: Scalar> Dense<T> {
             num_features,
             projection,
             omega: rows,
-            exponents: Exponents::new(longest.sqrt(), weights),
+            exponents: exponents(longest.sqrt()),
         }
     }
-}
 
-impl<T: Scalar> Dense<T> {
     /// From the gradients by the logits, those by the vectors without their end and by `log₂e`:
     /// `log₂e·Σ_i a_i ω_i`.
     pub(crate) fn backward_of_logits(&self, gradient: &mut ColumnGradient<'_, T>) {
@@ -151,6 +164,37 @@ impl<T: Scalar> ColumnMap<T> for Dense<T> {
         if let Some(sums) = sums {
             let ColumnGradient { x, width, tokens, ref d_values, .. } = *gradient;
             sums.add(x, [tokens, width], d_values);
+        }
+    }
+}
+
+/// Brings features of an exponential map to a sum of one: a softmax, which has no |x|².
+pub(crate) fn to_softmax<T: Scalar>(columns: &mut Columns<'_, T>, totals: &mut Buffer<T>) {
+    let Columns { width, ref mut values, ref mut log_scale, .. } = *columns;
+    totals.resize(width);
+    totals.fill(T::zero());
+    for row in values.chunks_exact(width) {
+        totals.iter_mut().zip(row).for_each(|(total, &value)| *total += value);
+    }
+    for total in totals.iter_mut() {
+        *total = total.recip();
+    }
+    for row in values.chunks_exact_mut(width) {
+        row.iter_mut().zip(&**totals).for_each(|(value, &factor)| *value *= factor);
+    }
+    log_scale.fill(T::zero());
+}
+
+/// The gradients by the logits of a softmax y, `a_i = y_i·(dy_i − Σ_l y_l dy_l)`.
+pub(crate) fn softmax_to_logits<T: Scalar>(
+    gradient: &mut ColumnGradient<'_, T>,
+    totals: &mut Buffer<T>,
+) {
+    to_logits(gradient, totals);
+    let ColumnGradient { values, width, ref mut d_values, .. } = *gradient;
+    for (a, y) in d_values.chunks_exact_mut(width).zip(values.chunks_exact(width)) {
+        for ((a, &y), &total) in a.iter_mut().zip(y).zip(&**totals) {
+            *a -= y * total;
         }
     }
 }

@@ -6,7 +6,8 @@ use crate::features::FeatureMap;
 use crate::features::columns::{ColumnGradient, ColumnMap, Columns};
 use crate::features::dct::transform::{FastDirections, FastExponential, norm};
 use crate::features::delegate::features_by;
-use crate::features::exponential::{Weights, to_logits};
+use crate::features::exponential::{Weights, softmax_to_logits, to_softmax};
+use crate::features::logits::{LearnedForm, Logits};
 use crate::features::side::Side;
 use crate::features::sums::{ProjectionSums, add_radii};
 use crate::kernel;
@@ -161,6 +162,11 @@ features_by!([T: Scalar] OfficialDijiang<T>, this => this as &dyn ColumnMap<T>, 
         Ok(Box::new(self.with_parameters(parameters)?))
     }
 
+    fn logits(&self) -> Option<Logits<T>> {
+        let (projection, bias) = (self.projection(), Array1::zeros(self.radii().len()));
+        Some(Logits { form: LearnedForm::Softmax, projection, bias })
+    }
+
     fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {
         if d_parameters.get("radii").is_some() {
             add_radii(sums, d_parameters, self.features.unit_projection().view());
@@ -183,21 +189,8 @@ impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
         scratch: &mut [Buffer<T>; 2],
     ) -> Result<(), Error> {
         self.features.map_columns(columns, scratch)?;
-        // A softmax has no |x|² and a sum of one.
-        let columns = columns.with_features(self.radii().len());
-        let (Columns { width, values, log_scale, .. }, [totals, _]) = (columns, scratch);
-        totals.resize(width);
-        totals.fill(T::zero());
-        for row in values.chunks_exact(width) {
-            totals.iter_mut().zip(row).for_each(|(total, &value)| *total += value);
-        }
-        for total in totals.iter_mut() {
-            *total = total.recip();
-        }
-        for row in values.chunks_exact_mut(width) {
-            row.iter_mut().zip(&**totals).for_each(|(value, &factor)| *value *= factor);
-        }
-        log_scale.fill(T::zero());
+        let [totals, _] = scratch;
+        to_softmax(&mut columns.with_features(self.radii().len()), totals);
         Ok(())
     }
 
@@ -212,15 +205,8 @@ impl<T: Scalar> ColumnMap<T> for OfficialDijiang<T> {
         sums: Option<&mut ProjectionSums<T>>,
         scratch: &mut [Buffer<T>; 2],
     ) {
-        // of a softmax y: a_i = y_i·(dy_i − Σ_l y_l dy_l)
         let [totals, _] = &mut *scratch;
-        to_logits(gradient, totals);
-        let ColumnGradient { values, width, ref mut d_values, .. } = *gradient;
-        for (a, y) in d_values.chunks_exact_mut(width).zip(values.chunks_exact(width)) {
-            for ((a, &y), &total) in a.iter_mut().zip(y).zip(&**totals) {
-                *a -= y * total;
-            }
-        }
+        softmax_to_logits(gradient, totals);
         self.features.backward_of_logits(gradient, scratch);
         kernel::scale(gradient.d_x, T::from_f64(core::f64::consts::LN_2));
         if let Some(sums) = sums {

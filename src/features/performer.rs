@@ -7,6 +7,7 @@ use crate::features::FeatureMap;
 use crate::features::columns::ColumnMap;
 use crate::features::delegate::features_by;
 use crate::features::exponential::{Dense, Weights};
+use crate::features::logits::Logits;
 use crate::features::sums::{ProjectionSums, add_projection, add_weights};
 use crate::parameters::Parameters;
 use crate::projection;
@@ -169,6 +170,10 @@ features_by!([T: Scalar] Performer<T>, this => &this.dense as &dyn ColumnMap<T>,
 
     fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
         Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn logits(&self) -> Option<Logits<T>> {
+        Some(Logits::of_weights(self.projection.view(), &self.weights))
     }
 
     fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {

@@ -5,6 +5,7 @@ use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::features::delegate::features_by;
+use crate::features::logits::Logits;
 use crate::features::performer::Performer;
 use crate::features::radii::Radii;
 use crate::features::sums::{ProjectionSums, add_radii, add_weights};
@@ -216,6 +217,10 @@ features_by!([T: Scalar] Wpff<T>, this => &this.map, {
 
     fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn FeatureMap<T>>, Error> {
         Ok(Box::new(self.with_parameters(parameters)?))
+    }
+
+    fn logits(&self) -> Option<Logits<T>> {
+        self.map.logits()
     }
 
     fn add_parameters(&self, sums: [&ProjectionSums<T>; 2], d_parameters: &mut Parameters<T>) {

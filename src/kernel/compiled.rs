@@ -86,12 +86,12 @@ compiled! {
     run_affine_columns: gradient_columns::AffineColumns;
     run_causal_affine: gradient_columns::CausalAffine;
     run_add_and_scale_columns: gradient_columns::AddAndScaleColumns;
-    run_add_exponential_rows: gradient_columns::AddExponentialRows;
+    run_add_exponential_rows: gradient_columns::AddExponentialRows -> Self;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
     run_softmax_gradient: gradients::SoftmaxGradient;
     run_soft_cap_gradient: gradients::SoftCapGradient;
-    run_add_rows: gradients::AddRows;
+    run_add_rows: gradients::AddRows -> Self;
     run_scores_of_bytes: packed::ScoresOfBytes;
     run_scores_of_bf16: packed::ScoresOfBf16;
     run_sums_of_bytes: packed::SumsOfBytes;

@@ -23,15 +23,16 @@ pub(crate) fn soft_cap_gradient<T: Compiled>(x: &[T], factor: T, gradients: &mut
     T::run_soft_cap_gradient(SoftCapGradient { x, factor, gradients });
 }
 
-/// `to_i += factor·from_i` for rows of `length` numbers, those of `from` `stride` apart.
+/// `to_i += factor·from_i` for rows of `length` numbers, those of `from` `stride` apart; returns
+/// whether every number is finite.
 pub(crate) fn add_rows<T: Compiled>(
     factor: T,
     from: &[T],
     stride: usize,
     length: usize,
     to: &mut [T],
-) {
-    T::run_add_rows(AddRows { factor, from, stride, length, to });
+) -> bool {
+    T::run_add_rows(AddRows { factor, from, stride, length, to }) == T::zero()
 }
 
 /// `sums_t += Σ_i x_it·y_it` for columns from `from` on, a multiple of 64 bytes' numbers.
@@ -58,7 +59,8 @@ pub(crate) fn add_and_scale_columns<T: Compiled>(x: &mut [T], factor: T, y: &[T]
     T::run_add_and_scale_columns(AddAndScaleColumns { x, factor, y, scales });
 }
 
-/// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` padded.
+/// `sum_t += root·(y_t − total_t·root·x_t)` for rows of `length` numbers, those of `y` padded;
+/// returns whether every number is finite.
 pub(crate) fn add_exponential_rows<T: Compiled>(
     y: &[T],
     x: &[T],
@@ -66,9 +68,10 @@ pub(crate) fn add_exponential_rows<T: Compiled>(
     root: T,
     length: usize,
     sum: &mut [T],
-) {
+) -> bool {
     let stride = padded::<T>(length);
-    T::run_add_exponential_rows(AddExponentialRows { y, stride, x, totals, root, length, sum });
+    let work = AddExponentialRows { y, stride, x, totals, root, length, sum };
+    T::run_add_exponential_rows(work) == T::zero()
 }
 
 /// `C [m, n] (+)= A [m, k]·B [k, n]` of rows of B and C `ld` apart.

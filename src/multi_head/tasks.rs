@@ -32,7 +32,7 @@ pub(crate) struct LayerCall<'a, T> {
 
 impl<'a, T: Scalar> LayerCall<'a, T> {
     /// The real queries and keys of a sequence. Without keys there is nothing to answer.
-    fn real(&self, sequence: usize) -> [Range<usize>; 2] {
+    pub(super) fn real(&self, sequence: usize) -> [Range<usize>; 2] {
         let (queries, tokens) = (self.q.dim().2, self.k.dim().2);
         let keys = match self.lengths {
             Some(lengths) => self.padding.real(lengths[sequence], tokens),

@@ -98,7 +98,45 @@ impl<T: Scalar> RotaryAngles<T> {
     /// # Errors
     ///
     /// [`Error::Shape`] if `x` has another number of tokens or columns.
-    pub fn rotate_heads_in_place(&self, mut x: ArrayViewMut3<'_, T>) -> Result<(), Error> {
+    pub fn rotate_heads_in_place(&self, x: ArrayViewMut3<'_, T>) -> Result<(), Error> {
+        self.turn_heads::<false>(x)
+    }
+
+    /// Turns one head `x [tokens, head_dim]` the other way, in place: see
+    /// [`rotate_heads_back_in_place`](Self::rotate_heads_back_in_place).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `x` has another shape.
+    pub fn rotate_back_in_place(&self, x: ArrayViewMut2<'_, T>) -> Result<(), Error> {
+        self.rotate_heads_back_in_place(x.insert_axis(Axis(1)))
+    }
+
+    /// Turns many heads `x [tokens, heads, head_dim]` the other way, in place: what was turned is
+    /// as it was, but for rounding. A gradient by turned queries or keys becomes that by the
+    /// queries or keys themselves, as the other way is the transpose of a rotation.
+    ///
+    /// ```
+    /// use dijiang::Rotary;
+    /// use ndarray::Array3;
+    ///
+    /// let angles = Rotary::new(16)?.angles(5, 10)?;
+    /// let x = Array3::from_shape_fn((10, 4, 16), |(t, h, c)| ((t + 7 * h + 3 * c) as f64).sin());
+    /// let mut turned = x.clone();
+    /// angles.rotate_heads_in_place(turned.view_mut())?;
+    /// angles.rotate_heads_back_in_place(turned.view_mut())?;
+    /// assert!((turned - x).iter().all(|e| e.abs() < 1e-15));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] if `x` has another number of tokens or columns.
+    pub fn rotate_heads_back_in_place(&self, x: ArrayViewMut3<'_, T>) -> Result<(), Error> {
+        self.turn_heads::<true>(x)
+    }
+
+    fn turn_heads<const BACK: bool>(&self, mut x: ArrayViewMut3<'_, T>) -> Result<(), Error> {
         let (tokens, _, columns) = x.dim();
         check::size("x", "rows", self.tokens, tokens)?;
         check::size("x", "columns", self.head_dim, columns)?;
@@ -110,14 +148,14 @@ impl<T: Scalar> RotaryAngles<T> {
         let angles = self.cos.chunks_exact(half).zip(self.sin.chunks_exact(half));
         for (mut heads, (cos, sin)) in x.outer_iter_mut().zip(angles) {
             for head in heads.outer_iter_mut() {
-                self.rotate_token(head, cos, sin, &mut copy);
+                self.turn_token::<BACK>(head, cos, sin, &mut copy);
             }
         }
         Ok(())
     }
 
     /// Turns one token of one head; columns that are not contiguous are copied out and back.
-    fn rotate_token(
+    fn turn_token<const BACK: bool>(
         &self,
         mut head: ArrayViewMut1<'_, T>,
         cos: &[T],
@@ -126,16 +164,17 @@ impl<T: Scalar> RotaryAngles<T> {
     ) {
         let dims = 2 * cos.len();
         if let Some(head) = head.as_slice_mut() {
-            return self.rotate_slice(&mut head[..dims], cos, sin);
+            return self.turn_slice::<BACK>(&mut head[..dims], cos, sin);
         }
         copy.clear();
         copy.extend(head.iter().take(dims));
-        self.rotate_slice(copy, cos, sin);
-        head.iter_mut().zip(&*copy).for_each(|(x, &rotated)| *x = rotated);
+        self.turn_slice::<BACK>(copy, cos, sin);
+        head.iter_mut().zip(&*copy).for_each(|(x, &turned)| *x = turned);
     }
 
-    fn rotate_slice(&self, x: &mut [T], cos: &[T], sin: &[T]) {
+    fn turn_slice<const BACK: bool>(&self, x: &mut [T], cos: &[T], sin: &[T]) {
         let turn = |a: &mut T, b: &mut T, cos: T, sin: T| {
+            let sin = if BACK { -sin } else { sin };
             (*a, *b) = (*a * cos - *b * sin, *a * sin + *b * cos);
         };
         match self.pairs {

@@ -2,11 +2,12 @@
 
 use crate::common::gradients::{Trained, check_gradients};
 use crate::common::{
-    Formula, MAPS, SIGNED_MAPS, assert_close, golden, map as map_of, matrix, subjects, vector,
+    Formula, MAPS, SIGNED_MAPS, assert_close, golden, map as map_of, matrix, normal, subjects,
+    tokens, vector,
 };
 use dijiang::{
-    Attention, EluFeatures, FeatureMap, HeadGradient, IdentityFeatures, LinearAttention, Mask,
-    OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
+    Attention, EluFeatures, FeatureMap, Head, HeadGradient, IdentityFeatures, LearnedFeatures,
+    LearnedForm, LinearAttention, Mask, OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
 };
 use ndarray::{Array2, Axis};
 use serde_json::Value;
@@ -29,7 +30,17 @@ fn map<T: Scalar>(
     let name = case["name"].as_str().unwrap();
     let columns = matrix(&case["q"]).ncols();
     if !case["query_projection"].is_null() {
-        return None;
+        let projections =
+            ["query_projection", "key_projection"].map(|name| narrow(&matrix(&case[name])));
+        let biases = ["query_bias", "key_bias"].map(|name| vector(&case[name]).mapv(T::from_f64));
+        let map = LearnedFeatures::from_parts(LearnedForm::Softmax, true, projections, biases);
+        let names = [
+            ("map.query_projection", "d_query_projection"),
+            ("map.key_projection", "d_key_projection"),
+            ("map.query_bias", "d_query_bias"),
+            ("map.key_bias", "d_key_bias"),
+        ];
+        return Some((Arc::new(map.unwrap()), names.to_vec()));
     }
     if !case["projection"].is_null() {
         let map = Performer::<T>::from_projection(narrow(&matrix(&case["projection"]))).unwrap();
@@ -122,7 +133,7 @@ fn the_golden_gradients_of_linear_attention() {
             checked += 1;
         }
     }
-    assert_eq!(checked, 11);
+    assert_eq!(checked, 12);
 }
 
 /// Linear attention over every map keeps the promises of the shared checker.
@@ -196,4 +207,118 @@ fn kernel<T: Scalar>(name: &str, kind: &str, normalized: bool) -> (Box<dyn Atten
         _ => kernel.gated(),
     };
     (Box::new(kernel), features)
+}
+
+/// Sequences that are cut into parts, once and twice, have the gradients that differences say.
+#[test]
+fn sequences_longer_than_what_is_kept_between_the_scans() {
+    let (d, dv) = (8, 3);
+    for (m, n, gates) in [(3000, 1200, 0), (6000, 700, 0), (3000, 300, 1), (2000, 300, 2000)] {
+        let map = Performer::<f64>::new(d, m, 1).unwrap();
+        let kernel = LinearAttention::new(map);
+        let is_gated = gates > 0;
+        let kernel = if is_gated { kernel.gated() } else { kernel };
+        let [q, k, v] = tokens::<f64>(n, d, dv, 0.6, 21);
+        let gates = normal::<f64>(n, gates.max(1), 0.3, 22).mapv(|x| -x * x);
+        let [d_out, u] = [23, 24].map(|seed| normal::<f64>(n, dv, 1.0, seed));
+        let forward = |k: &Array2<f64>, v: &Array2<f64>, gates: &Array2<f64>| {
+            let mut out = Array2::zeros((n, dv));
+            let head = Head::new(q.view(), k.view(), v.view(), out.view_mut());
+            let head = if is_gated { head.with_log_decay(gates.view()) } else { head };
+            kernel.forward_heads(&mut [head], Mask::Causal, &mut Scratch::new()).unwrap();
+            (&out * &d_out).sum()
+        };
+        let [mut d_q, mut d_k, mut d_v] = [d, d, dv].map(|columns| Array2::zeros((n, columns)));
+        let mut d_gates = Array2::zeros(gates.dim());
+        let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+        let head = HeadGradient::new([q.view(), k.view(), v.view()], d_out.view(), views);
+        let head =
+            if is_gated { head.with_log_decay(gates.view(), d_gates.view_mut()) } else { head };
+        kernel.backward_heads(&mut [head], Mask::Causal, &mut Scratch::new()).unwrap();
+        let step = 1e-5;
+        let check = |what: &str, found: f64, difference: f64| {
+            let error = (found - difference).abs() / found.abs().max(1e-3);
+            assert!(error < 1e-5, "m={m} n={n} {what}: {found}, by difference {difference}");
+        };
+        let by_values = (&d_v * &u).sum();
+        let [up, down] = [step, -step].map(|step| forward(&k, &(&v + &(&u * step)), &gates));
+        check("v", by_values, (up - down) / (2.0 * step));
+        let w = normal::<f64>(n, d, 1.0, 25);
+        let [up, down] = [step, -step].map(|step| forward(&(&k + &(&w * step)), &v, &gates));
+        check("k", (&d_k * &w).sum(), (up - down) / (2.0 * step));
+        if is_gated {
+            // a decay is 0 or less
+            let w = normal::<f64>(n, gates.ncols(), 1.0, 26).mapv(f64::abs) * &gates;
+            let [up, down] = [step, -step].map(|step| forward(&k, &v, &(&gates + &(&w * step))));
+            check("log_decay", (&d_gates * &w).sum(), (up - down) / (2.0 * step));
+        }
+    }
+}
+
+/// Over thousands of tokens f32 agrees with f64, log decays included, however strong.
+#[test]
+fn long_sequences_in_f32() {
+    let (d, m, n) = (16, 32, 8192);
+    for (decay, gates) in [(None, 0), (Some(0.5), 1), (Some(0.999), 1), (None, 32)] {
+        let [q, k, v] = tokens::<f32>(n, d, 8, 0.5, 31);
+        let d_out = normal::<f32>(n, 8, 1.0, 32);
+        let strength = if decay == Some(0.5) { 1.0 } else { 0.1 };
+        let log_decay =
+            normal::<f32>(n, gates.max(1), 1.0, 33).mapv(|x| -(x * x * strength).min(30.0));
+        let run = |wide: bool| -> Vec<Array2<f64>> {
+            fn of<T: Scalar>(
+                [q, k, v, d_out, gates]: [&Array2<f32>; 5],
+                m: usize,
+                decay: Option<f64>,
+                gated: bool,
+            ) -> Vec<Array2<f64>> {
+                let cast = |x: &Array2<f32>| x.mapv(|x| T::from_f64(f64::from(x)));
+                let [q, k, v, d_out, gates] = [q, k, v, d_out, gates].map(cast);
+                let map = Performer::<T>::new(q.ncols(), m, 1).unwrap();
+                let mut kernel = LinearAttention::new(map);
+                if let Some(decay) = decay {
+                    kernel = kernel.with_decay(decay);
+                }
+                if gated {
+                    kernel = kernel.gated();
+                }
+                let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| Array2::zeros(x.dim()));
+                let mut d_gates = Array2::zeros(gates.dim());
+                let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+                let inputs = [q.view(), k.view(), v.view()];
+                let mut parameters = kernel.parameters().zeros_like();
+                let mut head =
+                    HeadGradient::new(inputs, d_out.view(), views).with_parameters(&mut parameters);
+                if gated {
+                    head = head.with_log_decay(gates.view(), d_gates.view_mut());
+                }
+                let mut scratch = Scratch::new();
+                kernel.backward_heads(&mut [head], Mask::Causal, &mut scratch).unwrap();
+                let mut all: Vec<_> =
+                    [d_q, d_k, d_v, d_gates].iter().map(|x| x.mapv(T::as_f64)).collect();
+                for (_, x) in parameters.iter() {
+                    let flat = x.iter().map(|x| x.as_f64()).collect();
+                    all.push(Array2::from_shape_vec((1, x.len()), flat).unwrap());
+                }
+                all
+            }
+            let arguments = [&q, &k, &v, &d_out, &log_decay];
+            if wide {
+                of::<f64>(arguments, m, decay, gates > 0)
+            } else {
+                of::<f32>(arguments, m, decay, gates > 0)
+            }
+        };
+        let names = ["q", "k", "v", "log_decay", "p", "p", "p"];
+        for ((found, exact), name) in run(false).iter().zip(run(true)).zip(names) {
+            if exact.iter().all(|x| *x == 0.0) {
+                continue;
+            }
+            // relative to the root mean square, so that the largest does not hide the others
+            let size = (exact.mapv(|x| x * x).mean().unwrap()).sqrt();
+            let errors = (found - &exact).mapv(|x| x * x).mean().unwrap().sqrt();
+            let units = errors / size / f64::from(f32::EPSILON);
+            assert!(units < 256.0, "decay {decay:?} gates {gates}, by {name}: {units} epsilons");
+        }
+    }
 }

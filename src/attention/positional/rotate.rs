@@ -38,6 +38,16 @@ pub(crate) trait Positions: Debug + Send + Sync + 'static {
         x: ArrayView2<'_, T>,
         out: ArrayViewMut2<'_, T>,
     ) -> Result<(), Error>;
+
+    /// Adds the gradient by `x [n, head_dim]` to `d_x`, from that by what [`rotate`](Self::rotate)
+    /// gives, `d_out [n, inner_dim]`, whose content is lost.
+    fn rotate_back<T: Scalar>(
+        &self,
+        angles: &RotaryAngles<T>,
+        x: ArrayView2<'_, T>,
+        d_out: ArrayViewMut2<'_, T>,
+        d_x: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error>;
 }
 
 impl Positions for Rotary {
@@ -74,6 +84,18 @@ impl Positions for Rotary {
     ) -> Result<(), Error> {
         out.assign(&x);
         angles.rotate_in_place(out)
+    }
+
+    fn rotate_back<T: Scalar>(
+        &self,
+        angles: &RotaryAngles<T>,
+        _x: ArrayView2<'_, T>,
+        mut d_out: ArrayViewMut2<'_, T>,
+        mut d_x: ArrayViewMut2<'_, T>,
+    ) -> Result<(), Error> {
+        angles.rotate_back_in_place(d_out.view_mut())?;
+        d_x += &d_out;
+        Ok(())
     }
 }
 
@@ -138,7 +160,10 @@ impl<T: Scalar> Rotated<T> {
 }
 
 /// So many numbers of a buffer.
-fn resized<T: Scalar>(buffer: &mut Vec<T>, shape: [usize; 3]) -> Result<&mut [T], Error> {
+pub(super) fn resized<T: Scalar>(
+    buffer: &mut Vec<T>,
+    shape: [usize; 3],
+) -> Result<&mut [T], Error> {
     check::array("the number of tokens", shape[1], shape[0].saturating_mul(shape[2]))?;
     let len = shape.iter().product();
     if buffer.len() < len {
@@ -147,6 +172,11 @@ fn resized<T: Scalar>(buffer: &mut Vec<T>, shape: [usize; 3]) -> Result<&mut [T]
     Ok(&mut buffer[..len])
 }
 
-fn view<T>(x: &mut [T], group: usize, tokens: usize, dim: usize) -> ArrayViewMut3<'_, T> {
+pub(super) fn view<T>(
+    x: &mut [T],
+    group: usize,
+    tokens: usize,
+    dim: usize,
+) -> ArrayViewMut3<'_, T> {
     ArrayViewMut3::from_shape((group, tokens, dim), x).expect("resized")
 }

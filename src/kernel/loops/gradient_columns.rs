@@ -156,13 +156,15 @@ pub struct AddExponentialRows<'a, T> {
 }
 
 impl<T: Lanes> Loop for AddExponentialRows<'_, T> {
-    type Output = ();
+    /// Σ sum·0.
+    type Output = T;
 
     #[inline(always)]
-    fn run<L: Level>(self, level: L) {
+    fn run<L: Level>(self, level: L) -> T {
         let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
-        let root = T::splat(level, self.root);
+        let (root, zero) = (T::splat(level, self.root), T::splat(level, T::zero()));
         let rows = self.sum.chunks_exact_mut(self.length).zip(self.y.chunks_exact(self.stride));
+        let (mut mark, mut rest_mark) = (zero, T::zero());
         for ((sum, y), (x, &total)) in rows.zip(self.x.chunks_exact(self.length).zip(self.totals)) {
             let own = -(self.root * self.root * total);
             let splat = T::splat(level, own);
@@ -170,11 +172,14 @@ impl<T: Lanes> Loop for AddExponentialRows<'_, T> {
             let terms = T::vectors::<L>(y).iter().zip(T::vectors::<L>(x));
             for (sum, (y, x)) in T::vectors_mut::<L>(sum).iter_mut().zip(terms) {
                 *sum = T::vfma(level, root, *y, T::vfma(level, splat, *x, *sum));
+                mark = T::vfma(level, *sum, zero, mark);
             }
             for ((sum, &y), &x) in rest.iter_mut().zip(&y[whole..]).zip(&x[whole..]) {
                 *sum = *sum + self.root * y + own * x;
+                rest_mark = rest_mark + *sum * T::zero();
             }
         }
+        T::vsum(level, mark) + rest_mark
     }
 }
 

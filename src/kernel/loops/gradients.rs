@@ -84,22 +84,27 @@ pub struct AddRows<'a, T> {
 }
 
 impl<T: Lanes> Loop for AddRows<'_, T> {
-    type Output = ();
+    /// Σ to·0.
+    type Output = T;
 
     #[inline(always)]
-    fn run<L: Level>(self, level: L) {
-        let factor = T::splat(level, self.factor);
+    fn run<L: Level>(self, level: L) -> T {
+        let (factor, zero) = (T::splat(level, self.factor), T::splat(level, T::zero()));
         let whole = self.length / T::lanes::<L>() * T::lanes::<L>();
         let rows = self.from.chunks(self.stride).zip(self.to.chunks_exact_mut(self.length));
+        let (mut mark, mut rest_mark) = (zero, T::zero());
         for (from, to) in rows {
             let (to, rest) = to.split_at_mut(whole);
             for (to, from) in T::vectors_mut::<L>(to).iter_mut().zip(T::vectors::<L>(from)) {
                 *to = T::vfma(level, factor, *from, *to);
+                mark = T::vfma(level, *to, zero, mark);
             }
             for (to, &from) in rest.iter_mut().zip(&from[whole..]) {
                 *to = *to + self.factor * from;
+                rest_mark = rest_mark + *to * T::zero();
             }
         }
+        T::vsum(level, mark) + rest_mark
     }
 }
 

@@ -15,6 +15,7 @@
 //! parts, of which the last comes first; the sums before each part are kept.
 
 pub(crate) mod call;
+mod checkpoint;
 mod forward;
 mod gates;
 pub(crate) mod late;
@@ -27,19 +28,18 @@ pub(crate) mod work;
 use crate::error::Error;
 use crate::features::side::Side;
 use crate::kernel::buffer::padded;
-use crate::kernel::chunk_len;
-use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
+use crate::memory::linear::backward::checkpoint::Checkpoint;
 use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::groups::{FirstDecay, Groups};
 use crate::memory::linear::pass::PassBuffers;
-use crate::memory::linear::state::State;
 use crate::memory::linear::steps;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
 
-/// Numbers that a tape may keep.
-const TAPE_FLOATS: usize = 100 << 13;
+/// Numbers that a tape may keep: with what pads its buffers, some 3 MiB of `f32`.
+const TAPE_FLOATS: usize = 72 << 13;
 
 /// Parts that a sequence longer than a tape is cut into, and each of them again.
 const PARTS: usize = 16;
@@ -47,7 +47,7 @@ const PARTS: usize = 16;
 impl<T: Scalar> Backward<'_, T> {
     /// Tokens of one tape.
     fn tape_tokens(&self) -> usize {
-        let (features, chunk) = (self.pass.num_features(), chunk_len::<T>());
+        let (features, chunk) = (self.pass.num_features(), block_len::<T>());
         let sums = if self.with_decays { features * self.value_dim() / chunk } else { 0 };
         let decays = if self.pass.decays_by_feature(self.tokens.log_decay) { features } else { 0 };
         let most = TAPE_FLOATS / (3 * features + 8 + sums + decays);
@@ -79,8 +79,7 @@ impl<T: Scalar> Backward<'_, T> {
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
         let most = self.tape_tokens();
-        // one tape of twice the length costs less than reading half of the tokens once more
-        if part.len() <= if depth == 0 { 2 * most } else { most } {
+        if part.len() <= most {
             self.scan_forward(part, units, out, work)?;
             return self.scan_back(units, out, work);
         }
@@ -88,20 +87,21 @@ impl<T: Scalar> Backward<'_, T> {
         while len * PARTS < part.len() {
             len *= PARTS;
         }
-        let starts: Vec<usize> = part.clone().step_by(len).collect();
+        let parts = part.len().div_ceil(len);
+        let place = |i: usize| part.start + i * len..part.end.min(part.start + (i + 1) * len);
         let first = depth * PARTS;
-        if work.checkpoints.len() < first + PARTS {
-            work.checkpoints.resize_with(first + PARTS, State::new);
+        if work.checkpoints.len() < first + parts {
+            work.checkpoints.resize_with(first + parts, Checkpoint::new);
         }
-        for (i, &start) in starts.iter().enumerate() {
-            work.checkpoints[first + i].copy_from(&work.state);
-            if i + 1 < starts.len() {
-                self.absorb(start..start + len, units, work)?;
+        for i in 0..parts {
+            work.checkpoints[first + i].keep(&work.state);
+            if i + 1 < parts {
+                self.absorb(place(i), units, work)?;
             }
         }
-        for (i, &start) in starts.iter().enumerate().rev() {
-            work.state.copy_from(&work.checkpoints[first + i]);
-            self.part(start..part.end.min(start + len), depth + 1, units, out, work)?;
+        for i in (0..parts).rev() {
+            work.checkpoints[first + i].restore(&mut work.state);
+            self.part(place(i), depth + 1, units, out, work)?;
         }
         Ok(())
     }
@@ -115,8 +115,8 @@ impl<T: Scalar> Backward<'_, T> {
     ) -> Result<(), Error> {
         let BackwardWork { pass: buffers, state, .. } = work;
         let (features, value_dim) = (self.pass.num_features(), self.value_dim());
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let rows = start..tokens.end.min(start + chunk_len::<T>());
+        for start in tokens.clone().step_by(block_len::<T>()) {
+            let rows = start..tokens.end.min(start + block_len::<T>());
             let part = |x| views::rows(x, rows.clone());
             let [k, v] = [self.tokens.k, self.tokens.v].map(part);
             self.pass.map_keys(k, v, self.tokens.log_decay.map(part), buffers, start)?;
@@ -153,12 +153,12 @@ impl<T: Scalar> Backward<'_, T> {
         work.state.reset(features, value_dim);
         work.suffix.reset(features, value_dim);
         self.absorb(0..self.tokens.k.nrows(), units, work)?;
-        for start in (0..self.tokens.q.nrows()).step_by(chunk_len::<T>()) {
-            let rows = start..self.tokens.q.nrows().min(start + chunk_len::<T>());
+        for start in (0..self.tokens.q.nrows()).step_by(block_len::<T>()) {
+            let rows = start..self.tokens.q.nrows().min(start + block_len::<T>());
             self.read_all(rows, units, out, work)?;
         }
-        for start in (0..self.tokens.k.nrows()).step_by(chunk_len::<T>()) {
-            let rows = start..self.tokens.k.nrows().min(start + chunk_len::<T>());
+        for start in (0..self.tokens.k.nrows()).step_by(block_len::<T>()) {
+            let rows = start..self.tokens.k.nrows().min(start + block_len::<T>());
             work.tape.clear();
             let k = views::rows(self.tokens.k, rows.clone());
             let BackwardWork { pass: buffers, tape, state, .. } = work;

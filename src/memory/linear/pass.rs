@@ -3,7 +3,7 @@
 use crate::check;
 use crate::error::Error;
 use crate::features::FeatureMap;
-use crate::features::columns::{Columns, OF_NOTHING};
+use crate::features::columns::{ColumnMap, Columns, OF_NOTHING};
 use crate::features::side::Side;
 use crate::kernel;
 use crate::kernel::buffer::Buffer;
@@ -135,6 +135,10 @@ impl<'a, T: Scalar> Pass<'a, T> {
         self.decay.is_none_or(|decay| decay.is_common(gates))
     }
 
+    fn column_maps(&self) -> Option<[&'a dyn ColumnMap<T>; 2]> {
+        Some([self.map.column_map(Side::Query)?, self.map.column_map(Side::Key)?])
+    }
+
     /// Takes tokens of a chunk in: maps queries and keys, copies values and log decays.
     pub(super) fn map_tokens(
         &self,
@@ -180,8 +184,8 @@ impl<'a, T: Scalar> Pass<'a, T> {
         PassBuffers { x, x_key, map: memory, chunk, .. }: &mut PassBuffers<T>,
         row: usize,
     ) -> Result<bool, Error> {
-        let (Some(map), Some(q), Some(k), Some(v)) =
-            (self.map.column_map(), q.to_slice(), k.to_slice(), v.to_slice())
+        let (Some(maps), Some(q), Some(k), Some(v)) =
+            (self.column_maps(), q.to_slice(), k.to_slice(), v.to_slice())
         else {
             return Ok(false);
         };
@@ -202,7 +206,7 @@ impl<'a, T: Scalar> Pass<'a, T> {
         chunk.note_values(largest);
         let mut query = Columns::one(x, &mut chunk.queries, &mut chunk.query_scale);
         let mut key = Columns::one(x_key, &mut chunk.keys, &mut chunk.key_scale);
-        map.map_pair([&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))?;
+        map_pair(maps, [&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))?;
         Ok(true)
     }
 
@@ -260,7 +264,7 @@ impl<'a, T: Scalar> Pass<'a, T> {
         buffers: &mut PassBuffers<T>,
         row: usize,
     ) -> Result<(), Error> {
-        let Some(map) = self.map.column_map() else {
+        let Some(maps) = self.column_maps() else {
             self.map(Side::Query, q, buffers, row)?;
             return self.map(Side::Key, k, buffers, row);
         };
@@ -269,7 +273,7 @@ impl<'a, T: Scalar> Pass<'a, T> {
         self.scale_one(Side::Key, k, x_key, row)?;
         let mut query = Columns::one(x, &mut chunk.queries, &mut chunk.query_scale);
         let mut key = Columns::one(x_key, &mut chunk.keys, &mut chunk.key_scale);
-        map.map_pair([&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))
+        map_pair(maps, [&mut query, &mut key], memory).map_err(|error| error.in_chunk(row))
     }
 
     /// Maps the vectors that the last [`map`](Self::map) was given.
@@ -281,7 +285,7 @@ impl<'a, T: Scalar> Pass<'a, T> {
             Side::Key => (&mut chunk.keys, &mut chunk.key_scale),
         };
         let mut columns = Columns { x, squares, width, tokens, values, log_scale };
-        match self.map.column_map() {
+        match self.map.column_map(side) {
             Some(map) => map.map_columns(&mut columns, memory),
             None => self.map_rows(side, columns, rows),
         }
@@ -330,6 +334,19 @@ impl<'a, T: Scalar> Pass<'a, T> {
         }
         Ok(())
     }
+}
+
+/// Maps a query and a key, at once if they have the same map.
+fn map_pair<T: Scalar>(
+    [query_map, key_map]: [&dyn ColumnMap<T>; 2],
+    [query, key]: [&mut Columns<'_, T>; 2],
+    memory: &mut [Buffer<T>; 2],
+) -> Result<(), Error> {
+    if core::ptr::addr_eq(query_map, key_map) {
+        return query_map.map_pair([query, key], memory);
+    }
+    query_map.map_columns(query, memory)?;
+    key_map.map_columns(key, memory)
 }
 
 fn too_large(row: usize) -> Error {

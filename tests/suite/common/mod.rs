@@ -12,9 +12,9 @@ pub mod written;
 use dijiang::attention::naive::{self, features::Features, options, options::Options};
 use dijiang::{
     Attention, CalibratedTaylor, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far,
-    FeatureMap, HybridAttention, IdentityFeatures, LinearAttention, Mask, MergeCost, Merged,
-    Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures, Scalar, SoftmaxAttention,
-    StateFormat, TaylorFeatures, Ward, Wpff,
+    FeatureMap, HybridAttention, IdentityFeatures, LearnedFeatures, LearnedForm, LinearAttention,
+    Mask, MergeCost, Merged, Metric, OfficialDijiang, Performer, Points, Radii, ReluFeatures,
+    Scalar, SoftmaxAttention, StateFormat, TaylorFeatures, Ward, Wpff,
 };
 use hybrid::{FarFormula, HybridFormula, Received};
 use ndarray::{Array1, Array2, ArrayView2};
@@ -152,12 +152,14 @@ pub fn map<T: Scalar>(name: &str, d: usize, m: usize, seed: u64) -> Arc<dyn Feat
         "relu-projected" => {
             Arc::new(ReluFeatures::from_projection(normal(m, d, 1.0, seed)).unwrap())
         }
+        "hedgehog" => Arc::new(learned(d, m, true, seed)),
+        "learned" => Arc::new(learned(d, m, false, seed)),
         "identity" => Arc::new(IdentityFeatures::new(d).unwrap()),
         _ => panic!("no map {name}"),
     }
 }
 
-pub const MAPS: [&str; 15] = [
+pub const MAPS: [&str; 17] = [
     "performer",
     "performer-iid",
     "performer-hyperbolic",
@@ -173,6 +175,8 @@ pub const MAPS: [&str; 15] = [
     "elu",
     "relu",
     "relu-projected",
+    "hedgehog",
+    "learned",
 ];
 
 /// Maps whose products have either sign, so that nothing can be divided by their sum.
@@ -182,6 +186,15 @@ pub const SIGNED_MAPS: [&str; 1] = ["identity"];
 pub fn official<T: Scalar>(d: usize, seed: u64) -> OfficialDijiang<T> {
     let radii = normal::<f64>(1, d, 1.0, seed).row(0).mapv(T::from_f64);
     OfficialDijiang::new(radii).unwrap()
+}
+
+/// A learned map somewhere on its way: Hedgehog's, or exponentials.
+pub fn learned<T: Scalar>(d: usize, m: usize, hedgehog: bool, seed: u64) -> LearnedFeatures<T> {
+    let rows = if hedgehog { m.div_ceil(2) } else { m };
+    let form = if hedgehog { LearnedForm::Softmax } else { LearnedForm::Exponential };
+    let projections = [seed, seed + 1].map(|seed| normal(rows, d, 0.8, seed));
+    let biases = [seed + 2, seed + 3].map(|seed| normal(1, rows, 0.5, seed).row(0).to_owned());
+    LearnedFeatures::from_parts(form, hedgehog, projections, biases).unwrap()
 }
 
 /// Every kernel of the crate.

@@ -45,10 +45,11 @@ fn against_uniform(results: &Results, heads: &Group, rows: &[Row]) -> Option<Str
     let best = best(rows)?;
     let verdict = match most.beats_uniform {
         k if k == count => {
-            let winners =
-                names(rows.iter().filter(|row| row.beats_uniform == count).map(|row| row.kernel));
+            let winners: Vec<_> = rows.iter().filter(|row| row.beats_uniform == count).collect();
+            let come = if winners.len() == 1 { "comes" } else { "come" };
+            let winners = names(winners.into_iter().map(|row| row.kernel));
             format!(
-                "On all {count} real heads {winners} come closer to softmax than uniform \
+                "On all {count} real heads {winners} {come} closer to softmax than uniform \
                  attention does"
             )
         }

@@ -3,8 +3,9 @@
 use crate::data::Input;
 use crate::synthetic::Normal;
 use dijiang::{
-    Attention, DctFeatures, Error, FeatureMap, LinearAttention, OfficialDijiang, Performer, Points,
-    Radii, TaylorFeatures, WeightFit, Wpff, fit_weights,
+    Attention, DctFeatures, DistillLoss, DistillOptions, DistillSample, Error, FeatureMap,
+    LearnedFeatures, LinearAttention, OfficialDijiang, Performer, Points, Radii, SoftmaxAttention,
+    TaylorFeatures, WeightFit, Wpff, distill, fit_weights,
 };
 use ndarray::Array1;
 
@@ -20,6 +21,8 @@ pub enum Kernel {
     Wpff,
     WpffSobol,
     WpffWeighted,
+    Learned,
+    Hedgehog,
     Taylor,
 }
 
@@ -29,19 +32,21 @@ pub enum Family {
     Performer,
     Dct,
     Wpff,
+    Learned,
     Taylor,
     Official,
 }
 
 impl Family {
-    pub const ALL: [Self; 5] =
-        [Self::Performer, Self::Dct, Self::Wpff, Self::Taylor, Self::Official];
+    pub const ALL: [Self; 6] =
+        [Self::Performer, Self::Dct, Self::Wpff, Self::Learned, Self::Taylor, Self::Official];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Performer => "FAVOR+",
             Self::Dct => "DCT",
             Self::Wpff => "WPFF",
+            Self::Learned => "learned",
             Self::Taylor => "Taylor",
             Self::Official => "released DiJiang",
         }
@@ -73,11 +78,13 @@ impl Claim {
 const MOST_WEIGHTS: usize = 512;
 /// Rows of a calibration split that are used, at most.
 const FIT_ROWS: usize = 256;
+/// Beyond this a map has more numbers to learn than there is to learn from.
+const MOST_LEARNED: usize = 128;
 /// Beyond this a state is measured in gigabytes.
 const MOST_TAYLOR_FEATURES: usize = 20_000;
 
 impl Kernel {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Performer,
         Self::PerformerIid,
         Self::PerformerHyperbolic,
@@ -88,6 +95,8 @@ impl Kernel {
         Self::Wpff,
         Self::WpffSobol,
         Self::WpffWeighted,
+        Self::Learned,
+        Self::Hedgehog,
         Self::Taylor,
     ];
 
@@ -103,6 +112,8 @@ impl Kernel {
             Self::Wpff => "wpff",
             Self::WpffSobol => "wpff-sobol",
             Self::WpffWeighted => "wpff-weighted",
+            Self::Learned => "learned-from-wpff",
+            Self::Hedgehog => "learned-hedgehog",
             Self::Taylor => "taylor",
         }
     }
@@ -112,6 +123,7 @@ impl Kernel {
             Self::Performer | Self::PerformerIid | Self::PerformerHyperbolic => Family::Performer,
             Self::Dct | Self::DctAntithetic | Self::DctNormal => Family::Dct,
             Self::Wpff | Self::WpffSobol | Self::WpffWeighted => Family::Wpff,
+            Self::Learned | Self::Hedgehog => Family::Learned,
             Self::Taylor => Family::Taylor,
             Self::Official => Family::Official,
         }
@@ -137,13 +149,20 @@ impl Kernel {
             }
             Self::WpffSobol => "the same with Sobol directions and radii",
             Self::WpffWeighted => "wpff with weights fitted on the calibration split",
+            Self::Learned => {
+                "linear layers of queries and of keys, from wpff-weighted, trained on the \
+                 calibration split"
+            }
+            Self::Hedgehog => {
+                "the same from the unit matrix: softmax([Wx + b, −Wx − b]), 2d features"
+            }
             Self::Taylor => "second-order Taylor expansion, m = (d + 1)(d + 2)/2",
         }
     }
 
     /// Whether its weights are meant to estimate exp(q̂·k̂).
     pub fn aims_at_softmax(self) -> bool {
-        !matches!(self, Self::DctNormal | Self::Official)
+        !matches!(self, Self::DctNormal | Self::Official | Self::Learned | Self::Hedgehog)
     }
 
     pub fn claim(self) -> Claim {
@@ -152,17 +171,19 @@ impl Kernel {
             Self::Dct | Self::DctAntithetic | Self::Wpff | Self::WpffSobol | Self::WpffWeighted => {
                 Claim::Inverse
             }
-            Self::DctNormal | Self::Official | Self::Taylor => Claim::None,
+            Self::DctNormal | Self::Official | Self::Learned | Self::Hedgehog | Self::Taylor => {
+                Claim::None
+            }
         }
     }
 
     pub fn is_random(self) -> bool {
-        self != Self::Taylor
+        !matches!(self, Self::Taylor | Self::Hedgehog)
     }
 
     /// Whether its number of features follows from `head_dim`.
     pub fn is_fixed(self) -> bool {
-        matches!(self, Self::Official | Self::Taylor)
+        matches!(self, Self::Official | Self::Taylor | Self::Hedgehog)
     }
 
     /// The numbers of features it is measured at, of those asked for; its own number where that is
@@ -170,6 +191,8 @@ impl Kernel {
     pub fn features(self, head_dim: usize, asked: &[usize]) -> Vec<usize> {
         match self {
             Self::Official => vec![head_dim],
+            Self::Hedgehog => vec![2 * head_dim],
+            Self::Learned => asked.iter().copied().filter(|m| *m <= MOST_LEARNED).collect(),
             Self::Taylor => {
                 let m = (head_dim + 1).saturating_mul(head_dim + 2) / 2;
                 if m <= MOST_TAYLOR_FEATURES { vec![m] } else { Vec::new() }
@@ -184,15 +207,30 @@ impl Kernel {
 
     /// Whether the input has what the kernel needs.
     pub fn applies_to(self, input: &Input) -> bool {
-        self != Self::WpffWeighted || input.calibration.is_some()
+        !self.is_fitted() || input.calibration.is_some()
     }
 
-    /// The kernel with `m` features for the heads of `input`.
+    /// Whether it is fitted to the calibration split.
+    fn is_fitted(self) -> bool {
+        matches!(self, Self::WpffWeighted | Self::Learned | Self::Hedgehog)
+    }
+
+    /// A kernel with the same work to do, which takes no time to make.
+    pub fn unfitted(self) -> Self {
+        match self {
+            Self::WpffWeighted | Self::Learned | Self::Hedgehog => Self::Wpff,
+            other => other,
+        }
+    }
+
+    /// The kernel with `m` features for the heads of `input`; learned ones are trained for so many
+    /// steps.
     pub fn build(
         self,
         input: &Input,
         m: usize,
         seed: u64,
+        steps: usize,
     ) -> Result<Box<dyn Attention<f32>>, Error> {
         let d = input.head_dim();
         Ok(match self {
@@ -210,6 +248,11 @@ impl Kernel {
                 linear(Wpff::with_sampling(d, m, seed, Points::Sobol, Radii::Sobol)?)
             }
             Self::WpffWeighted => linear(fitted(input, m, seed)?),
+            Self::Learned => {
+                let map = LearnedFeatures::from_map(&fitted(input, m, seed)?)?;
+                trained(map, input, seed, steps)?
+            }
+            Self::Hedgehog => trained(LearnedFeatures::hedgehog(d)?, input, seed, steps)?,
             Self::Taylor => linear(TaylorFeatures::new(d)?),
         })
     }
@@ -237,4 +280,26 @@ fn fitted(input: &Input, m: usize, seed: u64) -> Result<Wpff<f32>, Error> {
     let weights =
         fit_weights(&map, q.slice(rows), k.slice(rows), WeightFit::new().with_mask(input.mask))?;
     map.with_weights(weights)
+}
+
+/// A map trained on the calibration split, by the cross entropy of the attention matrix.
+fn trained(
+    map: LearnedFeatures<f32>,
+    input: &Input,
+    seed: u64,
+    steps: usize,
+) -> Result<Box<dyn Attention<f32>>, Error> {
+    let kernel = LinearAttention::new(map);
+    let Some((q, k)) = &input.calibration else { return Ok(Box::new(kernel)) };
+    let teacher = SoftmaxAttention::new(q.ncols())?;
+    let options = DistillOptions::new()
+        .loss(DistillLoss::CrossEntropy)
+        .mask(input.mask)
+        .steps(steps)
+        .seed(seed);
+    let rows = ndarray::s![..FIT_ROWS.min(q.nrows()), ..];
+    let (q, k) = (q.slice(rows), k.slice(rows));
+    // values do not matter where the attention matrices are compared
+    let sample = DistillSample { q, k, v: k };
+    Ok(distill(&kernel, &teacher, &[sample], options)?.kernel)
 }

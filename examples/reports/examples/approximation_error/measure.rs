@@ -108,12 +108,13 @@ pub fn measure(inputs: Vec<Input>, plan: &Plan) -> Result<Results, String> {
     // The longest first, so that no thread is left with one at the end.
     jobs.sort_by_key(|(i, _, features, _)| std::cmp::Reverse(inputs[*i].tokens() * features));
     let progress = progress(jobs.len(), "measuring errors");
+    let steps = if plan.quick { 5 } else { 300 };
     let mut measurements: Vec<_> = jobs
         .into_par_iter()
         .with_max_len(1)
         .map(|(i, kernel, features, seed)| {
             let (input, reference) = (&inputs[i], &references[i]);
-            let measured = kernel.build(input, features, seed).and_then(|kernel| {
+            let measured = kernel.build(input, features, seed, steps).and_then(|kernel| {
                 Ok((
                     reference.compare(kernel.as_ref())?,
                     kernel.stream(input.value_dim())?.state_floats(),
@@ -162,14 +163,10 @@ fn times(inputs: &[Input], measurements: &[Measurement], plan: &Plan) -> Result<
         if measurement.report.is_err() || times.contains_key(&key) {
             continue;
         }
-        // Weights cost nothing more, but take long to fit.
-        let same_work = if measurement.kernel == Kernel::WpffWeighted {
-            Kernel::Wpff
-        } else {
-            measurement.kernel
-        };
+        // Fitted numbers cost nothing more, but take long to fit.
+        let kernel = measurement.kernel.unfitted();
         let kernel =
-            same_work.build(input, measurement.features, 0).map_err(|error| error.to_string())?;
+            kernel.build(input, measurement.features, 0, 0).map_err(|error| error.to_string())?;
         if let Some(time) = microseconds_per_token(kernel.as_ref(), input, plan.quick) {
             times.insert(key, time);
         }

@@ -35,8 +35,8 @@ pub const GREY: RGBColor = RGBColor(140, 140, 140);
 /// A colour for each member of a family.
 fn look(kernel: Kernel) -> Look {
     match kernel {
-        Kernel::Performer | Kernel::Dct | Kernel::Wpff => (BLUE, Shape::Disc),
-        Kernel::PerformerIid | Kernel::DctAntithetic | Kernel::WpffSobol => {
+        Kernel::Performer | Kernel::Dct | Kernel::Wpff | Kernel::Learned => (BLUE, Shape::Disc),
+        Kernel::PerformerIid | Kernel::DctAntithetic | Kernel::WpffSobol | Kernel::Hedgehog => {
             (VERMILLION, Shape::Triangle)
         }
         Kernel::PerformerHyperbolic | Kernel::DctNormal | Kernel::WpffWeighted => {

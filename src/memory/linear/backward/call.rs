@@ -3,6 +3,7 @@
 use crate::check;
 use crate::error::Error;
 use crate::kernel;
+use crate::kernel::simd::Lanes;
 use crate::memory::answer::Readout;
 use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::unit::{self, Unit};
@@ -17,6 +18,14 @@ pub(crate) struct TokenGradients<'a, T> {
     pub(crate) d_k: ArrayViewMut2<'a, T>,
     pub(crate) d_v: ArrayViewMut2<'a, T>,
     pub(crate) d_log_decay: Option<ArrayViewMut2<'a, T>>,
+    /// Whether all that was added is known to be finite.
+    pub(crate) is_finite: bool,
+}
+
+/// Tokens that meet the sums at once: half as many as in a forward pass, as what tokens do to each
+/// other is five products here where it is two there.
+pub(super) const fn block_len<T: Lanes>() -> usize {
+    2 * T::PAD
 }
 
 /// Powers of two by which cotangents and values are divided, so that products of the two stay in

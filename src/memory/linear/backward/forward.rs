@@ -4,12 +4,12 @@
 use crate::check;
 use crate::error::Error;
 use crate::features::side::Side;
+use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::{affine_columns, causal_affine, dot_columns, product};
 use crate::kernel::loops::products::Matrix;
-use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Readout;
-use crate::memory::linear::backward::call::{Backward, TokenGradients, Units};
+use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
 use crate::memory::linear::backward::gates::GroupDecays;
 use crate::memory::linear::backward::map::Mapped;
 use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
@@ -32,8 +32,8 @@ impl<T: Scalar> Backward<'_, T> {
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
         work.tape.clear();
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let rows = start..tokens.end.min(start + chunk_len::<T>());
+        for start in tokens.clone().step_by(block_len::<T>()) {
+            let rows = start..tokens.end.min(start + block_len::<T>());
             self.pass.map_tokens(self.tokens.rows(rows), &mut work.pass, start)?;
             units.set(&mut work.pass);
             let mut groups = Groups::new();
@@ -79,7 +79,12 @@ impl<T: Scalar> Backward<'_, T> {
         part.copy_tokens_to(width, chunk, group.tokens.clone(), m, value_dim);
         let rows = chunk_row + group.tokens.start..chunk_row + group.tokens.end;
         let entry = tape.next();
-        entry.begin(rows.clone(), part, m);
+        let is_whole = group.tokens == (0..chunk.tokens) && chunk.width == width;
+        if is_whole {
+            entry.take(rows.clone(), chunk, m);
+        } else {
+            entry.begin(rows.clone(), part, m);
+        }
         if group.is_single() {
             let StepBuffers { factors, key_sums, .. } = &mut *step;
             part.rescale_keys(group.log_scale, m, factors, key_sums);
@@ -120,6 +125,9 @@ impl<T: Scalar> Backward<'_, T> {
                     Ok(divisor) => divisor.recip(),
                     Err(error) if group.is_single() => return Err(error),
                     Err(_) => {
+                        if is_whole {
+                            entry.swap(chunk);
+                        }
                         tape.drop_last();
                         return Ok(false);
                     }
@@ -209,7 +217,8 @@ impl<T: Scalar> Backward<'_, T> {
             let from = &d_out_rows[first * stride..];
             product([last - first, stride, count - first], scores, from, to, stride, false);
         }
-        add_rows(d_values, units.d_out, views::rows_mut(out.d_v.view_mut(), rows.clone()));
+        let d_v = views::rows_mut(out.d_v.view_mut(), rows.clone());
+        out.is_finite &= add_rows(d_values, units.d_out, d_v);
 
         // what the scan back needs
         entry.key_factors.resize(width);
@@ -243,7 +252,8 @@ impl<T: Scalar> Backward<'_, T> {
             d_values: d_features,
         };
         let d_q = views::rows_mut(out.d_q.view_mut(), rows);
-        map.add(self.pass.feature_map(), self.pass.scale_root(), mapped, d_q)?;
+        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
+        out.is_finite &= map.add(map_and_root, mapped, d_q)?;
         if group.is_single() {
             steps::absorb(state, part, group.log_scale, &step.key_sums);
         } else {
@@ -313,7 +323,8 @@ impl<T: Scalar> Backward<'_, T> {
             d_values: d_features,
         };
         let d_q = views::rows_mut(out.d_q.view_mut(), rows);
-        map.add(self.pass.feature_map(), self.pass.scale_root(), mapped, d_q)?;
+        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
+        out.is_finite &= map.add(map_and_root, mapped, d_q)?;
         let largest = kernel::max_abs(&entry.inverse);
         let unit = if largest > T::zero() { largest } else { T::one() };
         entry.unit = unit.ln();

@@ -124,17 +124,16 @@ impl<T: Scalar> GateGradients<T> {
         self.add(entry, units, out);
     }
 
-    /// Adds what later queries have to do with the keys of a group and those before it. `later` is
-    /// their sums, as seen from where the group begins, and the gradients by keys as they were
-    /// brought that follow.
+    /// Adds what later queries have to do with the keys of a group and those before it. They
+    /// are given as their sums, as seen from where the group begins, the gradients by keys as they
+    /// were brought that follow, and the factor of these.
     pub(super) fn from_suffix(
         &mut self,
         entry: &Entry<T>,
-        later: Option<(&State<T>, &[T])>,
+        (suffix, d_features, factor): (&State<T>, &[T], T),
         units: Units<T>,
         out: &mut TokenGradients<'_, T>,
     ) {
-        let Some((suffix, d_features)) = later else { return };
         let (count, width) = (entry.tokens(), entry.width);
         let m = d_features.len() / width;
         let per_feature = entry.rates == Rates::PerFeature;
@@ -158,7 +157,7 @@ impl<T: Scalar> GateGradients<T> {
         };
         let key = |f: usize, t: usize| {
             let at = f * width + t;
-            let key = entry.keys[at] * entry.key_factors[t] * d_features[at];
+            let key = entry.keys[at] * entry.key_factors[t] * (factor * d_features[at]);
             if entry.decays.is_empty() { key } else { key / entry.decays[at] }
         };
         if per_feature {
@@ -178,7 +177,7 @@ impl<T: Scalar> GateGradients<T> {
             dot_columns(&entry.keys, d_features, 0, &mut self.of_sums);
             for t in 0..count {
                 self.tokens[t] = total;
-                total += self.of_sums[t] * entry.key_factors[t];
+                total += self.of_sums[t] * (factor * entry.key_factors[t]);
             }
         }
         self.add(entry, units, out);

@@ -11,7 +11,7 @@ use crate::features::sums::ProjectionSums;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::add_exponential_rows;
-use crate::memory::linear::backward::rows::scaled_rows;
+use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::views;
@@ -61,11 +61,13 @@ impl<T: Scalar> MapBuffers<T> {
     /// Begins with no sums, for parameters of these names, if any are asked for.
     pub(super) fn begin(&mut self, map: &dyn FeatureMap<T>, parameters: Option<Parameters<T>>) {
         self.parameters = parameters;
-        let logits = match (map.column_map(), &self.parameters) {
-            (Some(map), Some(_)) => map.projected(),
-            _ => 0,
-        };
-        self.sums.iter_mut().for_each(|sums| sums.reset(logits, map.head_dim()));
+        for (sums, side) in self.sums.iter_mut().zip([Side::Query, Side::Key]) {
+            let logits = match (map.column_map(side), &self.parameters) {
+                (Some(map), Some(_)) => map.projected(),
+                _ => 0,
+            };
+            sums.reset(logits, map.head_dim());
+        }
     }
 
     /// Ends the sums: the gradients by the parameters of the map.
@@ -75,20 +77,20 @@ impl<T: Scalar> MapBuffers<T> {
         Some(parameters)
     }
 
-    /// Adds the gradients by the rows of `x`, of a map that gets `root·x`.
+    /// Adds the gradients by the rows of `x`, of a map that gets `root·x`; returns whether all
+    /// numbers are known to be finite.
     pub(super) fn add(
         &mut self,
-        map: &dyn FeatureMap<T>,
-        root: T,
+        (map, root): (&dyn FeatureMap<T>, T),
         mapped: Mapped<'_, T>,
-        mut d_x: ArrayViewMut2<'_, T>,
-    ) -> Result<(), Error> {
-        let Some(columns) = map.column_map() else {
-            return self.add_by_rows(map, root, mapped, d_x);
+        d_x: ArrayViewMut2<'_, T>,
+    ) -> Result<bool, Error> {
+        let Some(columns) = map.column_map(mapped.side) else {
+            self.add_by_rows(map, root, mapped, d_x)?;
+            return Ok(false);
         };
         if let Some(omega) = columns.omega() {
-            self.add_exponential(omega, root, mapped, d_x);
-            return Ok(());
+            return Ok(self.add_exponential(omega, root, mapped, d_x));
         }
         let Mapped { side, x, width, values, d_values, .. } = mapped;
         let (tokens, head_dim) = x.dim();
@@ -106,13 +108,7 @@ impl<T: Scalar> MapBuffers<T> {
         self.squares.resize(stride);
         let row = |p: usize| &self.d_x[p * width..(p + 1) * width];
         kernel::transpose(head_dim, &row, root, &mut self.squares, &mut self.rows);
-        for (mut sum, row) in d_x.outer_iter_mut().zip(self.rows.chunks_exact(stride)) {
-            match sum.as_slice_mut() {
-                Some(sum) => kernel::add_scaled(sum, T::one(), &row[..head_dim]),
-                None => sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x),
-            }
-        }
-        Ok(())
+        Ok(add_rows(&self.rows, T::one(), d_x))
     }
 
     /// The same through an exponential map, `dx_t = root·(Σ_i a_it ω_i − (Σ_i a_it)·root·x_t)`.
@@ -122,15 +118,16 @@ impl<T: Scalar> MapBuffers<T> {
         root: T,
         Mapped { side, x, width, values, d_values, .. }: Mapped<'_, T>,
         mut d_x: ArrayViewMut2<'_, T>,
-    ) {
+    ) -> bool {
         let ((tokens, head_dim), stride) = (x.dim(), padded::<T>(x.ncols()));
         self.squares.resize(width);
         kernel::multiply_and_sum_columns(d_values, values, &mut self.squares);
         self.rows.resize(tokens * stride);
         let sizes = [tokens, values.len() / width, head_dim];
         exponential_rows(omega, sizes, d_values, &mut self.rows);
+        let mut is_finite = false;
         if let (Some(sum), Some(x)) = (d_x.as_slice_mut(), x.to_slice()) {
-            add_exponential_rows(&self.rows, x, &self.squares, root, head_dim, sum);
+            is_finite = add_exponential_rows(&self.rows, x, &self.squares, root, head_dim, sum);
         } else {
             let rows = self.rows.chunks_exact(stride).zip(&*self.squares);
             for ((mut sum, x), (row, &total)) in d_x.outer_iter_mut().zip(x.outer_iter()).zip(rows)
@@ -147,6 +144,7 @@ impl<T: Scalar> MapBuffers<T> {
             let own = &mut self.sums[usize::from(side == Side::Key)];
             own.add_rows(&self.rows, [tokens, width], d_values);
         }
+        is_finite
     }
 
     /// The same through a map that takes tokens as rows.

@@ -56,11 +56,10 @@ impl<T: Scalar> Entry<T> {
 }
 
 /// Lets sums decay by log decays, if there are any.
-fn decay<T: Scalar>(sums: &mut State<T>, log_decay: &[T]) {
+fn let_decay<T: Scalar>(sums: &mut State<T>, log_decay: &[T], decay: &mut StateDecay<T>) {
     if !log_decay.is_empty() {
-        let mut decay = StateDecay::new();
         decay.set(log_decay);
-        sums.decay(&decay);
+        sums.decay(decay);
     }
 }
 
@@ -72,21 +71,22 @@ impl<T: Scalar> Backward<'_, T> {
         out: &mut TokenGradients<'_, T>,
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
-        let BackwardWork { tape, suffix, map, gates, buffers, .. } = work;
+        let BackwardWork { tape, suffix, map, gates, buffers, decay, .. } = work;
         for entry in tape.backwards() {
             // back to where the group began, as its keys count
-            decay(suffix, &entry.decay_within);
+            let_decay(suffix, &entry.decay_within, decay);
             let has_future = suffix.tokens > 0;
             if has_future {
                 self.later_queries(entry, suffix, units, out, buffers);
             }
-            if self.with_decays {
-                let later = has_future.then_some((&*suffix, &*buffers.d_features));
+            if self.with_decays && has_future {
+                let later = (&*suffix, &*buffers.d_features, factor(entry, suffix));
                 gates.from_suffix(entry, later, units, out);
             }
-            self.keys(entry, has_future, units, out, map, buffers)?;
+            let factor = has_future.then(|| factor(entry, suffix));
+            self.keys(entry, factor, units, out, map, buffers)?;
             self.add_queries(entry, suffix, units, out.d_out, buffers);
-            decay(suffix, &entry.decay_before);
+            let_decay(suffix, &entry.decay_before, decay);
         }
         Ok(())
     }
@@ -136,23 +136,23 @@ impl<T: Scalar> Backward<'_, T> {
         let factor = factor(entry, suffix);
         squares.iter_mut().zip(&*entry.key_factors).for_each(|(to, &key)| *to = key * factor);
         kernel::scale_rows_in_place(d_values, stride, &squares[..rows.len()]);
-        add_rows(d_values, units.d_out, views::rows_mut(out.d_v.view_mut(), rows));
-        kernel::scale(d_features, factor);
+        let d_v = views::rows_mut(out.d_v.view_mut(), rows);
+        out.is_finite &= add_rows(d_values, units.d_out, d_v);
     }
 
     /// Adds the gradient by keys.
     fn keys(
         &self,
         entry: &mut Entry<T>,
-        has_future: bool,
+        factor: Option<T>,
         units: Units<T>,
         out: &mut TokenGradients<'_, T>,
         map: &mut MapBuffers<T>,
         buffers: &Buffers<T>,
     ) -> Result<(), Error> {
         let Entry { d_keys, keys, key_factors, decays, .. } = entry;
-        if has_future {
-            add_and_scale_columns(d_keys, T::one(), &buffers.d_features, key_factors);
+        if let Some(factor) = factor {
+            add_and_scale_columns(d_keys, factor, &buffers.d_features, key_factors);
         } else {
             add_and_scale_columns(d_keys, T::zero(), keys, key_factors);
         }
@@ -170,7 +170,9 @@ impl<T: Scalar> Backward<'_, T> {
             d_values: &mut entry.d_keys,
         };
         let d_k = views::rows_mut(out.d_k.view_mut(), rows);
-        map.add(self.pass.feature_map(), self.pass.scale_root(), mapped, d_k)
+        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
+        out.is_finite &= map.add(map_and_root, mapped, d_k)?;
+        Ok(())
     }
 
     /// Adds the queries of a group to the suffix sums.
@@ -234,7 +236,8 @@ impl<T: Scalar> Backward<'_, T> {
             if has_future {
                 self.later_queries(entry, suffix, units, out, buffers);
             }
-            self.keys(entry, has_future, units, out, map, buffers)?;
+            let factor = has_future.then(|| factor(entry, suffix));
+            self.keys(entry, factor, units, out, map, buffers)?;
         }
         Ok(())
     }

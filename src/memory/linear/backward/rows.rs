@@ -23,14 +23,14 @@ pub(super) fn scaled_rows<T: Scalar>(x: ArrayView2<'_, T>, factors: &[T], out: &
     }
 }
 
-/// Adds `factor` times padded rows.
-pub(super) fn add_rows<T: Scalar>(rows: &[T], factor: T, mut sums: ArrayViewMut2<'_, T>) {
+/// Adds `factor` times padded rows; returns whether all numbers are known to be finite.
+pub(super) fn add_rows<T: Scalar>(rows: &[T], factor: T, mut sums: ArrayViewMut2<'_, T>) -> bool {
     let (stride, columns) = (padded::<T>(sums.ncols()), sums.ncols());
     if let Some(sums) = sums.as_slice_mut() {
-        kernel::gradients::add_rows(factor, rows, stride, columns, sums);
-        return;
+        return kernel::gradients::add_rows(factor, rows, stride, columns, sums);
     }
     for (mut sum, row) in sums.outer_iter_mut().zip(rows.chunks_exact(stride)) {
         sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += factor * x);
     }
+    false
 }

@@ -1,6 +1,7 @@
 //! What the forward scan keeps of each group of tokens for the scan back.
 
-use crate::kernel::buffer::Buffer;
+use crate::kernel::buffer::{Buffer, padded};
+use crate::memory::linear::backward::call::block_len;
 use crate::memory::linear::chunk::Chunk;
 use crate::memory::linear::gates::Rates;
 use crate::memory::linear::log_scale::LogScale;
@@ -86,14 +87,45 @@ impl<T: Scalar> Entry<T> {
             to.resize(len);
             to.copy_from_slice(&from[..len]);
         }
-        self.d_keys.resize(size);
-        self.inverse.resize(mapped.width);
-        self.d_normalizer.resize(mapped.width);
+        self.begin_gradients();
+    }
+
+    fn begin_gradients(&mut self) {
+        self.d_keys.resize(self.queries.len());
+        self.inverse.resize(self.width);
+        self.d_normalizer.resize(self.width);
         self.rates = Rates::None;
         self.decay_before.clear();
         self.decay_within.clear();
         self.decays.resize(0);
         self.sums.resize(0);
+    }
+
+    /// As [`begin`](Self::begin), of all tokens of a chunk, whose features go over to the entry.
+    pub(super) fn take(&mut self, rows: Range<usize>, chunk: &mut Chunk<T>, features: usize) {
+        (self.rows, self.width) = (rows, chunk.width);
+        // what the chunk gets in return has room for any other
+        for array in [&mut self.queries, &mut self.keys] {
+            array.resize(padded::<T>(features) * block_len::<T>());
+        }
+        self.swap(chunk);
+        for (to, from) in
+            [(&mut self.query_scale, &chunk.query_scale), (&mut self.key_scale, &chunk.key_scale)]
+        {
+            to.resize(chunk.width);
+            to.copy_from_slice(&from[..chunk.width]);
+        }
+        // what pads the number of features goes
+        for array in [&mut self.queries, &mut self.keys] {
+            array.resize(features * chunk.width);
+        }
+        self.begin_gradients();
+    }
+
+    /// Exchanges features with a chunk: of one that was taken, this gives them back.
+    pub(super) fn swap(&mut self, chunk: &mut Chunk<T>) {
+        core::mem::swap(&mut self.queries, &mut chunk.queries);
+        core::mem::swap(&mut self.keys, &mut chunk.keys);
     }
 
     /// Keeps the sums before the group.

@@ -1,11 +1,13 @@
 //! The working memory of a backward pass.
 
 use crate::kernel::buffer::Buffer;
+use crate::memory::linear::backward::checkpoint::Checkpoint;
 use crate::memory::linear::backward::gates::GateGradients;
 use crate::memory::linear::backward::map::MapBuffers;
 use crate::memory::linear::backward::tape::Tape;
 use crate::memory::linear::pass::{Pass, PassBuffers};
 use crate::memory::linear::state::State;
+use crate::memory::linear::state_decay::StateDecay;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 
@@ -17,7 +19,9 @@ pub(crate) struct BackwardWork<T> {
     pub(super) state: State<T>,
     pub(super) suffix: State<T>,
     /// The sums before parts of the sequence.
-    pub(super) checkpoints: Vec<State<T>>,
+    pub(super) checkpoints: Vec<Checkpoint<T>>,
+    /// What is done to sums on the way back.
+    pub(super) decay: StateDecay<T>,
     pub(super) map: MapBuffers<T>,
     pub(super) gates: GateGradients<T>,
     pub(super) buffers: Buffers<T>,
@@ -31,6 +35,7 @@ impl<T: Scalar> BackwardWork<T> {
             state: State::new(),
             suffix: State::new(),
             checkpoints: Vec::new(),
+            decay: StateDecay::new(),
             map: MapBuffers::new(),
             gates: GateGradients::new(),
             buffers: Buffers::new(),

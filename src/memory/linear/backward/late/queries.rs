@@ -134,7 +134,8 @@ impl<T: Scalar> LateSums<T> {
             log_scale: &chunk.query_scale,
             d_values: d_features,
         };
-        self.map.add(pass.feature_map(), pass.scale_root(), mapped, d_q)
+        self.map.add((pass.feature_map(), pass.scale_root()), mapped, d_q)?;
+        Ok(())
     }
 
     /// Adds the tokens that have entered to the sums, after the queries of their block.

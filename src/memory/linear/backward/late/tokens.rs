@@ -161,7 +161,8 @@ impl<T: Scalar> LateSums<T> {
             log_scale: &self.key_scale,
             d_values: &mut self.d_keys,
         };
-        self.map.add(pass.feature_map(), pass.scale_root(), mapped, d_k)
+        self.map.add((pass.feature_map(), pass.scale_root()), mapped, d_k)?;
+        Ok(())
     }
 }
 
