@@ -222,7 +222,7 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     ) -> Result<(), Error> {
         let _ = (heads, mask, scratch);
         let why = "its type does not implement `Attention::backward_heads`; `SoftmaxAttention`, \
-                   `LinearAttention` and what is built of them have one";
+                   `LinearAttention`, `HybridAttention` and what is built of them have one";
         Err(Error::Unsupported { what: "the gradient of this kernel", why })
     }
 

@@ -73,7 +73,7 @@ pub struct HeadGradient<'a, T> {
 /// not compute it again. Gradients are wrong where it is that of others.
 ///
 /// Exact softmax then leaves out its first pass over the scores. Linear attention needs neither:
-/// it gets both on the way, for less than reading them would cost.
+/// it gets both on the way, for less than reading them would cost. Hybrids do as well.
 #[derive(Debug)]
 pub struct ForwardRecord<'a, T> {
     /// The outputs, `[group, n_q, d_v]`.

@@ -1,11 +1,13 @@
 //! Hybrids: an exact window, sinks and heavy keys, and a far memory for what leaves them, under one
 //! normaliser.
 
+mod backward;
 pub(crate) mod builder;
 pub(crate) mod config;
 pub(crate) mod far;
 mod far_memory;
 mod near;
+mod parameters;
 mod pass;
 mod read;
 mod save;
@@ -15,6 +17,8 @@ mod stream;
 
 use crate::attention::Attention;
 use crate::attention::call::Head;
+use crate::attention::gradient::HeadGradient;
+use crate::attention::hybrid::backward::pass::{BackwardParts, add_gradients};
 use crate::attention::hybrid::config::Config;
 use crate::attention::hybrid::far_memory::Sizes;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
@@ -25,6 +29,7 @@ use crate::attention::stream::{Stream, StreamOptions};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use std::sync::Arc;
 
@@ -62,6 +67,20 @@ use std::sync::Arc;
 /// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none,
 /// `entries·(d + d_v + 2)` for [`Ward`](crate::Ward) and [`Merged`](crate::Merged) (the latter has
 /// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps.
+///
+/// # Gradient
+///
+/// What the kernel decides is a constant of the
+/// [gradient](crate::Attention::backward_heads): which pairs of entries are merged and with which
+/// shares, and which keys are heavy. So an entry is a fixed mean of keys and of values, read with
+/// its count, and nothing flows back through attention received, the units of the metric or the
+/// scores of a calibration. Where these depend on the arguments, gradients therefore differ from
+/// differences of outputs; with [`Far::none`](crate::Far::none),
+/// [`Far::features`](crate::Far::features) and an uncalibrated [`Far::ward`](crate::Far::ward) they
+/// are those of the outputs. [Parameters](crate::Attention::parameters) are those of the map, under
+/// `far`, and `sink_logits`. A backward pass keeps some bytes for each token: what was decided, or
+/// two numbers for each query. [Memories of your own](crate::Far::memory) and states in fewer bits
+/// have no gradient.
 ///
 /// ```
 /// use dijiang::{Attention, Far, HybridAttention, Mask, SoftmaxAttention};
@@ -214,5 +233,39 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
 
     fn sharing(&self) -> Sharing {
         self.config.sharing()
+    }
+
+    fn backward_heads(
+        &self,
+        heads: &mut [HeadGradient<'_, T>],
+        mask: Mask,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let own = self.config.parameters();
+        for head in &*heads {
+            head.check_not_gated()?;
+            head.check_backward(self.config.head_dim, mask)?;
+            self.config.check_group(head.group_len())?;
+            head.check_finite()?;
+            head.d_parameters.iter().try_for_each(|d| own.check_names(d))?;
+        }
+        self.check_mask(mask)?;
+        scratch.with_part(|parts: &mut BackwardParts<T>, _| {
+            if self.config.learns() {
+                return add_gradients(&self.config, heads, mask, parts);
+            }
+            let one_by_one = heads.iter_mut().map(core::slice::from_mut);
+            one_by_one
+                .into_iter()
+                .try_for_each(|head| add_gradients(&self.config, head, mask, parts))
+        })
+    }
+
+    fn parameters(&self) -> Parameters<T> {
+        self.config.parameters()
+    }
+
+    fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Box<dyn Attention<T>>, Error> {
+        Ok(Box::new(Self { config: Arc::new(self.config.with_parameters(parameters)?) }))
     }
 }

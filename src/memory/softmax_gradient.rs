@@ -42,6 +42,14 @@ pub(crate) struct Units {
     pub(crate) d_out: Unit,
 }
 
+impl Units {
+    /// Those of numbers near 1.
+    pub(crate) fn ones() -> Self {
+        let one = Unit::one();
+        Self { q: one, k: one, v: one, d_out: one }
+    }
+}
+
 /// Working memory of [`add_gradients`]: some arrays of a block of queries and of a tile of keys, in
 /// their units. Never an n × n array.
 #[derive(Debug)]
@@ -270,7 +278,7 @@ fn sum_over_keys<T: Scalar>(
 }
 
 /// `to_i += factors·from_i`, with two factors.
-fn add<T: Scalar>(
+pub(crate) fn add<T: Scalar>(
     mut to: ArrayViewMut2<'_, T>,
     from: &mut [T],
     stride: usize,
@@ -294,7 +302,7 @@ fn add<T: Scalar>(
 
 /// Some rows in a unit, contiguous, each followed by zeros up to `stride` numbers: where they are
 /// if they lie so, else copied.
-fn in_unit<'a: 't, 't, T: Scalar>(
+pub(crate) fn in_unit<'a: 't, 't, T: Scalar>(
     x: ArrayView2<'a, T>,
     range: Range<usize>,
     stride: usize,

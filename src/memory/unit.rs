@@ -26,17 +26,26 @@ fn power<T: Scalar>(exponent: i32) -> T {
 
 impl Unit {
     /// One that brings the largest magnitude near 1 where it is far from that.
-    #[allow(clippy::cast_possible_truncation)] // exponents
     pub(crate) fn of<T: Scalar>(x: ArrayView2<'_, T>) -> Self {
-        let largest = match x.as_slice() {
-            Some(x) => kernel::max_abs(x),
-            None => x.iter().fold(T::zero(), |largest, &x| largest.max(x.abs())),
-        };
+        Self::of_all(core::iter::once(x))
+    }
+
+    /// One for the numbers of several arrays.
+    #[allow(clippy::cast_possible_truncation)] // exponents
+    pub(crate) fn of_all<'a, T: Scalar>(all: impl Iterator<Item = ArrayView2<'a, T>>) -> Self {
+        let largest = all.fold(T::zero(), |largest, x| match x.as_slice() {
+            Some(x) => largest.max(kernel::max_abs(x)),
+            None => x.iter().fold(largest, |largest, &x| largest.max(x.abs())),
+        });
         let log = largest.as_f64().ln() * LOG2_E;
         if largest == T::zero() || log.abs() <= COMMON {
             return Self { exponent: 0 };
         }
         Self { exponent: (log.ceil() as i32).clamp(-limit::<T>(), limit::<T>()) }
+    }
+
+    pub(crate) fn one() -> Self {
+        Self { exponent: 0 }
     }
 
     pub(crate) fn is_one(self) -> bool {

@@ -20,6 +20,7 @@ mod golden;
 mod golden_hybrid;
 mod golden_naive;
 mod gradients;
+mod gradients_hybrid;
 mod gradients_inside;
 mod gradients_softmax;
 mod hybrid;

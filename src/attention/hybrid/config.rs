@@ -49,6 +49,7 @@ pub(super) enum FarKind<T: Scalar> {
 }
 
 /// Everything a kernel knows.
+#[derive(Clone)]
 pub(crate) struct Config<T: Scalar> {
     pub(super) head_dim: usize,
     pub(super) scale: f64,

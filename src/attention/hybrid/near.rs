@@ -90,32 +90,45 @@ impl<T: Scalar> Near<T> {
         }
         self.make_room(config, config.near_slots());
         let score = config.static_score(self.slots.key(slot), keys);
-        let first = config.sinks + config.ring;
-        if self.heavy_scores.len() < config.heavy {
-            let to = first + self.heavy_scores.len();
-            self.heavy_scores.push(score);
+        let (first, before) = (config.sinks + config.ring, self.heavy_scores.len());
+        let Some(place) = stay(&mut self.heavy_scores, config.heavy, score) else {
+            return Some(slot);
+        };
+        let to = first + place;
+        if place == before {
             self.slots.move_slot(slot, to);
             self.received[to] = self.received[slot];
             return None;
         }
-        let mut least = 0;
-        for (i, other) in self.heavy_scores.iter().enumerate() {
-            if *other < self.heavy_scores[least] {
-                least = i;
-            }
-        }
-        if score > self.heavy_scores[least] {
-            self.heavy_scores[least] = score;
-            // they change places
-            let spare = config.near_slots() - 1;
-            self.slots.move_slot(first + least, spare);
-            self.slots.move_slot(slot, first + least);
-            self.slots.move_slot(spare, slot);
-            self.slots.empty(spare);
-            self.received.swap(slot, first + least);
-        }
+        // they change places
+        let spare = config.near_slots() - 1;
+        self.slots.move_slot(to, spare);
+        self.slots.move_slot(slot, to);
+        self.slots.move_slot(spare, slot);
+        self.slots.empty(spare);
+        self.received.swap(slot, to);
         Some(slot)
     }
+}
+
+/// The place of a key with this score among at most `most` heavy ones with theirs, if it is one:
+/// behind them, or that of the one with the least score.
+pub(super) fn stay<T: Scalar>(scores: &mut Vec<T>, most: usize, score: T) -> Option<usize> {
+    if scores.len() < most {
+        scores.push(score);
+        return Some(scores.len() - 1);
+    }
+    let mut least = 0;
+    for (i, other) in scores.iter().enumerate() {
+        if *other < scores[least] {
+            least = i;
+        }
+    }
+    if score > scores[least] {
+        scores[least] = score;
+        return Some(least);
+    }
+    None
 }
 
 /// The largest magnitude.

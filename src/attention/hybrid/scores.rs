@@ -9,6 +9,7 @@ use ndarray::ArrayView1;
 
 /// `ln E_q e^{q̂·k̂}` up to a constant, for queries of the calibrated mean and covariance: see
 /// [`Calibration::static_score`].
+#[derive(Clone)]
 pub(super) struct StaticScore<T> {
     query_mean: Vec<T>,
     key_mean: Vec<T>,
@@ -58,6 +59,7 @@ impl<T: Scalar> StaticScore<T> {
 
 /// The mean softmax weight of the calibrated queries on a key: see
 /// [`Calibration::expected_attention`].
+#[derive(Clone)]
 pub(super) struct ExpectedAttention<T> {
     /// Queries as columns `[d, padded queries]`, for scores to base 2.
     queries: Buffer<T>,

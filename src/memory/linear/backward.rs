@@ -18,6 +18,7 @@ pub(crate) mod call;
 mod checkpoint;
 mod forward;
 mod gates;
+pub(crate) mod late;
 mod map;
 mod reverse;
 mod rows;

@@ -66,11 +66,24 @@ pub struct MergedMemory<T> {
     pub(super) places: Vec<usize>,
     /// Entries that are gone while pairs are merged in rounds.
     pub(super) gaps: usize,
+    /// What is merged, where that is to be known.
+    pub(crate) log: Option<Vec<Merge<T>>>,
     #[cfg(test)]
     pub(crate) merges: Vec<[usize; 2]>,
     /// Entries that were measured for a search, beside those that had changed.
     #[cfg(test)]
     pub(super) looks: usize,
+}
+
+/// Two entries that became one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Merge<T> {
+    /// Tokens that the memory had absorbed.
+    pub(crate) absorbed: usize,
+    /// Their places at that time; there are at most 2^14.
+    pub(crate) pair: [u16; 2],
+    /// What the second has of the mean.
+    pub(crate) share: T,
 }
 
 /// Sums over the first tokens, which set the units of keys and values.
@@ -100,6 +113,7 @@ impl<T: Scalar> MergedMemory<T> {
             order: Vec::new(),
             places: Vec::new(),
             gaps: 0,
+            log: None,
             #[cfg(test)]
             merges: Vec::new(),
             #[cfg(test)]

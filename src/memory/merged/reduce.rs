@@ -1,7 +1,7 @@
 //! Entries of merging memories become one until the bound holds.
 
 use crate::memory::merged::affinities::{Pair, descending};
-use crate::memory::merged::entries::MergedMemory;
+use crate::memory::merged::entries::{Merge, MergedMemory};
 use crate::memory::slots::Slots;
 use crate::scalar::Scalar;
 use ndarray::ArrayView1;
@@ -139,6 +139,10 @@ impl<T: Scalar> MergedMemory<T> {
     fn merge_into(&mut self, i: usize, j: usize) {
         let least = T::from_f64(self.rule.cost.least_weight());
         let share = (self.weights[j] + least) / (self.weights[i] + self.weights[j] + least + least);
+        if let Some(log) = &mut self.log {
+            #[allow(clippy::cast_possible_truncation)] // at most 2^14 entries
+            log.push(Merge { absorbed: self.absorbed, pair: [i as u16, j as u16], share });
+        }
         let mean = |x: T, y: T| {
             let difference = y - x;
             if difference.is_finite() {

@@ -167,7 +167,8 @@ pub fn check_gradients(subject: &Trained<'_>) {
         check_units::<f64>(subject, subject.f64, mask);
         check_units::<f32>(subject, subject.f32, mask);
         check_precision(subject, mask);
-        check_groups_and_views(subject, mask);
+        check_groups(subject, mask);
+        check_views(subject, mask);
         check_bad_input::<f64>(subject, subject.f64, mask);
         check_bad_input::<f32>(subject, subject.f32, mask);
     }
@@ -177,7 +178,7 @@ pub fn check_gradients(subject: &Trained<'_>) {
 }
 
 /// A random direction by an argument, and what the gradient says of it.
-fn check_differences(subject: &Trained<'_>, mask: Mask, sizes: [usize; 2]) {
+pub fn check_differences(subject: &Trained<'_>, mask: Mask, sizes: [usize; 2]) {
     let kernel = subject.f64;
     let call = Call::<f64>::new(subject, 1, sizes, sizes[1] as u64);
     let found = call.gradient(kernel, mask, 0.0, &mut Scratch::new()).unwrap();
@@ -244,7 +245,7 @@ fn check_differences(subject: &Trained<'_>, mask: Mask, sizes: [usize; 2]) {
 }
 
 /// Gradients are added; cotangents of any size scale them; those of zero give zero.
-fn check_units<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, mask: Mask) {
+pub fn check_units<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, mask: Mask) {
     let mut scratch = Scratch::new();
     for n in [1, 40, 70] {
         let call = Call::<T>::new(subject, 1, [n, n], 3);
@@ -298,7 +299,7 @@ fn check_units<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, mask
 }
 
 /// f32 agrees with f64 on the same numbers.
-fn check_precision(subject: &Trained<'_>, mask: Mask) {
+pub fn check_precision(subject: &Trained<'_>, mask: Mask) {
     for n in [33, 200, 700] {
         let call = Call::<f32>::new(subject, 1, [n, n], 5);
         let found = call.gradient(subject.f32, mask, 0.0, &mut Scratch::new()).unwrap();
@@ -308,8 +309,8 @@ fn check_precision(subject: &Trained<'_>, mask: Mask) {
     }
 }
 
-/// Keys and values get the sum over the query heads of a group; views may lie in any way.
-fn check_groups_and_views(subject: &Trained<'_>, mask: Mask) {
+/// Keys and values get the sum over the query heads of a group.
+pub fn check_groups(subject: &Trained<'_>, mask: Mask) {
     let kernel = subject.f64;
     let what = format!("{} {mask:?}", subject.name);
     let call = Call::<f64>::new(subject, 3, [50, 50], 9);
@@ -339,7 +340,15 @@ fn check_groups_and_views(subject: &Trained<'_>, mask: Mask) {
     }
     let sum = Found { q: all.q.clone(), ..sum.unwrap() };
     all.assert_close(&format!("{what}, a group"), &sum, 1e5);
+}
 
+/// Views may lie in any way.
+pub fn check_views(subject: &Trained<'_>, mask: Mask) {
+    let kernel = subject.f64;
+    let what = format!("{} {mask:?}", subject.name);
+    let call = Call::<f64>::new(subject, 3, [50, 50], 9);
+    let mut scratch = Scratch::new();
+    let all = call.gradient(kernel, mask, 0.0, &mut scratch).unwrap();
     let turned = Call {
         q: call
             .q
@@ -388,7 +397,7 @@ fn check_groups_and_views(subject: &Trained<'_>, mask: Mask) {
 }
 
 /// Keys and values get nothing from queries before them.
-fn check_causality(subject: &Trained<'_>) {
+pub fn check_causality(subject: &Trained<'_>) {
     let kernel = subject.f64;
     for (n, first) in [(2, 1), (65, 64), (130, 70), (130, 5)] {
         let call = Call::<f64>::new(subject, 1, [n, n], 11);
@@ -409,7 +418,7 @@ fn check_causality(subject: &Trained<'_>) {
 }
 
 /// Bad input gives the documented error.
-fn check_bad_input<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, mask: Mask) {
+pub fn check_bad_input<T: Scalar>(subject: &Trained<'_>, kernel: &dyn Attention<T>, mask: Mask) {
     let call = Call::<T>::new(subject, 2, [70, 70], 13);
     let mut scratch = Scratch::new();
     let mut run = |call: &Call<T>| call.gradient(kernel, mask, 0.0, &mut scratch).err();

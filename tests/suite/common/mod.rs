@@ -382,7 +382,7 @@ pub const RECEIVED: Received =
     Received { entries: 12, block: 1, gamma: 0.98, min_age: 10, cost: PRODUCT, diagonal: true };
 
 /// Hybrids of every far memory, with and without windows, sinks and blocks.
-fn hybrids(d: usize, m: usize) -> Vec<Subject> {
+pub fn hybrids(d: usize, m: usize) -> Vec<Subject> {
     let features = || FarFormula::Features(map::<f64>("performer", d, m, 5));
     let merged = |change: fn(&mut Received)| {
         let mut rule = RECEIVED;

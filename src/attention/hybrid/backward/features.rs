@@ -1,0 +1,233 @@
+//! Hybrids with sums of features behind the window: a pass over the blocks from the first to the
+//! last, and one back.
+
+use crate::attention::hybrid::backward::flow::{Flow, Held};
+use crate::attention::hybrid::backward::head::{BLOCK, OneHead};
+use crate::attention::hybrid::backward::log::Log;
+use crate::attention::hybrid::parameters::FAR;
+use crate::error::Error;
+use crate::features::FeatureMap;
+use crate::kernel::buffer::padded;
+use crate::mask::Mask;
+use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
+use crate::memory::linear::pass::Pass;
+use crate::memory::seen_rows::SeenBlock;
+use crate::scalar::Scalar;
+use crate::views;
+use core::ops::Range;
+use ndarray::{Array2, Axis};
+
+/// Working memory.
+#[derive(Debug)]
+pub(super) struct FeaturesWork<T> {
+    flow: Flow<T>,
+    block: SeenBlock<T>,
+    held: Held<T>,
+    sums: LateSums<T>,
+    /// Of all tokens, in the order in which they enter the sums: their positions, and the steps.
+    arrivals: Vec<[usize; 2]>,
+    /// Logarithms of normalisers and means of all queries, block by block.
+    kept: [Vec<T>; 2],
+}
+
+impl<T: Scalar> FeaturesWork<T> {
+    pub(super) fn new() -> Self {
+        Self {
+            flow: Flow::new(),
+            block: SeenBlock::new(),
+            held: Held::default(),
+            sums: LateSums::new(),
+            arrivals: Vec::new(),
+            kept: [Vec::new(), Vec::new()],
+        }
+    }
+}
+
+impl<T: Scalar> OneHead<'_, '_, T> {
+    /// Adds the gradients of a head whose far tokens are read through a map.
+    pub(super) fn by_features(
+        &mut self,
+        log: &Log<T>,
+        map: &dyn FeatureMap<T>,
+        work: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let value_dim = self.head.v.ncols();
+        let pass = Pass::new(map, value_dim, self.config.scale)?;
+        let asked = self.head.d_parameters.as_deref().map(|asked| asked.of(FAR).zeros_like());
+        let asked = asked.filter(|asked| !asked.is_empty());
+        work.held.clear();
+        work.arrivals.clear();
+        work.kept.iter_mut().for_each(Vec::clear);
+        work.sums.begin(&pass, value_dim, self.units, asked);
+        match self.mask {
+            Mask::Causal => self.causal(&pass, log, work)?,
+            Mask::Full => self.full(&pass, log, work)?,
+        }
+        if let (Some(of_map), Some(all)) = (work.sums.end(&pass), &mut self.head.d_parameters) {
+            all.add_scaled(T::one(), &of_map.under(FAR))?;
+        }
+        Ok(())
+    }
+
+    /// Steps one after the other.
+    fn causal(
+        &mut self,
+        pass: &Pass<'_, T>,
+        log: &Log<T>,
+        work: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let n = self.head.queries();
+        for start in (0..n).step_by(BLOCK) {
+            let steps = start..n.min(start + BLOCK);
+            self.arrive(pass, log, steps.clone(), work)?;
+            work.flow.add_near(self.config, steps.clone(), self.tokens());
+            work.flow.rows.begin_gradients();
+            self.ask(pass, steps, work)?;
+            work.sums.absorb();
+            self.hand_on(&mut work.flow);
+        }
+        work.sums.turn(pass);
+        for start in (0..n).step_by(BLOCK).rev() {
+            let steps = start..n.min(start + BLOCK);
+            let [k, v] = self.arrive_again(pass, start, work)?;
+            self.ask_again(pass, steps, work)?;
+            self.end_arrivals(pass, [&k, &v], work)?;
+        }
+        Ok(())
+    }
+
+    /// All queries after all tokens.
+    fn full(
+        &mut self,
+        pass: &Pass<'_, T>,
+        log: &Log<T>,
+        work: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (n, last) = (self.head.queries(), self.steps());
+        for start in (0..last).step_by(BLOCK) {
+            self.arrive(pass, log, start..last.min(start + BLOCK), work)?;
+            work.sums.absorb();
+        }
+        self.arrive(pass, log, last..last, work)?; // nothing, but for the heavy keys
+        work.flow.add_sinks(self.config, self.tokens());
+        work.flow.rows.begin_gradients();
+        for start in (0..n).step_by(BLOCK) {
+            self.ask(pass, start..n.min(start + BLOCK), work)?;
+        }
+        self.hand_on(&mut work.flow);
+        work.sums.turn(pass);
+        self.arrive_again(pass, last, work)?;
+        for start in (0..n).step_by(BLOCK).rev() {
+            self.ask_again(pass, start..n.min(start + BLOCK), work)?;
+        }
+        for start in (0..last).step_by(BLOCK).rev() {
+            let [k, v] = self.arrive_again(pass, start, work)?;
+            self.end_arrivals(pass, [&k, &v], work)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the tokens that enter the sums within some steps.
+    fn arrive(
+        &mut self,
+        pass: &Pass<'_, T>,
+        log: &Log<T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, held, sums, arrivals, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        flow.walk(self.config, log, held, steps.clone(), self.tokens());
+        flow.end(held);
+        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
+        let row = flow.arrivals.first().copied().unwrap_or_default();
+        let entered = flow.arrivals.iter().zip(&flow.from);
+        arrivals.extend(entered.map(|(&position, &from)| [position, steps.start + from]));
+        sums.enter(pass, Entering { k: k.view(), v: v.view(), row })
+    }
+
+    /// Queries of the first pass: all but what they hand on to tokens of the sums.
+    fn ask(
+        &mut self,
+        pass: &Pass<'_, T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, block, sums, kept, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (scoring, units, row) = (self.scoring, self.units, steps.start);
+        for g in 0..self.head.group_len() {
+            let asking = self.asking(g, steps.clone());
+            let [q, d_out] = asking;
+            block.begin(asking, scoring, units);
+            let asked = Asking { q, d_out, row };
+            let others = sums.answer(pass, asked, &block.cotangents, &flow.from)?;
+            let sink = self.config.sink_logit(g);
+            let of_sink = block.weigh(&flow.rows, scoring, Some(others), sink, row)?;
+            self.add_sink(g, of_sink);
+            let d_q = self.d_q(g, steps.clone());
+            block.hand_on(asking, &mut flow.rows, scoring.scale.as_f64(), units, d_q);
+            let d_q = self.d_q(g, steps.clone());
+            sums.add_to_queries(pass, asked, [&block.shares, &block.means], &flow.from, d_q)?;
+            kept[0].extend_from_slice(&block.log_normalizer);
+            kept[1].extend_from_slice(&block.means);
+        }
+        Ok(())
+    }
+
+    /// The second pass: takes the last tokens that entered from step `start` on.
+    fn arrive_again(
+        &mut self,
+        pass: &Pass<'_, T>,
+        start: usize,
+        FeaturesWork { flow, sums, arrivals, .. }: &mut FeaturesWork<T>,
+    ) -> Result<[Array2<T>; 2], Error> {
+        let first = arrivals.partition_point(|&[_, step]| step < start);
+        flow.arrivals.clear();
+        flow.from.clear();
+        for [position, step] in arrivals.drain(first..) {
+            flow.arrivals.push(position);
+            flow.from.push(step - start);
+        }
+        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
+        let row = flow.arrivals.first().copied().unwrap_or_default();
+        sums.enter_again(pass, Entering { k: k.view(), v: v.view(), row })?;
+        Ok([k, v])
+    }
+
+    /// What queries hand on to tokens of the sums.
+    fn ask_again(
+        &mut self,
+        pass: &Pass<'_, T>,
+        steps: Range<usize>,
+        FeaturesWork { flow, sums, kept, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let (width, group) = (padded::<T>(steps.len()), self.head.group_len());
+        let first = kept[0].len() - group * width;
+        for g in 0..group {
+            let [q, d_out] = self.asking(g, steps.clone());
+            let own = first + g * width..first + (g + 1) * width;
+            let kept = [&kept[0][own.clone()], &kept[1][own]];
+            sums.ask_again(pass, Asking { q, d_out, row: steps.start }, kept, &flow.from)?;
+        }
+        for kept in kept {
+            kept.truncate(first);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients by the tokens that entered.
+    fn end_arrivals(
+        &mut self,
+        pass: &Pass<'_, T>,
+        [k, v]: [&Array2<T>; 2],
+        FeaturesWork { flow, sums, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
+        let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
+        let entering = Entering { k: k.view(), v: v.view(), row: 0 };
+        sums.add_to_tokens(pass, entering, d_k.view_mut(), d_v.view_mut())?;
+        for (i, &position) in flow.arrivals.iter().enumerate() {
+            for (all, own) in [(&mut self.head.d_k, &d_k), (&mut self.head.d_v, &d_v)] {
+                let mut to = all.index_axis_mut(Axis(0), position);
+                to.zip_mut_with(&views::row(own.view(), i), |to, &x| *to += x);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,199 @@
+//! Backward passes of hybrids: against the golden file, central differences, and the formula of
+//! softmax attention over means of tokens.
+
+use crate::common::gradients::{
+    Trained, check_bad_input, check_causality, check_gradients, check_units, check_views,
+};
+use crate::common::hybrid::FarFormula;
+use crate::common::{
+    Formula, Subject, assert_close, golden, hybrids, matrix, optional_subjects, tokens, vector,
+};
+use dijiang::{
+    Attention, Error, ExactMemory, Far, HeadGradient, HybridAttention, Mask, Parameters, Performer,
+    Scalar, Scratch, SoftmaxAttention, StateFormat,
+};
+use ndarray::{Array2, Array3, Axis};
+use serde_json::Value;
+
+fn narrow<T: Scalar>(x: &Array2<f64>) -> Array2<T> {
+    x.mapv(T::from_f64)
+}
+
+/// The matrices of the query heads of a group.
+fn heads<T: Scalar>(value: &Value) -> Array3<T> {
+    let all: Vec<Array2<T>> =
+        value.as_array().unwrap().iter().map(|x| narrow(&matrix(x))).collect();
+    let views: Vec<_> = all.iter().map(|x| x.view()).collect();
+    ndarray::stack(Axis(0), &views).unwrap()
+}
+
+fn check_golden<T: Scalar>(case: &Value, tolerance: f64) {
+    let name = case["name"].as_str().unwrap();
+    let number = |x: &str| usize::try_from(case[x].as_u64().unwrap()).unwrap();
+    let map = Performer::<T>::from_projection(narrow(&matrix(&case["projection"]))).unwrap();
+    let map = map.with_weights(vector(&case["weights"]).mapv(T::from_f64)).unwrap();
+    let [q, d_out] = ["q", "d_output"].map(|x| heads::<T>(&case[x]));
+    let [k, v] = ["k", "v"].map(|x| narrow::<T>(&matrix(&case[x])));
+    let kernel = HybridAttention::builder(k.ncols())
+        .window(number("window"))
+        .sinks(number("sinks"))
+        .scale(case["scale"].as_f64().unwrap())
+        .far(Far::features(map))
+        .build()
+        .unwrap();
+    let mut d_q = Array3::from_elem(q.dim(), T::one());
+    let [mut d_k, mut d_v] = [&k, &v].map(|x| Array2::from_elem(x.dim(), T::one()));
+    let mut parameters = kernel.parameters().zeros_like();
+    let head = HeadGradient::group(
+        q.view(),
+        [k.view(), v.view()],
+        d_out.view(),
+        d_q.view_mut(),
+        [d_k.view_mut(), d_v.view_mut()],
+    );
+    let mut all = [head.with_parameters(&mut parameters)];
+    kernel.backward_heads(&mut all, Mask::Causal, &mut Scratch::new()).unwrap();
+    let minus_one = |x: &Array2<T>| x.mapv(|x| x - T::one());
+    for (g, d_q) in d_q.outer_iter().enumerate() {
+        let exact = matrix(&case["d_q"][g]);
+        assert_close(&format!("{name}: d_q"), &minus_one(&d_q.to_owned()), &exact, tolerance);
+    }
+    for (which, found) in [("d_k", &d_k), ("d_v", &d_v)] {
+        let what = format!("{name}: {which}");
+        assert_close(&what, &minus_one(found), &matrix(&case[which]), tolerance);
+    }
+    let of = |name: &str| parameters.get(name).unwrap().iter().copied().collect::<Vec<_>>();
+    let exact = matrix(&case["d_projection"]);
+    let found = Array2::from_shape_vec(exact.dim(), of("far.projection")).unwrap();
+    assert_close(&format!("{name}: d_projection"), &found, &exact, tolerance);
+    let exact = vector(&case["d_weights"]).insert_axis(Axis(0));
+    let found = Array2::from_shape_vec(exact.dim(), of("far.weights")).unwrap();
+    assert_close(&format!("{name}: d_weights"), &found, &exact, tolerance);
+}
+
+#[test]
+fn the_golden_gradients_of_a_hybrid() {
+    let mut checked = 0;
+    for case in golden("golden/gradients")["cases"].as_array().unwrap() {
+        if !case["window"].is_null() {
+            check_golden::<f64>(case, 1e-10 / f64::EPSILON);
+            check_golden::<f32>(case, 512.0);
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 1);
+}
+
+fn trained<'a>(subject: &'a Subject) -> Trained<'a> {
+    Trained {
+        name: &subject.name,
+        head_dim: subject.head_dim,
+        f64: &*subject.f64,
+        f32: &*subject.f32,
+        masks: subject.masks(),
+        gates: 0,
+        size: 0.7,
+    }
+}
+
+/// Whether a small change of queries or keys changes weights that are constants of the gradient.
+fn decides(subject: &Subject) -> bool {
+    let Formula::Hybrid(formula) = &subject.formula else { unreachable!() };
+    matches!(formula.far, FarFormula::Merged(_) | FarFormula::WardCalibrated { .. })
+}
+
+/// Where such weights are none, gradients agree with central differences.
+#[test]
+fn hybrids_that_do_not_learn_have_their_gradient() {
+    for (d, m) in [(8, 20), (1, 1)] {
+        for subject in hybrids(d, m).iter().filter(|subject| !decides(subject)) {
+            check_gradients(&trained(subject));
+        }
+    }
+}
+
+/// So do they with a cap, a learned sink or both.
+#[test]
+fn hybrids_with_options_have_their_gradient() {
+    for subject in optional_subjects(4, 7) {
+        if matches!(subject.formula, Formula::Hybrid(_)) && !decides(&subject) {
+            check_gradients(&trained(&subject));
+        }
+    }
+}
+
+/// What holds of any backward pass. (The formula is checked where decisions are known: in the
+/// crate.)
+#[test]
+fn merging_hybrids_keep_the_other_promises() {
+    for subject in hybrids(8, 20).iter().filter(|subject| decides(subject)) {
+        let trained = trained(subject);
+        for &mask in trained.masks {
+            check_units::<f64>(&trained, trained.f64, mask);
+            check_units::<f32>(&trained, trained.f32, mask);
+            check_views(&trained, mask);
+            check_bad_input::<f64>(&trained, trained.f64, mask);
+            check_bad_input::<f32>(&trained, trained.f32, mask);
+        }
+        check_causality(&trained);
+    }
+}
+
+/// While nothing has left the window, it is the gradient of softmax attention.
+#[test]
+fn a_window_over_all_is_softmax_attention() {
+    let [q, k, v] = tokens::<f64>(50, 6, 4, 1.0, 3);
+    let d_out = tokens::<f64>(50, 6, 4, 1.0, 4)[2].clone();
+    let exact = SoftmaxAttention::new(6).unwrap();
+    let gradient = |kernel: &dyn Attention<f64>| {
+        kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+    };
+    let exact = gradient(&exact);
+    let features = || Far::features(Performer::new(6, 10, 1).unwrap());
+    for far in [Far::none(), Far::merged(5), Far::ward(5), features()] {
+        let kernel = HybridAttention::builder(6).window(49).sinks(1).far(far).build().unwrap();
+        let found = gradient(&kernel);
+        for (x, y) in [(&found.q, &exact.q), (&found.k, &exact.k), (&found.v, &exact.v)] {
+            assert_close("a window over all", x, y, 256.0);
+        }
+    }
+}
+
+/// Parameters have the names of their places, and can be replaced.
+#[test]
+fn the_parameters_of_a_hybrid() {
+    let builder = || HybridAttention::<f64>::builder(4).window(3);
+    let map = Performer::new(4, 6, 1).unwrap();
+    let kernel = builder().far(Far::features(map)).sink_logits(vec![0.5, 1.0]).build().unwrap();
+    let mut parameters = kernel.parameters();
+    let names: Vec<&str> = parameters.names().collect();
+    assert_eq!(names, ["far.projection", "far.weights", "sink_logits"]);
+    parameters.get_mut("far.weights").unwrap()[2] = 0.25;
+    parameters.get_mut("sink_logits").unwrap()[1] = -2.0;
+    let changed = kernel.with_parameters(&parameters).unwrap();
+    assert_eq!(changed.parameters(), parameters);
+    assert_ne!(kernel.parameters(), parameters);
+    let wrong =
+        Parameters::new().with("projection", parameters.get("far.weights").unwrap().to_owned());
+    assert!(matches!(kernel.with_parameters(&wrong), Err(Error::Parameter { .. })));
+    let plain = builder().far(Far::merged(4)).build().unwrap();
+    assert!(plain.parameters().is_empty());
+}
+
+/// What has no gradient says so, and what to use.
+#[test]
+fn hybrids_without_a_gradient_say_so() {
+    let x = tokens::<f64>(20, 4, 4, 1.0, 3)[0].clone();
+    let why = |kernel: HybridAttention<f64>, mask| {
+        let x = x.view();
+        kernel.backward(x, x, x, x, mask).unwrap_err().to_string()
+    };
+    let builder = || HybridAttention::<f64>::builder(4).window(3);
+    let packed = builder().state_format(StateFormat::Q8).build().unwrap();
+    assert!(why(packed, Mask::Causal).contains("StateFormat::F32"));
+    let far =
+        Far::memory(|value_dim, scale| Ok(Box::new(ExactMemory::<f64>::new(4, value_dim, scale)?)));
+    let own = builder().far(far).build().unwrap();
+    assert!(why(own, Mask::Causal).contains("Far::features"));
+    assert!(why(builder().build().unwrap(), Mask::Full).contains("window(0)"));
+}
