@@ -305,6 +305,30 @@ fn a_step_of_a_layer_allocates_nothing() {
     }
 }
 
+/// So does one of a hybrid, whatever is behind the window.
+#[test]
+fn steady_gradients_of_hybrids() {
+    let d = 8;
+    let builder = || HybridAttention::<f32>::builder(d).window(16).sinks(2);
+    let features = Far::features(Performer::new(d, 24, 0).unwrap());
+    for far in [Far::none(), Far::merged(12), Merged::new(12).block(8).into(), features] {
+        let kernel = builder().far(far).sink_logit(0.5).build().unwrap();
+        let [q, k, v, d_out] = [1, 2, 3, 4].map(|seed| normal::<f32>(300, d, 0.5, seed));
+        let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| Array2::zeros(x.dim()));
+        let mut scratch = Scratch::new();
+        let mut backward = |n: usize| {
+            let rows = s![..n, ..];
+            let inputs = [&q, &k, &v].map(|x| x.slice(rows));
+            let gradients = [&mut d_q, &mut d_k, &mut d_v].map(|x| x.slice_mut(rows));
+            let head = HeadGradient::new(inputs, d_out.slice(rows), gradients);
+            kernel.backward_heads(&mut [head], Mask::Causal, &mut scratch).unwrap();
+        };
+        [300, 1].into_iter().for_each(&mut backward);
+        let count = allocations(|| [300, 1, 70, 300].into_iter().for_each(&mut backward));
+        assert_eq!(count, 0, "{kernel:?}: a steady backward pass allocates");
+    }
+}
+
 /// A backward pass keeps what does not depend on the number of tokens, and in memory it has met
 /// allocates nothing.
 #[test]

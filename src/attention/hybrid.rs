@@ -241,13 +241,14 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let own = self.config.parameters();
         for head in &*heads {
             head.check_not_gated()?;
             head.check_backward(self.config.head_dim, mask)?;
             self.config.check_group(head.group_len())?;
             head.check_finite()?;
-            head.d_parameters.iter().try_for_each(|d| own.check_names(d))?;
+            if let Some(d_parameters) = &head.d_parameters {
+                self.config.parameters().check_names(d_parameters)?;
+            }
         }
         self.check_mask(mask)?;
         scratch.with_part(|parts: &mut BackwardParts<T>, _| {

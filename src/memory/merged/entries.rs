@@ -78,8 +78,8 @@ pub struct MergedMemory<T> {
 /// Two entries that became one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Merge<T> {
-    /// Tokens that the memory had absorbed.
-    pub(crate) absorbed: usize,
+    /// Tokens that the memory had absorbed, of one call.
+    pub(crate) absorbed: u32,
     /// Their places at that time; there are at most 2^14.
     pub(crate) pair: [u16; 2],
     /// What the second has of the mean.

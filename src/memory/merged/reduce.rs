@@ -140,8 +140,9 @@ impl<T: Scalar> MergedMemory<T> {
         let least = T::from_f64(self.rule.cost.least_weight());
         let share = (self.weights[j] + least) / (self.weights[i] + self.weights[j] + least + least);
         if let Some(log) = &mut self.log {
-            #[allow(clippy::cast_possible_truncation)] // at most 2^14 entries
-            log.push(Merge { absorbed: self.absorbed, pair: [i as u16, j as u16], share });
+            #[allow(clippy::cast_possible_truncation)] // tokens of one call, at most 2^14 entries
+            let (absorbed, pair) = (self.absorbed as u32, [i as u16, j as u16]);
+            log.push(Merge { absorbed, pair, share });
         }
         let mean = |x: T, y: T| {
             let difference = y - x;

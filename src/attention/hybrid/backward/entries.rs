@@ -94,19 +94,24 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         while len * PARTS < part.len() {
             len *= PARTS;
         }
-        let starts: Vec<usize> = part.clone().step_by(len).collect();
+        let parts = part.len().div_ceil(len);
+        let of = |i: usize| {
+            let start = part.start + i * len;
+            start..part.end.min(start + len)
+        };
         let first = depth * PARTS;
         if work.checkpoints.len() < first + PARTS {
             work.checkpoints.resize_with(first + PARTS, Held::default);
         }
-        for (i, &start) in starts.iter().enumerate() {
+        for i in 0..parts {
             work.checkpoints[first + i].copy_from(&work.held);
-            let Some(&end) = starts.get(i + 1) else { break };
-            self.pass_by(log, start..end, work);
+            if i + 1 < parts {
+                self.pass_by(log, of(i), work);
+            }
         }
-        for (i, &start) in starts.iter().enumerate().rev() {
+        for i in (0..parts).rev() {
             work.held.copy_from(&work.checkpoints[first + i]);
-            self.part(log, start..part.end.min(start + len), depth + 1, work)?;
+            self.part(log, of(i), depth + 1, work)?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::attention::hybrid::backward::log::Log;
 use crate::attention::hybrid::parameters::FAR;
 use crate::error::Error;
 use crate::features::FeatureMap;
-use crate::kernel::buffer::padded;
+use crate::kernel::buffer::{Buffer, padded};
 use crate::mask::Mask;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
 use crate::memory::linear::pass::Pass;
@@ -15,7 +15,51 @@ use crate::memory::seen_rows::SeenBlock;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
-use ndarray::{Array2, Axis};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+
+/// Rows that do not lie one after the other.
+#[derive(Debug)]
+struct Rows<T> {
+    dim: (usize, usize),
+    numbers: Buffer<T>,
+}
+
+impl<T: Scalar> Rows<T> {
+    fn new() -> Self {
+        Self { dim: (0, 0), numbers: Buffer::new() }
+    }
+
+    fn resize(&mut self, rows: usize, columns: usize) {
+        self.dim = (rows, columns);
+        self.numbers.resize(rows * columns);
+    }
+
+    /// Copies rows of `x`.
+    fn gather(&mut self, x: ArrayView2<'_, T>, positions: &[usize]) {
+        self.resize(positions.len(), x.ncols());
+        for (to, &position) in self.numbers.chunks_exact_mut(x.ncols()).zip(positions) {
+            to.iter_mut().zip(views::row(x, position)).for_each(|(to, &x)| *to = x);
+        }
+    }
+
+    /// Adds to rows of `x`.
+    fn add_to(&self, x: &mut ArrayViewMut2<'_, T>, positions: &[usize]) {
+        for (from, &position) in self.numbers.chunks_exact(x.ncols()).zip(positions) {
+            let to = x.index_axis_mut(Axis(0), position);
+            to.into_iter().zip(from).for_each(|(to, &x)| *to += x);
+        }
+    }
+
+    fn zeros(&mut self, like: &Self) -> ArrayViewMut2<'_, T> {
+        self.resize(like.dim.0, like.dim.1);
+        self.numbers.fill(T::zero());
+        ArrayViewMut2::from_shape(self.dim, &mut self.numbers).expect("counted")
+    }
+
+    fn view(&self) -> ArrayView2<'_, T> {
+        ArrayView2::from_shape(self.dim, &self.numbers).expect("counted")
+    }
+}
 
 /// Working memory.
 #[derive(Debug)]
@@ -26,6 +70,9 @@ pub(super) struct FeaturesWork<T> {
     sums: LateSums<T>,
     /// Of all tokens, in the order in which they enter the sums: their positions, and the steps.
     arrivals: Vec<[usize; 2]>,
+    /// Keys and values of tokens that enter, and the gradients by them.
+    entering: [Rows<T>; 2],
+    d_entering: [Rows<T>; 2],
     /// Logarithms of normalisers and means of all queries, block by block.
     kept: [Vec<T>; 2],
 }
@@ -38,6 +85,8 @@ impl<T: Scalar> FeaturesWork<T> {
             held: Held::default(),
             sums: LateSums::new(),
             arrivals: Vec::new(),
+            entering: [Rows::new(), Rows::new()],
+            d_entering: [Rows::new(), Rows::new()],
             kept: [Vec::new(), Vec::new()],
         }
     }
@@ -89,9 +138,9 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work.sums.turn(pass);
         for start in (0..n).step_by(BLOCK).rev() {
             let steps = start..n.min(start + BLOCK);
-            let [k, v] = self.arrive_again(pass, start, work)?;
+            self.arrive_again(pass, start, work)?;
             self.ask_again(pass, steps, work)?;
-            self.end_arrivals(pass, [&k, &v], work)?;
+            self.end_arrivals(pass, work)?;
         }
         Ok(())
     }
@@ -121,8 +170,8 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             self.ask_again(pass, start..n.min(start + BLOCK), work)?;
         }
         for start in (0..last).step_by(BLOCK).rev() {
-            let [k, v] = self.arrive_again(pass, start, work)?;
-            self.end_arrivals(pass, [&k, &v], work)?;
+            self.arrive_again(pass, start, work)?;
+            self.end_arrivals(pass, work)?;
         }
         Ok(())
     }
@@ -133,11 +182,13 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         pass: &Pass<'_, T>,
         log: &Log<T>,
         steps: Range<usize>,
-        FeaturesWork { flow, held, sums, arrivals, .. }: &mut FeaturesWork<T>,
+        FeaturesWork { flow, held, sums, arrivals, entering, .. }: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
         flow.walk(self.config, log, held, steps.clone(), self.tokens());
         flow.end(held);
-        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
+        let [k, v] = entering;
+        k.gather(self.head.k, &flow.arrivals);
+        v.gather(self.head.v, &flow.arrivals);
         let row = flow.arrivals.first().copied().unwrap_or_default();
         let entered = flow.arrivals.iter().zip(&flow.from);
         arrivals.extend(entered.map(|(&position, &from)| [position, steps.start + from]));
@@ -176,8 +227,8 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         &mut self,
         pass: &Pass<'_, T>,
         start: usize,
-        FeaturesWork { flow, sums, arrivals, .. }: &mut FeaturesWork<T>,
-    ) -> Result<[Array2<T>; 2], Error> {
+        FeaturesWork { flow, sums, arrivals, entering, .. }: &mut FeaturesWork<T>,
+    ) -> Result<(), Error> {
         let first = arrivals.partition_point(|&[_, step]| step < start);
         flow.arrivals.clear();
         flow.from.clear();
@@ -185,10 +236,11 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             flow.arrivals.push(position);
             flow.from.push(step - start);
         }
-        let [k, v] = [self.head.k, self.head.v].map(|x| x.select(Axis(0), &flow.arrivals));
+        let [k, v] = entering;
+        k.gather(self.head.k, &flow.arrivals);
+        v.gather(self.head.v, &flow.arrivals);
         let row = flow.arrivals.first().copied().unwrap_or_default();
-        sums.enter_again(pass, Entering { k: k.view(), v: v.view(), row })?;
-        Ok([k, v])
+        sums.enter_again(pass, Entering { k: k.view(), v: v.view(), row })
     }
 
     /// What queries hand on to tokens of the sums.
@@ -216,18 +268,13 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     fn end_arrivals(
         &mut self,
         pass: &Pass<'_, T>,
-        [k, v]: [&Array2<T>; 2],
-        FeaturesWork { flow, sums, .. }: &mut FeaturesWork<T>,
+        FeaturesWork { flow, sums, entering: [k, v], d_entering, .. }: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
         let entering = Entering { k: k.view(), v: v.view(), row: 0 };
-        sums.add_to_tokens(pass, entering, d_k.view_mut(), d_v.view_mut())?;
-        for (i, &position) in flow.arrivals.iter().enumerate() {
-            for (all, own) in [(&mut self.head.d_k, &d_k), (&mut self.head.d_v, &d_v)] {
-                let mut to = all.index_axis_mut(Axis(0), position);
-                to.zip_mut_with(&views::row(own.view(), i), |to, &x| *to += x);
-            }
-        }
+        let [d_k, d_v] = d_entering;
+        sums.add_to_tokens(pass, entering, d_k.zeros(k), d_v.zeros(v))?;
+        d_k.add_to(&mut self.head.d_k, &flow.arrivals);
+        d_v.add_to(&mut self.head.d_v, &flow.arrivals);
         Ok(())
     }
 }

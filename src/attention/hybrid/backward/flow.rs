@@ -217,7 +217,7 @@ impl<T: Scalar> Flow<T> {
     fn merge(&mut self, config: &Config<T>, log: &Log<T>, seen: Range<usize>) {
         let mut has_gaps = false;
         while let Some(merge) = log.merges.get(self.passed[2]) {
-            if merge.absorbed > self.passed[1] {
+            if merge.absorbed as usize > self.passed[1] {
                 break;
             }
             self.passed[2] += 1;

@@ -26,7 +26,7 @@ pub(super) struct OneHead<'a, 'b, T: Scalar> {
     pub(super) scoring: Scoring<T>,
     pub(super) mask: Mask,
     /// By the logit of the sink of each query head.
-    d_sinks: Vec<f64>,
+    d_sinks: &'a mut Vec<f64>,
 }
 
 impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
@@ -34,6 +34,7 @@ impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
         config: &'a Config<T>,
         head: &'a mut HeadGradient<'b, T>,
         mask: Mask,
+        d_sinks: &'a mut Vec<f64>,
     ) -> Self {
         let units = Units {
             q: Unit::of_all(head.q.outer_iter()),
@@ -43,7 +44,8 @@ impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
         };
         let scale = T::from_f64(config.scale);
         let scoring = Scoring { soft_cap: config.soft_cap, ..Scoring::new(scale) };
-        let d_sinks = vec![0.0; head.group_len()];
+        d_sinks.clear();
+        d_sinks.resize(head.group_len(), 0.0);
         Self { config, head, units, scoring, mask, d_sinks }
     }
 

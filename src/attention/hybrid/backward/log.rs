@@ -13,105 +13,142 @@ use crate::mask::Mask;
 use crate::memory::merged::entries::Merge;
 use crate::scalar::Scalar;
 use crate::views::{row, rows};
-use ndarray::{Array3, ArrayView3, Axis, Slice};
+use core::ops::Range;
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, Axis, Slice};
 
 /// Tokens of a piece.
 const PIECE: usize = 256;
 
 /// What becomes of the tokens of one head.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Log<T> {
     /// Of each token that leaves the window, where there are heavy keys: its place among them.
     pub(super) places: Vec<Option<u32>>,
     pub(super) merges: Vec<Merge<T>>,
 }
 
-/// A forward pass over heads that share one budget, of checked shapes and finite.
-pub(super) fn record<T: Scalar>(
-    config: &Config<T>,
-    heads: &[HeadGradient<'_, T>],
-    mask: Mask,
-    state: &mut HybridState<T>,
-    scratch: &mut HybridScratch<T>,
-) -> Result<Vec<Log<T>>, Error> {
-    let places = heads.iter().map(|head| places(config, head, mask));
-    let mut logs: Vec<Log<T>> = places.map(|places| Log { places, merges: Vec::new() }).collect();
-    if matches!(config.far, FarKind::Merged { .. }) {
-        let merges = merges(config, heads, mask, state, scratch)?;
-        logs.iter_mut().zip(merges).for_each(|(log, merges)| log.merges = merges);
-    }
-    Ok(logs)
+/// Logs of some heads, and what recording them works with.
+#[derive(Debug)]
+pub(super) struct Recorder<T> {
+    pub(super) logs: Vec<Log<T>>,
+    /// Outputs, which nobody reads.
+    out: Buffer<T>,
+    scores: Vec<T>,
+    keys: [Buffer<T>; 2],
 }
 
-/// Which tokens become heavy keys.
-fn places<T: Scalar>(
-    config: &Config<T>,
-    head: &HeadGradient<'_, T>,
-    mask: Mask,
-) -> Vec<Option<u32>> {
-    let (mut scores, mut scratch) = (Vec::new(), [Buffer::new(), Buffer::new()]);
-    if config.heavy == 0 {
-        return Vec::new();
-    }
-    let leaving = (0..head.keys()).filter_map(|t| config.leaving(t)).flatten();
-    let rest = if mask == Mask::Full { config.held(head.keys()) } else { 0..0 };
-    let place = |position| {
-        let key = row(head.k, position);
-        let score = config.static_score(key.iter().copied(), &mut scratch);
-        #[allow(clippy::cast_possible_truncation)] // counted keys
-        stay(&mut scores, config.heavy, score).map(|place| place as u32)
-    };
-    leaving.chain(rest).map(place).collect()
-}
-
-/// What is merged in each head.
-fn merges<T: Scalar>(
-    config: &Config<T>,
-    heads: &[HeadGradient<'_, T>],
-    mask: Mask,
-    state: &mut HybridState<T>,
-    scratch: &mut HybridScratch<T>,
-) -> Result<Vec<Vec<Merge<T>>>, Error> {
-    let value_dim = heads[0].v.ncols();
-    let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns: None };
-    state.prepare(config, sizes)?;
-    if let Some(MergingPool(memories)) = of_kind(&mut *state.far) {
-        for memory in memories {
-            memory.log = Some(Vec::new());
+impl<T: Scalar> Recorder<T> {
+    pub(super) fn new() -> Self {
+        Self {
+            logs: Vec::new(),
+            out: Buffer::new(),
+            scores: Vec::new(),
+            keys: [Buffer::new(), Buffer::new()],
         }
     }
-    let n = heads[0].keys();
-    let piece = PIECE.min(n);
-    let (group, learns) = (heads[0].group_len(), config.learns());
-    // outputs, which nobody reads
-    let shape = (if learns { group } else { 0 }, piece, value_dim);
-    let mut out = vec![Array3::zeros(shape); heads.len()];
-    for start in (0..n).step_by(PIECE) {
-        let range = start..n.min(start + PIECE);
-        let calls = heads.iter().zip(&mut out).map(|(head, out)| {
-            let part = |x| rows(x, range.clone());
-            let mut out = out.view_mut();
-            out.slice_axis_inplace(Axis(1), Slice::from(..range.len()));
-            let mut q: ArrayView3<'_, T> = head.q;
-            // without learning there may be more keys than queries, which nobody asks
+
+    /// A forward pass over heads that share one budget, of checked shapes and finite.
+    pub(super) fn record(
+        &mut self,
+        config: &Config<T>,
+        heads: &[HeadGradient<'_, T>],
+        mask: Mask,
+        state: &mut HybridState<T>,
+        scratch: &mut HybridScratch<T>,
+    ) -> Result<(), Error> {
+        self.logs.resize_with(heads.len(), || Log { places: Vec::new(), merges: Vec::new() });
+        for (log, head) in self.logs.iter_mut().zip(heads) {
+            log.merges.clear();
+            log.places.clear();
+            if config.heavy > 0 {
+                self.scores.clear();
+                let leaving = (0..head.keys()).filter_map(|t| config.leaving(t)).flatten();
+                let rest = if mask == Mask::Full { config.held(head.keys()) } else { 0..0 };
+                log.places.extend(leaving.chain(rest).map(|position| {
+                    let key = row(head.k, position);
+                    let score = config.static_score(key.iter().copied(), &mut self.keys);
+                    #[allow(clippy::cast_possible_truncation)] // counted keys
+                    stay(&mut self.scores, config.heavy, score).map(|place| place as u32)
+                }));
+            }
+        }
+        if matches!(config.far, FarKind::Merged { .. }) {
+            self.merges(config, heads, mask, state, scratch)?;
+        }
+        Ok(())
+    }
+
+    /// What is merged in each head.
+    fn merges(
+        &mut self,
+        config: &Config<T>,
+        heads: &[HeadGradient<'_, T>],
+        mask: Mask,
+        state: &mut HybridState<T>,
+        scratch: &mut HybridScratch<T>,
+    ) -> Result<(), Error> {
+        let (n, value_dim) = (heads[0].keys(), heads[0].v.ncols());
+        let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns: None };
+        state.prepare(config, sizes)?;
+        if let Some(MergingPool(memories)) = of_kind(&mut *state.far) {
+            for (memory, log) in memories.iter_mut().zip(&mut self.logs) {
+                memory.log = Some(core::mem::take(&mut log.merges));
+            }
+        }
+        let learns = config.learns();
+        let group = if learns { heads[0].group_len() } else { 0 };
+        for start in (0..n).step_by(PIECE) {
+            let range = start..n.min(start + PIECE);
+            let shape = (group, range.len(), value_dim);
+            let size = group * range.len() * value_dim;
+            self.out.resize(heads.len() * size);
+            let outs = self.out.chunks_exact_mut(size.max(1));
+            let outs = outs.chain(core::iter::repeat_with(|| Default::default()));
             let asked = if learns { range.clone() } else { 0..0 };
-            q.slice_axis_inplace(Axis(1), Slice::from(asked));
-            Head::group(q, part(head.k), part(head.v), out)
-        });
-        let mut calls: Vec<Head<'_, T>> = calls.collect();
-        if learns {
-            state.extend(config, &mut calls, scratch).map_err(|error| error.in_chunk(start))?;
-            continue;
+            let mut all = heads.iter().zip(outs).map(|(head, out)| {
+                let out = ArrayViewMut3::from_shape(shape, out).expect("counted");
+                piece(head.q, [head.k, head.v], [range.clone(), asked.clone()], out)
+            });
+            let mut several;
+            let mut one;
+            let calls = if heads.len() == 1 {
+                one = all.next();
+                one.as_mut_slice()
+            } else {
+                several = all.collect::<Vec<_>>();
+                &mut several[..]
+            };
+            if learns {
+                state.extend(config, calls, scratch).map_err(|error| error.in_chunk(start))?;
+                continue;
+            }
+            for i in 0..range.len() {
+                state.take(config, calls, i);
+                state.leave(config, scratch).map_err(|error| error.in_chunk(start))?;
+                state.tokens += 1;
+            }
         }
-        for i in 0..range.len() {
-            state.take(config, &calls, i);
-            state.leave(config, scratch).map_err(|error| error.in_chunk(start))?;
-            state.tokens += 1;
+        if mask == Mask::Full {
+            state.leave_rest(config, scratch)?;
         }
+        if let Some(MergingPool(memories)) = of_kind(&mut *state.far) {
+            for (memory, log) in memories.iter_mut().zip(&mut self.logs) {
+                log.merges = memory.log.take().unwrap_or_default();
+            }
+        }
+        Ok(())
     }
-    if mask == Mask::Full {
-        state.leave_rest(config, scratch)?;
-    }
-    let Some(MergingPool(memories)) = of_kind(&mut *state.far) else { return Ok(Vec::new()) };
-    Ok(memories.iter_mut().map(|memory| memory.log.take().unwrap_or_default()).collect())
+}
+
+/// Some tokens of a head, and queries. Without learning there may be more keys than queries, which
+/// nobody asks.
+fn piece<'a, T>(
+    mut q: ArrayView3<'a, T>,
+    tokens: [ArrayView2<'a, T>; 2],
+    [of_tokens, asked]: [Range<usize>; 2],
+    out: ArrayViewMut3<'a, T>,
+) -> Head<'a, T> {
+    let [k, v] = tokens.map(|x| rows(x, of_tokens.clone()));
+    q.slice_axis_inplace(Axis(1), Slice::from(asked));
+    Head::group(q, k, v, out)
 }

@@ -4,7 +4,7 @@ use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::backward::entries::EntriesWork;
 use crate::attention::hybrid::backward::features::FeaturesWork;
 use crate::attention::hybrid::backward::head::OneHead;
-use crate::attention::hybrid::backward::log::record;
+use crate::attention::hybrid::backward::log::Recorder;
 use crate::attention::hybrid::config::{Config, FarKind};
 use crate::attention::hybrid::parameters::SINK_LOGITS;
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
@@ -21,6 +21,8 @@ pub(crate) struct BackwardParts<T: Scalar> {
     scratch: HybridScratch<T>,
     entries: EntriesWork<T>,
     features: FeaturesWork<T>,
+    recorder: Recorder<T>,
+    d_sinks: Vec<f64>,
 }
 
 impl<T: Scalar> Default for BackwardParts<T> {
@@ -30,6 +32,8 @@ impl<T: Scalar> Default for BackwardParts<T> {
             scratch: HybridScratch::new(),
             entries: EntriesWork::new(),
             features: FeaturesWork::new(),
+            recorder: Recorder::new(),
+            d_sinks: Vec::new(),
         }
     }
 }
@@ -49,7 +53,7 @@ pub(crate) fn add_gradients<T: Scalar>(
     config: &Config<T>,
     heads: &mut [HeadGradient<'_, T>],
     mask: Mask,
-    BackwardParts { state, scratch, entries, features }: &mut BackwardParts<T>,
+    parts: &mut BackwardParts<T>,
 ) -> Result<(), Error> {
     if config.format != StateFormat::F32 {
         return Err(PACKED);
@@ -66,9 +70,10 @@ pub(crate) fn add_gradients<T: Scalar>(
     if first.q.is_empty() {
         return Ok(());
     }
-    let logs = record(config, heads, mask, state, scratch)?;
-    for (head, log) in heads.iter_mut().zip(&logs) {
-        let mut one = OneHead::new(config, head, mask);
+    let BackwardParts { state, scratch, entries, features, recorder, d_sinks } = parts;
+    recorder.record(config, heads, mask, state, scratch)?;
+    for (head, log) in heads.iter_mut().zip(&recorder.logs) {
+        let mut one = OneHead::new(config, head, mask, d_sinks);
         match &config.far {
             FarKind::Linear(map) => one.by_features(log, &***map, features)?,
             _ => one.by_entries(log, entries)?,

@@ -5,7 +5,7 @@ use crate::attention::Attention;
 use crate::attention::call::Head;
 use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::HybridAttention;
-use crate::attention::hybrid::backward::log::{Log, record};
+use crate::attention::hybrid::backward::log::{Log, Recorder};
 use crate::attention::hybrid::builder::HybridBuilder;
 use crate::attention::hybrid::config::FarKind;
 use crate::attention::hybrid::far::Far;
@@ -94,7 +94,7 @@ fn seen(near: &NaiveNear, keeps: bool, log: &Log<f64>, n: usize, mask: Mask) -> 
             absorbed += leaving.len();
             entries.extend(leaving.into_iter().map(|j| Some(Mean::token(j))));
         }
-        while let Some(merge) = merges.next_if(|merge| merge.absorbed <= absorbed) {
+        while let Some(merge) = merges.next_if(|merge| merge.absorbed as usize <= absorbed) {
             let [i, j] = merge.pair.map(usize::from);
             let mean =
                 entries[i].as_ref().unwrap().merge(entries[j].as_ref().unwrap(), merge.share);
@@ -124,10 +124,12 @@ fn near_to(what: &str, found: ArrayView2<'_, f64>, exact: &Array2<f64>) {
 
 fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mask: Mask) {
     let config = &kernel.config;
-    let logs = {
+    let mut recorder = Recorder::new();
+    {
         let heads: Vec<_> = calls.iter_mut().map(Call::head).collect();
-        record(config, &heads, mask, &mut HybridState::new(), &mut HybridScratch::new()).unwrap()
-    };
+        let (mut state, mut scratch) = (HybridState::new(), HybridScratch::new());
+        recorder.record(config, &heads, mask, &mut state, &mut scratch).unwrap();
+    }
     let parameters = Attention::<f64>::parameters(kernel);
     let mut d_sinks = vec![parameters.zeros_like(); calls.len()];
     let mut outs: Vec<Array3<f64>> = calls.iter().map(|c| Array3::zeros(c.d_out.dim())).collect();
@@ -141,7 +143,7 @@ fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mas
     kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
     drop(heads);
 
-    for (h, (call, log)) in calls.iter().zip(&logs).enumerate() {
+    for (h, (call, log)) in calls.iter().zip(&recorder.logs).enumerate() {
         let n = call.k.nrows();
         let scores = match &config.scores {
             Some(_) => {
