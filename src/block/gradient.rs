@@ -199,8 +199,8 @@ impl<T: Scalar> DijiangBlock<T> {
     /// ```
     fn finish_back(&self, mixed: &Array2<T>, gate: &Array2<T>, d_gated: &Array2<T>) -> Finished<T> {
         let hidden = self.hidden();
-        let [weight, bias] = [&self.shared.norm_weight, &self.shared.norm_bias]
-            .map(|x| x.mapv(|x| x.as_f64()).to_vec());
+        let [weight, bias] =
+            [&self.shared.norm_weight, &self.shared.norm_bias].map(|x| x.mapv(T::as_f64).to_vec());
         let mut all = Finished {
             gated: Array2::zeros(mixed.dim()),
             d_mixed: Array2::zeros(mixed.dim()),

@@ -23,10 +23,11 @@ fn narrow<T: Scalar>(x: &Array2<f64>) -> Array2<T> {
     x.mapv(T::from_f64)
 }
 
+/// A map, and what the file calls the gradients by its parameters.
+type NamedMap<T> = (Arc<dyn FeatureMap<T>>, Vec<(&'static str, &'static str)>);
+
 /// The map of a case, if the library has it under its name.
-fn map<T: Scalar>(
-    case: &Value,
-) -> Option<(Arc<dyn FeatureMap<T>>, Vec<(&'static str, &'static str)>)> {
+fn map<T: Scalar>(case: &Value) -> Option<NamedMap<T>> {
     let name = case["name"].as_str().unwrap();
     let columns = matrix(&case["q"]).ncols();
     if !case["query_projection"].is_null() {
