@@ -62,6 +62,9 @@ impl<T: Scalar> LinearParts<'_, T> {
             return Ok(());
         }
         let asked = d_parameters.as_deref();
+        if let Some(asked) = asked {
+            self.parameters().check_names(asked)?;
+        }
         let of_map = asked.map(|asked| asked.of("map").zeros_like());
         let of_map = of_map.filter(|of_map| !of_map.is_empty());
         let trains_decay = asked.is_some_and(|asked| !asked.of("decay").is_empty());
