@@ -103,7 +103,7 @@ impl<T: Scalar> Recorder<T> {
             let size = group * range.len() * value_dim;
             self.out.resize(heads.len() * size);
             let outs = self.out.chunks_exact_mut(size.max(1));
-            let outs = outs.chain(core::iter::repeat_with(|| Default::default()));
+            let outs = outs.chain(core::iter::repeat_with(Default::default));
             let asked = if learns { range.clone() } else { 0..0 };
             let mut all = heads.iter().zip(outs).map(|(head, out)| {
                 let out = ArrayViewMut3::from_shape(shape, out).expect("counted");
