@@ -10,8 +10,8 @@
 //! write KIND FILE            the output of the last `run`                      → ok
 //! decode KIND STEPS          single-token `extend` after a prefill of all N    → seconds per step
 //! write-decode KIND FILE     the outputs of the last `decode`                  → ok
-//! train KIND REPEATS         the same `forward_into`, then `backward_heads` with v in the place of
-//!                            the gradient by the outputs                       → seconds per call
+//! train KIND REPEATS         a forward pass, then a backward pass with v in the place of the
+//!                            gradient by the outputs                           → seconds per call
 //! write-train KIND FILE      the gradient by k of the last `train`             → ok
 //! ```
 //!
@@ -23,8 +23,8 @@
 //! it believes a time.
 
 use dijiang::{
-    Attention, EluFeatures, Head, HeadGradient, LinearAttention, Mask, Performer, Scratch,
-    SoftmaxAttention,
+    Attention, EluFeatures, ForwardRecord, Head, HeadGradient, LinearAttention, Mask, Performer,
+    Scratch, SoftmaxAttention,
 };
 use ndarray::{Array2, Axis, s};
 use std::error::Error;
@@ -154,15 +154,26 @@ impl Loaded {
         at_least_one("REPEATS", repeats)?;
         let Self { q, k, v, contestants } = self;
         let Contestant { kernel, out, gradients, scratch, .. } = find(contestants, kind)?;
+        // only exact softmax can make use of it
+        let is_recorded = kind == "softmax";
+        let mut log_normalizer = Array2::zeros((1, q.nrows()));
         let start = Instant::now();
         for _ in 0..repeats {
             let inputs = [black_box(q.view()), k.view(), v.view()];
-            let head = Head::new(inputs[0], inputs[1], inputs[2], out.view_mut());
+            let mut head = Head::new(inputs[0], inputs[1], inputs[2], out.view_mut());
+            if is_recorded {
+                head = head.with_log_normalizer(log_normalizer.view_mut());
+            }
             kernel.forward_heads(&mut [head], Mask::Causal, scratch)?;
             let [d_q, d_k, d_v] = &mut *gradients;
             [&mut *d_q, &mut *d_k, &mut *d_v].into_iter().for_each(|d| d.fill(0.0));
             let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
-            let head = HeadGradient::new(inputs, v.view(), views);
+            let mut head = HeadGradient::new(inputs, v.view(), views);
+            if is_recorded {
+                let out = out.view().insert_axis(Axis(0));
+                let log_normalizer = log_normalizer.view();
+                head = head.with_record(ForwardRecord { out, log_normalizer });
+            }
             kernel.backward_heads(&mut [head], Mask::Causal, scratch)?;
         }
         Ok(start.elapsed().as_secs_f64() / f64::from(repeats))
