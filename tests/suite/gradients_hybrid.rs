@@ -197,3 +197,38 @@ fn hybrids_without_a_gradient_say_so() {
     assert!(why(own, Mask::Causal).contains("Far::features"));
     assert!(why(builder().build().unwrap(), Mask::Full).contains("window(0)"));
 }
+
+/// Arguments of any size scale gradients, by powers of two.
+#[test]
+fn huge_and_tiny_arguments_scale_gradients() {
+    let [q, k, v] = tokens::<f32>(90, 6, 4, 1.0, 3);
+    let d_out = tokens::<f32>(90, 6, 4, 1.0, 4)[2].clone();
+    let power = |x: &Array2<f32>, power: i32| x.mapv(|x| x * 2.0_f32.powi(power));
+    let features = || Far::features(Performer::new(6, 10, 1).unwrap());
+    // features, and the least distances that merging knows of, have a size of their own
+    for (far, scales) in [(Far::none(), true), (Far::ward(5), false), (features(), false)] {
+        let kernel = HybridAttention::builder(6).window(9).sinks(1).far(far).build().unwrap();
+        let gradient = |[of_q, of_v, of_d]: [i32; 3]| {
+            let [q, k] = [power(&q, of_q), power(&k, -of_q)];
+            let [v, d_out] = [power(&v, of_v), power(&d_out, of_d)];
+            kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+        };
+        let exact = gradient([0; 3]);
+        for powers in [[0, 100, -90], [0, -100, 90], [0, 60, 50], [30, 0, 0], [-40, 70, 0]] {
+            let [of_q, of_v, of_d] = powers;
+            if !scales && of_q != 0 {
+                continue;
+            }
+            let found = gradient(powers);
+            for (name, found, exact, unit) in [
+                ("q", &found.q, &exact.q, of_v + of_d - of_q),
+                ("k", &found.k, &exact.k, of_v + of_d + of_q),
+                ("v", &found.v, &exact.v, of_d),
+            ] {
+                let what = format!("{kernel:?} {powers:?}: d_{name}");
+                let exact = exact.mapv(|x| f64::from(x) * 2.0_f64.powi(unit));
+                assert_close(&what, found, &exact, 64.0);
+            }
+        }
+    }
+}
