@@ -232,3 +232,28 @@ fn huge_and_tiny_arguments_scale_gradients() {
         }
     }
 }
+
+/// A key whose features are tiny, before others whose are not, counts where it is all there is.
+#[test]
+fn keys_of_very_different_sizes_have_their_gradient() {
+    let [q, mut k, v] = tokens::<f32>(70, 4, 3, 0.5, 3);
+    let d_out = tokens::<f32>(70, 4, 3, 1.0, 4)[2].clone();
+    for (size, rows) in [(40.0, 0..3), (20.0, 3..9)] {
+        rows.for_each(|row| k.row_mut(row).mapv_inplace(|x| x * size));
+    }
+    let wide = [&q, &k, &v, &d_out].map(crate::common::wide);
+    for window in [0, 3] {
+        let builder = HybridAttention::<f32>::builder(4).window(window).sinks(0);
+        let kernel = builder.far(Far::features(Performer::new(4, 8, 1).unwrap())).build().unwrap();
+        let builder = HybridAttention::<f64>::builder(4).window(window).sinks(0);
+        let exact = builder.far(Far::features(Performer::new(4, 8, 1).unwrap())).build().unwrap();
+        let found =
+            kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap();
+        let [q, k, v, d_out] = wide.each_ref().map(|x| x.view());
+        let exact = exact.backward(q, k, v, d_out, Mask::Causal).unwrap();
+        assert!(exact.v.row(0).iter().all(|x| x.abs() > 1e-3));
+        assert_close("d_q", &found.q, &exact.q, 4096.0);
+        assert_close("d_k", &found.k, &exact.k, 4096.0);
+        assert_close("d_v", &found.v, &exact.v, 4096.0);
+    }
+}
