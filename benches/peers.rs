@@ -10,6 +10,9 @@
 //! write KIND FILE            the output of the last `run`                      → ok
 //! decode KIND STEPS          single-token `extend` after a prefill of all N    → seconds per step
 //! write-decode KIND FILE     the outputs of the last `decode`                  → ok
+//! train KIND REPEATS         the same `forward_into`, then `backward_heads` with v in the place of
+//!                            the gradient by the outputs                       → seconds per call
+//! write-train KIND FILE      the gradient by k of the last `train`             → ok
 //! ```
 //!
 //! Files are raw little-endian `f32`.
@@ -19,7 +22,10 @@
 //! cannot be served is answered by `error` and a sentence. The script checks what is written before
 //! it believes a time.
 
-use dijiang::{Attention, EluFeatures, LinearAttention, Mask, Performer, SoftmaxAttention};
+use dijiang::{
+    Attention, EluFeatures, Head, HeadGradient, LinearAttention, Mask, Performer, Scratch,
+    SoftmaxAttention,
+};
 use ndarray::{Array2, Axis, s};
 use std::error::Error;
 use std::hint::black_box;
@@ -54,6 +60,10 @@ fn answer(request: &str, loaded: &mut Option<Loaded>) -> Result<String, Box<dyn 
     let loaded = loaded.as_mut().ok_or("nothing is loaded: send `load DIR N D` first")?;
     match words[..] {
         ["run", kind, repeats] => Ok(loaded.run(kind, repeats.parse()?)?.to_string()),
+        ["train", kind, repeats] => Ok(loaded.train(kind, repeats.parse()?)?.to_string()),
+        ["write-train", kind, file] => {
+            write_array(Path::new(file), &loaded.contestant(kind)?.gradients[1])
+        }
         ["decode", kind, steps] => Ok(loaded.decode(kind, steps.parse()?)?.to_string()),
         ["write", kind, file] => write_array(Path::new(file), &loaded.contestant(kind)?.out),
         ["write-decode", kind, file] => {
@@ -76,6 +86,9 @@ struct Contestant {
     kernel: Box<dyn Attention<f32>>,
     out: Array2<f32>,
     decoded: Array2<f32>,
+    /// By q, k and v.
+    gradients: [Array2<f32>; 3],
+    scratch: Scratch<f32>,
 }
 
 impl Loaded {
@@ -100,6 +113,8 @@ impl Loaded {
             // an output that was never written fails its check
             out: Array2::from_elem((n, d), f32::NAN),
             decoded: Array2::zeros((0, d)),
+            gradients: [(); 3].map(|()| Array2::zeros((n, d))),
+            scratch: Scratch::new(),
         };
         let contestants = [
             contestant("linear", Box::new(LinearAttention::new(map))),
@@ -130,6 +145,25 @@ impl Loaded {
                 Mask::Causal,
                 out.view_mut(),
             )?;
+        }
+        Ok(start.elapsed().as_secs_f64() / f64::from(repeats))
+    }
+
+    /// Seconds per forward and backward pass over `repeats` of them.
+    fn train(&mut self, kind: &str, repeats: u16) -> Result<f64, Box<dyn Error>> {
+        at_least_one("REPEATS", repeats)?;
+        let Self { q, k, v, contestants } = self;
+        let Contestant { kernel, out, gradients, scratch, .. } = find(contestants, kind)?;
+        let start = Instant::now();
+        for _ in 0..repeats {
+            let inputs = [black_box(q.view()), k.view(), v.view()];
+            let head = Head::new(inputs[0], inputs[1], inputs[2], out.view_mut());
+            kernel.forward_heads(&mut [head], Mask::Causal, scratch)?;
+            let [d_q, d_k, d_v] = &mut *gradients;
+            [&mut *d_q, &mut *d_k, &mut *d_v].into_iter().for_each(|d| d.fill(0.0));
+            let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+            let head = HeadGradient::new(inputs, v.view(), views);
+            kernel.backward_heads(&mut [head], Mask::Causal, scratch)?;
         }
         Ok(start.elapsed().as_secs_f64() / f64::from(repeats))
     }

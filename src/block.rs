@@ -3,6 +3,7 @@
 
 #[cfg(feature = "safetensors")]
 mod checkpoint;
+pub(crate) mod gradient;
 mod linear;
 #[cfg(feature = "safetensors")]
 mod load;
@@ -95,6 +96,7 @@ struct SharedWeights<T> {
     dense: Linear<T>,
     norm_weight: Array1<T>,
     norm_bias: Array1<T>,
+    radii: Array1<T>,
     /// Tells blocks apart whose states mean different things.
     fingerprint: Fingerprint,
     /// The largest each column can be after the norm.
@@ -119,6 +121,7 @@ impl<T: Scalar> DijiangBlock<T> {
         let head_dim = weights.check(heads)?;
         check::size("rotary", "columns", head_dim, rotary.head_dim())?;
         let fingerprint = weights.fingerprint(&rotary);
+        let radii = weights.radii.clone();
         let kernel = LinearAttention::new(OfficialDijiang::new(weights.radii)?)
             .with_scale(1.0)
             .unnormalized();
@@ -149,6 +152,7 @@ impl<T: Scalar> DijiangBlock<T> {
             dense: Linear::new(weights.dense.t(), Some(weights.dense_bias)),
             norm_weight: weights.group_norm_weight,
             norm_bias: weights.group_norm_bias,
+            radii,
         };
         Ok(Self {
             shared: Arc::new(shared),

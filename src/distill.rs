@@ -160,12 +160,15 @@ pub fn distill_with<T: Scalar>(
     Ok(Distilled { kernel, parameters: kept, steps, best })
 }
 
+/// A kernel with its parameters.
+type Fitted<T> = (Box<dyn Attention<T>>, Parameters<T>);
+
 /// The kernel after a change of its parameters, or the largest part of it that can be used.
 fn changed<T: Scalar>(
     kernel: &dyn Attention<T>,
     parameters: &Parameters<T>,
     change: &Parameters<T>,
-) -> Result<(Box<dyn Attention<T>>, Parameters<T>), Error> {
+) -> Result<Fitted<T>, Error> {
     let mut factor = T::one();
     for _ in 0..16 {
         let mut tried = parameters.clone();

@@ -145,6 +145,7 @@ pub use attention::threads::Threads;
 #[doc(inline)]
 pub use attention::{Attention, PairWeights};
 pub use block::DijiangBlock;
+pub use block::gradient::DijiangBlockGradients;
 pub use block::stream::{DijiangBlockState, DijiangBlockStream};
 pub use block::weights::DijiangWeights;
 pub use calibration::Calibration;

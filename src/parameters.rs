@@ -3,7 +3,9 @@
 use crate::error::Error;
 use crate::scalar::Scalar;
 use core::fmt::Write;
-use ndarray::{Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, Ix1, Ix2};
+use ndarray::{
+    Array1, Array2, ArrayD, ArrayView1, ArrayView2, ArrayViewD, ArrayViewMut2, Ix1, Ix2,
+};
 use std::collections::BTreeMap;
 
 /// Arrays of numbers by name, in the order of the names: the parameters of a map or a kernel, or
@@ -194,15 +196,15 @@ impl<T: Scalar> Parameters<T> {
         Ok(())
     }
 
-    /// A copy of the gradient by a matrix, if it is asked for.
-    pub(crate) fn matrix_like(
-        &self,
+    /// The gradient by a matrix, to add to, if it is asked for.
+    pub(crate) fn matrix_mut(
+        &mut self,
         name: &str,
         matrix: &Array2<T>,
-    ) -> Result<Option<Array2<T>>, Error> {
-        let Some(array) = self.arrays.get(name) else { return Ok(None) };
+    ) -> Result<Option<ArrayViewMut2<'_, T>>, Error> {
+        let Some(array) = self.arrays.get_mut(name) else { return Ok(None) };
         check_shape(name, array, matrix.shape())?;
-        Ok(Some(self.matrix(name).as_standard_layout().into_owned()))
+        Ok(array.view_mut().into_dimensionality().ok())
     }
 
     /// A vector to add to, if it is there.

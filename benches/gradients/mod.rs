@@ -1,9 +1,13 @@
 //! Backward passes against the forward pass of the same kernel.
 
-use super::{Contestant, D, D_V, Input, Targets, oracle, race_for, softmax_flops};
+use super::{Contestant, D, D_V, Input, M, Targets, linear_flops, oracle, race_for, softmax_flops};
 use dijiang::attention::naive::gradient::softmax_gradient;
 use dijiang::attention::naive::options::Options;
-use dijiang::{Attention, ForwardRecord, Head, HeadGradient, Mask, Scratch, SoftmaxAttention};
+use dijiang::bench::Product;
+use dijiang::{
+    Attention, Far, ForwardRecord, Head, HeadGradient, HybridAttention, LinearAttention, Mask,
+    Performer, Scratch, SoftmaxAttention,
+};
 use ndarray::{Array2, Array3, ArrayView2, Axis};
 use std::hint::black_box;
 
@@ -83,8 +87,104 @@ fn check(kernel: &SoftmaxAttention<f32>, mask: Mask) {
     }
 }
 
-/// Softmax attention: five products for a pair of tokens where the forward pass has two.
+/// Softmax, linear attention, and a hybrid with a merging memory.
 pub fn gradients(rounds: usize, quick: bool, targets: &mut Targets) {
+    softmax(rounds, quick, targets);
+    linear(rounds, quick, targets);
+}
+
+/// Floating-point operations that any chunked backward pass of linear attention does for one token,
+/// beside those of the forward pass: the gradients by features of queries, keys and values from the
+/// two sums, the update of the second, those within a chunk of 64 tokens, and through the maps.
+/// What is computed a second time does not count.
+fn backward_flops() -> f64 {
+    let (d, m, d_v) = (D as f64, M as f64, D_V as f64);
+    8.0 * m * d_v + 4.0 * d * m + 32.5 * (4.0 * m + 4.0 * d_v)
+}
+
+/// The best GFLOP/s of a product of two matrices of 64 by 64.
+fn product_rate(rounds: usize) -> f64 {
+    let mut product = Product::new(64, 64, 64);
+    let mut racer = [Contestant::new("product", || product.run())];
+    race_for(0.002, &mut racer, rounds);
+    let fastest = racer[0].rounds.iter().min().expect("there are rounds").as_secs_f64();
+    2.0 * 64.0_f64.powi(3) / fastest / 1e9
+}
+
+/// Linear attention and a hybrid: what a backward pass costs beside its forward pass.
+fn linear(rounds: usize, quick: bool, targets: &mut Targets) {
+    let map = Performer::<f32>::new(D, M, 1).expect("sizes are positive");
+    let linear = LinearAttention::new(map);
+    let merged = HybridAttention::<f32>::builder(D)
+        .window(64)
+        .sinks(4)
+        .far(Far::merged(64))
+        .build()
+        .expect("the options are those of the guide");
+    check_linear();
+    println!("{:<40}{:>12}{:>12}{:>12}", "gradients, causal", "ms", "ratio", "GFLOP/s");
+    let peak = product_rate(if quick { 1 } else { 200 });
+    for (name, kernel, n) in [
+        ("linear, n = 2048", &linear as &dyn Attention<f32>, 2048),
+        ("linear, n = 8192", &linear, 8192),
+        ("window 64 and merged 64, n = 2048", &merged, 2048),
+    ] {
+        let input = Input::<f32>::new(n);
+        let d_out = oracle::normal(n, D_V, 17);
+        let new = || {
+            let x = [input.q.view(), input.k.view(), input.v.view()];
+            Passes::new(x, d_out.view(), Mask::Causal)
+        };
+        let [mut forward, mut backward] = [new(), new()];
+        let mut racers = [
+            Contestant::new(format!("{name}, forward"), || forward.forward(kernel, false)),
+            Contestant::new(format!("{name}, backward"), || backward.backward(kernel, false)),
+        ];
+        race_for(if quick { 0.004 } else { 0.05 }, &mut racers, if quick { 1 } else { rounds });
+        let [forward, backward] = racers.each_ref().map(Contestant::seconds);
+        let flops = [linear_flops(), linear_flops() + backward_flops()].map(|x| n as f64 * x / 1e9);
+        let is_linear = name.starts_with("linear");
+        for (what, seconds, flops) in
+            [("forward", forward, flops[0]), ("forward + backward", forward + backward, flops[1])]
+        {
+            let rate = match is_linear {
+                true => format!("{:>12.1}", flops / seconds),
+                false => format!("{:>12}", "-"),
+            };
+            let label = format!("{name}, {what}");
+            println!("{label:<52}{:>8.3}{:>8.2}{rate}", seconds * 1e3, seconds / forward);
+        }
+        if is_linear {
+            let what = format!("{name}, (forward + backward) / forward");
+            targets.at_most(&what, (forward + backward) / forward, 3.5);
+            let share = flops[1] / (forward + backward) / peak;
+            let what = format!("{name}, useful operations, share of the peak");
+            targets.at_least(&what, share, 0.65, 0.75);
+        } else {
+            targets.at_most(&format!("{name}, backward / forward"), backward / forward, 6.0);
+        }
+    }
+    println!();
+}
+
+/// Refuses to go on if `f32` does not give the gradients of `f64`.
+fn check_linear() {
+    let x = [2, 3, 4, 5].map(|seed| oracle::normal(200, D, seed));
+    let wide = x.each_ref().map(|x| oracle::wide(x.view()));
+    let kernel = LinearAttention::new(Performer::<f64>::new(D, M, 1).expect("positive"));
+    let [q, k, v, d_out] = wide.each_ref().map(|x| x.view());
+    let exact = kernel.backward(q, k, v, d_out, Mask::Causal).expect("the input is finite");
+    let kernel = LinearAttention::new(Performer::<f32>::new(D, M, 1).expect("positive"));
+    let [q, k, v, d_out] = x.each_ref().map(|x| x.view());
+    let mut passes = Passes::new([q, k, v], d_out, Mask::Causal);
+    passes.backward(&kernel, false);
+    for (found, exact) in passes.d.iter().zip([&exact.q, &exact.k, &exact.v]) {
+        oracle::assert_close("a gradient", found.view(), exact, TOLERANCE);
+    }
+}
+
+/// Softmax attention: five products for a pair of tokens where the forward pass has two.
+fn softmax(rounds: usize, quick: bool, targets: &mut Targets) {
     let n = 2048;
     let input = Input::<f32>::new(n);
     let d_out = oracle::normal(n, D_V, 17);

@@ -138,8 +138,9 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
             head.check_not_gated()?;
             let keys = head.keys();
             let log_decay = Some(rows(&self.log_decay, 0, keys)?);
-            let mut d_all = match &head.d_parameters {
-                Some(d_parameters) => d_parameters.matrix_like(LOG_DECAY, &self.log_decay)?,
+            let mut d_all = match &mut head.d_parameters {
+                // a copy: the kernel inside gets the parameters as well
+                Some(d) => d.matrix_mut(LOG_DECAY, &self.log_decay)?.map(|d| d.to_owned()),
                 None => None,
             };
             head.with_kernel_inside(|mut head| {

@@ -65,7 +65,8 @@ pub struct HeadGradient<'a, T> {
     /// none is computed where there is no room for it.
     pub d_log_decay: Option<ArrayViewMut2<'a, T>>,
     /// The gradient by the [parameters](crate::Attention::parameters) of the kernel, by their
-    /// names; none is computed for names that are not there.
+    /// names; none is computed for names that are not there, and names that the kernel does not
+    /// have are an error.
     pub d_parameters: Option<&'a mut Parameters<T>>,
 }
 

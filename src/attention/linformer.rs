@@ -13,11 +13,12 @@ use crate::attention::sharing::Sharing;
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::Stream;
 use crate::error::Error;
+use crate::kernel::buffer::Buffer;
 use crate::mask::Mask;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::{check, projection};
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis};
 use std::sync::Arc;
 
 /// Softmax attention over `rank` projected keys and values in place of all of them (Linformer, Wang
@@ -256,7 +257,8 @@ impl<T: Scalar> Linformer<T> {
         part: &mut BackwardScratch<T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let BackwardScratch { forward: LinformerScratch([keys, values]), of_projection } = part;
+        let BackwardScratch { forward, d_keys, d_values, of_projection } = part;
+        let LinformerScratch([keys, values]) = forward;
         head.check_not_gated()?;
         head.check_backward(self.head_dim, mask)?;
         if mask != Mask::Full {
@@ -268,31 +270,31 @@ impl<T: Scalar> Linformer<T> {
         keys.set("a projected key", e, head.k)?;
         values.set("a projected value", f, head.v)?;
         let (k, v) = (keys.view(e.nrows(), self.head_dim), values.view(f.nrows(), value_dim));
-        let [mut d_k, mut d_v] = [k, v].map(|x| Array2::zeros(x.dim()));
-        let projected = HeadGradient {
-            k,
-            v,
-            d_k: d_k.view_mut(),
-            d_v: d_v.view_mut(),
-            d_parameters: None,
-            ..head.reborrow()
-        };
+        let [mut d_keys, mut d_values] = [(d_keys, k), (d_values, v)].map(|(d, x)| {
+            d.resize(x.len());
+            d.fill(T::zero());
+            ArrayViewMut2::from_shape(x.dim(), d).expect("resized")
+        });
+        let (d_k, d_v) = (d_keys.view_mut(), d_values.view_mut());
+        let projected = HeadGradient { k, v, d_k, d_v, d_parameters: None, ..head.reborrow() };
         self.softmax.backward_heads(&mut [projected], Mask::Full, scratch)?;
 
         let name_of_f = if Arc::ptr_eq(e, f) { E } else { F };
-        for (name, projection, d_out, x, d_x) in [
-            (E, e, &d_k, head.k, head.d_k.view_mut()),
-            (name_of_f, f, &d_v, head.v, head.d_v.view_mut()),
+        for (name, projection, d_y, x, d_x) in [
+            (E, e, d_keys.view(), head.k, head.d_k.view_mut()),
+            (name_of_f, f, d_values.view(), head.v, head.d_v.view_mut()),
         ] {
-            let d_parameters = head.d_parameters.as_deref_mut();
-            let asked = d_parameters.as_ref().map(|d| d.matrix_like(name, projection));
-            let mut d_projection = asked.transpose()?.flatten();
-            of_projection.add(projection, x, d_out, d_x, d_projection.as_mut());
-            if let (Some(d_projection), Some(d_parameters)) = (d_projection, d_parameters) {
-                let which = if name == E { "the gradient by `e`" } else { "the gradient by `f`" };
-                check::gradient(which, d_projection.view())?;
-                d_parameters.insert(name, d_projection.into_dyn());
-            }
+            let d_projection = match &mut head.d_parameters {
+                Some(d_parameters) => d_parameters.matrix_mut(name, projection)?,
+                None => None,
+            };
+            let Some(mut d_projection) = d_projection else {
+                of_projection.add(projection, x, d_y, d_x, None);
+                continue;
+            };
+            of_projection.add(projection, x, d_y, d_x, Some(d_projection.view_mut()));
+            let which = if name == E { "the gradient by `e`" } else { "the gradient by `f`" };
+            check::gradient(which, d_projection.view())?;
         }
         check::gradient("the gradient by `k`", head.d_k.view())?;
         check::gradient("the gradient by `v`", head.d_v.view())
@@ -307,12 +309,17 @@ const F: &str = "f";
 #[derive(Debug)]
 struct BackwardScratch<T> {
     forward: LinformerScratch<T>,
+    /// The gradients by projected keys and values.
+    d_keys: Buffer<T>,
+    d_values: Buffer<T>,
     of_projection: ProjectionGradient<T>,
 }
 
 impl<T: Scalar> Default for BackwardScratch<T> {
     fn default() -> Self {
-        Self { forward: LinformerScratch::default(), of_projection: ProjectionGradient::new() }
+        let [d_keys, d_values] = [(); 2].map(|()| Buffer::new());
+        let of_projection = ProjectionGradient::new();
+        Self { forward: LinformerScratch::default(), d_keys, d_values, of_projection }
     }
 }
 

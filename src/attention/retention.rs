@@ -214,6 +214,9 @@ impl<T: Scalar> Attention<T> for Retention<T> {
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
         heads.iter_mut().try_for_each(|head| {
+            if let Some(d_parameters) = &head.d_parameters {
+                self.parameters().check_names(d_parameters)?;
+            }
             let asked = head.d_parameters.as_ref().and_then(|d| d.get(DECAY));
             let mut inside = asked.map(|d| Parameters::new().with(INSIDE, d.to_owned()));
             let inner = HeadGradient { d_parameters: inside.as_mut(), ..head.reborrow() };

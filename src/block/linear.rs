@@ -18,6 +18,16 @@ impl<T: Scalar> Linear<T> {
         Self { weight: weight.as_standard_layout().into_owned(), bias }
     }
 
+    /// `[in, out]`.
+    pub(crate) fn weight(&self) -> ArrayView2<'_, T> {
+        self.weight.view()
+    }
+
+    /// `[out]`, zeros if there is none.
+    pub(crate) fn bias(&self) -> Array1<T> {
+        self.bias.clone().unwrap_or_else(|| Array1::zeros(self.weight.ncols()))
+    }
+
     pub(crate) fn apply(&self, x: ArrayView2<'_, T>) -> Array2<T> {
         let mut out = Array2::zeros((x.nrows(), self.weight.ncols()));
         self.apply_into(x, out.view_mut());

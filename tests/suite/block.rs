@@ -403,3 +403,73 @@ fn radii_are_found_in_a_projection_of_that_form_only() {
     let wrong = OfficialDijiang::<f32>::from_projection(Array2::zeros((3, 4)).view()).unwrap_err();
     assert_eq!(wrong, Error::Shape { which: "projection", axis: "columns", expected: 3, found: 4 });
 }
+
+/// The gradients by the input and by every parameter are what differences say, in `f32` too.
+#[test]
+fn gradients_are_central_differences() {
+    for (i, (hidden, heads, turning)) in SIZES.into_iter().enumerate() {
+        let rotary = |d: usize| Rotary::partial(d, turning).unwrap();
+        let w = weights::<f64>(hidden, heads, i as u64 + 1);
+        let block = DijiangBlock::new(w.clone(), heads, rotary(hidden / heads)).unwrap();
+        for n in [1, 2, 70] {
+            let [x, d_out] = [1, 2].map(|seed| normal::<f64>(n, hidden, 0.7, seed));
+            let d = block.backward(x.view(), d_out.view()).unwrap();
+            let step = 1e-6;
+            let loss = |block: &DijiangBlock<f64>, x: &Array2<f64>| {
+                (block.forward(x.view()).unwrap() * &d_out).sum()
+            };
+            let check = |what: &str, exact: f64, size: f64, [up, down]: [f64; 2]| {
+                let found = (up - down) / (2.0 * step);
+                let error = (exact - found).abs();
+                let size = size.max(1e-2 * up.abs());
+                assert!(
+                    error <= 1e-5 * size + 1e-9,
+                    "{hidden} {heads} n={n} {what}: {exact} {found}"
+                );
+            };
+            let u = normal::<f64>(n, hidden, 1.0, 3);
+            let moved = [step, -step].map(|step| loss(&block, &(&x + &(&u * step))));
+            check("x", (&d.x * &u).sum(), (&d.x * &u).mapv(f64::abs).sum(), moved);
+            for (name, gradient) in d.parameters.iter() {
+                let u = normal::<f64>(1, gradient.len(), 1.0, 4).into_shape_clone(gradient.shape());
+                let u = u.unwrap();
+                let moved = [step, -step].map(|step| {
+                    let mut parameters = block.parameters();
+                    let array = parameters.get_mut(name).unwrap();
+                    *array = &*array + &(&u * step);
+                    loss(&block.with_parameters(&parameters).unwrap(), &x)
+                });
+                let product = gradient * &u;
+                check(name, product.sum(), product.mapv(f64::abs).sum(), moved);
+            }
+        }
+        let narrow = |x: &Array2<f64>| x.mapv(|x| x as f32);
+        let [x, d_out] = [1, 2].map(|seed| normal::<f64>(40, hidden, 0.7, seed));
+        let exact = block.backward(x.view(), d_out.view()).unwrap();
+        let w = weights::<f32>(hidden, heads, i as u64 + 1);
+        let block = DijiangBlock::new(w, heads, rotary(hidden / heads)).unwrap();
+        let found = block.backward(narrow(&x).view(), narrow(&d_out).view()).unwrap();
+        let largest = exact.x.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
+        let worst = found
+            .x
+            .iter()
+            .zip(&exact.x)
+            .fold(0.0, |m: f64, (a, b)| m.max((f64::from(*a) - b).abs()));
+        // one number alone in its group is nothing but its ε
+        assert!(
+            hidden == heads || worst < 2e-3 * largest,
+            "{hidden} {heads}: {worst} of {largest}"
+        );
+    }
+    let block =
+        DijiangBlock::new(weights::<f64>(8, 2, 1), 2, Rotary::partial(4, 2).unwrap()).unwrap();
+    let x = normal::<f64>(5, 8, 0.7, 1);
+    let mut bad = x.clone();
+    bad[[3, 2]] = f64::NAN;
+    let error = block.backward(x.view(), bad.view()).unwrap_err();
+    assert_eq!(error, Error::NotFinite { which: "d_out", row: 3, column: 2 });
+    let error = block.backward(x.view(), x.slice(s![..4, ..])).unwrap_err();
+    assert!(matches!(error, Error::Shape { which: "d_out", .. }), "{error}");
+    let none = Array2::zeros((0, 8));
+    assert_eq!(block.backward(none.view(), none.view()).unwrap().x.dim(), (0, 8));
+}

@@ -6,8 +6,9 @@ use crate::common::{
     tokens, vector,
 };
 use dijiang::{
-    Attention, EluFeatures, FeatureMap, Head, HeadGradient, IdentityFeatures, LearnedFeatures,
-    LearnedForm, LinearAttention, Mask, OfficialDijiang, Performer, ReluFeatures, Scalar, Scratch,
+    Attention, EluFeatures, Error, FeatureMap, Head, HeadGradient, IdentityFeatures,
+    LearnedFeatures, LearnedForm, LinearAttention, Mask, OfficialDijiang, Parameters, Performer,
+    ReluFeatures, Scalar, Scratch,
 };
 use ndarray::{Array2, Axis};
 use serde_json::Value;
@@ -23,10 +24,11 @@ fn narrow<T: Scalar>(x: &Array2<f64>) -> Array2<T> {
     x.mapv(T::from_f64)
 }
 
+/// A map, and what the file calls the gradients by its parameters.
+type NamedMap<T> = (Arc<dyn FeatureMap<T>>, Vec<(&'static str, &'static str)>);
+
 /// The map of a case, if the library has it under its name.
-fn map<T: Scalar>(
-    case: &Value,
-) -> Option<(Arc<dyn FeatureMap<T>>, Vec<(&'static str, &'static str)>)> {
+fn map<T: Scalar>(case: &Value) -> Option<NamedMap<T>> {
     let name = case["name"].as_str().unwrap();
     let columns = matrix(&case["q"]).ncols();
     if !case["query_projection"].is_null() {
@@ -320,5 +322,22 @@ fn long_sequences_in_f32() {
             let units = errors / size / f64::from(f32::EPSILON);
             assert!(units < 256.0, "decay {decay:?} gates {gates}, by {name}: {units} epsilons");
         }
+    }
+}
+
+/// Parameters that a kernel does not have, or of another shape, are refused.
+#[test]
+fn gradients_by_parameters_that_are_not_there() {
+    let kernel = LinearAttention::new(Performer::<f64>::new(4, 6, 1).unwrap()).with_decay(0.9);
+    let [q, k, v] = tokens::<f64>(20, 4, 3, 0.5, 41);
+    for (name, shape) in [("map.radii", 6), ("map.weights", 5), ("decay.common", 0)] {
+        let mut parameters = Parameters::new().with(name, ndarray::Array1::zeros(shape).into_dyn());
+        let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| Array2::zeros(x.dim()));
+        let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+        let head = HeadGradient::new([q.view(), k.view(), v.view()], v.view(), views);
+        let mut heads = [head.with_parameters(&mut parameters)];
+        let error =
+            kernel.backward_heads(&mut heads, Mask::Causal, &mut Scratch::new()).unwrap_err();
+        assert!(matches!(&error, Error::Parameter { name: found, .. } if found == name), "{error}");
     }
 }

@@ -118,9 +118,17 @@ fn retention_has_its_gradient() {
     let wrong = Parameters::new().with("decay", array![1.5].into_dyn());
     let error = kernel.with_parameters(&wrong).unwrap_err();
     assert!(matches!(error, Error::InvalidOption { which: "decay", .. }), "{error}");
-    let wrong = Parameters::new().with("kernel.decay.common", array![0.5].into_dyn());
-    let error = kernel.with_parameters(&wrong).unwrap_err();
-    assert!(matches!(error, Error::Parameter { .. }), "{error}");
+    let name = "kernel.decay.common";
+    for (name, size) in [(name, 1), ("decay", 0), ("decay", 2)] {
+        let mut wrong = Parameters::new().with(name, Array1::ones(size).into_dyn());
+        let error = kernel.with_parameters(&wrong).unwrap_err();
+        assert!(matches!(error, Error::Parameter { .. }), "{error}");
+        let mut d = [(); 3].map(|()| Array2::zeros((3, 1)));
+        let views = d.each_mut().map(|d| d.view_mut());
+        let mut heads = [HeadGradient::new([x, x, x], x, views).with_parameters(&mut wrong)];
+        let error = kernel.backward_heads(&mut heads, Mask::Causal, &mut Scratch::new());
+        assert!(matches!(error, Err(Error::Parameter { .. })), "{error:?}");
+    }
 }
 
 #[test]

@@ -28,6 +28,9 @@ impl<T: Scalar> Default for BackwardScratch<T> {
     }
 }
 
+/// A map with other parameters, if some are its own, and decays.
+type Changed<T> = (Option<Box<dyn FeatureMap<T>>>, Decay);
+
 /// What a linear kernel is made of.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LinearParts<'a, T> {
@@ -59,6 +62,9 @@ impl<T: Scalar> LinearParts<'_, T> {
             return Ok(());
         }
         let asked = d_parameters.as_deref();
+        if let Some(asked) = asked {
+            self.parameters().check_names(asked)?;
+        }
         let of_map = asked.map(|asked| asked.of("map").zeros_like());
         let of_map = of_map.filter(|of_map| !of_map.is_empty());
         let trains_decay = asked.is_some_and(|asked| !asked.of("decay").is_empty());
@@ -113,10 +119,7 @@ impl<T: Scalar> LinearParts<'_, T> {
     }
 
     /// The map with other parameters, if some are its own, and the decays with others.
-    pub(super) fn with_parameters(
-        &self,
-        parameters: &Parameters<T>,
-    ) -> Result<(Option<Box<dyn FeatureMap<T>>>, Decay), Error> {
+    pub(super) fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Changed<T>, Error> {
         self.parameters().check_names(parameters)?;
         let mut decay = self.decay.clone();
         let wide = |name| -> Option<Vec<f64>> {

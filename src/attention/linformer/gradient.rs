@@ -31,9 +31,9 @@ impl<T: Scalar> ProjectionGradient<T> {
         &mut self,
         projection: &Array2<T>,
         x: ArrayView2<'_, T>,
-        d_y: &Array2<T>,
+        d_y: ArrayView2<'_, T>,
         mut d_x: ArrayViewMut2<'_, T>,
-        mut d_projection: Option<&mut Array2<T>>,
+        mut d_projection: Option<ArrayViewMut2<'_, T>>,
     ) {
         let ((rank, max_len), (n, columns)) = (projection.dim(), x.dim());
         let stride = padded::<T>(columns);

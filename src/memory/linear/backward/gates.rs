@@ -90,7 +90,20 @@ impl<T: Scalar> GateGradients<T> {
     ) {
         let (count, width) = (entry.tokens(), entry.width);
         let m = q.len() / width;
-        if entry.rates != Rates::PerFeature {
+        if entry.rates == Rates::PerFeature {
+            self.tokens.resize(count * m);
+            for f in 0..m {
+                let row = f * width;
+                let (mut of_sums, mut of_group) = (T::zero(), T::zero());
+                for t in (0..count).rev() {
+                    let before = self.of_sums[row + t];
+                    of_sums += before;
+                    let query = q[row + t] * d_features[row + t] - before;
+                    of_group += query - k[row + t] * entry.d_keys[row + t];
+                    self.tokens[t * m + f] = of_sums + of_group;
+                }
+            }
+        } else {
             self.tokens.resize(count);
             self.tokens.fill(T::zero());
             let mut later = T::zero();
@@ -107,19 +120,6 @@ impl<T: Scalar> GateGradients<T> {
                     self.tokens[i] += later;
                 }
             }
-        } else {
-            self.tokens.resize(count * m);
-            for f in 0..m {
-                let row = f * width;
-                let (mut of_sums, mut of_group) = (T::zero(), T::zero());
-                for t in (0..count).rev() {
-                    let before = self.of_sums[row + t];
-                    of_sums += before;
-                    let query = q[row + t] * d_features[row + t] - before;
-                    of_group += query - k[row + t] * entry.d_keys[row + t];
-                    self.tokens[t * m + f] = of_sums + of_group;
-                }
-            }
         }
         self.add(entry, units, out);
     }
@@ -127,7 +127,7 @@ impl<T: Scalar> GateGradients<T> {
     /// Adds what later queries have to do with the keys of a group and those before it. They
     /// are given as their sums, as seen from where the group begins, the gradients by keys as they
     /// were brought that follow, and the factor of these.
-    pub(super) fn from_suffix(
+    pub(super) fn add_later(
         &mut self,
         entry: &Entry<T>,
         (suffix, d_features, factor): (&State<T>, &[T], T),

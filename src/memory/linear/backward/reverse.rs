@@ -81,7 +81,7 @@ impl<T: Scalar> Backward<'_, T> {
             }
             if self.with_decays && has_future {
                 let later = (&*suffix, &*buffers.d_features, factor(entry, suffix));
-                gates.from_suffix(entry, later, units, out);
+                gates.add_later(entry, later, units, out);
             }
             let factor = has_future.then(|| factor(entry, suffix));
             self.keys(entry, factor, units, out, map, buffers)?;
