@@ -197,3 +197,63 @@ fn hybrids_without_a_gradient_say_so() {
     assert!(why(own, Mask::Causal).contains("Far::features"));
     assert!(why(builder().build().unwrap(), Mask::Full).contains("window(0)"));
 }
+
+/// Arguments of any size scale gradients, by powers of two.
+#[test]
+fn huge_and_tiny_arguments_scale_gradients() {
+    let [q, k, v] = tokens::<f32>(90, 6, 4, 1.0, 3);
+    let d_out = tokens::<f32>(90, 6, 4, 1.0, 4)[2].clone();
+    let power = |x: &Array2<f32>, power: i32| x.mapv(|x| x * 2.0_f32.powi(power));
+    let features = || Far::features(Performer::new(6, 10, 1).unwrap());
+    // features, and the least distances that merging knows of, have a size of their own
+    for (far, scales) in [(Far::none(), true), (Far::ward(5), false), (features(), false)] {
+        let kernel = HybridAttention::builder(6).window(9).sinks(1).far(far).build().unwrap();
+        let gradient = |[of_q, of_v, of_d]: [i32; 3]| {
+            let [q, k] = [power(&q, of_q), power(&k, -of_q)];
+            let [v, d_out] = [power(&v, of_v), power(&d_out, of_d)];
+            kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+        };
+        let exact = gradient([0; 3]);
+        for powers in [[0, 100, -90], [0, -100, 90], [0, 60, 50], [30, 0, 0], [-40, 70, 0]] {
+            let [of_q, of_v, of_d] = powers;
+            if !scales && of_q != 0 {
+                continue;
+            }
+            let found = gradient(powers);
+            for (name, found, exact, unit) in [
+                ("q", &found.q, &exact.q, of_v + of_d - of_q),
+                ("k", &found.k, &exact.k, of_v + of_d + of_q),
+                ("v", &found.v, &exact.v, of_d),
+            ] {
+                let what = format!("{kernel:?} {powers:?}: d_{name}");
+                let exact = exact.mapv(|x| f64::from(x) * 2.0_f64.powi(unit));
+                assert_close(&what, found, &exact, 64.0);
+            }
+        }
+    }
+}
+
+/// A key whose features are tiny, before others whose are not, counts where it is all there is.
+#[test]
+fn keys_of_very_different_sizes_have_their_gradient() {
+    let [q, mut k, v] = tokens::<f32>(70, 4, 3, 0.5, 3);
+    let d_out = tokens::<f32>(70, 4, 3, 1.0, 4)[2].clone();
+    for (size, rows) in [(40.0, 0..3), (20.0, 3..9)] {
+        rows.for_each(|row| k.row_mut(row).mapv_inplace(|x| x * size));
+    }
+    let wide = [&q, &k, &v, &d_out].map(crate::common::wide);
+    for window in [0, 3] {
+        let builder = HybridAttention::<f32>::builder(4).window(window).sinks(0);
+        let kernel = builder.far(Far::features(Performer::new(4, 8, 1).unwrap())).build().unwrap();
+        let builder = HybridAttention::<f64>::builder(4).window(window).sinks(0);
+        let exact = builder.far(Far::features(Performer::new(4, 8, 1).unwrap())).build().unwrap();
+        let found =
+            kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap();
+        let [q, k, v, d_out] = wide.each_ref().map(|x| x.view());
+        let exact = exact.backward(q, k, v, d_out, Mask::Causal).unwrap();
+        assert!(exact.v.row(0).iter().all(|x| x.abs() > 1e-3));
+        assert_close("d_q", &found.q, &exact.q, 4096.0);
+        assert_close("d_k", &found.k, &exact.k, 4096.0);
+        assert_close("d_v", &found.v, &exact.v, 4096.0);
+    }
+}

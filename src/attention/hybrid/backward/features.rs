@@ -70,6 +70,8 @@ pub(super) struct FeaturesWork<T> {
     sums: LateSums<T>,
     /// Of all tokens, in the order in which they enter the sums: their positions, and the steps.
     arrivals: Vec<[usize; 2]>,
+    /// The first steps of the blocks.
+    starts: Vec<usize>,
     /// Keys and values of tokens that enter, and the gradients by them.
     entering: [Rows<T>; 2],
     d_entering: [Rows<T>; 2],
@@ -85,6 +87,7 @@ impl<T: Scalar> FeaturesWork<T> {
             held: Held::default(),
             sums: LateSums::new(),
             arrivals: Vec::new(),
+            starts: Vec::new(),
             entering: [Rows::new(), Rows::new()],
             d_entering: [Rows::new(), Rows::new()],
             kept: [Vec::new(), Vec::new()],
@@ -125,22 +128,30 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         log: &Log<T>,
         work: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let n = self.head.queries();
-        for start in (0..n).step_by(BLOCK) {
-            let steps = start..n.min(start + BLOCK);
-            self.arrive(pass, log, steps.clone(), work)?;
+        let (n, mut start, mut len) = (self.head.queries(), 0, BLOCK);
+        work.starts.clear();
+        while start < n {
+            let steps = start..n.min(start + len);
+            if !self.arrive(pass, log, steps.clone(), len > 1, work)? {
+                len /= 2;
+                continue;
+            }
             work.flow.add_near(self.config, steps.clone(), self.tokens());
             work.flow.rows.begin_gradients();
             self.ask(pass, steps, work)?;
             work.sums.absorb();
             self.hand_on(&mut work.flow);
+            work.starts.push(start);
+            start += len;
+            len = BLOCK.min(2 * len);
         }
         work.sums.turn(pass);
-        for start in (0..n).step_by(BLOCK).rev() {
-            let steps = start..n.min(start + BLOCK);
+        let mut end = n;
+        while let Some(start) = work.starts.pop() {
             self.arrive_again(pass, start, work)?;
-            self.ask_again(pass, steps, work)?;
+            self.ask_again(pass, start..end, work)?;
             self.end_arrivals(pass, work)?;
+            end = start;
         }
         Ok(())
     }
@@ -154,10 +165,10 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     ) -> Result<(), Error> {
         let (n, last) = (self.head.queries(), self.steps());
         for start in (0..last).step_by(BLOCK) {
-            self.arrive(pass, log, start..last.min(start + BLOCK), work)?;
+            self.arrive(pass, log, start..last.min(start + BLOCK), false, work)?;
             work.sums.absorb();
         }
-        self.arrive(pass, log, last..last, work)?; // nothing, but for the heavy keys
+        self.arrive(pass, log, last..last, false, work)?; // nothing, but for the heavy keys
         work.flow.add_sinks(self.config, self.tokens());
         work.flow.rows.begin_gradients();
         for start in (0..n).step_by(BLOCK) {
@@ -176,23 +187,28 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         Ok(())
     }
 
-    /// Takes the tokens that enter the sums within some steps.
+    /// Takes the tokens that enter the sums within some steps; `false` says that nothing was done,
+    /// if that may be.
     fn arrive(
         &mut self,
         pass: &Pass<'_, T>,
         log: &Log<T>,
         steps: Range<usize>,
+        may_fail: bool,
         FeaturesWork { flow, held, sums, arrivals, entering, .. }: &mut FeaturesWork<T>,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         flow.walk(self.config, log, held, steps.clone(), self.tokens());
-        flow.end(held);
         let [k, v] = entering;
         k.gather(self.head.k, &flow.arrivals);
         v.gather(self.head.v, &flow.arrivals);
         let row = flow.arrivals.first().copied().unwrap_or_default();
+        if !sums.enter(pass, Entering { k: k.view(), v: v.view(), row }, may_fail)? {
+            return Ok(false);
+        }
+        flow.end(held);
         let entered = flow.arrivals.iter().zip(&flow.from);
         arrivals.extend(entered.map(|(&position, &from)| [position, steps.start + from]));
-        sums.enter(pass, Entering { k: k.view(), v: v.view(), row })
+        Ok(true)
     }
 
     /// Queries of the first pass: all but what they hand on to tokens of the sums.

@@ -17,17 +17,25 @@ use core::f64::consts::LOG2_E;
 use ndarray::ArrayViewMut2;
 
 impl<T: Scalar> LateSums<T> {
-    /// Tokens that enter, before the queries of their block.
+    /// Tokens that enter, before the queries of their block. `false` says that nothing was done:
+    /// keys of so different sizes, some of which not all queries see, take shorter blocks.
     pub(crate) fn enter(
         &mut self,
         pass: &Pass<'_, T>,
         tokens: Entering<'_, T>,
-    ) -> Result<(), Error> {
+        may_fail: bool,
+    ) -> Result<bool, Error> {
         self.map_entering(pass, tokens)?;
         if self.entering == 0 {
-            return Ok(());
+            return Ok(true);
         }
-        let largest = kernel::max(&self.key_scale[..self.entering]);
+        let scales = &self.key_scale[..self.entering];
+        let largest = kernel::max(scales);
+        let least = scales.iter().fold(largest, |least, &scale| least.min(scale));
+        let before = if self.state.tokens > 0 { self.state.scale.high } else { largest };
+        if may_fail && largest - least.min(before) > T::max_value().ln() * T::from_f64(0.4) {
+            return Ok(false);
+        }
         self.state.rescale(largest);
         let scale = self.state.scale.high;
         key_factors(&self.key_scale, scale, self.entering, &mut self.factors);
@@ -35,7 +43,7 @@ impl<T: Scalar> LateSums<T> {
         self.brought.copy_from_slice(&self.keys);
         self.key_sums.resize(pass.num_features());
         kernel::scale_and_sum_rows(&mut self.brought, &self.factors, &mut self.key_sums);
-        Ok(())
+        Ok(true)
     }
 
     /// What the tokens answer to queries, of cotangents `[d_v, width]` in their unit; those that
