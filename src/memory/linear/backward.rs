@@ -39,7 +39,7 @@ use crate::views;
 use core::ops::Range;
 
 /// Numbers that a tape may keep: with what pads its buffers, some 3 MiB of `f32`.
-const TAPE_FLOATS: usize = 72 << 13;
+const TAPE_FLOATS: usize = 1 << 19;
 
 /// Parts that a sequence longer than a tape is cut into, and each of them again.
 const PARTS: usize = 16;
