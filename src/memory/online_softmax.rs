@@ -3,12 +3,11 @@
 use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::answer::{Answer, in_range};
 use crate::memory::key_values::{KeyValues, contiguous};
 use crate::memory::packed::Packed;
 use crate::memory::packed_softmax::PackedSoftmax;
-use crate::memory::score_tile::{ScoreTile, Seen, count_up};
+use crate::memory::score_tile::{ScoreTile, Seen, count_up, sum_over_keys};
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 use crate::views;
@@ -192,7 +191,7 @@ fn online_softmax<T: Scalar>(
             if share != T::one() {
                 kernel::scale(scores, share);
             }
-            add_values(scores, v, seen, stride, start == 0, &mut answer.numerator);
+            sum_over_keys(seen, scores, (v, stride), start == 0, &mut answer.numerator);
         }
     }
     if keys == 0 {
@@ -208,34 +207,6 @@ fn to_natural_units<T: Scalar>(answer: &mut Answer<T>, share: T) {
     if share != T::one() {
         kernel::scale(&mut answer.denominator, share);
         answer.log_scale.iter_mut().for_each(|log_scale| *log_scale -= share.ln());
-    }
-}
-
-/// Adds the weighted values of a tile.
-fn add_values<T: Scalar>(
-    weights: &[T],
-    v: &[T],
-    seen: Seen,
-    stride: usize,
-    set: bool,
-    numerator: &mut [T],
-) {
-    for (queries, keys) in seen.query_blocks() {
-        if keys == 0 && !set {
-            continue;
-        }
-        Product {
-            m: queries.len(),
-            n: stride,
-            k: keys,
-            a: Matrix::columns(&weights[queries.start..], seen.width),
-            b: v,
-            ldb: stride,
-            c: &mut numerator[queries.start * stride..],
-            ldc: stride,
-            into: if set { Epilogue::Set } else { Epilogue::Add },
-        }
-        .run();
     }
 }
 

@@ -148,3 +148,31 @@ pub(crate) fn count_up<T: Scalar>(positions: &mut Buffer<T>, count: usize) {
     positions.resize(count);
     positions.iter_mut().enumerate().for_each(|(i, position)| *position = T::from_f64(i as f64));
 }
+
+/// `sums_t = Σ_j weights_jt·rows_j` for every query, over the keys that it sees; added unless
+/// `set`.
+pub(crate) fn sum_over_keys<T: Scalar>(
+    seen: Seen,
+    weights: &[T],
+    (rows, stride): (&[T], usize),
+    set: bool,
+    sums: &mut [T],
+) {
+    for (queries, keys) in seen.query_blocks() {
+        if keys == 0 && !set {
+            continue;
+        }
+        Product {
+            m: queries.len(),
+            n: stride,
+            k: keys,
+            a: Matrix::columns(&weights[queries.start..], seen.width),
+            b: rows,
+            ldb: stride,
+            c: &mut sums[queries.start * stride..],
+            ldc: stride,
+            into: if set { Epilogue::Set } else { Epilogue::Add },
+        }
+        .run();
+    }
+}

@@ -5,7 +5,7 @@ use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::loops::gradients::SoftmaxGradient;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::key_values::contiguous;
-use crate::memory::score_tile::{ScoreTile, Seen, count_up};
+use crate::memory::score_tile::{ScoreTile, Seen, count_up, sum_over_keys};
 use crate::memory::scoring::Scoring;
 use crate::memory::unit::{Unit, product};
 use crate::scalar::Scalar;
@@ -244,34 +244,6 @@ fn sum_over_queries<T: Scalar>(
             c: &mut sums[keys.start * stride..],
             ldc: stride,
             into: Epilogue::Set,
-        }
-        .run();
-    }
-}
-
-/// `sums_t = Σ_j weights_jt·rows_j` for every query, over the keys that it sees; added unless
-/// `set`.
-fn sum_over_keys<T: Scalar>(
-    seen: Seen,
-    weights: &[T],
-    (rows, stride): (&[T], usize),
-    set: bool,
-    sums: &mut [T],
-) {
-    for (queries, keys) in seen.query_blocks() {
-        if keys == 0 && !set {
-            continue;
-        }
-        Product {
-            m: queries.len(),
-            n: stride,
-            k: keys,
-            a: Matrix::columns(&weights[queries.start..], seen.width),
-            b: rows,
-            ldb: stride,
-            c: &mut sums[queries.start * stride..],
-            ldc: stride,
-            into: if set { Epilogue::Set } else { Epilogue::Add },
         }
         .run();
     }

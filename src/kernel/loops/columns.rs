@@ -10,11 +10,14 @@ use crate::kernel::simd::{Lanes, Level, Loop};
 /// Columns that are worked on at once, in vectors.
 pub(crate) const STRIP: usize = 4;
 
-/// Calls `work` for every strip of columns, `V` vectors from column `j` on.
+/// Calls `strip` for every strip of columns, from the first or from another one on.
 macro_rules! strips {
     ($self:ident, $level:ident, $T:ident, $L:ident, $width:expr) => {
+        strips!($self, $level, $T, $L, $width, 0);
+    };
+    ($self:ident, $level:ident, $T:ident, $L:ident, $width:expr, $from:expr) => {
         let (lanes, width) = ($T::lanes::<$L>(), $width);
-        let mut j = 0;
+        let mut j = $from;
         while j + STRIP * lanes <= width {
             $self.strip::<$L, STRIP>($level, j);
             j += STRIP * lanes;

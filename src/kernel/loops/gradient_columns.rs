@@ -17,16 +17,7 @@ impl<T: Lanes> Loop for DotColumns<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(mut self, level: L) {
-        let (lanes, width) = (T::lanes::<L>(), self.sums.len());
-        let mut j = self.from;
-        while j + STRIP * lanes <= width {
-            self.strip::<L, STRIP>(level, j);
-            j += STRIP * lanes;
-        }
-        while j < width {
-            self.strip::<L, 1>(level, j);
-            j += lanes;
-        }
+        strips!(self, level, T, L, self.sums.len(), self.from);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Loops of backward passes.
 
-use crate::kernel::loops::columns::{STRIP, load, store};
+use crate::kernel::loops::columns::{STRIP, load, store, strips};
 use crate::kernel::loops::scores::tanh_slope;
 use crate::kernel::simd::{Lanes, Level, Loop};
 
@@ -20,16 +20,7 @@ impl<T: Lanes> Loop for SoftmaxGradient<'_, T> {
 
     #[inline(always)]
     fn run<L: Level>(mut self, level: L) {
-        let (lanes, width) = (T::lanes::<L>(), self.means.len());
-        let mut j = self.from;
-        while j + STRIP * lanes <= width {
-            self.strip::<L, STRIP>(level, j);
-            j += STRIP * lanes;
-        }
-        while j < width {
-            self.strip::<L, 1>(level, j);
-            j += lanes;
-        }
+        strips!(self, level, T, L, self.means.len(), self.from);
     }
 }
 

@@ -11,8 +11,9 @@ use crate::kernel::loops::products::Matrix;
 use crate::memory::answer::Readout;
 use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
 use crate::memory::linear::backward::gates::GroupDecays;
-use crate::memory::linear::backward::map::Mapped;
+use crate::memory::linear::backward::map::{MapBuffers, Mapped};
 use crate::memory::linear::backward::rows::{add_rows, scaled_rows};
+use crate::memory::linear::backward::tape::Entry;
 use crate::memory::linear::backward::work::{BackwardWork, Buffers};
 use crate::memory::linear::groups::{FirstDecay, Group, Groups};
 use crate::memory::linear::pass::PassBuffers;
@@ -21,6 +22,7 @@ use crate::memory::partial::divisor;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
+use ndarray::ArrayView2;
 
 impl<T: Scalar> Backward<'_, T> {
     /// The scan over some tokens, onto an empty tape.
@@ -136,12 +138,7 @@ impl<T: Scalar> Backward<'_, T> {
             };
         }
         let cotangents = views::rows(out.d_out, rows.clone());
-        d_out.resize(value_dim * width);
-        squares.resize(width);
-        views::to_columns(cotangents, units.d_out_inverse, squares, d_out);
-        if !kernel::all_finite(squares) {
-            check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
-        }
+        set_cotangents(cotangents, (rows.start, width), units, squares, d_out)?;
 
         // S dO_t of the sums, and dO_t·v_s of the group
         d_features.resize(m * width);
@@ -242,24 +239,38 @@ impl<T: Scalar> Backward<'_, T> {
             let decays = d_features.iter_mut().zip(&*entry.decays);
             decays.for_each(|(d_feature, &decay)| *d_feature *= decay);
         }
-        units.bring(d_features);
-        let mapped = Mapped {
-            side: Side::Query,
-            x: views::rows(self.tokens.q, rows.clone()),
-            width,
-            values: &entry.queries,
-            log_scale: &entry.query_scale,
-            d_values: d_features,
-        };
-        let d_q = views::rows_mut(out.d_q.view_mut(), rows);
-        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
-        out.is_finite &= map.add(map_and_root, mapped, d_q)?;
+        self.queries(entry, d_features, units, out, map)?;
         if group.is_single() {
             steps::absorb(state, part, group.log_scale, &step.key_sums);
         } else {
             steps::update(state, part, group, gates, &mut step.key_sums);
         }
         Ok(true)
+    }
+
+    /// Adds the gradient by the queries of an entry from that by their features, which it brings to
+    /// absolute terms.
+    fn queries(
+        &self,
+        entry: &Entry<T>,
+        d_features: &mut [T],
+        units: Units<T>,
+        out: &mut TokenGradients<'_, T>,
+        map: &mut MapBuffers<T>,
+    ) -> Result<(), Error> {
+        units.bring(d_features);
+        let mapped = Mapped {
+            side: Side::Query,
+            x: views::rows(self.tokens.q, entry.rows.clone()),
+            width: entry.width,
+            values: &entry.queries,
+            log_scale: &entry.query_scale,
+            d_values: d_features,
+        };
+        let d_q = views::rows_mut(out.d_q.view_mut(), entry.rows.clone());
+        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
+        out.is_finite &= map.add(map_and_root, mapped, d_q)?;
+        Ok(())
     }
 
     /// Queries that see all keys, whose sums there are: their gradients, and what they add to the
@@ -296,13 +307,8 @@ impl<T: Scalar> Backward<'_, T> {
                 Readout::Unnormalized => (entry.query_scale[t] + log_scale).exp(),
             };
         }
-        d_out.resize(value_dim * width);
-        squares.resize(width);
         let cotangents = views::rows(out.d_out, rows.clone());
-        views::to_columns(cotangents, units.d_out_inverse, squares, d_out);
-        if !kernel::all_finite(squares) {
-            check::finite("d_out", cotangents).map_err(|error| error.in_chunk(rows.start))?;
-        }
+        set_cotangents(cotangents, (rows.start, width), units, squares, d_out)?;
         d_features.resize(m * width);
         let sums = Matrix::rows(&state.sums, padded::<T>(value_dim));
         product([m, width, value_dim], sums, d_out, d_features, width, false);
@@ -313,18 +319,7 @@ impl<T: Scalar> Backward<'_, T> {
             }
         }
         affine_columns(d_features, &state.normalizer, &entry.inverse, &entry.d_normalizer);
-        units.bring(d_features);
-        let mapped = Mapped {
-            side: Side::Query,
-            x: views::rows(self.tokens.q, rows.clone()),
-            width,
-            values: &entry.queries,
-            log_scale: &entry.query_scale,
-            d_values: d_features,
-        };
-        let d_q = views::rows_mut(out.d_q.view_mut(), rows);
-        let map_and_root = (self.pass.feature_map(), self.pass.scale_root());
-        out.is_finite &= map.add(map_and_root, mapped, d_q)?;
+        self.queries(entry, d_features, units, out, map)?;
         let largest = kernel::max_abs(&entry.inverse);
         let unit = if largest > T::zero() { largest } else { T::one() };
         entry.unit = unit.ln();
@@ -334,6 +329,23 @@ impl<T: Scalar> Backward<'_, T> {
         self.queries_to_suffix(units, out.d_out, work);
         Ok(())
     }
+}
+
+/// Cotangents as columns, in their unit; fails if one is not finite, with rows from the first on.
+fn set_cotangents<T: Scalar>(
+    cotangents: ArrayView2<'_, T>,
+    (first_row, width): (usize, usize),
+    units: Units<T>,
+    squares: &mut Buffer<T>,
+    out: &mut Buffer<T>,
+) -> Result<(), Error> {
+    out.resize(cotangents.ncols() * width);
+    squares.resize(width);
+    views::to_columns(cotangents, units.d_out_inverse, squares, out);
+    if kernel::all_finite(squares) {
+        return Ok(());
+    }
+    check::finite("d_out", cotangents).map_err(|error| error.in_chunk(first_row))
 }
 
 /// `out = factor·x`.
