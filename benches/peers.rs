@@ -24,7 +24,7 @@
 
 use dijiang::{
     Attention, EluFeatures, ForwardRecord, Head, HeadGradient, LinearAttention, Mask, Performer,
-    Scratch, SoftmaxAttention,
+    Scratch, SoftmaxAttention, SumCheckpoints,
 };
 use ndarray::{Array2, Axis, s};
 use std::error::Error;
@@ -154,15 +154,18 @@ impl Loaded {
         at_least_one("REPEATS", repeats)?;
         let Self { q, k, v, contestants } = self;
         let Contestant { kernel, out, gradients, scratch, .. } = find(contestants, kind)?;
-        // only exact softmax can make use of it
+        // exact softmax can make use of the one, linear attention of the other
         let is_recorded = kind == "softmax";
         let mut log_normalizer = Array2::zeros((1, q.nrows()));
+        let mut kept = SumCheckpoints::new();
         let start = Instant::now();
         for _ in 0..repeats {
             let inputs = [black_box(q.view()), k.view(), v.view()];
             let mut head = Head::new(inputs[0], inputs[1], inputs[2], out.view_mut());
             if is_recorded {
                 head = head.with_log_normalizer(log_normalizer.view_mut());
+            } else {
+                head = head.with_checkpoints(&mut kept);
             }
             kernel.forward_heads(&mut [head], Mask::Causal, scratch)?;
             let [d_q, d_k, d_v] = &mut *gradients;
@@ -173,6 +176,8 @@ impl Loaded {
                 let out = out.view().insert_axis(Axis(0));
                 let log_normalizer = log_normalizer.view();
                 head = head.with_record(ForwardRecord { out, log_normalizer });
+            } else {
+                head = head.with_checkpoints(&kept);
             }
             kernel.backward_heads(&mut [head], Mask::Causal, scratch)?;
         }

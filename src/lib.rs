@@ -172,6 +172,7 @@ pub use features::wpff::{Points, Wpff};
 pub use mask::Mask;
 pub use memory::exact::ExactMemory;
 pub use memory::linear::LinearMemory;
+pub use memory::linear::checkpoints::SumCheckpoints;
 pub use memory::merged::entries::MergedMemory;
 pub use memory::merged::rule::{MergeCost, MergeUnits, Metric};
 pub use memory::partial::Partial;

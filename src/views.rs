@@ -16,6 +16,28 @@ pub(crate) fn rows<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> ArrayVie
     x
 }
 
+/// What stays in the second cache of most machines.
+const CACHE_BYTES: usize = 1 << 20;
+
+/// Reads some rows of arrays that are too large for a cache once, each array in its order, so that
+/// they are in a cache when they are read in pieces and mixed: machines load ahead what is read in
+/// order. Does nothing if the arrays do fit, or the rows do not.
+pub(crate) fn read_ahead<T: Scalar>(arrays: &[ArrayView2<'_, T>], range: Range<usize>) {
+    let bytes = |rows: usize| {
+        let numbers = |x: &ArrayView2<'_, T>| rows.saturating_mul(x.ncols() * size_of::<T>());
+        arrays.iter().map(numbers).fold(0, usize::saturating_add)
+    };
+    let all = arrays.first().map_or(0, ArrayView2::nrows);
+    if bytes(all) <= CACHE_BYTES || bytes(range.len()) > CACHE_BYTES {
+        return;
+    }
+    for x in arrays {
+        if let Some(x) = rows(*x, range.clone()).to_slice() {
+            core::hint::black_box(kernel::max_abs(x));
+        }
+    }
+}
+
 /// One row of a view.
 #[inline]
 pub(crate) fn row<T>(x: ArrayView2<'_, T>, row: usize) -> ArrayView1<'_, T> {

@@ -3,6 +3,7 @@
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::scalar::Scalar;
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
@@ -45,6 +46,9 @@ pub struct Head<'a, T> {
     /// Where the natural logarithms of the sums of the weights go, `[group, n_q]`, if they are
     /// asked for: [`with_log_normalizer`](Self::with_log_normalizer).
     pub log_normalizer: Option<ArrayViewMut2<'a, T>>,
+    /// Where linear attention keeps sums for the backward pass, if it is to:
+    /// [`with_checkpoints`](Self::with_checkpoints).
+    pub checkpoints: Option<&'a mut SumCheckpoints<T>>,
 }
 
 impl<'a, T> Head<'a, T> {
@@ -70,7 +74,7 @@ impl<'a, T> Head<'a, T> {
         v: ArrayView2<'a, T>,
         out: ArrayViewMut3<'a, T>,
     ) -> Self {
-        Self { q, k, v, log_decay: None, probes: 0, out, log_normalizer: None }
+        Self { q, k, v, log_decay: None, probes: 0, out, log_normalizer: None, checkpoints: None }
     }
 
     /// Brings the log decays of the tokens, `[n_k, 1 or num_features]`.
@@ -121,6 +125,19 @@ impl<'a, T> Head<'a, T> {
         Self { log_normalizer: Some(log_normalizer), ..self }
     }
 
+    /// Asks [`LinearAttention`](crate::LinearAttention), and what is built of it, to keep sums for
+    /// the backward pass there, which then is faster
+    /// ([`HeadGradient::with_checkpoints`](crate::HeadGradient::with_checkpoints)). What they held
+    /// is removed; a call that has no use for them leaves them empty.
+    #[must_use]
+    pub fn with_checkpoints(self, checkpoints: &'a mut SumCheckpoints<T>) -> Self
+    where
+        T: Scalar,
+    {
+        checkpoints.clear();
+        Self { checkpoints: Some(checkpoints), ..self }
+    }
+
     /// The same head, borrowed for a shorter time.
     #[inline]
     pub fn reborrow(&mut self) -> Head<'_, T> {
@@ -132,6 +149,7 @@ impl<'a, T> Head<'a, T> {
             probes: self.probes,
             out: self.out.view_mut(),
             log_normalizer: self.log_normalizer.as_mut().map(|x| x.view_mut()),
+            checkpoints: self.checkpoints.as_deref_mut(),
         }
     }
 

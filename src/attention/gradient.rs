@@ -4,6 +4,7 @@ use crate::attention::call::NOT_GATED;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
@@ -55,6 +56,8 @@ pub struct HeadGradient<'a, T> {
     pub d_out: ArrayView3<'a, T>,
     /// What the forward pass gave, for kernels that can make use of it.
     pub record: Option<ForwardRecord<'a, T>>,
+    /// Sums that the forward pass has kept, for linear attention.
+    pub checkpoints: Option<&'a SumCheckpoints<T>>,
     /// The gradient by the queries, `[group, n_q, d]`.
     pub d_q: ArrayViewMut3<'a, T>,
     /// The gradient by the keys, summed over the query heads, `[n_k, d]`.
@@ -74,7 +77,8 @@ pub struct HeadGradient<'a, T> {
 /// not compute it again. Gradients are wrong where it is that of others.
 ///
 /// Exact softmax then leaves out its first pass over the scores. Linear attention needs neither:
-/// it gets both on the way, for less than reading them would cost. Hybrids do as well.
+/// it gets both on the way, for less than reading them would cost, and can use
+/// [`SumCheckpoints`](crate::SumCheckpoints) instead. Hybrids need neither as well.
 #[derive(Debug)]
 pub struct ForwardRecord<'a, T> {
     /// The outputs, `[group, n_q, d_v]`.
@@ -143,6 +147,7 @@ impl<'a, T> HeadGradient<'a, T> {
             log_decay: None,
             d_out,
             record: None,
+            checkpoints: None,
             d_q,
             d_k,
             d_v,
@@ -168,6 +173,15 @@ impl<'a, T> HeadGradient<'a, T> {
         Self { record: Some(record), ..self }
     }
 
+    /// Brings the sums that a forward pass of the same kernel kept for the same arguments
+    /// ([`Head::with_checkpoints`](crate::Head::with_checkpoints)); gradients are wrong where they
+    /// are those of others. Causal linear attention, and what is built of it, then need not
+    /// compute them again; other kernels have no use for them.
+    #[must_use]
+    pub fn with_checkpoints(self, checkpoints: &'a SumCheckpoints<T>) -> Self {
+        Self { checkpoints: Some(checkpoints), ..self }
+    }
+
     /// Asks for the gradient by parameters of these names.
     #[must_use]
     pub fn with_parameters(self, d_parameters: &'a mut Parameters<T>) -> Self {
@@ -187,6 +201,7 @@ impl<'a, T> HeadGradient<'a, T> {
             log_decay: self.log_decay,
             d_out: self.d_out,
             record: self.record.as_ref().map(ForwardRecord::reborrow),
+            checkpoints: self.checkpoints,
             d_q: self.d_q.view_mut(),
             d_k: self.d_k.view_mut(),
             d_v: self.d_v.view_mut(),

@@ -295,12 +295,16 @@ impl<F> LinearAttention<F> {
         let decay = log_decay.set(&self.decay, features)?.then_some(&*log_decay);
         check_gates(decay, features, head)?;
         let pass = Pass::new(&*self.map, value_dim, scale)?.with_decay(decay);
-        let Head { q, k, v, log_decay, out, .. } = head;
+        let Head { q, k, v, log_decay, out, checkpoints, .. } = head;
+        // the sums are the same for every query head
+        let mut checkpoints = checkpoints.as_deref_mut();
         q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
             state.reset(features, value_dim);
             let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
             match mask {
-                Mask::Causal => pass.extend(state, tokens, out, self.readout, work, false),
+                Mask::Causal => work.keeping(checkpoints.take(), q.nrows(), |work| {
+                    pass.extend(state, tokens, out, self.readout, work, false)
+                }),
                 Mask::Full if decay.is_some() => Err(NO_FULL_DECAY),
                 Mask::Full => pass.full(state, q, *k, *v, out, self.readout, work),
             }

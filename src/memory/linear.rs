@@ -3,6 +3,7 @@
 pub(crate) mod backward;
 mod bounds;
 mod causal;
+pub(crate) mod checkpoints;
 mod chunk;
 pub(crate) mod decay;
 pub(crate) mod entry;

@@ -169,6 +169,7 @@ impl<T: Scalar> MultiHead<T> {
                 log_decay: log_decay.map(|x| head(&x, sequence, kv, keys.clone())),
                 d_out: heads(&d_out, sequence, query_heads, queries.clone()),
                 record: None,
+                checkpoints: None,
                 d_q: rows_of(d_q, queries),
                 d_k: next_head(&mut d_k, &keys),
                 d_v: next_head(&mut d_v, &keys),

@@ -118,6 +118,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             probes: 0,
             out,
             log_normalizer: None,
+            checkpoints: None,
         }
     }
 

@@ -22,6 +22,7 @@ mod golden_naive;
 mod gradients;
 mod gradients_hybrid;
 mod gradients_inside;
+mod gradients_kept;
 mod gradients_softmax;
 mod hybrid;
 mod layer_batches;

@@ -57,7 +57,7 @@ impl<T: Scalar> LinearParts<'_, T> {
         }
         let pass = Pass::new(self.map, value_dim, scale)?.with_decay(decay);
         let HeadGradient { q, k, v, log_decay, d_out, d_q, d_k, d_v, .. } = head;
-        let HeadGradient { d_log_decay, d_parameters, .. } = head;
+        let HeadGradient { d_log_decay, d_parameters, checkpoints, .. } = head;
         if q.is_empty() {
             return Ok(());
         }
@@ -73,7 +73,8 @@ impl<T: Scalar> LinearParts<'_, T> {
         for ((q, d_out), d_q) in heads {
             let with_decays = decay.is_some() && (d_log_decay.is_some() || trains_decay);
             let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
-            let backward = Backward { pass, tokens, readout: self.readout, with_decays };
+            let (readout, checkpoints) = (self.readout, *checkpoints);
+            let backward = Backward { pass, tokens, readout, with_decays, checkpoints };
             let mut out = TokenGradients {
                 d_out,
                 d_q,

@@ -15,7 +15,6 @@
 //! parts, of which the last comes first; the sums before each part are kept.
 
 pub(crate) mod call;
-mod checkpoint;
 mod forward;
 mod gates;
 pub(crate) mod late;
@@ -29,10 +28,10 @@ use crate::error::Error;
 use crate::features::side::Side;
 use crate::kernel::buffer::padded;
 use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
-use crate::memory::linear::backward::checkpoint::Checkpoint;
 use crate::memory::linear::backward::work::BackwardWork;
+use crate::memory::linear::checkpoints::Checkpoint;
 use crate::memory::linear::groups::{FirstDecay, Groups};
-use crate::memory::linear::pass::PassBuffers;
+use crate::memory::linear::pass::{PassBuffers, Tokens};
 use crate::memory::linear::steps;
 use crate::scalar::Scalar;
 use crate::views;
@@ -65,7 +64,15 @@ impl<T: Scalar> Backward<'_, T> {
         work.state.reset(features, value_dim);
         work.suffix.reset(features, value_dim);
         work.gates.begin();
-        self.part(0..self.tokens.q.nrows(), 0, units, out, work)
+        let mut end = self.tokens.q.nrows();
+        let kept = self.checkpoints.map(|all| all.of(end, features, padded::<T>(value_dim)));
+        for checkpoint in kept.unwrap_or_default().iter().rev() {
+            checkpoint.restore_scaled(&mut work.state, units.values_inverse);
+            self.part(checkpoint.tokens()..end, 0, units, out, work)?;
+            end = checkpoint.tokens();
+        }
+        work.state.reset(features, value_dim);
+        self.part(0..end, 0, units, out, work)
     }
 
     /// The gradients of a part of the sequence, from the sums before it and the suffix sums after
@@ -80,6 +87,10 @@ impl<T: Scalar> Backward<'_, T> {
     ) -> Result<(), Error> {
         let most = self.tape_tokens();
         if part.len() <= most {
+            let Tokens { q, k, v, .. } = self.tokens;
+            let TokenGradients { d_out, d_q, d_k, d_v, .. } = &*out;
+            let arrays = [q, k, v, *d_out, d_q.view(), d_k.view(), d_v.view()];
+            views::read_ahead(&arrays, part.clone());
             self.scan_forward(part, units, out, work)?;
             return self.scan_back(units, out, work);
         }

@@ -15,6 +15,9 @@ use crate::views;
 use core::ops::Range;
 use ndarray::ArrayViewMut2;
 
+/// Tokens that are brought to a cache at once.
+const AHEAD: usize = 256;
+
 impl<T: Scalar> Pass<'_, T> {
     /// Causal attention of some of the new tokens: each query sees the tokens absorbed before and
     /// the new ones up to its own. `keep` says whether the state will be needed afterwards. The
@@ -33,6 +36,13 @@ impl<T: Scalar> Pass<'_, T> {
         for start in all.clone().step_by(chunk_len::<T>()) {
             let range = start..all.end.min(start + chunk_len::<T>());
             let last = range.end == all.end;
+            if (start - all.start).is_multiple_of(AHEAD) && all.len() > AHEAD {
+                let ahead = start..all.end.min(start + AHEAD);
+                views::read_ahead(&[tokens.q, tokens.k, tokens.v, out.view()], ahead);
+            }
+            if let Some(checkpoints) = &mut buffers.checkpoints {
+                checkpoints.offer(tokens.q.nrows(), state);
+            }
             self.map_tokens(tokens.rows(range.clone()), buffers, start)?;
             let out = views::rows_mut(out.view_mut(), range);
             if out.nrows() == 1 {

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::memory::answer::Readout;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::linear::state::State;
 use crate::memory::linear::step::HeldStep;
@@ -51,6 +52,27 @@ impl<T: Scalar> Workspace<T> {
         }
         #[cfg(not(feature = "rayon"))]
         let _ = may_be_several;
+    }
+}
+
+impl<T: Scalar> Workspace<T> {
+    /// Runs a forward pass over so many tokens that keeps sums on the way, if it is to.
+    pub(crate) fn keeping(
+        &mut self,
+        checkpoints: Option<&mut SumCheckpoints<T>>,
+        tokens: usize,
+        run: impl FnOnce(&mut Self) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(checkpoints) = checkpoints else { return run(self) };
+        checkpoints.clear();
+        self.pass.checkpoints = Some(core::mem::take(checkpoints));
+        let result = run(self);
+        *checkpoints = self.pass.checkpoints.take().unwrap_or_default();
+        match &result {
+            Ok(()) => checkpoints.end(tokens),
+            Err(_) => checkpoints.clear(),
+        }
+        result
     }
 }
 

@@ -10,6 +10,7 @@ use crate::kernel::buffer::Buffer;
 use crate::kernel::loops::reduce::TakeToken;
 use crate::memory::answer::Answer;
 use crate::memory::linear::bounds::LARGEST_FEATURE;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::memory::linear::chunk::Chunk;
 use crate::memory::linear::decay::LogDecay;
 use crate::memory::linear::gates::Gates;
@@ -57,6 +58,8 @@ pub(super) struct PassBuffers<T> {
     pub(super) part: Chunk<T>,
     pub(super) step: StepBuffers<T>,
     pub(super) answer: Answer<T>,
+    /// Where sums are kept for a backward pass, if they are.
+    pub(super) checkpoints: Option<SumCheckpoints<T>>,
     /// The state before a change that may fail.
     pub(super) before: State<T>,
 }
@@ -74,6 +77,7 @@ impl<T: Scalar> PassBuffers<T> {
             part: Chunk::new(),
             step: StepBuffers::new(),
             answer: Answer::new(),
+            checkpoints: None,
             before: State::new(),
         }
     }

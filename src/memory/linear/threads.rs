@@ -133,6 +133,9 @@ pub(super) fn extend<T: Scalar>(
         let next = BLOCK.min(count - first - here);
         let range = first * chunk_len::<T>()..(first + here) * chunk_len::<T>();
         before.copy_from(state);
+        if let Some(checkpoints) = &mut in_order.checkpoints {
+            checkpoints.offer(tokens.q.nrows(), state);
+        }
         let scales = causal_scales(state, &chunks[..here]);
         if let Some(scales) = &scales {
             scan::absorb(state, &mut chunks[..here], scales, snapshots, threads, true);

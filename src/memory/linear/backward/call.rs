@@ -5,6 +5,7 @@ use crate::error::Error;
 use crate::kernel;
 use crate::kernel::simd::Lanes;
 use crate::memory::answer::Readout;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::unit::{self, Unit};
 use crate::scalar::Scalar;
@@ -81,6 +82,8 @@ pub(crate) struct Backward<'a, T> {
     pub(crate) readout: Readout,
     /// Whether gradients by decays are wanted.
     pub(crate) with_decays: bool,
+    /// What the forward pass kept.
+    pub(crate) checkpoints: Option<&'a SumCheckpoints<T>>,
 }
 
 impl<T: Scalar> Backward<'_, T> {

@@ -1,10 +1,10 @@
 //! The working memory of a backward pass.
 
 use crate::kernel::buffer::Buffer;
-use crate::memory::linear::backward::checkpoint::Checkpoint;
 use crate::memory::linear::backward::gates::GateGradients;
 use crate::memory::linear::backward::map::MapBuffers;
 use crate::memory::linear::backward::tape::Tape;
+use crate::memory::linear::checkpoints::Checkpoint;
 use crate::memory::linear::pass::{Pass, PassBuffers};
 use crate::memory::linear::state::State;
 use crate::memory::linear::state_decay::StateDecay;
