@@ -180,6 +180,7 @@ pub use memory::{CloneMemory, Memory};
 pub use multi_head::MultiHead;
 pub use multi_head::gradient::{LayerGradient, LayerGradients};
 pub use multi_head::layout::Padding;
+pub use multi_head::raw::{RawGradients, RawTensor};
 pub use multi_head::stream::MultiHeadStream;
 pub use multi_head::stream::state::MultiHeadState;
 pub use parameters::Parameters;

@@ -5,6 +5,7 @@ pub(crate) mod gradient;
 pub(crate) mod layout;
 mod parameters;
 mod pool;
+pub(crate) mod raw;
 pub(crate) mod stream;
 pub(crate) mod tasks;
 pub(crate) mod undo;

@@ -99,7 +99,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         self.extend_all([q, k, v], Some(log_decay), lengths, out)
     }
 
-    fn extend_all(
+    pub(super) fn extend_all(
         &mut self,
         [q, k, v]: [ArrayView4<'_, T>; 3],
         log_decay: Option<ArrayView4<'_, T>>,

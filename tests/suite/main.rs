@@ -38,6 +38,7 @@ mod plan;
 mod positions;
 mod promises;
 mod range;
+mod raw_tensors;
 mod real_heads;
 mod rotary;
 #[cfg(feature = "serde")]
