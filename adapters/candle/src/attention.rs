@@ -1,0 +1,164 @@
+//! Attention of a layer over tensors.
+
+use crate::element::{Element, check_device, check_dtype};
+use crate::op::{LayerOp, Packed};
+use crate::parameters::layer_with;
+use candle_core::{Device, Result, Tensor, bail};
+use dijiang::{Mask, MultiHead};
+
+/// Attends in every head: `q [batch, query_heads, n_q, d]`, `k [batch, kv_heads, n_k, d]`,
+/// `v [batch, kv_heads, n_k, d_v]` give `[batch, query_heads, n_q, d_v]`, as
+/// [`MultiHead::forward`] says. Gradients by the three go through the crate's own backward pass.
+///
+/// Tensors may have any strides: they are read where they lie, and nothing is copied. Those of
+/// `F16` and `BF16` are widened, one sequence after the other, and the result has their type.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use dijiang::{DctFeatures, LinearAttention, Mask, MultiHead};
+///
+/// let layer = MultiHead::new(LinearAttention::new(DctFeatures::<f32>::new(16, 32, 0)?), 4, 2)?;
+/// let q = Var::randn(0f32, 1., (2, 4, 100, 16), &Device::Cpu)?;
+/// let k = Tensor::randn(0f32, 1., (2, 2, 100, 16), &Device::Cpu)?;
+/// let v = Tensor::randn(0f32, 1., (2, 2, 100, 8), &Device::Cpu)?;
+/// let out = dijiang_candle::attention(&layer, &q, &k, &v, Mask::Causal, None)?;
+/// assert_eq!(out.dims(), [2, 4, 100, 8]);
+/// let gradients = out.sqr()?.sum_all()?.backward()?;
+/// assert_eq!(gradients.get(&q).unwrap().dims(), q.dims());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// What the core reports, in its words; another type than that of the layer; a tensor on another
+/// device (see [`via_host`]). Where a kernel has no backward pass, `backward` fails.
+pub fn attention<T: Element>(
+    layer: &MultiHead<T>,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    mask: Mask,
+    key_lengths: Option<&[usize]>,
+) -> Result<Tensor> {
+    attention_with(layer, Extras::default(), [q, k, v], mask, key_lengths)
+}
+
+/// What a call may bring beside queries, keys and values, all of it trainable.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extras<'a> {
+    /// Log decays `[batch, kv_heads, n_k, 1 or num_features]`, of gated kernels; the mask is then
+    /// [`Mask::Causal`].
+    pub log_decay: Option<&'a Tensor>,
+    /// Numbers in the place of [parameters](MultiHead::parameters) of the layer, by their names
+    /// ([`parameters`](crate::parameters())).
+    pub parameters: &'a [(String, Tensor)],
+}
+
+/// As [`attention`], with log decays, and with parameters of the layer from tensors.
+///
+/// Values and extras are copied behind each other, as an operation of candle has three operands.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use dijiang::{LearnedFeatures, LinearAttention, Mask, MultiHead};
+/// use dijiang_candle::{Extras, attention_with, parameters};
+///
+/// let layer = MultiHead::new(LinearAttention::new(LearnedFeatures::<f32>::hedgehog(8)?), 2, 2)?;
+/// let vars = parameters(&layer)?
+///     .into_iter()
+///     .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
+///     .collect::<candle_core::Result<Vec<_>>>()?;
+/// let named: Vec<_> = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+/// let x = Tensor::randn(0f32, 1., (1, 2, 50, 8), &Device::Cpu)?;
+/// let extras = Extras { parameters: &named, ..Extras::default() };
+/// let out = attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
+/// let gradients = out.sqr()?.sum_all()?.backward()?;
+/// assert!(vars.iter().all(|(_, var)| gradients.get(var).is_some()));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// As [`attention`]; a name that the layer does not have, or another shape.
+pub fn attention_with<T: Element>(
+    layer: &MultiHead<T>,
+    extras: Extras<'_>,
+    [q, k, v]: [&Tensor; 3],
+    mask: Mask,
+    key_lengths: Option<&[usize]>,
+) -> Result<Tensor> {
+    for (which, tensor) in [("q", q), ("k", k), ("v", v)] {
+        check_device(which, tensor)?;
+        check_dtype::<T>(which, tensor.dtype())?;
+        if tensor.rank() != 4 {
+            bail!("`{which}` has shape {:?} where [batch, heads, n, d] is needed", tensor.shape());
+        }
+        if tensor.dtype() != q.dtype() {
+            bail!("`{which}` is {:?} and `q` {:?}: give both one type", tensor.dtype(), q.dtype());
+        }
+    }
+    let key_lengths = key_lengths.map(<[usize]>::to_vec);
+    let Extras { log_decay, parameters } = extras;
+    if log_decay.is_none() && parameters.is_empty() {
+        let op = LayerOp { layer: layer.clone(), mask, key_lengths, packed: None };
+        return q.apply_op3(k, v, op);
+    }
+    let mut parts = vec![v.flatten_all()?];
+    if let Some(log_decay) = log_decay {
+        check_device("log_decay", log_decay)?;
+        check_dtype::<T>("log_decay", log_decay.dtype())?;
+        if mask != Mask::Causal {
+            bail!("log decays need an order of tokens: use `Mask::Causal`");
+        }
+        parts.push(log_decay.to_dtype(v.dtype())?.flatten_all()?);
+    }
+    for (name, tensor) in parameters {
+        check_device(name, tensor)?;
+        parts.push(tensor.to_dtype(v.dtype())?.flatten_all()?);
+    }
+    let packed = Packed {
+        values: v.dims4()?.into(),
+        log_decay: log_decay.map(|x| x.dims4().map(Into::into)).transpose()?,
+        parameters: parameters
+            .iter()
+            .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
+            .collect(),
+    };
+    let layer = layer_with(layer, parameters)?;
+    let op = LayerOp { layer, mask, key_lengths, packed: Some(packed) };
+    q.apply_op3(k, &Tensor::cat(&parts, 0)?, op)
+}
+
+/// Runs `run` with tensors of another device on the CPU, and brings the result back to that of the
+/// first. Gradients take the same way.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use dijiang::{Mask, MultiHead, SoftmaxAttention};
+/// use dijiang_candle::{attention, via_host};
+///
+/// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 2, 2)?;
+/// let device = Device::cuda_if_available(0)?;
+/// let x = Tensor::randn(0f32, 1., (1, 2, 50, 8), &device)?;
+/// let out = via_host([&x, &x, &x], |[q, k, v]| attention(&layer, &q, &k, &v, Mask::Causal, None))?;
+/// assert!(out.device().same_device(&device));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+///
+/// Those of the copies, and of `run`.
+pub fn via_host<const N: usize>(
+    tensors: [&Tensor; N],
+    run: impl FnOnce([Tensor; N]) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let mut here = Vec::with_capacity(N);
+    for tensor in tensors {
+        here.push(tensor.to_device(&Device::Cpu)?);
+    }
+    let device = tensors.first().map_or(&Device::Cpu, |first| first.device());
+    match here.try_into() {
+        Ok(here) => run(here)?.to_device(device),
+        Err(_) => bail!("there are {N} tensors"),
+    }
+}
