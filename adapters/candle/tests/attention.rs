@@ -24,7 +24,7 @@ fn numbers(x: &Tensor) -> Vec<f64> {
 fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     assert_eq!(a.dims(), b.dims(), "{what}");
     let (a, b) = (numbers(a), numbers(b));
-    let size = b.iter().fold(1e-300, |m: f64, x| m.max(x.abs()));
+    let size = b.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
     let error = a.iter().zip(&b).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / size;
     assert!(error <= tolerance, "{what}: {error:.1e}");
 }

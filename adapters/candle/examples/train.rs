@@ -1,0 +1,169 @@
+//! A language model of characters with two layers of frequency-domain attention: trained on a text
+//! of this repository, then generated from token by token, with a state of constant size.
+//!
+//! ```text
+//! cargo run --release -p dijiang-candle --example train [STEPS]
+//! ```
+
+use candle_core::{D, DType, Device, Module, Result, Tensor};
+use candle_nn::{
+    AdamW, Embedding, LayerNorm, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap, embedding,
+    layer_norm, linear_no_bias, loss, ops,
+};
+use dijiang::{DctFeatures, LinearAttention, MultiHead, Rotary, RotaryAttention};
+use dijiang_candle::{AttentionState, DijiangAttention, DijiangAttentionConfig};
+use rand::distr::{Distribution, weighted::WeightedIndex};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+const TEXT: &str = include_str!("../../../docs/theory.md");
+const HIDDEN: usize = 64;
+const HEADS: usize = 4;
+const HEAD_DIM: usize = HIDDEN / HEADS;
+const FEATURES: usize = 32;
+const LAYERS: usize = 2;
+const BATCH: usize = 8;
+const CONTEXT: usize = 128;
+
+/// A layer: attention, then a perceptron, each beside the hidden states.
+struct Block {
+    norms: [LayerNorm; 2],
+    attention: DijiangAttention<f32>,
+    up: Linear,
+    down: Linear,
+}
+
+impl Block {
+    fn new(seed: u64, vb: &VarBuilder) -> std::result::Result<Self, Box<dyn std::error::Error>> {
+        // queries and keys turn with their positions; heads share a map, whose numbers are trained
+        let map = DctFeatures::<f32>::new(HEAD_DIM, FEATURES, seed)?;
+        let kernel = RotaryAttention::new(Rotary::new(HEAD_DIM)?, LinearAttention::new(map));
+        let layer = MultiHead::new(kernel, HEADS, HEADS)?;
+        let config = DijiangAttentionConfig::new(HIDDEN, HEAD_DIM);
+        Ok(Self {
+            norms: [
+                layer_norm(HIDDEN, 1e-5, vb.pp("norm_1"))?,
+                layer_norm(HIDDEN, 1e-5, vb.pp("norm_2"))?,
+            ],
+            attention: DijiangAttention::new(layer, config, vb.pp("attention"))?,
+            up: linear_no_bias(HIDDEN, 4 * HIDDEN, vb.pp("up"))?,
+            down: linear_no_bias(4 * HIDDEN, HIDDEN, vb.pp("down"))?,
+        })
+    }
+
+    /// With a state the next tokens, without one whole sequences.
+    fn forward(&self, x: &Tensor, state: Option<&mut AttentionState<f32>>) -> Result<Tensor> {
+        let seen = self.norms[0].forward(x)?;
+        let attended = match state {
+            Some(state) => self.attention.forward_step(&seen, state)?,
+            None => self.attention.forward(&seen)?,
+        };
+        let x = (x + attended)?;
+        let hidden = self.up.forward(&self.norms[1].forward(&x)?)?.gelu()?;
+        x + self.down.forward(&hidden)?
+    }
+}
+
+struct Model {
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+impl Model {
+    fn new(
+        characters: usize,
+        vb: &VarBuilder,
+    ) -> std::result::Result<Self, Box<dyn std::error::Error>> {
+        let block = |i: usize| Block::new(i as u64, &vb.pp(format!("layers.{i}")));
+        Ok(Self {
+            embedding: embedding(characters, HIDDEN, vb.pp("embedding"))?,
+            blocks: (0..LAYERS).map(block).collect::<std::result::Result<_, _>>()?,
+            norm: layer_norm(HIDDEN, 1e-5, vb.pp("norm"))?,
+            head: linear_no_bias(HIDDEN, characters, vb.pp("head"))?,
+        })
+    }
+
+    /// Logits `[batch, n, characters]` of `[batch, n]` characters.
+    fn forward(
+        &self,
+        tokens: &Tensor,
+        states: Option<&mut [AttentionState<f32>]>,
+    ) -> Result<Tensor> {
+        let mut x = self.embedding.forward(tokens)?;
+        let mut states = states.map(|states| states.iter_mut());
+        for block in &self.blocks {
+            x = block.forward(&x, states.as_mut().and_then(Iterator::next))?;
+        }
+        self.head.forward(&self.norm.forward(&x)?)
+    }
+}
+
+/// Some passages of the text, and the same one character on.
+fn batch(tokens: &[u32], rng: &mut StdRng) -> Result<[Tensor; 2]> {
+    let starts: Vec<usize> =
+        (0..BATCH).map(|_| rng.random_range(0..tokens.len() - CONTEXT)).collect();
+    let passages = |shift: usize| {
+        let of = |&start: &usize| &tokens[start + shift..start + shift + CONTEXT];
+        let all: Vec<u32> = starts.iter().flat_map(of).copied().collect();
+        Tensor::from_vec(all, (BATCH, CONTEXT), &Device::Cpu)
+    };
+    Ok([passages(0)?, passages(1)?])
+}
+
+/// The text goes on, one character after the other.
+fn generate(
+    model: &Model,
+    characters: &[char],
+    tokens: &[u32],
+    rng: &mut StdRng,
+) -> Result<String> {
+    let mut states =
+        model.blocks.iter().map(|block| block.attention.state(1)).collect::<Result<Vec<_>>>()?;
+    let mut next = Tensor::new(tokens, &Device::Cpu)?.unsqueeze(0)?;
+    let mut text = String::new();
+    for _ in 0..200 {
+        let logits = model.forward(&next, Some(&mut states))?.detach();
+        let last = logits.narrow(1, logits.dim(1)? - 1, 1)?.flatten_all()?;
+        let weights = ops::softmax(&(last / 0.7)?, D::Minus1)?.to_vec1::<f32>()?;
+        let token = WeightedIndex::new(weights).map_err(candle_core::Error::wrap)?.sample(rng);
+        text.push(characters[token]);
+        next = Tensor::new(&[[token as u32]], &Device::Cpu)?;
+    }
+    println!(
+        "{} tokens seen, {} bytes of state in {} layers",
+        states[0].len(),
+        states.iter().map(AttentionState::state_bytes).sum::<usize>(),
+        states.len()
+    );
+    Ok(text)
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let steps: usize = std::env::args().nth(1).map_or(Ok(300), |steps| steps.parse())?;
+    let mut characters: Vec<char> = TEXT.chars().collect();
+    characters.sort_unstable();
+    characters.dedup();
+    let number = |c| characters.iter().position(|&other| other == c).unwrap_or_default() as u32;
+    let tokens: Vec<u32> = TEXT.chars().map(number).collect();
+
+    let varmap = VarMap::new();
+    let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let model = Model::new(characters.len(), &vb)?;
+    let options = ParamsAdamW { lr: 2e-3, ..ParamsAdamW::default() };
+    let mut optimizer = AdamW::new(varmap.all_vars(), options)?;
+    let mut rng = StdRng::seed_from_u64(0);
+    for step in 0..steps {
+        let [tokens, targets] = batch(&tokens, &mut rng)?;
+        let logits = model.forward(&tokens, None)?.flatten_to(1)?;
+        let loss = loss::cross_entropy(&logits, &targets.flatten_all()?)?;
+        optimizer.backward_step(&loss)?;
+        if step % 20 == 0 || step + 1 == steps {
+            println!("step {step:4}: {:.3} nats a character", loss.to_scalar::<f32>()?);
+        }
+    }
+    let text = generate(&model, &characters, &tokens[..CONTEXT], &mut rng)?;
+    println!("{}|{text}", TEXT.chars().take(CONTEXT).collect::<String>());
+    Ok(())
+}
