@@ -7,8 +7,8 @@
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{
-    AdamW, Embedding, LayerNorm, Linear, Optimizer, ParamsAdamW, VarBuilder, VarMap, embedding,
-    layer_norm, linear_no_bias, loss, ops,
+    AdamW, Embedding, Linear, Optimizer, ParamsAdamW, RmsNorm, VarBuilder, VarMap, embedding,
+    linear_no_bias, loss, ops, rms_norm,
 };
 use dijiang::{DctFeatures, LinearAttention, MultiHead, Rotary, RotaryAttention};
 use dijiang_candle::{AttentionState, DijiangAttention, DijiangAttentionConfig};
@@ -16,7 +16,7 @@ use rand::distr::{Distribution, weighted::WeightedIndex};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-const TEXT: &str = include_str!("../../../docs/theory.md");
+const TEXT: &str = include_str!("../../../README.md");
 const HIDDEN: usize = 64;
 const HEADS: usize = 4;
 const HEAD_DIM: usize = HIDDEN / HEADS;
@@ -27,7 +27,7 @@ const CONTEXT: usize = 128;
 
 /// A layer: attention, then a perceptron, each beside the hidden states.
 struct Block {
-    norms: [LayerNorm; 2],
+    norms: [RmsNorm; 2],
     attention: DijiangAttention<f32>,
     up: Linear,
     down: Linear,
@@ -42,8 +42,8 @@ impl Block {
         let config = DijiangAttentionConfig::new(HIDDEN, HEAD_DIM);
         Ok(Self {
             norms: [
-                layer_norm(HIDDEN, 1e-5, vb.pp("norm_1"))?,
-                layer_norm(HIDDEN, 1e-5, vb.pp("norm_2"))?,
+                rms_norm(HIDDEN, 1e-5, vb.pp("norm_1"))?,
+                rms_norm(HIDDEN, 1e-5, vb.pp("norm_2"))?,
             ],
             attention: DijiangAttention::new(layer, config, vb.pp("attention"))?,
             up: linear_no_bias(HIDDEN, 4 * HIDDEN, vb.pp("up"))?,
@@ -51,15 +51,16 @@ impl Block {
         })
     }
 
-    /// With a state the next tokens, without one whole sequences.
+    /// With a state the next tokens, without one whole sequences. (Norms by `forward_diff`: the
+    /// faster `forward` of candle has no gradient, and stops those of all that comes before.)
     fn forward(&self, x: &Tensor, state: Option<&mut AttentionState<f32>>) -> Result<Tensor> {
-        let seen = self.norms[0].forward(x)?;
+        let seen = self.norms[0].forward_diff(x)?;
         let attended = match state {
             Some(state) => self.attention.forward_step(&seen, state)?,
             None => self.attention.forward(&seen)?,
         };
         let x = (x + attended)?;
-        let hidden = self.up.forward(&self.norms[1].forward(&x)?)?.gelu()?;
+        let hidden = self.up.forward(&self.norms[1].forward_diff(&x)?)?.gelu()?;
         x + self.down.forward(&hidden)?
     }
 }
@@ -67,7 +68,7 @@ impl Block {
 struct Model {
     embedding: Embedding,
     blocks: Vec<Block>,
-    norm: LayerNorm,
+    norm: RmsNorm,
     head: Linear,
 }
 
@@ -80,7 +81,7 @@ impl Model {
         Ok(Self {
             embedding: embedding(characters, HIDDEN, vb.pp("embedding"))?,
             blocks: (0..LAYERS).map(block).collect::<std::result::Result<_, _>>()?,
-            norm: layer_norm(HIDDEN, 1e-5, vb.pp("norm"))?,
+            norm: rms_norm(HIDDEN, 1e-5, vb.pp("norm"))?,
             head: linear_no_bias(HIDDEN, characters, vb.pp("head"))?,
         })
     }
@@ -96,7 +97,7 @@ impl Model {
         for block in &self.blocks {
             x = block.forward(&x, states.as_mut().and_then(Iterator::next))?;
         }
-        self.head.forward(&self.norm.forward(&x)?)
+        self.head.forward(&self.norm.forward_diff(&x)?)
     }
 }
 
