@@ -203,6 +203,15 @@ impl Error {
         self
     }
 
+    /// The same error of the tail of a sequence that began at key `first`: rows of keys, values and
+    /// log decays count from the first key, others from the first query.
+    pub(crate) fn of_tail(self, first: usize) -> Self {
+        match self {
+            Self::NotFinite { which: "k" | "v", .. } => self.in_chunk(first),
+            error => error,
+        }
+    }
+
     /// The same error of the first row, where rows stand for the query heads of one token.
     pub(crate) fn of_first_row(mut self) -> Self {
         if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } =

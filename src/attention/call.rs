@@ -182,17 +182,16 @@ impl<T: Scalar> Head<'_, T> {
     /// # Errors
     ///
     /// [`Error::Shape`] if the shapes do not fit together, or `mask` is [`Mask::Causal`] and there
-    /// are other numbers of queries and keys; [`Error::ZeroSize`] if there are queries but no keys,
-    /// or the values have no columns.
+    /// are other numbers of queries and keys, or [`Mask::CausalTail`] and there are more queries
+    /// than keys; [`Error::ZeroSize`] if there are queries but no keys, or the values have no
+    /// columns.
     pub fn check_forward(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
         let Self { k, v, out, .. } = self;
         self.check_sizes(head_dim)?;
         check::at_least_one("v columns", v.ncols())?;
         check::size("out", "rows", self.queries(), out.len_of(Axis(1)))?;
         check::size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
-        if mask == Mask::Causal {
-            check::size("k", "rows", self.queries(), k.nrows())?;
-        }
+        check::mask(mask, [self.queries(), k.nrows()])?;
         if self.queries() > 0 {
             check::at_least_one("k rows", k.nrows())?;
         }

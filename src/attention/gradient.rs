@@ -254,8 +254,9 @@ impl<T: Scalar> HeadGradient<'_, T> {
     /// # Errors
     ///
     /// [`Error::Shape`] if the shapes do not fit together, or `mask` is [`Mask::Causal`] and there
-    /// are other numbers of queries and keys; [`Error::ZeroSize`] if there are queries but no keys,
-    /// or the values have no columns.
+    /// are other numbers of queries and keys, or [`Mask::CausalTail`] and there are more queries
+    /// than keys; [`Error::ZeroSize`] if there are queries but no keys, or the values have no
+    /// columns.
     pub fn check_backward(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
         let Self { q, k, v, d_out, d_q, d_k, d_v, .. } = self;
         check::size("d_out", "heads", self.group_len(), d_out.len_of(Axis(0)))?;
@@ -265,9 +266,7 @@ impl<T: Scalar> HeadGradient<'_, T> {
         check::at_least_one("v columns", v.ncols())?;
         check::size("d_out", "rows", self.queries(), d_out.len_of(Axis(1)))?;
         check::size("d_out", "columns", v.ncols(), d_out.len_of(Axis(2)))?;
-        if mask == Mask::Causal {
-            check::size("k", "rows", self.queries(), k.nrows())?;
-        }
+        check::mask(mask, [self.queries(), k.nrows()])?;
         if self.queries() > 0 {
             check::at_least_one("k rows", k.nrows())?;
         }

@@ -50,7 +50,6 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let first = if mask == Mask::Causal { Some(0) } else { None };
         let threads = scratch.threads();
         scratch.with_part(|SoftmaxScratch { tile, packed }, _| {
             heads.iter_mut().try_for_each(|head| {
@@ -58,6 +57,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
                 head.check_forward(self.head_dim, mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
+                let first = mask.first([head.queries(), head.keys()]);
                 let Head { q, k, v, out, log_normalizer, .. } = head;
                 let tokens = key_values(self.format, *k, *v, packed);
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();

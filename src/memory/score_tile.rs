@@ -47,6 +47,11 @@ impl Seen {
         })
     }
 
+    /// The first query of the block that holds query `from`, or `from` where there are no blocks.
+    pub(crate) fn block_start(self, from: usize) -> usize {
+        if self.all() { from } else { from / MASK_BLOCK * MASK_BLOCK }
+    }
+
     /// The queries in blocks, each with the number of keys that one of its queries sees.
     pub(crate) fn query_blocks(self) -> impl Iterator<Item = (Range<usize>, usize)> {
         let step = if self.all() { self.queries.max(1) } else { MASK_BLOCK };

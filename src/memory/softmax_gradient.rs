@@ -181,6 +181,7 @@ pub(crate) fn add_gradients<T: Scalar>(
         if let Some(cap) = scoring.soft_cap {
             cap.hand_on(products, d_scores);
         }
+        clear_unseen(seen, d_scores);
 
         d_tokens.resize(count * stride.max(value_stride));
         sum_over_queries(seen, scores, (cotangent_rows, value_stride), d_tokens);
@@ -223,6 +224,18 @@ fn weigh<T: Scalar>(
         .run();
         SoftmaxGradient { scores: &mut scores[block], gradients, from, log_normalizer, means }
             .run();
+    }
+}
+
+/// Sets gradients to zero that are not computed, and that sums over keys read along with others.
+fn clear_unseen<T: Scalar>(seen: Seen, d_scores: &mut [T]) {
+    let width = seen.width;
+    for (keys, from) in seen.key_blocks::<T>() {
+        let unseen = seen.block_start(from)..from;
+        if !unseen.is_empty() {
+            let rows = d_scores[keys.start * width..keys.end * width].chunks_exact_mut(width);
+            rows.for_each(|row| row[unseen.clone()].fill(T::zero()));
+        }
     }
 }
 

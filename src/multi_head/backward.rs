@@ -291,7 +291,7 @@ fn error_in<T: Scalar>(
     error: Error,
 ) -> Error {
     if let Error::NotFinite { which: "d_out", row, column } = error {
-        let first = call.real(sequence)[1].start; // queries begin there too
+        let first = call.real(sequence)[0].start;
         let is_bad = |&head: &usize| {
             let number = d_out.get([sequence, head, first + row, column]);
             number.is_some_and(|x| !x.is_finite())

@@ -30,6 +30,7 @@ mod layer_errors;
 mod layer_gradients;
 mod layer_padding;
 mod layer_streams;
+mod masks;
 mod multi_head;
 mod needle_cli;
 mod options;

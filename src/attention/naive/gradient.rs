@@ -71,7 +71,7 @@ pub fn softmax_gradient(
         sink_logit: 0.0,
     };
     for t in 0..q.nrows() {
-        let seen = visible(mask, t, k.nrows());
+        let seen = visible(mask, t, [q.nrows(), k.nrows()]);
         let sink = options.sink_logit.unwrap_or(f64::NEG_INFINITY);
         let largest = (0..seen).map(|j| scores[[t, j]]).fold(sink, f64::max);
         let sum: f64 = (0..seen).map(|j| (scores[[t, j]] - largest).exp()).sum();

@@ -58,9 +58,9 @@ pub fn with_sink(
     mask: Mask,
 ) -> Array2<f64> {
     let Some(logit) = sink_logit else { return normalize(log_weights, mask).0.dot(v) };
-    let mut seen = log_weights.clone();
+    let (mut seen, sizes) = (log_weights.clone(), log_weights.dim().into());
     for ((t, j), log_weight) in seen.indexed_iter_mut() {
-        if j >= visible(mask, t, v.nrows()) {
+        if j >= visible(mask, t, sizes) {
             *log_weight = f64::NEG_INFINITY;
         }
     }
@@ -75,7 +75,8 @@ pub fn with_sink(
 /// l_tj = s_tj − slope·(t − j)
 /// ```
 ///
-/// With [`Mask::Full`] all queries stand at the last key.
+/// With [`Mask::CausalTail`] query `t` stands at the last key it sees, and with [`Mask::Full`] all
+/// queries stand at the last key.
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive::options};
@@ -87,10 +88,10 @@ pub fn with_sink(
 /// ```
 #[must_use]
 pub fn alibi(mut scores: Array2<f64>, slope: f64, mask: Mask) -> Array2<f64> {
-    let last = scores.ncols().saturating_sub(1) as f64;
+    let sizes = scores.dim().into();
     for ((t, j), score) in scores.indexed_iter_mut() {
-        let position = if mask == Mask::Causal { t as f64 } else { last };
-        *score -= slope * (position - j as f64);
+        let last_seen = visible(mask, t, sizes) as f64 - 1.0;
+        *score -= slope * (last_seen - j as f64);
     }
     scores
 }

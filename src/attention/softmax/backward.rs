@@ -89,7 +89,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
             self.numbers().check_names(d_parameters)?;
         }
 
-        let group = head.group_len();
+        let (group, first) = (head.group_len(), mask.first([head.queries(), head.keys()]));
         let HeadGradient { q, k, v, d_out, record, d_q, d_k, d_v, d_parameters, .. } = head;
         let key_values = [*k, *v];
         let units = key_values.map(Unit::of);
@@ -100,7 +100,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
                 d_out,
                 units,
                 options: self.of_head(scoring, g),
-                is_causal: mask == Mask::Causal,
+                first,
                 record: record.map(|ForwardRecord { out, log_normalizer }| {
                     (out.index_axis_move(Axis(0), g), log_normalizer.index_axis_move(Axis(0), g))
                 }),
@@ -126,7 +126,8 @@ struct QueryHead<'a, T> {
     units: [Unit; 2],
     /// How it scores, and its learned sink.
     options: (Scoring<T>, Option<T>),
-    is_causal: bool,
+    /// The position of the first query, or none if all keys are seen.
+    first: Option<usize>,
     /// The outputs and logarithms of normalisers of a forward pass.
     record: Option<(ArrayView2<'a, T>, ArrayView1<'a, T>)>,
 }
@@ -140,12 +141,12 @@ impl<T: Scalar> QueryHead<'_, T> {
         [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
         BackwardScratch { tile, again }: &mut BackwardScratch<T>,
     ) -> Result<f64, Error> {
-        let Self { q, d_out, units: [k_unit, v_unit], options, is_causal, record } = self;
+        let Self { q, d_out, units: [k_unit, v_unit], options, first, record } = self;
         let (scoring, sink_logit) = *options;
         let (n, mut d_sink) = (q.nrows(), 0.0);
         for start in (0..n).step_by(QUERY_BLOCK) {
             let block = start..n.min(start + QUERY_BLOCK);
-            let first = is_causal.then_some(start);
+            let first = first.map(|first| first + start);
             let q = rows(*q, block.clone());
             let (out, log_normalizer) = if let Some((out, mut log_normalizer)) = *record {
                 log_normalizer.slice_axis_inplace(Axis(0), Slice::from(block.clone()));

@@ -168,7 +168,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
     ///
     /// The slopes of published models are [`alibi_slopes`](crate::alibi_slopes). Distances are
     /// exact up to 2²⁴ tokens in `f32`. With [`Mask::Full`] every query is at the position of the
-    /// last key, and any later one would give the same: the bias is not that of |t − j|.
+    /// last key, and any later one would give the same: the bias is not that of |t − j|. With
+    /// [`Mask::CausalTail`] `t` counts from the first key.
     ///
     /// ```
     /// use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -304,8 +305,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
         self.slopes.first().map_or(score, |slope| score + slope * (j as f64 - t as f64))
     }
 
-    /// What is added to the scores of query `t` of [`score`](Self::score) where all keys are seen,
-    /// since it then is at the position of the last key.
+    /// What is added to the scores of query `t` of [`score`](Self::score) where all `keys` are
+    /// seen, since it then is at the position of the last one.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(crate) fn shift(&self, mask: Mask, [t, keys]: [usize; 2]) -> f64 {
         let last = keys.saturating_sub(1) as f64;
