@@ -10,6 +10,7 @@ pub(crate) mod gradient;
 pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod linformer;
+pub(crate) mod masks;
 pub(crate) mod memory_attention;
 pub mod naive;
 pub(crate) mod positional;

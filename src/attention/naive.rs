@@ -26,8 +26,8 @@
 //! [`Mask::Full`], the keys `j ≤ t` with [`Mask::Causal`], and `j ≤ n_k − n_q + t` with
 //! [`Mask::CausalTail`]: [`visible`] many. `scale` multiplies the product `q·k` of raw vectors and
 //! is `1/√d` in most models; a vector with a hat is scaled, `x̂ = √scale·x`, so that
-//! `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are kept as logarithms, relative to
-//! the largest, wherever they are divided by their sum.
+//! `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are kept as logarithms, relative
+//! to the largest, wherever they are divided by their sum.
 //!
 //! # Panics
 //!

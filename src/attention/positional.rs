@@ -53,7 +53,7 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
     ) -> Result<(), Error> {
         scratch.with_part(|rotated: &mut Rotated<T>, scratch| {
             heads.iter_mut().try_for_each(|head| {
-                head.check_forward(self.positions.head_dim(), mask)?;
+                head.check_forward_masked(self.positions.head_dim(), mask)?;
                 let firsts = [mask.first([head.queries(), head.keys()]).unwrap_or(0), 0];
                 let (q, k) = rotated.rotate(&*self.positions, firsts, head.q, head.k)?;
                 let head = Head { q, k, ..head.reborrow() };
@@ -96,7 +96,7 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
     ) -> Result<(), Error> {
         scratch.with_part(|rotated: &mut RotatedGradients<T>, scratch| {
             heads.iter_mut().try_for_each(|head| {
-                head.check_backward(self.positions.head_dim(), mask)?;
+                head.check_backward_masked(self.positions.head_dim(), mask)?;
                 rotated.add(&*self.positions, mask, head, |head| {
                     head.with_kernel_inside(|head| {
                         self.kernel.backward_heads(&mut [head], mask, scratch)

@@ -9,7 +9,7 @@ use crate::attention::fingerprint::Fingerprint;
 use crate::attention::gradient::HeadGradient;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
-use crate::attention::softmax::answer::{Outputs, answer, answer_group, key_values};
+use crate::attention::softmax::answer::{Outputs, answer, answer_group, key_values, of_query_head};
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::attention::threads::Threads;
@@ -24,6 +24,7 @@ use crate::memory::key_values::KeyValues;
 use crate::memory::online_softmax::Tile;
 use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::Sight;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
@@ -54,18 +55,20 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         scratch.with_part(|SoftmaxScratch { tile, packed }, _| {
             heads.iter_mut().try_for_each(|head| {
                 head.check_not_gated()?;
-                head.check_forward(self.head_dim, mask)?;
+                head.check_forward_masked(self.head_dim, mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
                 let first = mask.first([head.queries(), head.keys()]);
-                let Head { q, k, v, out, log_normalizer, .. } = head;
+                let Head { q, k, v, out, log_normalizer, key_mask, bias, .. } = head;
                 let tokens = key_values(self.format, *k, *v, packed);
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let log_normalizer =
                         log_normalizer.as_mut().map(|x| x.index_axis_mut(Axis(0), g));
                     let to = Outputs { out, log_normalizer };
-                    answer(q, tokens, self.of_head(scoring, g), first, to, threads, tile)
+                    let bias = bias.map(|bias| of_query_head(bias, g));
+                    let sight = Sight { first, window: None, key_mask: *key_mask, bias };
+                    answer(q, tokens, self.of_head(scoring, g), sight, to, threads, tile)
                 })
             })
         })
@@ -221,7 +224,8 @@ impl<T: Scalar> SoftmaxStream<T> {
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let to = Outputs { out, log_normalizer: None };
-                    answer(q, tokens, options(g), Some(before), to, *threads, tile)
+                    let sight = Sight::up_to(Some(before));
+                    answer(q, tokens, options(g), sight, to, *threads, tile)
                 })
             }
         };

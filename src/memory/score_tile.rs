@@ -31,7 +31,7 @@ impl Seen {
     }
 
     /// The first query that sees a key, or `width`.
-    fn first_query(self, key: usize) -> usize {
+    pub(crate) fn first_query(self, key: usize) -> usize {
         self.offset
             .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
             .min(self.width)

@@ -117,6 +117,8 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             k: head(k, sequence, kv, keys.clone()),
             v: head(v, sequence, kv, keys.clone()),
             log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
+            key_mask: None,
+            bias: None,
             probes: 0,
             out,
             log_normalizer: None,

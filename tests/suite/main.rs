@@ -31,6 +31,7 @@ mod layer_gradients;
 mod layer_padding;
 mod layer_streams;
 mod masks;
+mod masks_softmax;
 mod multi_head;
 mod needle_cli;
 mod options;

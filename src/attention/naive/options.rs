@@ -1,4 +1,5 @@
-//! What models change of the softmax: scores that are capped softly, linear biases, a learned sink.
+//! What models change of the softmax: scores that are capped softly, biases of any kind, a learned
+//! sink, masks of keys, a sliding window.
 
 use super::{normalize, visible};
 use crate::mask::Mask;
@@ -92,6 +93,60 @@ pub fn alibi(mut scores: Array2<f64>, slope: f64, mask: Mask) -> Array2<f64> {
     for ((t, j), score) in scores.indexed_iter_mut() {
         let last_seen = visible(mask, t, sizes) as f64 - 1.0;
         *score -= slope * (last_seen - j as f64);
+    }
+    scores
+}
+
+/// Scores with biases, `l_tj = s_tj + b_tj`; a bias of −∞ hides the key.
+///
+/// ```
+/// use dijiang::attention::naive::options;
+/// use ndarray::array;
+///
+/// let logs = options::biased(array![[1.0, 2.0]], &array![[0.5, f64::NEG_INFINITY]]);
+/// assert_eq!(logs, array![[1.5, f64::NEG_INFINITY]]);
+/// ```
+#[must_use]
+pub fn biased(scores: Array2<f64>, bias: &Array2<f64>) -> Array2<f64> {
+    scores + bias
+}
+
+/// Scores of the keys that may be seen, by a mask of keys; −∞ of the others.
+///
+/// ```
+/// use dijiang::attention::naive::options;
+/// use ndarray::array;
+///
+/// let logs = options::key_masked(array![[1.0, 2.0]], &array![true, false]);
+/// assert_eq!(logs, array![[1.0, f64::NEG_INFINITY]]);
+/// ```
+#[must_use]
+pub fn key_masked(mut scores: Array2<f64>, key_mask: &Array1<bool>) -> Array2<f64> {
+    for ((_, j), score) in scores.indexed_iter_mut() {
+        if !key_mask[j] {
+            *score = f64::NEG_INFINITY;
+        }
+    }
+    scores
+}
+
+/// Scores within a sliding window (Mistral 7B, Jiang et al., arXiv 2310.06825, section 2): of the
+/// keys that the mask shows to query `t` only the last `window`; −∞ of the others.
+///
+/// ```
+/// use dijiang::{Mask, attention::naive::options};
+/// use ndarray::{Array2, array};
+///
+/// let logs = options::windowed(Array2::zeros((2, 2)), 1, Mask::Causal);
+/// assert_eq!(logs, array![[0.0, 0.0], [f64::NEG_INFINITY, 0.0]]);
+/// ```
+#[must_use]
+pub fn windowed(mut scores: Array2<f64>, window: usize, mask: Mask) -> Array2<f64> {
+    let sizes = scores.dim().into();
+    for ((t, j), score) in scores.indexed_iter_mut() {
+        if j + window < visible(mask, t, sizes) {
+            *score = f64::NEG_INFINITY;
+        }
     }
     scores
 }
