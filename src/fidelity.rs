@@ -135,6 +135,7 @@ impl<T: Scalar> Reference<T> {
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         let head = Head::new(q, k, v, out.view_mut());
         head.check_forward(softmax.head_dim(), mask)?;
+        softmax.check_mask(mask)?;
         let mask = check::whole(mask, [q.nrows(), k.nrows()])?;
         head.check_finite()?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);

@@ -3,6 +3,7 @@
 mod answer;
 mod backward;
 pub(crate) mod options;
+mod window;
 
 use crate::attention::call::{Head, one_head};
 use crate::attention::fingerprint::Fingerprint;
@@ -56,6 +57,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
             heads.iter_mut().try_for_each(|head| {
                 head.check_not_gated()?;
                 head.check_forward_masked(self.head_dim, mask)?;
+                self.check_mask(mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
                 let first = mask.first([head.queries(), head.keys()]);
@@ -67,7 +69,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
                         log_normalizer.as_mut().map(|x| x.index_axis_mut(Axis(0), g));
                     let to = Outputs { out, log_normalizer };
                     let bias = bias.map(|bias| of_query_head(bias, g));
-                    let sight = Sight { first, window: None, key_mask: *key_mask, bias };
+                    let sight = Sight { first, window: self.window, key_mask: *key_mask, bias };
                     answer(q, tokens, self.of_head(scoring, g), sight, to, threads, tile)
                 })
             })
@@ -79,6 +81,9 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     }
 
     fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        if let Some(window) = self.window {
+            return self.window_stream(window, options);
+        }
         let StreamOptions { value_dim, group, threads, .. } = options;
         options.check_one_head()?;
         let scoring = self.check(group)?;
@@ -97,11 +102,17 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
+        if let Some(window) = self.window {
+            return self.of_window(window)?.state_floats(value_dim, tokens);
+        }
         Ok(tokens.saturating_mul(self.head_dim + value_dim))
     }
 
     fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
+        if let Some(window) = self.window {
+            return self.of_window(window)?.state_bytes(value_dim, tokens);
+        }
         let rows = [self.head_dim, value_dim].map(|columns| self.format.row_bytes::<T>(columns));
         Ok(tokens.saturating_mul(rows[0].saturating_add(rows[1])))
     }

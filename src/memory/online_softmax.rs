@@ -148,6 +148,8 @@ fn online_softmax<T: Scalar>(
     let Tile { correction, biases, positions, answer, .. } = tile;
     let is_one = n == 1 && !sight.may_hide_all() && matches!(key_values, KeyValues::Wide(..));
     let width = if is_one { 1 } else { padded::<T>(n) };
+    // tiles of packed tokens begin there
+    let begin = if is_one { begin } else { begin / KEY_BLOCK * KEY_BLOCK };
     queries.resize(d * width);
     correction.resize(width);
     answer.resize(n, width, stride);

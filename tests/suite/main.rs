@@ -48,3 +48,4 @@ mod saved_states;
 mod selection;
 mod threads;
 mod value_stability;
+mod windows;

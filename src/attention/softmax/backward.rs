@@ -81,6 +81,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
     ) -> Result<(), Error> {
         head.check_not_gated()?;
         head.check_backward_masked(self.head_dim, mask)?;
+        self.check_mask(mask)?;
         head.check_finite()?;
         let scoring = self.check(head.group_len())?;
         if self.format != StateFormat::F32 {
@@ -104,7 +105,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
                 options: self.of_head(scoring, g),
                 sight: Sight {
                     first,
-                    window: None,
+                    window: self.window,
                     key_mask: *key_mask,
                     bias: bias.map(|bias| of_query_head(bias, g)),
                 },
