@@ -194,7 +194,7 @@ impl<'a, T> HeadGradient<'a, T> {
     ///
     /// let kernel = SoftmaxAttention::<f64>::new(1)?;
     /// let (q, k, v) = (array![[0.0]], array![[1.0], [2.0]], array![[3.0], [5.0]]);
-    /// let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| 0.0 * x);
+    /// let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| x.mapv(|_| 0.0));
     /// let (bias, mut d_bias) = (Array3::zeros((1, 1, 2)), Array3::zeros((1, 1, 2)));
     /// let d_out = array![[1.0]];
     /// let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
