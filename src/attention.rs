@@ -10,6 +10,7 @@ pub(crate) mod gradient;
 pub(crate) mod hybrid;
 pub(crate) mod linear;
 pub(crate) mod linformer;
+pub(crate) mod masks;
 pub(crate) mod memory_attention;
 pub mod naive;
 pub(crate) mod positional;
@@ -97,7 +98,7 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// # Errors
     ///
     /// - [`Error::Shape`]: the shapes do not fit together, or `mask` is [`Mask::Causal`] and
-    ///   `n_q ≠ n_k`;
+    ///   `n_q ≠ n_k`, or [`Mask::CausalTail`] and `n_q > n_k`;
     /// - [`Error::ZeroSize`]: there are queries but no keys, or `v` has no columns;
     /// - [`Error::NotFinite`]: NaN or infinity in `q`, `k` or `v`;
     /// - [`Error::Overflow`], [`Error::Normalizer`]: finite input led out of the range of `T`;

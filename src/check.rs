@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use crate::kernel;
+use crate::mask::Mask;
 use crate::scalar::Scalar;
 use ndarray::{ArrayView1, ArrayView2};
 
@@ -176,4 +177,24 @@ pub(crate) fn projection<T: Scalar>(projection: ArrayView2<'_, T>) -> Result<(),
     at_least_one("projection rows", projection.nrows())?;
     at_least_one("projection columns", projection.ncols())?;
     finite("projection", projection)
+}
+
+/// The mask has a meaning for `[n_q, n_k]` queries and keys.
+pub(crate) fn mask(mask: Mask, [queries, keys]: [usize; 2]) -> Result<(), Error> {
+    match mask {
+        Mask::Full => Ok(()),
+        Mask::CausalTail if queries <= keys => Ok(()),
+        Mask::Causal | Mask::CausalTail => size("k", "rows", queries, keys),
+    }
+}
+
+/// Refuses masks that leave out queries of a sequence, where all of them are needed.
+pub(crate) fn whole(mask: Mask, sizes: [usize; 2]) -> Result<Mask, Error> {
+    match mask.settled(sizes) {
+        Mask::CausalTail => Err(Error::Unsupported {
+            what: "a measurement of the tail of a sequence",
+            why: "it needs the queries of all tokens; use `Mask::Causal` with all of them",
+        }),
+        mask => Ok(mask),
+    }
 }

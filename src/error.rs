@@ -75,6 +75,12 @@ pub enum Error {
         /// The row (token) of the query.
         row: usize,
     },
+    /// A query sees no key: a [key mask](crate::Head::with_key_mask) or
+    /// [biases](crate::Head::with_bias) hide all, and there is no learned sink.
+    NothingSeen {
+        /// The row of the query.
+        row: usize,
+    },
     /// A sequence is longer than the kernel was made for.
     TooLong {
         /// The most tokens it takes.
@@ -192,22 +198,38 @@ impl Error {
         if let Self::InHead { error, .. } = self { error.inner() } else { self }
     }
 
+    /// The row that it is about, if it is one of a query or a token.
+    fn row(&mut self) -> Option<&mut usize> {
+        match self {
+            Self::NotFinite { row, .. }
+            | Self::Overflow { row, .. }
+            | Self::Normalizer { row }
+            | Self::NothingSeen { row } => Some(row),
+            _ => None,
+        }
+    }
+
     /// The same error of a chunk that began at `first_row`: rows count from the beginning of the
     /// call.
     pub(crate) fn in_chunk(mut self, first_row: usize) -> Self {
-        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } =
-            &mut self
-        {
+        if let Some(row) = self.row() {
             *row += first_row;
         }
         self
     }
 
+    /// The same error of the tail of a sequence that began at key `first`: rows of keys, values and
+    /// log decays count from the first key, others from the first query.
+    pub(crate) fn of_tail(self, first: usize) -> Self {
+        match self {
+            Self::NotFinite { which: "k" | "v", .. } => self.in_chunk(first),
+            error => error,
+        }
+    }
+
     /// The same error of the first row, where rows stand for the query heads of one token.
     pub(crate) fn of_first_row(mut self) -> Self {
-        if let Self::NotFinite { row, .. } | Self::Overflow { row, .. } | Self::Normalizer { row } =
-            &mut self
-        {
+        if let Some(row) = self.row() {
             *row = 0;
         }
         self
@@ -253,6 +275,11 @@ impl fmt::Display for Error {
                 f,
                 "the normaliser of query row {row} is zero within the range of the number type: \
                  use f64, smaller norms, or a map whose features are never zero"
+            ),
+            Self::NothingSeen { row } => write!(
+                f,
+                "query row {row} sees no key: let it see one, or give the kernel a learned sink \
+                 (`SoftmaxAttention::with_sink_logit`), with which its output is zero"
             ),
             Self::TooLong { max_len, found } => write!(
                 f,

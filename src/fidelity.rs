@@ -10,7 +10,7 @@ use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::{Attention, PairWeights};
 use crate::check;
 use crate::error::Error;
-use crate::fidelity::statistics::{distance, mean_and_standard_error, slope, student_t, visible};
+use crate::fidelity::statistics::{distance, mean_and_standard_error, slope, student_t};
 use crate::mask::Mask;
 use crate::scalar::Scalar;
 use crate::views::columns;
@@ -135,15 +135,17 @@ impl<T: Scalar> Reference<T> {
         let mut out = Array2::zeros((q.nrows(), v.ncols()));
         let head = Head::new(q, k, v, out.view_mut());
         head.check_forward(softmax.head_dim(), mask)?;
+        softmax.check_mask(mask)?;
+        let mask = check::whole(mask, [q.nrows(), k.nrows()])?;
         head.check_finite()?;
         let wide = |x: ArrayView2<'_, T>| x.mapv(T::as_f64);
         let scores = softmax.log_weights(q, k)?;
         let sink = softmax.sink_logit();
-        let mut attention = Array2::zeros(scores.dim());
+        let (mut attention, scores_dim) = (Array2::zeros(scores.dim()), scores.dim().into());
         for (t, (scores, mut row)) in
             scores.outer_iter().zip(attention.outer_iter_mut()).enumerate()
         {
-            let seen = visible(mask, t, k.nrows());
+            let seen = mask.seen(t, scores_dim);
             let scores = scores.split_at(Axis(0), seen).0;
             let shift = softmax.shift(mask, [t, k.nrows()]);
             let least = sink.unwrap_or(f64::NEG_INFINITY);
@@ -229,9 +231,9 @@ impl<T: Scalar> Reference<T> {
 
     #[allow(clippy::cast_precision_loss)]
     fn uniform(&self) -> Array2<f64> {
-        let keys = self.k.nrows();
+        let sizes = self.attention.dim().into();
         Array2::from_shape_fn(self.attention.dim(), |(t, j)| {
-            let seen = visible(self.mask, t, keys);
+            let seen = self.mask.seen(t, sizes);
             if j < seen { 1.0 / seen as f64 } else { 0.0 }
         })
     }
@@ -259,10 +261,10 @@ impl<T: Scalar> Reference<T> {
 
     /// Weights are divided by the largest of either side, so that nothing overflows.
     fn kernel_error(&self, log_weights: &Array2<f64>) -> f64 {
-        let keys = self.k.nrows();
+        let sizes = self.attention.dim().into();
         let pairs = || {
             (0..self.q.nrows()).flat_map(move |t| {
-                (0..visible(self.mask, t, keys))
+                (0..self.mask.seen(t, sizes))
                     .map(move |j| (log_weights[[t, j]], self.scores[[t, j]]))
             })
         };

@@ -33,7 +33,7 @@ use crate::kernel::loops::products::{Product, RowTimesMatrix};
 use crate::kernel::loops::reduce::{
     CopyAndMeasure, Dot, FiniteMark, Max, MaxAbs, Reduce, RowsDot, Sum, TakeToken,
 };
-use crate::kernel::loops::scores::{AddDistances, SoftCap};
+use crate::kernel::loops::scores::{AddBounded, AddDistances, SoftCap};
 use crate::kernel::loops::vectors::{AddOuter, ScaleInPlace, ScaleInto};
 use crate::kernel::simd::Lanes;
 
@@ -325,6 +325,12 @@ pub(crate) fn share_affinities<T: Compiled>(
 pub(crate) fn largest_within<T: Compiled>(own: T, r: &[T], e: &[T], limit: T) -> T {
     debug_assert!(r.len().is_multiple_of(T::PAD));
     T::run_largest_within(LargestWithin { own, r, e, limit })
+}
+
+/// `x_t ← max(x_t + y_t, least)`, of lengths that are multiples of [`Lanes::PAD`].
+pub(crate) fn add_bounded<T: Compiled>(x: &mut [T], y: &[T], least: T) {
+    debug_assert!(x.len().is_multiple_of(T::PAD));
+    T::run_add_bounded(AddBounded { x, y, least });
 }
 
 /// `out_j = min(2·r_j·e_j, bound_j)`. Lengths are multiples of [`Lanes::PAD`].

@@ -13,6 +13,7 @@ pub(crate) mod row_code;
 pub(crate) mod score_tile;
 pub(crate) mod scoring;
 pub(crate) mod seen_rows;
+pub(crate) mod sight;
 pub(crate) mod slots;
 pub(crate) mod softmax_gradient;
 pub(crate) mod unit;

@@ -213,8 +213,10 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// `key_lengths`, one for each sequence of the batch, says how many keys are real; the rest is
     /// padding and never read. With [`Mask::Causal`] queries beyond the length are padding too:
-    /// their output is zero. With [`Mask::Full`] all queries are answered. Padding comes last
-    /// unless [`with_padding`](Self::with_padding) says otherwise.
+    /// their output is zero. With [`Mask::Full`] all queries are answered. With
+    /// [`Mask::CausalTail`] the last query of each sequence stands at its last real key; queries
+    /// before its first key see nothing, and their output is zero. Padding comes last unless
+    /// [`with_padding`](Self::with_padding) says otherwise.
     ///
     /// Queries of a sequence without keys, of a length of 0 or where `k` has no rows, have nothing
     /// to see: their outputs are zero, as in the attention of PyTorch and ONNX, and they are not
@@ -225,7 +227,8 @@ impl<T: Scalar> MultiHead<T> {
     /// Those of [`Attention::forward_into`], in an [`Error::InHead`] with the first sequence and
     /// head that failed; [`Error::Shape`] if the numbers of heads, sequences or lengths do not fit,
     /// [`Error::InvalidOption`] if a length is larger than the number of keys. With
-    /// [`Padding::Left`] and lengths there must be as many queries as keys, else [`Error::Shape`].
+    /// [`Padding::Left`] and lengths there must be as many queries as keys, else [`Error::Shape`],
+    /// but with [`Mask::CausalTail`].
     pub fn forward(
         &self,
         q: ArrayView4<'_, T>,
@@ -324,11 +327,15 @@ impl<T: Scalar> MultiHead<T> {
         check_heads(self.query_heads(), self.kv_heads, [q.dim(), k.dim(), v.dim(), out])?;
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
         check_lengths(lengths, q.dim().0, k.dim().2)?;
-        let (is_causal, padding) = (mask == Mask::Causal, self.padding);
-        if is_causal || lengths.is_some() && padding == Padding::Left {
-            check::size("k", "rows", q.dim().2, k.dim().2)?;
+        let padding = self.padding;
+        match mask {
+            Mask::CausalTail if lengths.is_some() => {}
+            Mask::Full if lengths.is_some() && padding == Padding::Left => {
+                check::size("k", "rows", q.dim().2, k.dim().2)?;
+            }
+            _ => check::mask(mask, [q.dim().2, k.dim().2])?,
         }
-        Ok(LayerCall { q, k, v, log_decay, group: self.group(), lengths, padding, is_causal })
+        Ok(LayerCall { q, k, v, log_decay, group: self.group(), lengths, padding, mask })
     }
 
     /// Starts an empty causal stream of `batch` sequences.

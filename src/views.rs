@@ -50,6 +50,15 @@ pub(crate) fn columns<T>(mut x: ArrayView2<'_, T>, range: Range<usize>) -> Array
     x
 }
 
+/// Columns of a mutable view.
+pub(crate) fn columns_mut<T>(
+    mut x: ArrayViewMut2<'_, T>,
+    range: Range<usize>,
+) -> ArrayViewMut2<'_, T> {
+    x.slice_axis_inplace(Axis(1), Slice::from(range));
+    x
+}
+
 /// Rows of a mutable view.
 #[inline]
 pub(crate) fn rows_mut<T>(

@@ -1,11 +1,12 @@
 //! What a kernel is called with: one head of keys and values, and the query heads that read it.
 
+use crate::attention::masks::{check_masks, check_plain};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::scalar::Scalar;
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// One head of keys and values with the query heads that read it (grouped-query attention,
 /// Ainslie et al., arXiv 2305.13245): the arguments of
@@ -38,6 +39,12 @@ pub struct Head<'a, T> {
     /// ([`LinearAttention::gated`](crate::LinearAttention::gated)). Row `t` is the logarithm of
     /// what token `t` leaves of all that came before it: 0 keeps it, −∞ forgets it.
     pub log_decay: Option<ArrayView2<'a, T>>,
+    /// Which keys may be seen, `[n_k]`, for kernels that take it:
+    /// [`with_key_mask`](Self::with_key_mask).
+    pub key_mask: Option<ArrayView1<'a, bool>>,
+    /// What is added to scores, `[1 or group, n_q, n_k]`, for kernels that take it:
+    /// [`with_bias`](Self::with_bias).
+    pub bias: Option<ArrayView3<'a, T>>,
     /// How many of the last columns of `v` only show the weights, for tools that measure: no
     /// decision of a kernel may depend on them. 0 unless set.
     pub probes: usize,
@@ -74,13 +81,83 @@ impl<'a, T> Head<'a, T> {
         v: ArrayView2<'a, T>,
         out: ArrayViewMut3<'a, T>,
     ) -> Self {
-        Self { q, k, v, log_decay: None, probes: 0, out, log_normalizer: None, checkpoints: None }
+        Self {
+            q,
+            k,
+            v,
+            log_decay: None,
+            key_mask: None,
+            bias: None,
+            probes: 0,
+            out,
+            log_normalizer: None,
+            checkpoints: None,
+        }
     }
 
     /// Brings the log decays of the tokens, `[n_k, 1 or num_features]`.
     #[must_use]
     pub fn with_log_decay(self, log_decay: ArrayView2<'a, T>) -> Self {
         Self { log_decay: Some(log_decay), ..self }
+    }
+
+    /// Says which keys may be seen, `[n_k]`: the others are to no query what keys behind the mask
+    /// are, whatever they hold, but their numbers must be finite. Positions stay.
+    ///
+    /// [`SoftmaxAttention`](crate::SoftmaxAttention) takes it, and what is built of it, in forward
+    /// and backward passes. Other kernels, and streams, report [`Error::Unsupported`]: leave the
+    /// tokens out. A query that sees no key at all gives [`Error::NothingSeen`], or zero where
+    /// there is a learned sink.
+    ///
+    /// ```
+    /// use dijiang::{Attention, Head, Mask, Scratch, SoftmaxAttention};
+    /// use ndarray::{Array2, array};
+    ///
+    /// let kernel = SoftmaxAttention::<f64>::new(1)?;
+    /// let (q, k) = (array![[0.0], [0.0], [0.0]], array![[1.0], [9.0], [2.0]]);
+    /// let (key_mask, mut out) = (array![true, false, true], Array2::zeros((3, 1)));
+    /// let head = Head::new(q.view(), k.view(), k.view(), out.view_mut());
+    /// let mut heads = [head.with_key_mask(key_mask.view())];
+    /// kernel.forward_heads(&mut heads, Mask::Causal, &mut Scratch::new())?;
+    /// assert_eq!(out, array![[1.0], [1.0], [1.5]]);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_key_mask(self, key_mask: ArrayView1<'a, bool>) -> Self {
+        Self { key_mask: Some(key_mask), ..self }
+    }
+
+    /// Adds biases to the scores, `[1 or group, n_q, n_k]`: one array for all query heads, or one
+    /// for each.
+    ///
+    /// ```text
+    /// s_tj = cap(scale·q_t·k_j) − slope·(t − j) + bias_tj
+    /// ```
+    ///
+    /// A bias of −∞, and one below an eighth of the range of the type, hides the key. NaN and +∞
+    /// are errors. Biases of keys that the mask hides are not read, but must be none of these.
+    ///
+    /// [`SoftmaxAttention`](crate::SoftmaxAttention) takes them, and what is built of it, in
+    /// forward and backward passes; other kernels, and streams, report [`Error::Unsupported`].
+    /// Queries that see no key are as with a [key mask](Self::with_key_mask).
+    ///
+    /// ```
+    /// use dijiang::{Attention, Head, Mask, Scratch, SoftmaxAttention};
+    /// use ndarray::{Array2, array};
+    ///
+    /// let kernel = SoftmaxAttention::<f64>::new(1)?;
+    /// let (q, k, v) = (array![[0.0]], array![[1.0], [2.0], [3.0]], array![[4.0], [8.0], [9.0]]);
+    /// let bias = array![[[0.0, 3f64.ln(), f64::NEG_INFINITY]]];
+    /// let mut out = Array2::zeros((1, 1));
+    /// let head = Head::new(q.view(), k.view(), v.view(), out.view_mut());
+    /// let mut heads = [head.with_bias(bias.view())];
+    /// kernel.forward_heads(&mut heads, Mask::Full, &mut Scratch::new())?;
+    /// assert!((out[[0, 0]] - 7.0).abs() < 1e-14); // weights of 1, 3 and 0
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_bias(self, bias: ArrayView3<'a, T>) -> Self {
+        Self { bias: Some(bias), ..self }
     }
 
     /// Says that the last `probes` columns of `v` only show the weights.
@@ -146,6 +223,8 @@ impl<'a, T> Head<'a, T> {
             k: self.k,
             v: self.v,
             log_decay: self.log_decay,
+            key_mask: self.key_mask,
+            bias: self.bias,
             probes: self.probes,
             out: self.out.view_mut(),
             log_normalizer: self.log_normalizer.as_mut().map(|x| x.view_mut()),
@@ -176,27 +255,34 @@ impl<'a, T> Head<'a, T> {
 }
 
 impl<T: Scalar> Head<'_, T> {
-    /// Checks the shapes for a forward pass of a kernel over `head_dim` columns. For kernels of
-    /// one's own: log decays and finite numbers are checked apart.
+    /// Checks the shapes for a forward pass of a kernel over `head_dim` columns, and refuses key
+    /// masks and biases. For kernels of one's own: log decays and finite numbers are checked apart.
     ///
     /// # Errors
     ///
     /// [`Error::Shape`] if the shapes do not fit together, or `mask` is [`Mask::Causal`] and there
-    /// are other numbers of queries and keys; [`Error::ZeroSize`] if there are queries but no keys,
-    /// or the values have no columns.
+    /// are other numbers of queries and keys, or [`Mask::CausalTail`] and there are more queries
+    /// than keys; [`Error::ZeroSize`] if there are queries but no keys, or the values have no
+    /// columns; [`Error::Unsupported`] if there is a key mask, or there are biases.
     pub fn check_forward(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
+        self.check_forward_masked(head_dim, mask)?;
+        check_plain(self.key_mask.is_some(), self.bias.is_some())
+    }
+
+    /// As [`check_forward`](Self::check_forward), of kernels that take key masks and biases, whose
+    /// shapes and numbers are checked as well.
+    pub(crate) fn check_forward_masked(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
         let Self { k, v, out, .. } = self;
         self.check_sizes(head_dim)?;
         check::at_least_one("v columns", v.ncols())?;
         check::size("out", "rows", self.queries(), out.len_of(Axis(1)))?;
         check::size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
-        if mask == Mask::Causal {
-            check::size("k", "rows", self.queries(), k.nrows())?;
-        }
+        check::mask(mask, [self.queries(), k.nrows()])?;
         if self.queries() > 0 {
             check::at_least_one("k rows", k.nrows())?;
         }
-        Ok(())
+        let sizes = [self.group_len(), self.queries(), self.keys()];
+        check_masks(self.key_mask, self.bias, sizes)
     }
 
     /// Checks the shapes for a stream of a kernel over `head_dim` columns, with values of
@@ -204,7 +290,8 @@ impl<T: Scalar> Head<'_, T> {
     ///
     /// # Errors
     ///
-    /// [`Error::Shape`] if a shape does not fit.
+    /// [`Error::Shape`] if a shape does not fit, [`Error::Unsupported`] if there is a key mask, or
+    /// there are biases.
     pub fn check_extend(
         &self,
         head_dim: usize,
@@ -217,7 +304,8 @@ impl<T: Scalar> Head<'_, T> {
         self.check_sizes(head_dim)?;
         check::size("out", "rows", self.queries(), out.len_of(Axis(1)))?;
         check::size("out", "columns", v.ncols(), out.len_of(Axis(2)))?;
-        check::size("k", "rows", self.queries(), k.nrows())
+        check::size("k", "rows", self.queries(), k.nrows())?;
+        check_plain(self.key_mask.is_some(), self.bias.is_some())
     }
 
     fn check_sizes(&self, head_dim: usize) -> Result<(), Error> {

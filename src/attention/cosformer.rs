@@ -29,7 +29,8 @@ use ndarray::{ArrayView2, ArrayViewMut2, Axis};
 /// ```
 ///
 /// Positions count from 0, in a stream from its first token; with [`Mask::Full`](crate::Mask::Full)
-/// queries and keys both count from 0. A position of `max_len` or more would make weights negative
+/// queries and keys both count from 0, and with [`Mask::CausalTail`](crate::Mask::CausalTail) the
+/// first query is at `n_k − n_q`. A position of `max_len` or more would make weights negative
 /// and gives [`Error::TooLong`]: choose the longest sequence there will be, as the paper does. A
 /// scale would cancel, so there is none.
 ///

@@ -95,7 +95,7 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        if mask != Mask::Causal {
+        if mask == Mask::Full {
             return Err(NO_FULL_DECAY);
         }
         heads.iter_mut().try_for_each(|head| {
@@ -131,7 +131,7 @@ impl<T: Scalar, A: Attention<T>> Attention<T> for FixedGates<A, T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        if mask != Mask::Causal {
+        if mask == Mask::Full {
             return Err(NO_FULL_DECAY);
         }
         heads.iter_mut().try_for_each(|head| {

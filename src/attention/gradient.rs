@@ -1,13 +1,14 @@
 //! What a backward pass takes and gives.
 
 use crate::attention::call::NOT_GATED;
+use crate::attention::masks::{check_masks, check_plain};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 /// The place of a kernel inside another one, in the names of its parameters.
 pub(crate) const KERNEL: &str = "kernel";
@@ -52,6 +53,10 @@ pub struct HeadGradient<'a, T> {
     pub v: ArrayView2<'a, T>,
     /// Log decays `[n_k, 1 or num_features]`, of gated kernels.
     pub log_decay: Option<ArrayView2<'a, T>>,
+    /// Which keys may be seen, `[n_k]`.
+    pub key_mask: Option<ArrayView1<'a, bool>>,
+    /// What is added to scores, `[1 or group, n_q, n_k]`.
+    pub bias: Option<ArrayView3<'a, T>>,
     /// The gradient by the outputs, `[group, n_q, d_v]`.
     pub d_out: ArrayView3<'a, T>,
     /// What the forward pass gave, for kernels that can make use of it.
@@ -67,6 +72,8 @@ pub struct HeadGradient<'a, T> {
     /// The gradient by the log decays, summed over the query heads, `[n_k, 1 or num_features]`;
     /// none is computed where there is no room for it.
     pub d_log_decay: Option<ArrayViewMut2<'a, T>>,
+    /// The gradient by the biases, of their shape; none is computed where there is no room for it.
+    pub d_bias: Option<ArrayViewMut3<'a, T>>,
     /// The gradient by the [parameters](crate::Attention::parameters) of the kernel, by their
     /// names; none is computed for names that are not there, and names that the kernel does not
     /// have are an error.
@@ -145,6 +152,8 @@ impl<'a, T> HeadGradient<'a, T> {
             k,
             v,
             log_decay: None,
+            key_mask: None,
+            bias: None,
             d_out,
             record: None,
             checkpoints: None,
@@ -152,6 +161,7 @@ impl<'a, T> HeadGradient<'a, T> {
             d_k,
             d_v,
             d_log_decay: None,
+            d_bias: None,
             d_parameters: None,
         }
     }
@@ -165,6 +175,38 @@ impl<'a, T> HeadGradient<'a, T> {
         d_log_decay: ArrayViewMut2<'a, T>,
     ) -> Self {
         Self { log_decay: Some(log_decay), d_log_decay: Some(d_log_decay), ..self }
+    }
+
+    /// Says which keys may be seen, `[n_k]`; the others get no gradient
+    /// ([`Head::with_key_mask`](crate::Head::with_key_mask)).
+    #[must_use]
+    pub fn with_key_mask(self, key_mask: ArrayView1<'a, bool>) -> Self {
+        Self { key_mask: Some(key_mask), ..self }
+    }
+
+    /// Brings the biases of the scores, `[1 or group, n_q, n_k]`
+    /// ([`Head::with_bias`](crate::Head::with_bias)), and room of the same shape for the gradient
+    /// by them, if it is wanted: that by the scores, summed over the query heads that share one.
+    ///
+    /// ```
+    /// use dijiang::{Attention, HeadGradient, Mask, Scratch, SoftmaxAttention};
+    /// use ndarray::{Array3, array};
+    ///
+    /// let kernel = SoftmaxAttention::<f64>::new(1)?;
+    /// let (q, k, v) = (array![[0.0]], array![[1.0], [2.0]], array![[3.0], [5.0]]);
+    /// let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| x.mapv(|_| 0.0));
+    /// let (bias, mut d_bias) = (Array3::zeros((1, 1, 2)), Array3::zeros((1, 1, 2)));
+    /// let d_out = array![[1.0]];
+    /// let d = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+    /// let head = HeadGradient::new([q.view(), k.view(), v.view()], d_out.view(), d);
+    /// let mut heads = [head.with_bias(bias.view(), Some(d_bias.view_mut()))];
+    /// kernel.backward_heads(&mut heads, Mask::Full, &mut Scratch::new())?;
+    /// assert_eq!(d_bias, array![[[-0.5, 0.5]]]); // weights times values less their mean
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn with_bias(self, bias: ArrayView3<'a, T>, d_bias: Option<ArrayViewMut3<'a, T>>) -> Self {
+        Self { bias: Some(bias), d_bias, ..self }
     }
 
     /// Brings what the forward pass gave.
@@ -199,6 +241,8 @@ impl<'a, T> HeadGradient<'a, T> {
             k: self.k,
             v: self.v,
             log_decay: self.log_decay,
+            key_mask: self.key_mask,
+            bias: self.bias,
             d_out: self.d_out,
             record: self.record.as_ref().map(ForwardRecord::reborrow),
             checkpoints: self.checkpoints,
@@ -206,6 +250,7 @@ impl<'a, T> HeadGradient<'a, T> {
             d_k: self.d_k.view_mut(),
             d_v: self.d_v.view_mut(),
             d_log_decay: self.d_log_decay.as_mut().map(|x| x.view_mut()),
+            d_bias: self.d_bias.as_mut().map(|x| x.view_mut()),
             d_parameters,
         }
     }
@@ -249,14 +294,22 @@ impl<'a, T> HeadGradient<'a, T> {
 
 impl<T: Scalar> HeadGradient<'_, T> {
     /// Checks the shapes for a kernel over `head_dim` columns, as
-    /// [`Head::check_forward`](crate::Head::check_forward) does.
+    /// [`Head::check_forward`](crate::Head::check_forward) does, and refuses key masks and biases.
     ///
     /// # Errors
     ///
     /// [`Error::Shape`] if the shapes do not fit together, or `mask` is [`Mask::Causal`] and there
-    /// are other numbers of queries and keys; [`Error::ZeroSize`] if there are queries but no keys,
-    /// or the values have no columns.
+    /// are other numbers of queries and keys, or [`Mask::CausalTail`] and there are more queries
+    /// than keys; [`Error::ZeroSize`] if there are queries but no keys, or the values have no
+    /// columns; [`Error::Unsupported`] if there is a key mask, or there are biases.
     pub fn check_backward(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
+        self.check_backward_masked(head_dim, mask)?;
+        check_plain(self.key_mask.is_some(), self.bias.is_some() || self.d_bias.is_some())
+    }
+
+    /// As [`check_backward`](Self::check_backward), of kernels that take key masks and biases,
+    /// whose shapes and numbers are checked as well.
+    pub(crate) fn check_backward_masked(&self, head_dim: usize, mask: Mask) -> Result<(), Error> {
         let Self { q, k, v, d_out, d_q, d_k, d_v, .. } = self;
         check::size("d_out", "heads", self.group_len(), d_out.len_of(Axis(0)))?;
         check::size("q", "columns", head_dim, q.len_of(Axis(2)))?;
@@ -265,9 +318,7 @@ impl<T: Scalar> HeadGradient<'_, T> {
         check::at_least_one("v columns", v.ncols())?;
         check::size("d_out", "rows", self.queries(), d_out.len_of(Axis(1)))?;
         check::size("d_out", "columns", v.ncols(), d_out.len_of(Axis(2)))?;
-        if mask == Mask::Causal {
-            check::size("k", "rows", self.queries(), k.nrows())?;
-        }
+        check::mask(mask, [self.queries(), k.nrows()])?;
         if self.queries() > 0 {
             check::at_least_one("k rows", k.nrows())?;
         }
@@ -277,6 +328,13 @@ impl<T: Scalar> HeadGradient<'_, T> {
         for (which, gradient, x) in [("d_k", d_k, k), ("d_v", d_v, v)] {
             check::size(which, "rows", x.nrows(), gradient.nrows())?;
             check::size(which, "columns", x.ncols(), gradient.ncols())?;
+        }
+        check_masks(self.key_mask, self.bias, [self.group_len(), self.queries(), self.keys()])?;
+        if let Some(d_bias) = &self.d_bias {
+            let Some(bias) = &self.bias else { return Err(NO_BIAS_TO_TRAIN) };
+            for (axis, name) in [(0, "heads"), (1, "rows"), (2, "columns")] {
+                check::size("d_bias", name, bias.len_of(Axis(axis)), d_bias.len_of(Axis(axis)))?;
+            }
         }
         if let Some(ForwardRecord { out, log_normalizer }) = self.record {
             for (axis, name) in [(0, "heads"), (1, "rows"), (2, "columns")] {
@@ -319,3 +377,8 @@ impl<T: Scalar> HeadGradient<'_, T> {
         if self.log_decay.is_some() || self.d_log_decay.is_some() { Err(NOT_GATED) } else { Ok(()) }
     }
 }
+
+const NO_BIAS_TO_TRAIN: Error = Error::Unsupported {
+    what: "a gradient by biases that are not there",
+    why: "bring them with `HeadGradient::with_bias`",
+};

@@ -51,7 +51,9 @@ use std::sync::Arc;
 /// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
 /// the same bits. [`Mask::Full`] has a meaning only where there is no window (and nothing to learn
 /// from earlier queries): then the sinks and the heavy keys are exact and all other keys are far
-/// for every query; otherwise it is [`Error::Unsupported`].
+/// for every query; otherwise it is [`Error::Unsupported`]. With [`Mask::CausalTail`] the first
+/// keys pass through the memory, which answers the tail only; a memory that learns from what is
+/// read needs all queries and gives [`Error::Unsupported`].
 ///
 /// # State
 ///
@@ -112,6 +114,11 @@ const FULL_MERGED: Error = Error::Unsupported {
     why: "attention received needs an order of queries; use `Far::ward`",
 };
 
+const TAIL_MERGED: Error = Error::Unsupported {
+    what: "the tail of a sequence with `Far::merged`",
+    why: "attention received needs the queries of all tokens; use `Mask::Causal` with all of them",
+};
+
 impl<T: Scalar> HybridAttention<T> {
     /// Columns of queries and keys.
     #[must_use]
@@ -136,19 +143,23 @@ impl<T: Scalar> HybridAttention<T> {
         let deciding_columns = (*probes > 0).then(|| value_dim.saturating_sub(*probes));
         let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns };
         state.prepare(&self.config, sizes)?;
-        if mask == Mask::Causal {
+        if mask != Mask::Full {
             return state.extend(&self.config, heads, work);
         }
         heads.iter_mut().try_for_each(|head| state.full(&self.config, query_head, head, work))
     }
 
-    fn check_mask(&self, mask: Mask) -> Result<(), Error> {
-        if mask != Mask::Causal && self.config.window > 0 {
+    /// Refuses masks without a meaning for `[n_q, n_k]` queries and keys.
+    fn check_mask(&self, mask: Mask, sizes: [usize; 2]) -> Result<(), Error> {
+        if mask.settled(sizes) == Mask::CausalTail && self.config.learns() {
+            return Err(TAIL_MERGED);
+        }
+        if mask == Mask::Full && self.config.window > 0 {
             let why = "a window has no meaning where every query sees every key; build the \
                        kernel with `window(0)`";
             return Err(Error::Unsupported { what: "a full mask with a window", why });
         }
-        if mask != Mask::Causal && self.config.learns() {
+        if mask == Mask::Full && self.config.learns() {
             return Err(FULL_MERGED);
         }
         Ok(())
@@ -180,11 +191,11 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             head.check_no_log_normalizer()?;
             head.check_forward(self.config.head_dim, mask)?;
             self.config.check_group(head.group_len())?;
+            self.check_mask(mask, [head.queries(), head.keys()])?;
             head.check_finite()?;
         }
-        self.check_mask(mask)?;
         scratch.with_part(|parts: &mut HybridParts<T>, _| {
-            if mask == Mask::Causal {
+            if mask != Mask::Full {
                 return self.forward_checked(heads, mask, 0, parts);
             }
             // every query head begins with an empty state
@@ -245,12 +256,12 @@ impl<T: Scalar> Attention<T> for HybridAttention<T> {
             head.check_not_gated()?;
             head.check_backward(self.config.head_dim, mask)?;
             self.config.check_group(head.group_len())?;
+            self.check_mask(mask, [head.queries(), head.keys()])?;
             head.check_finite()?;
             if let Some(d_parameters) = &head.d_parameters {
                 self.config.parameters().check_names(d_parameters)?;
             }
         }
-        self.check_mask(mask)?;
         scratch.with_part(|parts: &mut BackwardParts<T>, _| {
             if self.config.learns() {
                 return add_gradients(&self.config, heads, mask, parts);

@@ -17,7 +17,6 @@ use crate::error::Error;
 use crate::features::FeatureMap;
 use crate::mask::Mask;
 use crate::memory::answer::Readout;
-
 use crate::memory::linear::LinearMemory;
 use crate::memory::linear::decay::{Decay, LogDecay};
 use crate::memory::linear::entry::Workspace;
@@ -298,6 +297,10 @@ impl<F> LinearAttention<F> {
         let Head { q, k, v, log_decay, out, checkpoints, .. } = head;
         // the sums are the same for every query head
         let mut checkpoints = checkpoints.as_deref_mut();
+        if mask == Mask::CausalTail {
+            let heads = q.outer_iter().zip(out.outer_iter_mut());
+            return pass.tail(state, heads, [*k, *v], *log_decay, self.readout, work);
+        }
         q.outer_iter().zip(out.outer_iter_mut()).try_for_each(|(q, out)| {
             state.reset(features, value_dim);
             let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
@@ -306,7 +309,9 @@ impl<F> LinearAttention<F> {
                     pass.extend(state, tokens, out, self.readout, work, false)
                 }),
                 Mask::Full if decay.is_some() => Err(NO_FULL_DECAY),
-                Mask::Full => pass.full(state, q, *k, *v, out, self.readout, work),
+                Mask::Full | Mask::CausalTail => {
+                    pass.full(state, q, *k, *v, out, self.readout, work)
+                }
             }
         })
     }
@@ -325,6 +330,7 @@ impl<T: Scalar, F: FeatureMap<T> + 'static> Attention<T> for LinearAttention<F> 
             heads.iter_mut().try_for_each(|head| {
                 head.check_no_log_normalizer()?;
                 head.check_forward(self.map.head_dim(), mask)?;
+                let mask = mask.settled([head.queries(), head.keys()]);
                 self.forward_head(head, mask, part)
             })
         })

@@ -22,7 +22,8 @@ use std::sync::Arc;
 /// o_t = numerator_t / denominator_t    of the memory's answer to q_t after tokens 0..=t
 /// ```
 ///
-/// With [`Mask::Full`] all tokens are absorbed first. A memory answers in absolute terms and knows
+/// With [`Mask::Full`] all tokens are absorbed first, with [`Mask::CausalTail`] those before the
+/// first query. A memory answers in absolute terms and knows
 /// its own scale.
 ///
 /// This is how to write a kernel of one's own: three methods of a memory, and the kernel has a
@@ -170,8 +171,13 @@ impl<T: Scalar> Attention<T> for MemoryAttention<T> {
             head.check_forward(self.head_dim, mask)?;
             head.check_finite()?;
             let mut memory = (self.make)(head.v.ncols())?;
-            if mask == Mask::Causal {
-                return extend(&mut *memory, head);
+            if let Some(first) = mask.first([head.queries(), head.keys()]) {
+                if first > 0 {
+                    let [k, v] = [head.k, head.v].map(|x| views::rows(x, 0..first));
+                    memory.absorb(k, v)?;
+                }
+                let [k, v] = [head.k, head.v].map(|x| views::rows(x, first..x.nrows()));
+                return extend(&mut *memory, &mut Head { k, v, ..head.reborrow() });
             }
             memory.absorb(head.k, head.v)?;
             let mut partial = Partial::new(head.queries(), head.v.ncols())?;

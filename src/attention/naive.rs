@@ -23,10 +23,11 @@
 //!
 //! Tokens are rows: queries `q [n_q, d]`, keys `k [n_k, d]`, values `v [n_k, d_v]`, outputs
 //! `o [n_q, d_v]`. `t` counts queries and `j` keys, both from 0. Query `t` sees all keys with
-//! [`Mask::Full`] and the keys `j ≤ t` with [`Mask::Causal`]: [`visible`] many. `scale` multiplies
-//! the product `q·k` of raw vectors and is `1/√d` in most models; a vector with a hat is scaled,
-//! `x̂ = √scale·x`, so that `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are
-//! kept as logarithms, relative to the largest, wherever they are divided by their sum.
+//! [`Mask::Full`], the keys `j ≤ t` with [`Mask::Causal`], and `j ≤ n_k − n_q + t` with
+//! [`Mask::CausalTail`]: [`visible`] many. `scale` multiplies the product `q·k` of raw vectors and
+//! is `1/√d` in most models; a vector with a hat is scaled, `x̂ = √scale·x`, so that
+//! `q̂·k̂ = scale·q·k`. Weights may leave the range of `f64`; they are kept as logarithms, relative
+//! to the largest, wherever they are divided by their sum.
 //!
 //! # Panics
 //!
@@ -47,19 +48,22 @@ pub mod received;
 use crate::mask::Mask;
 use ndarray::{Array1, Array2, Axis};
 
-/// How many keys query `t` sees: the first `t + 1` with [`Mask::Causal`], else all.
+/// How many keys query `t` sees, of `[n_q, n_k]` queries and keys: the first `t + 1` with
+/// [`Mask::Causal`], the first `n_k − n_q + t + 1` with [`Mask::CausalTail`], else all.
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive};
 ///
-/// assert_eq!(naive::visible(Mask::Causal, 2, 10), 3);
-/// assert_eq!(naive::visible(Mask::Full, 2, 10), 10);
+/// assert_eq!(naive::visible(Mask::Causal, 2, [10, 10]), 3);
+/// assert_eq!(naive::visible(Mask::CausalTail, 2, [4, 10]), 9);
+/// assert_eq!(naive::visible(Mask::Full, 2, [4, 10]), 10);
 /// ```
 #[must_use]
-pub fn visible(mask: Mask, t: usize, keys: usize) -> usize {
+pub fn visible(mask: Mask, t: usize, [queries, keys]: [usize; 2]) -> usize {
     match mask {
         Mask::Full => keys,
         Mask::Causal => t + 1,
+        Mask::CausalTail => keys - queries + t + 1,
     }
 }
 
@@ -87,7 +91,7 @@ pub fn normalize(log_weights: &Array2<f64>, mask: Mask) -> (Array2<f64>, Array1<
     let mut weights = Array2::zeros(log_weights.dim());
     let mut log_normalizer = Array1::zeros(log_weights.nrows());
     for t in 0..log_weights.nrows() {
-        let seen = visible(mask, t, log_weights.ncols());
+        let seen = visible(mask, t, log_weights.dim().into());
         let logs: Vec<f64> = (0..seen).map(|j| log_weights[[t, j]]).collect();
         let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let total: f64 = logs.iter().map(|l| (l - largest).exp()).sum();
@@ -249,7 +253,7 @@ pub fn weighted_means(
 ) -> Array2<f64> {
     let mut out = weighted_sums(queries, v, mask, &weight);
     for (t, mut row) in out.outer_iter_mut().enumerate() {
-        row /= (0..visible(mask, t, v.nrows())).map(|j| weight(t, j)).sum::<f64>();
+        row /= (0..visible(mask, t, [queries, v.nrows()])).map(|j| weight(t, j)).sum::<f64>();
     }
     out
 }
@@ -279,7 +283,7 @@ pub fn weighted_sums(
 ) -> Array2<f64> {
     let mut out = Array2::zeros((queries, v.ncols()));
     for (t, mut row) in out.outer_iter_mut().enumerate() {
-        for j in 0..visible(mask, t, v.nrows()) {
+        for j in 0..visible(mask, t, [queries, v.nrows()]) {
             row.scaled_add(weight(t, j), &v.row(j));
         }
     }

@@ -53,8 +53,9 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
     ) -> Result<(), Error> {
         scratch.with_part(|rotated: &mut Rotated<T>, scratch| {
             heads.iter_mut().try_for_each(|head| {
-                head.check_forward(self.positions.head_dim(), mask)?;
-                let (q, k) = rotated.rotate(&*self.positions, 0, head.q, head.k)?;
+                head.check_forward_masked(self.positions.head_dim(), mask)?;
+                let firsts = [mask.first([head.queries(), head.keys()]).unwrap_or(0), 0];
+                let (q, k) = rotated.rotate(&*self.positions, firsts, head.q, head.k)?;
                 let head = Head { q, k, ..head.reborrow() };
                 self.kernel.forward_heads(&mut [head], mask, scratch)
             })
@@ -95,8 +96,8 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
     ) -> Result<(), Error> {
         scratch.with_part(|rotated: &mut RotatedGradients<T>, scratch| {
             heads.iter_mut().try_for_each(|head| {
-                head.check_backward(self.positions.head_dim(), mask)?;
-                rotated.add(&*self.positions, head, |head| {
+                head.check_backward_masked(self.positions.head_dim(), mask)?;
+                rotated.add(&*self.positions, mask, head, |head| {
                     head.with_kernel_inside(|head| {
                         self.kernel.backward_heads(&mut [head], mask, scratch)
                     })
@@ -129,7 +130,7 @@ impl<T: Scalar, P: Positions, A: Attention<T>> PairWeights<T> for Positional<P, 
         check::size("q", "columns", self.positions.head_dim(), q.ncols())?;
         check::size("k", "columns", self.positions.head_dim(), k.ncols())?;
         let mut rotated = Rotated::default();
-        let (q, k) = rotated.rotate(&*self.positions, 0, q.insert_axis(Axis(0)), k)?;
+        let (q, k) = rotated.rotate(&*self.positions, [0, 0], q.insert_axis(Axis(0)), k)?;
         let why = "the kernel inside has none";
         let none = Error::Unsupported { what: "the weights of single pairs", why };
         let weights = self.kernel.pair_weights().ok_or(none)?;

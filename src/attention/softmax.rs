@@ -3,13 +3,14 @@
 mod answer;
 mod backward;
 pub(crate) mod options;
+mod window;
 
 use crate::attention::call::{Head, one_head};
 use crate::attention::fingerprint::Fingerprint;
 use crate::attention::gradient::HeadGradient;
 use crate::attention::scratch::Scratch;
 use crate::attention::sharing::Sharing;
-use crate::attention::softmax::answer::{Outputs, answer, answer_group, key_values};
+use crate::attention::softmax::answer::{Outputs, answer, answer_group, key_values, of_query_head};
 use crate::attention::softmax::options::SoftmaxAttention;
 use crate::attention::stream::{NO_CHECKPOINT, Stream, StreamOptions, StreamState};
 use crate::attention::threads::Threads;
@@ -24,6 +25,7 @@ use crate::memory::key_values::KeyValues;
 use crate::memory::online_softmax::Tile;
 use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::Sight;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
@@ -50,22 +52,25 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         mask: Mask,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let first = if mask == Mask::Causal { Some(0) } else { None };
         let threads = scratch.threads();
         scratch.with_part(|SoftmaxScratch { tile, packed }, _| {
             heads.iter_mut().try_for_each(|head| {
                 head.check_not_gated()?;
-                head.check_forward(self.head_dim, mask)?;
+                head.check_forward_masked(self.head_dim, mask)?;
+                self.check_mask(mask)?;
                 head.check_finite()?;
                 let scoring = self.check(head.group_len())?;
-                let Head { q, k, v, out, log_normalizer, .. } = head;
+                let first = mask.first([head.queries(), head.keys()]);
+                let Head { q, k, v, out, log_normalizer, key_mask, bias, .. } = head;
                 let tokens = key_values(self.format, *k, *v, packed);
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let log_normalizer =
                         log_normalizer.as_mut().map(|x| x.index_axis_mut(Axis(0), g));
                     let to = Outputs { out, log_normalizer };
-                    answer(q, tokens, self.of_head(scoring, g), first, to, threads, tile)
+                    let bias = bias.map(|bias| of_query_head(bias, g));
+                    let sight = Sight { first, window: self.window, key_mask: *key_mask, bias };
+                    answer(q, tokens, self.of_head(scoring, g), sight, to, threads, tile)
                 })
             })
         })
@@ -76,6 +81,9 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
     }
 
     fn stream_with(&self, options: StreamOptions) -> Result<Box<dyn Stream<T>>, Error> {
+        if let Some(window) = self.window {
+            return self.window_stream(window, options);
+        }
         let StreamOptions { value_dim, group, threads, .. } = options;
         options.check_one_head()?;
         let scoring = self.check(group)?;
@@ -94,11 +102,17 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
 
     fn state_floats(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
+        if let Some(window) = self.window {
+            return self.of_window(window)?.state_floats(value_dim, tokens);
+        }
         Ok(tokens.saturating_mul(self.head_dim + value_dim))
     }
 
     fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {
         check::at_least_one("value_dim", value_dim)?;
+        if let Some(window) = self.window {
+            return self.of_window(window)?.state_bytes(value_dim, tokens);
+        }
         let rows = [self.head_dim, value_dim].map(|columns| self.format.row_bytes::<T>(columns));
         Ok(tokens.saturating_mul(rows[0].saturating_add(rows[1])))
     }
@@ -221,7 +235,8 @@ impl<T: Scalar> SoftmaxStream<T> {
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let to = Outputs { out, log_normalizer: None };
-                    answer(q, tokens, options(g), Some(before), to, *threads, tile)
+                    let sight = Sight::up_to(Some(before));
+                    answer(q, tokens, options(g), sight, to, *threads, tile)
                 })
             }
         };

@@ -83,7 +83,7 @@ impl Calibration {
     pub(crate) fn queries(&self) -> (ArrayView2<'_, f64>, ArrayView1<'_, f64>) {
         let first = match self.options.mask {
             Mask::Full => 0,
-            Mask::Causal => self.pairs.tokens() / 8 * self.pairs.group,
+            Mask::Causal | Mask::CausalTail => self.pairs.tokens() / 8 * self.pairs.group,
         };
         let range = first..self.pairs.queries.nrows();
         (

@@ -31,7 +31,7 @@ impl Pairs {
         options: &CalibrationOptions,
     ) -> Result<Self, Error> {
         let (tokens, n) = (queries.nrows() / group, keys.nrows());
-        let causal = options.mask == Mask::Causal;
+        let causal = check::whole(options.mask, [tokens, n])? == Mask::Causal;
         if causal {
             check::size("k", "rows", tokens, n)?;
         }

@@ -108,7 +108,8 @@ pub fn fit_weights<T: Scalar>(
     check_ridge(options.ridge)?;
     check::at_least_one("q rows", q.nrows())?;
     check::at_least_one("k rows", k.nrows())?;
-    if options.mask == Mask::Causal {
+    let mask = check::whole(options.mask, [q.nrows(), k.nrows()])?;
+    if mask == Mask::Causal {
         check::size("k", "rows", q.nrows(), k.nrows())?;
     }
     check::queries(head_dim, q)?;
@@ -126,7 +127,7 @@ pub fn fit_weights<T: Scalar>(
     let scores = q.mapv(T::as_f64).dot(&k.mapv(T::as_f64).t()) * scale;
     let mut fit = NormalEquations::new(m);
     for t in 0..q.nrows() {
-        let seen = if options.mask == Mask::Causal { t + 1 } else { k.nrows() };
+        let seen = if mask == Mask::Causal { t + 1 } else { k.nrows() };
         let scores = scores.row(t).split_at(Axis(0), seen).0;
         fit.add(log_q.row(t), rows(log_k.view(), 0..seen), scores, log_sum_exp(scores));
     }

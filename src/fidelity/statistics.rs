@@ -1,6 +1,5 @@
 //! Slopes, how sure a mean of them is, and other sums over samples.
 
-use crate::mask::Mask;
 use ndarray::ArrayView2;
 
 /// The slope of the least-squares line through points.
@@ -43,12 +42,4 @@ pub(super) fn distance(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> f64 {
     let difference = ndarray::Zip::from(a).and(b).fold(0.0, |sum, a, b| sum + (a - b).powi(2));
     let size: f64 = b.iter().map(|x| x * x).sum();
     if difference == 0.0 { 0.0 } else { (difference / size).sqrt() }
-}
-
-/// Keys that query `t` sees.
-pub(super) fn visible(mask: Mask, t: usize, keys: usize) -> usize {
-    match mask {
-        Mask::Causal => t + 1,
-        Mask::Full => keys,
-    }
 }

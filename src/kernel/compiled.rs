@@ -89,6 +89,7 @@ compiled! {
     run_add_exponential_rows: gradient_columns::AddExponentialRows -> Self;
     run_soft_cap: scores::SoftCap;
     run_add_distances: scores::AddDistances;
+    run_add_bounded: scores::AddBounded;
     run_softmax_gradient: gradients::SoftmaxGradient;
     run_soft_cap_gradient: gradients::SoftCapGradient;
     run_add_rows: gradients::AddRows -> Self;

@@ -8,6 +8,7 @@ use crate::memory::online_softmax::{QUERY_BLOCK, Tile, online_softmax_in_range};
 use crate::memory::packed::Packed;
 use crate::memory::partial::Partial;
 use crate::memory::scoring::{Scoring, SoftCap};
+use crate::memory::sight::Sight;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
 use crate::views::rows;
@@ -286,9 +287,14 @@ impl<T: Scalar> Memory<T> for ExactMemory<T> {
         for start in (0..q.nrows()).step_by(QUERY_BLOCK) {
             let q = rows(q, start..q.nrows().min(start + QUERY_BLOCK));
             let tokens = self.key_values();
-            online_softmax_in_range(q, tokens, self.scoring, None, &mut tile, |block| {
-                block.add_in_range_to(answer, start)
-            })?;
+            online_softmax_in_range(
+                q,
+                tokens,
+                self.scoring,
+                Sight::up_to(None),
+                &mut tile,
+                |block| block.add_in_range_to(answer, start),
+            )?;
         }
         Ok(())
     }

@@ -9,8 +9,10 @@ use crate::memory::packed::Packed;
 use crate::memory::packed_softmax::PackedSoftmax;
 use crate::memory::score_tile::{ScoreTile, Seen, count_up, sum_over_keys};
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::Sight;
 use crate::scalar::Scalar;
 use crate::views;
+use core::ops::Range;
 use ndarray::ArrayView2;
 
 /// Queries that are answered at once.
@@ -32,6 +34,7 @@ pub(crate) struct Tile<T> {
     keys: Buffer<T>,
     values: Buffer<T>,
     correction: Buffer<T>,
+    biases: Buffer<T>,
     /// 0, 1, 2, .. of the queries, or of the keys where there is one query.
     positions: Buffer<T>,
     pub(crate) answer: Answer<T>,
@@ -45,6 +48,7 @@ impl<T: Scalar> Tile<T> {
             keys: Buffer::new(),
             values: Buffer::new(),
             correction: Buffer::new(),
+            biases: Buffer::new(),
             positions: Buffer::new(),
             answer: Answer::new(),
         }
@@ -58,19 +62,19 @@ pub(crate) fn online_softmax_in_range<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
     scoring: Scoring<T>,
-    first: Option<usize>,
+    sight: Sight<'_, T>,
     tile: &mut Tile<T>,
     mut done: impl FnMut(&mut Answer<T>) -> Result<(), Error>,
 ) -> Result<(), Error> {
     in_range(key_values.tokens(), |share| {
         match key_values {
-            KeyValues::Packed(packed, keys) if q.nrows() <= FEW_QUERIES => {
-                let seen = |row: usize| first.map_or(keys, |first| keys.min(first + row + 1));
+            KeyValues::Packed(packed, keys) if q.nrows() <= FEW_QUERIES && sight.is_plain() => {
+                let seen = |row: usize| sight.keys(row + 1, keys).end;
                 let row = |row| (scoring, seen(row));
                 let last = seen(q.nrows().saturating_sub(1));
                 softmax_of_rows(q, packed, last, &row, share, tile);
             }
-            _ => online_softmax(q, key_values, scoring, first, share, tile),
+            _ => online_softmax(q, key_values, scoring, sight, share, tile),
         }
         if share != T::one() {
             tile.answer.clamp();
@@ -120,8 +124,8 @@ fn softmax_of_rows<T: Scalar>(
 
 /// Sets the answer to `Σ_j exp(score_ij)·(v_j, 1)` for up to [`QUERY_BLOCK`] queries, tile by
 /// tile, for the keys that query `i` sees: all of them, or keys `0..=first + i` if `first` is
-/// given. Query `i` is at position `first + i`; where all keys are seen, every query is at that of
-/// the last key.
+/// given, less what the rest of `sight` hides. Query `i` is at position `first + i`; where all keys
+/// are seen, every query is at that of the last key.
 ///
 /// Weights are multiplied with `share`, a power of two.
 ///
@@ -132,28 +136,30 @@ fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
     scoring: Scoring<T>,
-    first: Option<usize>,
+    sight: Sight<'_, T>,
     share: T,
     tile: &mut Tile<T>,
 ) {
     let (n, d) = q.dim();
     let stride = padded::<T>(key_values.value_dim());
     let base_2 = scoring.base_2();
-    let keys = key_values.tokens();
-    let keys = first.map_or(keys, |first| keys.min(first + n));
+    let Range { start: begin, end: keys } = sight.keys(n, key_values.tokens());
     let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
-    let Tile { correction, positions, answer, .. } = tile;
-    let width = if n == 1 { 1 } else { padded::<T>(n) };
+    let Tile { correction, biases, positions, answer, .. } = tile;
+    let is_one = n == 1 && !sight.may_hide_all() && matches!(key_values, KeyValues::Wide(..));
+    let width = if is_one { 1 } else { padded::<T>(n) };
+    // tiles of packed tokens begin there
+    let begin = if is_one { begin } else { begin / KEY_BLOCK * KEY_BLOCK };
     queries.resize(d * width);
     correction.resize(width);
     answer.resize(n, width, stride);
     answer.denominator.fill(T::zero());
     answer.log_scale.fill(T::neg_infinity());
     if scoring.slope.is_some() {
-        count_up(positions, if n == 1 { KEY_BLOCK_OF_ONE } else { width });
+        count_up(positions, if is_one { KEY_BLOCK_OF_ONE } else { width });
     }
     if let KeyValues::Wide(k, v) = key_values
-        && n == 1
+        && is_one
     {
         queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
         softmax_of_one(
@@ -161,7 +167,7 @@ fn online_softmax<T: Scalar>(
             k,
             v,
             scoring,
-            keys,
+            begin..keys,
             scores,
             [key_copy, value_copy],
             positions,
@@ -170,31 +176,34 @@ fn online_softmax<T: Scalar>(
         );
     } else {
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
-        for start in (0..keys).step_by(KEY_BLOCK) {
+        for start in (begin..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
             let [k, v] = key_values.tile(start, count, stride, [&mut *key_copy, &mut *value_copy]);
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
-            let offset = first.map(|first| first.cast_signed() - start.cast_signed());
+            let offset = sight.first.map(|first| first.cast_signed() - start.cast_signed());
             let seen = Seen { offset, keys: count, queries: n, width };
             let scores_of = ScoreTile { k, ldk: d, d, queries, last: keys - 1 - start, positions };
             scores_of.write(scoring, seen, scores, None);
+            if !sight.is_plain() {
+                sight.apply(seen, start, scores, [&mut *biases, &mut *correction]);
+            }
             let changed = kernel::online_softmax(
                 scores,
                 &mut answer.log_scale,
                 &mut answer.denominator,
                 correction,
             );
-            if changed && start > 0 {
+            if changed && start > begin {
                 kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
             if share != T::one() {
                 kernel::scale(scores, share);
             }
-            sum_over_keys(seen, scores, (v, stride), start == 0, &mut answer.numerator);
+            sum_over_keys(seen, scores, (v, stride), start == begin, &mut answer.numerator);
         }
     }
-    if keys == 0 {
+    if keys == begin {
         answer.numerator.fill(T::zero());
     }
     to_natural_units(answer, share);
@@ -217,7 +226,7 @@ fn softmax_of_one<T: Scalar>(
     k: ArrayView2<'_, T>,
     v: ArrayView2<'_, T>,
     scoring: Scoring<T>,
-    keys: usize,
+    keys: Range<usize>,
     scores: &mut Buffer<T>,
     [key_copy, value_copy]: [&mut Buffer<T>; 2],
     positions: &[T],
@@ -228,8 +237,9 @@ fn softmax_of_one<T: Scalar>(
     numerator.fill(T::zero());
     let value_dim = v.ncols();
     scores.resize(KEY_BLOCK_OF_ONE);
-    for start in (0..keys).step_by(KEY_BLOCK_OF_ONE) {
-        let count = KEY_BLOCK_OF_ONE.min(keys - start);
+    let end = keys.end;
+    for start in keys.step_by(KEY_BLOCK_OF_ONE) {
+        let count = KEY_BLOCK_OF_ONE.min(end - start);
         let k = contiguous(k, start, count, q.len(), key_copy);
         let v = contiguous(v, start, count, value_dim, value_copy);
         let scores = &mut scores[..count];
@@ -238,7 +248,7 @@ fn softmax_of_one<T: Scalar>(
             cap.apply(scores);
         }
         if let Some(slope) = scoring.slope {
-            let to_first = T::from_f64((keys - 1 - start) as f64);
+            let to_first = T::from_f64((end - 1 - start) as f64);
             kernel::add_distances(scores, positions, [-to_first, T::one()], slope);
         }
         let old = log_scale[0];

@@ -31,7 +31,7 @@ impl Seen {
     }
 
     /// The first query that sees a key, or `width`.
-    fn first_query(self, key: usize) -> usize {
+    pub(crate) fn first_query(self, key: usize) -> usize {
         self.offset
             .map_or(0, |offset| (key.cast_signed() - offset).max(0).cast_unsigned())
             .min(self.width)
@@ -45,6 +45,11 @@ impl Seen {
             let from = self.first_query(first) / T::PAD * T::PAD;
             (first..self.keys.min(first + step), from)
         })
+    }
+
+    /// The first query of the block that holds query `from`, or `from` where there are no blocks.
+    pub(crate) fn block_start(self, from: usize) -> usize {
+        if self.all() { from } else { from / MASK_BLOCK * MASK_BLOCK }
     }
 
     /// The queries in blocks, each with the number of keys that one of its queries sees.

@@ -7,9 +7,10 @@ use crate::kernel::loops::products::{Epilogue, Matrix, Product};
 use crate::memory::key_values::contiguous;
 use crate::memory::score_tile::{ScoreTile, Seen, count_up, sum_over_keys};
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::Sight;
 use crate::memory::unit::{Unit, product};
 use crate::scalar::Scalar;
-use crate::views::{rows, rows_mut, to_columns};
+use crate::views::{columns_mut, rows, rows_mut, to_columns};
 use core::f64::consts::LOG2_E;
 use core::ops::Range;
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
@@ -29,8 +30,7 @@ pub(crate) struct Answered<'a, T> {
     pub(crate) out: ArrayView2<'a, T>,
     /// The natural logarithms of the sums of the weights, `[n]`.
     pub(crate) log_normalizer: ArrayView1<'a, T>,
-    /// Query `i` sees keys `0..=first + i`, or all.
-    pub(crate) first: Option<usize>,
+    pub(crate) sight: Sight<'a, T>,
 }
 
 /// The units of queries, keys, values and cotangents.
@@ -71,6 +71,9 @@ pub(crate) struct GradientTile<T> {
     /// `d_out·out` of the queries.
     means: Buffer<T>,
     positions: Buffer<T>,
+    /// Biases of a tile, then the gradients by them, and what comes beside them.
+    biases: Buffer<T>,
+    squares: Buffer<T>,
     /// What goes to queries, and to keys or values.
     d_q: Buffer<T>,
     d_tokens: Buffer<T>,
@@ -88,6 +91,8 @@ impl<T: Scalar> GradientTile<T> {
             log_normalizer: Buffer::new(),
             means: Buffer::new(),
             positions: Buffer::new(),
+            biases: Buffer::new(),
+            squares: Buffer::new(),
             d_q: Buffer::new(),
             d_tokens: Buffer::new(),
         }
@@ -99,8 +104,8 @@ impl<T: Scalar> GradientTile<T> {
     }
 }
 
-/// Adds the gradients of a loss by queries, keys and values to `d_q`, `d_k` and `d_v`, from
-/// those by the outputs of a block of queries.
+/// Adds the gradients of a loss by queries, keys, values and biases to `d_q`, `d_k`, `d_v` and
+/// `d_bias`, from those by the outputs of a block of queries.
 ///
 /// With weights `P_tj = exp(s_tj)/Σ`, the scores `s_tj` of products `u_tj = scale·q_t·k_j`, and
 /// `D_t = d_out_t·o_t`, it is
@@ -108,7 +113,8 @@ impl<T: Scalar> GradientTile<T> {
 /// ```text
 /// d_v_j += Σ_t P_tj d_out_t,
 /// d_u_tj = P_tj (d_out_t·v_j − D_t)·d s_tj/d u_tj,
-/// d_q_t += scale·Σ_j d_u_tj k_j,    d_k_j += scale·Σ_t d_u_tj q_t
+/// d_q_t += scale·Σ_j d_u_tj k_j,    d_k_j += scale·Σ_t d_u_tj q_t,
+/// d_bias_tj += P_tj (d_out_t·v_j − D_t)
 /// ```
 ///
 /// (Dao et al., FlashAttention, arXiv 2205.14135, algorithm 4), where `ds/du` is 1, or
@@ -119,7 +125,7 @@ pub(crate) fn add_gradients<T: Scalar>(
     scoring: Scoring<T>,
     (d_out, units): (ArrayView2<'_, T>, Units),
     d_q: ArrayViewMut2<'_, T>,
-    [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
+    ([d_k, d_v], mut d_bias): ([&mut ArrayViewMut2<'_, T>; 2], Option<ArrayViewMut2<'_, T>>),
     tile: &mut GradientTile<T>,
 ) {
     let (n, d) = block.q.dim();
@@ -129,8 +135,10 @@ pub(crate) fn add_gradients<T: Scalar>(
     let to_q = product(scale, &[units.d_out, units.v, units.k]);
     let to_k = product(scale, &[units.d_out, units.v, units.q]);
     let to_v = product(1.0, &[units.d_out]);
+    let to_bias = product(1.0, &[units.d_out, units.v]);
 
     let GradientTile { columns: [queries, cotangents], scores, products, d_scores, .. } = tile;
+    let GradientTile { biases, squares, .. } = tile;
     let GradientTile { log_normalizer, means, positions, d_q: sums, d_tokens, .. } = tile;
     let [query_rows, cotangent_rows, out_rows] = &mut tile.rows;
     let [key_copy, scaled_copy, value_copy] = &mut tile.tokens;
@@ -155,9 +163,9 @@ pub(crate) fn add_gradients<T: Scalar>(
         count_up(positions, width);
     }
 
-    let keys = block.first.map_or(k.nrows(), |first| k.nrows().min(first + n));
+    let Range { start: begin, end: keys } = block.sight.keys(n, k.nrows());
     sums.resize(n * stride);
-    for start in (0..keys).step_by(KEY_BLOCK) {
+    for start in (begin..keys).step_by(KEY_BLOCK) {
         let count = KEY_BLOCK.min(keys - start);
         let range = start..start + count;
         let k_rows = contiguous(k, start, count, stride, key_copy);
@@ -167,7 +175,7 @@ pub(crate) fn add_gradients<T: Scalar>(
             in_unit(k, range.clone(), stride, units.k, scaled_copy)
         };
         let v_rows = in_unit(v, range.clone(), value_stride, units.v, value_copy);
-        let offset = block.first.map(|first| first.cast_signed() - start.cast_signed());
+        let offset = block.sight.first.map(|first| first.cast_signed() - start.cast_signed());
         let seen = Seen { offset, keys: count, queries: n, width };
         scores.resize(count * width);
         d_scores.resize(count * width);
@@ -176,20 +184,28 @@ pub(crate) fn add_gradients<T: Scalar>(
         products.resize(if scoring.soft_cap.is_some() { count * width } else { 0 });
         let before_cap = scoring.soft_cap.map(|_| &mut **products);
         scores_of.write(scoring, seen, scores, before_cap);
+        if !block.sight.is_plain() {
+            block.sight.apply(seen, start, scores, [&mut *biases, &mut *squares]);
+        }
         let normal = (&**log_normalizer, &**means);
         weigh(seen, (v_rows, value_stride), (cotangents, v.ncols()), normal, scores, d_scores);
+        if let Some(d_bias) = &mut d_bias {
+            let to = columns_mut(d_bias.view_mut(), range.clone());
+            add_to_bias(seen, d_scores, [biases, squares], to, to_bias);
+        }
         if let Some(cap) = scoring.soft_cap {
             cap.hand_on(products, d_scores);
         }
+        clear_unseen(seen, d_scores);
 
         d_tokens.resize(count * stride.max(value_stride));
         sum_over_queries(seen, scores, (cotangent_rows, value_stride), d_tokens);
         add(rows_mut(d_v.view_mut(), range.clone()), d_tokens, value_stride, to_v);
         sum_over_queries(seen, d_scores, (query_rows, stride), d_tokens);
         add(rows_mut(d_k.view_mut(), range), d_tokens, stride, to_k);
-        sum_over_keys(seen, d_scores, (scaled_k, stride), start == 0, sums);
+        sum_over_keys(seen, d_scores, (scaled_k, stride), start == begin, sums);
     }
-    if keys > 0 {
+    if keys > begin {
         add(d_q, sums, stride, to_q);
     }
 }
@@ -223,6 +239,49 @@ fn weigh<T: Scalar>(
         .run();
         SoftmaxGradient { scores: &mut scores[block], gradients, from, log_normalizer, means }
             .run();
+    }
+}
+
+/// Sets gradients to zero that are not computed, and that sums over keys read along with others.
+fn clear_unseen<T: Scalar>(seen: Seen, d_scores: &mut [T]) {
+    let width = seen.width;
+    for (keys, from) in seen.key_blocks::<T>() {
+        let unseen = seen.block_start(from)..from;
+        if !unseen.is_empty() {
+            let rows = d_scores[keys.start * width..keys.end * width].chunks_exact_mut(width);
+            rows.for_each(|row| row[unseen.clone()].fill(T::zero()));
+        }
+    }
+}
+
+/// Adds the gradients by scores, of a tile `[keys, width]`, to those by biases `[queries, keys]`.
+fn add_to_bias<T: Scalar>(
+    seen: Seen,
+    d_scores: &mut [T],
+    [columns, squares]: [&mut Buffer<T>; 2],
+    mut to: ArrayViewMut2<'_, T>,
+    factors: [T; 2],
+) {
+    let width = seen.width;
+    for (keys, from) in seen.key_blocks::<T>() {
+        // columns before this one are not computed
+        let rows = d_scores[keys.start * width..keys.end * width].chunks_exact_mut(width);
+        rows.for_each(|row| row[..from].fill(T::zero()));
+    }
+    let stride = padded::<T>(seen.keys);
+    squares.resize(stride);
+    columns.resize(seen.queries * stride);
+    let row = |key: usize| &d_scores[key * width..key * width + seen.queries];
+    kernel::transpose(seen.keys, &row, T::one(), squares, columns);
+    for factor in factors {
+        kernel::scale(columns, factor);
+    }
+    for (mut to, from) in to.outer_iter_mut().zip(columns.chunks_exact(stride)) {
+        let from = &from[..seen.keys];
+        match to.as_slice_mut() {
+            Some(to) => kernel::add_scaled(to, T::one(), from),
+            None => to.iter_mut().zip(from).for_each(|(to, &x)| *to += x),
+        }
     }
 }
 

@@ -168,12 +168,15 @@ impl<T: Scalar> MultiHead<T> {
                 v: head(&v, sequence, kv, keys.clone()),
                 log_decay: log_decay.map(|x| head(&x, sequence, kv, keys.clone())),
                 d_out: heads(&d_out, sequence, query_heads, queries.clone()),
+                key_mask: None,
+                bias: None,
                 record: None,
                 checkpoints: None,
                 d_q: rows_of(d_q, queries),
                 d_k: next_head(&mut d_k, &keys),
                 d_v: next_head(&mut d_v, &keys),
                 d_log_decay: d_log_decay.as_mut().map(|d| next_head(d, &keys)),
+                d_bias: None,
                 d_parameters: None,
             };
             tasks.push(Task { sequence, head, calls });
@@ -291,7 +294,7 @@ fn error_in<T: Scalar>(
     error: Error,
 ) -> Error {
     if let Error::NotFinite { which: "d_out", row, column } = error {
-        let first = call.real(sequence)[1].start; // queries begin there too
+        let first = call.real(sequence)[0].start;
         let is_bad = |&head: &usize| {
             let number = d_out.get([sequence, head, first + row, column]);
             number.is_some_and(|x| !x.is_finite())

@@ -7,6 +7,7 @@ use crate::attention::call::Head;
 use crate::attention::stream::Stream;
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::multi_head::layout::{
     LayerShape, Padding, check_heads, check_lengths, check_log_decay, side_by_side,
 };
@@ -114,7 +115,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         check::size("v", "columns", *value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
         let (group, padding) = (self.shape.group(), *padding);
-        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, is_causal: true };
+        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, mask: Mask::Causal };
         let reads: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
         if are_shared_out(self.streams.len(), reads.saturating_mul(q.dim().2)) {
             self.extend_on_threads(&call, out)

@@ -26,8 +26,8 @@ pub(crate) struct LayerCall<'a, T> {
     /// Real keys of each sequence; all where there is none.
     pub(crate) lengths: Option<&'a [usize]>,
     pub(crate) padding: Padding,
-    /// Whether queries beyond the real keys are padding as well.
-    pub(crate) is_causal: bool,
+    /// Where it is causal, queries beyond the real keys are padding as well.
+    pub(crate) mask: Mask,
 }
 
 impl<'a, T: Scalar> LayerCall<'a, T> {
@@ -38,12 +38,12 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             Some(lengths) => self.padding.real(lengths[sequence], tokens),
             None => 0..tokens,
         };
-        let queries = if keys.is_empty() {
-            0..0
-        } else if self.is_causal || self.lengths.is_some() && self.padding == Padding::Left {
-            keys.clone()
-        } else {
-            0..queries
+        let is_left = self.lengths.is_some() && self.padding == Padding::Left;
+        let queries = match self.mask {
+            _ if keys.is_empty() => 0..0,
+            Mask::CausalTail => queries - queries.min(keys.len())..queries,
+            Mask::Full if !is_left => 0..queries,
+            Mask::Causal | Mask::Full => keys.clone(),
         };
         [queries, keys]
     }
@@ -54,11 +54,12 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
         if matches!(error, Error::Unsupported { .. }) {
             return error; // such a call is refused whatever the sequences hold
         }
-        let [_, keys] = self.real(sequence);
-        let first = keys.start; // queries begin there too
+        let [queries, keys] = self.real(sequence);
+        let of_keys = keys.start;
         let kv_heads = unit.all_kv_heads(self.group);
         let head = match &mut error {
             Error::NotFinite { which, row, column } => {
+                let first = if *which == "q" { queries.start } else { of_keys };
                 let find = |x: &ArrayView4<'_, T>, heads: Vec<usize>| {
                     let is_bad = |&head: &usize| {
                         let number = x.get([sequence, head, first + *row, *column]);
@@ -78,13 +79,14 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
                 let mut gates = gates.iter().flat_map(|gates| gates.indexed_iter());
                 let bad = gates.find(|(_, gate)| gate.is_nan() || **gate > T::zero());
                 if let Some(((row, column), bad)) = bad {
-                    *found = format!("{bad} at row {}, column {column}", first + row);
+                    *found = format!("{bad} at row {}, column {column}", of_keys + row);
                 }
                 Some(LayerHead::Kv(kv_heads[0]))
             }
             _ => None,
         };
-        let error = error.in_chunk(first);
+        let of_key = matches!(error, Error::NotFinite { which: "k" | "v", .. });
+        let error = error.in_chunk(if of_key { of_keys } else { queries.start });
         match head {
             Some(head) => in_head(sequence, head, error),
             None => unit.error(sequence, error),
@@ -115,6 +117,8 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             k: head(k, sequence, kv, keys.clone()),
             v: head(v, sequence, kv, keys.clone()),
             log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
+            key_mask: None,
+            bias: None,
             probes: 0,
             out,
             log_normalizer: None,

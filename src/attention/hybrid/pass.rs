@@ -69,13 +69,15 @@ impl<T: Scalar> HybridState<T> {
         scratch: &mut HybridScratch<T>,
     ) -> Result<(), Error> {
         let n = calls[0].k.nrows();
+        // tokens before the first query
+        let ahead = n - calls[0].q.len_of(Axis(1));
         let group = calls[0].q.len_of(Axis(0));
         let most = (MOST_ROWS / group).max(1);
         let mut start = 0;
         while start < n {
             let first = self.tokens;
             let run = config.steps_at_once(first).min(config.steps_of_room(first));
-            let run = run.min(n - start).min(most);
+            let run = run.min(if start < ahead { ahead - start } else { n - start }).min(most);
             self.take(config, calls, start);
             self.leave(config, scratch).map_err(|error| error.in_chunk(start))?;
             for i in start + 1..start + run {
@@ -83,7 +85,9 @@ impl<T: Scalar> HybridState<T> {
                 self.take(config, calls, i);
             }
             self.tokens += 1;
-            for (head, call) in calls.iter_mut().enumerate() {
+            let asked = if start < ahead { &mut [] } else { &mut *calls };
+            for (head, call) in asked.iter_mut().enumerate() {
+                let start = start - ahead;
                 let steps = Steps { head, start, run, causal: true, query_head: 0 };
                 self.read(config, steps, call, scratch)?;
             }

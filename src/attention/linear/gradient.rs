@@ -52,6 +52,7 @@ impl<T: Scalar> LinearParts<'_, T> {
         let (features, value_dim) = (self.map.num_features(), head.v.ncols());
         let decay = log_decay.set(self.decay, features)?.then_some(&*log_decay);
         check_gates(decay, features, head)?;
+        let mask = mask.settled([head.queries(), head.keys()]);
         if mask == Mask::Full && decay.is_some() {
             return Err(NO_FULL_DECAY);
         }
@@ -74,7 +75,8 @@ impl<T: Scalar> LinearParts<'_, T> {
             let with_decays = decay.is_some() && (d_log_decay.is_some() || trains_decay);
             let tokens = Tokens { q, k: *k, v: *v, log_decay: *log_decay };
             let (readout, checkpoints) = (self.readout, *checkpoints);
-            let backward = Backward { pass, tokens, readout, with_decays, checkpoints };
+            let asked = true;
+            let backward = Backward { pass, tokens, readout, with_decays, asked, checkpoints };
             let mut out = TokenGradients {
                 d_out,
                 d_q,
@@ -85,6 +87,7 @@ impl<T: Scalar> LinearParts<'_, T> {
             };
             match mask {
                 Mask::Causal => backward.causal(&mut out, work)?,
+                Mask::CausalTail => backward.causal_tail(&mut out, work)?,
                 Mask::Full => backward.full(&mut out, work)?,
             }
             if !out.is_finite {

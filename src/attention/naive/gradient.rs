@@ -61,9 +61,43 @@ pub fn softmax_gradient(
     slope: f64,
     mask: Mask,
 ) -> SoftmaxGradient {
+    let distances = alibi(Array2::zeros((q.nrows(), k.nrows())), slope, mask);
+    biased_gradient([q, k, v], d_o, scale, options, &distances, mask).0
+}
+
+/// The same with biases of any kind, `b [n_q, n_k]`, in the place of linear ones, and the gradient
+/// by them, `d_b_tj = d_s_tj`:
+///
+/// ```text
+/// s_tj = cap·tanh(u_tj/cap) + b_tj,    d_b_tj = P_tj (d_o_t·v_j − D_t)
+/// ```
+///
+/// A bias of −∞ hides the key, and its gradient is 0.
+///
+/// ```
+/// use dijiang::Mask;
+/// use dijiang::attention::naive::gradient::biased_gradient;
+/// use dijiang::attention::naive::options::Options;
+/// use ndarray::array;
+///
+/// let (q, k, v) = (array![[0.0]], array![[1.0], [2.0], [9.0]], array![[3.0], [5.0], [9.0]]);
+/// let (b, none) = (array![[0.0, 0.0, f64::NEG_INFINITY]], Options::default());
+/// let (d, d_b) = biased_gradient([&q, &k, &v], &array![[1.0]], 1.0, none, &b, Mask::Full);
+/// assert_eq!(d.v, array![[0.5], [0.5], [0.0]]);
+/// assert_eq!(d_b, array![[-0.5, 0.5, 0.0]]);
+/// ```
+#[must_use]
+pub fn biased_gradient(
+    [q, k, v]: [&Array2<f64>; 3],
+    d_o: &Array2<f64>,
+    scale: f64,
+    options: Options,
+    bias: &Array2<f64>,
+    mask: Mask,
+) -> (SoftmaxGradient, Array2<f64>) {
     let products = q.dot(&k.t()) * scale;
-    let capped = products.mapv(|u| soft_capped(u, options.soft_cap));
-    let scores = alibi(capped, slope, mask);
+    let scores = products.mapv(|u| soft_capped(u, options.soft_cap)) + bias;
+    let mut d_bias = Array2::zeros(bias.dim());
     let mut d = SoftmaxGradient {
         q: Array2::zeros(q.dim()),
         k: Array2::zeros(k.dim()),
@@ -71,7 +105,7 @@ pub fn softmax_gradient(
         sink_logit: 0.0,
     };
     for t in 0..q.nrows() {
-        let seen = visible(mask, t, k.nrows());
+        let seen = visible(mask, t, [q.nrows(), k.nrows()]);
         let sink = options.sink_logit.unwrap_or(f64::NEG_INFINITY);
         let largest = (0..seen).map(|j| scores[[t, j]]).fold(sink, f64::max);
         let sum: f64 = (0..seen).map(|j| (scores[[t, j]] - largest).exp()).sum();
@@ -87,6 +121,7 @@ pub fn softmax_gradient(
         let mean = d_o.row(t).dot(&o);
         for (j, &weight) in weights.iter().enumerate() {
             let d_score = weight * (d_o.row(t).dot(&v.row(j)) - mean);
+            d_bias[[t, j]] = d_score;
             let slope_of_cap = match options.soft_cap {
                 Some(cap) => (products[[t, j]] / cap).cosh().powi(-2), // 1 − tanh²
                 None => 1.0,
@@ -97,7 +132,7 @@ pub fn softmax_gradient(
         }
         d.sink_logit -= (sink - log_normalizer).exp() * mean;
     }
-    d
+    (d, d_bias)
 }
 
 /// Some tokens as one, with fixed shares: read with the weight `count·e^{scale·q·key}`, where

@@ -68,7 +68,7 @@ pub fn unnormalized(
 /// `φ(q_t)·φ(k_j)` of the keys that `t` sees, over a factor whose logarithm comes with them.
 fn weights_of_query(phi_q: &Features, phi_k: &Features, t: usize, mask: Mask) -> (Vec<f64>, f64) {
     let logs = &phi_k.log_scale;
-    let seen = visible(mask, t, logs.len());
+    let seen = visible(mask, t, [phi_q.log_scale.len(), logs.len()]);
     let largest = (0..seen).map(|j| logs[j]).fold(f64::NEG_INFINITY, f64::max);
     let product = |j: usize| phi_q.values.row(t).dot(&phi_k.values.row(j));
     let weights = (0..seen).map(|j| product(j) * (logs[j] - largest).exp()).collect();

@@ -294,7 +294,7 @@ pub fn ward(
     rule: &Ward,
     mask: Mask,
 ) -> Array2<f64> {
-    assert!(mask == Mask::Causal || near.window == 0, "a window needs an order of queries");
+    assert!(mask != Mask::Full || near.window == 0, "a window needs an order of queries");
     let q = q * scale;
     let distance = |a: &Entry, b: &Entry| {
         let difference = &a.key - &b.key;
@@ -312,11 +312,13 @@ pub fn ward(
     let (mut held, mut entries) = (Held::default(), Vec::new());
     let token = |j: usize| Entry::token(k.row(j), v.row(j), rule.weights[j]);
     let mut out = Array2::zeros((q.nrows(), v.ncols()));
+    let first = if mask == Mask::CausalTail { k.nrows() - q.nrows() } else { 0 };
     for t in 0..k.nrows() {
         entries.extend(held.step(near, t).into_iter().map(token));
         make_room(&mut entries);
-        if mask == Mask::Causal {
-            out.row_mut(t).assign(&read(q.row(t), &held.exact(), k, v, &entries, rule.options).1);
+        if mask != Mask::Full && t >= first {
+            let q = q.row(t - first);
+            out.row_mut(t - first).assign(&read(q, &held.exact(), k, v, &entries, rule.options).1);
         }
     }
     if mask == Mask::Full {

@@ -1,4 +1,5 @@
-//! What models change of the softmax: scores that are capped softly, linear biases, a learned sink.
+//! What models change of the softmax: scores that are capped softly, biases of any kind, a learned
+//! sink, masks of keys, a sliding window.
 
 use super::{normalize, visible};
 use crate::mask::Mask;
@@ -58,9 +59,9 @@ pub fn with_sink(
     mask: Mask,
 ) -> Array2<f64> {
     let Some(logit) = sink_logit else { return normalize(log_weights, mask).0.dot(v) };
-    let mut seen = log_weights.clone();
+    let (mut seen, sizes) = (log_weights.clone(), log_weights.dim().into());
     for ((t, j), log_weight) in seen.indexed_iter_mut() {
-        if j >= visible(mask, t, v.nrows()) {
+        if j >= visible(mask, t, sizes) {
             *log_weight = f64::NEG_INFINITY;
         }
     }
@@ -75,7 +76,8 @@ pub fn with_sink(
 /// l_tj = s_tj − slope·(t − j)
 /// ```
 ///
-/// With [`Mask::Full`] all queries stand at the last key.
+/// With [`Mask::CausalTail`] query `t` stands at the last key it sees, and with [`Mask::Full`] all
+/// queries stand at the last key.
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive::options};
@@ -87,10 +89,64 @@ pub fn with_sink(
 /// ```
 #[must_use]
 pub fn alibi(mut scores: Array2<f64>, slope: f64, mask: Mask) -> Array2<f64> {
-    let last = scores.ncols().saturating_sub(1) as f64;
+    let sizes = scores.dim().into();
     for ((t, j), score) in scores.indexed_iter_mut() {
-        let position = if mask == Mask::Causal { t as f64 } else { last };
-        *score -= slope * (position - j as f64);
+        let last_seen = visible(mask, t, sizes) as f64 - 1.0;
+        *score -= slope * (last_seen - j as f64);
+    }
+    scores
+}
+
+/// Scores with biases, `l_tj = s_tj + b_tj`; a bias of −∞ hides the key.
+///
+/// ```
+/// use dijiang::attention::naive::options;
+/// use ndarray::array;
+///
+/// let logs = options::biased(array![[1.0, 2.0]], &array![[0.5, f64::NEG_INFINITY]]);
+/// assert_eq!(logs, array![[1.5, f64::NEG_INFINITY]]);
+/// ```
+#[must_use]
+pub fn biased(scores: Array2<f64>, bias: &Array2<f64>) -> Array2<f64> {
+    scores + bias
+}
+
+/// Scores of the keys that may be seen, by a mask of keys; −∞ of the others.
+///
+/// ```
+/// use dijiang::attention::naive::options;
+/// use ndarray::array;
+///
+/// let logs = options::key_masked(array![[1.0, 2.0]], &array![true, false]);
+/// assert_eq!(logs, array![[1.0, f64::NEG_INFINITY]]);
+/// ```
+#[must_use]
+pub fn key_masked(mut scores: Array2<f64>, key_mask: &Array1<bool>) -> Array2<f64> {
+    for ((_, j), score) in scores.indexed_iter_mut() {
+        if !key_mask[j] {
+            *score = f64::NEG_INFINITY;
+        }
+    }
+    scores
+}
+
+/// Scores within a sliding window (Mistral 7B, Jiang et al., arXiv 2310.06825, section 2): of the
+/// keys that the mask shows to query `t` only the last `window`; −∞ of the others.
+///
+/// ```
+/// use dijiang::{Mask, attention::naive::options};
+/// use ndarray::{Array2, array};
+///
+/// let logs = options::windowed(Array2::zeros((2, 2)), 1, Mask::Causal);
+/// assert_eq!(logs, array![[0.0, 0.0], [f64::NEG_INFINITY, 0.0]]);
+/// ```
+#[must_use]
+pub fn windowed(mut scores: Array2<f64>, window: usize, mask: Mask) -> Array2<f64> {
+    let sizes = scores.dim().into();
+    for ((t, j), score) in scores.indexed_iter_mut() {
+        if j + window < visible(mask, t, sizes) {
+            *score = f64::NEG_INFINITY;
+        }
     }
     scores
 }

@@ -159,7 +159,8 @@ pub fn retention(
 /// φ(x) = max(0, x) + ε
 /// ```
 ///
-/// with `M` the longest sequence there will be, on raw vectors: a scale would cancel.
+/// with `M` the longest sequence there will be, on raw vectors: a scale would cancel. With
+/// [`Mask::CausalTail`] the first query is at position `n_k − n_q`.
 ///
 /// ```
 /// use dijiang::{Mask, attention::naive::positional};
@@ -181,8 +182,9 @@ pub fn cosformer(
     mask: Mask,
 ) -> Array2<f64> {
     let [q, k] = [q, k].map(|x| x.mapv(|x| x.max(0.0) + epsilon));
+    let first = if mask == Mask::CausalTail { k.nrows() - q.nrows() } else { 0 };
     weighted_means(q.nrows(), v, mask, |i, j| {
-        let distance = (i as f64 - j as f64) / max_len as f64;
+        let distance = ((first + i) as f64 - j as f64) / max_len as f64;
         q.row(i).dot(&k.row(j)) * (PI / 2.0 * distance).cos()
     })
 }

@@ -115,30 +115,31 @@ impl<T: Scalar> Default for Rotated<T> {
 
 impl<T: Scalar> Rotated<T> {
     /// Checks the numbers of `q [group, n_q, d]` and `k [n_k, d]`, whose shapes have been checked,
-    /// and changes them from position `first` on.
+    /// and changes them from these positions on.
     pub(crate) fn rotate<P: Positions>(
         &mut self,
         positions: &P,
-        first: usize,
+        [first_q, first_k]: [usize; 2],
         q: ArrayView3<'_, T>,
         k: ArrayView2<'_, T>,
     ) -> Result<(ArrayView3<'_, T>, ArrayView2<'_, T>), Error> {
         let ((group, queries, _), keys, dim) = (q.dim(), k.nrows(), positions.inner_dim());
-        positions.check_end(first.saturating_add(queries.max(keys)))?;
+        let ends = [first_q.saturating_add(queries), first_k.saturating_add(keys)];
+        positions.check_end(ends[0].max(ends[1]))?;
         // before the change, which would spread what is not finite over other columns
         q.outer_iter().try_for_each(|q| check::finite("q", q))?;
         check::finite("k", k)?;
         let Self { angles, q: rotated_q, k: rotated_k } = self;
         let rotated_q = resized(rotated_q, [group, queries, dim])?;
         let rotated_k = resized(rotated_k, [1, keys, dim])?;
-        positions.rotary().set_angles(angles, first, queries)?;
+        positions.rotary().set_angles(angles, first_q, queries)?;
         for (q, out) in
             q.outer_iter().zip(view(&mut *rotated_q, group, queries, dim).outer_iter_mut())
         {
             positions.rotate(angles, q, out)?;
         }
-        if keys != queries {
-            positions.rotary().set_angles(angles, first, keys)?;
+        if ends[1] != ends[0] || first_k != first_q {
+            positions.rotary().set_angles(angles, first_k, keys)?;
         }
         positions.rotate(
             angles,

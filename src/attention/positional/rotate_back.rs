@@ -4,6 +4,7 @@ use crate::attention::gradient::HeadGradient;
 use crate::attention::positional::rotate::{Positions, Rotated, resized, view};
 use crate::check;
 use crate::error::Error;
+use crate::mask::Mask;
 use crate::rotary::angles::RotaryAngles;
 use crate::scalar::Scalar;
 use ndarray::Axis;
@@ -30,13 +31,15 @@ impl<T: Scalar> RotatedGradients<T> {
     pub(super) fn add<P: Positions>(
         &mut self,
         positions: &P,
+        mask: Mask,
         head: &mut HeadGradient<'_, T>,
         backward: impl FnOnce(&mut HeadGradient<'_, T>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Self { rotated, angles, d_q, d_k } = self;
         let (group, queries, keys) = (head.group_len(), head.queries(), head.keys());
         let dim = positions.inner_dim();
-        let (q, k) = rotated.rotate(positions, 0, head.q, head.k)?;
+        let first = mask.first([queries, keys]).unwrap_or(0);
+        let (q, k) = rotated.rotate(positions, [first, 0], head.q, head.k)?;
         let d_q = resized(d_q, [group, queries, dim])?;
         let d_k = resized(d_k, [1, keys, dim])?;
         d_q.fill(T::zero());
@@ -46,7 +49,7 @@ impl<T: Scalar> RotatedGradients<T> {
         let views = (d_q.view_mut(), d_k.view_mut());
         backward(&mut HeadGradient { q, k, d_q: views.0, d_k: views.1, ..head.reborrow() })?;
 
-        positions.rotary().set_angles(angles, 0, queries)?;
+        positions.rotary().set_angles(angles, first, queries)?;
         let d_outs = d_q.outer_iter_mut().zip(head.d_q.outer_iter_mut());
         for (q, (d_out, mut d_q)) in head.q.outer_iter().zip(d_outs) {
             positions.rotate_back(angles, q, d_out, d_q.view_mut())?;

@@ -49,7 +49,7 @@ impl<T: Scalar, P: Positions> PositionalStream<T, P> {
         let StreamOptions { value_dim, group, .. } = self.options;
         head.check_extend(self.positions.head_dim(), value_dim, group)?;
         let first = self.stream.len();
-        let (q, k) = self.rotated.rotate(&*self.positions, first, head.q, head.k)?;
+        let (q, k) = self.rotated.rotate(&*self.positions, [first, first], head.q, head.k)?;
         Ok(call(&mut *self.stream, &mut [Head { q, k, ..head.reborrow() }]))
     }
 }

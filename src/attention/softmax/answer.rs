@@ -9,10 +9,11 @@ use crate::memory::online_softmax::{
 };
 use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::{Sight, is_blind};
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
 use crate::views::rows;
-use ndarray::{ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis};
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut1, ArrayViewMut2, Axis};
 
 /// With fewer scores than this, one thread answers.
 #[cfg(feature = "rayon")]
@@ -67,12 +68,18 @@ pub(super) fn answer_block<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
     (scoring, sink_logit): (Scoring<T>, Option<T>),
-    first: Option<usize>,
+    sight: Sight<'_, T>,
     row: usize,
     mut to: Outputs<'_, T>,
     tile: &mut Tile<T>,
 ) -> Result<(), Error> {
-    online_softmax_in_range(q, key_values, scoring, first, tile, |answer| {
+    online_softmax_in_range(q, key_values, scoring, sight, tile, |answer| {
+        if sight.may_hide_all() && sink_logit.is_none() {
+            let blind = (0..answer.tokens).find(|&t| is_blind(answer.log_scale[t]));
+            if let Some(t) = blind {
+                return Err(Error::NothingSeen { row: row + t });
+            }
+        }
         if let Some(logit) = sink_logit {
             (0..answer.tokens).for_each(|row| _ = answer.add_sink(row, logit));
         }
@@ -86,13 +93,19 @@ pub(super) fn answer_block<T: Scalar>(
     })
 }
 
-/// Answers the queries block by block; query `i` sees keys `0..=first + i`, or all.
+/// The biases of a query head.
+pub(super) fn of_query_head<T>(bias: ArrayView3<'_, T>, g: usize) -> ArrayView2<'_, T> {
+    let head = if bias.len_of(Axis(0)) == 1 { 0 } else { g };
+    bias.index_axis_move(Axis(0), head)
+}
+
+/// Answers the queries block by block.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn answer<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
     options: (Scoring<T>, Option<T>),
-    first: Option<usize>,
+    sight: Sight<'_, T>,
     to: Outputs<'_, T>,
     #[cfg_attr(not(feature = "rayon"), allow(unused_variables))] threads: Threads,
     tile: &mut Tile<T>,
@@ -114,9 +127,9 @@ pub(super) fn answer<T: Scalar>(
         let answered =
             blocks.into_par_iter().enumerate().map_init(Tile::new, |tile, (block, to)| {
                 let start = block * QUERY_BLOCK;
-                let q = rows(q, start..n.min(start + QUERY_BLOCK));
-                let first = first.map(|first| first + start);
-                answer_block(q, key_values, options, first, start, to, tile)
+                let range = start..n.min(start + QUERY_BLOCK);
+                let (q, sight) = (rows(q, range.clone()), sight.of(range));
+                answer_block(q, key_values, options, sight, start, to, tile)
             });
         let results: Vec<_> = answered.collect();
         return results.into_iter().collect();
@@ -126,9 +139,9 @@ pub(super) fn answer<T: Scalar>(
         let count = QUERY_BLOCK.min(n - start);
         let (to, after) = rest.split_at(count);
         rest = after;
-        let first = first.map(|first| first + start);
+        let sight = sight.of(start..start + count);
         let q = rows(q, start..start + count);
-        answer_block(q, key_values, options, first, start, to, tile)?;
+        answer_block(q, key_values, options, sight, start, to, tile)?;
     }
     Ok(())
 }

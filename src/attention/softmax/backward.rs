@@ -1,7 +1,7 @@
 //! The backward pass of softmax attention.
 
 use crate::attention::gradient::{ForwardRecord, HeadGradient};
-use crate::attention::softmax::answer::{Outputs, answer_block};
+use crate::attention::softmax::answer::{Outputs, answer_block, of_query_head};
 use crate::attention::softmax::options::{SINK_LOGITS, SoftmaxAttention};
 use crate::check;
 use crate::error::Error;
@@ -10,6 +10,7 @@ use crate::mask::Mask;
 use crate::memory::key_values::KeyValues;
 use crate::memory::online_softmax::Tile;
 use crate::memory::scoring::Scoring;
+use crate::memory::sight::Sight;
 use crate::memory::softmax_gradient::{Answered, GradientTile, QUERY_BLOCK, Units, add_gradients};
 use crate::memory::unit::{Unit, product};
 use crate::scalar::Scalar;
@@ -49,7 +50,7 @@ impl<T: Scalar> Again<T> {
         q: ArrayView2<'_, T>,
         key_values: KeyValues<'_, T>,
         options: (Scoring<T>, Option<T>),
-        first: Option<usize>,
+        sight: Sight<'_, T>,
         row: usize,
     ) -> Result<(ArrayView2<'_, T>, ArrayView1<'_, T>), Error> {
         let shape = (q.nrows(), key_values.value_dim());
@@ -59,7 +60,7 @@ impl<T: Scalar> Again<T> {
             out: ArrayViewMut2::from_shape(shape, &mut self.out).expect("counted"),
             log_normalizer: Some(ArrayViewMut1::from(&mut *self.log_normalizer)),
         };
-        answer_block(q, key_values, options, first, row, to, &mut self.tile)?;
+        answer_block(q, key_values, options, sight, row, to, &mut self.tile)?;
         let out = ArrayView2::from_shape(shape, &self.out).expect("counted");
         Ok((out, ArrayView1::from(&*self.log_normalizer)))
     }
@@ -79,7 +80,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
         scratch: &mut BackwardScratch<T>,
     ) -> Result<(), Error> {
         head.check_not_gated()?;
-        head.check_backward(self.head_dim, mask)?;
+        head.check_backward_masked(self.head_dim, mask)?;
+        self.check_mask(mask)?;
         head.check_finite()?;
         let scoring = self.check(head.group_len())?;
         if self.format != StateFormat::F32 {
@@ -89,8 +91,9 @@ impl<T: Scalar> SoftmaxAttention<T> {
             self.numbers().check_names(d_parameters)?;
         }
 
-        let group = head.group_len();
-        let HeadGradient { q, k, v, d_out, record, d_q, d_k, d_v, d_parameters, .. } = head;
+        let (group, first) = (head.group_len(), mask.first([head.queries(), head.keys()]));
+        let HeadGradient { q, k, v, key_mask, bias, d_out, record, .. } = head;
+        let HeadGradient { d_q, d_k, d_v, d_bias, d_parameters, .. } = head;
         let key_values = [*k, *v];
         let units = key_values.map(Unit::of);
         for g in 0..group {
@@ -100,13 +103,23 @@ impl<T: Scalar> SoftmaxAttention<T> {
                 d_out,
                 units,
                 options: self.of_head(scoring, g),
-                is_causal: mask == Mask::Causal,
+                sight: Sight {
+                    first,
+                    window: self.window,
+                    key_mask: *key_mask,
+                    bias: bias.map(|bias| of_query_head(bias, g)),
+                },
                 record: record.map(|ForwardRecord { out, log_normalizer }| {
                     (out.index_axis_move(Axis(0), g), log_normalizer.index_axis_move(Axis(0), g))
                 }),
             };
             let d_q = d_q.index_axis_mut(Axis(0), g);
-            let d_sink = one.add_gradients(key_values, d_q, [&mut *d_k, &mut *d_v], scratch)?;
+            let d_bias = d_bias.as_mut().map(|d| {
+                let of_head = if d.len_of(Axis(0)) == 1 { 0 } else { g };
+                d.index_axis_mut(Axis(0), of_head)
+            });
+            let d_tokens = [&mut *d_k, &mut *d_v];
+            let d_sink = one.add_gradients(key_values, d_q, d_tokens, d_bias, scratch)?;
             if let Some(d) = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS)) {
                 let of_head = if d.len() > 1 { g } else { 0 };
                 let d_sink = T::from_f64(d_sink);
@@ -126,7 +139,7 @@ struct QueryHead<'a, T> {
     units: [Unit; 2],
     /// How it scores, and its learned sink.
     options: (Scoring<T>, Option<T>),
-    is_causal: bool,
+    sight: Sight<'a, T>,
     /// The outputs and logarithms of normalisers of a forward pass.
     record: Option<(ArrayView2<'a, T>, ArrayView1<'a, T>)>,
 }
@@ -138,27 +151,29 @@ impl<T: Scalar> QueryHead<'_, T> {
         [k, v]: [ArrayView2<'_, T>; 2],
         mut d_q: ArrayViewMut2<'_, T>,
         [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
+        mut d_bias: Option<ArrayViewMut2<'_, T>>,
         BackwardScratch { tile, again }: &mut BackwardScratch<T>,
     ) -> Result<f64, Error> {
-        let Self { q, d_out, units: [k_unit, v_unit], options, is_causal, record } = self;
+        let Self { q, d_out, units: [k_unit, v_unit], options, sight, record } = self;
         let (scoring, sink_logit) = *options;
         let (n, mut d_sink) = (q.nrows(), 0.0);
         for start in (0..n).step_by(QUERY_BLOCK) {
             let block = start..n.min(start + QUERY_BLOCK);
-            let first = is_causal.then_some(start);
+            let sight = sight.of(block.clone());
             let q = rows(*q, block.clone());
             let (out, log_normalizer) = if let Some((out, mut log_normalizer)) = *record {
                 log_normalizer.slice_axis_inplace(Axis(0), Slice::from(block.clone()));
                 (rows(out, block.clone()), log_normalizer)
             } else {
-                again.answer(q, KeyValues::Wide(k, v), *options, first, start)?
+                again.answer(q, KeyValues::Wide(k, v), *options, sight, start)?
             };
-            let answered = Answered { q, out, log_normalizer, first };
+            let answered = Answered { q, out, log_normalizer, sight };
             let d_out = rows(*d_out, block.clone());
             let units = Units { q: Unit::of(q), k: *k_unit, v: *v_unit, d_out: Unit::of(d_out) };
-            let d_q = rows_mut(d_q.view_mut(), block);
-            let d_out = (d_out, units);
-            add_gradients(answered, [k, v], scoring, d_out, d_q, [&mut *d_k, &mut *d_v], tile);
+            let d_q = rows_mut(d_q.view_mut(), block.clone());
+            let d_bias = d_bias.as_mut().map(|d| rows_mut(d.view_mut(), block));
+            let (d_out, d_tokens) = ((d_out, units), [&mut *d_k, &mut *d_v]);
+            add_gradients(answered, [k, v], scoring, d_out, d_q, (d_tokens, d_bias), tile);
             if let Some(logit) = sink_logit {
                 let [first, second] = product::<f64>(1.0, &[units.d_out, units.v]);
                 let sum = weight_of_sink(logit, log_normalizer, tile.means());
@@ -179,7 +194,10 @@ fn weight_of_sink<T: Scalar>(logit: T, log_normalizer: ArrayView1<'_, T>, means:
 fn check_range<T: Scalar>(head: &HeadGradient<'_, T>) -> Result<(), Error> {
     let of_q = head.d_q.outer_iter().map(|d_q| ("the gradient by `q`", d_q));
     let of_rest = [("the gradient by `k`", &head.d_k), ("the gradient by `v`", &head.d_v)];
-    for (which, d) in of_q.chain(of_rest.map(|(which, d)| (which, d.view()))) {
+    let of_bias = head.d_bias.iter().flat_map(|d| d.outer_iter());
+    let of_bias = of_bias.map(|d| ("the gradient by `bias`", d));
+    let of_rest = of_rest.map(|(which, d)| (which, d.view()));
+    for (which, d) in of_q.chain(of_rest).chain(of_bias) {
         if let Err(Error::NotFinite { row, .. }) = check::finite(which, d) {
             return Err(Error::Overflow { which, row });
         }

@@ -1,6 +1,7 @@
 //! The options of softmax attention.
 
 use crate::attention::fingerprint::Fingerprint;
+use crate::attention::hybrid::builder::HybridBuilder;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
@@ -25,7 +26,8 @@ use ndarray::Array1;
 /// What models change of it are options, which go together: scores that are capped softly
 /// ([`with_soft_cap`](Self::with_soft_cap)), linear biases
 /// ([`with_alibi_slope`](Self::with_alibi_slope)), a learned sink
-/// ([`with_sink_logit`](Self::with_sink_logit)). Keys and values may be kept in fewer bits
+/// ([`with_sink_logit`](Self::with_sink_logit)), a sliding window
+/// ([`with_window`](Self::with_window)). Keys and values may be kept in fewer bits
 /// ([`with_state_format`](Self::with_state_format)).
 ///
 /// ```
@@ -55,6 +57,8 @@ pub struct SoftmaxAttention<T> {
     #[cfg_attr(feature = "serde", serde(default))]
     slopes: Vec<f64>,
     #[cfg_attr(feature = "serde", serde(default))]
+    pub(super) window: Option<usize>,
+    #[cfg_attr(feature = "serde", serde(default))]
     pub(super) format: StateFormat,
     #[cfg_attr(feature = "serde", serde(skip))]
     number: PhantomData<T>,
@@ -74,6 +78,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
             soft_cap: None,
             sink_logits: Vec::new(),
             slopes: Vec::new(),
+            window: None,
             format: StateFormat::default(),
             number: PhantomData,
         })
@@ -168,7 +173,8 @@ impl<T: Scalar> SoftmaxAttention<T> {
     ///
     /// The slopes of published models are [`alibi_slopes`](crate::alibi_slopes). Distances are
     /// exact up to 2²⁴ tokens in `f32`. With [`Mask::Full`] every query is at the position of the
-    /// last key, and any later one would give the same: the bias is not that of |t − j|.
+    /// last key, and any later one would give the same: the bias is not that of |t − j|. With
+    /// [`Mask::CausalTail`] `t` counts from the first key.
     ///
     /// ```
     /// use dijiang::{Attention, Mask, SoftmaxAttention};
@@ -249,6 +255,24 @@ impl<T: Scalar> SoftmaxAttention<T> {
         self.sink_logits.first().copied()
     }
 
+    pub(super) fn has_slopes(&self) -> bool {
+        !self.slopes.is_empty()
+    }
+
+    /// A hybrid with the same scores and sinks.
+    pub(super) fn with_options(&self, mut builder: HybridBuilder<T>) -> HybridBuilder<T> {
+        if let Some(scale) = self.scale {
+            builder = builder.scale(scale);
+        }
+        if let Some(cap) = self.soft_cap {
+            builder = builder.soft_cap(cap);
+        }
+        if !self.sink_logits.is_empty() {
+            builder = builder.sink_logits(self.sink_logits.clone());
+        }
+        builder
+    }
+
     /// Whether the query heads of a group differ.
     pub(super) fn differs_by_head(&self) -> bool {
         self.sink_logits.len().max(self.slopes.len()) > 1
@@ -296,16 +320,20 @@ impl<T: Scalar> SoftmaxAttention<T> {
         }
     }
 
-    /// The score of a query and a key from their product, at positions `t` and `j`.
+    /// The score of a query and a key from their product, at positions `t` and `j`; −∞ where the
+    /// window of `t` has gone on.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(super) fn score(&self, product: f64, [t, j]: [usize; 2]) -> f64 {
+        if self.window.is_some_and(|window| j.saturating_add(window) <= t) {
+            return f64::NEG_INFINITY;
+        }
         let score = product * self.scale.unwrap_or_else(|| check::default_scale(self.head_dim));
         let score = self.soft_cap.map_or(score, |cap| cap * libm::tanh(score / cap));
         self.slopes.first().map_or(score, |slope| score + slope * (j as f64 - t as f64))
     }
 
-    /// What is added to the scores of query `t` of [`score`](Self::score) where all keys are seen,
-    /// since it then is at the position of the last key.
+    /// What is added to the scores of query `t` of [`score`](Self::score) where all `keys` are
+    /// seen, since it then is at the position of the last one.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(crate) fn shift(&self, mask: Mask, [t, keys]: [usize; 2]) -> f64 {
         let last = keys.saturating_sub(1) as f64;

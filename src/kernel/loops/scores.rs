@@ -101,6 +101,26 @@ impl<T: Lanes> Loop for AddDistances<'_, T> {
     }
 }
 
+/// `x_t ← max(x_t + y_t, least)`; what is NaN stays. Lengths are multiples of [`Lanes::PAD`].
+pub struct AddBounded<'a, T> {
+    pub(crate) x: &'a mut [T],
+    pub(crate) y: &'a [T],
+    pub(crate) least: T,
+}
+
+impl<T: Lanes> Loop for AddBounded<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Level>(self, level: L) {
+        let least = T::splat(level, self.least);
+        for (x, y) in T::vectors_mut::<L>(self.x).iter_mut().zip(T::vectors::<L>(self.y)) {
+            let sum = T::vadd(level, *x, *y);
+            *x = T::vselect_greater(level, least, sum, least, sum);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +163,19 @@ mod tests {
                 assert!(narrow < 5.0, "{machine:?} {limit} f32: {narrow}");
                 assert!(wide < 5.0, "{machine:?} {limit} f64: {wide}");
             }
+        }
+    }
+
+    #[test]
+    fn bounded_sums() {
+        for machine in Machine::all() {
+            let y: Vec<f32> = (0..2 * f32::PAD as u16).map(|i| f32::from(i) - 9.0).collect();
+            let mut x = vec![0.5_f32; y.len()];
+            (x[1], x[2], x[3]) = (f32::NAN, f32::NEG_INFINITY, f32::INFINITY);
+            let expected: Vec<f32> = x.iter().zip(&y).map(|(x, y)| (x + y).max(-4.0)).collect();
+            machine.run(AddBounded { x: &mut x, y: &y, least: -4.0 });
+            assert!(x[1].is_nan());
+            (0..y.len()).filter(|i| *i != 1).for_each(|i| assert_eq!(x[i], expected[i]));
         }
     }
 

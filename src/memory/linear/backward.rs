@@ -21,6 +21,7 @@ pub(crate) mod late;
 mod map;
 mod reverse;
 mod rows;
+mod tail;
 mod tape;
 pub(crate) mod work;
 
@@ -30,9 +31,8 @@ use crate::kernel::buffer::padded;
 use crate::memory::linear::backward::call::{Backward, TokenGradients, Units, block_len};
 use crate::memory::linear::backward::work::BackwardWork;
 use crate::memory::linear::checkpoints::Checkpoint;
-use crate::memory::linear::groups::{FirstDecay, Groups};
-use crate::memory::linear::pass::{PassBuffers, Tokens};
-use crate::memory::linear::steps;
+use crate::memory::linear::entry::of_tail;
+use crate::memory::linear::pass::Tokens;
 use crate::scalar::Scalar;
 use crate::views;
 use core::ops::Range;
@@ -75,6 +75,33 @@ impl<T: Scalar> Backward<'_, T> {
         self.part(0..end, 0, units, out, work)
     }
 
+    /// The gradients of causal attention of queries that stand at the last tokens.
+    pub(crate) fn causal_tail(
+        &self,
+        out: &mut TokenGradients<'_, T>,
+        work: &mut BackwardWork<T>,
+    ) -> Result<(), Error> {
+        let units = Units::of(out.d_out, self.tokens.v)?;
+        let (features, value_dim) = (self.pass.num_features(), self.value_dim());
+        let (queries, keys) = (self.tokens.q.nrows(), self.tokens.k.nrows());
+        let first = keys - queries;
+        let [tail, before] = self.split();
+        work.state.reset(features, value_dim);
+        work.suffix.reset(features, value_dim);
+        work.gates.begin();
+        before.absorb(0..first, units, work)?;
+        let mut tail_out = out.of_keys(first..keys);
+        let result = tail.part(0..queries, 0, units, &mut tail_out, work);
+        result.map_err(|error| of_tail(error, first, self.tokens.log_decay))?;
+        let mut is_finite = tail_out.is_finite;
+        work.state.reset(features, value_dim);
+        let mut of_before = out.of_keys(0..first);
+        before.part(0..first, 0, units, &mut of_before, work)?;
+        is_finite &= of_before.is_finite;
+        out.is_finite &= is_finite;
+        Ok(())
+    }
+
     /// The gradients of a part of the sequence, from the sums before it and the suffix sums after
     /// it. Leaves those before it in the place of the latter.
     fn part(
@@ -87,6 +114,10 @@ impl<T: Scalar> Backward<'_, T> {
     ) -> Result<(), Error> {
         let most = self.tape_tokens();
         if part.len() <= most {
+            if !self.asked {
+                self.scan_keys(part, units, work)?;
+                return self.scan_back(units, out, work);
+            }
             let Tokens { q, k, v, .. } = self.tokens;
             let TokenGradients { d_out, d_q, d_k, d_v, .. } = &*out;
             let arrays = [q, k, v, *d_out, d_q.view(), d_k.view(), d_v.view()];
@@ -124,33 +155,9 @@ impl<T: Scalar> Backward<'_, T> {
         units: Units<T>,
         work: &mut BackwardWork<T>,
     ) -> Result<(), Error> {
-        let BackwardWork { pass: buffers, state, .. } = work;
-        let (features, value_dim) = (self.pass.num_features(), self.value_dim());
-        for start in tokens.clone().step_by(block_len::<T>()) {
-            let rows = start..tokens.end.min(start + block_len::<T>());
-            let part = |x| views::rows(x, rows.clone());
-            let [k, v] = [self.tokens.k, self.tokens.v].map(part);
-            self.pass.map_keys(k, v, self.tokens.log_decay.map(part), buffers, start)?;
-            units.set(buffers);
-            let mut groups = Groups::new();
-            while let Some(group) = groups.next(&buffers.chunk, &mut buffers.gates, state.scale) {
-                let PassBuffers { chunk, part, gates, step, .. } = &mut *buffers;
-                if group.first_decay == FirstDecay::InSums {
-                    state.decay(gates.decay_before(group.tokens.start));
-                }
-                let width = padded::<T>(group.tokens.len());
-                part.copy_tokens_to(width, chunk, group.tokens.clone(), features, value_dim);
-                if group.is_single() {
-                    let steps::StepBuffers { factors, key_sums, .. } = &mut *step;
-                    part.rescale_keys(group.log_scale, features, factors, key_sums);
-                    steps::absorb(state, part, group.log_scale, &step.key_sums);
-                } else {
-                    steps::bring(part, &group, gates, features, step);
-                    steps::update(state, part, &group, gates, &mut step.key_sums);
-                }
-            }
-        }
-        Ok(())
+        let BackwardWork { pass, state, .. } = work;
+        let chunk = block_len::<T>();
+        self.pass.absorb_groups(state, self.tokens, tokens, chunk, pass, |pass| units.set(pass))
     }
 
     /// The gradients of attention of every query to every key, without decay.

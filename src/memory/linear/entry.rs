@@ -1,8 +1,10 @@
 //! Where tokens enter: on one thread, or on several where the sequence is worth them.
 
 use crate::error::Error;
+use crate::kernel::chunk_len;
 use crate::memory::answer::Readout;
 use crate::memory::linear::checkpoints::SumCheckpoints;
+use crate::memory::linear::gates::check_gates;
 use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::linear::state::State;
 use crate::memory::linear::step::HeldStep;
@@ -76,6 +78,20 @@ impl<T: Scalar> Workspace<T> {
     }
 }
 
+/// The error of the tail of a sequence that began at key `first`.
+#[cold]
+pub(super) fn of_tail<T: Scalar>(
+    error: Error,
+    first: usize,
+    log_decay: Option<ArrayView2<'_, T>>,
+) -> Error {
+    match (&error, log_decay) {
+        // which names the row
+        (Error::InvalidOption { .. }, Some(all)) => check_gates(all, 0).err().unwrap_or(error),
+        _ => error.of_tail(first),
+    }
+}
+
 impl<T: Scalar> Pass<'_, T> {
     /// Causal attention of new tokens: each query sees the tokens absorbed before and the new ones
     /// up to its own. `keep` says whether the state will be needed afterwards. The shapes have been
@@ -125,6 +141,42 @@ impl<T: Scalar> Pass<'_, T> {
             return self.absorb_in_order(state, k, v, &mut work.pass, start..n);
         }
         self.absorb_in_order(state, k, v, &mut work.pass, 0..n)
+    }
+
+    /// Causal attention of the queries of some heads that stand at the last tokens, to all of them.
+    pub(crate) fn tail<'a>(
+        &self,
+        state: &mut State<T>,
+        heads: impl Iterator<Item = (ArrayView2<'a, T>, ArrayViewMut2<'a, T>)>,
+        [k, v]: [ArrayView2<'a, T>; 2],
+        log_decay: Option<ArrayView2<'a, T>>,
+        readout: Readout,
+        work: &mut Workspace<T>,
+    ) -> Result<(), Error> {
+        let mut before = core::mem::replace(&mut work.group, State::new());
+        let mut is_first = true;
+        let result = heads.into_iter().try_for_each(|(q, out)| {
+            let first = k.nrows() - q.nrows();
+            if core::mem::take(&mut is_first) {
+                // the sums before the tail are the same for every query head
+                before.reset(self.num_features(), v.ncols());
+                if log_decay.is_none() && !self.decays() {
+                    let part = |x| views::rows(x, 0..first);
+                    self.absorb(&mut before, part(k), part(v), work)?;
+                } else {
+                    let tokens = Tokens { q: k, k, v, log_decay };
+                    let (chunk, buffers) = (chunk_len::<T>(), &mut work.pass);
+                    self.absorb_groups(&mut before, tokens, 0..first, chunk, buffers, |_| {})?;
+                }
+            }
+            state.copy_from(&before);
+            let part = |x| views::rows(x, first..k.nrows());
+            let tokens = Tokens { q, k: part(k), v: part(v), log_decay: log_decay.map(part) };
+            let result = self.extend(state, tokens, out, readout, work, false);
+            result.map_err(|error| of_tail(error, first, log_decay))
+        });
+        work.group = before;
+        result
     }
 
     /// Attention of every query to every key.

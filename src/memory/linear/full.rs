@@ -2,10 +2,12 @@
 
 use crate::error::Error;
 use crate::features::side::Side;
+use crate::kernel::buffer::padded;
 use crate::kernel::{self, chunk_len};
 use crate::memory::answer::Answer;
 use crate::memory::linear::chunk::Chunk;
-use crate::memory::linear::pass::{Pass, PassBuffers};
+use crate::memory::linear::groups::{FirstDecay, Groups};
+use crate::memory::linear::pass::{Pass, PassBuffers, Tokens};
 use crate::memory::linear::state::State;
 use crate::memory::linear::steps::{self, StepBuffers};
 use crate::memory::linear::token::{self, Meeting};
@@ -44,6 +46,46 @@ impl<T: Scalar> Pass<'_, T> {
                 steps::absorb(state, chunk, log_scale, key_sums);
             }
             state.check_size(chunk.values_size, start)?;
+        }
+        Ok(())
+    }
+
+    /// As [`absorb_in_order`](Self::absorb_in_order), of sums that may decay. `prepare` may change
+    /// a chunk once it is mapped; queries are not looked at. Tokens enter `chunk` at a time.
+    pub(super) fn absorb_groups(
+        &self,
+        state: &mut State<T>,
+        tokens: Tokens<'_, T>,
+        range: Range<usize>,
+        chunk: usize,
+        buffers: &mut PassBuffers<T>,
+        prepare: impl Fn(&mut PassBuffers<T>),
+    ) -> Result<(), Error> {
+        let (features, value_dim) = (self.num_features(), tokens.v.ncols());
+        for start in range.clone().step_by(chunk) {
+            let rows = start..range.end.min(start + chunk);
+            let part = |x| views::rows(x, rows.clone());
+            let [k, v] = [tokens.k, tokens.v].map(part);
+            self.map_keys(k, v, tokens.log_decay.map(part), buffers, start)?;
+            prepare(buffers);
+            let mut groups = Groups::new();
+            while let Some(group) = groups.next(&buffers.chunk, &mut buffers.gates, state.scale) {
+                let PassBuffers { chunk, part, gates, step, .. } = &mut *buffers;
+                if group.first_decay == FirstDecay::InSums {
+                    state.decay(gates.decay_before(group.tokens.start));
+                }
+                let width = padded::<T>(group.tokens.len());
+                part.copy_tokens_to(width, chunk, group.tokens.clone(), features, value_dim);
+                if group.is_single() {
+                    let StepBuffers { factors, key_sums, .. } = &mut *step;
+                    part.rescale_keys(group.log_scale, features, factors, key_sums);
+                    steps::absorb(state, part, group.log_scale, &step.key_sums);
+                } else {
+                    steps::bring(part, &group, gates, features, step);
+                    steps::update(state, part, &group, gates, &mut step.key_sums);
+                }
+            }
+            state.check_size(buffers.chunk.values_size, start)?;
         }
         Ok(())
     }

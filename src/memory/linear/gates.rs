@@ -285,7 +285,10 @@ impl<T: Scalar> Gates<T> {
 }
 
 /// Every log decay must be 0 or less.
-fn check_gates<T: Scalar>(gates: ArrayView2<'_, T>, first_row: usize) -> Result<(), Error> {
+pub(super) fn check_gates<T: Scalar>(
+    gates: ArrayView2<'_, T>,
+    first_row: usize,
+) -> Result<(), Error> {
     // one comparison after the other, with no way out: that is fast
     let usable = |all: bool, gate: &T| all & (*gate <= T::zero());
     if gates

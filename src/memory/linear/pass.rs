@@ -127,6 +127,11 @@ impl<'a, T: Scalar> Pass<'a, T> {
         self.map.num_features()
     }
 
+    /// Whether the sums decay.
+    pub(super) fn decays(&self) -> bool {
+        self.decay.is_some()
+    }
+
     /// Whether features may decay differently, with these gates.
     pub(super) fn decays_by_feature(&self, gates: Option<ArrayView2<'_, T>>) -> bool {
         let common = gates.is_none_or(|gates| gates.ncols() == 1);

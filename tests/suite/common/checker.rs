@@ -208,7 +208,7 @@ fn check_ones_and_hull<T: Scalar>(subject: &Subject, kernel: &dyn Attention<T>) 
                     subject.name,
                     row[4]
                 );
-                let seen = values.slice(s![..visible(mask, t, 70), ..]);
+                let seen = values.slice(s![..visible(mask, t, [70, 70]), ..]);
                 for (x, column) in row.iter().zip(seen.columns()).filter(|_| subject.positive) {
                     let (low, high) = column
                         .fold((T::infinity(), T::neg_infinity()), |(l, h), &v| {

@@ -49,7 +49,14 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         if self.mask == Mask::Full {
             self.read_last(log, work)?;
         }
-        self.part(log, 0..self.steps(), 0, work)
+        let (first, steps) = (self.first(), self.steps());
+        if first > 0 {
+            self.pass_by(log, 0..first, work);
+            self.part(log, first..steps, 0, work)?;
+            work.held.clear();
+            return self.part(log, 0..first, 0, work);
+        }
+        self.part(log, 0..steps, 0, work)
     }
 
     /// Takes some steps, without reading.
@@ -123,7 +130,8 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         EntriesWork { flow, block, held, d_entries, .. }: &mut EntriesWork<T>,
     ) -> Result<(), Error> {
         flow.walk(self.config, log, held, steps.clone(), self.tokens());
-        if self.mask == Mask::Causal {
+        let is_asked = self.mask != Mask::Full && steps.start >= self.first();
+        if is_asked {
             flow.add_near(self.config, steps.clone(), self.tokens());
         }
         flow.rows.begin_gradients();
@@ -136,8 +144,8 @@ impl<T: Scalar> OneHead<'_, '_, T> {
                 (at, value_at) = (at + key.len(), value_at + value.len());
             }
         }
-        if self.mask == Mask::Causal {
-            self.read(flow, block, steps)?;
+        if is_asked {
+            self.read(flow, block, self.asked(steps))?;
         }
         self.hand_on(flow);
         keep_gradients(flow, held, d_entries);
@@ -149,16 +157,16 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         &mut self,
         flow: &mut Flow<T>,
         block: &mut SeenBlock<T>,
-        steps: Range<usize>,
+        range: Range<usize>,
     ) -> Result<(), Error> {
         let (scoring, units) = (self.scoring, self.units);
         for g in 0..self.head.group_len() {
-            let asking = self.asking(g, steps.clone());
+            let asking = self.asking(g, range.clone());
             block.begin(asking, scoring, units);
             let sink = self.config.sink_logit(g);
-            let of_sink = block.weigh(&flow.rows, scoring, None, sink, steps.start)?;
+            let of_sink = block.weigh(&flow.rows, scoring, None, sink, range.start)?;
             self.add_sink(g, of_sink);
-            let d_q = self.d_q(g, steps.clone());
+            let d_q = self.d_q(g, range.clone());
             block.hand_on(asking, &mut flow.rows, scoring.scale.as_f64(), units, d_q);
         }
         Ok(())

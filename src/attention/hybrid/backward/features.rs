@@ -112,7 +112,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work.kept.iter_mut().for_each(Vec::clear);
         work.sums.begin(&pass, value_dim, self.units, asked);
         match self.mask {
-            Mask::Causal => self.causal(&pass, log, work)?,
+            Mask::Causal | Mask::CausalTail => self.causal(&pass, log, work)?,
             Mask::Full => self.full(&pass, log, work)?,
         }
         if let (Some(of_map), Some(all)) = (work.sums.end(&pass), &mut self.head.d_parameters) {
@@ -128,7 +128,12 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         log: &Log<T>,
         work: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let (n, mut start, mut len) = (self.head.queries(), 0, BLOCK);
+        let (n, first) = (self.head.keys(), self.first());
+        for start in (0..first).step_by(BLOCK) {
+            self.arrive(pass, log, start..first.min(start + BLOCK), false, work)?;
+            work.sums.absorb();
+        }
+        let (mut start, mut len) = (first, BLOCK);
         work.starts.clear();
         while start < n {
             let steps = start..n.min(start + len);
@@ -138,7 +143,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             }
             work.flow.add_near(self.config, steps.clone(), self.tokens());
             work.flow.rows.begin_gradients();
-            self.ask(pass, steps, work)?;
+            self.ask(pass, self.asked(steps), work)?;
             work.sums.absorb();
             self.hand_on(&mut work.flow);
             work.starts.push(start);
@@ -149,9 +154,13 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         let mut end = n;
         while let Some(start) = work.starts.pop() {
             self.arrive_again(pass, start, work)?;
-            self.ask_again(pass, start..end, work)?;
+            self.ask_again(pass, self.asked(start..end), work)?;
             self.end_arrivals(pass, work)?;
             end = start;
+        }
+        for start in (0..first).step_by(BLOCK).rev() {
+            self.arrive_again(pass, start, work)?;
+            self.end_arrivals(pass, work)?;
         }
         Ok(())
     }
@@ -215,12 +224,12 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     fn ask(
         &mut self,
         pass: &Pass<'_, T>,
-        steps: Range<usize>,
+        range: Range<usize>,
         FeaturesWork { flow, block, sums, kept, .. }: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let (scoring, units, row) = (self.scoring, self.units, steps.start);
+        let (scoring, units, row) = (self.scoring, self.units, range.start);
         for g in 0..self.head.group_len() {
-            let asking = self.asking(g, steps.clone());
+            let asking = self.asking(g, range.clone());
             let [q, d_out] = asking;
             block.begin(asking, scoring, units);
             let asked = Asking { q, d_out, row };
@@ -228,9 +237,9 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             let sink = self.config.sink_logit(g);
             let of_sink = block.weigh(&flow.rows, scoring, Some(others), sink, row)?;
             self.add_sink(g, of_sink);
-            let d_q = self.d_q(g, steps.clone());
+            let d_q = self.d_q(g, range.clone());
             block.hand_on(asking, &mut flow.rows, scoring.scale.as_f64(), units, d_q);
-            let d_q = self.d_q(g, steps.clone());
+            let d_q = self.d_q(g, range.clone());
             sums.add_to_queries(pass, asked, [&block.shares, &block.means], &flow.from, d_q)?;
             kept[0].extend_from_slice(&block.log_normalizer);
             kept[1].extend_from_slice(&block.means);
@@ -263,16 +272,16 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     fn ask_again(
         &mut self,
         pass: &Pass<'_, T>,
-        steps: Range<usize>,
+        range: Range<usize>,
         FeaturesWork { flow, sums, kept, .. }: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
-        let (width, group) = (padded::<T>(steps.len()), self.head.group_len());
+        let (width, group) = (padded::<T>(range.len()), self.head.group_len());
         let first = kept[0].len() - group * width;
         for g in 0..group {
-            let [q, d_out] = self.asking(g, steps.clone());
+            let [q, d_out] = self.asking(g, range.clone());
             let own = first + g * width..first + (g + 1) * width;
             let kept = [&kept[0][own.clone()], &kept[1][own]];
-            sums.ask_again(pass, Asking { q, d_out, row: steps.start }, kept, &flow.from)?;
+            sums.ask_again(pass, Asking { q, d_out, row: range.start }, kept, &flow.from)?;
         }
         for kept in kept {
             kept.truncate(first);

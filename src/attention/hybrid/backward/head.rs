@@ -54,20 +54,31 @@ impl<'a, 'b, T: Scalar> OneHead<'a, 'b, T> {
         self.head.keys() + usize::from(self.mask == Mask::Full)
     }
 
+    /// The step of the first query; those before it have none.
+    pub(super) fn first(&self) -> usize {
+        self.mask.first([self.head.queries(), self.head.keys()]).unwrap_or(0)
+    }
+
+    /// The rows of the queries of some steps.
+    pub(super) fn asked(&self, steps: Range<usize>) -> Range<usize> {
+        let first = self.first();
+        steps.start - first..steps.end - first
+    }
+
     pub(super) fn tokens(&self) -> KeyValues<'b, T> {
         let rest_leaves = self.mask == Mask::Full;
         KeyValues { k: self.head.k, v: self.head.v, units: self.units, rest_leaves }
     }
 
-    /// Queries and cotangents of some steps of a query head.
-    pub(super) fn asking(&self, g: usize, steps: Range<usize>) -> [ArrayView2<'b, T>; 2] {
+    /// Some queries of a query head and their cotangents.
+    pub(super) fn asking(&self, g: usize, range: Range<usize>) -> [ArrayView2<'b, T>; 2] {
         [self.head.q, self.head.d_out]
-            .map(|x| views::rows(x.index_axis_move(Axis(0), g), steps.clone()))
+            .map(|x| views::rows(x.index_axis_move(Axis(0), g), range.clone()))
     }
 
     /// Where the gradient by those queries goes.
-    pub(super) fn d_q(&mut self, g: usize, steps: Range<usize>) -> ArrayViewMut2<'_, T> {
-        views::rows_mut(self.head.d_q.index_axis_mut(Axis(0), g), steps)
+    pub(super) fn d_q(&mut self, g: usize, range: Range<usize>) -> ArrayViewMut2<'_, T> {
+        views::rows_mut(self.head.d_q.index_axis_mut(Axis(0), g), range)
     }
 
     /// The sum of the weights of a sink times the means.

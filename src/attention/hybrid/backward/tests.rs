@@ -86,7 +86,7 @@ fn seen(near: &NaiveNear, keeps: bool, log: &Log<f64>, n: usize, mask: Mask) -> 
     for t in 0..=n {
         let leaving = match mask {
             _ if t < n => held.step(near, t),
-            Mask::Causal => break,
+            Mask::Causal | Mask::CausalTail => break,
             // a step of its own for what still waits for its block
             Mask::Full => held.window.drain(..).collect(),
         };
@@ -110,7 +110,7 @@ fn seen(near: &NaiveNear, keeps: bool, log: &Log<f64>, n: usize, mask: Mask) -> 
     }
     assert!(merges.next().is_none());
     match mask {
-        Mask::Causal => all,
+        Mask::Causal | Mask::CausalTail => all,
         Mask::Full => vec![all.pop().unwrap(); n],
     }
 }

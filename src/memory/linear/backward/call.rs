@@ -82,6 +82,8 @@ pub(crate) struct Backward<'a, T> {
     pub(crate) readout: Readout,
     /// Whether gradients by decays are wanted.
     pub(crate) with_decays: bool,
+    /// Whether the tokens have queries.
+    pub(crate) asked: bool,
     /// What the forward pass kept.
     pub(crate) checkpoints: Option<&'a SumCheckpoints<T>>,
 }

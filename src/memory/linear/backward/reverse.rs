@@ -85,7 +85,9 @@ impl<T: Scalar> Backward<'_, T> {
             }
             let factor = has_future.then(|| factor(entry, suffix));
             self.keys(entry, factor, units, out, map, buffers)?;
-            self.add_queries(entry, suffix, units, out.d_out, buffers);
+            if self.asked {
+                self.add_queries(entry, suffix, units, out.d_out, buffers);
+            }
             let_decay(suffix, &entry.decay_before, decay);
         }
         Ok(())
