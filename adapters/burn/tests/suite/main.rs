@@ -1,0 +1,5 @@
+//! What the package promises, against dijiang itself and against tensor operations of burn.
+
+mod attention;
+mod common;
+mod parameters;
