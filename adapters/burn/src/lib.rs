@@ -15,10 +15,12 @@ mod backend;
 mod call;
 mod parameters;
 mod real;
+mod state;
 
 pub use attention::{AttentionOptions, attention, attention_with};
 pub use parameters::TensorParameters;
 pub use real::Real;
+pub use state::{AttentionState, StateError};
 
 /// The crate of the kernels, in the version that this one uses.
 #[doc(no_inline)]

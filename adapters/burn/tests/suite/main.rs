@@ -3,3 +3,4 @@
 mod attention;
 mod common;
 mod parameters;
+mod state;
