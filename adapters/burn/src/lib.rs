@@ -13,11 +13,19 @@
 mod attention;
 mod backend;
 mod call;
+mod input;
+mod kernel;
+mod kernel_parameters;
+mod layer;
 mod parameters;
 mod real;
 mod state;
 
 pub use attention::{AttentionOptions, attention, attention_with};
+pub use input::AttentionInput;
+pub use kernel::Kernel;
+pub use kernel_parameters::KernelParameters;
+pub use layer::{AttentionOutput, DijiangAttention, DijiangAttentionConfig};
 pub use parameters::TensorParameters;
 pub use real::Real;
 pub use state::{AttentionState, StateError};

@@ -2,5 +2,6 @@
 
 mod attention;
 mod common;
+mod module;
 mod parameters;
 mod state;
