@@ -2,6 +2,7 @@
 
 mod attention;
 mod common;
+mod linear;
 mod module;
 mod parameters;
 mod state;
