@@ -10,7 +10,7 @@ use burn::nn::loss::CrossEntropyLossConfig;
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::prelude::*;
-use burn::tensor::activation::gelu;
+use burn::tensor::activation::{gelu, softmax};
 use dijiang_burn::{
     AttentionInput, AttentionState, DijiangAttention, DijiangAttentionConfig, Kernel,
 };
@@ -122,7 +122,8 @@ impl Model {
             let next = Tensor::<1, Int>::from_data(next.as_slice(), device).unsqueeze();
             let logits = self.forward(next, Some(&mut states));
             let last = logits.dims()[1] - 1;
-            let next = logits.slice(s![.., last.., ..]).argmax(2).into_scalar::<i32>();
+            let chances = softmax(logits.slice(s![.., last.., ..]) / 0.6, 2);
+            let next = chances.categorical(1).into_scalar::<i32>();
             from = written.len() + 1 - NEAR; // the characters that the next one stands beside
             written.push(next as usize);
         }

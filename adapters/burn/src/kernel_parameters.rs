@@ -23,7 +23,10 @@ use dijiang::{Error, MultiHead};
 /// assert_eq!(parameters.num_params(), 16 * 8 + 16);
 /// # Ok::<(), dijiang_burn::dijiang::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+///
+/// The `weights` of a map may not be negative. They are used by their absolute value, so that an
+/// optimizer may step past zero.
+#[derive(Clone, Debug, Default)]
 pub struct KernelParameters {
     arrays: Vec<(String, Array)>,
 }
@@ -60,6 +63,7 @@ impl KernelParameters {
     #[must_use]
     pub fn tensors(&self) -> TensorParameters {
         self.arrays.iter().fold(TensorParameters::new(), |all, (name, array)| match array {
+            Array::Vector(x) if name.ends_with(".map.weights") => all.with(name, x.val().abs()),
             Array::Vector(x) => all.with(name, x.val()),
             Array::Matrix(x) => all.with(name, x.val()),
         })

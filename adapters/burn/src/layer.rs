@@ -59,8 +59,11 @@ pub struct DijiangAttentionConfig {
 
 /// Multi-head attention by kernels of dijiang, with the projections and the records of
 /// [`MultiHeadAttention`](burn::nn::attention::MultiHeadAttention): the linear layers `query`,
-/// `key`, `value` and `output` have the same names and shapes, so that a record of one without
-/// kernel parameters loads into the other.
+/// `key`, `value` and `output` have the same names and, with as many kv heads as heads, the same
+/// shapes. A record of that module loads into this one; where the kernels have parameters, with
+/// `allow_partial(true)`.
+///
+/// Numbers are `f32`, on the device of the Flex backend.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -149,8 +152,11 @@ impl DijiangAttentionConfig {
         let (n_kv_heads, d_k) = (self.n_kv_heads.unwrap_or(n_heads), d_model / n_heads);
         let layer = self.kernel.layer([n_heads, n_kv_heads, d_k], self.seed, self.quiet_softmax)?;
         // the one of a quiet softmax is a constant
-        let kernel = KernelParameters::new(&layer, device)?.without(".sink_logits");
-        let kernel = if self.train_kernel { kernel } else { kernel.without("") };
+        let kernel = if self.train_kernel {
+            KernelParameters::new(&layer, device)?.without(".sink_logits")
+        } else {
+            KernelParameters::default()
+        };
         let linear = |columns: usize, has_bias: bool| {
             let config = LinearConfig::new(d_model, columns).with_bias(has_bias);
             config.with_initializer(self.initializer.clone()).init(device)

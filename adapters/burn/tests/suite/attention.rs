@@ -1,4 +1,5 @@
 use crate::common::{assert_close, device, exponentials, for_query_heads, means, numbers, wave};
+use burn::backend::GradientCheckpointingStrategy;
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, activation, s};
 use dijiang::ndarray::ArrayView4;
@@ -220,4 +221,38 @@ fn parameters_of_modules_can_be_inputs() {
     let v = Param::from_tensor(v.detach());
     let out = attention(&softmax_layer(2, 2), q, k, v.val(), &AttentionOptions::full());
     assert!(v.val().grad(&out.sum().backward()).is_some());
+}
+
+#[test]
+fn with_gradient_checkpointing() {
+    let device = Device::flex().autodiff();
+    let plain = inputs(4, 2, &device);
+    let strategy = GradientCheckpointingStrategy::Balanced;
+    let balanced = plain
+        .clone()
+        .map(|x| x.detach().with_gradient_checkpointing_strategy(strategy).require_grad());
+    let [plain, balanced] = [plain, balanced].map(|[q, k, v]| {
+        // operations around that are computed again in the backward pass
+        let near = |x: &Tensor<4>| (x.clone() * 0.5).exp();
+        let (layer, options) = (softmax_layer(4, 2), AttentionOptions::causal());
+        let out = attention(&layer, near(&q), near(&k), near(&v), &options);
+        let gradients = (out.exp() * 0.5).sum().backward();
+        [q, k, v].map(|x| numbers(x.grad(&gradients).unwrap()))
+    });
+    assert_eq!(plain, balanced);
+}
+
+#[test]
+fn a_backward_pass_that_panics_leaves_the_next_one_alone() {
+    let device = device();
+    let run = |weight: f64| {
+        let [q, k, v] = inputs(2, 2, &device);
+        let out = attention(&softmax_layer(2, 2), q.clone(), k, v, &AttentionOptions::full());
+        q.grad(&(out * weight).sum().backward()).unwrap()
+    };
+    let expected = numbers(run(1.0));
+    let error = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(f64::NAN)));
+    let error = error.unwrap_err().downcast::<String>().unwrap();
+    assert!(error.contains("attention: sequence 0, query head 0: `d_out` is NaN"), "{error}");
+    assert_eq!(numbers(run(1.0)), expected);
 }

@@ -1,10 +1,10 @@
 use crate::common::{assert_close, numbers};
 use burn::config::Config;
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::attention::{MhaInput, MultiHeadAttentionConfig, generate_autoregressive_mask};
 use burn::optim::{AdamConfig, GradientsParams};
 use burn::store::ModuleRecord;
-use burn::tensor::{Bool, DType, Device, Distribution, Tensor, s};
+use burn::tensor::{Bool, DType, Device, Distribution, Tensor, TensorData, s};
 use dijiang_burn::{AttentionInput, DijiangAttention, DijiangAttentionConfig, Kernel};
 
 const D_MODEL: usize = 24;
@@ -35,7 +35,7 @@ fn causal(attention: &DijiangAttention, x: Tensor<3>) -> Tensor<3> {
 fn padding(lengths: &[usize], n: usize, device: &Device) -> Tensor<2, Bool> {
     let is_pad = lengths.iter().flat_map(|&length| (0..n).map(move |t| t >= length));
     let is_pad: Vec<bool> = is_pad.collect();
-    Tensor::from_data(burn::tensor::TensorData::new(is_pad, [lengths.len(), n]), device)
+    Tensor::from_data(TensorData::new(is_pad, [lengths.len(), n]), device)
 }
 
 #[test]
@@ -73,6 +73,39 @@ fn softmax_takes_the_place_of_the_module_of_burn() {
 }
 
 #[test]
+fn records_of_the_module_of_burn_leave_the_kernels_as_they_are() {
+    let device = Device::flex();
+    let record = MultiHeadAttentionConfig::new(D_MODEL, 4).init(&device).into_record();
+    let config = DijiangAttentionConfig::new(D_MODEL, 4);
+    let model = config.with_kernel(Kernel::Performer { features: 8 }).init(&device);
+    assert!(model.clone().try_load_record(record.clone()).is_err());
+    let loaded = model.clone().load_record(record.allow_partial(true));
+    let [before, after] = [&model, &loaded].map(|x| x.kernel.tensors().to_arrays::<f32>());
+    assert_eq!(before, after);
+    assert_ne!(numbers(loaded.query.weight.val()), numbers(model.query.weight.val()));
+}
+
+#[test]
+fn weights_may_pass_zero() {
+    struct Negate;
+    impl ModuleMapper for Negate {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if D == 1 { param.map(|x| -x) } else { param }
+        }
+    }
+    let device = Device::flex();
+    let model = config(Kernel::Performer { features: 16 }).init(&device);
+    let x = random(8, &device);
+    let expected = numbers(causal(&model, x.clone()));
+    let mut negative = model.clone();
+    negative.kernel = negative.kernel.map(&mut Negate);
+    assert_eq!(numbers(causal(&negative, x.clone())), expected);
+    let mut state = negative.state(2).unwrap();
+    let out = negative.forward_state(x.clone(), &mut state).context;
+    assert_close(out, causal(&model, x), 1e-5);
+}
+
+#[test]
 fn records_hold_the_kernels() {
     let device = Device::flex();
     for kernel in kernels() {
@@ -91,11 +124,8 @@ fn records_hold_the_kernels() {
 
 struct Halve;
 
-impl burn::module::ModuleMapper for Halve {
-    fn map_float<const D: usize>(
-        &mut self,
-        param: burn::module::Param<Tensor<D>>,
-    ) -> burn::module::Param<Tensor<D>> {
+impl ModuleMapper for Halve {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|x| x * 0.5)
     }
 }
@@ -104,14 +134,14 @@ impl burn::module::ModuleMapper for Halve {
 fn parameters_have_the_names_of_the_core() {
     #[derive(Default)]
     struct Names(Vec<String>, Vec<String>);
-    impl burn::module::ModuleVisitor for Names {
+    impl ModuleVisitor for Names {
         fn enter_module(&mut self, name: &str, _: &str) {
             self.0.push(name.to_owned());
         }
         fn exit_module(&mut self, _: &str, _: &str) {
             self.0.pop();
         }
-        fn visit_float<const D: usize>(&mut self, _: &burn::module::Param<Tensor<D>>) {
+        fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
             self.1.push(self.0.join("."));
         }
     }
@@ -232,11 +262,8 @@ fn padding_that_comes_first() {
 fn modules_are_f32() {
     let device = Device::flex();
     struct ToF64;
-    impl burn::module::ModuleMapper for ToF64 {
-        fn map_float<const D: usize>(
-            &mut self,
-            param: burn::module::Param<Tensor<D>>,
-        ) -> burn::module::Param<Tensor<D>> {
+    impl ModuleMapper for ToF64 {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
             param.map(|x| x.cast(DType::F64))
         }
     }
