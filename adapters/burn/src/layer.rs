@@ -228,6 +228,24 @@ impl DijiangAttention {
         self.merged(state.forward(q, k, v))
     }
 
+    /// As [`forward_state`](Self::forward_state), where the first `lengths[b]` tokens of sequence
+    /// `b` are real: prompts of several lengths. Those of padding are answered with zero (before
+    /// the output layer).
+    ///
+    /// # Panics
+    ///
+    /// As [`AttentionState::forward`].
+    #[must_use]
+    pub fn forward_state_padded(
+        &self,
+        x: Tensor<3>,
+        lengths: &[usize],
+        state: &mut AttentionState<f32>,
+    ) -> AttentionOutput {
+        let [q, k, v] = self.heads_of([x.clone(), x.clone(), x]);
+        self.merged(state.forward_padded(q, k, v, lengths))
+    }
+
     /// The projections as heads, which are views of them.
     fn heads_of(&self, [query, key, value]: [Tensor<3>; 3]) -> [Tensor<4>; 3] {
         let [batch_size, _, _] = query.dims();

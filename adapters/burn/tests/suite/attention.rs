@@ -1,6 +1,7 @@
 use crate::common::{assert_close, device, exponentials, for_query_heads, means, numbers, wave};
 use burn::backend::GradientCheckpointingStrategy;
 use burn::module::Param;
+use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{DType, Device, Tensor, activation, s};
 use dijiang::ndarray::ArrayView4;
 use dijiang::{EluFeatures, LinearAttention, Mask, MultiHead, SoftmaxAttention};
@@ -64,6 +65,22 @@ fn softmax_equals_the_attention_of_burn() {
     let scores = q.clone().matmul(k.clone().transpose()) * (D as f64).sqrt().recip();
     let expected = activation::softmax(scores, 3).matmul(v.clone());
     assert_same(found, expected, &[&q, &k, &v]);
+
+    let found = attention(
+        &softmax_layer(4, 4),
+        q.clone(),
+        k.clone(),
+        v.clone(),
+        &AttentionOptions::causal(),
+    );
+    let options = AttentionModuleOptions { is_causal: true, ..Default::default() };
+    let [a, b, c] = [&q, &k, &v].map(Tensor::clone);
+    let expected = burn::tensor::module::attention(a, b, c, None, None, options);
+    assert_close(found.clone(), expected.clone(), 1e-7); // its scale is one of f32
+    let [found, expected] = [found, expected].map(|x| x.powi_scalar(2).sum().backward());
+    for x in [&q, &k, &v] {
+        assert_close(x.grad(&found).unwrap(), x.grad(&expected).unwrap(), 1e-6);
+    }
 }
 
 #[test]
@@ -160,6 +177,14 @@ fn constants_get_no_gradient() {
     let out = attention(&layer, q.clone(), k, v.clone(), &AttentionOptions::full());
     let gradients = out.sum().backward();
     assert!(v.grad(&gradients).is_some() && q.grad(&gradients).is_none());
+}
+
+#[test]
+fn tensors_without_autodiff_are_constants() {
+    let [q, k, v] = inputs(2, 2, &Device::flex());
+    let v = v.autodiff().require_grad();
+    let out = attention(&softmax_layer(2, 2), q, k, v.clone(), &AttentionOptions::full());
+    assert!(v.grad(&out.sum().backward()).is_some());
 }
 
 #[test]

@@ -203,6 +203,22 @@ fn states_go_on_where_a_pass_ends() {
 }
 
 #[test]
+fn prompts_of_several_lengths() {
+    let device = Device::flex();
+    for kernel in kernels() {
+        let model = config(kernel).init(&device);
+        let x = random(9, &device);
+        let mask = padding(&[9, 5], 9, &device);
+        let input = AttentionInput::self_attn(x.clone()).causal().mask_pad(mask);
+        let expected = model.forward(input).context;
+        let mut state = model.state(2).unwrap();
+        let found = model.forward_state_padded(x, &[9, 5], &mut state).context;
+        assert_close(found, expected, 2e-5);
+        assert_eq!(state.lengths(), [9, 5]);
+    }
+}
+
+#[test]
 fn the_same_mask_in_two_ways() {
     let device = Device::flex();
     let model = config(Kernel::Hedgehog).init(&device);

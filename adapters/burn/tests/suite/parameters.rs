@@ -1,6 +1,8 @@
 use crate::common::{assert_close, device, for_query_heads, means, wave};
 use burn::tensor::{Device, Tensor};
-use dijiang::{LinearAttention, MultiHead, Performer, SoftmaxAttention};
+use dijiang::{
+    DctFeatures, LearnedFeatures, LinearAttention, MultiHead, Performer, SoftmaxAttention,
+};
 use dijiang_burn::{AttentionOptions, TensorParameters, attention, attention_with};
 use std::sync::Arc;
 
@@ -48,6 +50,55 @@ fn parameters_get_their_gradient() {
     assert_close(a, b, 1e-11);
     let [a, b] = [&found, &expected].map(|gradients| weights.grad(gradients).unwrap());
     assert_close(a, b, 1e-11);
+}
+
+#[test]
+fn all_parameters_of_other_kernels() {
+    let dct = |seed| LinearAttention::new(DctFeatures::<f64>::new(D, M, seed).unwrap());
+    let hedgehog = LinearAttention::new(LearnedFeatures::<f64>::hedgehog(D).unwrap());
+    let softmax = SoftmaxAttention::new(D).unwrap().with_sink_logits(vec![0.3, -0.4]).unwrap();
+    let layers = [
+        MultiHead::per_kv_head(vec![Arc::new(dct(1)), Arc::new(dct(2))], 4),
+        MultiHead::new(hedgehog, 4, 2),
+        MultiHead::new(softmax, 4, 2),
+    ]
+    .map(Result::unwrap);
+    let device = device();
+    let q = wave([2, 4, 11, D], 1, &device);
+    let [k, v] = [2, 3].map(|seed| wave([2, 2, 11, D], seed, &device));
+    for layer in layers {
+        let all = TensorParameters::of(&layer, &device);
+        let loss = |parameters: &TensorParameters| {
+            let [q, k, v] = [&q, &k, &v].map(Tensor::clone);
+            let out = attention_with(&layer, parameters, q, k, v, &AttentionOptions::causal());
+            let weights = wave(out.dims(), 9, &device);
+            (out * weights).sum()
+        };
+        for name in all.names() {
+            // the slope along some direction, from both sides and by the gradient
+            let slope = match all.get::<1>(name) {
+                Some(x) => slope_along(x, &|x| loss(&all.clone().with(name, x))),
+                None => {
+                    let x = all.get::<2>(name).unwrap();
+                    slope_along(x, &|x| loss(&all.clone().with(name, x)))
+                }
+            };
+            let [found, expected] = slope;
+            let error = (found - expected).abs();
+            assert!(error < 1e-7 * expected.abs().max(1e-2), "{name}: {found} {expected}");
+        }
+    }
+}
+
+/// The slope of a loss by the gradient, and by a difference.
+fn slope_along<const R: usize>(x: Tensor<R>, loss: &dyn Fn(Tensor<R>) -> Tensor<1>) -> [f64; 2] {
+    const STEP: f64 = 1e-5;
+    let x = x.require_grad();
+    let direction = wave(x.dims(), 8, &x.device());
+    let gradient = x.grad(&loss(x.clone()).backward()).unwrap();
+    let found = (gradient * direction.clone().inner()).sum().into_scalar::<f64>();
+    let at = |step: f64| loss(x.clone() + direction.clone() * step).into_scalar::<f64>();
+    [found, (at(STEP) - at(-STEP)) / (2.0 * STEP)]
 }
 
 #[test]
