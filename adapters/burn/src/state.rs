@@ -57,7 +57,7 @@ impl<T: Real> AttentionState<T> {
     /// With the words of an error of [`MultiHeadStream::extend`]; the state is then unchanged. If a
     /// tensor has other numbers than `T`, or is not on the device of the Flex backend.
     pub fn forward(&mut self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
-        self.forward_lengths(q, k, v, None)
+        self.forward_all([q, k, v], None, None)
     }
 
     /// As [`forward`](Self::forward), where the first `lengths[b]` tokens of sequence `b` are real;
@@ -73,35 +73,51 @@ impl<T: Real> AttentionState<T> {
         v: Tensor<4>,
         lengths: &[usize],
     ) -> Tensor<4> {
-        self.forward_lengths(q, k, v, Some(lengths))
+        self.forward_all([q, k, v], None, Some(lengths))
     }
 
-    fn forward_lengths(
+    /// As [`forward`](Self::forward), of gated kernels:
+    /// `log_decay [batch, kv_heads, n, 1 or num_features]`.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), and if the kernels are not gated.
+    pub fn forward_gated(
         &mut self,
         q: Tensor<4>,
         k: Tensor<4>,
         v: Tensor<4>,
+        log_decay: Tensor<4>,
+    ) -> Tensor<4> {
+        self.forward_all([q, k, v], Some(log_decay), None)
+    }
+
+    fn forward_all(
+        &mut self,
+        [q, k, v]: [Tensor<4>; 3],
+        log_decay: Option<Tensor<4>>,
         lengths: Option<&[usize]>,
     ) -> Tensor<4> {
         let is_autodiff = q.is_autodiff();
-        let [q, k, v] = [("q", q), ("k", k), ("v", v)].map(|(which, x)| {
-            check_dtype::<T>(which, x.dtype());
-            primitive_of(which, x)
-        });
-        let out = Tensor::from_primitive::<Flex>(or_panic(self.extend([&q, &k, &v], lengths)));
+        let [q, k, v] =
+            [("q", q), ("k", k), ("v", v)].map(|(which, x)| primitive_of::<T>(which, x));
+        let log_decay = log_decay.map(|x| primitive_of::<T>("log_decay", x));
+        let out = or_panic(self.extend([&q, &k, &v], log_decay.as_ref(), lengths));
+        let out = Tensor::from_primitive::<Flex>(out);
         if is_autodiff { out.autodiff() } else { out }
     }
 
     fn extend(
         &mut self,
         [q, k, v]: [&Primitive; 3],
+        log_decay: Option<&Primitive>,
         lengths: Option<&[usize]>,
     ) -> Result<Primitive, Error> {
         let qkv = [raw(q)?, raw(k)?, raw(v)?];
         let [batch, heads, n, _] = qkv[0].shape();
         let shape = [batch, heads, n, qkv[2].shape()[3]];
         let mut out = vec![T::zero(); shape.iter().product()];
-        self.stream.extend_raw(qkv, None, lengths, &mut out)?;
+        self.stream.extend_raw(qkv, log_decay.map(raw).transpose()?, lengths, &mut out)?;
         Ok(primitive(out, &shape))
     }
 
@@ -245,7 +261,8 @@ impl From<Error> for StateError {
 }
 
 /// A tensor as the backend has it, without its history.
-fn primitive_of(which: &str, x: Tensor<4>) -> Primitive {
+fn primitive_of<T: Real>(which: &str, x: Tensor<4>) -> Primitive {
+    check_dtype::<T>(which, x.dtype());
     match x.without_autodiff().try_into_primitive::<Flex>() {
         Ok(x) => readable(x),
         Err(error) => panic!("attention: `{which}` is not on the device of Flex: {error:?}"),

@@ -1,7 +1,8 @@
 use crate::common::{assert_close, device, numbers, wave};
 use burn::tensor::{DType, Device, Tensor, s};
 use dijiang::{
-    DctFeatures, Far, HybridAttention, LinearAttention, MultiHead, Performer, SoftmaxAttention,
+    DctFeatures, EluFeatures, Far, HybridAttention, LinearAttention, MultiHead, Performer,
+    SoftmaxAttention,
 };
 use dijiang_burn::{AttentionOptions, AttentionState, StateError, attention};
 
@@ -65,6 +66,23 @@ fn a_state_that_does_not_grow() {
         step(&mut state, part(&all, 15, N));
         assert_eq!(state.state_bytes() > bytes, grows);
     }
+}
+
+#[test]
+fn gates_of_single_tokens() {
+    let kernel = LinearAttention::new(EluFeatures::<f64>::new(D).unwrap()).gated();
+    let layer = MultiHead::new(kernel, 4, 2).unwrap();
+    let all = inputs(&layer, 2, &Device::flex());
+    let gates = (wave([2, N, 2, 1], 4, &Device::flex()) - 1.2).swap_dims(1, 2);
+    let [q, k, v] = all.clone();
+    let options = AttentionOptions::causal().with_log_decay(gates.clone());
+    let whole = attention(&layer, q, k, v, &options);
+    let mut state = AttentionState::new(&layer, 2, 3).unwrap();
+    let outs = (0..N).map(|t| {
+        let [q, k, v] = part(&all, t, t + 1);
+        state.forward_gated(q, k, v, gates.clone().slice(s![.., .., t..=t, ..]))
+    });
+    assert_close(Tensor::cat(outs.collect(), 2), whole, 1e-10);
 }
 
 #[test]
