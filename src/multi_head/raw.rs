@@ -38,10 +38,10 @@ impl<'a, T> RawTensor<'a, T> {
     ///
     /// [`Error::InvalidOption`] if it goes beyond the data.
     pub fn new(data: &'a [T], shape: [usize; 4], strides: [usize; 4]) -> Result<Self, Error> {
-        let view = match strides.iter().all(|&stride| isize::try_from(stride).is_ok()) {
-            true => ArrayView4::from_shape(Dim(shape).strides(Dim(strides)), data).ok(),
-            false => None,
-        };
+        // larger ones would be read as negative
+        let view = strides.iter().all(|&stride| isize::try_from(stride).is_ok());
+        let view = view.then(|| ArrayView4::from_shape(Dim(shape).strides(Dim(strides)), data));
+        let view = view.and_then(Result::ok);
         view.map(|view| Self { view }).ok_or_else(|| Error::InvalidOption {
             which: "strides",
             found: format!("{strides:?} of shape {shape:?} in {} numbers", data.len()),
