@@ -37,7 +37,8 @@ pub struct DijiangAttentionConfig {
     /// Default: false
     #[config(default = false)]
     pub quiet_softmax: bool,
-    /// The seed of the random directions of kernels. Default: 0
+    /// The seed of the random directions of kernels. A record does not hold those of
+    /// [`Kernel::Dct`]: load it into a module of the same seed. Default: 0
     #[config(default = 0)]
     pub seed: u64,
     /// The type of function used to initialize the linear layers.

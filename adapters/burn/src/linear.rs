@@ -93,16 +93,20 @@ pub fn linear_attention(
     // with a column of ones, whose sums are the divisors
     let ones = Tensor::ones([batch, kv_heads, n, 1], (&v.device(), v.dtype()));
     let v = Tensor::cat(vec![v, ones], 3).reshape([units, 1, n, columns + 1]);
-    let row = |x: &Option<Tensor<3>>| x.clone().map(|x| x.reshape([units, 1, n]));
-    let (log_scale, log_decay) = (row(&options.log_scale), row(&options.log_decay));
-    let mut sums = None;
-    let mut outs = Vec::with_capacity(n.div_ceil(options.chunk));
-    for from in (0..n).step_by(options.chunk) {
-        let to = n.min(from + options.chunk);
-        let part = |x: &Tensor<4>| x.clone().slice(s![.., .., from..to, ..]);
-        let row = |x: &Option<Tensor<3>>| x.clone().map(|x| x.slice(s![.., .., from..to]));
-        let chunk = Chunk { q: part(&q), k: part(&k), v: part(&v) };
-        let (out, left) = match logs(row(&log_scale), row(&log_decay)) {
+    let chunks = n.div_ceil(options.chunk);
+    let rows = |x: &Option<Tensor<3>>| match x {
+        Some(x) => {
+            let row = x.clone().reshape([units, 1, n]);
+            parts(row, options.chunk).into_iter().map(Some).collect()
+        }
+        None => vec![None; chunks],
+    };
+    let logarithms = rows(&options.log_scale).into_iter().zip(rows(&options.log_decay));
+    let [q, k, v] = [q, k, v].map(|x| parts(x, options.chunk).into_iter());
+    let (mut sums, mut outs) = (None, Vec::with_capacity(chunks));
+    for (((q, k), v), (log_scale, log_decay)) in q.zip(k).zip(v).zip(logarithms) {
+        let chunk = Chunk { q, k, v };
+        let (out, left) = match logs(log_scale, log_decay) {
             None => chunk.plain(sums),
             Some((logs, decay)) => chunk.scaled(&logs, decay, sums),
         };
@@ -113,6 +117,19 @@ pub fn linear_attention(
     let sums = out.clone().slice(s![.., .., .., columns..]);
     let out = out.slice(s![.., .., .., ..columns]) / sums;
     out.reshape([batch, heads, n, columns])
+}
+
+/// Rows of the third axis, so many at a time: halves of halves, as the gradient of each part is as
+/// large as what the part is of.
+fn parts<const D: usize>(x: Tensor<D>, chunk: usize) -> Vec<Tensor<D>> {
+    let n = x.dims()[2];
+    if n <= chunk {
+        return vec![x];
+    }
+    let half = n.div_ceil(chunk).div_ceil(2) * chunk;
+    let mut all = parts(x.clone().narrow(2, 0, half), chunk);
+    all.extend(parts(x.narrow(2, half, n - half), chunk));
+    all
 }
 
 /// Products of the keys' features with the values and ones, `[units, 1, m, d_v + 1]`, times the

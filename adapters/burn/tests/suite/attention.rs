@@ -152,6 +152,16 @@ fn views_are_read_where_they_lie() {
 }
 
 #[test]
+fn one_tensor_in_all_places() {
+    let device = device();
+    let x = wave([B, 3, N, D], 1, &device).require_grad();
+    let [a, b, c] = [&x, &x, &x].map(Tensor::clone);
+    let found = attention(&softmax_layer(3, 3), a, b, c, &AttentionOptions::causal());
+    let expected = means(exponentials(x.clone(), x.clone()), x.clone(), |_, t, s| s <= t);
+    assert_same(found, expected, &[&x]);
+}
+
+#[test]
 fn gradients_may_be_views() {
     let device = device();
     let [q, k, v] = inputs(4, 2, &device);
