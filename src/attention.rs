@@ -102,10 +102,11 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
     /// - [`Error::ZeroSize`]: there are queries but no keys, or `v` has no columns;
     /// - [`Error::NotFinite`]: NaN or infinity in `q`, `k` or `v`;
     /// - [`Error::Overflow`], [`Error::Normalizer`]: finite input led out of the range of `T`;
+    /// - [`Error::NothingSeen`]: a key mask or biases hide all keys from a query;
     /// - [`Error::InvalidOption`]: an option of the kernel cannot be used, such as a scale that is
     ///   not positive, or a log decay is positive or NaN;
-    /// - [`Error::Unsupported`]: the kernel has no such mask, log decays are missing or not
-    ///   expected, or the kernel does not give the
+    /// - [`Error::Unsupported`]: the kernel has no such mask, takes no key masks or biases, log
+    ///   decays are missing or not expected, or the kernel does not give the
     ///   [logarithms of normalisers](Head::with_log_normalizer) that are asked for.
     ///
     /// After an error the content of the outputs is unspecified.

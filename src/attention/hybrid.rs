@@ -31,6 +31,7 @@ use crate::error::Error;
 use crate::mask::Mask;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
+use ndarray::Axis;
 use std::sync::Arc;
 
 /// Softmax attention with a memory of fixed size: the last tokens (`window`), the first ones
@@ -135,7 +136,13 @@ impl<T: Scalar> HybridAttention<T> {
         query_head: usize,
         HybridParts { state, work }: &mut HybridParts<T>,
     ) -> Result<(), Error> {
-        let [Head { q, k, v, probes, .. }, ..] = &heads else { return Ok(()) };
+        let [Head { q, k, v, probes, .. }, rest @ ..] = &*heads else { return Ok(()) };
+        for head in rest {
+            check::size("k", "rows", k.nrows(), head.keys())?;
+            check::size("q", "rows", q.len_of(Axis(1)), head.queries())?;
+            check::size("q", "heads", q.len_of(Axis(0)), head.group_len())?;
+            check::size("v", "columns", v.ncols(), head.v.ncols())?;
+        }
         if k.nrows() == 0 || q.is_empty() {
             return Ok(());
         }

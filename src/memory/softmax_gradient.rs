@@ -195,6 +195,7 @@ pub(crate) fn add_gradients<T: Scalar>(
         }
         if let Some(cap) = scoring.soft_cap {
             cap.hand_on(products, d_scores);
+            block.sight.clear_masked(start, width, d_scores);
         }
         clear_unseen(seen, d_scores);
 

@@ -420,3 +420,43 @@ fn layers_with_lengths() {
         kernel.with_parameters(&kernel.parameters()).unwrap()
     }
 }
+
+/// Heads of one call to a hybrid go step by step together.
+#[test]
+fn heads_of_a_hybrid_must_be_of_one_length() {
+    let kernel = HybridAttention::<f64>::builder(4).window(3).far(Far::none()).build().unwrap();
+    let (x, y) = (Array2::<f64>::zeros((6, 4)), Array2::<f64>::zeros((8, 4)));
+    for (mask, q) in [(Mask::Causal, &y), (Mask::CausalTail, &x)] {
+        let [mut a, mut b] = [Array2::zeros((6, 4)), Array2::zeros(q.dim())];
+        let mut heads = [
+            Head::new(x.view(), x.view(), x.view(), a.view_mut()),
+            Head::new(q.view(), y.view(), y.view(), b.view_mut()),
+        ];
+        let error = kernel.forward_heads(&mut heads, mask, &mut Scratch::new()).unwrap_err();
+        assert_eq!(error, Error::Shape { which: "k", axis: "rows", expected: 6, found: 8 });
+    }
+}
+
+/// Sequences of which several threads take their share, where there are any.
+#[test]
+fn long_tails() {
+    let map = || Performer::<f64>::new(4, 12, 3).unwrap();
+    let channels = ndarray::Array1::from_shape_fn(12, |i| 0.999 - 0.01 * i as f64);
+    let kernels: [Box<dyn Attention<f64>>; 5] = [
+        Box::new(LinearAttention::new(map())),
+        Box::new(LinearAttention::new(map()).with_decay(0.999)),
+        Box::new(LinearAttention::new(map()).with_channel_decay(channels)),
+        Box::new(SoftmaxAttention::new(4).unwrap()),
+        Box::new(SoftmaxAttention::new(4).unwrap().with_window(300).unwrap()),
+    ];
+    for [n_q, n_k] in [[1400, 3000], [600, 900], [10, 1200]] {
+        let [q, k, v] = tokens::<f64>(n_k, 4, 3, 0.6, 2);
+        let tail = q.slice(s![n_k - n_q.., ..]).to_owned();
+        for kernel in &kernels {
+            let whole = forward(&**kernel, [&q, &k, &v], Mask::Causal).unwrap();
+            let whole = whole.slice(s![n_k - n_q.., ..]).to_owned();
+            let found = forward(&**kernel, [&tail, &k, &v], Mask::CausalTail).unwrap();
+            assert_close(&format!("{kernel:?} {n_q} {n_k}"), &found, &whole, 2000.0);
+        }
+    }
+}

@@ -366,6 +366,18 @@ fn masked_keys_do_not_matter() {
             assert_close("biases of hidden keys", &b.to_owned(), &wide(&a.to_owned()), 8.0);
         }
     }
+    // nor in a backward pass with a cap, whose slope has no value there
+    let capped = SoftmaxAttention::<f32>::new(4).unwrap().with_soft_cap(2.0).unwrap();
+    let mut input = Input::<f32>::new(3, [70, 70], 0, true);
+    let key_mask = input.key_mask.clone().unwrap();
+    for (j, _) in key_mask.iter().enumerate().filter(|(_, seen)| !**seen) {
+        input.k.row_mut(j).fill(1e38);
+        input.v.row_mut(j).fill(1e10);
+    }
+    input.q.mapv_inplace(|x| 20.0 * x);
+    let d = input.gradient(&capped, Mask::Causal).unwrap();
+    let largest = d.q.iter().chain(&d.v).fold(0.0_f32, |m, x| m.max(x.abs()));
+    assert!(largest > 0.1 && largest < 100.0, "{largest}");
     // leaving the tokens out gives the same
     let input = Input::<f32>::new(3, [40, 130], 0, true);
     let kept: Vec<usize> = (0..130).filter(|&j| input.key_mask.as_ref().unwrap()[j]).collect();
