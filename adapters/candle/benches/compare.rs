@@ -113,19 +113,6 @@ fn prefill_and_decode(sizes: &[usize]) -> Result<()> {
         // keys and values side by side, [n, heads, 2·d]
         let kv = Tensor::cat(&[&k, &v], D::Minus1)?.flatten_all()?.to_vec1::<f32>()?;
         let row = last.flatten_all()?.to_vec1::<f32>()?;
-        let mut racers: Vec<Racer> = vec![
-            (
-                "candle flash",
-                Box::new(|| flash([&last, &k, &v], past.clone()).map(|out| drop(black_box(out)))),
-            ),
-            (
-                "candle interleaved",
-                Box::new(|| {
-                    causal_decode_f32_interleaved(&row, &kv, HEADS, HEADS, D_HEAD, n, scale)
-                        .map(|out| drop(black_box(out)))
-                }),
-            ),
-        ];
         let [qh, kh, vh] = [heads(&q)?, heads(&k)?, heads(&v)?];
         let of_token = |x: &Tensor| x.narrow(2, n - 1, 1);
         let (q1, k1, v1) = (of_token(&qh)?, of_token(&kh)?, of_token(&vh)?);
@@ -143,6 +130,19 @@ fn prefill_and_decode(sizes: &[usize]) -> Result<()> {
             }
             states.push((*name, state));
         }
+        let mut racers: Vec<Racer> = vec![
+            (
+                "candle flash",
+                Box::new(|| flash([&last, &k, &v], past.clone()).map(|out| drop(black_box(out)))),
+            ),
+            (
+                "candle interleaved",
+                Box::new(|| {
+                    causal_decode_f32_interleaved(&row, &kv, HEADS, HEADS, D_HEAD, n, scale)
+                        .map(|out| drop(black_box(out)))
+                }),
+            ),
+        ];
         for (name, state) in &mut states {
             let (q1, k1, v1) = (&q1, &k1, &v1);
             racers.push((
