@@ -68,7 +68,8 @@ pub struct Extras<'a> {
 ///     .into_iter()
 ///     .map(|(name, tensor)| Ok((name, Var::from_tensor(&tensor)?)))
 ///     .collect::<candle_core::Result<Vec<_>>>()?;
-/// let named: Vec<_> = vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+/// let named: Vec<_> =
+///     vars.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
 /// let x = Tensor::randn(0f32, 1., (1, 2, 50, 8), &Device::Cpu)?;
 /// let extras = Extras { parameters: &named, ..Extras::default() };
 /// let out = attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
@@ -140,7 +141,9 @@ pub fn attention_with<T: Element>(
 /// let layer = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 2, 2)?;
 /// let device = Device::cuda_if_available(0)?;
 /// let x = Tensor::randn(0f32, 1., (1, 2, 50, 8), &device)?;
-/// let out = via_host([&x, &x, &x], |[q, k, v]| attention(&layer, &q, &k, &v, Mask::Causal, None))?;
+/// let out = via_host([&x, &x, &x], |[q, k, v]| {
+///     attention(&layer, &q, &k, &v, Mask::Causal, None)
+/// })?;
 /// assert!(out.device().same_device(&device));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
