@@ -360,3 +360,53 @@ fn gradients_of_linear_attention_in_constant_memory() {
         }
     }
 }
+
+/// Nor do calls with a tail of queries, masks of keys and biases.
+#[test]
+fn steady_calls_with_masks() {
+    let d = 8;
+    let window = SoftmaxAttention::<f32>::new(d).unwrap().with_window(40).unwrap();
+    check_causal("a sliding window", &window, d, false);
+    let map = || Performer::<f32>::new(d, 24, 0).unwrap();
+    let hybrid = |far: Far<f32>| HybridAttention::builder(d).window(16).sinks(2).far(far);
+    let kernels: [Box<dyn Attention<f32>>; 8] = [
+        Box::new(SoftmaxAttention::new(d).unwrap()),
+        Box::new(window),
+        Box::new(SoftmaxAttention::new(d).unwrap().with_soft_cap(3.0).unwrap()),
+        Box::new(LinearAttention::new(map())),
+        Box::new(LinearAttention::new(map()).with_decay(0.9)),
+        Box::new(RotaryAttention::new(Rotary::new(d).unwrap(), LinearAttention::new(map()))),
+        Box::new(hybrid(Far::ward(12)).build().unwrap()),
+        Box::new(hybrid(Far::features(map())).build().unwrap()),
+    ];
+    let [q, k, v, d_out] = [1, 2, 3, 4].map(|seed| normal::<f32>(300, d, 0.5, seed));
+    let key_mask = Array1::from_shape_fn(300, |j| j % 4 > 0);
+    let (bias, mut d_bias) = (Array3::ones((1, 300, 300)), Array3::zeros((1, 300, 300)));
+    for (i, kernel) in kernels.iter().enumerate() {
+        let mut out = Array2::zeros((300, d));
+        let [mut d_q, mut d_k, mut d_v] = [&q, &k, &v].map(|x| Array2::zeros(x.dim()));
+        let mut scratch = Scratch::new();
+        let mut call = |[n_q, n_k]: [usize; 2]| {
+            let [rows, keys] = [n_q, n_k].map(|n| s![..n, ..]);
+            let inputs = [q.slice(rows), k.slice(keys), v.slice(keys)];
+            let [q, k, v] = inputs;
+            let mut head = Head::new(q, k, v, out.slice_mut(rows));
+            let gradients = [d_q.slice_mut(rows), d_k.slice_mut(keys), d_v.slice_mut(keys)];
+            let mut of_head = HeadGradient::new([q, k, v], d_out.slice(rows), gradients);
+            if i < 3 {
+                let of_pairs = s![.., ..n_q, ..n_k];
+                let key_mask = key_mask.slice(s![..n_k]);
+                let bias = bias.slice(of_pairs);
+                head = head.with_key_mask(key_mask).with_bias(bias);
+                let d_bias = d_bias.slice_mut(of_pairs);
+                of_head = of_head.with_key_mask(key_mask).with_bias(bias, Some(d_bias));
+            }
+            kernel.forward_heads(&mut [head], Mask::CausalTail, &mut scratch).unwrap();
+            kernel.backward_heads(&mut [of_head], Mask::CausalTail, &mut scratch).unwrap();
+        };
+        let sizes = [[60, 300], [1, 300], [7, 70]];
+        sizes.into_iter().for_each(&mut call);
+        let count = allocations(|| sizes.into_iter().rev().for_each(&mut call));
+        assert_eq!(count, 0, "{kernel:?}: a steady call allocates");
+    }
+}

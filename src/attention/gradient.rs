@@ -17,9 +17,9 @@ pub(crate) const KERNEL: &str = "kernel";
 /// its arguments go: what [`Attention::backward_heads`](crate::Attention::backward_heads) is called
 /// with. Shapes are those of [`Head`](crate::Head), and views may have any strides.
 ///
-/// Gradients are *added* to what `d_q`, `d_k`, `d_v`, `d_log_decay` and `d_parameters` hold, as a
-/// sum over several uses of an argument needs it: begin with zeros. After an error their content is
-/// unspecified.
+/// Gradients are *added* to what `d_q`, `d_k`, `d_v`, `d_log_decay`, `d_bias` and `d_parameters`
+/// hold, as a sum over several uses of an argument needs it: begin with zeros. After an error their
+/// content is unspecified.
 ///
 /// ```
 /// use dijiang::{Attention, HeadGradient, LinearAttention, Mask, Performer, Scratch};

@@ -12,7 +12,8 @@
 //! and does all that tokens of one group do to each other. The scan in [`reverse`] takes them from
 //! the last to the first, and has R: what later groups do to the keys. Between the two, a
 //! [`tape`] keeps the features of a run of tokens. A sequence longer than one run is cut into
-//! parts, of which the last comes first; the sums before each part are kept.
+//! parts, of which the last comes first; the sums before each part are kept. Where queries stand at
+//! the last tokens only, those before them have keys and values alone: [`tail`].
 
 pub(crate) mod call;
 mod forward;
