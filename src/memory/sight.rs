@@ -69,17 +69,6 @@ impl<T: Scalar> Sight<'_, T> {
         self.key_mask.is_some() || self.bias.is_some()
     }
 
-    /// Sets the gradients by scores of keys that the mask hides, from `start` on, to zero, whatever
-    /// their products with queries are.
-    pub(crate) fn clear_masked(&self, start: usize, width: usize, d_scores: &mut [T]) {
-        let Some(key_mask) = self.key_mask else { return };
-        for (key, row) in d_scores.chunks_exact_mut(width).enumerate() {
-            if !key_mask[start + key] {
-                row.fill(T::zero());
-            }
-        }
-    }
-
     /// Adds biases to scores to base 2, `[keys, width]` of the keys from `start` on, and hides
     /// what is not seen.
     pub(crate) fn apply(

@@ -195,7 +195,11 @@ pub(crate) fn add_gradients<T: Scalar>(
         }
         if let Some(cap) = scoring.soft_cap {
             cap.hand_on(products, d_scores);
-            block.sight.clear_masked(start, width, d_scores);
+            if !block.sight.is_plain() {
+                // the product of what is hidden may have no slope
+                let weights = d_scores.iter_mut().zip(&**scores);
+                weights.filter(|(_, w)| **w == T::zero()).for_each(|(d, _)| *d = T::zero());
+            }
         }
         clear_unseen(seen, d_scores);
 

@@ -10,7 +10,7 @@ pub struct LinearOptions {
     /// `max z`. Those of queries cancel.
     pub log_scale: Option<Tensor<3>>,
     /// Log decays `[batch, kv_heads, n]`: what came before token `t` is multiplied by
-    /// `exp(log_decay[t])`.
+    /// `exp(log_decay[t])`. They are finite: −100 leaves nothing.
     pub log_decay: Option<Tensor<3>>,
     /// Tokens that attend to each other by a matrix of weights before the sums take them in: 64
     /// unless set.
@@ -76,7 +76,7 @@ impl LinearOptions {
 ///
 /// # Panics
 ///
-/// If shapes do not fit together, or a chunk has no token.
+/// If shapes do not fit together, there is no token, or a chunk has none.
 #[must_use]
 pub fn linear_attention(
     phi_q: Tensor<4>,
@@ -87,6 +87,7 @@ pub fn linear_attention(
     check_shapes(&phi_q, &phi_k, &v, options);
     let [batch, heads, n, m] = phi_q.dims();
     let [_, kv_heads, _, columns] = v.dims();
+    assert!(n > 0, "attention: there are no tokens to attend to");
     let (units, group) = (batch * kv_heads, heads / kv_heads);
     let q = phi_q.reshape([units, group, n, m]);
     let k = phi_k.reshape([units, 1, n, m]);

@@ -104,18 +104,19 @@ pub fn attention_with<T: Element>(
         let op = LayerOp { layer: layer.clone(), mask, key_lengths, packed: None };
         return q.apply_op3(k, v, op);
     }
-    let mut parts = vec![v.flatten_all()?];
+    // in the type of the layer, so that no gradient by a parameter is rounded to 16 bits
+    let mut parts = vec![v.to_dtype(T::DTYPE)?.flatten_all()?];
     if let Some(log_decay) = log_decay {
         check_device("log_decay", log_decay)?;
         check_dtype::<T>("log_decay", log_decay.dtype())?;
         if mask != Mask::Causal {
             bail!("log decays need an order of tokens: use `Mask::Causal`");
         }
-        parts.push(log_decay.to_dtype(v.dtype())?.flatten_all()?);
+        parts.push(log_decay.to_dtype(T::DTYPE)?.flatten_all()?);
     }
     for (name, tensor) in parameters {
         check_device(name, tensor)?;
-        parts.push(tensor.to_dtype(v.dtype())?.flatten_all()?);
+        parts.push(tensor.to_dtype(T::DTYPE)?.flatten_all()?);
     }
     let packed = Packed {
         values: v.dims4()?.into(),

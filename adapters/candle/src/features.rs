@@ -11,7 +11,8 @@ use std::sync::Arc;
 /// The features of queries or keys, `x [.., d]`: values `[.., m]` and their natural log scales
 /// `[.., 1]`, so that `φ(x) = values·e^{log_scale}` cannot overflow. The gradient goes through the
 /// values; log scales are constants of it, as [`MapGradient`] explains, so use the two together:
-/// [`linear_attention`](crate::linear_attention) does.
+/// [`linear_attention_scaled`](crate::linear_attention_scaled) does. Both have the type of the map,
+/// also where `x` is `F16` or `BF16`.
 ///
 /// ```
 /// use candle_core::{Device, Var};
@@ -46,7 +47,8 @@ pub fn features<T: Element, F: FeatureMap<T> + 'static>(
     }
     let (rows, m) = (outer.iter().product::<usize>(), map.num_features());
     let op = MapOp { map: Arc::clone(map), side, element: std::marker::PhantomData::<T> };
-    let both = x.reshape((1, 1, rows, columns))?.apply_op1(op)?;
+    // 16 bits are too few for what enters an exponential
+    let both = x.to_dtype(T::DTYPE)?.reshape((1, 1, rows, columns))?.apply_op1(op)?;
     let shape = |columns: usize| [outer, &[columns]].concat();
     let values = both.narrow(D::Minus1, 0, m)?.reshape(shape(m))?;
     let log_scale = both.narrow(D::Minus1, m, 1)?.detach().reshape(shape(1))?;

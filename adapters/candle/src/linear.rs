@@ -9,6 +9,9 @@ use dijiang::{FeatureMap, IdentityFeatures, LinearAttention, Mask, MultiHead};
 /// Tokens that are taken together by tensor operations.
 const CHUNK: usize = 64;
 
+/// A log decay that leaves nothing in any type, and is a number.
+const LEAST_LOG_DECAY: f64 = -100.0;
+
 /// Causal linear attention, `o_t = Σ_{s≤t} (φ_q(t)·φ_k(s)) v_s / Σ_{s≤t} φ_q(t)·φ_k(s)`:
 /// `phi_q [batch, query_heads, n, m]`, `phi_k [batch, kv_heads, n, m]`,
 /// `v [batch, kv_heads, n, d_v]` give `[batch, query_heads, n, d_v]`. With
@@ -94,10 +97,12 @@ pub fn linear_attention_scaled(
         Tensor::cat(&[values, &log_scale.detach()], D::Minus1)
     };
     let (q, k) = (with_scale(phi_q)?, with_scale(phi_k)?);
-    match v.dtype() {
-        DType::F64 => of_map::<f64>(ScaledFeatures::new(m), [&q, &k, v], log_decay),
-        _ => of_map::<f32>(ScaledFeatures::new(m), [&q, &k, v], log_decay),
-    }
+    let wide = v.to_dtype(q.dtype())?;
+    let out = match q.dtype() {
+        DType::F64 => of_map::<f64>(ScaledFeatures::new(m), [&q, &k, &wide], log_decay),
+        _ => of_map::<f32>(ScaledFeatures::new(m), [&q, &k, &wide], log_decay),
+    };
+    out?.to_dtype(v.dtype())
 }
 
 fn of_map<T: Element>(
@@ -117,7 +122,8 @@ fn of_map<T: Element>(
 ///
 /// # Errors
 ///
-/// Those of candle; log decays by feature are refused (give one for each token).
+/// Those of candle; shapes that do not fit, log decays by feature among them (give one for each
+/// token). Decays below `e^{−100}` are taken for that.
 pub fn linear_attention_in_operations(
     [phi_q, phi_k, v]: [&Tensor; 3],
     log_scale: Option<&Tensor>,
@@ -125,22 +131,29 @@ pub fn linear_attention_in_operations(
 ) -> Result<Tensor> {
     let (batch, heads, n, m) = phi_q.dims4()?;
     let (_, kv_heads, _, d_v) = v.dims4()?;
+    let of_keys = [("phi_k", Some(phi_k), m), ("v", Some(v), d_v), ("log_scale", log_scale, 1)];
+    for (which, tensor, columns) in of_keys.into_iter().chain([("log_decay", log_decay, 1)]) {
+        let expected = (batch, kv_heads, n, columns);
+        if let Some(tensor) = tensor
+            && tensor.dims4()? != expected
+        {
+            bail!("`{which}` has shape {:?} where {expected:?} is needed", tensor.shape());
+        }
+    }
+    if n == 0 {
+        return Tensor::zeros((batch, heads, 0, d_v), v.dtype(), v.device());
+    }
     if kv_heads == 0 || heads % kv_heads != 0 {
         bail!("`phi_q` has {heads} heads, which is no multiple of the {kv_heads} of `v`");
     }
     let group = heads / kv_heads;
-    if let Some(log_decay) = log_decay
-        && log_decay.dim(D::Minus1)? != 1
-    {
-        bail!("tensor operations take one log decay for each token: move to the CPU for others");
-    }
     let of_group = |x: &Tensor| -> Result<Tensor> {
         let (_, _, n, columns) = x.dims4()?;
         let x = x.unsqueeze(2)?.expand((batch, kv_heads, group, n, columns))?;
         x.reshape((batch, heads, n, columns))
     };
     let (k, v) = (of_group(phi_k)?, of_group(v)?);
-    let log_decay = log_decay.map(of_group).transpose()?;
+    let log_decay = log_decay.map(|x| of_group(&x.maximum(LEAST_LOG_DECAY)?)).transpose()?;
     let log_scale = log_scale.map(|x| of_group(&x.detach())).transpose()?;
     let ones = Tensor::ones((batch, heads, n, 1), v.dtype(), v.device())?;
     let v = Tensor::cat(&[&v, &ones], D::Minus1)?;

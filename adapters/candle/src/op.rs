@@ -1,6 +1,6 @@
 //! A layer as an operation of candle that can be differentiated.
 
-use crate::element::{Element, Operand, refused, storage_of, tensor_of};
+use crate::element::{self, Element, Operand, storage_of, tensor_of};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Storage, Tensor, bail};
 use dijiang::ndarray::{ArrayD, IxDyn};
@@ -37,7 +37,30 @@ impl Packed {
     }
 }
 
+/// What went wrong in some sequences.
+enum Failed {
+    Core(dijiang::Error),
+    Candle(candle_core::Error),
+}
+
+type Attempt = core::result::Result<(), Failed>;
+
+impl From<candle_core::Error> for Failed {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Candle(error)
+    }
+}
+
+/// As candle's error.
+fn refused(failed: Failed) -> candle_core::Error {
+    match failed {
+        Failed::Core(error) => element::refused(error),
+        Failed::Candle(error) => error,
+    }
+}
+
 /// Queries, keys, values and log decays.
+#[derive(Clone)]
 struct Operands<'a> {
     qkv: [Operand<'a>; 3],
     log_decay: Option<Operand<'a>>,
@@ -74,7 +97,7 @@ impl<T: Element> LayerOp<T> {
     fn for_sequences(
         &self,
         operands: &Operands<'_>,
-        mut run: impl FnMut(usize, Operands<'_>, Option<&[usize]>) -> Result<()>,
+        mut run: impl FnMut(usize, Operands<'_>, Option<&[usize]>) -> Attempt,
     ) -> Result<()> {
         let batch = operands.qkv[0].dims()?[0];
         let others = operands.qkv.iter().chain(&operands.log_decay);
@@ -82,11 +105,17 @@ impl<T: Element> LayerOp<T> {
             || others.clone().any(|x| x.layout.dims()[0] != batch)
             || self.key_lengths.as_ref().is_some_and(|lengths| lengths.len() != batch);
         if together {
-            return run(0, operands.sequences(0, batch)?, self.key_lengths.as_deref());
+            // whole, so that the core sees what does not fit together
+            return run(0, operands.clone(), self.key_lengths.as_deref()).map_err(refused);
         }
         (0..batch).try_for_each(|b| {
             let lengths = self.key_lengths.as_ref().map(|lengths| &lengths[b..=b]);
-            run(b, operands.sequences(b, 1)?, lengths)
+            run(b, operands.sequences(b, 1)?, lengths).map_err(|error| match error {
+                Failed::Core(dijiang::Error::InHead { head, error, .. }) => {
+                    refused(Failed::Core(dijiang::Error::InHead { sequence: b, head, error }))
+                }
+                error => refused(error),
+            })
         })
     }
 
@@ -102,7 +131,7 @@ impl<T: Element> LayerOp<T> {
             let raw = [qkv[0].raw()?, qkv[1].raw()?, qkv[2].raw()?];
             let log_decay = log_decay.as_ref().map(|x| x.raw()).transpose()?;
             let out = &mut out[first * each..(first + count) * each];
-            self.layer.forward_raw(raw, log_decay, self.mask, lengths, out).map_err(refused)
+            self.layer.forward_raw(raw, log_decay, self.mask, lengths, out).map_err(Failed::Core)
         })?;
         Ok((out, dims))
     }
@@ -143,7 +172,7 @@ impl<T: Element> LayerOp<T> {
             };
             self.layer
                 .backward_raw(raw, log_decay, self.mask, lengths, d_out.raw()?, gradients)
-                .map_err(refused)
+                .map_err(Failed::Core)
         })?;
         let mut left = d_numbers;
         for (name, dims) in names {

@@ -1,7 +1,7 @@
 //! The state of a layer in place of a cache.
 
 use crate::element::{Element, Operand, check_device, check_dtype, refused, storage_of};
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use dijiang::{MultiHead, MultiHeadState, MultiHeadStream};
 use std::sync::Mutex;
 
@@ -101,9 +101,10 @@ impl<T: Element> AttentionState<T> {
             let gates = numbers.get(3).map(|x| x.raw()).transpose()?;
             self.stream.extend_raw(raw, gates, lengths, &mut out).map_err(refused)?;
         }
-        if [q, k, v].into_iter().chain(log_decay).any(Tensor::track_op) {
+        if let Some(tracked) = [q, k, v].into_iter().chain(log_decay).find(|x| x.track_op()) {
+            // an operation of anything with a history, which says that it has no gradient
             let storage = Mutex::new(Some(storage_of(out, q.dtype())));
-            return q.apply_op3(k, v, Answered { storage, dims });
+            return tracked.apply_op1(Answered { storage, dims });
         }
         Tensor::from_vec(out, &dims[..], &Device::Cpu)?.to_dtype(q.dtype())
     }
@@ -205,40 +206,25 @@ impl<T: Element> AttentionState<T> {
     }
 }
 
-/// An answer that is there already, of tensors with a history that ends here.
+/// An answer that is there already, of a tensor with a history that ends here.
 struct Answered {
     storage: Mutex<Option<CpuStorage>>,
     dims: [usize; 4],
 }
 
-impl CustomOp3 for Answered {
+impl CustomOp1 for Answered {
     fn name(&self) -> &'static str {
         "dijiang-state"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         match self.storage.lock().ok().and_then(|mut storage| storage.take()) {
             Some(storage) => Ok((storage, Shape::from(&self.dims[..]))),
             None => bail!("an answer of a state is there once"),
         }
     }
 
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         bail!(
             "an `AttentionState` has no backward pass: train with `attention`, or `detach` what \
              comes out of the state"

@@ -212,6 +212,27 @@ fn types_of_sixteen_bits() -> Result<()> {
 }
 
 #[test]
+fn sixteen_bits_round_no_parameter_and_name_the_sequence() -> Result<()> {
+    let kernel = LinearAttention::new(LearnedFeatures::<f32>::hedgehog(D_HEAD).unwrap());
+    let layer = MultiHead::new(kernel, 1, 1).unwrap();
+    let x = normal((3, 1, 20, D_HEAD), 1)?.to_dtype(DType::BF16)?.detach();
+    let named = parameters(&layer)?;
+    let vars: Vec<_> = named.iter().map(|(_, x)| Var::from_tensor(x).unwrap()).collect();
+    let named: Vec<_> =
+        named.iter().zip(&vars).map(|((n, _), var)| (n.clone(), var.as_tensor().clone())).collect();
+    let extras = Extras { log_decay: None, parameters: &named };
+    let out = attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
+    assert_eq!(out.dtype(), DType::BF16);
+    let d = (out.to_dtype(DType::F32)? * 1e6)?.sum_all()?.backward()?;
+    assert!(vars.iter().all(|var| d.get(var).unwrap().dtype() == DType::F32));
+    let nan = (x.narrow(0, 2, 1)? * f64::NAN)?;
+    let bad = Tensor::cat(&[&x.narrow(0, 0, 2)?, &nan], 0)?;
+    let error = attention(&layer, &x, &bad, &x, Mask::Causal, None).unwrap_err().to_string();
+    assert!(error.contains("sequence 2"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn bad_input_is_refused_in_words() -> Result<()> {
     let layer = MultiHead::new(SoftmaxAttention::<f32>::new(D_HEAD).unwrap(), 2, 1).unwrap();
     let x = |dtype, heads, d| Tensor::ones((1, heads, 5, d), dtype, &Device::Cpu).unwrap();
@@ -227,6 +248,9 @@ fn bad_input_is_refused_in_words() -> Result<()> {
     assert!(refused(&x(DType::F32, 2, 5), &k, &k, None).contains("columns"));
     assert!(refused(&q, &k, &k, Some(&[6])).contains('6'));
     assert!(refused(&q, &k, &k, Some(&[1, 2])).contains("lengths"));
+    let more = Tensor::cat(&[&k, &k], 0)?;
+    assert!(refused(&q, &more, &more, None).contains("sequences"));
+    assert!(refused(&Tensor::cat(&[&q, &q], 0)?, &k, &k, None).contains("sequences"));
     let nan = (&k * f64::NAN)?;
     assert!(refused(&q, &nan, &k, None).contains("NaN"));
     let gates = x(DType::F32, 1, 1);

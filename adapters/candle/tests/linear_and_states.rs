@@ -64,6 +64,46 @@ fn linear_attention_is_that_of_tensor_operations() -> Result<()> {
 }
 
 #[test]
+fn operations_refuse_what_the_kernel_refuses() -> Result<()> {
+    let x = |heads, n, d| normal((2, heads, n, d), 1).unwrap().abs().unwrap();
+    let (q, k, v) = (x(4, 9, 5), x(2, 9, 5), x(2, 9, 3));
+    for [phi_q, phi_k, v] in [
+        [&q, &x(1, 9, 5), &v],
+        [&q, &k.narrow(0, 0, 1)?, &v],
+        [&q, &x(2, 10, 5), &x(2, 10, 3)],
+        [&q, &x(2, 9, 4), &v],
+        [&x(3, 9, 5), &k, &v],
+    ] {
+        linear_attention(phi_q, phi_k, v, None).unwrap_err();
+        linear_attention_in_operations([phi_q, phi_k, v], None, None).unwrap_err();
+    }
+    let none = |x: &Tensor| x.narrow(2, 0, 0).unwrap();
+    let out = linear_attention_in_operations([&none(&q), &none(&k), &none(&v)], None, None)?;
+    assert_eq!(out.dims(), [2, 4, 0, 3]);
+    // a token that forgets
+    let mut gates = vec![-0.1; 18];
+    gates[4] = f64::NEG_INFINITY;
+    let gates = Tensor::from_vec(gates, (2, 1, 9, 1), &Device::Cpu)?;
+    let gates = Tensor::cat(&[&gates, &gates], 1)?;
+    let exact = linear_attention(&q, &k, &v, Some(&gates))?;
+    let found = linear_attention_in_operations([&q, &k, &v], None, Some(&gates))?;
+    assert_close("forgotten", &found, &exact, 1e-12);
+    Ok(())
+}
+
+#[test]
+fn features_of_sixteen_bits_keep_their_log_scales() -> Result<()> {
+    let map = Arc::new(Performer::<f32>::new(D_HEAD, 9, 1).unwrap());
+    let x = (normal((1, 1, 30, D_HEAD), 1)?.as_tensor() * 3.0)?.to_dtype(DType::BF16)?;
+    let (values, log_scale) = features(&map, Side::Key, &x)?;
+    let exact = features(&map, Side::Key, &x.to_dtype(DType::F32)?)?;
+    assert_eq!(numbers(&log_scale), numbers(&exact.1));
+    let out = linear_attention_scaled((&values, &log_scale), (&values, &log_scale), &x, None)?;
+    assert_eq!(out.dtype(), DType::BF16);
+    Ok(())
+}
+
+#[test]
 fn features_and_their_sums_are_the_kernel() -> Result<()> {
     let [q, k] = [(4, 1), (2, 2)].map(|(h, seed)| normal((2, h, 70, D_HEAD), seed).unwrap());
     let v = normal((2, 2, 70, 3), 3)?;
@@ -201,6 +241,10 @@ fn gates_of_a_state() -> Result<()> {
     let extras = dijiang_candle::Extras { log_decay: Some(&gates), parameters: &[] };
     let whole = dijiang_candle::attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
     assert_close("gates", &out, &whole, 1e-6);
+    // no silent end of a gradient by gates alone
+    let gates = Var::from_tensor(&gates)?;
+    let out = state.forward_gated(&x, &x, &x, &gates)?;
+    out.sum_all()?.backward().unwrap_err();
     Ok(())
 }
 

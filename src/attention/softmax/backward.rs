@@ -23,11 +23,14 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, ArrayViewMut2, Axis, Slice}
 pub(super) struct BackwardScratch<T> {
     tile: GradientTile<T>,
     again: Again<T>,
+    /// Keys and values without those that a mask hides.
+    masked: [Buffer<T>; 2],
 }
 
 impl<T: Scalar> Default for BackwardScratch<T> {
     fn default() -> Self {
-        Self { tile: GradientTile::new(), again: Again::new() }
+        let masked = [Buffer::new(), Buffer::new()];
+        Self { tile: GradientTile::new(), again: Again::new(), masked }
     }
 }
 
@@ -94,7 +97,12 @@ impl<T: Scalar> SoftmaxAttention<T> {
         let (group, first) = (head.group_len(), mask.first([head.queries(), head.keys()]));
         let HeadGradient { q, k, v, key_mask, bias, d_out, record, .. } = head;
         let HeadGradient { d_q, d_k, d_v, d_bias, d_parameters, .. } = head;
-        let key_values = [*k, *v];
+        let BackwardScratch { tile, again, masked: [masked_k, masked_v] } = scratch;
+        let key_values = match key_mask {
+            // what they hold must not decide the units of the others
+            Some(key_mask) => [without(*k, *key_mask, masked_k), without(*v, *key_mask, masked_v)],
+            None => [*k, *v],
+        };
         let units = key_values.map(Unit::of);
         for g in 0..group {
             let [q, d_out] = [&*q, &*d_out].map(|x| x.index_axis(Axis(0), g));
@@ -119,7 +127,7 @@ impl<T: Scalar> SoftmaxAttention<T> {
                 d.index_axis_mut(Axis(0), of_head)
             });
             let d_tokens = [&mut *d_k, &mut *d_v];
-            let d_sink = one.add_gradients(key_values, d_q, d_tokens, d_bias, scratch)?;
+            let d_sink = one.add_gradients(key_values, d_q, d_tokens, d_bias, (tile, again))?;
             if let Some(d) = d_parameters.as_mut().and_then(|d| d.get_mut(SINK_LOGITS)) {
                 let of_head = if d.len() > 1 { g } else { 0 };
                 let d_sink = T::from_f64(d_sink);
@@ -128,6 +136,20 @@ impl<T: Scalar> SoftmaxAttention<T> {
         }
         check_range(head)
     }
+}
+
+/// Rows, zero where a mask hides them.
+fn without<'a, T: Scalar>(
+    x: ArrayView2<'_, T>,
+    key_mask: ArrayView1<'_, bool>,
+    to: &'a mut Buffer<T>,
+) -> ArrayView2<'a, T> {
+    to.resize(x.len());
+    let rows = x.outer_iter().zip(key_mask);
+    for ((x, &is_seen), to) in rows.zip(to.chunks_exact_mut(x.ncols())) {
+        to.iter_mut().zip(x).for_each(|(to, &x)| *to = if is_seen { x } else { T::zero() });
+    }
+    ArrayView2::from_shape(x.dim(), to).expect("counted")
 }
 
 /// One query head.
@@ -152,7 +174,7 @@ impl<T: Scalar> QueryHead<'_, T> {
         mut d_q: ArrayViewMut2<'_, T>,
         [d_k, d_v]: [&mut ArrayViewMut2<'_, T>; 2],
         mut d_bias: Option<ArrayViewMut2<'_, T>>,
-        BackwardScratch { tile, again }: &mut BackwardScratch<T>,
+        (tile, again): (&mut GradientTile<T>, &mut Again<T>),
     ) -> Result<f64, Error> {
         let Self { q, d_out, units: [k_unit, v_unit], options, sight, record } = self;
         let (scoring, sink_logit) = *options;
