@@ -136,7 +136,8 @@ impl<'a, T> Head<'a, T> {
     ///
     /// A bias of −∞, and one below an eighth of the range of the type, hides the key. Use −∞ for
     /// that: where all that a query sees has a bias of −1e9, say, a backward pass in `f32` cannot
-    /// tell its weights apart, as scores of that size are some 64 apart. NaN and +∞ are errors. Biases of keys that the mask hides are not read, but must be none of these.
+    /// tell its weights apart, as numbers of that size are 64 apart. NaN and +∞ are errors. Biases
+    /// of keys that the mask hides are not read, but must be none of these.
     ///
     /// [`SoftmaxAttention`](crate::SoftmaxAttention) takes them, and what is built of it, in
     /// forward and backward passes; other kernels, and streams, report [`Error::Unsupported`].
