@@ -1,33 +1,14 @@
 //! Attention over tensors is that of the core, with candle's own gradients.
 
+mod common;
+
 use candle_core::{D, DType, Device, Result, Tensor, Var};
+use common::{D_HEAD, assert_close, normal, numbers};
 use dijiang::{
     DctFeatures, EluFeatures, Far, FeatureMap, HybridAttention, LearnedFeatures, LinearAttention,
     Mask, MultiHead, Performer, RawGradients, RawTensor, SoftmaxAttention,
 };
 use dijiang_candle::{Extras, attention, attention_with, parameters, via_host};
-
-const D_HEAD: usize = 6;
-
-fn normal(shape: (usize, usize, usize, usize), seed: usize) -> Result<Var> {
-    let (b, h, n, d) = shape;
-    let number = |i: usize| ((i * 7919 + seed * 104_729 + 17) as f64 * 0.618_034).sin() * 1.3;
-    let numbers: Vec<f64> = (0..b * h * n * d).map(number).collect();
-    Var::from_tensor(&Tensor::from_vec(numbers, shape, &Device::Cpu)?)
-}
-
-fn numbers(x: &Tensor) -> Vec<f64> {
-    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-#[track_caller]
-fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
-    assert_eq!(a.dims(), b.dims(), "{what}");
-    let (a, b) = (numbers(a), numbers(b));
-    let size = b.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
-    let error = a.iter().zip(&b).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / size;
-    assert!(error <= tolerance, "{what}: {error:.1e}");
-}
 
 /// Softmax attention in operations of candle.
 fn in_operations(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Result<Tensor> {

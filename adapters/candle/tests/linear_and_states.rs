@@ -1,6 +1,9 @@
 //! Linear attention over features of one's own, feature maps, and states in place of a cache.
 
+mod common;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
+use common::{D_HEAD, assert_close, normal, numbers};
 use dijiang::{
     DctFeatures, EluFeatures, Far, HybridAttention, LinearAttention, Mask, MultiHead, Performer,
     Side, SoftmaxAttention,
@@ -10,28 +13,6 @@ use dijiang_candle::{
     linear_attention_scaled,
 };
 use std::sync::Arc;
-
-const D_HEAD: usize = 6;
-
-fn normal(shape: (usize, usize, usize, usize), seed: usize) -> Result<Var> {
-    let (b, h, n, d) = shape;
-    let number = |i: usize| ((i * 7919 + seed * 104_729 + 17) as f64 * 0.618_034).sin() * 1.3;
-    let numbers: Vec<f64> = (0..b * h * n * d).map(number).collect();
-    Var::from_tensor(&Tensor::from_vec(numbers, shape, &Device::Cpu)?)
-}
-
-fn numbers(x: &Tensor) -> Vec<f64> {
-    x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-#[track_caller]
-fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
-    assert_eq!(a.dims(), b.dims(), "{what}");
-    let (a, b) = (numbers(a), numbers(b));
-    let size = b.iter().fold(1e-3, |m: f64, x| m.max(x.abs()));
-    let error = a.iter().zip(&b).fold(0.0, |m: f64, (a, b)| m.max((a - b).abs())) / size;
-    assert!(error <= tolerance, "{what}: {error:.1e}");
-}
 
 #[test]
 fn linear_attention_is_that_of_tensor_operations() -> Result<()> {
