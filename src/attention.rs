@@ -204,6 +204,13 @@ pub trait Attention<T: Scalar>: Debug + Send + Sync {
         Sharing::default()
     }
 
+    /// Whether a forward pass can give the [logarithms of
+    /// normalisers](Head::with_log_normalizer), which make the backward pass faster. Not unless
+    /// overridden.
+    fn gives_log_normalizer(&self) -> bool {
+        false
+    }
+
     /// Computes the gradient of a loss by queries, keys, values, log decays and parameters from
     /// that by the outputs, and adds it to what is there ([`HeadGradient`]).
     ///

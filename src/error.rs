@@ -209,6 +209,14 @@ impl Error {
         }
     }
 
+    /// The same error, of another row.
+    pub(crate) fn map_row(mut self, of: impl FnOnce(usize) -> usize) -> Self {
+        if let Some(row) = self.row() {
+            *row = of(*row);
+        }
+        self
+    }
+
     /// The same error of a chunk that began at `first_row`: rows count from the beginning of the
     /// call.
     pub(crate) fn in_chunk(mut self, first_row: usize) -> Self {

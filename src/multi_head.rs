@@ -1,11 +1,15 @@
 //! Many heads at once: `[batch, heads, n, d]` views, grouped-query heads, padded keys, threads.
 
+pub(crate) mod arguments;
 mod backward;
+mod forward;
 pub(crate) mod gradient;
 pub(crate) mod layout;
 mod parameters;
+mod places;
 mod pool;
 pub(crate) mod raw;
+pub(crate) mod record;
 pub(crate) mod stream;
 pub(crate) mod tasks;
 pub(crate) mod undo;
@@ -15,9 +19,11 @@ use crate::attention::stream::StreamOptions;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::multi_head::arguments::{Arguments, LayerForward};
 use crate::multi_head::layout::{
-    Dim4, HeadUnit, LayerShape, Padding, check_heads, check_lengths, check_log_decay,
+    Dim4, HeadUnit, LayerShape, Padding, check_bias, check_heads, check_lengths, check_log_decay,
 };
+use crate::multi_head::places::Places;
 use crate::multi_head::stream::MultiHeadStream;
 use crate::multi_head::tasks::{LayerCall, threads_of_each};
 use crate::scalar::Scalar;
@@ -257,7 +263,7 @@ impl<T: Scalar> MultiHead<T> {
         key_lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        self.forward_all([q, k, v], None, mask, key_lengths, out)
+        self.forward_with(LayerForward::new([q, k, v], out), mask, key_lengths)
     }
 
     /// As [`forward_into`](Self::forward_into) with [`Mask::Causal`], of gated kernels:
@@ -300,34 +306,24 @@ impl<T: Scalar> MultiHead<T> {
         key_lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        self.forward_all([q, k, v], Some(log_decay), Mask::Causal, key_lengths, out)
+        let forward = LayerForward::new([q, k, v], out).with_log_decay(log_decay);
+        self.forward_with(forward, Mask::Causal, key_lengths)
     }
 
-    fn forward_all(
-        &self,
-        [q, k, v]: [ArrayView4<'_, T>; 3],
-        log_decay: Option<ArrayView4<'_, T>>,
-        mask: Mask,
-        key_lengths: Option<&[usize]>,
-        out: ArrayViewMut4<'_, T>,
-    ) -> Result<(), Error> {
-        let call = self.call([q, k, v], log_decay, mask, key_lengths, out.dim())?;
-        call.forward(&self.kernels, &self.units, mask, out)
-    }
-
-    /// The arguments, if they fit together.
+    /// The arguments, if they fit together; `places` are those of gathered tokens.
     fn call<'a>(
         &self,
-        [q, k, v]: [ArrayView4<'a, T>; 3],
-        log_decay: Option<ArrayView4<'a, T>>,
+        Arguments { qkv: [q, k, v], log_decay, bias }: Arguments<'a, T>,
         mask: Mask,
         lengths: Option<&'a [usize]>,
         out: Dim4,
+        places: Option<&'a Places>,
     ) -> Result<LayerCall<'a, T>, Error> {
         check_heads(self.query_heads(), self.kv_heads, [q.dim(), k.dim(), v.dim(), out])?;
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
+        check_bias(bias.map(|x| x.dim()), q.dim(), k.dim().2)?;
         check_lengths(lengths, q.dim().0, k.dim().2)?;
-        let padding = self.padding;
+        let padding = if places.is_some() { Padding::Right } else { self.padding };
         match mask {
             Mask::CausalTail if lengths.is_some() => {}
             Mask::Full if lengths.is_some() && padding == Padding::Left => {
@@ -335,7 +331,8 @@ impl<T: Scalar> MultiHead<T> {
             }
             _ => check::mask(mask, [q.dim().2, k.dim().2])?,
         }
-        Ok(LayerCall { q, k, v, log_decay, group: self.group(), lengths, padding, mask })
+        let (group, before) = (self.group(), 0);
+        Ok(LayerCall { q, k, v, log_decay, bias, group, lengths, padding, mask, before, places })
     }
 
     /// Starts an empty causal stream of `batch` sequences.

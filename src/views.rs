@@ -4,7 +4,10 @@
 use crate::kernel;
 use crate::scalar::Scalar;
 use core::ops::Range;
-use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, Axis, Slice};
+use ndarray::{
+    ArrayView1, ArrayView2, ArrayView3, ArrayView4, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4,
+    Axis, Slice,
+};
 
 /// Rows of a view.
 #[inline]
@@ -93,6 +96,41 @@ pub(crate) fn head<'a, T>(
     range: Range<usize>,
 ) -> ArrayView2<'a, T> {
     rows((*x).index_axis_move(Axis(0), sequence).index_axis_move(Axis(0), head), range)
+}
+
+/// What belongs to queries and keys in `[1 or batch, 1 or heads, n_q, n_k]`: of some query heads of
+/// one sequence.
+pub(crate) fn pairs<'a, T>(
+    x: &ArrayView4<'a, T>,
+    sequence: usize,
+    heads: Range<usize>,
+    [queries, keys]: [Range<usize>; 2],
+) -> ArrayView3<'a, T> {
+    let (batch, of_heads, ..) = x.dim();
+    let mut x = (*x).index_axis_move(Axis(0), if batch == 1 { 0 } else { sequence });
+    if of_heads > 1 {
+        x.slice_axis_inplace(Axis(0), Slice::from(heads));
+    }
+    x.slice_axis_inplace(Axis(1), Slice::from(queries));
+    x.slice_axis_inplace(Axis(2), Slice::from(keys));
+    x
+}
+
+/// The same, to write.
+pub(crate) fn pairs_mut<'b, T>(
+    x: &'b mut ArrayViewMut4<'_, T>,
+    sequence: usize,
+    heads: Range<usize>,
+    [queries, keys]: [Range<usize>; 2],
+) -> ArrayViewMut3<'b, T> {
+    let (batch, of_heads, ..) = x.dim();
+    let mut x = x.view_mut().index_axis_move(Axis(0), if batch == 1 { 0 } else { sequence });
+    if of_heads > 1 {
+        x.slice_axis_inplace(Axis(0), Slice::from(heads));
+    }
+    x.slice_axis_inplace(Axis(1), Slice::from(queries));
+    x.slice_axis_inplace(Axis(2), Slice::from(keys));
+    x
 }
 
 /// Copies rows to columns, times a factor: `out [columns, width]`, zero beyond the rows, and sums

@@ -67,6 +67,11 @@ macro_rules! forward_by {
             $kernel.sharing()
         }
 
+        fn gives_log_normalizer(&self) -> bool {
+            let $this = self;
+            $kernel.gives_log_normalizer()
+        }
+
         fn pair_weights(&self) -> Option<&dyn $crate::attention::PairWeights<T>> {
             let $this = self;
             $kernel.pair_weights()

@@ -378,7 +378,7 @@ impl<T: Scalar> HeadGradient<'_, T> {
     }
 }
 
-const NO_BIAS_TO_TRAIN: Error = Error::Unsupported {
+pub(crate) const NO_BIAS_TO_TRAIN: Error = Error::Unsupported {
     what: "a gradient by biases that are not there",
-    why: "bring them with `HeadGradient::with_bias`",
+    why: "bring them with `with_bias`",
 };

@@ -52,5 +52,6 @@ const NO_KEY_MASK: Error = Error::Unsupported {
 
 const NO_BIAS: Error = Error::Unsupported {
     what: "a bias of scores",
-    why: "only `SoftmaxAttention` and what is built of it take one, and no stream",
+    why: "only `SoftmaxAttention` and what is built of it take one, and of streams those without \
+          a window",
 };

@@ -88,6 +88,10 @@ impl<T: Scalar, P: Positions, A: Attention<T>> Attention<T> for Positional<P, A>
         }
     }
 
+    fn gives_log_normalizer(&self) -> bool {
+        self.kernel.gives_log_normalizer()
+    }
+
     fn backward_heads(
         &self,
         heads: &mut [HeadGradient<'_, T>],

@@ -121,6 +121,10 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         if self.differs_by_head() { Sharing::Group } else { Sharing::Head }
     }
 
+    fn gives_log_normalizer(&self) -> bool {
+        true
+    }
+
     fn backward_heads(
         &self,
         heads: &mut [HeadGradient<'_, T>],
@@ -199,7 +203,7 @@ impl<T: Scalar> SoftmaxStream<T> {
         let (head_dim, value_dim) = self.cache.dims();
         head.check_not_gated()?;
         head.check_no_log_normalizer()?;
-        head.check_extend(head_dim, value_dim, self.group)
+        head.check_extend_biased([head_dim, value_dim], self.group, self.cache.len())
     }
 
     /// The largest magnitudes of keys and of values with those of new tokens; something that is
@@ -220,13 +224,13 @@ impl<T: Scalar> SoftmaxStream<T> {
 
     fn absorb(&mut self, head: &mut Head<'_, T>) -> Result<(), Error> {
         let largest = self.largest_with(head);
-        let Head { q, k, v, out, .. } = head;
+        let Head { q, k, v, out, bias, .. } = head;
         let before = self.cache.len();
         self.cache.push(*k, *v);
         let Self { cache, kernel, scoring, threads, tile, .. } = self;
         let options = |g: usize| kernel.of_head(*scoring, g);
         let result = match cache.key_values() {
-            KeyValues::Packed(packed, tokens) if k.nrows() == 1 => {
+            KeyValues::Packed(packed, tokens) if k.nrows() == 1 && bias.is_none() => {
                 let q = q.index_axis(Axis(1), 0);
                 let out = out.view_mut().index_axis_move(Axis(1), 0);
                 answer_group(q, (packed, tokens), &options, out, tile)
@@ -235,7 +239,8 @@ impl<T: Scalar> SoftmaxStream<T> {
                 let mut heads = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
                 heads.try_for_each(|(g, (q, out))| {
                     let to = Outputs { out, log_normalizer: None };
-                    let sight = Sight::up_to(Some(before));
+                    let bias = bias.map(|bias| of_query_head(bias, g));
+                    let sight = Sight { bias, ..Sight::up_to(Some(before)) };
                     answer(q, tokens, options(g), sight, to, *threads, tile)
                 })
             }
@@ -269,6 +274,9 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let [head] = heads else { return false };
         if self.check(head).and_then(|()| head.check_finite()).is_err() {
             return false;
+        }
+        if head.bias.is_some() {
+            return false; // they may hide all keys from a query
         }
         // No score and no sum of weighted values can leave the range of the type; one factor after
         // the other, so that no product on the way can.

@@ -1,17 +1,22 @@
 //! The backward pass of a layer.
 
+mod task;
+
 use crate::attention::gradient::HeadGradient;
 use crate::attention::scratch::Scratch;
-use crate::error::{Error, LayerHead};
+use crate::error::Error;
 use crate::mask::Mask;
 use crate::multi_head::MultiHead;
+use crate::multi_head::arguments::Arguments;
+use crate::multi_head::backward::task::{KernelCall, Task};
 use crate::multi_head::gradient::{LayerGradient, LayerGradients};
-use crate::multi_head::layout::{HeadUnit, in_head};
+use crate::multi_head::layout::HeadUnit;
 use crate::multi_head::parameters::place;
-use crate::multi_head::tasks::{LayerCall, for_each};
+use crate::multi_head::places::Places;
+use crate::multi_head::tasks::{LayerCall, for_each, threads_at_most};
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
-use crate::views::{head, heads};
+use crate::views::{head, heads, pairs, pairs_mut};
 use core::ops::Range;
 use ndarray::{Array4, ArrayView4, ArrayViewMut2, ArrayViewMut3, ArrayViewMut4, Axis, Slice};
 
@@ -142,17 +147,66 @@ impl<T: Scalar> MultiHead<T> {
         mask: Mask,
         key_lengths: Option<&[usize]>,
     ) -> Result<(), Error> {
-        let LayerGradient { q, k, v, log_decay, .. } = gradient;
-        let out = (q.dim().0, q.dim().1, q.dim().2, v.dim().3);
-        let call = self.call([q, k, v], log_decay, mask, key_lengths, out)?;
+        let arguments = gradient.arguments();
+        let dims = [gradient.q.dim(), gradient.k.dim()];
+        let out = (dims[0].0, dims[0].1, dims[0].2, gradient.v.dim().3);
+        let lengths = if gradient.key_mask.is_some() { None } else { key_lengths };
+        let call = self.call(arguments, mask, lengths, out, None)?;
         gradient.check_shapes()?;
+        if let Some((record, _)) = gradient.record {
+            record.check(dims[0].0 * self.units.len())?;
+        }
         if self.units.iter().any(|unit| matches!(unit, HeadUnit::Pool(_))) {
             return Err(POOLED);
         }
         if let Some(d_parameters) = &gradient.d_parameters {
             self.parameters().check_names(d_parameters)?;
         }
-        let LayerGradient { d_out, d_q, d_k, d_v, d_log_decay, d_parameters, .. } = gradient;
+        let Some(key_mask) = gradient.key_mask else {
+            return self.backward_call(&call, gradient);
+        };
+        let places = Places::new(key_mask, key_lengths, mask, dims)?;
+        let LayerGradient { d_out, record, d_q, d_k, d_v, d_log_decay, d_bias, .. } = gradient;
+        let gathered = places.gather(&arguments);
+        let d_out = places.gather_queries(d_out);
+        let outputs = record.map(|(record, out)| (record, places.gather_queries(out)));
+        let mut d = gathered.zeros_like();
+        let [of_q, of_k, of_v] = d.qkv.each_mut().map(|x| x.view_mut());
+        let Arguments { qkv, log_decay, bias } = gathered.view();
+        let packed = LayerGradient {
+            log_decay,
+            bias,
+            record: outputs.as_ref().map(|(record, out)| (*record, out.view())),
+            d_log_decay: d.log_decay.as_mut().filter(|_| d_log_decay.is_some()).map(view_mut),
+            d_bias: d.bias.as_mut().filter(|_| d_bias.is_some()).map(view_mut),
+            d_parameters: gradient.d_parameters,
+            ..LayerGradient::new(qkv, d_out.view(), [of_q, of_k, of_v])
+        };
+        let lengths = Some(&*places.lengths);
+        let out = (out.0, out.1, places.queries(), out.3);
+        let call = self.call(gathered.view(), mask, lengths, out, Some(&places))?;
+        self.backward_call(&call, packed)?;
+        let [of_q, of_k, of_v] = d.qkv.each_ref().map(|x| x.view());
+        places.add_queries(of_q, d_q);
+        places.add_keys(of_k, d_k);
+        places.add_keys(of_v, d_v);
+        if let (Some(from), Some(to)) = (&d.log_decay, d_log_decay) {
+            places.add_keys(from.view(), to);
+        }
+        if let (Some(from), Some(to)) = (&d.bias, d_bias) {
+            places.add_pairs(from.view(), to);
+        }
+        Ok(())
+    }
+
+    /// The gradients of a call whose arguments have been checked.
+    fn backward_call(
+        &self,
+        call: &LayerCall<'_, T>,
+        gradient: LayerGradient<'_, T>,
+    ) -> Result<(), Error> {
+        let LayerGradient { q, k, v, log_decay, bias, d_out, record, .. } = gradient;
+        let LayerGradient { d_q, d_k, d_v, d_log_decay, mut d_bias, d_parameters, .. } = gradient;
         let mut calls = self.kernel_calls(q.dim().0, d_parameters.as_deref());
         let mut d_k = of_heads(d_k, 1).into_iter();
         let mut d_v = of_heads(d_v, 1).into_iter();
@@ -162,14 +216,20 @@ impl<T: Scalar> MultiHead<T> {
             let (sequence, kv) = (at / self.kv_heads, at % self.kv_heads);
             let [queries, keys] = call.real(sequence);
             let query_heads = kv * self.group()..(kv + 1) * self.group();
+            let rows = [queries.clone(), keys.clone()];
+            let [q, d_out] =
+                [&q, &d_out].map(|x| heads(x, sequence, query_heads.clone(), queries.clone()));
+            let record = record.map(|(record, out)| {
+                (record, heads(&out, sequence, query_heads.clone(), queries.clone()))
+            });
             let head = HeadGradient {
-                q: heads(&q, sequence, query_heads.clone(), queries.clone()),
+                q,
                 k: head(&k, sequence, kv, keys.clone()),
                 v: head(&v, sequence, kv, keys.clone()),
                 log_decay: log_decay.map(|x| head(&x, sequence, kv, keys.clone())),
-                d_out: heads(&d_out, sequence, query_heads, queries.clone()),
                 key_mask: None,
-                bias: None,
+                bias: bias.map(|x| pairs(&x, sequence, query_heads.clone(), rows)),
+                d_out,
                 record: None,
                 checkpoints: None,
                 d_q: rows_of(d_q, queries),
@@ -179,19 +239,29 @@ impl<T: Scalar> MultiHead<T> {
                 d_bias: None,
                 d_parameters: None,
             };
-            tasks.push(Task { sequence, head, calls });
+            tasks.push(Task { sequence, head, record, calls, d_bias: None });
         }
-        for_each(tasks, Scratch::with_threads, |scratch, Task { sequence, mut head, calls }| {
-            calls.iter_mut().try_for_each(|KernelCall { unit, d_parameters }| {
-                let mut part = part(&mut head, unit, self.group());
-                part.d_parameters = d_parameters.as_mut();
-                self.kernels[unit.first_query_head(self.group())]
-                    .backward_heads(&mut [part], mask, scratch)
-                    .map_err(|error| error_in(&call, &d_out, sequence, unit, error))
-            })
-        })?;
+        // what several heads share is added in order; so that not all of it is there at once, some
+        // of them at a time
+        let some = if d_bias.is_some() { threads_at_most(tasks.len()) } else { tasks.len() };
+        while !tasks.is_empty() {
+            let after = tasks.split_off(some.min(tasks.len()));
+            let mut now = core::mem::replace(&mut tasks, after);
+            for_each(now.iter_mut().collect(), Scratch::with_threads, |scratch, task| {
+                task.run(self, call, &d_out, d_bias.is_some(), scratch)
+            })?;
+            let Some(d_bias) = &mut d_bias else { continue };
+            for Task { sequence, calls, d_bias: found, .. } in &now {
+                let (Some(found), Some(first)) = (found, calls.first()) else { continue };
+                let [queries, keys] = call.real(*sequence);
+                let kv = first.unit.first_query_head(self.group()) / self.group();
+                let query_heads = kv * self.group()..(kv + 1) * self.group();
+                let mut to = pairs_mut(d_bias, *sequence, query_heads, [queries, keys]);
+                to += found;
+            }
+        }
         let Some(d_parameters) = d_parameters else { return Ok(()) };
-        for KernelCall { unit, d_parameters: found } in calls.into_iter().flatten() {
+        for KernelCall { unit, d_parameters: found, .. } in calls.into_iter().flatten() {
             if let Some(found) = found {
                 let first = self.first_with_kernel(unit.first_query_head(self.group()));
                 d_parameters.add_scaled(T::one(), &found.under(&place(first)))?;
@@ -203,15 +273,15 @@ impl<T: Scalar> MultiHead<T> {
     /// What is called for each kv head of each sequence: one kernel for all its query heads, or one
     /// for each; with room of its own for the parameters that are asked for.
     fn kernel_calls(&self, batch: usize, asked: Option<&Parameters<T>>) -> Vec<Vec<KernelCall<T>>> {
-        let of_unit = |unit: &HeadUnit| {
+        let of_unit = |(at, unit): (usize, &HeadUnit)| {
             let first = self.first_with_kernel(unit.first_query_head(self.group()));
             let d_parameters = asked.map(|asked| asked.of(&place(first)).zeros_like());
             let d_parameters = d_parameters.filter(|asked| !asked.is_empty());
-            KernelCall { unit: unit.clone(), d_parameters }
+            KernelCall { unit: unit.clone(), at, d_parameters }
         };
         let of_kv = |kv: usize| {
-            let units = self.units.iter();
-            units.filter(|unit| unit.all_kv_heads(self.group()) == [kv]).map(of_unit).collect()
+            let units = self.units.iter().enumerate();
+            units.filter(|(_, unit)| unit.all_kv_heads(self.group()) == [kv]).map(of_unit).collect()
         };
         (0..batch).flat_map(|_| (0..self.kv_heads).map(of_kv)).collect()
     }
@@ -221,37 +291,6 @@ const POOLED: Error = Error::Unsupported {
     what: "the gradient of heads that share one budget of entries",
     why: "merging is a choice, and choices have none; use the layer before `MultiHead::pooled`",
 };
-
-/// A head of keys and values with all its query heads, and the kernels that it is for.
-#[derive(Debug)]
-struct Task<'a, T> {
-    sequence: usize,
-    head: HeadGradient<'a, T>,
-    calls: &'a mut [KernelCall<T>],
-}
-
-/// A kernel with the query heads that it is called with, and the gradient by its parameters.
-#[derive(Clone, Debug)]
-struct KernelCall<T> {
-    unit: HeadUnit,
-    d_parameters: Option<Parameters<T>>,
-}
-
-/// The query heads of a unit, of those of its kv head.
-fn part<'b, T: Scalar>(
-    head: &'b mut HeadGradient<'_, T>,
-    unit: &HeadUnit,
-    group: usize,
-) -> HeadGradient<'b, T> {
-    let mut part = head.reborrow();
-    if let HeadUnit::Query(h) = unit {
-        let at = Slice::from(h % group..h % group + 1);
-        part.q.slice_axis_inplace(Axis(0), at);
-        part.d_out.slice_axis_inplace(Axis(0), at);
-        part.d_q.slice_axis_inplace(Axis(0), at);
-    }
-    part
-}
 
 /// `[batch, heads, n, d]` as parts `[count, n, d]`, sequence after sequence.
 fn of_heads<T>(mut x: ArrayViewMut4<'_, T>, count: usize) -> Vec<ArrayViewMut3<'_, T>> {
@@ -269,6 +308,10 @@ fn of_heads<T>(mut x: ArrayViewMut4<'_, T>, count: usize) -> Vec<ArrayViewMut3<'
     parts
 }
 
+fn view_mut<T>(x: &mut Array4<T>) -> ArrayViewMut4<'_, T> {
+    x.view_mut()
+}
+
 /// Rows of the next one of parts `[1, n, d]`, one for each kv head.
 fn next_head<'a, T>(
     parts: &mut impl Iterator<Item = ArrayViewMut3<'a, T>>,
@@ -282,26 +325,4 @@ fn next_head<'a, T>(
 fn rows_of<T>(mut x: ArrayViewMut3<'_, T>, range: Range<usize>) -> ArrayViewMut3<'_, T> {
     x.slice_axis_inplace(Axis(1), Slice::from(range));
     x
-}
-
-/// An error of a unit, of the head in which it is found; rows are those of the arrays.
-#[cold]
-fn error_in<T: Scalar>(
-    call: &LayerCall<'_, T>,
-    d_out: &ArrayView4<'_, T>,
-    sequence: usize,
-    unit: &HeadUnit,
-    error: Error,
-) -> Error {
-    if let Error::NotFinite { which: "d_out", row, column } = error {
-        let first = call.real(sequence)[0].start;
-        let is_bad = |&head: &usize| {
-            let number = d_out.get([sequence, head, first + row, column]);
-            number.is_some_and(|x| !x.is_finite())
-        };
-        if let Some(head) = unit.query_heads(call.group).into_iter().find(is_bad) {
-            return in_head(sequence, LayerHead::Query(head), error.in_chunk(first));
-        }
-    }
-    call.error(sequence, unit, error)
 }

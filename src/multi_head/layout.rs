@@ -153,6 +153,19 @@ pub(crate) fn check_log_decay(k: Dim4, log_decay: Option<Dim4>) -> Result<(), Er
     check::size("log_decay", "rows", k.2, log_decay.2)
 }
 
+/// Biases `[1 or batch, 1 or query_heads, n_q, n_k]`.
+pub(crate) fn check_bias(bias: Option<Dim4>, q: Dim4, keys: usize) -> Result<(), Error> {
+    let Some(bias) = bias else { return Ok(()) };
+    if bias.0 != 1 {
+        check::size("bias", "sequences", q.0, bias.0)?;
+    }
+    if bias.1 != 1 {
+        check::size("bias", "heads", q.1, bias.1)?;
+    }
+    check::size("bias", "rows", q.2, bias.2)?;
+    check::size("bias", "columns", keys, bias.3)
+}
+
 /// A number of real tokens for each sequence.
 pub(crate) fn check_lengths(
     lengths: Option<&[usize]>,

@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::mask::Mask;
 use crate::multi_head::MultiHead;
+use crate::multi_head::arguments::LayerForward;
 use crate::multi_head::gradient::LayerGradient;
 use crate::multi_head::stream::MultiHeadStream;
 use crate::parameters::Parameters;
@@ -58,6 +59,12 @@ impl<'a, T> RawTensor<'a, T> {
         let [_, heads, n, columns] = shape;
         let row = n.saturating_mul(columns);
         Self::new(data, shape, [heads.saturating_mul(row), row, columns, 1])
+    }
+
+    /// The same as a view of arrays.
+    #[must_use]
+    pub fn view(&self) -> ArrayView4<'a, T> {
+        self.view
     }
 
     /// `[batch, heads, n, columns]`.
@@ -121,8 +128,9 @@ impl<T: Scalar> MultiHead<T> {
         out: &mut [T],
     ) -> Result<(), Error> {
         let out = contiguous("out", out, outputs(q, v))?;
+        let forward = LayerForward::new([q.view, k.view, v.view], out);
         let log_decay = log_decay.map(|x| x.view);
-        self.forward_all([q.view, k.view, v.view], log_decay, mask, key_lengths, out)
+        self.forward_with(LayerForward { log_decay, ..forward }, mask, key_lengths)
     }
 
     /// As [`backward_into`](Self::backward_into): gradients are added.
@@ -175,7 +183,9 @@ impl<T: Scalar> MultiHeadStream<T> {
         out: &mut [T],
     ) -> Result<(), Error> {
         let out = contiguous("out", out, outputs(q, v))?;
-        self.extend_all([q.view, k.view, v.view], log_decay.map(|x| x.view), lengths, out)
+        let step = LayerForward::new([q.view, k.view, v.view], out);
+        let log_decay = log_decay.map(|x| x.view);
+        self.extend_with(LayerForward { log_decay, ..step }, lengths)
     }
 }
 

@@ -8,9 +8,11 @@ use crate::attention::stream::Stream;
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::multi_head::arguments::{Arguments, LayerForward};
 use crate::multi_head::layout::{
-    LayerShape, Padding, check_heads, check_lengths, check_log_decay, side_by_side,
+    LayerShape, Padding, check_bias, check_heads, check_lengths, check_log_decay, side_by_side,
 };
+use crate::multi_head::places::Places;
 use crate::multi_head::tasks::{LayerCall, are_shared_out, for_each};
 use crate::multi_head::undo::{LayerCheckpoint, Undo};
 use crate::scalar::Scalar;
@@ -77,7 +79,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        self.extend_all([q, k, v], None, lengths, out)
+        self.extend_with(LayerForward::new([q, k, v], out), lengths)
     }
 
     /// As [`extend`](Self::extend), of gated kernels:
@@ -97,31 +99,102 @@ impl<T: Scalar> MultiHeadStream<T> {
         lengths: Option<&[usize]>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        self.extend_all([q, k, v], Some(log_decay), lengths, out)
+        self.extend_with(LayerForward::new([q, k, v], out).with_log_decay(log_decay), lengths)
     }
 
-    pub(super) fn extend_all(
+    /// As [`extend`](Self::extend) and, with log decays, [`extend_gated`](Self::extend_gated), with
+    /// all that a step can be called with: tokens that a
+    /// [key mask](LayerForward::with_key_mask) leaves out are not absorbed.
+    ///
+    /// ```
+    /// use dijiang::{LayerForward, MultiHead, SoftmaxAttention};
+    /// use ndarray::{Array4, array};
+    ///
+    /// let mut stream = MultiHead::new(SoftmaxAttention::<f32>::new(8)?, 1, 1)?.stream(2, 8)?;
+    /// let real = array![[true, false, true], [false, true, false]];
+    /// let (x, mut out) = (Array4::ones((2, 1, 3, 8)), Array4::zeros((2, 1, 3, 8)));
+    /// let step = LayerForward::new([x.view(), x.view(), x.view()], out.view_mut());
+    /// stream.extend_with(step.with_key_mask(real.view()), None)?;
+    /// assert_eq!(stream.lengths(), [2, 1]);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`MultiHead::forward_with`](crate::MultiHead::forward_with); [`Error::Unsupported`] if
+    /// there is a [record](LayerForward::with_record), or a kernel whose streams take no biases, or
+    /// sequences of several lengths have biases. On an error no head of any sequence has moved.
+    pub fn extend_with(
         &mut self,
-        [q, k, v]: [ArrayView4<'_, T>; 3],
-        log_decay: Option<ArrayView4<'_, T>>,
+        step: LayerForward<'_, T>,
         lengths: Option<&[usize]>,
+    ) -> Result<(), Error> {
+        let LayerForward { q, k, v, log_decay, key_mask, bias, mut out, record } = step;
+        if record.is_some() {
+            return Err(NO_RECORD);
+        }
+        let arguments = Arguments { qkv: [q, k, v], log_decay, bias };
+        let padding = self.shape.padding;
+        let Some(key_mask) = key_mask else {
+            return self.extend_all(arguments, lengths, padding, None, out);
+        };
+        if bias.is_some() {
+            return Err(MASK_AND_BIAS);
+        }
+        check_heads(
+            self.shape.query_heads,
+            self.shape.kv_heads,
+            [q.dim(), k.dim(), v.dim(), out.dim()],
+        )?;
+        check::size("k", "rows", q.dim().2, k.dim().2)?;
+        check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
+        let places = Places::new(key_mask, lengths, Mask::Causal, [q.dim(), k.dim()])?;
+        let gathered = places.gather(&arguments);
+        let (batch, heads, ..) = out.dim();
+        let mut packed = Array4::zeros((batch, heads, places.queries(), v.dim().3));
+        let (lengths, view) = (Some(&*places.lengths), packed.view_mut());
+        self.extend_all(gathered.view(), lengths, Padding::Right, Some(&places), view)?;
+        out.fill(T::zero());
+        places.add_queries(packed.view(), out);
+        Ok(())
+    }
+
+    fn extend_all(
+        &mut self,
+        Arguments { qkv: [q, k, v], log_decay, bias }: Arguments<'_, T>,
+        lengths: Option<&[usize]>,
+        padding: Padding,
+        places: Option<&Places>,
         out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
-        let LayerShape { query_heads, kv_heads, value_dim, padding, units } = &self.shape;
+        let LayerShape { query_heads, kv_heads, value_dim, units, .. } = &self.shape;
         check_heads(*query_heads, *kv_heads, [q.dim(), k.dim(), v.dim(), out.dim()])?;
         check_log_decay(k.dim(), log_decay.map(|x| x.dim()))?;
         check::size("q", "sequences", self.streams.len() / units.len(), q.dim().0)?;
         check::size("k", "rows", q.dim().2, k.dim().2)?;
         check::size("v", "columns", *value_dim, v.dim().3)?;
         check_lengths(lengths, q.dim().0, q.dim().2)?;
-        let (group, padding) = (self.shape.group(), *padding);
-        let call = LayerCall { q, k, v, log_decay, group, lengths, padding, mask: Mask::Causal };
+        let before = if bias.is_some() { self.common_length(lengths)? } else { 0 };
+        check_bias(bias.map(|x| x.dim()), q.dim(), before + k.dim().2)?;
+        let (group, mask) = (self.shape.group(), Mask::Causal);
+        let call =
+            LayerCall { q, k, v, log_decay, bias, group, lengths, padding, mask, before, places };
         let reads: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
         if are_shared_out(self.streams.len(), reads.saturating_mul(q.dim().2)) {
             self.extend_on_threads(&call, out)
         } else {
             self.extend_in_order(&call, out)
         }
+    }
+
+    /// The tokens that every sequence has, for biases.
+    fn common_length(&self, lengths: Option<&[usize]>) -> Result<usize, Error> {
+        let found = self.lengths();
+        let first = found.first().copied().unwrap_or(0);
+        if lengths.is_some() || found.iter().any(|&length| length != first) {
+            return Err(SEVERAL_LENGTHS);
+        }
+        Ok(first)
     }
 
     /// One stream after the other, without an allocation.
@@ -131,7 +204,7 @@ impl<T: Scalar> MultiHeadStream<T> {
         mut out: ArrayViewMut4<'_, T>,
     ) -> Result<(), Error> {
         let Self { shape, streams, undo, pool, .. } = self;
-        let units = || call.places(&shape.units);
+        let units = || call.sequence_units(&shape.units);
         // a head that fails must not leave the others ahead of it; alone it goes back by itself
         let is_safe = streams.len() == 1
             || streams.iter_mut().zip(units()).all(|(stream, (sequence, unit))| {
@@ -169,7 +242,7 @@ impl<T: Scalar> MultiHeadStream<T> {
             undo.set(streams);
         }
         let result = for_each(
-            heads.iter_mut().zip(&mut *streams).zip(call.places(&shape.units)).collect(),
+            heads.iter_mut().zip(&mut *streams).zip(call.sequence_units(&shape.units)).collect(),
             |_| (),
             |(), ((heads, stream), (sequence, unit))| {
                 stream.extend_heads(heads).map_err(|error| call.error(sequence, unit, error))
@@ -304,3 +377,18 @@ impl<T: Scalar> MultiHeadStream<T> {
 
 /// Says that a stream is not sure to succeed; never shown.
 const NOT_SURE: Error = Error::Unsupported { what: "a step that may fail", why: "see `Undo`" };
+
+const NO_RECORD: Error = Error::Unsupported {
+    what: "a record of a step",
+    why: "a stream has no backward pass; use `MultiHead::forward_with`",
+};
+
+const MASK_AND_BIAS: Error = Error::Unsupported {
+    what: "a mask of keys beside biases, in a stream",
+    why: "biases of a stream belong to all tokens that were ever handed over",
+};
+
+const SEVERAL_LENGTHS: Error = Error::Unsupported {
+    what: "biases of sequences of several lengths, in a stream",
+    why: "biases have one column for each token before; use a stream for each sequence",
+};

@@ -8,19 +8,22 @@ use crate::attention::threads::Threads;
 use crate::error::{Error, LayerHead};
 use crate::mask::Mask;
 use crate::multi_head::layout::{HeadUnit, Padding, in_head};
+use crate::multi_head::places::Places;
+use crate::multi_head::record::LayerRecord;
 use crate::scalar::Scalar;
-use crate::views::{head, heads};
+use crate::views::{head, heads, pairs};
 use core::ops::Range;
 use ndarray::{ArrayView4, ArrayViewMut3, ArrayViewMut4, Axis, Slice};
 use std::sync::Arc;
 
-/// The arguments of a layer but for its outputs.
+/// A call of a layer but for its outputs.
 #[derive(Clone, Copy)]
 pub(crate) struct LayerCall<'a, T> {
     pub(crate) q: ArrayView4<'a, T>,
     pub(crate) k: ArrayView4<'a, T>,
     pub(crate) v: ArrayView4<'a, T>,
     pub(crate) log_decay: Option<ArrayView4<'a, T>>,
+    pub(crate) bias: Option<ArrayView4<'a, T>>,
     /// Query heads of a kv head.
     pub(crate) group: usize,
     /// Real keys of each sequence; all where there is none.
@@ -28,6 +31,10 @@ pub(crate) struct LayerCall<'a, T> {
     pub(crate) padding: Padding,
     /// Where it is causal, queries beyond the real keys are padding as well.
     pub(crate) mask: Mask,
+    /// Tokens of a stream before these.
+    pub(crate) before: usize,
+    /// Where the tokens come from, if they were gathered: for rows in errors.
+    pub(crate) places: Option<&'a Places>,
 }
 
 impl<'a, T: Scalar> LayerCall<'a, T> {
@@ -79,6 +86,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
                 let mut gates = gates.iter().flat_map(|gates| gates.indexed_iter());
                 let bad = gates.find(|(_, gate)| gate.is_nan() || **gate > T::zero());
                 if let Some(((row, column), bad)) = bad {
+                    let row = self.places.map_or(row, |places| places.key(sequence, row));
                     *found = format!("{bad} at row {}, column {column}", of_keys + row);
                 }
                 Some(LayerHead::Kv(kv_heads[0]))
@@ -87,10 +95,18 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
         };
         let of_key = matches!(error, Error::NotFinite { which: "k" | "v", .. });
         let error = error.in_chunk(if of_key { of_keys } else { queries.start });
+        let error = self.in_place(sequence, of_key, error);
         match head {
             Some(head) => in_head(sequence, head, error),
             None => unit.error(sequence, error),
         }
+    }
+
+    /// The same error, with the row that a gathered token comes from.
+    pub(super) fn in_place(&self, sequence: usize, of_key: bool, error: Error) -> Error {
+        let Some(places) = self.places else { return error };
+        let of = if of_key { Places::key } else { Places::query };
+        error.map_row(|row| of(places, sequence, row))
     }
 
     /// The head of the query heads from `first` on, as many as there are outputs
@@ -99,7 +115,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
     where
         'a: 'b,
     {
-        let Self { q, k, v, log_decay, group, .. } = self;
+        let Self { q, k, v, log_decay, bias, group, .. } = self;
         let [queries, keys] = self.real(sequence);
         let query_heads = first..first + out.len_of(Axis(0));
         let kv = first / group;
@@ -113,12 +129,15 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             out
         };
         Head {
-            q: heads(q, sequence, query_heads, queries),
+            q: heads(q, sequence, query_heads.clone(), queries.clone()),
             k: head(k, sequence, kv, keys.clone()),
             v: head(v, sequence, kv, keys.clone()),
-            log_decay: log_decay.map(|x| head(&x, sequence, kv, keys)),
+            log_decay: log_decay.map(|x| head(&x, sequence, kv, keys.clone())),
             key_mask: None,
-            bias: None,
+            bias: bias.map(|bias| {
+                let keys = if self.before > 0 { 0..self.before + keys.end } else { keys };
+                pairs(&bias, sequence, query_heads, [queries, keys])
+            }),
             probes: 0,
             out,
             log_normalizer: None,
@@ -158,7 +177,7 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
     }
 
     /// Every unit of every sequence, in the order of [`tasks`](Self::tasks).
-    pub(crate) fn places<'u>(
+    pub(crate) fn sequence_units<'u>(
         &self,
         units: &'u [HeadUnit],
     ) -> impl Iterator<Item = (usize, &'u HeadUnit)> + use<'u, T> {
@@ -212,10 +231,10 @@ impl<T: Scalar> LayerCall<'_, T> {
         &self,
         kernels: &[Arc<dyn Attention<T>>],
         units: &[HeadUnit],
-        mask: Mask,
         out: ArrayViewMut4<'_, T>,
+        record: Option<&mut LayerRecord<T>>,
     ) -> Result<(), Error> {
-        let group = self.group;
+        let (group, mask) = (self.group, self.mask);
         let mut tasks = Vec::with_capacity(kernels.len());
         for unit in units {
             match unit {
@@ -226,7 +245,12 @@ impl<T: Scalar> LayerCall<'_, T> {
                 _ => tasks.push(unit.clone()),
             }
         }
-        let calls = self.tasks(&tasks, out).into_iter().zip(self.places(&tasks)).collect();
+        let mut heads = self.tasks(&tasks, out);
+        if let Some(record) = record {
+            let units = self.sequence_units(units).map(|(_, unit)| unit);
+            record.attach(kernels, units, group, &mut heads);
+        }
+        let calls = heads.into_iter().zip(self.sequence_units(&tasks)).collect();
         for_each(calls, Scratch::with_threads, |scratch, (mut heads, (sequence, unit))| {
             kernels[unit.first_query_head(group)]
                 .forward_heads(&mut heads, mask, scratch)
@@ -258,6 +282,15 @@ pub(crate) fn threads_of_each(tasks: usize) -> Threads {
     #[cfg(not(feature = "rayon"))]
     let threads = 1;
     if tasks >= threads { Threads::One } else { Threads::Pool }
+}
+
+/// Threads for so many tasks.
+pub(crate) fn threads_at_most(tasks: usize) -> usize {
+    #[cfg(feature = "rayon")]
+    let threads = rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    let threads = 1;
+    threads.min(tasks).max(1)
 }
 
 /// Runs every task, shared out over the threads there are, in memory that each thread makes for

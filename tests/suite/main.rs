@@ -28,6 +28,7 @@ mod hybrid;
 mod layer_batches;
 mod layer_errors;
 mod layer_gradients;
+mod layer_masks;
 mod layer_padding;
 mod layer_streams;
 mod masks;

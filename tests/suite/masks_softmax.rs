@@ -537,7 +537,49 @@ fn all_subjects() -> Vec<Subject> {
     all
 }
 
-/// No kernel but those made of softmax attention takes them, and no stream.
+/// Piece by piece, with the biases of all tokens so far.
+#[test]
+fn streams_take_biases() {
+    for chosen in Chosen::all() {
+        for (group, biases) in [(1, 1), (2, 1), (3, 3)] {
+            let input = Input::<f64>::new(group, [70, 70], biases, false);
+            let bias = input.bias.as_ref().unwrap();
+            let kernel = chosen.kernel::<f64>();
+            let rotary = RotaryAttention::new(Rotary::new(4).unwrap(), kernel.clone());
+            for kernel in [&kernel as &dyn Attention<f64>, &rotary] {
+                let exact = input.forward(kernel, Mask::Causal).unwrap();
+                let options = dijiang::StreamOptions::new(3).group(group);
+                let mut stream = kernel.stream_with(options).unwrap();
+                let mut at = 0;
+                for n in [1, 1, 5, 0, 40, 1, 22] {
+                    let (piece, rows) = (s![.., at..at + n, ..], s![at..at + n, ..]);
+                    let mut out = Array3::from_elem((group, n, 3), f64::NAN);
+                    let bias = bias.slice(s![.., at..at + n, ..at + n]);
+                    let mut extend = |bias: ArrayView3<'_, f64>| {
+                        let [k, v] = [&input.k, &input.v].map(|x| x.slice(rows));
+                        let head = Head::group(input.q.slice(piece), k, v, out.view_mut());
+                        let head = head.with_bias(bias);
+                        stream.extend_heads(&mut [head])
+                    };
+                    if n > 0 && chosen.sink_logit.is_none() {
+                        let blind = bias.mapv(|_| f64::NEG_INFINITY);
+                        let error = extend(blind.view()).unwrap_err();
+                        assert_eq!(error, Error::NothingSeen { row: 0 });
+                    }
+                    extend(bias).unwrap();
+                    at += n;
+                    assert_eq!(stream.len(), at);
+                    let exact = exact.slice(piece);
+                    for (out, exact) in out.outer_iter().zip(exact.outer_iter()) {
+                        assert_close("stream", &out.to_owned(), &exact.to_owned(), 1e3);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// No kernel but those made of softmax attention takes them, and no stream takes a mask of keys.
 #[test]
 fn other_kernels_refuse_masks_and_biases() {
     let (x, bias) = (Array2::<f64>::zeros((5, 4)), Array3::zeros((1, 5, 5)));
@@ -571,8 +613,13 @@ fn other_kernels_refuse_masks_and_biases() {
             let head = head_of(q, &x, &mut out).with_key_mask(key_mask.view());
             unsupported(name, stream.extend_heads(&mut [head]));
             let head = head_of(q, &x, &mut out).with_bias(bias.view());
-            unsupported(name, stream.extend_heads(&mut [head]));
-            assert_eq!(stream.len(), 0);
+            let result = stream.extend_heads(&mut [head]);
+            if takes {
+                result.unwrap();
+            } else {
+                unsupported(name, result);
+                assert_eq!(stream.len(), 0);
+            }
         }
         let trained = Trained {
             name,

@@ -47,8 +47,8 @@ impl<T: Scalar, P: Positions> PositionalStream<T, P> {
     ) -> Result<R, Error> {
         let head = one_head(heads)?;
         let StreamOptions { value_dim, group, .. } = self.options;
-        head.check_extend(self.positions.head_dim(), value_dim, group)?;
         let first = self.stream.len();
+        head.check_extend_biased([self.positions.head_dim(), value_dim], group, first)?;
         let (q, k) = self.rotated.rotate(&*self.positions, [first, first], head.q, head.k)?;
         Ok(call(&mut *self.stream, &mut [Head { q, k, ..head.reborrow() }]))
     }
