@@ -5,7 +5,9 @@ use crate::block::{DijiangBlock, as_heads, heads_first, moments, thirds};
 use crate::check;
 use crate::error::Error;
 use crate::mask::Mask;
+use crate::multi_head::arguments::LayerForward;
 use crate::multi_head::gradient::LayerGradient;
+use crate::multi_head::record::LayerRecord;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::{Array1, Array2, ArrayView2, Axis};
@@ -140,8 +142,10 @@ impl<T: Scalar> DijiangBlock<T> {
         let mut rows = self.query_key_value(x, 0)?;
         let mut mixed = Array2::zeros(x.dim());
         let [q, k, v] = thirds(as_heads(&mut rows, heads)?).map(heads_first);
+        let mut record = LayerRecord::new();
         let out = heads_first(as_heads(&mut mixed, heads)?);
-        self.heads.forward_into(q.view(), k.view(), v.view(), Mask::Causal, None, out)?;
+        let call = LayerForward::new([q.view(), k.view(), v.view()], out);
+        self.heads.forward_with(call.with_record(&mut record), Mask::Causal, None)?;
 
         let d_gated = d_out.dot(&shared.dense.weight().t());
         let Finished { gated, mut d_mixed, d_gate, norm_weight, norm_bias } =
@@ -153,7 +157,8 @@ impl<T: Scalar> DijiangBlock<T> {
             let gradients = thirds(as_heads(&mut d_rows, heads)?).map(heads_first);
             let mut of_heads = self.heads.parameters().zeros_like();
             let call = LayerGradient::new(inputs, d_heads.view(), gradients);
-            let call = call.with_parameters(&mut of_heads);
+            let outputs = heads_first(as_heads(&mut mixed, heads)?);
+            let call = call.with_parameters(&mut of_heads).with_record(&record, outputs.view());
             self.heads.backward_into(call, Mask::Causal, None)?;
             if let Some(d_radii) = parameters.get_mut("radii") {
                 for (_, own) in of_heads.iter().filter(|(name, _)| name.ends_with("map.radii")) {

@@ -491,6 +491,16 @@ fn records_are_of_their_layer_and_call() {
         layer.forward_with(forward.with_record(&mut record), Mask::Causal, None).unwrap();
         let expected = ["features", "merged"].contains(&name);
         assert_eq!(record.is_empty(), expected, "{name}");
+        let gradients = |record: Option<&LayerRecord<f64>>| {
+            let mut d = zeros(call.views(), &layer);
+            let views = [d.q.view_mut(), d.k.view_mut(), d.v.view_mut()];
+            let gradient = LayerGradient::new(call.views(), call.d_out.view(), views);
+            let mut gradient = gradient.with_parameters(&mut d.parameters);
+            gradient.record = record.map(|record| (record, out.view()));
+            layer.backward_into(gradient, Mask::Causal, None).unwrap();
+            d
+        };
+        assert_same(name, &gradients(Some(&record)), &gradients(None), 1e4);
         // a call without use for a record leaves an empty one
         if name == "linear" {
             let forward = LayerForward::new(call.views(), out.view_mut());

@@ -3,8 +3,10 @@
 use crate::element::{Element, check_device, check_dtype};
 use crate::op::{LayerOp, Packed};
 use crate::parameters::layer_with;
-use candle_core::{Device, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use dijiang::ndarray::Array2;
 use dijiang::{Mask, MultiHead};
+use std::sync::Mutex;
 
 /// Attends in every head: `q [batch, query_heads, n_q, d]`, `k [batch, kv_heads, n_k, d]`,
 /// `v [batch, kv_heads, n_k, d_v]` give `[batch, query_heads, n_q, d_v]`, as
@@ -43,18 +45,25 @@ pub fn attention<T: Element>(
     attention_with(layer, Extras::default(), [q, k, v], mask, key_lengths)
 }
 
-/// What a call may bring beside queries, keys and values, all of it trainable.
+/// What a call may bring beside queries, keys and values; all but a mask can be trained.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Extras<'a> {
     /// Log decays `[batch, kv_heads, n_k, 1 or num_features]`, of gated kernels; the mask is then
     /// [`Mask::Causal`].
     pub log_decay: Option<&'a Tensor>,
+    /// Which tokens are real, `[batch, n_k]` of type `U8` and not 0: padding may lie anywhere, for
+    /// every kernel ([`LayerForward::with_key_mask`](dijiang::LayerForward::with_key_mask)).
+    pub key_mask: Option<&'a Tensor>,
+    /// What is added to scores, `[1 or batch, 1 or query_heads, n_q, n_k]`, for kernels that take
+    /// it ([`LayerForward::with_bias`](dijiang::LayerForward::with_bias)).
+    pub bias: Option<&'a Tensor>,
     /// Numbers in the place of [parameters](MultiHead::parameters) of the layer, by their names
     /// ([`parameters`](crate::parameters())).
     pub parameters: &'a [(String, Tensor)],
 }
 
-/// As [`attention`], with log decays, and with parameters of the layer from tensors.
+/// As [`attention`], with log decays, masks of keys, biases, and parameters of the layer from
+/// tensors.
 ///
 /// Values and extras are copied behind each other, as an operation of candle has three operands.
 ///
@@ -99,9 +108,16 @@ pub fn attention_with<T: Element>(
         }
     }
     let key_lengths = key_lengths.map(<[usize]>::to_vec);
-    let Extras { log_decay, parameters } = extras;
-    if log_decay.is_none() && parameters.is_empty() {
-        let op = LayerOp { layer: layer.clone(), mask, key_lengths, packed: None };
+    let Extras { log_decay, key_mask, bias, parameters } = extras;
+    let key_mask = key_mask.map(real_tokens).transpose()?;
+    // outputs of 16 bits are too coarse to compute with
+    let is_kept = |rest: &Tensor| {
+        q.dtype() == T::DTYPE && [q, k, rest].iter().any(|tensor| tensor.track_op())
+    };
+    let records = |rest: &Tensor| is_kept(rest).then(Mutex::default);
+    if log_decay.is_none() && bias.is_none() && parameters.is_empty() {
+        let (layer, records) = (layer.clone(), records(v));
+        let op = LayerOp { layer, mask, key_lengths, key_mask, packed: None, records };
         return q.apply_op3(k, v, op);
     }
     // in the type of the layer, so that no gradient by a parameter is rounded to 16 bits
@@ -114,6 +130,11 @@ pub fn attention_with<T: Element>(
         }
         parts.push(log_decay.to_dtype(T::DTYPE)?.flatten_all()?);
     }
+    if let Some(bias) = bias {
+        check_device("bias", bias)?;
+        check_dtype::<T>("bias", bias.dtype())?;
+        parts.push(bias.to_dtype(T::DTYPE)?.flatten_all()?);
+    }
     for (name, tensor) in parameters {
         check_device(name, tensor)?;
         parts.push(tensor.to_dtype(T::DTYPE)?.flatten_all()?);
@@ -121,14 +142,31 @@ pub fn attention_with<T: Element>(
     let packed = Packed {
         values: v.dims4()?.into(),
         log_decay: log_decay.map(|x| x.dims4().map(Into::into)).transpose()?,
+        bias: bias.map(|x| x.dims4().map(Into::into)).transpose()?,
         parameters: parameters
             .iter()
             .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))
             .collect(),
     };
     let layer = layer_with(layer, parameters)?;
-    let op = LayerOp { layer, mask, key_lengths, packed: Some(packed) };
-    q.apply_op3(k, &Tensor::cat(&parts, 0)?, op)
+    let rest = Tensor::cat(&parts, 0)?;
+    let records = records(&rest);
+    let op = LayerOp { layer, mask, key_lengths, key_mask, packed: Some(packed), records };
+    q.apply_op3(k, &rest, op)
+}
+
+/// Which tokens a mask of keys `[batch, n_k]` calls real.
+pub(crate) fn real_tokens(key_mask: &Tensor) -> Result<Array2<bool>> {
+    check_device("key_mask", key_mask)?;
+    if key_mask.dtype() != DType::U8 || key_mask.rank() != 2 {
+        bail!(
+            "`key_mask` is {:?} of shape {:?} where U8 of [batch, n_k] is needed",
+            key_mask.dtype(),
+            key_mask.shape()
+        );
+    }
+    let real = key_mask.flatten_all()?.to_vec1::<u8>()?.into_iter().map(|x| x != 0).collect();
+    Array2::from_shape_vec(key_mask.dims2()?, real).map_err(candle_core::Error::wrap)
 }
 
 /// Runs `run` with tensors of another device on the CPU, and brings the result back to that of the

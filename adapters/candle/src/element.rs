@@ -1,7 +1,7 @@
 //! Numbers of tensors, read where they lie.
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Tensor, WithDType, bail};
-use dijiang::ndarray::{ArrayView4, Dim, ShapeBuilder};
+use dijiang::ndarray::{ArrayView4, ArrayViewMut4};
 use dijiang::{RawTensor, Scalar};
 use half::{bf16, f16};
 use std::borrow::Cow;
@@ -126,13 +126,22 @@ impl<T: Element> Numbers<'_, T> {
 
     /// In the order of the axes.
     pub(crate) fn to_vec(&self) -> Result<Vec<T>> {
-        let view = ArrayView4::from_shape(Dim(self.shape).strides(Dim(self.strides)), &self.data);
-        Ok(view.map_err(candle_core::Error::wrap)?.iter().copied().collect())
+        Ok(self.view()?.iter().copied().collect())
     }
 
-    pub(crate) fn raw(&self) -> Result<RawTensor<'_, T>> {
-        RawTensor::new(&self.data, self.shape, self.strides).map_err(refused)
+    pub(crate) fn view(&self) -> Result<ArrayView4<'_, T>> {
+        let raw = RawTensor::new(&self.data, self.shape, self.strides).map_err(refused)?;
+        Ok(raw.view())
     }
+
+    pub(crate) fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+}
+
+/// Contiguous numbers to write to.
+pub(crate) fn view_mut<T>(numbers: &mut [T], dims: [usize; 4]) -> Result<ArrayViewMut4<'_, T>> {
+    ArrayViewMut4::from_shape(dims, numbers).map_err(candle_core::Error::wrap)
 }
 
 /// Numbers as candle keeps them, in a narrower type if need be.

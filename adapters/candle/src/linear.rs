@@ -113,7 +113,7 @@ fn of_map<T: Element>(
     let kernel = LinearAttention::new(map).with_scale(1.0);
     let kernel = if log_decay.is_some() { kernel.gated() } else { kernel };
     let layer = MultiHead::new(kernel, q.dim(1)?, k.dim(1)?).map_err(refused)?;
-    attention_with(&layer, Extras { log_decay, parameters: &[] }, [q, k, v], Mask::Causal, None)
+    attention_with(&layer, Extras { log_decay, ..Extras::default() }, [q, k, v], Mask::Causal, None)
 }
 
 /// As [`linear_attention`], in operations of candle, which run and differentiate on every device:

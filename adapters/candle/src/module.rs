@@ -159,10 +159,28 @@ impl<T: Element> DijiangAttention<T> {
     ///
     /// Those of [`attention_with`](crate::attention_with).
     pub fn forward_padded(&self, x: &Tensor, key_lengths: Option<&[usize]>) -> Result<Tensor> {
+        self.forward_with(x, Extras::default(), key_lengths)
+    }
+
+    /// As [`forward_padded`](Self::forward_padded), with log decays, a mask of keys, or biases.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`attention_with`](crate::attention_with); if there are parameters, which are the
+    /// module's own.
+    pub fn forward_with(
+        &self,
+        x: &Tensor,
+        extras: Extras<'_>,
+        key_lengths: Option<&[usize]>,
+    ) -> Result<Tensor> {
+        if !extras.parameters.is_empty() {
+            bail!("a module has parameters of its own: use `attention_with` for others");
+        }
         let [q, k, v] = self.projected(x)?;
         let tracked = self.parameters.iter().any(|(_, tensor)| tensor.track_op());
         let parameters = if tracked { &self.parameters[..] } else { &[] };
-        let extras = Extras { log_decay: None, parameters };
+        let extras = Extras { parameters, ..extras };
         let mask = self.config.mask;
         self.merged(&attention_with(&self.layer, extras, [&q, &k, &v], mask, key_lengths)?)
     }

@@ -1,8 +1,11 @@
 //! The state of a layer in place of a cache.
 
-use crate::element::{Element, Operand, check_device, check_dtype, refused, storage_of};
+use crate::attention::{Extras, real_tokens};
+use crate::element::{
+    Element, Numbers, Operand, check_device, check_dtype, refused, storage_of, view_mut,
+};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor, bail};
-use dijiang::{MultiHead, MultiHeadState, MultiHeadStream};
+use dijiang::{LayerForward, MultiHead, MultiHeadState, MultiHeadStream};
 use std::sync::Mutex;
 
 /// What a layer keeps of the tokens it has seen, in place of a cache of keys and values: of a size
@@ -50,7 +53,7 @@ impl<T: Element> AttentionState<T> {
     ///
     /// Those of [`attention`](crate::attention()). The state is then as it was.
     pub fn forward(&mut self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        self.forward_with([q, k, v], None, None)
+        self.forward_with([q, k, v], Extras::default(), None)
     }
 
     /// As [`forward`](Self::forward), of gated kernels: `log_decay [batch, kv_heads, n, 1 or m]`.
@@ -65,43 +68,59 @@ impl<T: Element> AttentionState<T> {
         v: &Tensor,
         log_decay: &Tensor,
     ) -> Result<Tensor> {
-        self.forward_with([q, k, v], Some(log_decay), None)
+        let extras = Extras { log_decay: Some(log_decay), ..Extras::default() };
+        self.forward_with([q, k, v], extras, None)
     }
 
-    /// As [`forward`](Self::forward), with log decays if the kernel is gated, and with the number
-    /// of real tokens of each sequence: the rest is padding on the side of
-    /// [`MultiHead::with_padding`], never read, and its output is zero.
+    /// As [`forward`](Self::forward), with log decays if the kernel is gated, and with what is real:
+    /// a mask of the new tokens, or the number of those of each sequence. The rest is padding, with
+    /// lengths on the side of [`MultiHead::with_padding`]; it is never read, and its output is zero.
+    /// Biases have a column for each token, those before included.
     ///
     /// # Errors
     ///
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward); if there are parameters, which a state has since it was made.
     pub fn forward_with(
         &mut self,
         [q, k, v]: [&Tensor; 3],
-        log_decay: Option<&Tensor>,
+        Extras { log_decay, key_mask, bias, parameters }: Extras<'_>,
         lengths: Option<&[usize]>,
     ) -> Result<Tensor> {
-        let named = [("q", q), ("k", k), ("v", v)];
-        for (which, tensor) in named.into_iter().chain(log_decay.map(|x| ("log_decay", x))) {
+        if !parameters.is_empty() {
+            bail!("a state has the parameters of the layer that it was made of: make a new one");
+        }
+        let named = [("q", q), ("k", k), ("v", v)].into_iter();
+        let more = [log_decay.map(|x| ("log_decay", x)), bias.map(|x| ("bias", x))];
+        for (which, tensor) in named.chain(more.into_iter().flatten()) {
             check_device(which, tensor)?;
             check_dtype::<T>(which, tensor.dtype())?;
         }
         let ((batch, heads, n, _), (.., value_dim)) = (q.dims4()?, v.dims4()?);
         let dims = [batch, heads, n, value_dim];
+        let key_mask = key_mask.map(real_tokens).transpose()?;
         let mut out = vec![T::default(); batch * heads * n * value_dim];
         {
             let all = [q, k, v].map(Tensor::storage_and_layout);
             let gates = log_decay.map(Tensor::storage_and_layout);
-            let mut numbers = Vec::with_capacity(4);
-            for (storage, layout) in all.iter().chain(&gates) {
+            let biases = bias.map(Tensor::storage_and_layout);
+            let mut numbers = Vec::with_capacity(5);
+            for (storage, layout) in all.iter().chain(&gates).chain(&biases) {
                 let Storage::Cpu(storage) = &**storage else { bail!("a tensor is not on the CPU") };
                 numbers.push(Operand::new(storage, layout).read::<T>()?);
             }
-            let raw = [numbers[0].raw()?, numbers[1].raw()?, numbers[2].raw()?];
-            let gates = numbers.get(3).map(|x| x.raw()).transpose()?;
-            self.stream.extend_raw(raw, gates, lengths, &mut out).map_err(refused)?;
+            let qkv = [numbers[0].view()?, numbers[1].view()?, numbers[2].view()?];
+            let mut more = numbers[3..].iter().map(Numbers::view);
+            let step = LayerForward {
+                log_decay: log_decay.and_then(|_| more.next()).transpose()?,
+                bias: bias.and_then(|_| more.next()).transpose()?,
+                key_mask: key_mask.as_ref().map(|real| real.view()),
+                ..LayerForward::new(qkv, view_mut(&mut out, dims)?)
+            };
+            self.stream.extend_with(step, lengths).map_err(refused)?;
         }
-        if let Some(tracked) = [q, k, v].into_iter().chain(log_decay).find(|x| x.track_op()) {
+        if let Some(tracked) =
+            [q, k, v].into_iter().chain(log_decay).chain(bias).find(|x| x.track_op())
+        {
             // an operation of anything with a history, which says that it has no gradient
             let storage = Mutex::new(Some(storage_of(out, q.dtype())));
             return tracked.apply_op1(Answered { storage, dims });

@@ -114,7 +114,7 @@ fn kernels_are_those_of_the_core() -> Result<()> {
                 of_core(layer, [&q, &k, &v], Mask::Causal, lengths, &u);
             let plain = attention(layer, &q, &k, &v, Mask::Causal, lengths)?;
             assert_eq!(numbers(&plain), numbers(&exact));
-            let extras = Extras { log_decay: None, parameters: &named };
+            let extras = Extras { parameters: &named, ..Extras::default() };
             let out = attention_with(layer, extras, [&q, &k, &v], Mask::Causal, lengths)?;
             assert_close("parameters of its own", &out, &exact, 1e-14);
             for out in [plain, out] {
@@ -144,7 +144,7 @@ fn gates_are_trained() -> Result<()> {
     for columns in [1, D_HEAD] {
         let gates = Var::from_tensor(&normal((2, 1, 40, columns), 5)?.abs()?.neg()?)?;
         let run = |gates: &Tensor| {
-            let extras = Extras { log_decay: Some(gates), parameters: &[] };
+            let extras = Extras { log_decay: Some(gates), ..Extras::default() };
             attention_with(&gated, extras, [&q, &k, &v], Mask::Causal, None)?.sqr()?.sum_all()
         };
         let d = run(&gates)?.backward()?;
@@ -156,7 +156,7 @@ fn gates_are_trained() -> Result<()> {
         let difference = (at(1e-6)? - at(-1e-6)?) / 2e-6;
         assert!((found - difference).abs() < 1e-6 * found.abs().max(1.0), "{found} {difference}");
         // zero gates are none
-        let extras = Extras { log_decay: Some(&gates.zeros_like()?), parameters: &[] };
+        let extras = Extras { log_decay: Some(&gates.zeros_like()?), ..Extras::default() };
         let none = attention_with(&gated, extras, [&q, &k, &v], Mask::Causal, None)?;
         let plain = attention(&layer(kernel.clone()), &q, &k, &v, Mask::Causal, None)?;
         assert_close("no decay", &none, &plain, 1e-13);
@@ -201,7 +201,7 @@ fn sixteen_bits_round_no_parameter_and_name_the_sequence() -> Result<()> {
     let vars: Vec<_> = named.iter().map(|(_, x)| Var::from_tensor(x).unwrap()).collect();
     let named: Vec<_> =
         named.iter().zip(&vars).map(|((n, _), var)| (n.clone(), var.as_tensor().clone())).collect();
-    let extras = Extras { log_decay: None, parameters: &named };
+    let extras = Extras { parameters: &named, ..Extras::default() };
     let out = attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
     assert_eq!(out.dtype(), DType::BF16);
     let d = (out.to_dtype(DType::F32)? * 1e6)?.sum_all()?.backward()?;
@@ -235,10 +235,10 @@ fn bad_input_is_refused_in_words() -> Result<()> {
     let nan = (&k * f64::NAN)?;
     assert!(refused(&q, &nan, &k, None).contains("NaN"));
     let gates = x(DType::F32, 1, 1);
-    let extras = Extras { log_decay: Some(&gates), parameters: &[] };
+    let extras = Extras { log_decay: Some(&gates), ..Extras::default() };
     attention_with(&layer, extras, [&q, &k, &k], Mask::Causal, None).unwrap_err();
     let named = [("heads.0.map.weights".to_owned(), gates)];
-    let extras = Extras { log_decay: None, parameters: &named };
+    let extras = Extras { parameters: &named, ..Extras::default() };
     let error = attention_with(&layer, extras, [&q, &k, &k], Mask::Causal, None).unwrap_err();
     assert!(error.to_string().contains("heads.0.map.weights"), "{error}");
     Ok(())

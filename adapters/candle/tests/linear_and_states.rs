@@ -9,7 +9,7 @@ use dijiang::{
     Side, SoftmaxAttention,
 };
 use dijiang_candle::{
-    AttentionState, attention, features, linear_attention, linear_attention_in_operations,
+    AttentionState, Extras, attention, features, linear_attention, linear_attention_in_operations,
     linear_attention_scaled,
 };
 use std::sync::Arc;
@@ -204,7 +204,7 @@ fn sizes_and_types_of_states() -> Result<()> {
     state.forward(&q, &kv, &x(2, 3, DType::F64)?).unwrap_err();
     state.forward(&q, &kv, &kv.narrow(2, 0, 2)?).unwrap_err();
     assert_eq!(state.len(), 3);
-    let out = state.forward_with([&q, &kv, &kv], None, Some(&[1]))?;
+    let out = state.forward_with([&q, &kv, &kv], Extras::default(), Some(&[1]))?;
     assert_eq!(state.len(), 4);
     assert_eq!(numbers(&narrow(&out, 1, 2)).iter().map(|x| x.abs()).sum::<f64>(), 0.0);
     Ok(())
@@ -219,7 +219,7 @@ fn gates_of_a_state() -> Result<()> {
     let mut state = AttentionState::new(&layer, 1, D_HEAD)?;
     state.forward(&x, &x, &x).unwrap_err();
     let out = state.forward_gated(&x, &x, &x, &gates)?;
-    let extras = dijiang_candle::Extras { log_decay: Some(&gates), parameters: &[] };
+    let extras = Extras { log_decay: Some(&gates), ..Extras::default() };
     let whole = dijiang_candle::attention_with(&layer, extras, [&x, &x, &x], Mask::Causal, None)?;
     assert_close("gates", &out, &whole, 1e-6);
     // no silent end of a gradient by gates alone
