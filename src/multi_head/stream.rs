@@ -13,7 +13,7 @@ use crate::multi_head::layout::{
     LayerShape, Padding, check_bias, check_heads, check_lengths, check_log_decay, side_by_side,
 };
 use crate::multi_head::places::Places;
-use crate::multi_head::tasks::{LayerCall, are_shared_out, for_each};
+use crate::multi_head::tasks::{LayerCall, are_shared_out, share_out};
 use crate::multi_head::undo::{LayerCheckpoint, Undo};
 use crate::scalar::Scalar;
 use ndarray::{Array4, ArrayView3, ArrayView4, ArrayViewMut3, ArrayViewMut4};
@@ -231,23 +231,21 @@ impl<T: Scalar> MultiHeadStream<T> {
     ) -> Result<(), Error> {
         let Self { shape, streams, undo, .. } = self;
         let mut heads = call.tasks(&shape.units, out);
-        let prepared = for_each(
-            heads.iter_mut().zip(&mut *streams).collect(),
-            |_| (),
-            |(), (heads, stream)| {
-                if stream.prepare_heads(heads) { Ok(()) } else { Err(NOT_SURE) }
-            },
-        );
+        let all = heads.iter_mut().zip(&mut *streams).collect();
+        let prepared =
+            share_out(
+                all,
+                |(heads, stream)| {
+                    if stream.prepare_heads(heads) { Ok(()) } else { Err(NOT_SURE) }
+                },
+            );
         if prepared.is_err() {
             undo.set(streams);
         }
-        let result = for_each(
-            heads.iter_mut().zip(&mut *streams).zip(call.sequence_units(&shape.units)).collect(),
-            |_| (),
-            |(), ((heads, stream), (sequence, unit))| {
-                stream.extend_heads(heads).map_err(|error| call.error(sequence, unit, error))
-            },
-        );
+        let all = heads.iter_mut().zip(&mut *streams).zip(call.sequence_units(&shape.units));
+        let result = share_out(all.collect(), |((heads, stream), (sequence, unit))| {
+            stream.extend_heads(heads).map_err(|error| call.error(sequence, unit, error))
+        });
         if result.is_err() && prepared.is_err() {
             undo.return_to(streams);
         }

@@ -266,9 +266,9 @@ fn recycled<'b, T>(mut heads: Vec<Head<'_, T>>) -> Vec<Head<'b, T>> {
     heads.into_iter().map_while(|_| None).collect()
 }
 
-/// Numbers read, below which waking other threads takes longer than they save: a decode step of
-/// states of constant size, or over a few hundred keys.
-const WORTH_A_THREAD: usize = 1 << 18;
+/// Numbers read, below which waking other threads (some 70 µs, if they sleep) takes longer than
+/// they save: a decode step of states of constant size, or of eight heads over 2 000 keys.
+const WORTH_A_THREAD: usize = 1 << 21;
 
 /// Whether so many tasks, which together read so many numbers, are shared out over threads.
 pub(crate) fn are_shared_out(tasks: usize, reads: usize) -> bool {
@@ -291,6 +291,40 @@ pub(crate) fn threads_at_most(tasks: usize) -> usize {
     #[cfg(not(feature = "rayon"))]
     let threads = 1;
     threads.min(tasks).max(1)
+}
+
+/// Runs every task, in parts of which this thread takes the first and others of the pool the rest:
+/// for what is so short that handing all of it over would take longer than it saves. The error of
+/// the first that failed, in order.
+#[cfg(feature = "rayon")]
+pub(crate) fn share_out<I: Send>(
+    tasks: Vec<I>,
+    run: impl Fn(I) -> Result<(), Error> + Sync,
+) -> Result<(), Error> {
+    let each = tasks.len().div_ceil(threads_at_most(tasks.len())).max(1);
+    let mut results = vec![Ok(()); tasks.len().div_ceil(each)];
+    let (mut tasks, run) = (tasks.into_iter(), &run);
+    let mut parts =
+        results.iter_mut().map(|to| (to, tasks.by_ref().take(each).collect::<Vec<_>>()));
+    rayon::in_place_scope(|scope| {
+        let first = parts.next();
+        for (to, part) in parts {
+            scope.spawn(move |_| *to = part.into_iter().try_for_each(run));
+        }
+        if let Some((to, part)) = first {
+            *to = part.into_iter().try_for_each(run);
+        }
+    });
+    results.into_iter().collect()
+}
+
+/// As with feature `rayon`, on one thread.
+#[cfg(not(feature = "rayon"))]
+pub(crate) fn share_out<I>(
+    tasks: Vec<I>,
+    run: impl Fn(I) -> Result<(), Error>,
+) -> Result<(), Error> {
+    tasks.into_iter().try_for_each(run)
 }
 
 /// Runs every task, shared out over the threads there are, in memory that each thread makes for

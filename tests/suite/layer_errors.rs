@@ -163,7 +163,7 @@ fn states_of_another_layer_are_refused() {
 #[cfg(feature = "rayon")]
 #[test]
 fn threads_report_the_first_error() {
-    let n = 2000;
+    let n = 4000;
     let too_slow_or_short = ["one's own", "cosformer"];
     for (name, kernel) in
         kernels().into_iter().filter(|(name, _)| !too_slow_or_short.contains(name))

@@ -217,6 +217,36 @@ fn threads_change_nothing() {
     }
 }
 
+/// Streams large enough to be shared out: the same numbers, and all heads move or none.
+#[cfg(feature = "rayon")]
+#[test]
+fn threads_change_no_stream() {
+    let layer = MultiHead::per_head(kernels(), 2).unwrap();
+    let (q, k, v) =
+        (random((3, 6, 600, 8), 1), random((3, 2, 600, 8), 2), random((3, 2, 600, 5), 3));
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let (mut stream, mut out) =
+                (layer.stream(3, 5).unwrap(), Array4::zeros((3, 6, 600, 5)));
+            for (start, end) in [(0, 200), (200, 201), (201, 600)] {
+                let piece = s![.., .., start..end, ..];
+                let (q, k, v) = (q.slice(piece), k.slice(piece), v.slice(piece));
+                let mut bad = v.to_owned();
+                bad[[2, 1, end - start - 1, 0]] = f64::NAN;
+                let mut to = out.slice_mut(piece);
+                assert!(stream.extend(q, k, bad.view(), None, to.view_mut()).is_err());
+                assert_eq!(stream.lengths(), [start; 3]);
+                stream.extend(q, k, v, None, to).unwrap();
+            }
+            out
+        })
+    };
+    let one = run(1);
+    assert_eq!(run(2), one);
+    assert_eq!(run(5), one);
+}
+
 /// One state serves the query heads of a kv head where they share the kernel.
 #[test]
 fn groups_share_a_state() {
