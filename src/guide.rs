@@ -26,6 +26,7 @@ pages! {
     formats,
     weights,
     training,
+    frameworks,
     speed,
     machines,
     own_map,

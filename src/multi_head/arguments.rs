@@ -54,7 +54,7 @@ impl<'a, T> LayerForward<'a, T> {
     }
 
     /// Brings the log decays of the tokens, `[batch, kv_heads, n_k, 1 or num_features]`; the mask
-    /// is then [`Mask::Causal`].
+    /// is then [`Mask::Causal`](crate::Mask::Causal).
     #[must_use]
     pub fn with_log_decay(self, log_decay: ArrayView4<'a, T>) -> Self {
         Self { log_decay: Some(log_decay), ..self }
@@ -64,9 +64,9 @@ impl<'a, T> LayerForward<'a, T> {
     /// gets what it would get alone, without the others, whatever they hold, of any kernel.
     /// Positions count real tokens only.
     ///
-    /// With [`Mask::Full`] all queries are answered. With the other masks, and in a stream, the
-    /// query of a token that is not real is padding as well: its output is zero. So are all outputs
-    /// of a sequence without real tokens. Tokens that lie in between are copied once.
+    /// With [`Mask::Full`](crate::Mask::Full) all queries are answered. With the other masks, and in
+    /// a stream, the query of a token that is not real is padding as well: its output is zero. So
+    /// are all outputs of a sequence without real tokens. What is real is copied once.
     ///
     /// (A kernel by itself, [`Head::with_key_mask`](crate::Head::with_key_mask), answers all
     /// queries, and positions stay. A [bias](Self::with_bias) of −∞ does so here.)

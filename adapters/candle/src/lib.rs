@@ -12,6 +12,9 @@ mod parameters;
 mod scaled;
 mod state;
 
+/// The library whose kernels these are.
+pub use dijiang;
+
 pub use attention::{Extras, attention, attention_with, via_host};
 pub use element::Element;
 pub use features::features;

@@ -102,3 +102,10 @@ fn padding_and_biases() -> Result<()> {
     assert!(difference(&out.narrow(0, 1, 1)?.narrow(1, 0, 7)?, &alone) < 1e-6);
     Ok(())
 }
+
+/// The guide shows the program that is compiled here.
+#[test]
+fn the_guide_shows_an_example_that_runs() {
+    let guide = include_str!("../../../docs/guide/frameworks.md");
+    assert!(guide.contains(include_str!("../examples/two_layers.rs")));
+}
