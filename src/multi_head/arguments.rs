@@ -64,8 +64,8 @@ impl<'a, T> LayerForward<'a, T> {
     /// gets what it would get alone, without the others, whatever they hold, of any kernel.
     /// Positions count real tokens only.
     ///
-    /// With [`Mask::Full`](crate::Mask::Full) all queries are answered. With the other masks, and in
-    /// a stream, the query of a token that is not real is padding as well: its output is zero. So
+    /// With [`Mask::Full`](crate::Mask::Full) all queries are answered. With other masks, and in a
+    /// stream, the query of a token that is not real is padding as well: its output is zero. So
     /// are all outputs of a sequence without real tokens. What is real is copied once.
     ///
     /// (A kernel by itself, [`Head::with_key_mask`](crate::Head::with_key_mask), answers all

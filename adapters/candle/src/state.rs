@@ -72,10 +72,10 @@ impl<T: Element> AttentionState<T> {
         self.forward_with([q, k, v], extras, None)
     }
 
-    /// As [`forward`](Self::forward), with log decays if the kernel is gated, and with what is real:
-    /// a mask of the new tokens, or the number of those of each sequence. The rest is padding, with
-    /// lengths on the side of [`MultiHead::with_padding`]; it is never read, and its output is zero.
-    /// Biases have a column for each token, those before included.
+    /// As [`forward`](Self::forward), with log decays if the kernel is gated, and with what is
+    /// real: a mask of the new tokens, or the number of those of each sequence. The rest is
+    /// padding, with lengths on the side of [`MultiHead::with_padding`]; it is never read, and its
+    /// output is zero. Biases have a column for each token, those before included.
     ///
     /// # Errors
     ///
