@@ -5,7 +5,8 @@ use crate::call::Call;
 use crate::parameters::TensorParameters;
 use crate::real::{Real, check_dtype};
 use burn::backend::Dispatch;
-use burn::tensor::Tensor;
+use burn::tensor::{Bool, Tensor};
+use dijiang::ndarray::Array2;
 use dijiang::{Mask, MultiHead};
 
 /// What [`attention`] is called with beside queries, keys and values.
@@ -17,6 +18,14 @@ pub struct AttentionOptions {
     /// [`Mask::Causal`] queries beyond are padding too: their outputs and gradients are zero.
     /// `None`: all.
     pub key_lengths: Option<Vec<usize>>,
+    /// True where a key is padding, which may lie anywhere, `[batch, n_k]`: each sequence gets what
+    /// it would get without it, of every kernel
+    /// ([`LayerForward::with_key_mask`](dijiang::LayerForward::with_key_mask)). `None`: nowhere.
+    pub mask_pad: Option<Tensor<2, Bool>>,
+    /// What is added to scores, `[1 or batch, 1 or query_heads, n_q, n_k]`, in kernels of exact
+    /// softmax; it gets a gradient
+    /// ([`LayerForward::with_bias`](dijiang::LayerForward::with_bias)).
+    pub attn_bias: Option<Tensor<4>>,
     /// Log decays `[batch, kv_heads, n, 1 or num_features]`, for gated kernels, with
     /// [`Mask::Causal`]; they get a gradient.
     pub log_decay: Option<Tensor<4>>,
@@ -26,7 +35,8 @@ impl AttentionOptions {
     /// Each query sees the keys up to its own.
     #[must_use]
     pub fn causal() -> Self {
-        Self { mask: Mask::Causal, key_lengths: None, log_decay: None }
+        let (key_lengths, mask_pad, attn_bias, log_decay) = (None, None, None, None);
+        Self { mask: Mask::Causal, key_lengths, mask_pad, attn_bias, log_decay }
     }
 
     /// Each query sees every key.
@@ -39,6 +49,20 @@ impl AttentionOptions {
     #[must_use]
     pub fn with_key_lengths(mut self, key_lengths: Vec<usize>) -> Self {
         self.key_lengths = Some(key_lengths);
+        self
+    }
+
+    /// Sets where keys are padding, `[batch, n_k]`.
+    #[must_use]
+    pub fn with_mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
+        self.mask_pad = Some(mask_pad);
+        self
+    }
+
+    /// Sets what is added to scores, `[1 or batch, 1 or query_heads, n_q, n_k]`.
+    #[must_use]
+    pub fn with_attn_bias(mut self, attn_bias: Tensor<4>) -> Self {
+        self.attn_bias = Some(attn_bias);
         self
     }
 
@@ -55,8 +79,8 @@ impl AttentionOptions {
 ///
 /// Queries and keys are raw: the kernel applies the scale. Tensors are read where they lie, of any
 /// strides; only one with a flipped axis is copied. On a device with autodiff the gradients by `q`,
-/// `k`, `v` and the log decays are those of [`MultiHead::backward_raw`], which keeps the inputs and
-/// no weights. The numbers of the kernel itself are constants: [`attention_with`] trains them.
+/// `k`, `v`, log decays and biases are those of [`MultiHead::backward_into`], which needs the inputs,
+/// the outputs and a number for each query, and no weights. The numbers of the kernel itself are constants: [`attention_with`] trains them.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
@@ -114,8 +138,10 @@ pub fn attention_with<T: Real>(
     for (which, x) in [("q", &q), ("k", &k), ("v", &v)] {
         check_dtype::<T>(which, x.dtype());
     }
-    if let Some(log_decay) = &options.log_decay {
-        check_dtype::<T>("log_decay", log_decay.dtype());
+    for (which, x) in [("log_decay", &options.log_decay), ("attn_bias", &options.attn_bias)] {
+        if let Some(x) = x {
+            check_dtype::<T>(which, x.dtype());
+        }
     }
     if let Some(row) = &row {
         check_dtype::<T>("parameters", row.dtype());
@@ -124,16 +150,24 @@ pub fn attention_with<T: Real>(
         layer: layer.clone(),
         mask: options.mask,
         key_lengths: options.key_lengths.clone(),
+        key_mask: options.mask_pad.as_ref().map(|mask_pad| real_tokens(mask_pad)),
+        is_biased: options.attn_bias.is_some(),
         is_gated: options.log_decay.is_some(),
         parameters: shapes,
     };
     // an operation has a fixed number of inputs: what is not there is a tensor that nobody reads
     let nothing = Tensor::<1>::zeros([1], &q.device());
-    let log_decay = match &options.log_decay {
-        Some(log_decay) => log_decay.clone().into_dispatch(),
+    let [log_decay, bias] = [&options.log_decay, &options.attn_bias].map(|x| match x {
+        Some(x) => x.clone().into_dispatch(),
         None => nothing.clone().into_dispatch(),
-    };
+    });
     let parameters = row.unwrap_or(nothing).into_dispatch();
     let [q, k, v] = [q, k, v].map(Tensor::into_dispatch);
-    Tensor::from_dispatch(Dispatch::attend(q, k, v, log_decay, parameters, call))
+    Tensor::from_dispatch(Dispatch::attend(q, k, v, log_decay, bias, parameters, call))
+}
+
+/// What is no padding.
+pub(crate) fn real_tokens(mask_pad: &Tensor<2, Bool>) -> Array2<bool> {
+    let real = mask_pad.to_data().iter::<bool>().map(|is_pad| !is_pad).collect();
+    Array2::from_shape_vec(mask_pad.dims(), real).expect("as many as the tensor has")
 }

@@ -4,8 +4,10 @@ use crate::real::Real;
 use burn::backend::Flex;
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::TensorData;
-use dijiang::ndarray::ArrayD;
-use dijiang::{Error, Mask, MultiHead, Parameters, RawGradients, RawTensor};
+use dijiang::ndarray::{Array2, ArrayD, ArrayView4, ArrayViewMut4};
+use dijiang::{
+    Error, LayerForward, LayerGradient, LayerRecord, Mask, MultiHead, Parameters, RawTensor,
+};
 
 /// A tensor of the backend.
 pub(crate) type Primitive = FloatTensor<Flex>;
@@ -16,19 +18,24 @@ pub(crate) struct Call<T: Real> {
     pub(crate) layer: MultiHead<T>,
     pub(crate) mask: Mask,
     pub(crate) key_lengths: Option<Vec<usize>>,
+    /// Which tokens are real, `[batch, n_k]`.
+    pub(crate) key_mask: Option<Array2<bool>>,
+    /// Whether the tensor of biases is one.
+    pub(crate) is_biased: bool,
     /// Whether the tensor of log decays is one.
     pub(crate) is_gated: bool,
     /// Names and shapes of the arrays that follow each other in the tensor of parameters.
     pub(crate) parameters: Vec<(String, Vec<usize>)>,
 }
 
-/// Queries, keys, values and log decays of four axes, and parameters of one.
+/// Queries, keys, values, log decays and biases of four axes, and parameters of one.
 #[derive(Clone, Debug)]
 pub(crate) struct Inputs {
     pub(crate) q: Primitive,
     pub(crate) k: Primitive,
     pub(crate) v: Primitive,
     pub(crate) log_decay: Primitive,
+    pub(crate) bias: Primitive,
     pub(crate) parameters: Primitive,
 }
 
@@ -39,16 +46,16 @@ pub(crate) struct InputGradients {
     pub(crate) k: Primitive,
     pub(crate) v: Primitive,
     pub(crate) log_decay: Option<Primitive>,
+    pub(crate) bias: Option<Primitive>,
     pub(crate) parameters: Option<Primitive>,
 }
 
 impl Inputs {
     /// Copies what has an axis in the reverse order; all else is read where it lies.
     pub(crate) fn readable(self) -> Self {
-        let Self { q, k, v, log_decay, parameters } = self;
-        let [q, k, v] = [q, k, v].map(readable);
-        let parameters = parameters.to_contiguous();
-        Self { q, k, v, log_decay: readable(log_decay), parameters }
+        let Self { q, k, v, log_decay, bias, parameters } = self;
+        let [q, k, v, log_decay, bias] = [q, k, v, log_decay, bias].map(readable);
+        Self { q, k, v, log_decay, bias, parameters: parameters.to_contiguous() }
     }
 }
 
@@ -81,58 +88,93 @@ impl<T: Real> Call<T> {
         &self,
         layer: &MultiHead<T>,
         inputs: &Inputs,
+        record: Option<&mut LayerRecord<T>>,
     ) -> Result<Primitive, Error> {
-        let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(raw);
-        let (qkv, log_decay) = ([q?, k?, v?], self.log_decay(inputs)?);
-        let [batch, heads, rows, _] = qkv[0].shape();
-        let shape = [batch, heads, rows, qkv[2].shape()[3]];
-        let mut out = vec![T::zero(); shape.iter().product()];
-        let lengths = self.key_lengths.as_deref();
-        layer.forward_raw(qkv, log_decay, self.mask, lengths, &mut out)?;
-        Ok(primitive(out, &shape))
+        let qkv = inputs.qkv()?;
+        let ((batch, heads, rows, _), (.., columns)) = (qkv[0].dim(), qkv[2].dim());
+        let mut out = vec![T::zero(); batch * heads * rows * columns];
+        let forward = LayerForward {
+            log_decay: self.log_decay(inputs)?,
+            key_mask: self.key_mask.as_ref().map(|real| real.view()),
+            bias: self.bias(inputs)?,
+            record,
+            ..LayerForward::new(qkv, view_mut(&mut out, (batch, heads, rows, columns)))
+        };
+        layer.forward_with(forward, self.mask, self.key_lengths.as_deref())?;
+        Ok(primitive(out, &[batch, heads, rows, columns]))
     }
 
-    /// The gradients, those by log decays and parameters where they are asked for.
+    /// The gradients, those by log decays, biases and parameters where they are asked for.
     pub(crate) fn backward(
         &self,
         layer: &MultiHead<T>,
         inputs: &Inputs,
+        (record, out): (&LayerRecord<T>, &Primitive),
         d_out: Primitive,
-        [by_log_decay, by_parameters]: [bool; 2],
+        [by_log_decay, by_bias, by_parameters]: [bool; 3],
     ) -> Result<InputGradients, Error> {
-        let [q, k, v] = [&inputs.q, &inputs.k, &inputs.v].map(raw);
-        let (qkv, log_decay) = ([q?, k?, v?], self.log_decay(inputs)?);
+        let qkv = inputs.qkv()?;
+        let (log_decay, bias) = (self.log_decay(inputs)?, self.bias(inputs)?);
         let d_out = readable(d_out);
-        let zeros = |shape: [usize; 4]| vec![T::zero(); shape.iter().product()];
-        let [mut d_q, mut d_k, mut d_v] = qkv.map(|x| zeros(x.shape()));
-        let mut d_log_decay = log_decay.filter(|_| by_log_decay).map(|x| zeros(x.shape()));
+        let mut d_qkv = qkv.map(|x| vec![T::zero(); x.len()]);
+        let zeros = |x: ArrayView4<'_, T>| vec![T::zero(); x.len()];
+        let mut d_log_decay = log_decay.filter(|_| by_log_decay).map(zeros);
+        let mut d_bias = bias.filter(|_| by_bias).map(zeros);
         let numbers: usize = self.parameters.iter().map(|(_, shape)| size(shape)).sum();
         let mut d_parameters = by_parameters.then(|| self.unpacked(&vec![T::zero(); numbers]));
-        let gradients = RawGradients {
-            d_q: &mut d_q,
-            d_k: &mut d_k,
-            d_v: &mut d_v,
-            d_log_decay: d_log_decay.as_deref_mut(),
+        let [d_q, d_k, d_v] = &mut d_qkv;
+        let views =
+            [view_mut(d_q, qkv[0].dim()), view_mut(d_k, qkv[1].dim()), view_mut(d_v, qkv[2].dim())];
+        let gradient = LayerGradient {
+            log_decay,
+            key_mask: self.key_mask.as_ref().map(|real| real.view()),
+            bias,
+            record: Some((record, raw(out)?.view())),
+            d_log_decay: d_log_decay.as_mut().zip(log_decay).map(|(d, x)| view_mut(d, x.dim())),
+            d_bias: d_bias.as_mut().zip(bias).map(|(d, x)| view_mut(d, x.dim())),
             d_parameters: d_parameters.as_mut(),
+            ..LayerGradient::new(qkv, raw(&d_out)?.view(), views)
         };
-        let lengths = self.key_lengths.as_deref();
-        layer.backward_raw(qkv, log_decay, self.mask, lengths, raw(&d_out)?, gradients)?;
+        layer.backward_into(gradient, self.mask, self.key_lengths.as_deref())?;
         let d_parameters = d_parameters.map(|found| {
             let arrays = self.parameters.iter().filter_map(|(name, _)| found.get(name));
             let mut packed = Vec::with_capacity(numbers);
             arrays.for_each(|array| packed.extend(array.iter().copied()));
             primitive(packed, &[numbers])
         });
-        let [q, k, v] =
-            [(d_q, qkv[0]), (d_k, qkv[1]), (d_v, qkv[2])].map(|(d, x)| primitive(d, &x.shape()));
-        let log_decay =
-            d_log_decay.zip(log_decay).map(|(d, log_decay)| primitive(d, &log_decay.shape()));
-        Ok(InputGradients { q, k, v, log_decay, parameters: d_parameters })
+        let of = |d: Vec<T>, x: ArrayView4<'_, T>| primitive(d, x.shape());
+        let [d_q, d_k, d_v] = d_qkv;
+        Ok(InputGradients {
+            q: of(d_q, qkv[0]),
+            k: of(d_k, qkv[1]),
+            v: of(d_v, qkv[2]),
+            log_decay: d_log_decay.zip(log_decay).map(|(d, x)| of(d, x)),
+            bias: d_bias.zip(bias).map(|(d, x)| of(d, x)),
+            parameters: d_parameters,
+        })
     }
 
-    fn log_decay<'a>(&self, inputs: &'a Inputs) -> Result<Option<RawTensor<'a, T>>, Error> {
-        self.is_gated.then(|| raw(&inputs.log_decay)).transpose()
+    fn log_decay<'a>(&self, inputs: &'a Inputs) -> Result<Option<ArrayView4<'a, T>>, Error> {
+        self.is_gated.then(|| Ok(raw(&inputs.log_decay)?.view())).transpose()
     }
+
+    fn bias<'a>(&self, inputs: &'a Inputs) -> Result<Option<ArrayView4<'a, T>>, Error> {
+        self.is_biased.then(|| Ok(raw(&inputs.bias)?.view())).transpose()
+    }
+}
+
+impl Inputs {
+    fn qkv<T: Real>(&self) -> Result<[ArrayView4<'_, T>; 3], Error> {
+        Ok([raw(&self.q)?.view(), raw(&self.k)?.view(), raw(&self.v)?.view()])
+    }
+}
+
+/// Contiguous numbers to write to.
+pub(crate) fn view_mut<T>(
+    numbers: &mut [T],
+    dim: (usize, usize, usize, usize),
+) -> ArrayViewMut4<'_, T> {
+    ArrayViewMut4::from_shape(dim, numbers).expect("as many numbers as the shape has")
 }
 
 fn size(shape: &[usize]) -> usize {

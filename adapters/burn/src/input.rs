@@ -1,5 +1,6 @@
 //! What a module is called with.
 
+use crate::attention::AttentionOptions;
 use burn::tensor::{Bool, Tensor};
 use dijiang::Mask;
 
@@ -40,8 +41,8 @@ impl AttentionInput {
 
     /// Registers the padding mask, `[batch_size, seq_length_2]`, true where a key is padding.
     ///
-    /// Padding comes last in each sequence; with a mask that says else the forward pass panics. If
-    /// the pass is causal, queries of padding are answered with zero (before the output layer).
+    /// Padding may lie anywhere: each sequence gets what it would get without it. If the pass is
+    /// causal, queries of padding are answered with zero (before the output layer).
     #[must_use]
     pub fn mask_pad(mut self, mask_pad: Tensor<2, Bool>) -> Self {
         self.mask_pad = Some(mask_pad);
@@ -51,57 +52,58 @@ impl AttentionInput {
     /// Registers an attention mask, `[batch_size, seq_length_1, seq_length_2]`, true where a query
     /// does not see a key.
     ///
-    /// Kernels can have one: that of
-    /// [`generate_autoregressive_mask`](burn::nn::attention::generate_autoregressive_mask). It is
-    /// read and compared; with any other one the forward pass panics. [`causal`](Self::causal) says
-    /// the same at no cost.
+    /// That of [`generate_autoregressive_mask`](burn::nn::attention::generate_autoregressive_mask)
+    /// is recognised, and every kernel has it; [`causal`](Self::causal) says the same at no cost.
+    /// Any other one is a bias of −∞, which [`Kernel::Softmax`](crate::Kernel::Softmax) takes. A
+    /// query that sees no key at all is an error, or is answered with zero if the softmax is
+    /// [quiet](crate::DijiangAttentionConfig::quiet_softmax).
     #[must_use]
     pub fn mask_attn(mut self, mask_attn: Tensor<3, Bool>) -> Self {
         self.mask_attn = Some(mask_attn);
         self
     }
 
-    /// Which keys a query sees.
-    pub(crate) fn mask(&self) -> Mask {
-        let Some(mask) = &self.mask_attn else {
-            return if self.is_causal { Mask::Causal } else { Mask::Full };
-        };
-        let [_, rows, columns] = mask.dims();
-        let hides = bools(mask.clone());
-        let is_later = |i: usize| i % columns > i / columns % rows;
-        let is_autoregressive = (0..hides.len()).all(|i| hides[i] == is_later(i));
-        assert!(
-            is_autoregressive && self.is_fitting(mask.dims()),
-            "attention: `mask_attn` is not the autoregressive mask of these sequences; kernels \
-             have no other one"
-        );
-        Mask::Causal
+    /// What the heads are called with.
+    pub(crate) fn options(&self) -> AttentionOptions {
+        let mask = if self.is_causal { Mask::Causal } else { Mask::Full };
+        let mut options = AttentionOptions { mask, ..AttentionOptions::full() };
+        if let Some(mask) = &self.mask_attn {
+            if is_autoregressive(mask) {
+                options.mask = Mask::Causal;
+            } else {
+                let hides = mask.clone().unsqueeze_dim::<4>(1);
+                let none = Tensor::<4>::zeros(hides.dims(), &self.query.device());
+                options.attn_bias = Some(none.mask_fill(hides, f64::NEG_INFINITY));
+            }
+        }
+        if let Some(mask_pad) = &self.mask_pad {
+            match lengths(mask_pad) {
+                // padding that comes last need not be taken out
+                Some(lengths) => options.key_lengths = Some(lengths),
+                None => options.mask_pad = Some(mask_pad.clone()),
+            }
+        }
+        options
     }
+}
 
-    fn is_fitting(&self, dims: [usize; 3]) -> bool {
-        dims == [self.query.dims()[0], self.query.dims()[1], self.key.dims()[1]]
-    }
+/// Whether it hides what comes later, and nothing else.
+fn is_autoregressive(mask: &Tensor<3, Bool>) -> bool {
+    let [_, rows, columns] = mask.dims();
+    let is_later = |i: usize| i % columns > i / columns % rows;
+    rows == columns && bools(mask.clone()).into_iter().enumerate().all(|(i, x)| x == is_later(i))
+}
 
-    /// How many keys of each sequence are no padding.
-    pub(crate) fn key_lengths(&self) -> Option<Vec<usize>> {
-        let mask = self.mask_pad.clone()?;
-        let [batch, n] = mask.dims();
-        assert!(
-            [batch, n] == [self.key.dims()[0], self.key.dims()[1]],
-            "attention: `mask_pad` is [{batch}, {n}] for keys {:?}",
-            self.key.dims()
-        );
-        let is_pad = bools(mask);
-        let length = |row: &[bool]| {
-            let length = row.iter().take_while(|&&is_pad| !is_pad).count();
-            assert!(
-                row[length..].iter().all(|&is_pad| is_pad),
-                "attention: `mask_pad` has padding before a token; kernels need it last"
-            );
-            length
-        };
-        Some((0..batch).map(|b| length(&is_pad[b * n..(b + 1) * n])).collect())
-    }
+/// How many tokens of each sequence are no padding, if padding comes last.
+fn lengths(mask_pad: &Tensor<2, Bool>) -> Option<Vec<usize>> {
+    let [batch, n] = mask_pad.dims();
+    let is_pad = bools(mask_pad.clone());
+    let length = |b: usize| {
+        let row = &is_pad[b * n..(b + 1) * n];
+        let length = row.iter().take_while(|&&is_pad| !is_pad).count();
+        row[length..].iter().all(|&is_pad| is_pad).then_some(length)
+    };
+    (0..batch).map(length).collect()
 }
 
 fn bools<const D: usize>(mask: Tensor<D, Bool>) -> Vec<bool> {

@@ -1,6 +1,6 @@
 //! A module in the place of `burn::nn::attention::MultiHeadAttention`.
 
-use crate::attention::{AttentionOptions, attention_with};
+use crate::attention::attention_with;
 use crate::backend::or_panic;
 use crate::input::AttentionInput;
 use crate::kernel::{Kernel, Layer};
@@ -189,16 +189,11 @@ impl DijiangAttention {
     ///
     /// # Panics
     ///
-    /// As [`attention`](crate::attention); if the last axis of an input is not `d_model`, or a mask
-    /// is one that kernels cannot have ([`AttentionInput::mask_pad`],
-    /// [`AttentionInput::mask_attn`]).
+    /// As [`attention`](crate::attention); if the last axis of an input is not `d_model`, or the
+    /// kernel cannot have the mask ([`AttentionInput::mask_attn`]).
     #[must_use]
     pub fn forward(&self, input: AttentionInput) -> AttentionOutput {
-        let options = AttentionOptions {
-            mask: input.mask(),
-            key_lengths: input.key_lengths(),
-            log_decay: None,
-        };
+        let options = input.options();
         let [q, k, v] = self.heads_of([input.query, input.key, input.value]);
         let tensors = self.kernel.tensors();
         self.merged(attention_with(&self.layer.0, &tensors, q, k, v, &options))

@@ -1,12 +1,14 @@
 //! The state of a decoder, in the place of a cache of keys and values.
 
+use crate::attention::{AttentionOptions, real_tokens};
 use crate::backend::or_panic;
-use crate::call::{Primitive, primitive, raw, readable};
+use crate::call::{Primitive, primitive, raw, readable, view_mut};
 use crate::real::{Real, check_dtype};
 use burn::backend::Flex;
 use burn::tensor::Tensor;
 use core::fmt;
-use dijiang::{Error, MultiHead, MultiHeadState, MultiHeadStream};
+use dijiang::ndarray::Array2;
+use dijiang::{Error, LayerForward, Mask, MultiHead, MultiHeadState, MultiHeadStream};
 use std::error;
 
 /// The causal state of all sequences and heads of a layer: what a cache of keys and values is for,
@@ -57,7 +59,7 @@ impl<T: Real> AttentionState<T> {
     /// With the words of an error of [`MultiHeadStream::extend`]; the state is then unchanged. If a
     /// tensor has other numbers than `T`, or is not on the device of the Flex backend.
     pub fn forward(&mut self, q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
-        self.forward_all([q, k, v], None, None)
+        self.forward_with(q, k, v, &AttentionOptions::causal())
     }
 
     /// As [`forward`](Self::forward), where the first `lengths[b]` tokens of sequence `b` are real;
@@ -73,7 +75,8 @@ impl<T: Real> AttentionState<T> {
         v: Tensor<4>,
         lengths: &[usize],
     ) -> Tensor<4> {
-        self.forward_all([q, k, v], None, Some(lengths))
+        let options = AttentionOptions::causal().with_key_lengths(lengths.to_vec());
+        self.forward_with(q, k, v, &options)
     }
 
     /// As [`forward`](Self::forward), of gated kernels:
@@ -89,20 +92,33 @@ impl<T: Real> AttentionState<T> {
         v: Tensor<4>,
         log_decay: Tensor<4>,
     ) -> Tensor<4> {
-        self.forward_all([q, k, v], Some(log_decay), None)
+        self.forward_with(q, k, v, &AttentionOptions::causal().with_log_decay(log_decay))
     }
 
-    fn forward_all(
+    /// As [`forward`](Self::forward), with all that a step can be called with: lengths and padding
+    /// of the new tokens, log decays, and biases, which have a column for each token so far.
+    ///
+    /// # Panics
+    ///
+    /// As [`forward`](Self::forward), and with another mask than [`Mask::Causal`].
+    pub fn forward_with(
         &mut self,
-        [q, k, v]: [Tensor<4>; 3],
-        log_decay: Option<Tensor<4>>,
-        lengths: Option<&[usize]>,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        options: &AttentionOptions,
     ) -> Tensor<4> {
+        let AttentionOptions { mask, key_lengths, mask_pad, attn_bias, log_decay } = options;
+        assert!(*mask == Mask::Causal, "attention: the mask of a state is `Mask::Causal`");
         let is_autodiff = q.is_autodiff();
         let [q, k, v] =
             [("q", q), ("k", k), ("v", v)].map(|(which, x)| primitive_of::<T>(which, x));
-        let log_decay = log_decay.map(|x| primitive_of::<T>("log_decay", x));
-        let out = or_panic(self.extend([&q, &k, &v], log_decay.as_ref(), lengths));
+        let log_decay = log_decay.clone().map(|x| primitive_of::<T>("log_decay", x));
+        let bias = attn_bias.clone().map(|x| primitive_of::<T>("attn_bias", x));
+        let real = mask_pad.as_ref().map(real_tokens);
+        let more = [log_decay.as_ref(), bias.as_ref()];
+        let lengths = key_lengths.as_deref();
+        let out = or_panic(self.extend([&q, &k, &v], more, real.as_ref(), lengths));
         let out = Tensor::from_primitive::<Flex>(out);
         if is_autodiff { out.autodiff() } else { out }
     }
@@ -110,15 +126,22 @@ impl<T: Real> AttentionState<T> {
     fn extend(
         &mut self,
         [q, k, v]: [&Primitive; 3],
-        log_decay: Option<&Primitive>,
+        more: [Option<&Primitive>; 2],
+        real: Option<&Array2<bool>>,
         lengths: Option<&[usize]>,
     ) -> Result<Primitive, Error> {
-        let qkv = [raw(q)?, raw(k)?, raw(v)?];
-        let [batch, heads, n, _] = qkv[0].shape();
-        let shape = [batch, heads, n, qkv[2].shape()[3]];
-        let mut out = vec![T::zero(); shape.iter().product()];
-        self.stream.extend_raw(qkv, log_decay.map(raw).transpose()?, lengths, &mut out)?;
-        Ok(primitive(out, &shape))
+        let qkv = [raw(q)?.view(), raw(k)?.view(), raw(v)?.view()];
+        let ((batch, heads, n, _), (.., columns)) = (qkv[0].dim(), qkv[2].dim());
+        let mut out = vec![T::zero(); batch * heads * n * columns];
+        let [log_decay, bias] = more.map(|x| x.map(|x| Ok(raw(x)?.view())).transpose());
+        let step = LayerForward {
+            log_decay: log_decay?,
+            bias: bias?,
+            key_mask: real.map(|real| real.view()),
+            ..LayerForward::new(qkv, view_mut(&mut out, (batch, heads, n, columns)))
+        };
+        self.stream.extend_with(step, lengths)?;
+        Ok(primitive(out, &[batch, heads, n, columns]))
     }
 
     /// Tokens of the longest sequence.

@@ -256,24 +256,6 @@ fn configurations_that_do_not_fit() {
 }
 
 #[test]
-#[should_panic(expected = "`mask_attn` is not the autoregressive mask")]
-fn masks_that_kernels_cannot_have() {
-    let device = Device::flex();
-    let mask = generate_autoregressive_mask(2, 8, &device).bool_not();
-    let model = config(Kernel::Softmax).init(&device);
-    let _ = model.forward(AttentionInput::self_attn(random(8, &device)).mask_attn(mask));
-}
-
-#[test]
-#[should_panic(expected = "`mask_pad` has padding before a token")]
-fn padding_that_comes_first() {
-    let device = Device::flex();
-    let mask = padding(&[3, 5], 8, &device).bool_not();
-    let model = config(Kernel::Softmax).init(&device);
-    let _ = model.forward(AttentionInput::self_attn(random(8, &device)).mask_pad(mask));
-}
-
-#[test]
 #[should_panic(expected = "`q` is F64, the layer is F32")]
 fn modules_are_f32() {
     let device = Device::flex();
