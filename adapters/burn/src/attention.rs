@@ -79,8 +79,9 @@ impl AttentionOptions {
 ///
 /// Queries and keys are raw: the kernel applies the scale. Tensors are read where they lie, of any
 /// strides; only one with a flipped axis is copied. On a device with autodiff the gradients by `q`,
-/// `k`, `v`, log decays and biases are those of [`MultiHead::backward_into`], which needs the inputs,
-/// the outputs and a number for each query, and no weights. The numbers of the kernel itself are constants: [`attention_with`] trains them.
+/// `k`, `v`, log decays and biases are those of [`MultiHead::backward_into`], which needs inputs
+/// and outputs, a number for each query or some sums, and no weights. The numbers of the kernel
+/// itself are constants: [`attention_with`] trains them.
 ///
 /// ```
 /// use burn::tensor::{Device, Distribution, Tensor};
