@@ -10,7 +10,8 @@ use burn::config::Config;
 use burn::module::{Content, DisplaySettings, Initializer, Module, ModuleDisplay};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor, assert_shape};
-use dijiang::Error;
+use dijiang::ndarray::Array4;
+use dijiang::{Error, Mask, MultiHead};
 
 /// The configuration of a [`DijiangAttention`]. Options that
 /// [`MultiHeadAttentionConfig`](burn::nn::attention::MultiHeadAttentionConfig) has as well mean the
@@ -26,7 +27,8 @@ pub struct DijiangAttentionConfig {
     /// The number of heads of keys and values, a divisor of `n_heads`. Default: `n_heads`
     #[config(default = "None")]
     pub n_kv_heads: Option<usize>,
-    /// The kernel of the heads. Default: [`Kernel::Softmax`]
+    /// The kernel of the heads, unless [`init_with`](Self::init_with) gets a layer. Default:
+    /// [`Kernel::Softmax`]
     #[config(default = "Kernel::Softmax")]
     pub kernel: Kernel,
     /// Whether the numbers of the kernels are parameters of the module; else they are constants
@@ -142,19 +144,75 @@ impl DijiangAttentionConfig {
     /// [`Error::InvalidOption`] if heads do not divide `d_model`, or kv heads the heads, and those
     /// of the kernels.
     pub fn try_init(&self, device: &Device) -> Result<DijiangAttention, Error> {
-        let (d_model, n_heads) = (self.d_model, self.n_heads);
-        if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
-            return Err(Error::InvalidOption {
-                which: "n_heads",
-                found: n_heads.to_string(),
-                needed: "a divisor of `d_model`",
-            });
-        }
-        let (n_kv_heads, d_k) = (self.n_kv_heads.unwrap_or(n_heads), d_model / n_heads);
-        let layer = self.kernel.layer([n_heads, n_kv_heads, d_k], self.seed, self.quiet_softmax)?;
+        let heads = [self.n_heads, self.n_kv_heads.unwrap_or(self.n_heads), self.d_k()?];
+        let layer = self.kernel.layer(heads, self.seed, self.quiet_softmax)?;
+        let mut attention = self.try_init_with(layer, device)?;
         // the one of a quiet softmax is a constant
+        attention.kernel = attention.kernel.without(".sink_logits");
+        Ok(attention)
+    }
+
+    /// Initialize a new [`DijiangAttention`] module with any layer of dijiang: positions, maps with
+    /// options, other kernels in every head. `kernel`, `seed` and `quiet_softmax` are not used, and
+    /// unless `n_kv_heads` is set it is that of the layer. All [parameters](MultiHead::parameters)
+    /// of the layer are trained, unless `train_kernel` is false.
+    ///
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use dijiang_burn::dijiang::{
+    ///     DctFeatures, LinearAttention, MultiHead, Rotary, RotaryAttention,
+    /// };
+    /// use dijiang_burn::{AttentionInput, DijiangAttentionConfig};
+    ///
+    /// // queries and keys of 16 columns turn with their positions
+    /// let kernel = LinearAttention::new(DctFeatures::<f32>::new(16, 32, 0)?);
+    /// let kernel = RotaryAttention::new(Rotary::new(16)?, kernel);
+    /// let layer = MultiHead::new(kernel, 4, 2)?;
+    ///
+    /// let device = Device::flex().autodiff();
+    /// let attention = DijiangAttentionConfig::new(64, 4).init_with(layer, &device);
+    /// let trained = attention.kernel.tensors();
+    /// assert!(trained.names().eq(["heads.0.kernel.map.radii", "heads.0.kernel.map.weights"]));
+    /// let x = Tensor::<3>::random([2, 10, 64], Distribution::Default, &device);
+    /// let out = attention.forward(AttentionInput::self_attn(x).causal());
+    /// assert_eq!(out.context.dims(), [2, 10, 64]);
+    /// # Ok::<(), dijiang_burn::dijiang::Error>(())
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// With the words of the error of [`try_init_with`](Self::try_init_with).
+    #[must_use]
+    pub fn init_with(&self, layer: MultiHead<f32>, device: &Device) -> DijiangAttention {
+        or_panic(self.try_init_with(layer, device))
+    }
+
+    /// As [`init_with`](Self::init_with), where the layer is not known to fit.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidOption`] if heads do not divide `d_model`, or the layer has other heads or kv
+    /// heads than the configuration; [`Error::Shape`] if its kernels take no queries and keys of
+    /// `d_model / n_heads` columns.
+    pub fn try_init_with(
+        &self,
+        layer: MultiHead<f32>,
+        device: &Device,
+    ) -> Result<DijiangAttention, Error> {
+        let (d_model, d_k) = (self.d_model, self.d_k()?);
+        let (n_heads, n_kv_heads) = (layer.query_heads(), layer.kv_heads());
+        let asked_kv_heads = self.n_kv_heads.unwrap_or(n_kv_heads);
+        for (which, found, expected, needed) in [
+            ("n_heads", self.n_heads, n_heads, "the number of query heads of the layer"),
+            ("n_kv_heads", asked_kv_heads, n_kv_heads, "the number of kv heads of the layer"),
+        ] {
+            if found != expected {
+                return Err(Error::InvalidOption { which, found: found.to_string(), needed });
+            }
+        }
+        check_columns(&layer, d_k)?;
         let kernel = if self.train_kernel {
-            KernelParameters::new(&layer, device)?.without(".sink_logits")
+            KernelParameters::new(&layer, device)?
         } else {
             KernelParameters::default()
         };
@@ -174,6 +232,29 @@ impl DijiangAttentionConfig {
             d_k,
             layer: Layer(layer),
         })
+    }
+
+    /// The columns of a head.
+    fn d_k(&self) -> Result<usize, Error> {
+        let (d_model, n_heads) = (self.d_model, self.n_heads);
+        if n_heads == 0 || !d_model.is_multiple_of(n_heads) {
+            return Err(Error::InvalidOption {
+                which: "n_heads",
+                found: n_heads.to_string(),
+                needed: "a divisor of `d_model`",
+            });
+        }
+        Ok(d_model / n_heads)
+    }
+}
+
+/// Whether kernels take queries and keys of so many columns: a call with one token tells. That it
+/// fails for another reason is no matter, such a kernel may still be called in other ways.
+fn check_columns(layer: &MultiHead<f32>, d_k: usize) -> Result<(), Error> {
+    let [q, k] = [layer.query_heads(), layer.kv_heads()].map(|n| Array4::zeros((1, n, 1, d_k)));
+    match layer.forward(q.view(), k.view(), k.view(), Mask::Causal, None) {
+        Err(error @ Error::Shape { .. }) => Err(error),
+        _ => Ok(()),
     }
 }
 

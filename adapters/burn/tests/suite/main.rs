@@ -2,6 +2,7 @@
 
 mod attention;
 mod common;
+mod layers;
 mod linear;
 mod masks;
 mod module;

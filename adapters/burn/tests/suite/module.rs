@@ -7,7 +7,7 @@ use burn::store::ModuleRecord;
 use burn::tensor::{Bool, DType, Device, Distribution, Tensor, TensorData, s};
 use dijiang_burn::{AttentionInput, DijiangAttention, DijiangAttentionConfig, Kernel};
 
-const D_MODEL: usize = 24;
+pub const D_MODEL: usize = 24;
 
 fn kernels() -> [Kernel; 5] {
     [
@@ -19,15 +19,15 @@ fn kernels() -> [Kernel; 5] {
     ]
 }
 
-fn config(kernel: Kernel) -> DijiangAttentionConfig {
+pub fn config(kernel: Kernel) -> DijiangAttentionConfig {
     DijiangAttentionConfig::new(D_MODEL, 4).with_n_kv_heads(Some(2)).with_kernel(kernel)
 }
 
-fn random(n: usize, device: &Device) -> Tensor<3> {
+pub fn random(n: usize, device: &Device) -> Tensor<3> {
     Tensor::random([2, n, D_MODEL], Distribution::Normal(0.0, 1.0), device)
 }
 
-fn causal(attention: &DijiangAttention, x: Tensor<3>) -> Tensor<3> {
+pub fn causal(attention: &DijiangAttention, x: Tensor<3>) -> Tensor<3> {
     attention.forward(AttentionInput::self_attn(x).causal()).context
 }
 
@@ -122,7 +122,7 @@ fn records_hold_the_kernels() {
     }
 }
 
-struct Halve;
+pub struct Halve;
 
 impl ModuleMapper for Halve {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
