@@ -2,8 +2,11 @@
 //! of this repository, then generated from token by token, with a state of constant size.
 //!
 //! ```text
-//! cargo run --release -p dijiang-candle --example train [STEPS]
+//! cargo run --release -p dijiang-candle --example train -- [STEPS] [--save FILE]
 //! ```
+//!
+//! `--save` writes the weights before the first step, as safetensors. The example of the same name
+//! of the adapter to burn is the same model, and begins from such a file with the same losses.
 
 use candle_core::{D, DType, Device, Module, Result, Tensor};
 use candle_nn::{
@@ -12,9 +15,9 @@ use candle_nn::{
 };
 use dijiang::{DctFeatures, LinearAttention, MultiHead, Rotary, RotaryAttention};
 use dijiang_candle::{AttentionState, DijiangAttention, DijiangAttentionConfig};
+use rand::SeedableRng;
 use rand::distr::{Distribution, weighted::WeightedIndex};
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
 
 const TEXT: &str = include_str!("../../../README.md");
 const HIDDEN: usize = 64;
@@ -27,8 +30,9 @@ const CONTEXT: usize = 128;
 
 /// A layer: attention, then a perceptron, each beside the hidden states.
 struct Block {
-    norms: [RmsNorm; 2],
+    norm_1: RmsNorm,
     attention: DijiangAttention<f32>,
+    norm_2: RmsNorm,
     up: Linear,
     down: Linear,
 }
@@ -41,11 +45,9 @@ impl Block {
         let layer = MultiHead::new(kernel, HEADS, HEADS)?;
         let config = DijiangAttentionConfig::new(HIDDEN, HEAD_DIM);
         Ok(Self {
-            norms: [
-                rms_norm(HIDDEN, 1e-5, vb.pp("norm_1"))?,
-                rms_norm(HIDDEN, 1e-5, vb.pp("norm_2"))?,
-            ],
+            norm_1: rms_norm(HIDDEN, 1e-5, vb.pp("norm_1"))?,
             attention: DijiangAttention::new(layer, config, vb.pp("attention"))?,
+            norm_2: rms_norm(HIDDEN, 1e-5, vb.pp("norm_2"))?,
             up: linear_no_bias(HIDDEN, 4 * HIDDEN, vb.pp("up"))?,
             down: linear_no_bias(4 * HIDDEN, HIDDEN, vb.pp("down"))?,
         })
@@ -54,13 +56,13 @@ impl Block {
     /// With a state the next tokens, without one whole sequences. (Norms by `forward_diff`: the
     /// faster `forward` of candle has no gradient, and stops those of all that comes before.)
     fn forward(&self, x: &Tensor, state: Option<&mut AttentionState<f32>>) -> Result<Tensor> {
-        let seen = self.norms[0].forward_diff(x)?;
+        let seen = self.norm_1.forward_diff(x)?;
         let attended = match state {
             Some(state) => self.attention.forward_step(&seen, state)?,
             None => self.attention.forward(&seen)?,
         };
         let x = (x + attended)?;
-        let hidden = self.up.forward(&self.norms[1].forward_diff(&x)?)?.gelu()?;
+        let hidden = self.up.forward(&self.norm_2.forward_diff(&x)?)?.gelu_erf()?;
         x + self.down.forward(&hidden)?
     }
 }
@@ -77,7 +79,7 @@ impl Model {
         characters: usize,
         vb: &VarBuilder,
     ) -> std::result::Result<Self, Box<dyn std::error::Error>> {
-        let block = |i: usize| Block::new(i as u64, &vb.pp(format!("layers.{i}")));
+        let block = |i: usize| Block::new(i as u64, &vb.pp(format!("blocks.{i}")));
         Ok(Self {
             embedding: embedding(characters, HIDDEN, vb.pp("embedding"))?,
             blocks: (0..LAYERS).map(block).collect::<std::result::Result<_, _>>()?,
@@ -102,12 +104,11 @@ impl Model {
 }
 
 /// Some passages of the text, and the same one character on.
-fn batch(tokens: &[u32], rng: &mut StdRng) -> Result<[Tensor; 2]> {
-    let starts: Vec<usize> =
-        (0..BATCH).map(|_| rng.random_range(0..tokens.len() - CONTEXT)).collect();
+fn batch(tokens: &[u32], step: usize) -> Result<[Tensor; 2]> {
+    let start = |b: usize| (step * BATCH + b) * 7919 % (tokens.len() - CONTEXT - 1);
     let passages = |shift: usize| {
-        let of = |&start: &usize| &tokens[start + shift..start + shift + CONTEXT];
-        let all: Vec<u32> = starts.iter().flat_map(of).copied().collect();
+        let passage = |b: usize| &tokens[start(b) + shift..start(b) + shift + CONTEXT];
+        let all: Vec<u32> = (0..BATCH).flat_map(passage).copied().collect();
         Tensor::from_vec(all, (BATCH, CONTEXT), &Device::Cpu)
     };
     Ok([passages(0)?, passages(1)?])
@@ -132,17 +133,20 @@ fn generate(
         text.push(characters[token]);
         next = Tensor::new(&[[token as u32]], &Device::Cpu)?;
     }
-    println!(
-        "{} tokens seen, {} bytes of state in {} layers",
-        states[0].len(),
-        states.iter().map(AttentionState::state_bytes).sum::<usize>(),
-        states.len()
-    );
+    let bytes: usize = states.iter().map(AttentionState::state_bytes).sum();
+    println!("{} tokens seen, {bytes} bytes of state in {LAYERS} layers", states[0].len());
     Ok(text)
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let steps: usize = std::env::args().nth(1).map_or(Ok(300), |steps| steps.parse())?;
+    let (mut steps, mut file) = (300, None);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--save" => file = Some(arguments.next().ok_or("--save needs a file")?),
+            number => steps = number.parse()?,
+        }
+    }
     let mut characters: Vec<char> = TEXT.chars().collect();
     characters.sort_unstable();
     characters.dedup();
@@ -152,19 +156,22 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let varmap = VarMap::new();
     let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
     let model = Model::new(characters.len(), &vb)?;
-    let options = ParamsAdamW { lr: 2e-3, ..ParamsAdamW::default() };
+    if let Some(file) = file {
+        varmap.save(file)?;
+    }
+    let options =
+        ParamsAdamW { lr: 2e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let mut optimizer = AdamW::new(varmap.all_vars(), options)?;
-    let mut rng = StdRng::seed_from_u64(0);
     for step in 0..steps {
-        let [tokens, targets] = batch(&tokens, &mut rng)?;
-        let logits = model.forward(&tokens, None)?.flatten_to(1)?;
-        let loss = loss::cross_entropy(&logits, &targets.flatten_all()?)?;
+        let [passages, next] = batch(&tokens, step)?;
+        let logits = model.forward(&passages, None)?.flatten_to(1)?;
+        let loss = loss::cross_entropy(&logits, &next.flatten_all()?)?;
         optimizer.backward_step(&loss)?;
-        if step % 20 == 0 || step + 1 == steps {
-            println!("step {step:4}: {:.3} nats a character", loss.to_scalar::<f32>()?);
+        if step < 3 || step % 20 == 19 {
+            println!("step {:4}  loss {:.5}", step + 1, loss.to_scalar::<f32>()?);
         }
     }
-    let text = generate(&model, &characters, &tokens[..CONTEXT], &mut rng)?;
+    let text = generate(&model, &characters, &tokens[..CONTEXT], &mut StdRng::seed_from_u64(0))?;
     println!("{}|{text}", TEXT.chars().take(CONTEXT).collect::<String>());
     Ok(())
 }
