@@ -8,6 +8,8 @@ mod masks;
 mod module;
 mod parameters;
 mod state;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 /// The guide shows the program that is compiled here.
 #[test]
