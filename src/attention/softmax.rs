@@ -29,7 +29,7 @@ use crate::memory::sight::Sight;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use crate::state_format::StateFormat;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, ArrayView3, Axis};
 
 /// What a forward pass keeps in the scratch.
 #[derive(Debug)]
@@ -218,6 +218,19 @@ impl<T: Scalar> SoftmaxStream<T> {
         own.and(self.kernel.fingerprint())
     }
 
+    /// Whether biases of new tokens hide all keys from no query, and are none of them so large that
+    /// a score could leave the range of the type.
+    fn is_sure_of(&self, bias: ArrayView3<'_, T>, limit: T) -> bool {
+        let (before, has_sink) =
+            (self.cache.len(), self.kernel.of_head(self.scoring, 0).1.is_some());
+        bias.outer_iter().all(|bias| {
+            bias.outer_iter().enumerate().all(|(t, row)| {
+                let seen = row.iter().take(before + t + 1);
+                row.iter().all(|&x| x < limit) && (has_sink || seen.clone().any(|&x| x > -limit))
+            })
+        })
+    }
+
     fn is_packed(&self) -> bool {
         self.kernel.format != StateFormat::F32
     }
@@ -275,9 +288,6 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         if self.check(head).and_then(|()| head.check_finite()).is_err() {
             return false;
         }
-        if head.bias.is_some() {
-            return false; // they may hide all keys from a query
-        }
         // No score and no sum of weighted values can leave the range of the type; one factor after
         // the other, so that no product on the way can.
         let [key, value] = self.largest_with(head);
@@ -286,7 +296,9 @@ impl<T: Scalar> Stream<T> for SoftmaxStream<T> {
         let factor =
             self.cache.scale().max(T::one()) * T::from_f64(2.0 * self.cache.dims().0 as f64);
         let tokens = T::from_f64((self.cache.len() + head.keys()) as f64);
-        query * factor * key.max(T::one()) < limit && value * tokens < limit
+        query * factor * key.max(T::one()) < limit
+            && value * tokens < limit
+            && head.bias.is_none_or(|bias| self.is_sure_of(bias, limit))
     }
 
     fn len(&self) -> usize {

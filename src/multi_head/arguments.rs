@@ -62,7 +62,10 @@ impl<'a, T> LayerForward<'a, T> {
 
     /// Says which tokens are real, `[batch, n_k]`, where padding may lie anywhere: each sequence
     /// gets what it would get alone, without the others, whatever they hold, of any kernel.
-    /// Positions count real tokens only.
+    /// Positions count real tokens only; those of queries under [`Mask::Full`](crate::Mask::Full),
+    /// which need not be those of the keys, are their rows. (So where kernels have positions and
+    /// padding of self-attention comes first, use lengths and
+    /// [`Padding::Left`](crate::Padding::Left).)
     ///
     /// With [`Mask::Full`](crate::Mask::Full) all queries are answered. With other masks, and in a
     /// stream, the query of a token that is not real is padding as well: its output is zero. So

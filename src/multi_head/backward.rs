@@ -170,30 +170,35 @@ impl<T: Scalar> MultiHead<T> {
         let gathered = places.gather(&arguments);
         let d_out = places.gather_queries(d_out);
         let outputs = record.map(|(record, out)| (record, places.gather_queries(out)));
-        let mut d = gathered.zeros_like();
-        let [of_q, of_k, of_v] = d.qkv.each_mut().map(|x| x.view_mut());
         let Arguments { qkv, log_decay, bias } = gathered.view();
+        let [mut of_q, mut of_k, mut of_v] = qkv.map(|x| Array4::zeros(x.dim()));
+        let zeros = |x: ArrayView4<'_, T>| Array4::zeros(x.dim());
+        let mut of_log_decay = log_decay.filter(|_| d_log_decay.is_some()).map(zeros);
+        let mut of_bias = bias.filter(|_| d_bias.is_some()).map(zeros);
         let packed = LayerGradient {
             log_decay,
             bias,
             record: outputs.as_ref().map(|(record, out)| (*record, out.view())),
-            d_log_decay: d.log_decay.as_mut().filter(|_| d_log_decay.is_some()).map(view_mut),
-            d_bias: d.bias.as_mut().filter(|_| d_bias.is_some()).map(view_mut),
+            d_log_decay: of_log_decay.as_mut().map(|x| x.view_mut()),
+            d_bias: of_bias.as_mut().map(|x| x.view_mut()),
             d_parameters: gradient.d_parameters,
-            ..LayerGradient::new(qkv, d_out.view(), [of_q, of_k, of_v])
+            ..LayerGradient::new(
+                qkv,
+                d_out.view(),
+                [of_q.view_mut(), of_k.view_mut(), of_v.view_mut()],
+            )
         };
         let lengths = Some(&*places.lengths);
         let out = (out.0, out.1, places.queries(), out.3);
         let call = self.call(gathered.view(), mask, lengths, out, Some(&places))?;
         self.backward_call(&call, packed)?;
-        let [of_q, of_k, of_v] = d.qkv.each_ref().map(|x| x.view());
-        places.add_queries(of_q, d_q);
-        places.add_keys(of_k, d_k);
-        places.add_keys(of_v, d_v);
-        if let (Some(from), Some(to)) = (&d.log_decay, d_log_decay) {
+        places.add_queries(of_q.view(), d_q);
+        places.add_keys(of_k.view(), d_k);
+        places.add_keys(of_v.view(), d_v);
+        if let (Some(from), Some(to)) = (&of_log_decay, d_log_decay) {
             places.add_keys(from.view(), to);
         }
-        if let (Some(from), Some(to)) = (&d.bias, d_bias) {
+        if let (Some(from), Some(to)) = (&of_bias, d_bias) {
             places.add_pairs(from.view(), to);
         }
         Ok(())
@@ -306,10 +311,6 @@ fn of_heads<T>(mut x: ArrayViewMut4<'_, T>, count: usize) -> Vec<ArrayViewMut3<'
         }
     }
     parts
-}
-
-fn view_mut<T>(x: &mut Array4<T>) -> ArrayViewMut4<'_, T> {
-    x.view_mut()
 }
 
 /// Rows of the next one of parts `[1, n, d]`, one for each kv head.

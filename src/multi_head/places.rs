@@ -6,29 +6,24 @@ use crate::mask::Mask;
 use crate::multi_head::arguments::Arguments;
 use crate::multi_head::layout::Dim4;
 use crate::scalar::Scalar;
-use ndarray::{Array4, ArrayView1, ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4, Axis};
+use ndarray::{
+    Array4, ArrayView1, ArrayView2, ArrayView4, ArrayViewMut2, ArrayViewMut4, Axis, CowArray, Ix4,
+};
 
 /// Real tokens, one behind the other.
 #[derive(Debug)]
-pub(crate) struct Gathered<T> {
-    pub(crate) qkv: [Array4<T>; 3],
+pub(crate) struct Gathered<'a, T> {
+    pub(crate) q: CowArray<'a, T, Ix4>,
+    pub(crate) k: Array4<T>,
+    pub(crate) v: Array4<T>,
     pub(crate) log_decay: Option<Array4<T>>,
     pub(crate) bias: Option<Array4<T>>,
 }
 
-impl<T: Scalar> Gathered<T> {
-    pub(crate) fn zeros_like(&self) -> Self {
-        let zeros = |x: &Array4<T>| Array4::zeros(x.dim());
-        Self {
-            qkv: self.qkv.each_ref().map(zeros),
-            log_decay: self.log_decay.as_ref().map(zeros),
-            bias: self.bias.as_ref().map(zeros),
-        }
-    }
-
+impl<T: Scalar> Gathered<'_, T> {
     pub(crate) fn view(&self) -> Arguments<'_, T> {
         Arguments {
-            qkv: self.qkv.each_ref().map(|x| x.view()),
+            qkv: [self.q.view(), self.k.view(), self.v.view()],
             log_decay: self.log_decay.as_ref().map(|x| x.view()),
             bias: self.bias.as_ref().map(|x| x.view()),
         }
@@ -91,6 +86,11 @@ impl Places {
         self.rows[0]
     }
 
+    /// Real queries of a sequence.
+    pub(crate) fn queries_of(&self, sequence: usize) -> usize {
+        self.queries.as_ref().map_or(self.rows[0], |queries| queries[sequence].len())
+    }
+
     /// The row of a gathered query of a sequence.
     pub(crate) fn query(&self, sequence: usize, row: usize) -> usize {
         let Some(queries) = &self.queries else { return row };
@@ -104,18 +104,23 @@ impl Places {
     }
 
     /// The arguments without tokens that are not real.
-    pub(crate) fn gather<T: Scalar>(&self, arguments: &Arguments<'_, T>) -> Gathered<T> {
+    pub(crate) fn gather<'a, T: Scalar>(&self, arguments: &Arguments<'a, T>) -> Gathered<'a, T> {
         let Arguments { qkv: [q, k, v], log_decay, bias } = arguments;
         Gathered {
-            qkv: [self.gather_queries(*q), self.gather_keys(*k), self.gather_keys(*v)],
+            q: self.gather_queries(*q),
+            k: self.gather_keys(*k),
+            v: self.gather_keys(*v),
             log_decay: log_decay.map(|x| self.gather_keys(x)),
             bias: bias.map(|x| self.gather_pairs(x)),
         }
     }
 
     /// Rows `[batch, heads, n_q, columns]` of queries.
-    pub(crate) fn gather_queries<T: Scalar>(&self, x: ArrayView4<'_, T>) -> Array4<T> {
-        let Some(queries) = &self.queries else { return x.to_owned() };
+    pub(crate) fn gather_queries<'a, T: Scalar>(
+        &self,
+        x: ArrayView4<'a, T>,
+    ) -> CowArray<'a, T, Ix4> {
+        let Some(queries) = &self.queries else { return x.into() };
         let (batch, heads, _, columns) = x.dim();
         let mut out = Array4::zeros((batch, heads, self.rows[0], columns));
         for (sequence, pairs) in queries.iter().enumerate() {
@@ -123,7 +128,7 @@ impl Places {
                 row_mut(&mut out.view_mut(), sequence, to).assign(&row(x, sequence, from));
             }
         }
-        out
+        out.into()
     }
 
     /// Rows `[batch, heads, n_k, columns]` of keys.

@@ -123,7 +123,8 @@ impl<T: Scalar> MultiHeadStream<T> {
     ///
     /// As [`MultiHead::forward_with`](crate::MultiHead::forward_with); [`Error::Unsupported`] if
     /// there is a [record](LayerForward::with_record), or a kernel whose streams take no biases, or
-    /// sequences of several lengths have biases. On an error no head of any sequence has moved.
+    /// biases go with lengths, a key mask or sequences of several lengths. On an error no head of
+    /// any sequence has moved.
     pub fn extend_with(
         &mut self,
         step: LayerForward<'_, T>,
@@ -179,8 +180,11 @@ impl<T: Scalar> MultiHeadStream<T> {
         let (group, mask) = (self.shape.group(), Mask::Causal);
         let call =
             LayerCall { q, k, v, log_decay, bias, group, lengths, padding, mask, before, places };
-        let reads: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
-        if are_shared_out(self.streams.len(), reads.saturating_mul(q.dim().2)) {
+        // what is there, and half of what comes
+        let states: usize = self.streams.iter().map(|stream| stream.state_floats()).sum();
+        let tokens = k.dim().2.saturating_mul((k.dim().3 + v.dim().3) * self.streams.len());
+        let reads = states.saturating_add(tokens / 2).saturating_mul(q.dim().2);
+        if are_shared_out(self.streams.len(), reads) {
             self.extend_on_threads(&call, out)
         } else {
             self.extend_in_order(&call, out)

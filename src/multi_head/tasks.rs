@@ -48,7 +48,11 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
         let is_left = self.lengths.is_some() && self.padding == Padding::Left;
         let queries = match self.mask {
             _ if keys.is_empty() => 0..0,
-            Mask::CausalTail => queries - queries.min(keys.len())..queries,
+            Mask::CausalTail => {
+                let most = queries.min(keys.len());
+                let count = self.places.map_or(most, |places| places.queries_of(sequence));
+                queries - count..queries
+            }
             Mask::Full if !is_left => 0..queries,
             Mask::Causal | Mask::Full => keys.clone(),
         };
@@ -64,6 +68,10 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
         let [queries, keys] = self.real(sequence);
         let of_keys = keys.start;
         let kv_heads = unit.all_kv_heads(self.group);
+        if let Error::NotFinite { which: "bias", column, .. } = &mut error {
+            let key = of_keys + *column;
+            *column = self.places.map_or(key, |places| places.key(sequence, key));
+        }
         let head = match &mut error {
             Error::NotFinite { which, row, column } => {
                 let first = if *which == "q" { queries.start } else { of_keys };
@@ -93,7 +101,11 @@ impl<'a, T: Scalar> LayerCall<'a, T> {
             }
             _ => None,
         };
-        let of_key = matches!(error, Error::NotFinite { which: "k" | "v", .. });
+        let of_key = matches!(
+            error,
+            Error::NotFinite { which: "k" | "v", .. }
+                | Error::Overflow { which: "the gradient by `k`" | "the gradient by `v`", .. }
+        );
         let error = error.in_chunk(if of_key { of_keys } else { queries.start });
         let error = self.in_place(sequence, of_key, error);
         match head {

@@ -5,9 +5,9 @@ use crate::common::{assert_close, normal};
 use dijiang::{
     Attention, EluFeatures, Error, Far, Head, HeadGradient, HybridAttention, LayerForward,
     LayerGradient, LayerGradients, LayerHead, LayerRecord, LinearAttention, Mask, MultiHead,
-    Performer, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
+    Performer, ReluFeatures, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
 };
-use ndarray::{Array2, Array4, ArrayD, Axis, s};
+use ndarray::{Array2, Array4, ArrayD, Axis, array, s};
 use std::sync::Arc;
 
 type Kernel = Arc<dyn Attention<f64>>;
@@ -564,4 +564,43 @@ fn what_does_not_fit_is_refused() {
     // kernels without biases say so
     let linear = &layers()[4].1;
     assert!(matches!(run(linear, [1, 1, 9, 9], None), Err(Error::Unsupported { .. })));
+}
+
+#[test]
+fn tails_without_a_real_query_answer_nothing() {
+    // a query of zeros has no features at all here
+    let relu =
+        LinearAttention::new(ReluFeatures::<f64>::new(D).unwrap().with_epsilon(0.0).unwrap());
+    let layer = MultiHead::new(relu, HEADS, KV_HEADS).unwrap();
+    let mut call = Call::new([2, 5], Mask::CausalTail, 0.5);
+    call.qkv.each_mut().map(|x| x.mapv_inplace(f64::abs));
+    call.real.assign(&array![
+        [true, true, true, true, true],
+        [true, true, true, false, true],
+        [true, true, true, false, false],
+        [false; 5]
+    ]);
+    let (found, exact) = (call.forward(&layer), call.alone(&layer));
+    assert_close("relu", &rows(&found), &rows(&exact), 64.0);
+    for (name, layer) in layers() {
+        if name != "merged" {
+            let exact = call.backward_alone(&layer);
+            assert_same(name, &call.backward(&layer, true), &exact, 1e4);
+        }
+    }
+}
+
+#[test]
+fn bad_biases_are_found_at_their_place() {
+    let layer = &layers()[0].1;
+    let mut call = Call::new([4, 4], Mask::Causal, 0.0);
+    call.real.fill(true);
+    call.real[[1, 1]] = false;
+    let mut bias = Array4::zeros((BATCH, HEADS, 4, 4));
+    bias[[1, 2, 3, 2]] = f64::NAN;
+    let mut out = Array4::zeros(call.d_out.dim());
+    let forward = LayerForward::new(call.views(), out.view_mut());
+    let forward = forward.with_bias(bias.view()).with_key_mask(call.real.view());
+    let error = layer.forward_with(forward, Mask::Causal, None).unwrap_err();
+    assert!(error.to_string().contains("`bias` is NaN or infinite at row 3, column 2"), "{error}");
 }

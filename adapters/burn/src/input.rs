@@ -67,6 +67,15 @@ impl AttentionInput {
     pub(crate) fn options(&self) -> AttentionOptions {
         let mask = if self.is_causal { Mask::Causal } else { Mask::Full };
         let mut options = AttentionOptions { mask, ..AttentionOptions::full() };
+        let [[batch, queries, _], [_, keys, _]] = [self.query.dims(), self.key.dims()];
+        if let Some(mask) = &self.mask_attn {
+            let (found, needed) = (mask.dims(), [batch, queries, keys]);
+            assert!(found == needed, "attention: `mask_attn` is {found:?} where {needed:?} is needed");
+        }
+        if let Some(mask) = &self.mask_pad {
+            let (found, needed) = (mask.dims(), [batch, keys]);
+            assert!(found == needed, "attention: `mask_pad` is {found:?} where {needed:?} is needed");
+        }
         if let Some(mask) = &self.mask_attn {
             if is_autoregressive(mask) {
                 options.mask = Mask::Causal;

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use core::fmt;
 use dijiang::{
-    Attention, DctFeatures, Error, Far, HybridAttention, LearnedFeatures, LinearAttention,
+    Attention, DctFeatures, Error, Far, FeatureMap, HybridAttention, LearnedFeatures, LinearAttention,
     MultiHead, Performer, SoftmaxAttention,
 };
 use std::sync::Arc;
@@ -37,49 +37,78 @@ pub enum Kernel {
     },
 }
 
+/// What all kernels of a module have in common.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct KernelOptions {
+    /// Of random directions.
+    pub(crate) seed: u64,
+    /// Whether a softmax has one more weight of `exp(0)` that no value belongs to.
+    pub(crate) is_quiet: bool,
+    /// What scores are multiplied with.
+    pub(crate) scale: Option<f64>,
+    /// Scores are capped softly.
+    pub(crate) softcap: Option<f64>,
+}
+
 impl Kernel {
-    /// The layer of these kernels. With `quiet`, a softmax has one more weight of `exp(0)` that no
-    /// value belongs to.
+    /// The layer of these kernels.
     pub(crate) fn layer(
         &self,
         [heads, kv_heads, d]: [usize; 3],
-        seed: u64,
-        is_quiet: bool,
+        KernelOptions { seed, is_quiet, scale, softcap }: KernelOptions,
     ) -> Result<MultiHead<f32>, Error> {
-        let unsupported = Error::Unsupported {
-            what: "a quiet softmax in linear attention",
-            why: "it has no softmax; take `Kernel::Softmax` or `Kernel::Hybrid`",
-        };
-        let per_kv_head = |kernel: &dyn Fn(u64) -> Result<Arc<dyn Attention<f32>>, Error>| {
-            if is_quiet {
-                return Err(unsupported);
-            }
-            let kernels = (0..kv_heads as u64).map(|head| kernel(seed.wrapping_add(head)));
-            MultiHead::per_kv_head(kernels.collect::<Result<_, _>>()?, heads)
-        };
         match *self {
             Self::Softmax => {
-                let kernel = SoftmaxAttention::new(d)?;
-                let kernel = if is_quiet { kernel.with_sink_logit(0.0)? } else { kernel };
-                MultiHead::new(kernel, heads, kv_heads)
+                let mut kernel = SoftmaxAttention::new(d)?;
+                if is_quiet {
+                    kernel = kernel.with_sink_logit(0.0)?;
+                }
+                if let Some(scale) = scale {
+                    kernel = kernel.with_scale(scale);
+                }
+                if let Some(cap) = softcap {
+                    kernel = kernel.with_soft_cap(cap)?;
+                }
+                return MultiHead::new(kernel, heads, kv_heads);
             }
-            Self::Dct { features } => per_kv_head(&|seed| {
-                Ok(Arc::new(LinearAttention::new(DctFeatures::<f32>::new(d, features, seed)?)))
-            }),
-            Self::Performer { features } => per_kv_head(&|seed| {
-                Ok(Arc::new(LinearAttention::new(Performer::<f32>::new(d, features, seed)?)))
-            }),
-            Self::Hedgehog => per_kv_head(&|_| {
-                Ok(Arc::new(LinearAttention::new(LearnedFeatures::<f32>::hedgehog(d)?)))
-            }),
             Self::Hybrid { window, merged } => {
-                let builder = HybridAttention::<f32>::builder(d).window(window);
-                let builder = builder.far(Far::merged(merged));
-                let builder = if is_quiet { builder.sink_logit(0.0) } else { builder };
-                MultiHead::new(builder.build()?, heads, kv_heads)
+                let mut builder = HybridAttention::<f32>::builder(d).window(window);
+                builder = builder.far(Far::merged(merged));
+                if is_quiet {
+                    builder = builder.sink_logit(0.0);
+                }
+                if let Some(scale) = scale {
+                    builder = builder.scale(scale);
+                }
+                if let Some(cap) = softcap {
+                    builder = builder.soft_cap(cap);
+                }
+                return MultiHead::new(builder.build()?, heads, kv_heads);
             }
+            _ if is_quiet => return Err(no_softmax("a quiet softmax in linear attention")),
+            _ if softcap.is_some() => return Err(no_softmax("a soft cap in linear attention")),
+            _ => {}
         }
+        let kernel = |seed: u64| -> Result<Arc<dyn Attention<f32>>, Error> {
+            Ok(match *self {
+                Self::Dct { features } => linear(DctFeatures::new(d, features, seed)?, scale),
+                Self::Performer { features } => linear(Performer::new(d, features, seed)?, scale),
+                _ => linear(LearnedFeatures::hedgehog(d)?, scale),
+            })
+        };
+        let kernels = (0..kv_heads as u64).map(|head| kernel(seed.wrapping_add(head)));
+        MultiHead::per_kv_head(kernels.collect::<Result<_, _>>()?, heads)
     }
+}
+
+fn linear<F: FeatureMap<f32> + 'static>(map: F, scale: Option<f64>) -> Arc<dyn Attention<f32>> {
+    let kernel = LinearAttention::new(map);
+    Arc::new(if let Some(scale) = scale { kernel.with_scale(scale) } else { kernel })
+}
+
+fn no_softmax(what: &'static str) -> Error {
+    let why = "it has no softmax; take `Kernel::Softmax` or `Kernel::Hybrid`";
+    Error::Unsupported { what, why }
 }
 
 /// A layer in a module, whose numbers are not shown one by one.

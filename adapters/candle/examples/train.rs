@@ -159,8 +159,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     if let Some(file) = file {
         varmap.save(file)?;
     }
-    let options =
-        ParamsAdamW { lr: 2e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
+    let options = ParamsAdamW { lr: 2e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
     let mut optimizer = AdamW::new(varmap.all_vars(), options)?;
     for step in 0..steps {
         let [passages, next] = batch(&tokens, step)?;

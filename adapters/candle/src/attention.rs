@@ -143,6 +143,7 @@ pub fn attention_with<T: Element>(
         values: v.dims4()?.into(),
         log_decay: log_decay.map(|x| x.dims4().map(Into::into)).transpose()?,
         bias: bias.map(|x| x.dims4().map(Into::into)).transpose()?,
+        trained: [log_decay, bias].map(|x| x.is_some_and(Tensor::track_op)),
         parameters: parameters
             .iter()
             .map(|(name, tensor)| (name.clone(), tensor.dims().to_vec()))

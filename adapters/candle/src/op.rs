@@ -26,6 +26,8 @@ pub(crate) struct Packed {
     pub(crate) values: [usize; 4],
     pub(crate) log_decay: Option<[usize; 4]>,
     pub(crate) bias: Option<[usize; 4]>,
+    /// Whether log decays, and biases, have a gradient.
+    pub(crate) trained: [bool; 2],
     /// Names and shapes.
     pub(crate) parameters: Vec<(String, Vec<usize>)>,
 }
@@ -198,6 +200,9 @@ impl<T: Element> LayerOp<T> {
         let names = self.packed.as_ref().map_or(&[][..], |packed| &packed.parameters);
         let zero = |(name, dims): &(String, Vec<usize>)| (name.clone(), ArrayD::zeros(IxDyn(dims)));
         let mut d_parameters: Parameters<T> = names.iter().map(zero).collect();
+        let [trains_log_decay, trains_bias] =
+            self.packed.as_ref().map_or([false; 2], |packed| packed.trained);
+        let is_shared = operands.bias.as_ref().is_some_and(|x| x.layout.dims()[0] == 1);
         let records = self.records.as_ref();
         let records = records.map(|x| x.lock().unwrap_or_else(PoisonError::into_inner));
         let mut records = records.iter().flat_map(|records| records.iter());
@@ -211,14 +216,14 @@ impl<T: Element> LayerOp<T> {
                 view_mut(of_part(d_v, &at, v), v.shape())?,
             ];
             let d_log_decay = match &part.log_decay {
-                Some(x) => Some(view_mut(of_part(d_gates, &at, x), x.shape())?),
-                None => None,
+                Some(x) if trains_log_decay => Some(view_mut(of_part(d_gates, &at, x), x.shape())?),
+                _ => None,
             };
             // one for all sequences gets the sum
             let d_bias = match &part.bias {
-                Some(x) if x.shape()[0] < at.end => Some(view_mut(d_bias, x.shape())?),
-                Some(x) => Some(view_mut(of_part(d_bias, &at, x), x.shape())?),
-                None => None,
+                Some(x) if trains_bias && is_shared => Some(view_mut(d_bias, x.shape())?),
+                Some(x) if trains_bias => Some(view_mut(of_part(d_bias, &at, x), x.shape())?),
+                _ => None,
             };
             let gradient = LayerGradient {
                 log_decay: part.log_decay.as_ref().map(Numbers::view).transpose()?,

@@ -109,8 +109,8 @@ fn sixteen_bits_take_both() -> Result<()> {
     let layer = MultiHead::new(SoftmaxAttention::<f32>::new(D_HEAD).unwrap(), 2, 2).unwrap();
     let key_mask = Tensor::new(real(), &Device::Cpu)?;
     let x = normal((BATCH, 2, N, D_HEAD), 1)?;
-    let bias = normal((1, 2, N, N), 5)?;
-    let of = |dtype: DType| -> Result<[Tensor; 3]> {
+    let of = |dtype: DType, (batch, heads): (usize, usize)| -> Result<[Tensor; 3]> {
+        let bias = normal((batch, heads, N, N), 5)?;
         let x = Var::from_tensor(&x.to_dtype(DType::BF16)?.to_dtype(dtype)?)?;
         let bias = Var::from_tensor(&bias.to_dtype(DType::BF16)?.to_dtype(dtype)?)?;
         let extras = Extras { key_mask: Some(&key_mask), bias: Some(&bias), ..Extras::default() };
@@ -118,8 +118,10 @@ fn sixteen_bits_take_both() -> Result<()> {
         let d = out.to_dtype(DType::F32)?.sqr()?.sum_all()?.backward()?;
         Ok([out, d.get(&x).unwrap().clone(), d.get(&bias).unwrap().clone()])
     };
-    for (found, exact) in of(DType::BF16)?.iter().zip(&of(DType::F32)?) {
-        assert_close("16 bits", found, exact, 4e-2);
+    for shape in [(1, 1), (1, 2), (BATCH, 1), (BATCH, 2)] {
+        for (found, exact) in of(DType::BF16, shape)?.iter().zip(&of(DType::F32, shape)?) {
+            assert_close("16 bits", found, exact, 4e-2);
+        }
     }
     Ok(())
 }

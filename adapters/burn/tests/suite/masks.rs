@@ -151,3 +151,22 @@ fn a_query_must_see_a_key() {
     let model = DijiangAttentionConfig::new(24, 4).init(&device);
     let _ = model.forward(AttentionInput::self_attn(x).mask_attn(hides));
 }
+
+#[test]
+#[should_panic(expected = "`mask_pad` is [3, 10] where [3, 12] is needed")]
+fn padding_of_other_keys() {
+    let device = Device::flex();
+    let x = Tensor::<3>::random([B, N, 24], Distribution::Default, &device);
+    let mask = mask_pad(&device).slice(s![.., ..10]);
+    let model = DijiangAttentionConfig::new(24, 4).init(&device);
+    let _ = model.forward(AttentionInput::self_attn(x).mask_pad(mask));
+}
+
+#[test]
+#[should_panic(expected = "`mask_attn` is [3, 5, 12] where [3, 12, 12] is needed")]
+fn a_mask_of_other_queries() {
+    let device = Device::flex();
+    let x = Tensor::<3>::random([B, N, 24], Distribution::Default, &device);
+    let model = DijiangAttentionConfig::new(24, 4).init(&device);
+    let _ = model.forward(AttentionInput::self_attn(x).mask_attn(mask_attn(5, &device)));
+}
