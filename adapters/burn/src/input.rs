@@ -70,11 +70,17 @@ impl AttentionInput {
         let [[batch, queries, _], [_, keys, _]] = [self.query.dims(), self.key.dims()];
         if let Some(mask) = &self.mask_attn {
             let (found, needed) = (mask.dims(), [batch, queries, keys]);
-            assert!(found == needed, "attention: `mask_attn` is {found:?} where {needed:?} is needed");
+            assert!(
+                found == needed,
+                "attention: `mask_attn` is {found:?} where {needed:?} is needed"
+            );
         }
         if let Some(mask) = &self.mask_pad {
             let (found, needed) = (mask.dims(), [batch, keys]);
-            assert!(found == needed, "attention: `mask_pad` is {found:?} where {needed:?} is needed");
+            assert!(
+                found == needed,
+                "attention: `mask_pad` is {found:?} where {needed:?} is needed"
+            );
         }
         if let Some(mask) = &self.mask_attn {
             if is_autoregressive(mask) {

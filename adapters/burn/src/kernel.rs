@@ -3,8 +3,8 @@
 use burn::config::Config;
 use core::fmt;
 use dijiang::{
-    Attention, DctFeatures, Error, Far, FeatureMap, HybridAttention, LearnedFeatures, LinearAttention,
-    MultiHead, Performer, SoftmaxAttention,
+    Attention, DctFeatures, Error, Far, FeatureMap, HybridAttention, LearnedFeatures,
+    LinearAttention, MultiHead, Performer, SoftmaxAttention,
 };
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 use crate::attention::attention_with;
 use crate::backend::or_panic;
 use crate::input::AttentionInput;
-use crate::kernel::{Kernel, Layer};
+use crate::kernel::{Kernel, KernelOptions, Layer};
 use crate::kernel_parameters::KernelParameters;
 use crate::state::AttentionState;
 use burn::config::Config;
@@ -39,6 +39,11 @@ pub struct DijiangAttentionConfig {
     /// Default: false
     #[config(default = false)]
     pub quiet_softmax: bool,
+    /// What scores are multiplied with, `1/√d_k` unless set.
+    pub scale: Option<f64>,
+    /// Caps scores softly, `softcap·tanh(score/softcap)`, for [`Kernel::Softmax`] and
+    /// [`Kernel::Hybrid`].
+    pub softcap: Option<f64>,
     /// The seed of the random directions of kernels. A record does not hold those of
     /// [`Kernel::Dct`]: load it into a module of the same seed. Default: 0
     #[config(default = 0)]
@@ -145,7 +150,9 @@ impl DijiangAttentionConfig {
     /// of the kernels.
     pub fn try_init(&self, device: &Device) -> Result<DijiangAttention, Error> {
         let heads = [self.n_heads, self.n_kv_heads.unwrap_or(self.n_heads), self.d_k()?];
-        let layer = self.kernel.layer(heads, self.seed, self.quiet_softmax)?;
+        let Self { seed, scale, softcap, quiet_softmax: is_quiet, .. } = *self;
+        let options = KernelOptions { seed, is_quiet, scale, softcap };
+        let layer = self.kernel.layer(heads, options)?;
         let mut attention = self.try_init_with(layer, device)?;
         // the one of a quiet softmax is a constant
         attention.kernel = attention.kernel.without(".sink_logits");
@@ -153,7 +160,7 @@ impl DijiangAttentionConfig {
     }
 
     /// Initialize a new [`DijiangAttention`] module with any layer of dijiang: positions, maps with
-    /// options, other kernels in every head. `kernel`, `seed` and `quiet_softmax` are not used, and
+    /// options, other kernels in every head. `kernel`, its options and `seed` are not used, and
     /// unless `n_kv_heads` is set it is that of the layer. All [parameters](MultiHead::parameters)
     /// of the layer are trained, unless `train_kernel` is false.
     ///

@@ -4,6 +4,7 @@
 use crate::common::{assert_close, device, exponentials, means, numbers, wave};
 use burn::module::Module;
 use burn::nn::attention::{MhaInput, MultiHeadAttentionConfig};
+use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, Device, Distribution, Int, Tensor, TensorData, s};
 use dijiang::{Far, HybridAttention, LinearAttention, MultiHead, Performer, SoftmaxAttention};
 use dijiang_burn::{
@@ -65,6 +66,25 @@ fn the_masks_of_the_module_of_burn() {
                 assert_close(x.grad(&found).unwrap(), x.grad(&expected).unwrap(), 1e-4);
             }
         }
+    }
+}
+
+#[test]
+fn the_options_of_the_attention_of_burn() {
+    let device = Device::flex();
+    let x = Tensor::<3>::random([B, N, 24], Distribution::Normal(0.0, 2.0), &device);
+    for (scale, softcap) in [(Some(0.7), None), (None, Some(1.5)), (Some(0.7), Some(1.5))] {
+        let config = DijiangAttentionConfig::new(24, 4).with_scale(scale).with_softcap(softcap);
+        let model = config.init(&device);
+        let heads = |linear: &burn::nn::Linear| {
+            linear.forward(x.clone()).reshape([B, N, 4, 6]).swap_dims(1, 2)
+        };
+        let options = AttentionModuleOptions { scale, softcap, is_causal: true };
+        let [q, k, v] = [&model.query, &model.key, &model.value].map(heads);
+        let out = burn::tensor::module::attention(q, k, v, None, None, options);
+        let expected = model.output.forward(out.swap_dims(1, 2).reshape([B, N, 24]));
+        let found = model.forward(AttentionInput::self_attn(x.clone()).causal()).context;
+        assert_close(found, expected, 1e-5);
     }
 }
 
