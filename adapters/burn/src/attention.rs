@@ -151,7 +151,7 @@ pub fn attention_with<T: Real>(
         layer: layer.clone(),
         mask: options.mask,
         key_lengths: options.key_lengths.clone(),
-        key_mask: options.mask_pad.as_ref().map(|mask_pad| real_tokens(mask_pad)),
+        key_mask: options.mask_pad.as_ref().map(real_tokens),
         is_biased: options.attn_bias.is_some(),
         is_gated: options.log_decay.is_some(),
         parameters: shapes,
