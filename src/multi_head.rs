@@ -10,6 +10,7 @@ mod places;
 mod pool;
 pub(crate) mod raw;
 pub(crate) mod record;
+mod rows;
 pub(crate) mod stream;
 pub(crate) mod tasks;
 pub(crate) mod undo;
@@ -33,7 +34,8 @@ use std::sync::Arc;
 /// Attention of a layer: one kernel for all query heads, or one for each.
 ///
 /// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another
-/// layout; nothing is copied). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and
+/// layout: rows of a head that lie apart are put together a head at a time, where they are read often).
+/// With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and
 /// `v` have fewer heads: query head `h` uses kv head `h / (query_heads / kv_heads)`. Where the
 /// query heads of a kv head have the same kernel (the same `Arc`) and that kernel can
 /// ([`Attention::stream_with`], all kernels of this crate), one state serves them all; otherwise

@@ -114,7 +114,7 @@ fn contiguous<'a, T>(
 impl<T: Scalar> MultiHead<T> {
     /// As [`forward_into`](Self::forward_into), with log decays as
     /// [`forward_gated`](Self::forward_gated): `out` is contiguous,
-    /// `[batch, query_heads, n_q, d_v]`, and nothing is copied.
+    /// `[batch, query_heads, n_q, d_v]`.
     ///
     /// # Errors
     ///
@@ -170,7 +170,7 @@ impl<T: Scalar> MultiHead<T> {
 
 impl<T: Scalar> MultiHeadStream<T> {
     /// As [`extend`](Self::extend), with log decays as [`extend_gated`](Self::extend_gated): `out`
-    /// is contiguous, `[batch, query_heads, n, value_dim]`, and nothing is copied.
+    /// is contiguous, `[batch, query_heads, n, value_dim]`.
     ///
     /// # Errors
     ///

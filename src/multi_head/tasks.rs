@@ -10,6 +10,7 @@ use crate::mask::Mask;
 use crate::multi_head::layout::{HeadUnit, Padding, in_head};
 use crate::multi_head::places::Places;
 use crate::multi_head::record::LayerRecord;
+use crate::multi_head::rows::Rows;
 use crate::scalar::Scalar;
 use crate::views::{head, heads, pairs};
 use core::ops::Range;
@@ -264,9 +265,15 @@ impl<T: Scalar> LayerCall<'_, T> {
         }
         let calls = heads.into_iter().zip(self.sequence_units(&tasks)).collect();
         for_each(calls, Scratch::with_threads, |scratch, (mut heads, (sequence, unit))| {
-            kernels[unit.first_query_head(group)]
-                .forward_heads(&mut heads, mask, scratch)
-                .map_err(|error| self.error(sequence, unit, error))
+            let kernel = &kernels[unit.first_query_head(group)];
+            let result = if let [head] = &mut heads[..] {
+                scratch.with_part(|rows: &mut Rows<T>, scratch| {
+                    kernel.forward_heads(&mut [rows.of_head(head)], mask, scratch)
+                })
+            } else {
+                kernel.forward_heads(&mut heads, mask, scratch)
+            };
+            result.map_err(|error| self.error(sequence, unit, error))
         })
     }
 }

@@ -573,7 +573,7 @@ fn tails_without_a_real_query_answer_nothing() {
         LinearAttention::new(ReluFeatures::<f64>::new(D).unwrap().with_epsilon(0.0).unwrap());
     let layer = MultiHead::new(relu, HEADS, KV_HEADS).unwrap();
     let mut call = Call::new([2, 5], Mask::CausalTail, 0.5);
-    call.qkv.each_mut().map(|x| x.mapv_inplace(f64::abs));
+    call.qkv.iter_mut().for_each(|x| x.mapv_inplace(f64::abs));
     call.real.assign(&array![
         [true, true, true, true, true],
         [true, true, true, false, true],

@@ -247,6 +247,25 @@ fn threads_change_no_stream() {
     assert_eq!(run(5), one);
 }
 
+/// Tokens before heads, as projections leave them: the same numbers, forward and backward.
+#[test]
+fn rows_that_lie_apart() {
+    let layer = MultiHead::per_head(kernels(), 2).unwrap();
+    let n = 300;
+    let (q, k) = (random((2, n, 6, 8), 1), random((2, n, 2, 8), 2));
+    let (v, d_out) = (random((2, n, 2, 5), 3), random((2, n, 6, 5), 4));
+    let apart = [&q, &k, &v, &d_out].map(|x| x.view().permuted_axes([0, 2, 1, 3]));
+    let together = apart.map(|x| x.as_standard_layout().into_owned());
+    let [q, k, v, d_out] = apart;
+    let [q1, k1, v1, d1] = together.each_ref().map(|x| x.view());
+    for lengths in [None, Some(&[n, 170][..])] {
+        let found = layer.forward(q, k, v, Mask::Causal, lengths).unwrap();
+        assert_eq!(found, layer.forward(q1, k1, v1, Mask::Causal, lengths).unwrap());
+        let found = layer.backward(q, k, v, Mask::Causal, lengths, d_out).unwrap();
+        assert_eq!(found, layer.backward(q1, k1, v1, Mask::Causal, lengths, d1).unwrap());
+    }
+}
+
 /// One state serves the query heads of a kv head where they share the kernel.
 #[test]
 fn groups_share_a_state() {

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 /// `v [batch, kv_heads, n_k, d_v]` give `[batch, query_heads, n_q, d_v]`, as
 /// [`MultiHead::forward`] says. Gradients by the three go through the crate's own backward pass.
 ///
-/// Tensors may have any strides: they are read where they lie, and nothing is copied. Those of
+/// Tensors may have any strides, and are read where they lie. Those of
 /// `F16` and `BF16` are widened, one sequence after the other, and the result has their type.
 ///
 /// ```

@@ -6,6 +6,7 @@ use crate::error::{Error, LayerHead};
 use crate::multi_head::MultiHead;
 use crate::multi_head::layout::{HeadUnit, in_head};
 use crate::multi_head::record::LayerRecord;
+use crate::multi_head::rows::Rows;
 use crate::multi_head::tasks::LayerCall;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
@@ -41,10 +42,25 @@ impl<T: Scalar> Task<'_, T> {
         by_bias: bool,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
+        scratch.with_part(|rows: &mut Rows<T>, scratch| {
+            self.run_together(layer, call, d_out, by_bias, rows, scratch)
+        })
+    }
+
+    fn run_together(
+        &mut self,
+        layer: &MultiHead<T>,
+        call: &LayerCall<'_, T>,
+        d_out: &ArrayView4<'_, T>,
+        by_bias: bool,
+        rows: &mut Rows<T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
         let (sequence, group) = (self.sequence, layer.group());
-        let mut d_bias = self.head.bias.filter(|_| by_bias).map(|bias| Array3::zeros(bias.dim()));
+        let mut all = rows.of_gradient(&mut self.head);
+        let mut d_bias = all.bias.filter(|_| by_bias).map(|bias| Array3::zeros(bias.dim()));
         for KernelCall { unit, at, d_parameters } in &mut *self.calls {
-            let mut head = self.head.reborrow();
+            let mut head = all.reborrow();
             head.d_bias = d_bias.as_mut().map(|d| d.view_mut());
             let mut record = self.record;
             if let HeadUnit::Query(h) = unit {
