@@ -34,10 +34,10 @@ use std::sync::Arc;
 /// Attention of a layer: one kernel for all query heads, or one for each.
 ///
 /// Arrays are `[batch, heads, tokens, columns]` views of any strides (permute the axes of another
-/// layout: rows of a head that lie apart are put together a head at a time, where they are read often).
-/// With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and
-/// `v` have fewer heads: query head `h` uses kv head `h / (query_heads / kv_heads)`. Where the
-/// query heads of a kv head have the same kernel (the same `Arc`) and that kernel can
+/// layout: rows of a head that lie apart are put together, a head at a time, where they are read
+/// often). With grouped-query heads (Ainslie et al., arXiv 2305.13245) `k` and `v` have fewer
+/// heads: query head `h` uses kv head `h / (query_heads / kv_heads)`. Where the query heads of a kv
+/// head have the same kernel (the same `Arc`) and that kernel can
 /// ([`Attention::stream_with`], all kernels of this crate), one state serves them all; otherwise
 /// each has its own.
 ///

@@ -198,8 +198,8 @@ impl DijiangAttentionConfig {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidOption`] if heads do not divide `d_model`, or the layer has other heads or kv
-    /// heads than the configuration; [`Error::Shape`] if its kernels take no queries and keys of
+    /// [`Error::InvalidOption`] if heads do not divide `d_model`, or the layer has other heads or
+    /// kv heads than the configuration; [`Error::Shape`] if its kernels take no queries and keys of
     /// `d_model / n_heads` columns.
     pub fn try_init_with(
         &self,

@@ -1,5 +1,5 @@
-//! `linear_attention` on the backend wgpu, against Flex. Where no device is found nothing is tested,
-//! and a line says so.
+//! `linear_attention` on the backend wgpu, against Flex. Where no device is found nothing is
+//! tested, and a line says so.
 
 use crate::common::{assert_close, numbers, wave};
 use burn::tensor::{DType, Device, DeviceType, Int, Tensor, TensorData};
