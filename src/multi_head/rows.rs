@@ -58,14 +58,7 @@ impl<T: Scalar> Rows<T> {
 
 /// Rows, copied if they lie apart.
 fn together<'b, T: Scalar>(x: ArrayView2<'b, T>, to: &'b mut Buffer<T>) -> ArrayView2<'b, T> {
-    if x.is_standard_layout() {
-        return x;
-    }
-    to.resize(x.len());
-    for (x, to) in x.outer_iter().zip(to.chunks_exact_mut(x.ncols().max(1))) {
-        ArrayViewMut1::from(to).assign(&x);
-    }
-    ArrayView2::from_shape(x.dim(), to).unwrap_or(x)
+    all_together(x.insert_axis(Axis(0)), to).index_axis_move(Axis(0), 0)
 }
 
 /// The same of several heads.

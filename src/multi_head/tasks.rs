@@ -296,20 +296,21 @@ pub(crate) fn are_shared_out(tasks: usize, reads: usize) -> bool {
 
 /// The threads that each of so many tasks may use: where there are enough tasks for all, one.
 pub(crate) fn threads_of_each(tasks: usize) -> Threads {
-    #[cfg(feature = "rayon")]
-    let threads = rayon::current_num_threads();
-    #[cfg(not(feature = "rayon"))]
-    let threads = 1;
-    if tasks >= threads { Threads::One } else { Threads::Pool }
+    if tasks >= all_threads() { Threads::One } else { Threads::Pool }
 }
 
 /// Threads for so many tasks.
 pub(crate) fn threads_at_most(tasks: usize) -> usize {
+    all_threads().min(tasks).max(1)
+}
+
+/// Those of the pool.
+fn all_threads() -> usize {
     #[cfg(feature = "rayon")]
     let threads = rayon::current_num_threads();
     #[cfg(not(feature = "rayon"))]
     let threads = 1;
-    threads.min(tasks).max(1)
+    threads
 }
 
 /// Runs every task, in parts of which this thread takes the first and others of the pool the rest:
