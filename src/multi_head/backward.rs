@@ -29,6 +29,7 @@ impl<T: Scalar> MultiHead<T> {
     /// Keys and values get the sum over the query heads that use them. Padding gets no gradient,
     /// and what it holds, of `d_out` as well, is never read. With feature `rayon`, batch × kv heads
     /// are shared out over the threads of the current pool; the result is the same, bit for bit.
+    /// Heads that are [pooled](Self::pooled) are one task.
     ///
     /// ```
     /// use dijiang::{Mask, MultiHead, SoftmaxAttention};
@@ -51,8 +52,7 @@ impl<T: Scalar> MultiHead<T> {
     ///
     /// Those of [`forward`](Self::forward), and of
     /// [`Attention::backward_heads`](crate::Attention::backward_heads) in an [`Error::InHead`];
-    /// [`Error::Unsupported`] if a kernel has no backward pass, or heads are
-    /// [pooled](Self::pooled).
+    /// [`Error::Unsupported`] if a kernel has no backward pass.
     pub fn backward(
         &self,
         q: ArrayView4<'_, T>,
@@ -156,9 +156,6 @@ impl<T: Scalar> MultiHead<T> {
         if let Some((record, _)) = gradient.record {
             record.check(dims[0].0 * self.units.len())?;
         }
-        if self.units.iter().any(|unit| matches!(unit, HeadUnit::Pool(_))) {
-            return Err(POOLED);
-        }
         if let Some(d_parameters) = &gradient.d_parameters {
             self.parameters().check_names(d_parameters)?;
         }
@@ -244,7 +241,26 @@ impl<T: Scalar> MultiHead<T> {
                 d_bias: None,
                 d_parameters: None,
             };
-            tasks.push(Task { sequence, head, record, calls, d_bias: None });
+            match &mut calls[..] {
+                // heads that share their entries are differentiated together
+                [KernelCall { unit: HeadUnit::Pool(pool), .. }] if pool.first() != Some(&kv) => {
+                    let is_pool = |task: &&mut Task<'_, T>| {
+                        task.sequence == sequence
+                            && task.calls.first().is_some_and(KernelCall::is_pool)
+                    };
+                    if let Some(task) = tasks.iter_mut().rev().find(is_pool) {
+                        task.others.push((head, calls));
+                    }
+                }
+                _ => tasks.push(Task {
+                    sequence,
+                    head,
+                    record,
+                    calls,
+                    others: Vec::new(),
+                    d_bias: None,
+                }),
+            }
         }
         // what several heads share is added in order; so that not all of it is there at once, some
         // of them at a time
@@ -266,9 +282,8 @@ impl<T: Scalar> MultiHead<T> {
             }
         }
         let Some(d_parameters) = d_parameters else { return Ok(()) };
-        for KernelCall { unit, d_parameters: found, .. } in calls.into_iter().flatten() {
+        for KernelCall { first, d_parameters: found, .. } in calls.into_iter().flatten() {
             if let Some(found) = found {
-                let first = self.first_with_kernel(unit.first_query_head(self.group()));
                 d_parameters.add_scaled(T::one(), &found.under(&place(first)))?;
             }
         }
@@ -278,24 +293,25 @@ impl<T: Scalar> MultiHead<T> {
     /// What is called for each kv head of each sequence: one kernel for all its query heads, or one
     /// for each; with room of its own for the parameters that are asked for.
     fn kernel_calls(&self, batch: usize, asked: Option<&Parameters<T>>) -> Vec<Vec<KernelCall<T>>> {
-        let of_unit = |(at, unit): (usize, &HeadUnit)| {
-            let first = self.first_with_kernel(unit.first_query_head(self.group()));
-            let d_parameters = asked.map(|asked| asked.of(&place(first)).zeros_like());
-            let d_parameters = d_parameters.filter(|asked| !asked.is_empty());
-            KernelCall { unit: unit.clone(), at, d_parameters }
-        };
         let of_kv = |kv: usize| {
             let units = self.units.iter().enumerate();
-            units.filter(|(_, unit)| unit.all_kv_heads(self.group()) == [kv]).map(of_unit).collect()
+            let mine = units.filter(|(_, unit)| unit.all_kv_heads(self.group()).contains(&kv));
+            let call = |(at, unit): (usize, &HeadUnit)| {
+                // of a pool each head has a kernel, if equal ones
+                let head = match unit {
+                    HeadUnit::Pool(_) => kv * self.group(),
+                    unit => unit.first_query_head(self.group()),
+                };
+                let first = self.first_with_kernel(head);
+                let d_parameters = asked.map(|asked| asked.of(&place(first)).zeros_like());
+                let d_parameters = d_parameters.filter(|asked| !asked.is_empty());
+                KernelCall { unit: unit.clone(), at, first, d_parameters }
+            };
+            mine.map(call).collect()
         };
         (0..batch).flat_map(|_| (0..self.kv_heads).map(of_kv)).collect()
     }
 }
-
-const POOLED: Error = Error::Unsupported {
-    what: "the gradient of heads that share one budget of entries",
-    why: "merging is a choice, and choices have none; use the layer before `MultiHead::pooled`",
-};
 
 /// `[batch, heads, n, d]` as parts `[count, n, d]`, sequence after sequence.
 fn of_heads<T>(mut x: ArrayViewMut4<'_, T>, count: usize) -> Vec<ArrayViewMut3<'_, T>> {

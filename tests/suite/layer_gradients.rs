@@ -380,12 +380,6 @@ fn errors_say_where() {
     let gates = Some(zeros(KV_HEADS, 20, 1));
     let error = Call { log_decay: gates, ..good.clone() }.run(&layer, 0.0).unwrap_err();
     assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-
-    let hybrid = HybridAttention::builder(D).window(4).far(Far::merged(8)).build().unwrap();
-    let hybrid = MultiHead::new(hybrid, HEADS, KV_HEADS).unwrap().pooled().unwrap();
-    let error = good.run(&hybrid, 0.0).unwrap_err();
-    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
-    assert!(error.to_string().contains("MultiHead::pooled"), "{error}");
 }
 
 /// Only what is asked for is computed.
@@ -441,6 +435,70 @@ fn threads_change_nothing() {
             for threads in [2, 3, 8] {
                 assert_eq!(on(threads, &run), one, "{name} {threads} {:?}", call.mask);
             }
+        }
+    }
+}
+
+/// Heads that share their entries are differentiated as one call of their kernel, each with the
+/// parameters of its own.
+#[test]
+fn pooled_heads_hand_gradients_on_together() {
+    let kernel = || -> Kernel {
+        let builder = HybridAttention::builder(D).window(4).sinks(1).far(Far::merged(6));
+        Arc::new(builder.sink_logit(0.3).build().unwrap())
+    };
+    let shared = kernel();
+    for kernels in [vec![shared.clone(), shared], vec![kernel(), kernel()]] {
+        let layer = MultiHead::per_kv_head(kernels.clone(), HEADS).unwrap().pooled().unwrap();
+        let one_kernel = Arc::ptr_eq(&kernels[0], &kernels[1]);
+        for lengths in [None, Some(vec![40, 9, 0])] {
+            let call = Call { lengths, ..Call::new([40, 40], Mask::Causal) };
+            let found = call.run(&layer, 0.0).unwrap();
+            let mut d_sinks = [(); KV_HEADS].map(|()| kernels[0].parameters().zeros_like());
+            for b in 0..BATCH {
+                let [queries, keys] = call.real(b);
+                if queries.is_empty() {
+                    continue;
+                }
+                let mut d: Vec<_> = (0..KV_HEADS)
+                    .map(|_| {
+                        let d_q = ndarray::Array3::zeros((GROUP, queries.len(), D));
+                        let [d_k, d_v] = [D, DV].map(|d| Array2::<f64>::zeros((keys.len(), d)));
+                        (d_q, d_k, d_v)
+                    })
+                    .collect();
+                let all = d.iter_mut().zip(&mut d_sinks).enumerate();
+                let mut heads: Vec<_> = all
+                    .map(|(kv, ((d_q, d_k, d_v), d_sink))| {
+                        let group = kv * GROUP..(kv + 1) * GROUP;
+                        HeadGradient::group(
+                            call.q.slice(s![b, group.clone(), queries.clone(), ..]),
+                            [
+                                call.k.slice(s![b, kv, keys.clone(), ..]),
+                                call.v.slice(s![b, kv, keys.clone(), ..]),
+                            ],
+                            call.d_out.slice(s![b, group, queries.clone(), ..]),
+                            d_q.view_mut(),
+                            [d_k.view_mut(), d_v.view_mut()],
+                        )
+                        .with_parameters(d_sink)
+                    })
+                    .collect();
+                kernels[0].backward_heads(&mut heads, Mask::Causal, &mut Scratch::new()).unwrap();
+                drop(heads);
+                for (kv, (d_q, d_k, d_v)) in d.iter().enumerate() {
+                    let group = kv * GROUP..(kv + 1) * GROUP;
+                    assert_eq!(found.q.slice(s![b, group, queries.clone(), ..]), d_q);
+                    assert_eq!(found.k.slice(s![b, kv, keys.clone(), ..]), d_k);
+                    assert_eq!(found.v.slice(s![b, kv, keys.clone(), ..]), d_v);
+                }
+            }
+            let sink = |kv: usize| d_sinks[kv].get("sink_logits").unwrap()[0];
+            let of = |head: usize| found.parameters.get(&format!("heads.{head}.sink_logits"));
+            let expected = if one_kernel { sink(0) + sink(1) } else { sink(0) };
+            assert!((of(0).unwrap()[0] - expected).abs() < 1e-12);
+            assert_eq!(of(GROUP).is_none(), one_kernel);
+            assert!(of(GROUP).is_none_or(|d| (d[0] - sink(1)).abs() < 1e-12));
         }
     }
 }

@@ -4,7 +4,7 @@
 use crate::model::Model;
 use anyhow::{Result, ensure};
 use dijiang::{HeadSample, MultiHead, SoftmaxAttention};
-use ndarray::{Array3, Axis, s};
+use ndarray::{Array3, ArrayView3, Axis, s};
 
 /// What the attention of each layer was given while the model, all exact, read a text.
 #[derive(Clone, Debug)]
@@ -57,6 +57,13 @@ impl Capture {
             .flat_map(sample)
             .map(|(layer, kv_head)| self.sample(layer, kv_head))
             .collect()
+    }
+
+    /// Queries, keys and values of a layer.
+    #[must_use]
+    pub fn layer(&self, layer: usize) -> [ArrayView3<'_, f32>; 3] {
+        let Captured { q, k, v } = &self.layers[layer];
+        [q, k, v].map(|x| x.view())
     }
 
     /// The sample of one kv head.

@@ -142,18 +142,18 @@ pub fn compare(session: &Session, kernels: &[Kernel], program: &Program) -> Resu
 }
 
 fn row(session: &Session, kernel: &Kernel, program: &Program, bar: &ProgressBar) -> Result<Row> {
-    let (model, config) = (&session.model, session.model.config());
     let attention = session.attention(kernel)?;
-    let layers = &attention.layers;
+    let (model, layers) = (attention.model(session), &attention.layers);
+    let config = model.config();
     let texts = session.corpus.evaluation()?;
     let found = losses(model, layers, texts, program.context, bar)?;
     let [Some(first), Some(second)] = found.halves() else { bail!("a half has no predictions") };
     let recall = |&task: &Task| -> Result<Recall> {
-        let score = session.recall(layers, task, program.prompts, bar)?;
+        let score = session.recall(&attention, task, program.prompts, bar)?;
         Ok(Recall { pairs: task.pairs, distance: task.distance, score })
     };
     let recall = program.tasks.iter().map(recall).collect::<Result<_>>()?;
-    let copying = session.copying(layers, program.copied, bar)?;
+    let copying = session.copying(&attention, program.copied, bar)?;
     let decode = decode(model, layers, &session.first_text()?.tokens, &program.lengths, bar)?;
     let read = predicted(texts, program.context);
     Ok(Row {

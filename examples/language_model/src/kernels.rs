@@ -2,19 +2,18 @@
 
 use crate::capture::Capture;
 use crate::model::Config;
-use crate::plan::Plan;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use dijiang::{
     Attention, Calibration, CalibrationOptions, DctFeatures, EluFeatures, Far, FeatureMap,
-    HybridAttention, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang, Performer,
-    ReluFeatures, SoftmaxAttention, StateFormat, Ward, Wpff, projection,
+    HybridAttention, LearnedFeatures, LinearAttention, Merged, Metric, MultiHead, OfficialDijiang,
+    Performer, ReluFeatures, Scalar, SoftmaxAttention, StateFormat, Ward, Wpff, projection,
 };
 use ndarray::{Array1, s};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -28,13 +27,18 @@ A kernel is NAME[:SIZE][,OPTION]...
   ward:S             the same, merged by Ward's rule
   taylor:R           the same, a second-order Taylor map of rank R (always calibrated)
   performer:M  dct:M  wpff:M
-                     linear attention with M features; with window=W, behind an exact window
+                     linear attention with M features; with window=W, behind an exact window; with
+                     sinks=N, behind the first N tokens
+  learned:M  hedgehog
+                     the same with maps that are trained (`convert`): M features that begin as
+                     those of dct, or two for each column, as Hedgehog begins
   official           the map of the released DiJiang code with fresh radii
   elu  relu          linear attention with elementwise maps
 
   window=W  sinks=N  heavy=N         of hybrids
   decay=G  min-age=N  block=N  value-weight=X  metric=identity
-                                     of merged (block: of ward too)
+                                     of merged (block: of ward too; decay: of maps alone, where
+                                     every feature has one of its own, which is trained)
   calibrated         fit the kernel of each head to the calibration text (not official, elu, relu)
   seed=N             of random maps
   state=FORMAT       f32, bf16 or q8: bits of caches, windows, sinks and entries (softmax, hybrids,
@@ -47,7 +51,8 @@ A kernel is NAME[:SIZE][,OPTION]...
                            options)
   plan=FILE          what `plan` wrote: window, entries and decay of every head, for `merged`
                      without a size and options; three come along, see `plans/README.md`. Of
-                     any kernel, what `heads` wrote: the heads that stay exact";
+                     any kernel, what `heads` wrote: the heads that stay exact
+  adapted=FILE       what `convert` wrote: the weights that the model learned for this kernel";
 
 /// A kernel for every head of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,6 +61,7 @@ pub struct Kernel {
     family: Family,
     options: Options,
     exact: Exact,
+    adapted: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +79,8 @@ enum Map {
     Performer(usize),
     Dct(usize),
     Wpff(usize),
+    Learned(usize),
+    Hedgehog,
     Official,
     Elu,
     Relu,
@@ -107,7 +115,7 @@ pub enum Exact {
     Plan(PathBuf),
 }
 
-type AnyKernel = Arc<dyn Attention<f32>>;
+type AnyKernel<T> = Arc<dyn Attention<T>>;
 
 /// Rows of the calibration text that fits see; exact heads are chosen on all of it.
 const CALIBRATION_ROWS: usize = 512;
@@ -125,6 +133,7 @@ impl FromStr for Kernel {
         let mut options = Options::default();
         let mut exact = Exact::None;
         let mut by = None;
+        let mut adapted = None;
         let mut given = Vec::new();
         for part in parts {
             let (key, value) =
@@ -157,6 +166,7 @@ impl FromStr for Kernel {
                 ("exact", Some(x)) => exact = Exact::Count(count(key, x, 0..=MOST_TOKENS)?, None),
                 ("by", Some(x)) => by = Some(Box::new(x.parse()?)),
                 ("plan", Some(x)) => exact = Exact::Plan(PathBuf::from(x)),
+                ("adapted", Some(x)) => adapted = Some(PathBuf::from(x)),
                 _ => bail!("`{part}` is not an option of a kernel\n\n{GRAMMAR}"),
             }
         }
@@ -184,6 +194,8 @@ impl FromStr for Kernel {
             "performer" => Family::Map(Map::Performer(features(256)?)),
             "dct" => Family::Map(Map::Dct(features(128)?)),
             "wpff" => Family::Map(Map::Wpff(features(128)?)),
+            "learned" => Family::Map(Map::Learned(features(128)?)),
+            "hedgehog" => Family::Map(Map::Hedgehog),
             "official" => Family::Map(Map::Official),
             "elu" => Family::Map(Map::Elu),
             "relu" => Family::Map(Map::Relu),
@@ -198,8 +210,10 @@ impl FromStr for Kernel {
                 MOST_ENTRIES + 1
             );
         }
-        let sizeless =
-            matches!(family, Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu));
+        let sizeless = matches!(
+            family,
+            Family::Softmax | Family::Map(Map::Hedgehog | Map::Official | Map::Elu | Map::Relu)
+        );
         ensure!(size.is_none() || !sizeless, "`{name}` has no size");
         if family == Family::Window {
             ensure!(
@@ -224,8 +238,9 @@ impl FromStr for Kernel {
             family,
             options,
             exact,
+            adapted,
         };
-        for key in given.iter().filter(|key| !["exact", "by", "plan"].contains(key)) {
+        for key in given.iter().filter(|key| !["exact", "by", "plan", "adapted"].contains(key)) {
             ensure!(kernel.takes(key), "`{key}` means nothing to `{head}`{}", kernel.hint(key));
         }
         Ok(kernel)
@@ -239,10 +254,31 @@ impl Kernel {
         &self.name
     }
 
+    /// Whether two names say the same kernel, whatever was learned for it and in how many bits its
+    /// states are kept.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        let options = |of: &Self| Options { state: None, ..of.options.clone() };
+        self.family == other.family
+            && options(self) == options(other)
+            && match (&self.exact, &other.exact) {
+                // what chose the heads is compared by the heads themselves
+                (Exact::None, Exact::None) => true,
+                (Exact::None, _) | (_, Exact::None) => false,
+                _ => true,
+            }
+    }
+
     /// Which heads stay exact.
     #[must_use]
     pub fn exact(&self) -> &Exact {
         &self.exact
+    }
+
+    /// What the model learned for it, if it is to be used.
+    #[must_use]
+    pub fn adapted(&self) -> Option<&Path> {
+        self.adapted.as_deref()
     }
 
     /// The kernel in heads that do not stay exact, each with a memory of its own: what exact heads
@@ -252,7 +288,13 @@ impl Kernel {
         let options = Options { pool: false, ..self.options.clone() };
         let name = without_choice(&self.name);
         let name = name.split(',').filter(|part| *part != "pool").collect::<Vec<_>>().join(",");
-        Self { name, family: self.family, options, exact: Exact::None }
+        Self { name, family: self.family, options, exact: Exact::None, adapted: None }
+    }
+
+    /// Whether it is exact attention.
+    #[must_use]
+    pub fn is_softmax(&self) -> bool {
+        self.family == Family::Softmax
     }
 
     /// Whether it is `merged` as it is, apart from the choice of heads: a plan says all the rest.
@@ -291,17 +333,22 @@ impl Kernel {
         let fitted =
             matches!(self.family, Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)));
         match key {
-            "window" => !matches!(
+            "window" | "sinks" => !matches!(
                 self.family,
                 Family::Softmax | Family::Map(Map::Official | Map::Elu | Map::Relu)
             ),
-            "sinks" | "heavy" => self.is_hybrid(),
+            "heavy" => self.is_hybrid(),
             "state" => self.is_hybrid() || self.family == Family::Softmax,
-            "decay" | "min-age" | "value-weight" | "metric" | "pool" => {
+            "decay" => match self.family {
+                Family::Merged(_) => true,
+                Family::Map(_) => !self.is_hybrid(),
+                _ => false,
+            },
+            "min-age" | "value-weight" | "metric" | "pool" => {
                 matches!(self.family, Family::Merged(_))
             }
             "block" => matches!(self.family, Family::Merged(_) | Family::Ward(_)),
-            "seed" => fitted || self.family == Family::Map(Map::Official),
+            "seed" => fitted || matches!(self.family, Family::Map(Map::Official | Map::Learned(_))),
             "calibrated" => {
                 fitted
                     || matches!(
@@ -315,9 +362,10 @@ impl Kernel {
 
     fn hint(&self, key: &str) -> &'static str {
         match (self.family, key) {
-            (Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)), "sinks" | "heavy") => {
+            (Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)), "heavy") => {
                 ": give it a window first"
             }
+            (Family::Map(_), "decay") => " with a window or sinks",
             _ => "",
         }
     }
@@ -326,19 +374,28 @@ impl Kernel {
         match self.family {
             Family::Softmax => false,
             Family::Window | Family::Merged(_) | Family::Ward(_) | Family::Taylor(_) => true,
-            Family::Map(_) => self.options.window.is_some(),
+            Family::Map(_) => self.options.window.is_some() || self.options.sinks.is_some(),
         }
     }
 
-    /// The kernel of every kv head, layer by layer.
-    pub fn heads(&self, config: &Config, capture: Option<&Capture>) -> Result<Vec<Vec<AnyKernel>>> {
+    /// The kernel of every kv head, layer by layer; those that have parameters apart from each
+    /// other.
+    pub fn heads<T: Scalar>(
+        &self,
+        config: &Config,
+        capture: Option<&Capture>,
+    ) -> Result<Vec<Vec<AnyKernel<T>>>> {
         let d = config.head_dim;
         if !self.is_fitted() {
             let kernel = self.build(d, None)?;
-            return Ok(vec![vec![kernel; config.kv_heads]; config.layers]);
+            if kernel.parameters().is_empty() {
+                return Ok(vec![vec![kernel; config.kv_heads]; config.layers]);
+            }
+            let layer = || (0..config.kv_heads).map(|_| self.build(d, None)).collect();
+            return (0..config.layers).map(|_| layer()).collect();
         }
         let capture = capture.context("a calibrated kernel needs a calibration text")?;
-        let head = |layer, kv_head| -> Result<AnyKernel> {
+        let head = |layer, kv_head| -> Result<AnyKernel<T>> {
             let sample = capture.sample(layer, kv_head);
             let stride = sample.k.nrows().div_ceil(CALIBRATION_ROWS).max(1);
             let (window, sinks) =
@@ -357,24 +414,19 @@ impl Kernel {
             .collect()
     }
 
-    /// The attention of every layer.
-    pub fn layers(
+    /// The attention of every layer, with these kv heads exact, `(layer, kv head)`.
+    pub fn layers<T: Scalar>(
         &self,
         config: &Config,
         capture: Option<&Capture>,
-        plan: Option<&Plan>,
-    ) -> Result<Vec<MultiHead<f32>>> {
-        ensure!(
-            plan.is_some() == (self.exact != Exact::None),
-            "`{}` and the plan do not belong together",
-            self.name
-        );
+        exact_heads: &[(usize, usize)],
+    ) -> Result<Vec<MultiHead<T>>> {
         let exact = SoftmaxAttention::new(config.head_dim)?.with_state_format(self.state());
-        let exact: AnyKernel = Arc::new(exact);
+        let exact: AnyKernel<T> = Arc::new(exact);
         let heads = self.heads(config, capture)?;
-        let layer = |(l, kernels): (usize, Vec<AnyKernel>)| -> Result<MultiHead<f32>> {
-            let choose = |(kv, kernel)| match plan {
-                Some(plan) if plan.heads.contains(l, kv) => Arc::clone(&exact),
+        let layer = |(l, kernels): (usize, Vec<AnyKernel<T>>)| -> Result<MultiHead<T>> {
+            let choose = |(kv, kernel)| match exact_heads {
+                heads if heads.contains(&(l, kv)) => Arc::clone(&exact),
                 _ => kernel,
             };
             let kernels = kernels.into_iter().enumerate().map(choose).collect();
@@ -390,7 +442,7 @@ impl Kernel {
     }
 
     /// The kernel of one head.
-    fn build(&self, d: usize, fit: Option<&Calibration>) -> Result<AnyKernel> {
+    fn build<T: Scalar>(&self, d: usize, fit: Option<&Calibration>) -> Result<AnyKernel<T>> {
         let seed = self.options.seed.unwrap_or(0);
         let calibrated = fit.filter(|_| self.options.calibrated);
         Ok(match self.family {
@@ -433,28 +485,39 @@ impl Kernel {
                 let mut random = ChaCha8Rng::seed_from_u64(seed);
                 let mut radius = || {
                     let uniform = (f64::from(random.next_u32()) + 0.5) / 2_f64.powi(32);
-                    projection::normal_quantile(uniform).map(|x| x as f32)
+                    projection::normal_quantile(uniform).map(T::from_f64)
                 };
-                let radii = (0..d).map(|_| radius()).collect::<Result<Array1<f32>, _>>()?;
-                Arc::new(LinearAttention::new(OfficialDijiang::new(radii)?).with_scale(1.0))
+                let radii = (0..d).map(|_| radius()).collect::<Result<Array1<T>, _>>()?;
+                Arc::new(self.linear(OfficialDijiang::new(radii)?).with_scale(1.0))
             }
-            Family::Map(Map::Elu) => Arc::new(LinearAttention::new(EluFeatures::new(d)?)),
-            Family::Map(Map::Relu) => Arc::new(LinearAttention::new(ReluFeatures::new(d)?)),
+            Family::Map(Map::Learned(m)) => {
+                let map = LearnedFeatures::from_map(&DctFeatures::<T>::new(d, m, seed)?)?;
+                self.with_map(d, map, fit)?
+            }
+            Family::Map(Map::Hedgehog) => self.with_map(d, LearnedFeatures::hedgehog(d)?, fit)?,
+            Family::Map(Map::Elu) => Arc::new(self.linear(EluFeatures::new(d)?)),
+            Family::Map(Map::Relu) => Arc::new(self.linear(ReluFeatures::new(d)?)),
         })
     }
 
     /// A map in linear attention, or behind a window.
-    fn with_map(
+    fn with_map<T: Scalar>(
         &self,
         d: usize,
-        map: impl FeatureMap<f32> + 'static,
+        map: impl FeatureMap<T> + 'static,
         fit: Option<&Calibration>,
-    ) -> Result<AnyKernel> {
+    ) -> Result<AnyKernel<T>> {
         if self.is_hybrid() {
             self.hybrid(d, Far::features(map), fit)
         } else {
-            Ok(Arc::new(LinearAttention::new(map)))
+            Ok(Arc::new(self.linear(map)))
         }
+    }
+
+    /// A map in linear attention, with a decay for each feature if one is given.
+    fn linear<T: Scalar, F: FeatureMap<T>>(&self, map: F) -> LinearAttention<F> {
+        let decays = self.options.decay.map(|decay| Array1::from_elem(map.num_features(), decay));
+        decays.into_iter().fold(LinearAttention::new(map), LinearAttention::with_channel_decay)
     }
 
     fn merged(&self, entries: usize, calibrated: Option<&Calibration>) -> Merged {
@@ -481,12 +544,12 @@ impl Kernel {
         far
     }
 
-    fn hybrid(
+    fn hybrid<T: Scalar>(
         &self,
         d: usize,
-        far: impl Into<Far<f32>>,
+        far: impl Into<Far<T>>,
         fit: Option<&Calibration>,
-    ) -> Result<AnyKernel> {
+    ) -> Result<AnyKernel<T>> {
         let heavy = self.options.heavy.unwrap_or(0);
         let mut builder = HybridAttention::builder(d)
             .window(self.window())
@@ -500,8 +563,10 @@ impl Kernel {
         Ok(Arc::new(builder.build()?))
     }
 
+    /// A map behind sinks needs no window.
     fn window(&self) -> usize {
-        self.options.window.unwrap_or(64)
+        let default = if matches!(self.family, Family::Map(_)) { 0 } else { 64 };
+        self.options.window.unwrap_or(default)
     }
 
     fn sinks(&self) -> usize {
@@ -515,13 +580,14 @@ impl fmt::Display for Kernel {
     }
 }
 
-/// A name without the choice of exact heads.
+/// A name without the choice of exact heads, and what was learned.
 #[must_use]
 pub fn without_choice(name: &str) -> String {
-    let about_heads =
-        |part: &&str| ["exact=", "by=", "plan="].iter().any(|key| part.starts_with(key));
+    let about_heads = |part: &&str| CHOICES.iter().any(|key| part.starts_with(key));
     name.split(',').filter(|part| !about_heads(part)).collect::<Vec<_>>().join(",")
 }
+
+const CHOICES: [&str; 4] = ["exact=", "by=", "plan=", "adapted="];
 
 /// Bytes of the states of all layers after so many tokens.
 pub fn state_bytes(layers: &[MultiHead<f32>], config: &Config, tokens: usize) -> Result<usize> {

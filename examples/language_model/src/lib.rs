@@ -4,7 +4,9 @@
 pub mod args;
 pub mod capture;
 pub mod compare;
+pub mod convert;
 pub mod decode;
+pub mod elementwise;
 pub mod generate;
 pub mod gguf;
 pub mod kernels;

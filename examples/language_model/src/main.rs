@@ -4,8 +4,11 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
-use language_model::args::{COMPARED, Cli, Command, Input, Tasks};
+use language_model::args::{COMPARED, Cli, Command, Input, Tasks, Training};
 use language_model::compare::{Program, compare};
+use language_model::convert::Conversion;
+use language_model::convert::learned::Learned;
+use language_model::convert::options::LossKind;
 use language_model::generate::{Sampling, chat, generate};
 use language_model::gguf::Gguf;
 use language_model::kernels::{Exact, Kernel, state_bytes};
@@ -25,12 +28,31 @@ use std::time::Duration;
 
 fn main() -> Result<()> {
     let cli = Cli::parse();
+    keep_memory();
     // a decode step hands out hundreds of small tasks: cheaper from within than from outside
     rayon::ThreadPoolBuilder::new()
         .num_threads(cli.input.threads.unwrap_or(0))
         .stack_size(STACK)
         .build_global()?;
     rayon::scope(|_| run(cli))
+}
+
+/// Lets the allocator keep what is freed. A step of a training takes and frees some gigabytes in
+/// large pieces; handing them back to the system and fetching them again took a quarter of its
+/// time.
+fn keep_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (what, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_MMAP_THRESHOLD, libc::c_int::MAX),
+        (libc::M_TRIM_THRESHOLD, libc::c_int::MAX),
+    ] {
+        // SAFETY: no other thread runs yet, and any value of these three is sound.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::mallopt(what, value);
+        }
+    }
 }
 
 /// Bytes of the stack of a thread, as many as the first one commonly has.
@@ -68,6 +90,7 @@ fn run(cli: Cli) -> Result<()> {
             };
             write(&open()?, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
         }
+        Command::Convert { train } => convert(&open()?, &train),
         Command::Compare { kernels, context, tasks, lengths, output } => {
             all(&open()?, kernels, context, &tasks, lengths, &output)
         }
@@ -111,7 +134,7 @@ fn perplexity(session: &Session, kernels: &[Kernel], context: usize) -> Result<(
     for kernel in kernels {
         bar.set_message(kernel.name().to_owned());
         let attention = session.attention(kernel)?;
-        let found = losses(&session.model, &attention.layers, texts, context, &bar)?;
+        let found = losses(attention.model(session), &attention.layers, texts, context, &bar)?;
         let halves = found.halves();
         let first = *reference.get_or_insert(halves);
         let half = |i: usize| match halves[i].zip(first[i]) {
@@ -212,12 +235,12 @@ fn recall(session: &Session, kernels: &[Kernel], asked: &Tasks) -> Result<()> {
                 "{kernel}, {} pairs over {} tokens",
                 task.pairs, task.distance
             ));
-            let score = session.recall(&attention.layers, task, asked.prompts, &hidden)?;
+            let score = session.recall(&attention, task, asked.prompts, &hidden)?;
             line +=
                 &format!("  ({}, {}) {}/{}", task.pairs, task.distance, score.right, score.asked);
             bar.inc(1);
         }
-        let score = session.copying(&attention.layers, asked.copied, &hidden)?;
+        let score = session.copying(&attention, asked.copied, &hidden)?;
         bar.suspend(|| println!("{line}  copied {:.3}", score.share()));
     }
     bar.finish_and_clear();
@@ -315,7 +338,7 @@ fn heads(
         (None, Some((mib, tokens))) => {
             let small = kernel
                 .alone()
-                .heads(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
+                .heads::<f32>(config, kernel.is_fitted().then(|| session.capture()).transpose()?)?;
             let bytes = small[0][0].state_bytes(config.value_dim, tokens)?;
             let least = report::mib(bytes.saturating_mul(heads));
             errors
@@ -374,7 +397,8 @@ fn write(
     };
     ensure!(!prompt.is_empty(), "the prompt is empty: give one by `--prompt` or `--prompt-file`");
     warn_beyond(session, &[("the prompt and what may be written", prompt.len() + tokens)]);
-    let layers = session.attention(kernel)?.layers;
+    let attention = session.attention(kernel)?;
+    let (model, layers) = (attention.model(session), &attention.layers);
     if !as_message {
         print!("{}", tokenizer.decode(&prompt)?);
     }
@@ -382,8 +406,7 @@ fn write(
         print!("{text}");
         Ok(stdout().flush()?)
     };
-    let written =
-        generate(&session.model, tokenizer, &layers, &prompt, tokens, sampling, &mut show)?;
+    let written = generate(model, tokenizer, layers, &prompt, tokens, sampling, &mut show)?;
     println!("\n");
     let position = written.state.position();
     if prompt.len() > 1 {
@@ -401,12 +424,56 @@ fn write(
         written.tokens.len(),
         rate(steps, written.writing),
     );
-    println!("weights  {:8.2} MiB in memory", mib(session.model.weight_bytes()));
+    println!("weights  {:8.2} MiB in memory", mib(model.weight_bytes()));
     println!(
         "state    {:8.2} MiB now, after {position} tokens, with `{kernel}`; softmax's cache would \
          take {:.2} MiB",
         mib(written.state.bytes()),
         mib(softmax_bytes(session, position)?)
+    );
+    Ok(())
+}
+
+/// Trains the model for a kernel, and prints what was gained.
+fn convert(session: &Session, asked: &Training) -> Result<()> {
+    let texts = session.read(&asked.train_texts)?;
+    let options = asked.options();
+    let output = asked.output();
+    let train = |kernel: &Kernel, output: &Path| -> Result<Learned> {
+        let bar = bar(options.tokens_of(options.steps()))?;
+        let conversion = Conversion {
+            session,
+            kernel,
+            texts: &texts,
+            options: options.clone(),
+            output,
+            exact: asked.keep_exact.as_deref(),
+        };
+        let learned = conversion.run(&bar)?;
+        bar.finish_and_clear();
+        Ok(learned)
+    };
+    ensure!(
+        asked.kernel.adapted().is_none(),
+        "`{}`: a conversion begins with the model as it came: leave `adapted` out",
+        asked.kernel
+    );
+    ensure!(
+        options.loss == LossKind::Ce || !asked.kernel.is_softmax(),
+        "`softmax` is what the others learn from: it has nothing to learn with `--loss kl`"
+    );
+    let learned = train(&asked.kernel, &output)?;
+    println!("{}", learned.about.summary());
+    if options.loss == LossKind::Ce && !asked.kernel.is_softmax() {
+        let beside = output.with_extension("softmax.safetensors");
+        let exact = train(&"softmax".parse()?, &beside)?;
+        println!("the exact model, tuned on the same tokens\n{}", exact.about.summary());
+    }
+    println!(
+        "written to {}; use it as `{},adapted={}`",
+        output.display(),
+        asked.kernel,
+        output.display()
     );
     Ok(())
 }

@@ -1,11 +1,12 @@
 //! A LLaMA (Touvron et al., arXiv 2302.13971): the forward pass, with any attention of this crate
 //! in its heads.
 
+use crate::elementwise;
 use crate::gguf::Gguf;
 use crate::linear::{Linear, Weights};
 use anyhow::{Context, Result, ensure};
 use dijiang::{MultiHead, MultiHeadStream, Rotary, RotaryAngles};
-use ndarray::{Array1, Array2, ArrayView1, ArrayView3, Axis, Zip};
+use ndarray::{Array1, Array2, ArrayView3, Axis};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -71,17 +72,18 @@ pub struct Model {
     output: Option<Linear>,
 }
 
+/// The weights of a layer.
 #[derive(Clone, Debug)]
-struct Layer {
-    attention_norm: Array1<f32>,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    feed_forward_norm: Array1<f32>,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Array1<f32>,
+    pub(crate) query: Linear,
+    pub(crate) key: Linear,
+    pub(crate) value: Linear,
+    pub(crate) output: Linear,
+    pub(crate) feed_forward_norm: Array1<f32>,
+    pub(crate) gate: Linear,
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
 }
 
 /// What a model remembers of the tokens it has read: one attention state for each layer.
@@ -178,6 +180,44 @@ impl Model {
         &self.config
     }
 
+    /// The layers.
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The layers, to be changed.
+    pub(crate) fn layers_mut(&mut self) -> &mut [Layer] {
+        &mut self.layers
+    }
+
+    /// The gain of the last norm.
+    pub(crate) fn norm(&self) -> &Array1<f32> {
+        &self.norm
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn norm_mut(&mut self) -> &mut Array1<f32> {
+        &mut self.norm
+    }
+
+    pub(crate) fn rotary(&self) -> &Rotary {
+        &self.rotary
+    }
+
+    /// What makes scores of hidden states.
+    pub(crate) fn head(&self) -> &Linear {
+        self.output.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// What the first layer is given, `[n, width]`.
+    pub fn embedded(&self, tokens: &[u32]) -> Result<Array2<f32>> {
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary)
+        {
+            anyhow::bail!("token {token} is beyond the vocabulary of {}", self.config.vocabulary);
+        }
+        Ok(scaled(self.embed(tokens), self.config.scales.embedding))
+    }
+
     /// Bytes of the weights of linear layers and embeddings in memory.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
@@ -233,12 +273,9 @@ impl Model {
         observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
     ) -> Result<Array2<f32>> {
         ensure!(!state.broken, "this state failed before: reset it");
-        if let Some(token) = tokens.iter().find(|&&token| token as usize >= self.config.vocabulary)
-        {
-            anyhow::bail!("token {token} is beyond the vocabulary of {}", self.config.vocabulary);
-        }
+        let x = self.embedded(tokens)?;
         state.broken = true;
-        let hidden = self.forward(state, tokens, observe)?;
+        let hidden = self.forward(state, x, observe)?;
         state.position += tokens.len();
         state.broken = false;
         Ok(hidden)
@@ -247,20 +284,19 @@ impl Model {
     fn forward(
         &self,
         state: &mut State,
-        tokens: &[u32],
+        mut x: Array2<f32>,
         observe: &mut dyn FnMut(Projections<'_>) -> Result<()>,
     ) -> Result<Array2<f32>> {
         let State { attention, position, time, .. } = state;
-        let Scales { embedding, residual, attention: scale, .. } = self.config.scales;
+        let Scales { residual, attention: scale, .. } = self.config.scales;
         // the kernels scale by 1/√head_dim themselves
         let scale = scale.map(|scale| scale * (self.config.head_dim as f64).sqrt());
         let start = Instant::now();
         let before = *time;
-        let angles = self.rotary.angles(*position, tokens.len())?;
-        let mut x = scaled(self.embed(tokens), embedding);
+        let angles = self.rotary.angles(*position, x.nrows())?;
         for (l, (layer, attention)) in self.layers.iter().zip(attention).enumerate() {
             // x ← x + W_o · Attention(q, k, v)
-            let h = self.rms_norm(&x, &layer.attention_norm);
+            let h = self.rms_norm(&x, &layer.attention_norm)?;
             let mut q = scaled(time.product(&layer.query, &h), scale);
             let mut k = time.product(&layer.key, &h);
             let v = time.product(&layer.value, &h);
@@ -269,13 +305,13 @@ impl Model {
             let mixed = self.attend(attention, l, [&q, &k, &v], time, observe)?;
             x += &scaled(time.product(&layer.output, &mixed), residual);
             // x ← x + W_down · (silu(W_gate · h) ⊙ W_up · h)
-            let h = self.rms_norm(&x, &layer.feed_forward_norm);
+            let h = self.rms_norm(&x, &layer.feed_forward_norm)?;
             let mut gated = time.product(&layer.gate, &h);
             let up = time.product(&layer.up, &h);
-            Zip::from(&mut gated).and(&up).par_for_each(|gate, &up| *gate = silu(*gate) * up);
+            elementwise::gate(numbers(&mut gated)?, up.as_slice().context("rows in order")?);
             x += &scaled(time.product(&layer.down, &gated), residual);
         }
-        let hidden = self.rms_norm(&x, &self.norm);
+        let hidden = self.rms_norm(&x, &self.norm)?;
         let timed = time.attention + time.products - before.attention - before.products;
         time.rest += start.elapsed().saturating_sub(timed);
         Ok(hidden)
@@ -283,8 +319,7 @@ impl Model {
 
     /// Scores of every token of the vocabulary, `[n, vocabulary]`, from hidden states.
     pub fn logits(&self, state: &mut State, hidden: &Array2<f32>) -> Array2<f32> {
-        let head = self.output.as_ref().unwrap_or(&self.embedding);
-        state.time.product(head, hidden)
+        state.time.product(self.head(), hidden)
     }
 
     /// The same, where each must be a finite number.
@@ -335,18 +370,11 @@ impl Model {
         x
     }
 
-    /// `x/√(mean x² + ε) ⊙ g` of every row (Zhang and Sennrich, arXiv 1910.07467).
-    fn rms_norm(&self, x: &Array2<f32>, gain: &Array1<f32>) -> Array2<f32> {
-        let scale = |row: ArrayView1<'_, f32>| {
-            let squares: f64 = row.iter().map(|&x| f64::from(x).powi(2)).sum();
-            (1.0 / (squares / row.len() as f64 + self.config.rms_epsilon).sqrt()) as f32
-        };
-        let mut y = x.clone();
-        Zip::from(y.rows_mut()).par_for_each(|mut row| {
-            let scale = scale(row.view());
-            Zip::from(&mut row).and(gain).for_each(|x, &gain| *x *= scale * gain);
-        });
-        y
+    /// `x/√(mean x² + ε) ⊙ g` of every row.
+    fn rms_norm(&self, x: &Array2<f32>, gain: &Array1<f32>) -> Result<Array2<f32>> {
+        let (mut y, gain) = (x.clone(), gain.as_slice().context("a vector in order")?);
+        elementwise::rms_norm(numbers(&mut y)?, gain, self.config.rms_epsilon);
+        Ok(y)
     }
 }
 
@@ -410,7 +438,7 @@ fn turn(x: &mut Array2<f32>, angles: &RotaryAngles<f32>, head_dim: usize) -> Res
     Ok(angles.rotate_heads_in_place(heads)?)
 }
 
-/// `x·σ(x)`
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
+/// The numbers of an array in its usual order.
+fn numbers(x: &mut Array2<f32>) -> Result<&mut [f32]> {
+    x.as_slice_mut().context("rows in order")
 }

@@ -1,6 +1,7 @@
 //! A loaded model with its texts; kernels by name become attention for its layers.
 
 use crate::capture::Capture;
+use crate::convert::learned::Learned;
 use crate::gguf::Gguf;
 use crate::kernels::{Exact, Kernel};
 use crate::linear::Weights;
@@ -8,7 +9,7 @@ use crate::model::Model;
 use crate::plan::{self, Choice, Plan};
 use crate::recall::{Prompt, Score, Task, copying};
 use crate::state_plan;
-use crate::texts::{Corpus, Encoder, Text};
+use crate::texts::{self, Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, ensure};
 use dijiang::{HeadErrors, MultiHead, StatePlan};
@@ -37,6 +38,8 @@ pub struct Session {
 /// Attention for every layer of a model, with the choices it came from.
 #[derive(Clone, Debug)]
 pub struct Attentions {
+    /// The model with what it learned for them, if it did.
+    pub adapted: Option<Model>,
     /// One for each layer.
     pub layers: Vec<MultiHead<f32>>,
     /// The exact heads, if they were chosen.
@@ -106,6 +109,12 @@ impl Session {
         })
     }
 
+    /// The texts of these files.
+    pub fn read(&self, files: &[PathBuf]) -> Result<Vec<Text>> {
+        let tokenizer = self.tokenizer.as_ref().map_err(String::as_str);
+        texts::read_all(files, Encoder { tokenizer, vocabulary: self.model.config().vocabulary })
+    }
+
     /// The calibration text, as much of it as is used: the model is read with all of it in one
     /// context, so never more than it was trained on.
     pub fn calibration(&self) -> Result<Text> {
@@ -138,7 +147,7 @@ impl Session {
     /// between lists is of the calibration text.
     pub fn recall(
         &self,
-        layers: &[MultiHead<f32>],
+        attention: &Attentions,
         task: Task,
         prompts: usize,
         bar: &ProgressBar,
@@ -146,7 +155,7 @@ impl Session {
         let mut score = Score::default();
         for seed in 0..prompts as u64 {
             let prompt = self.prompt(task, seed)?;
-            score += prompt.score(&self.model, layers, bar)?;
+            score += prompt.score(attention.model(self), &attention.layers, bar)?;
         }
         Ok(score)
     }
@@ -161,11 +170,12 @@ impl Session {
     /// Tokens that it copies of the first text, of so many or of all there are.
     pub fn copying(
         &self,
-        layers: &[MultiHead<f32>],
+        attention: &Attentions,
         length: usize,
         bar: &ProgressBar,
     ) -> Result<Score> {
-        copying(self.first_text()?, self.copied(length)?)?.score(&self.model, layers, bar)
+        let prompt = copying(self.first_text()?, self.copied(length)?)?;
+        prompt.score(attention.model(self), &attention.layers, bar)
     }
 
     /// Tokens to copy, of so many or of all there are.
@@ -205,6 +215,32 @@ impl Session {
 
     /// Attention for the layers, by the name of a kernel.
     pub fn attention(&self, kernel: &Kernel) -> Result<Attentions> {
+        let Some(path) = kernel.adapted() else { return self.attention_to_train(kernel) };
+        let learned = Learned::load(path)?;
+        learned.check(&self.model, path)?;
+        let place = || format!("in {}", path.display());
+        let for_kernel: Kernel = learned.about.kernel.parse().with_context(place)?;
+        ensure!(
+            for_kernel.is_same(kernel),
+            "{} was learned for the kernel `{for_kernel}`: use it as `{for_kernel},adapted={}`",
+            path.display(),
+            path.display()
+        );
+        let plain = self.attention_to_train(kernel)?;
+        ensure!(
+            plain.exact_heads() == learned.about.exact,
+            "{} was learned with other exact heads: pass the calibration text that chose them",
+            path.display()
+        );
+        Ok(Attentions {
+            adapted: Some(learned.model(&self.model).with_context(place)?),
+            layers: learned.attention(&plain.layers).with_context(place)?,
+            ..plain
+        })
+    }
+
+    /// The same without what the model learned.
+    pub fn attention_to_train(&self, kernel: &Kernel) -> Result<Attentions> {
         let config = self.model.config();
         let plan = match kernel.exact() {
             Exact::None => None,
@@ -227,14 +263,33 @@ impl Session {
                         None => settings,
                     };
                     let layers = state_plan::layers(&settings, kernel, config)?;
-                    return Ok(Attentions { layers, plan: None, settings: Some(settings) });
+                    return Ok(Attentions {
+                        adapted: None,
+                        layers,
+                        plan: None,
+                        settings: Some(settings),
+                    });
                 }
             },
         };
         let capture = if kernel.is_fitted() { Some(self.capture()?) } else { None };
-        let layers = kernel
-            .layers(config, capture, plan.as_ref())
-            .with_context(|| format!("kernel `{kernel}`"))?;
-        Ok(Attentions { layers, plan, settings: None })
+        let exact = plan.as_ref().map_or(&[][..], |plan| plan.heads.heads());
+        let layers =
+            kernel.layers(config, capture, exact).with_context(|| format!("kernel `{kernel}`"))?;
+        Ok(Attentions { adapted: None, layers, plan, settings: None })
+    }
+}
+
+impl Attentions {
+    /// The model that has these layers: that of the session, or what it became.
+    #[must_use]
+    pub fn model<'a>(&'a self, session: &'a Session) -> &'a Model {
+        self.adapted.as_ref().unwrap_or(&session.model)
+    }
+
+    /// The kv heads that were chosen to be exact, `(layer, kv head)`.
+    #[must_use]
+    pub fn exact_heads(&self) -> Vec<(usize, usize)> {
+        self.plan.iter().flat_map(|plan| plan.heads.heads()).copied().collect()
     }
 }

@@ -116,6 +116,16 @@ impl Corpus {
     }
 }
 
+/// All texts of these files.
+pub fn read_all(files: &[PathBuf], with: Encoder<'_>) -> Result<Vec<Text>> {
+    let mut texts = Vec::new();
+    for file in files {
+        let found = read(file, with).with_context(|| file.display().to_string())?;
+        texts.extend(found.calibration.into_iter().chain(found.evaluation));
+    }
+    Ok(texts)
+}
+
 /// The texts to calibrate to that come with the program; none is evaluated on.
 const CALIBRATION: [(&str, &str); 5] = [
     ("Forests (Roosevelt, 1908)", include_str!("../texts/calibration.txt")),

@@ -19,6 +19,8 @@ pub(super) struct Task<'a, T> {
     pub(super) head: HeadGradient<'a, T>,
     pub(super) record: Option<(&'a LayerRecord<T>, ArrayView3<'a, T>)>,
     pub(super) calls: &'a mut [KernelCall<T>],
+    /// The other heads of a pool, with theirs.
+    pub(super) others: Vec<(HeadGradient<'a, T>, &'a mut [KernelCall<T>])>,
     /// The gradient by the biases of these heads, once it is there.
     pub(super) d_bias: Option<Array3<T>>,
 }
@@ -29,7 +31,16 @@ pub(super) struct KernelCall<T> {
     pub(super) unit: HeadUnit,
     /// Its place among the units of a layer.
     pub(super) at: usize,
+    /// The first query head that has it.
+    pub(super) first: usize,
     pub(super) d_parameters: Option<Parameters<T>>,
+}
+
+impl<T> KernelCall<T> {
+    /// Whether it is for heads that share their entries.
+    pub(super) fn is_pool(&self) -> bool {
+        matches!(self.unit, HeadUnit::Pool(_))
+    }
 }
 
 impl<T: Scalar> Task<'_, T> {
@@ -42,9 +53,38 @@ impl<T: Scalar> Task<'_, T> {
         by_bias: bool,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
+        if self.calls.first().is_some_and(KernelCall::is_pool) {
+            return self.run_pool(layer, call, d_out, scratch);
+        }
         scratch.with_part(|rows: &mut Rows<T>, scratch| {
             self.run_together(layer, call, d_out, by_bias, rows, scratch)
         })
+    }
+
+    /// Calls the kernel of a pool with all its heads.
+    fn run_pool(
+        &mut self,
+        layer: &MultiHead<T>,
+        call: &LayerCall<'_, T>,
+        d_out: &ArrayView4<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), Error> {
+        let Self { sequence, head, calls, others, .. } = self;
+        let others = others.iter_mut().map(|(head, calls)| (head, &mut **calls));
+        let all = core::iter::once((head, &mut **calls)).chain(others);
+        let (mut heads, mut unit) = (Vec::with_capacity(layer.kv_heads()), None);
+        for (head, calls) in all {
+            let mut head = head.reborrow();
+            for call in calls {
+                head.d_parameters = call.d_parameters.as_mut();
+                unit = Some(&call.unit);
+            }
+            heads.push(head);
+        }
+        let Some(unit) = unit else { return Ok(()) };
+        layer.kernels[unit.first_query_head(layer.group())]
+            .backward_heads(&mut heads, call.mask, scratch)
+            .map_err(|error| error_in(call, d_out, *sequence, unit, error))
     }
 
     fn run_together(
@@ -59,7 +99,7 @@ impl<T: Scalar> Task<'_, T> {
         let (sequence, group) = (self.sequence, layer.group());
         let mut all = rows.of_gradient(&mut self.head);
         let mut d_bias = all.bias.filter(|_| by_bias).map(|bias| Array3::zeros(bias.dim()));
-        for KernelCall { unit, at, d_parameters } in &mut *self.calls {
+        for KernelCall { unit, at, d_parameters, .. } in &mut *self.calls {
             let mut head = all.reborrow();
             head.d_bias = d_bias.as_mut().map(|d| d.view_mut());
             let mut record = self.record;

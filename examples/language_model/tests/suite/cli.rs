@@ -480,3 +480,66 @@ fn contexts_beyond_the_trained_one() {
         assert_eq!(warnings(&within), Vec::<String>::new(), "{within:?}");
     }
 }
+
+/// A conversion and its file, in every command that takes a kernel.
+#[test]
+fn a_conversion_is_trained_and_used() {
+    let written = written();
+    let text = "All work and no play makes Jack a dull boy. ".repeat(30);
+    fs::write(written.folder.path().join("train.txt"), text).unwrap();
+    let settings = [
+        "convert",
+        "--kernel",
+        KERNEL,
+        "--tokens",
+        "160",
+        "--context",
+        "40",
+        "--train-text",
+        "train.txt",
+        "--rank",
+        "2",
+        "--points",
+        "1",
+    ];
+    let with = |more: &[&'static str]| -> Vec<&'static str> {
+        settings.iter().chain(more).copied().collect()
+    };
+    let found = prints(&written, &with(&["-o", "learned.st", "--keep-exact", "kept"]));
+    assert!(found.contains("160 tokens in") && found.contains("first half"), "{found}");
+    assert!(found.contains(&format!("use it as `{KERNEL},adapted=learned.st`")), "{found}");
+    assert_eq!(fs::read_dir(written.folder.path().join("kept")).unwrap().count(), 4);
+
+    let adapted = format!("{KERNEL},adapted=learned.st");
+    let found = prints(&written, &["perplexity", KERNEL, &adapted, "--context", "60"]);
+    assert!(found.contains(&adapted), "{found}");
+    let nats: Vec<&str> = found.lines().filter(|line| line.ends_with("nats")).collect();
+    assert_ne!(nats[..nats.len() / 2], nats[nats.len() / 2..], "something was learned");
+    let few = ["--pairs", "2", "--distances", "8", "--prompts", "1", "--copied", "9"];
+    prints(&written, &[&["recall", &adapted][..], &few].concat());
+    prints(&written, &["generate", "--kernel", &adapted, "-p", "The quick", "-n", "3"]);
+    let lengths = ["--lengths", "40", "-o", "compared"];
+    let found = prints(&written, &[&["compare", &adapted][..], &few, &lengths].concat());
+    assert!(found.contains("adapted"), "{found}");
+
+    // the exact model is tuned as well
+    let found = prints(&written, &with(&["--loss", "ce", "-o", "text.st", "--train", "attention"]));
+    assert!(found.contains("the exact model, tuned on the same tokens"), "{found}");
+    assert!(written.folder.path().join("text.softmax.safetensors").exists());
+
+    let refused = |arguments: &[&str]| {
+        let output = run(&written, arguments);
+        assert!(!output.status.success(), "{arguments:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused(&with(&["-o", "learned.st"])).contains("is there already"));
+    let mut softmax = with(&["-o", "softmax.st"]);
+    softmax[2] = "softmax";
+    assert!(refused(&softmax).contains("nothing to learn with `--loss kl`"));
+    let mut long = with(&["-o", "long.st"]);
+    long[6] = "5000";
+    assert!(refused(&long).contains("no training text has the 5001 tokens"));
+    let mut again = with(&["-o", "again.st"]);
+    again[2] = "merged:4,adapted=learned.st";
+    assert!(refused(&again).contains("adapted"));
+}

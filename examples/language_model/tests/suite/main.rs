@@ -6,6 +6,7 @@ mod common;
 mod bad_files;
 mod check_values;
 mod cli;
+mod convert;
 mod forward;
 mod kernels;
 mod perplexity;

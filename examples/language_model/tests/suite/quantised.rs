@@ -170,7 +170,7 @@ fn pieces_make_no_difference_but_in_rounding() {
         let read = tokens(101, sizes.vocabulary, 5);
         for name in ["softmax", "window:16", "merged:8,window=16,pool"] {
             let kernel: language_model::kernels::Kernel = name.parse().unwrap();
-            let layers = kernel.layers(model.config(), None, None).unwrap();
+            let layers = kernel.layers(model.config(), None, &[]).unwrap();
             let fed = |pieces: &[usize]| {
                 logits(&model, &mut model.state(&layers).unwrap(), &read, pieces)
             };

@@ -127,7 +127,11 @@ impl<T: Scalar> Flow<T> {
     ) {
         let n = steps.len();
         let near = config.sinks + config.window + config.block + n;
-        let beyond = held.counts.len() + held.heavy.len() + 2 * (n + config.block);
+        // where heads share a budget, several pairs of one head may be merged in a step
+        let absorbed = held.absorbed + n + config.block;
+        let merges = log.merges.get(held.merges..).unwrap_or_default().iter();
+        let merges = merges.take_while(|merge| merge.absorbed as usize <= absorbed).count();
+        let beyond = held.counts.len() + held.heavy.len() + n + config.block + merges;
         self.rows.begin([tokens.k.ncols(), tokens.v.ncols()], near + beyond);
         self.origins.clear();
         self.counts.clear();

@@ -269,4 +269,13 @@ fn pools_hand_gradients_on() {
         calls[1].k.mapv_inplace(|x| 0.2 * x); // it takes fewer of the entries
         check(&format!("a pool, block {block}"), &kernel, &mut calls, Mask::Causal);
     }
+    // entries go from one head to the others, several in a step
+    let kernel = builder(3, 1).far(Merged::new(20)).build().unwrap();
+    let mut calls: Vec<_> = (0..3).map(|h| Call::new(1, 260, 20 * h)).collect();
+    for (h, call) in calls.iter_mut().enumerate() {
+        for (t, mut k) in call.k.outer_iter_mut().enumerate() {
+            k *= if (t / 80) % 3 == h { 1.0 } else { 1e-3 };
+        }
+    }
+    check("a pool that moves", &kernel, &mut calls, Mask::Causal);
 }

@@ -360,7 +360,7 @@ pub fn softmax(model: &Model) -> Vec<MultiHead<f32>> {
     "softmax"
         .parse::<language_model::kernels::Kernel>()
         .unwrap()
-        .layers(model.config(), None, None)
+        .layers(model.config(), None, &[])
         .unwrap()
 }
 

@@ -1,0 +1,332 @@
+//! A pretrained model learns to live with another attention: its weights are trained until it says
+//! what the exact model says.
+
+pub mod contexts;
+pub mod distill;
+pub mod exact;
+pub mod learned;
+pub mod loss;
+mod ops;
+pub mod options;
+pub mod student;
+pub mod variables;
+
+pub use ops::Real;
+
+use crate::convert::contexts::contexts;
+use crate::convert::exact::Exact;
+use crate::convert::learned::{About, History, Learned, Point, Step};
+use crate::convert::loss::Goal;
+use crate::convert::options::{CHECKPOINT, LossKind, Options};
+use crate::convert::student::Student;
+use crate::convert::variables::AdamW;
+use crate::kernels::Kernel;
+use crate::model::Model;
+use crate::perplexity::{longest, losses};
+use crate::session::Session;
+use crate::texts::Text;
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{Device, Tensor};
+use dijiang::MultiHead;
+use indicatif::ProgressBar;
+use ndarray::{ArrayD, IxDyn};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Predictions of a held-out window.
+const HELD_OUT: usize = 2048;
+
+/// A conversion to be done.
+pub struct Conversion<'a> {
+    /// The model and the held-out texts.
+    pub session: &'a Session,
+    /// The kernel that it learns to live with.
+    pub kernel: &'a Kernel,
+    /// What it is trained on.
+    pub texts: &'a [Text],
+    /// How.
+    pub options: Options,
+    /// Where what was learned is written.
+    pub output: &'a Path,
+    /// Keeps what the exact model says.
+    pub exact: Option<&'a Path>,
+}
+
+/// What a checkpoint says of itself.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    about: About,
+    steps: usize,
+}
+
+/// A training on its way.
+struct Run<'a> {
+    conversion: &'a Conversion<'a>,
+    layers: Vec<MultiHead<f32>>,
+    student: Student<f32>,
+    optimizer: AdamW,
+    about: About,
+    exact: Exact<'a>,
+}
+
+impl Conversion<'_> {
+    /// Trains, from the last checkpoint if there is one, and writes the file. The bar is advanced
+    /// by the tokens.
+    pub fn run(&self, bar: &ProgressBar) -> Result<Learned> {
+        ensure!(
+            !self.output.exists(),
+            "{} is there already: give another name by `--output`, or remove it",
+            self.output.display()
+        );
+        let (options, session) = (&self.options, self.session);
+        let count = options.steps() * options.batch;
+        let order = contexts(self.texts, options.context, count, options.seed)?;
+        let exact = Exact::new(&session.model, self.exact)?;
+        let plain = session.attention_to_train(self.kernel)?;
+        let about = About {
+            model: session.model.fingerprint(),
+            kernel: self.kernel.name().to_owned(),
+            exact: plain.exact_heads(),
+            options: options.clone(),
+            texts: self.texts.iter().map(|text| text.name.clone()).collect(),
+            history: History::default(),
+        };
+        let mut run = Run::new(self, plain.layers, about, exact)?;
+        let first = run.resume()?;
+        bar.inc(options.tokens_of(first) as u64);
+        if first == 0 {
+            run.prepare(order[0], bar)?;
+            run.checkpoint(0)?;
+        }
+        for (step, batch) in order.chunks(options.batch).enumerate().skip(first) {
+            let start = Instant::now();
+            let found = match run.step(step, batch, bar) {
+                Ok(found) => found,
+                Err(error) => return run.stopped(step, &format!("failed: {error:#}")),
+            };
+            run.about.history.seconds += start.elapsed().as_secs_f64();
+            let history = &mut run.about.history;
+            if history.diverges(found) {
+                let Step { loss, gradient, .. } = found;
+                let why =
+                    format!("diverged, to a loss of {loss:.3} and a gradient of {gradient:.3}");
+                return run.stopped(step, &why);
+            }
+            history.steps.push(found);
+            bar.set_message(history.message(options));
+            let done = step + 1;
+            if options.is_point(done) {
+                run.point(done)?;
+            }
+            if done.is_multiple_of(CHECKPOINT) && run.about.history.is_good() {
+                run.checkpoint(done)?;
+            }
+        }
+        let learned = Learned::of(run.student.variables(), run.about.clone())?;
+        learned.save(self.output)?;
+        let _ = fs::remove_file(self.checkpoint_path());
+        Ok(learned)
+    }
+
+    fn checkpoint_path(&self) -> PathBuf {
+        let mut path = self.output.as_os_str().to_owned();
+        path.push(".checkpoint");
+        path.into()
+    }
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        conversion: &'a Conversion<'a>,
+        layers: Vec<MultiHead<f32>>,
+        about: About,
+        exact: Exact<'a>,
+    ) -> Result<Self> {
+        let options = &conversion.options;
+        let model = &conversion.session.model;
+        let student = Student::new(model, &layers, options.trained, options.seed)?;
+        let optimizer = AdamW::new(student.variables(), options.weight_decay, options.clip);
+        Ok(Self { conversion, layers, student, optimizer, about, exact })
+    }
+
+    /// Before the first step: maps learn to answer as exact attention does; the first point.
+    fn prepare(&mut self, tokens: &[u32], bar: &ProgressBar) -> Result<()> {
+        let (conversion, options) = (self.conversion, &self.conversion.options);
+        let model = &conversion.session.model;
+        self.about.history.exact = self.held_out(model, self.exact.layers())?;
+        if options.distill > 0 && self.layers.iter().any(|layer| !layer.parameters().is_empty()) {
+            let tokens = &tokens[..options.context];
+            let layers = distill::distill(model, &self.layers, tokens, options.distill, bar)?;
+            let (about, exact) = (self.about.clone(), Exact::new(model, conversion.exact)?);
+            *self = Self::new(conversion, layers, about, exact)?;
+        }
+        if options.is_point(0) {
+            self.point(0)?;
+        }
+        Ok(())
+    }
+
+    /// A step on some contexts.
+    fn step(&mut self, step: usize, batch: &[&[u32]], bar: &ProgressBar) -> Result<Step> {
+        let options = &self.conversion.options;
+        let model = &self.conversion.session.model;
+        let n = options.context;
+        let of_one: Vec<usize> = options.places(step).collect();
+        let (mut read, mut next, mut exact, mut places) = (vec![], vec![], vec![], vec![]);
+        for (i, tokens) in batch.iter().enumerate() {
+            read.extend_from_slice(&tokens[..n]);
+            next.extend_from_slice(&tokens[1..=n]);
+            places.extend(of_one.iter().map(|t| i * n + t));
+            if options.loss == LossKind::Kl {
+                exact.extend(self.exact.hidden(&tokens[..n])?);
+            }
+        }
+        let embedded = model.embedded(&read)?;
+        let shape = embedded.dim();
+        let embedded = Tensor::from_vec(embedded.into_raw_vec_and_offset().0, shape, &Device::Cpu)?;
+        let hidden = self.student.forward(embedded, batch.len())?;
+        let goal = match options.loss {
+            LossKind::Kl => Goal::Exact(&exact),
+            LossKind::Ce => Goal::Text,
+        };
+        let found = ops::read([&hidden], |[hidden]| {
+            loss::gradient(hidden, self.student.head(), &places, &next, goal)
+        })??;
+        let weights = Tensor::from_vec(found.gradient, shape, &Device::Cpu)?;
+        self.optimizer.add(&(&hidden * weights)?.sum_all()?.backward()?)?;
+        bar.inc(read.len() as u64);
+        Ok(Step {
+            loss: found.loss,
+            nats: found.nats[0],
+            exact: found.nats[1],
+            gradient: self.optimizer.step(options.learning_rate(step))?,
+        })
+    }
+
+    /// The held-out losses of the halves of windows, by a model with these layers.
+    fn held_out(&self, model: &Model, layers: &[MultiHead<f32>]) -> Result<[Option<f64>; 2]> {
+        if self.conversion.options.points == 0 {
+            return Ok([None; 2]);
+        }
+        let texts = self.conversion.session.corpus.evaluation()?;
+        let context = longest(texts, HELD_OUT);
+        // the first window of each
+        let texts: Vec<Text> = texts
+            .iter()
+            .map(|Text { name, tokens }| {
+                let tokens = tokens[..tokens.len().min(context + 1)].to_vec();
+                Text { name: name.clone(), tokens }
+            })
+            .collect();
+        Ok(losses(model, layers, &texts, context, &ProgressBar::hidden())?.halves())
+    }
+
+    /// Measures the model as it is now.
+    fn point(&mut self, done: usize) -> Result<()> {
+        let learned = Learned::of(self.student.variables(), self.about.clone())?;
+        let model = learned.model(&self.conversion.session.model)?;
+        let halves = self.held_out(&model, &learned.attention(&self.layers)?)?;
+        let tokens = self.conversion.options.tokens_of(done);
+        self.about.history.points.push(Point { tokens, halves });
+        Ok(())
+    }
+
+    /// Writes all that is needed to go on.
+    fn checkpoint(&self, steps: usize) -> Result<()> {
+        let mut arrays = BTreeMap::new();
+        for (variable, slot) in self.optimizer.iter() {
+            let shape = IxDyn(variable.var.dims());
+            let numbers = variable.var.flatten_all()?.to_vec1::<f32>()?;
+            let parts = [("", numbers), (MEAN, slot.mean.clone()), (SQUARE, slot.square.clone())];
+            for (part, numbers) in parts {
+                let array = ArrayD::from_shape_vec(shape.clone(), numbers)?;
+                arrays.insert(format!("{}{part}", variable.name), array);
+            }
+        }
+        let saved = Saved { about: self.about.clone(), steps };
+        let about = serde_json::to_string(&saved)?;
+        learned::save(&self.conversion.checkpoint_path(), &arrays, &about)
+    }
+
+    /// Goes on from the last checkpoint, if there is one; gives the steps that were made.
+    fn resume(&mut self) -> Result<usize> {
+        let path = self.conversion.checkpoint_path();
+        if !path.exists() {
+            return Ok(0);
+        }
+        let (mut arrays, about) = learned::load(&path)?;
+        let saved: Saved = serde_json::from_str(&about)
+            .with_context(|| format!("{} was written by another version", path.display()))?;
+        let mine = About { history: saved.about.history.clone(), ..self.about.clone() };
+        ensure!(
+            saved.about == mine,
+            "{} is the checkpoint of another conversion, of `{}` with {:?}: give another \
+             `--output`, or remove it",
+            path.display(),
+            saved.about.kernel,
+            saved.about.options
+        );
+        let mut take = |name: String| -> Result<ArrayD<f32>> {
+            arrays.remove(&name).with_context(|| format!("`{name}` is missing in a checkpoint"))
+        };
+        let mut means = Vec::new();
+        for variable in self.student.variables().iter() {
+            let name = &variable.name;
+            let numbers = take(name.clone())?.into_raw_vec_and_offset().0;
+            variable.var.set(&Tensor::from_vec(numbers, variable.var.shape(), &Device::Cpu)?)?;
+            let [mean, square] = [MEAN, SQUARE].map(|part| take(format!("{name}{part}")));
+            means.push([mean?, square?].map(|array| array.into_raw_vec_and_offset().0));
+        }
+        self.optimizer.resume(saved.steps, means)?;
+        self.about = saved.about;
+        Ok(saved.steps)
+    }
+
+    /// Keeps the last good state, and says so.
+    fn stopped(&mut self, step: usize, why: &str) -> Result<Learned> {
+        let good = self.resume()?;
+        let learned = Learned::of(self.student.variables(), self.about.clone())?;
+        learned.save(self.conversion.output)?;
+        bail!(
+            "at step {step} the training {why}\n{} holds what was learned in {good} steps, the \
+             last good state; try a lower `--learning-rate`",
+            self.conversion.output.display()
+        )
+    }
+}
+
+const MEAN: &str = "#mean";
+const SQUARE: &str = "#square";
+
+impl History {
+    /// The mean loss of the last steps, and of the first ones.
+    fn trend(&self) -> Option<[f64; 2]> {
+        const STEPS: usize = 8;
+        let mean =
+            |steps: &[Step]| steps.iter().map(|step| step.loss).sum::<f64>() / steps.len() as f64;
+        let count = self.steps.len().min(STEPS);
+        let last = &self.steps[self.steps.len() - count..];
+        (count > 0).then(|| [mean(last), mean(&self.steps[..count])])
+    }
+
+    /// Whether the loss is no number, or far above that of the beginning.
+    fn diverges(&self, found: Step) -> bool {
+        let is_far = |[_, first]: [f64; 2]| found.loss > 3.0 * first + 1.0;
+        !(found.loss.is_finite() && found.gradient.is_finite()) || self.trend().is_some_and(is_far)
+    }
+
+    /// Whether the loss has not risen.
+    fn is_good(&self) -> bool {
+        self.trend().is_none_or(|[last, first]| last <= 1.5 * first + 0.1)
+    }
+
+    /// The loss and the speed.
+    fn message(&self, options: &Options) -> String {
+        let tokens = options.tokens_of(1) as f64 * self.steps.len() as f64;
+        let loss = self.trend().map_or(f64::NAN, |[last, _]| last);
+        format!("loss {loss:.4}, {:.0} tokens/s", tokens / self.seconds.max(1e-9))
+    }
+}

@@ -1,0 +1,71 @@
+//! What the exact model makes of a context: computed, or read from a folder that keeps it.
+
+use crate::model::Model;
+use anyhow::{Context, Result};
+use dijiang::{MultiHead, SoftmaxAttention};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The model as it came.
+pub struct Exact<'a> {
+    model: &'a Model,
+    layers: Vec<MultiHead<f32>>,
+    folder: Option<PathBuf>,
+    fingerprint: String,
+}
+
+impl<'a> Exact<'a> {
+    /// With a folder, hidden states are kept there and read again.
+    pub fn new(model: &'a Model, folder: Option<&Path>) -> Result<Self> {
+        let config = model.config();
+        let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
+        let layer = MultiHead::new(softmax, config.heads, config.kv_heads)?;
+        if let Some(folder) = folder {
+            fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        Ok(Self {
+            model,
+            layers: vec![layer; config.layers],
+            folder: folder.map(Path::to_owned),
+            fingerprint: model.fingerprint(),
+        })
+    }
+
+    /// The layers of exact attention.
+    #[must_use]
+    pub fn layers(&self) -> &[MultiHead<f32>] {
+        &self.layers
+    }
+
+    /// The last hidden states `[n, width]` of a context.
+    pub fn hidden(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let size = tokens.len() * self.model.config().width;
+        let path = self.folder.as_ref().map(|folder| folder.join(self.name(tokens)));
+        if let Some(bytes) = path.as_ref().and_then(|path| fs::read(path).ok())
+            && bytes.len() == size * size_of::<f32>()
+        {
+            let numbers = bytes.as_chunks::<4>().0.iter();
+            return Ok(numbers.map(|&bytes| f32::from_le_bytes(bytes)).collect());
+        }
+        let mut state = self.model.state(&self.layers)?;
+        let hidden = self.model.extend(&mut state, tokens)?;
+        let hidden: Vec<f32> = hidden.iter().copied().collect();
+        if let Some(path) = path {
+            let bytes: Vec<u8> = hidden.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let part = path.with_extension("part");
+            let written = fs::write(&part, bytes).and_then(|()| fs::rename(&part, &path));
+            written.with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(hidden)
+    }
+
+    /// The file of a context: a hash of the model and the tokens (FNV-1a).
+    fn name(&self, tokens: &[u32]) -> String {
+        let bytes = self.fingerprint.bytes().chain(tokens.iter().flat_map(|t| t.to_le_bytes()));
+        let hash = bytes.fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |hash, byte| {
+            (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+        });
+        format!("{hash:032x}.f32")
+    }
+}
