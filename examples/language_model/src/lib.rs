@@ -4,6 +4,7 @@
 pub mod args;
 pub mod capture;
 pub mod compare;
+pub mod conversion;
 pub mod convert;
 pub mod decode;
 pub mod elementwise;

@@ -6,6 +6,7 @@ use dijiang::{Attention, MultiHead, PlanOptions, SoftmaxAttention};
 use indicatif::ProgressBar;
 use language_model::args::{COMPARED, Cli, Command, Input, Tasks, Training};
 use language_model::compare::{Program, compare};
+use language_model::conversion::{self, Asked};
 use language_model::convert::Conversion;
 use language_model::convert::learned::Learned;
 use language_model::convert::options::LossKind;
@@ -91,7 +92,10 @@ fn run(cli: Cli) -> Result<()> {
             write(&open()?, &kernel, &prompt, chat, tokens, Sampling { temperature, top_p, seed })
         }
         Command::Convert { train } => convert(&open()?, &train),
-        Command::Compare { kernels, context, tasks, lengths, output } => {
+        Command::Compare { context, tasks, conversion, output, .. } if !conversion.is_empty() => {
+            conversions(&open()?, &conversion, context, &tasks, &output)
+        }
+        Command::Compare { kernels, context, tasks, lengths, output, .. } => {
             all(&open()?, kernels, context, &tasks, lengths, &output)
         }
     }
@@ -478,6 +482,41 @@ fn convert(session: &Session, asked: &Training) -> Result<()> {
     Ok(())
 }
 
+/// Compares what conversions gained.
+fn conversions(
+    session: &Session,
+    files: &[PathBuf],
+    context: usize,
+    asked: &Tasks,
+    output: &Path,
+) -> Result<()> {
+    let tasks = if session.tokenizer().is_ok() { tasks(asked) } else { Vec::new() };
+    let asked = Asked { context, tasks, prompts: asked.prompts, copied: asked.copied };
+    let found = conversion::conversions(session, files, &asked)?;
+    fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
+    let page = output.join("conversions.html");
+    for (path, content) in [
+        (output.join("conversions.json"), serde_json::to_string_pretty(&found)?),
+        (page.clone(), report::conversion::page(&found, &typed())?),
+    ] {
+        fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    println!("{}", report::conversion::table(&found));
+    for line in
+        report::conversion::findings(&found).iter().chain(&report::conversion::slopes(&found))
+    {
+        print!("{}", report::wrapped(line));
+    }
+    println!("\nthe page: {}", page.display());
+    Ok(())
+}
+
+/// What was typed.
+fn typed() -> String {
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    format!("cargo run --release -p language_model -- {}", command.join(" "))
+}
+
 /// Bytes of the cache of exact attention in every head.
 fn softmax_bytes(session: &Session, tokens: usize) -> Result<usize> {
     state_bytes(&session.attention(&"softmax".parse()?)?.layers, session.model.config(), tokens)
@@ -536,8 +575,7 @@ fn all(
         let path = output.join(name);
         fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))
     };
-    let command: Vec<String> = std::env::args().skip(1).collect();
-    let command = format!("cargo run --release -p language_model -- {}", command.join(" "));
+    let command = typed();
     save("comparison.json", &serde_json::to_string_pretty(&found)?)?;
     save("comparison.csv", &report::csv(&found)?)?;
     save("picture.svg", &report::picture(&found)?)?;

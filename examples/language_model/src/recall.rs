@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 /// A list of pairs, some prose, and the list again. The second list is given to the model as it is;
 /// a pair is recalled where each token of its code is the one the model would have chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Task {
     /// Names with a code of four digits.
     pub pairs: usize,

@@ -2,6 +2,7 @@
 
 mod axis;
 mod charts;
+pub mod conversion;
 mod facts;
 mod findings;
 mod heads;

@@ -42,6 +42,17 @@ pub enum LossKind {
     Ce,
 }
 
+impl LossKind {
+    /// As it is asked for.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kl => "kl",
+            Self::Ce => "ce",
+        }
+    }
+}
+
 /// Steps between two checkpoints.
 pub const CHECKPOINT: usize = 16;
 

@@ -14,7 +14,7 @@ use comfy_table::{
 use reports::page::{self, Block, Line};
 
 /// Lines above, below and under the header.
-const STYLE: TableStyle = TableStyle::new()
+pub(super) const STYLE: TableStyle = TableStyle::new()
     .top_border(LineStyle::none().fill('─').junction('─'))
     .header_separator(LineStyle::none().fill('─').junction('─'))
     .bottom_border(LineStyle::none().fill('─').junction('─'));

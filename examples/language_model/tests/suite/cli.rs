@@ -522,6 +522,12 @@ fn a_conversion_is_trained_and_used() {
     let found = prints(&written, &[&["compare", &adapted][..], &few, &lengths].concat());
     assert!(found.contains("adapted"), "{found}");
 
+    let files = ["compare", "--conversion", "learned.st", "-o", "compared"];
+    let found = prints(&written, &[&files[..], &few].concat());
+    assert!(found.contains("before") && found.contains("Pairs recalled"), "{found}");
+    let page = fs::read_to_string(written.folder.path().join("compared/conversions.html")).unwrap();
+    assert!(page.contains("tokens trained") && page.contains("<svg"), "curves");
+
     // the exact model is tuned as well
     let found = prints(&written, &with(&["--loss", "ce", "-o", "text.st", "--train", "attention"]));
     assert!(found.contains("the exact model, tuned on the same tokens"), "{found}");

@@ -47,7 +47,7 @@ impl Heads {
     }
 
     /// Heads as rows.
-    fn to_rows<T: Real>(self, x: &[T]) -> Vec<T> {
+    fn in_rows<T: Real>(self, x: &[T]) -> Vec<T> {
         let Self { heads, tokens, columns, .. } = self;
         let mut y = zeros::<T>(x.len());
         y.par_chunks_mut(heads * columns).enumerate().for_each(|(row, y)| {
@@ -61,7 +61,7 @@ impl Heads {
     }
 
     /// Rows as heads.
-    fn from_rows<T: Real>(self, x: &[T]) -> Vec<T> {
+    fn in_heads<T: Real>(self, x: &[T]) -> Vec<T> {
         let Self { heads, tokens, columns, .. } = self;
         let mut y = zeros::<T>(x.len());
         y.par_chunks_mut(tokens * columns).enumerate().for_each(|(at, y)| {
@@ -103,7 +103,7 @@ impl<T: Real> Projection<T> {
     /// What is put in, as rows.
     fn input(&self, x: &[T]) -> Vec<T> {
         match self.side {
-            Side::Input => self.heads.to_rows(x),
+            Side::Input => self.heads.in_rows(x),
             Side::Output | Side::Turned(..) => x.to_vec(),
         }
     }
@@ -116,9 +116,9 @@ impl<T: Real> Projection<T> {
                 let n = heads.batch * heads.tokens;
                 return Ok(result(y, &[n, self.weight.ncols()]));
             }
-            Side::Output => (heads.from_rows(&y), heads.dims()),
+            Side::Output => (heads.in_heads(&y), heads.dims()),
             Side::Turned(angles, factor) => {
-                let mut y = heads.from_rows(&y);
+                let mut y = heads.in_heads(&y);
                 turn(&mut y, heads, angles, *factor, false)?;
                 (y, heads.dims())
             }
@@ -130,11 +130,11 @@ impl<T: Real> Projection<T> {
     fn d_output(&self, d_y: &[T]) -> Result<Vec<T>> {
         Ok(match &self.side {
             Side::Input => d_y.to_vec(),
-            Side::Output => self.heads.to_rows(d_y),
+            Side::Output => self.heads.in_rows(d_y),
             Side::Turned(angles, factor) => {
                 let mut d_y = d_y.to_vec();
                 turn(&mut d_y, self.heads, angles, *factor, true)?;
-                self.heads.to_rows(&d_y)
+                self.heads.in_rows(&d_y)
             }
         })
     }
@@ -142,7 +142,7 @@ impl<T: Real> Projection<T> {
     /// The gradient by what is put in, in its places.
     fn d_input(&self, d_x: Vec<T>) -> Vec<T> {
         match self.side {
-            Side::Input => self.heads.from_rows(&d_x),
+            Side::Input => self.heads.in_heads(&d_x),
             Side::Output | Side::Turned(..) => d_x,
         }
     }
