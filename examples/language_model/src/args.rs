@@ -304,9 +304,14 @@ pub enum Command {
             default_values_t = [512, 1024, 2048, 4096, 8192]
         )]
         lengths: Vec<usize>,
-        /// Files of `convert`: compares these instead, the models before and behind, with the curves
-        /// of their training
-        #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["kernels", "lengths"])]
+        /// Files of `convert`: compares these instead, the models before and behind, with the
+        /// curves of their training
+        #[arg(
+            long,
+            value_name = "FILE",
+            num_args = 1..,
+            conflicts_with_all = ["kernels", "lengths"]
+        )]
         conversion: Vec<PathBuf>,
         /// Folder for report.html, comparison.csv, comparison.json and picture.svg; of conversions
         /// for conversions.html and conversions.json
@@ -341,8 +346,8 @@ pub struct Training {
         default_value_t = 500_000
     )]
     pub tokens: usize,
-    /// Text to train on: UTF-8, or token ids as .json; repeatable. Public-domain prose is fetched by
-    /// `python examples/language_model/texts/train_texts.py`
+    /// Text to train on: UTF-8, or token ids as .json; repeatable. Public-domain prose is fetched
+    /// by `python examples/language_model/texts/train_texts.py`
     #[arg(long = "train-text", value_name = "FILE", required = true, num_args = 1..)]
     pub train_texts: Vec<PathBuf>,
     /// What is made small

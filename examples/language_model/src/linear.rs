@@ -46,8 +46,8 @@ impl Linear {
         Self { weight: Weight::Quantised(Arc::new(weight)), low_rank: None }
     }
 
-    /// The layer of `W + A·B` (Hu et al., arXiv 2106.09685), for `A [in, r]` and `B [r, out]`: where
-    /// the weight is quantised the two stay beside it.
+    /// The layer of `W + A·B` (Hu et al., arXiv 2106.09685), for `A [in, r]` and `B [r, out]`:
+    /// where the weight is quantised the two stay beside it.
     #[must_use]
     pub fn with_low_rank(&self, down: Array2<f32>, up: Array2<f32>) -> Self {
         match &self.weight {

@@ -5,8 +5,8 @@ use anyhow::{Result, ensure};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// `count` contexts of `context` tokens and the one behind, of all texts in a random order; once all
-/// have been read, others that begin elsewhere.
+/// `count` contexts of `context` tokens and the one behind, of all texts in a random order; once
+/// all have been read, others that begin elsewhere.
 pub fn contexts(texts: &[Text], context: usize, count: usize, seed: u64) -> Result<Vec<&[u32]>> {
     let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
     ensure!(

@@ -15,8 +15,8 @@ const LEARNING_RATE: f64 = 1e-2;
 
 /// Fits the parameters of every layer to the output of exact attention on a text, behind the matrix
 /// that mixes the heads: `‖(ô − o)·W_o‖²/‖o·W_o‖²` of the *layer*, so that heads whose output
-/// hardly counts do not (attention transfer: Zhang et al., arXiv 2410.10254, section 3.1). Steps are
-/// those of AdamW, on all tokens; the best of each layer stays.
+/// hardly counts do not (attention transfer: Zhang et al., arXiv 2410.10254, section 3.1). Steps
+/// are those of AdamW, on all tokens; the best of each layer stays.
 pub fn distill(
     model: &Model,
     layers: &[MultiHead<f32>],

@@ -1,5 +1,5 @@
-//! Operations of candle for the layers of a model, large enough that little is left to add up: their
-//! products are faer's, and weights that are not trained are shared with the model.
+//! Operations of candle for the layers of a model, large enough that little is left to add up:
+//! their products are faer's, and weights that are not trained are shared with the model.
 
 mod feed_forward;
 mod norm;

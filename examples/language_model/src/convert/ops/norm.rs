@@ -35,8 +35,8 @@ impl<T: Real> RmsNorm<T> {
         y
     }
 
-    /// With `f = 1/√(mean x² + ε)`: `d_x = f·(gain ⊙ d_y) − f³·(x·(gain ⊙ d_y)/columns)·x`, which is
-    /// added to what `d_x` holds, and `d_gain = Σ f·x ⊙ d_y`.
+    /// With `f = 1/√(mean x² + ε)`: `d_x = f·(gain ⊙ d_y) − f³·(x·(gain ⊙ d_y)/columns)·x`, which
+    /// is added to what `d_x` holds, and `d_gain = Σ f·x ⊙ d_y`.
     pub(super) fn add_backward(&self, x: &[T], gain: &[T], d_y: &[T], d_x: &mut [T]) -> Vec<T> {
         let (columns, size) = (gain.len(), ROWS * gain.len());
         let parts: Vec<Vec<T>> = d_x
