@@ -205,7 +205,8 @@ impl<'a, T> Head<'a, T> {
     }
 
     /// Asks [`LinearAttention`](crate::LinearAttention), and what is built of it, to keep sums for
-    /// the backward pass there, which then is faster
+    /// the backward pass there, and a hybrid with merged entries to keep what it merged, which then
+    /// is faster
     /// ([`HeadGradient::with_checkpoints`](crate::HeadGradient::with_checkpoints)). What they held
     /// is removed; a call that has no use for them leaves them empty.
     #[must_use]

@@ -217,8 +217,8 @@ impl<'a, T> HeadGradient<'a, T> {
 
     /// Brings the sums that a forward pass of the same kernel kept for the same arguments
     /// ([`Head::with_checkpoints`](crate::Head::with_checkpoints)); gradients are wrong where they
-    /// are those of others. Causal linear attention, and what is built of it, then need not
-    /// compute them again; other kernels have no use for them.
+    /// are those of others. Causal linear attention, what is built of it, and hybrids with merged
+    /// entries then need not compute it again; other kernels have no use for them.
     #[must_use]
     pub fn with_checkpoints(self, checkpoints: &'a SumCheckpoints<T>) -> Self {
         Self { checkpoints: Some(checkpoints), ..self }

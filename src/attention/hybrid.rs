@@ -20,7 +20,8 @@ use crate::attention::call::Head;
 use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::backward::pass::{BackwardParts, add_gradients};
 use crate::attention::hybrid::config::Config;
-use crate::attention::hybrid::far_memory::Sizes;
+use crate::attention::hybrid::far_memory::merging::MergingPool;
+use crate::attention::hybrid::far_memory::{Sizes, of_kind};
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::attention::hybrid::stream::HybridStream;
 use crate::attention::scratch::Scratch;
@@ -151,7 +152,10 @@ impl<T: Scalar> HybridAttention<T> {
         let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns };
         state.prepare(&self.config, sizes)?;
         if mask != Mask::Full {
-            return state.extend(&self.config, heads, work);
+            begin_logs(state, heads);
+            state.extend(&self.config, heads, work)?;
+            end_logs(&self.config, state, heads);
+            return Ok(());
         }
         heads.iter_mut().try_for_each(|head| state.full(&self.config, query_head, head, work))
     }
@@ -183,6 +187,26 @@ struct HybridParts<T: Scalar> {
 impl<T: Scalar> Default for HybridParts<T> {
     fn default() -> Self {
         Self { state: HybridState::new(), work: HybridScratch::new() }
+    }
+}
+
+/// Lets the entries of the heads that ask for it write down what they merge.
+fn begin_logs<T: Scalar>(state: &mut HybridState<T>, heads: &mut [Head<'_, T>]) {
+    let Some(MergingPool(memories)) = of_kind(&mut *state.far) else { return };
+    for (memory, head) in memories.iter_mut().zip(heads) {
+        memory.log = head.checkpoints.as_mut().map(|kept| kept.take_merges());
+    }
+}
+
+/// Keeps what they wrote.
+fn end_logs<T: Scalar>(config: &Config<T>, state: &mut HybridState<T>, heads: &mut [Head<'_, T>]) {
+    let shape = config.shape(heads.len(), heads.first().map_or(0, |head| head.v.ncols()));
+    let Some(MergingPool(memories)) = of_kind(&mut *state.far) else { return };
+    for (memory, head) in memories.iter_mut().zip(heads) {
+        let tokens = head.keys();
+        if let (Some(log), Some(kept)) = (memory.log.take(), &mut head.checkpoints) {
+            kept.keep_merges(log, tokens, shape.clone());
+        }
     }
 }
 

@@ -14,8 +14,8 @@ use std::sync::Arc;
 /// What a forward pass of a layer keeps so that the backward pass of the same call is faster: the
 /// logarithms of the sums of the weights where kernels
 /// [give them](crate::Attention::gives_log_normalizer), `n_q` numbers for each query head, and
-/// [sums of linear attention](SumCheckpoints). It is filled anew by each forward pass that is given
-/// it, and may be empty.
+/// [sums of linear attention, or what a hybrid merged](SumCheckpoints). It is filled anew by each
+/// forward pass that is given it, and may be empty.
 ///
 /// ```
 /// use dijiang::{LayerForward, LayerGradient, LayerRecord, Mask, MultiHead, SoftmaxAttention};
@@ -47,7 +47,8 @@ pub struct LayerRecord<T> {
 struct Part<T> {
     /// `[heads, real queries]`, if the kernel gives them.
     log_normalizer: Option<Array2<T>>,
-    sums: SumCheckpoints<T>,
+    /// Of each head of keys and values of the unit.
+    sums: Vec<SumCheckpoints<T>>,
 }
 
 impl<T: Scalar> LayerRecord<T> {
@@ -60,7 +61,10 @@ impl<T: Scalar> LayerRecord<T> {
     /// Whether there is nothing that a backward pass could use.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.parts.iter().all(|part| part.log_normalizer.is_none() && part.sums.is_empty())
+        let is_empty = |part: &Part<T>| {
+            part.log_normalizer.is_none() && part.sums.iter().all(SumCheckpoints::is_empty)
+        };
+        self.parts.iter().all(is_empty)
     }
 
     /// Lets the tasks of units fill it, which are in the order of the units: one task for each, or
@@ -85,17 +89,20 @@ impl<T: Scalar> LayerRecord<T> {
             let gives = kernels[unit.first_query_head(group)].gives_log_normalizer();
             let queries = tasks[first].first().map_or(0, Head::queries);
             let log_normalizer = gives.then(|| Array2::zeros((heads, queries)));
-            self.parts.push(Part { log_normalizer, sums: SumCheckpoints::new() });
+            let sums = vec![SumCheckpoints::new(); unit.kv_heads()];
+            self.parts.push(Part { log_normalizer, sums });
             sizes.push(next - first);
         }
         let mut tasks = tasks.iter_mut();
         for (Part { log_normalizer, sums }, size) in self.parts.iter_mut().zip(sizes) {
             // the keys are the same for all query heads, and so are their sums
-            let mut sums = Some(sums);
+            let mut sums = sums.iter_mut();
             let mut left = log_normalizer.as_mut().map(|x| x.view_mut());
             for task in tasks.by_ref().take(size) {
+                for (head, sums) in task.iter_mut().zip(sums.by_ref()) {
+                    head.checkpoints = Some(sums);
+                }
                 let [head] = &mut task[..] else { continue };
-                head.checkpoints = sums.take();
                 if let Some(rows) = left.take() {
                     let (of_head, rest) = rows.split_at(Axis(0), head.group_len());
                     (head.log_normalizer, left) = (Some(of_head), Some(rest));
@@ -112,6 +119,16 @@ impl<T: Scalar> LayerRecord<T> {
         check::size("record", "heads of all sequences", units, self.parts.len())
     }
 
+    /// Hands on the sums of one of the heads of keys and values of a unit.
+    pub(super) fn hand_on_sums<'b>(
+        &'b self,
+        unit: usize,
+        place: usize,
+        head: &mut HeadGradient<'b, T>,
+    ) {
+        head.checkpoints = self.parts.get(unit).and_then(|part| part.sums.get(place));
+    }
+
     /// Hands on what there is of a unit, whose outputs are `out [heads, real queries, d_v]`.
     pub(super) fn hand_on<'b>(
         &'b self,
@@ -120,7 +137,7 @@ impl<T: Scalar> LayerRecord<T> {
         head: &mut HeadGradient<'b, T>,
     ) {
         let Some(Part { log_normalizer, sums }) = self.parts.get(unit) else { return };
-        head.checkpoints = Some(sums);
+        head.checkpoints = sums.first();
         head.record = log_normalizer
             .as_ref()
             .map(|log_normalizer| ForwardRecord { out, log_normalizer: log_normalizer.view() });

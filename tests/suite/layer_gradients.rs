@@ -3,9 +3,9 @@
 
 use crate::common::{assert_close, normal};
 use dijiang::{
-    Attention, EluFeatures, Error, Far, HeadGradient, HybridAttention, LayerGradient,
-    LayerGradients, LayerHead, LinearAttention, Mask, MultiHead, Padding, Parameters, Performer,
-    Rotary, RotaryAttention, Scratch, SoftmaxAttention,
+    Attention, EluFeatures, Error, Far, HeadGradient, HybridAttention, LayerForward, LayerGradient,
+    LayerGradients, LayerHead, LayerRecord, LinearAttention, Mask, MultiHead, Padding, Parameters,
+    Performer, Rotary, RotaryAttention, Scratch, SoftmaxAttention,
 };
 use ndarray::{Array2, Array4, ArrayD, Axis, s};
 use std::ops::Range;
@@ -131,6 +131,29 @@ impl Call {
         let gradient = gradient.with_parameters(&mut d.parameters);
         layer.backward_into(gradient, self.mask, self.lengths.as_deref())?;
         Ok(d)
+    }
+
+    /// The same with what a forward pass kept, without log decays.
+    fn run_recorded(&self, layer: &MultiHead<f64>) -> LayerGradients<f64> {
+        let layer = layer.clone().with_padding(self.padding);
+        let (mut record, mut out) = (LayerRecord::new(), Array4::zeros(self.d_out.dim()));
+        let arguments = [self.q.view(), self.k.view(), self.v.view()];
+        let forward = LayerForward::new(arguments, out.view_mut()).with_record(&mut record);
+        layer.forward_with(forward, self.mask, self.lengths.as_deref()).unwrap();
+        assert!(!record.is_empty());
+        let mut d = LayerGradients {
+            q: Array4::zeros(self.q.dim()),
+            k: Array4::zeros(self.k.dim()),
+            v: Array4::zeros(self.v.dim()),
+            log_decay: None,
+            parameters: layer.parameters().zeros_like(),
+        };
+        let views = [d.q.view_mut(), d.k.view_mut(), d.v.view_mut()];
+        let gradient = LayerGradient::new(arguments, self.d_out.view(), views)
+            .with_parameters(&mut d.parameters)
+            .with_record(&record, out.view());
+        layer.backward_into(gradient, self.mask, self.lengths.as_deref()).unwrap();
+        d
     }
 
     /// Head by head, with what `dirt` padding holds; groups of the same kernel go together.
@@ -454,6 +477,9 @@ fn pooled_heads_hand_gradients_on_together() {
         for lengths in [None, Some(vec![40, 9, 0])] {
             let call = Call { lengths, ..Call::new([40, 40], Mask::Causal) };
             let found = call.run(&layer, 0.0).unwrap();
+            let again = call.run_recorded(&layer);
+            assert_eq!((&again.q, &again.k, &again.v), (&found.q, &found.k, &found.v));
+            assert_eq!(again.parameters, found.parameters);
             let mut d_sinks = [(); KV_HEADS].map(|()| kernels[0].parameters().zeros_like());
             for b in 0..BATCH {
                 let [queries, keys] = call.real(b);

@@ -6,6 +6,7 @@ use crate::kernel::chunk_len;
 use crate::memory::linear::bounds::Size;
 use crate::memory::linear::log_scale::LogScale;
 use crate::memory::linear::state::State;
+use crate::memory::merged::entries::Merge;
 use crate::scalar::Scalar;
 
 /// Sums without their rounding errors, which are less than the last digit of each.
@@ -77,6 +78,9 @@ const APART: usize = 256;
 /// pass on several threads keeps fewer. Kernels without such sums, full attention and streams leave
 /// it empty, and a backward pass with an empty one computes what it needs.
 ///
+/// A [hybrid](crate::HybridAttention) with [`Far::merged`](crate::Far::merged) keeps which entries
+/// it merged instead, 12 bytes a token: its backward pass then need not find that out again.
+///
 /// ```
 /// use dijiang::{Attention, Head, HeadGradient, LinearAttention, Mask, Performer, Scratch};
 /// use dijiang::SumCheckpoints;
@@ -104,13 +108,16 @@ pub struct SumCheckpoints<T> {
     used: usize,
     /// Of the sequence, once all of it has been seen.
     tokens: Option<usize>,
+    merges: Vec<Merge<T>>,
+    /// Of the kernel whose merges these are: none where there are none.
+    shape: Vec<usize>,
 }
 
 impl<T: Scalar> SumCheckpoints<T> {
     /// Empty.
     #[must_use]
     pub const fn new() -> Self {
-        Self { kept: Vec::new(), used: 0, tokens: None }
+        Self { kept: Vec::new(), used: 0, tokens: None, merges: Vec::new(), shape: Vec::new() }
     }
 
     /// How many places there are.
@@ -119,15 +126,33 @@ impl<T: Scalar> SumCheckpoints<T> {
         self.used
     }
 
-    /// Whether there is none.
+    /// Whether nothing is kept.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.used == 0
+        self.used == 0 && self.shape.is_empty()
     }
 
     /// Removes all of them; their memory stays for the next sequence.
     pub fn clear(&mut self) {
         (self.used, self.tokens) = (0, None);
+        self.merges.clear();
+        self.shape.clear();
+    }
+
+    /// Room for merges, empty.
+    pub(crate) fn take_merges(&mut self) -> Vec<Merge<T>> {
+        self.clear();
+        core::mem::take(&mut self.merges)
+    }
+
+    /// Keeps the merges of a whole sequence, by a kernel of this shape.
+    pub(crate) fn keep_merges(&mut self, merges: Vec<Merge<T>>, tokens: usize, shape: Vec<usize>) {
+        (self.merges, self.tokens, self.shape) = (merges, Some(tokens), shape);
+    }
+
+    /// The merges of a sequence of so many tokens by a kernel of this shape, if they are here.
+    pub(crate) fn merges(&self, tokens: usize, shape: &[usize]) -> Option<&[Merge<T>]> {
+        (self.tokens == Some(tokens) && self.shape == shape).then_some(&self.merges)
     }
 
     /// Keeps the sums before the next token of a sequence of so many, if it is time to.

@@ -69,13 +69,17 @@ impl<T: Scalar> Task<'_, T> {
         d_out: &ArrayView4<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> Result<(), Error> {
-        let Self { sequence, head, calls, others, .. } = self;
+        let Self { sequence, head, calls, others, record, .. } = self;
         let others = others.iter_mut().map(|(head, calls)| (head, &mut **calls));
         let all = core::iter::once((head, &mut **calls)).chain(others);
         let (mut heads, mut unit) = (Vec::with_capacity(layer.kv_heads()), None);
-        for (head, calls) in all {
+        for (place, (head, calls)) in all.enumerate() {
             let mut head = head.reborrow();
             for call in calls {
+                if let Some((record, _)) = record {
+                    let unit = *sequence * layer.units.len() + call.at;
+                    record.hand_on_sums(unit, place, &mut head);
+                }
                 head.d_parameters = call.d_parameters.as_mut();
                 unit = Some(&call.unit);
             }

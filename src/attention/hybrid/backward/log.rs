@@ -72,10 +72,25 @@ impl<T: Scalar> Recorder<T> {
                 }));
             }
         }
-        if matches!(config.far, FarKind::Merged { .. }) {
+        if matches!(config.far, FarKind::Merged { .. }) && !self.are_kept(config, heads, mask) {
             self.merges(config, heads, mask, state, scratch)?;
         }
         Ok(())
+    }
+
+    /// Takes the merges that the forward pass kept, if it did so for all heads.
+    fn are_kept(&mut self, config: &Config<T>, heads: &[HeadGradient<'_, T>], mask: Mask) -> bool {
+        if mask == Mask::Full {
+            return false;
+        }
+        for (log, head) in self.logs.iter_mut().zip(heads) {
+            let shape = config.shape(heads.len(), head.v.ncols());
+            let kept = head.checkpoints.and_then(|kept| kept.merges(head.keys(), &shape));
+            let Some(kept) = kept else { return false };
+            log.merges.clear();
+            log.merges.extend_from_slice(kept);
+        }
+        true
     }
 
     /// What is merged in each head.

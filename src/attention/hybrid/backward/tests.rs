@@ -20,6 +20,7 @@ use crate::calibration::Calibration;
 use crate::calibration::options::CalibrationOptions;
 use crate::kernel::buffer::Buffer;
 use crate::mask::Mask;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::memory::merged::rule::{MergeCost, Metric};
 use crate::memory::scoring::SoftCap;
 use crate::scalar::Scalar;
@@ -66,6 +67,18 @@ impl Call<f64> {
 }
 
 impl<T: Scalar> Call<T> {
+    fn without_gradients(&self) -> Self {
+        Self {
+            q: self.q.clone(),
+            k: self.k.clone(),
+            v: self.v.clone(),
+            d_out: self.d_out.clone(),
+            d_q: Array3::zeros(self.d_q.dim()),
+            d_k: Array2::zeros(self.d_k.dim()),
+            d_v: Array2::zeros(self.d_v.dim()),
+        }
+    }
+
     fn head(&mut self) -> HeadGradient<'_, T> {
         HeadGradient::group(
             self.q.view(),
@@ -138,10 +151,41 @@ fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mas
         .map(|(c, out)| Head::group(c.q.view(), c.k.view(), c.v.view(), out.view_mut()))
         .collect();
     kernel.forward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
+    let mut kept: Vec<_> = calls.iter().map(|_| SumCheckpoints::new()).collect();
+    let heads = heads.iter_mut().zip(&mut kept);
+    let mut heads: Vec<_> = heads.map(|(h, kept)| h.reborrow().with_checkpoints(kept)).collect();
+    kernel.forward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
     let heads = calls.iter_mut().zip(&mut d_sinks);
     let mut heads: Vec<_> = heads.map(|(c, d)| c.head().with_parameters(d)).collect();
     kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
     drop(heads);
+
+    // with what the forward pass kept, bit for bit the same
+    let merges = matches!(config.far, FarKind::Merged { .. }) && mask != Mask::Full;
+    assert!(kept.iter().all(|kept| kept.is_empty() != merges), "{what}");
+    let mut again: Vec<_> = calls.iter().map(Call::without_gradients).collect();
+    let heads = again.iter_mut().zip(&kept);
+    let mut heads: Vec<_> = heads.map(|(c, kept)| c.head().with_checkpoints(kept)).collect();
+    kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
+    drop(heads);
+    for (call, again) in calls.iter().zip(&again) {
+        assert_eq!((&call.d_q, &call.d_k, &call.d_v), (&again.d_q, &again.d_k, &again.d_v));
+    }
+    // and what another kernel kept is of no use, and does no harm
+    let other = HybridAttention::<f64>::builder(D).window(2).far(Merged::new(3)).build().unwrap();
+    let mut others = SumCheckpoints::new();
+    let Call { q, k, v, .. } = &calls[0];
+    let mut out = Array3::zeros((q.dim().0, q.dim().1, D_V));
+    let head = Head::group(q.view(), k.view(), v.view(), out.view_mut());
+    other
+        .forward_heads(&mut [head.with_checkpoints(&mut others)], Mask::Causal, &mut Scratch::new())
+        .unwrap();
+    let mut again: Vec<_> = calls.iter().map(Call::without_gradients).collect();
+    let heads = again.iter_mut().map(|call| call.head().with_checkpoints(&others));
+    let mut heads: Vec<_> = heads.collect();
+    kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
+    drop(heads);
+    assert!(calls.iter().zip(&again).all(|(call, again)| call.d_k == again.d_k), "{what}");
 
     for (h, (call, log)) in calls.iter().zip(&recorder.logs).enumerate() {
         let n = call.k.nrows();
