@@ -82,14 +82,15 @@ impl Conversion<'_> {
             self.output.display()
         );
         let (options, session) = (&self.options, self.session);
-        let count = options.steps() * options.batch;
-        let order = contexts(self.texts, options.context, count, options.seed)?;
+        let mut order = contexts(self.texts, options.context, options.seed)?.peekable();
         let exact = Exact::new(&session.model, self.exact)?;
         let plain = session.attention_to_train(self.kernel)?;
         let about = About {
             model: session.model.fingerprint(),
             kernel: self.kernel.name().to_owned(),
             exact: plain.exact_heads(),
+            settings: plain.settings_apart_from_bits(),
+            calibration: session.calibration_of(self.kernel)?,
             options: options.clone(),
             texts: self.texts.iter().map(|text| text.name.clone()).collect(),
             history: History::default(),
@@ -98,12 +99,16 @@ impl Conversion<'_> {
         let first = run.resume()?;
         bar.inc(options.tokens_of(first) as u64);
         if first == 0 {
-            run.prepare(order[0], bar)?;
+            run.prepare(order.peek().copied().unwrap_or_default(), bar)?;
             run.checkpoint(0)?;
         }
-        for (step, batch) in order.chunks(options.batch).enumerate().skip(first) {
+        for step in 0..options.steps() {
+            let batch: Vec<&[u32]> = order.by_ref().take(options.batch).collect();
+            if step < first {
+                continue;
+            }
             let start = Instant::now();
-            let found = match run.step(step, batch, bar) {
+            let found = match run.step(step, &batch, bar) {
                 Ok(found) => found,
                 Err(error) => return run.stopped(step, &format!("failed: {error:#}")),
             };

@@ -111,7 +111,7 @@ impl Linear {
     /// With `f32` weights a single row is computed twice. The matrix product adds the terms of a
     /// row in one order for any `n > 1`, in another for `n = 1`; so a token has the same bits alone
     /// and in a chunk, and a third more time is the price. With quantised weights that holds for
-    /// chunks of up to [`FEW`](crate::quantised::FEW) tokens, and then again for larger ones.
+    /// chunks of up to [`FEW`] tokens, and then again for larger ones.
     #[must_use]
     pub fn apply(&self, x: &Array2<f32>) -> Array2<f32> {
         let weight = match &self.weight {

@@ -12,7 +12,7 @@ use crate::state_plan;
 use crate::texts::{self, Corpus, Encoder, Text};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, ensure};
-use dijiang::{HeadErrors, MultiHead, StatePlan};
+use dijiang::{HeadErrors, MultiHead, StateFormat, StatePlan};
 use indicatif::ProgressBar;
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
@@ -227,16 +227,37 @@ impl Session {
             path.display()
         );
         let plain = self.attention_to_train(kernel)?;
+        let about = &learned.about;
         ensure!(
-            plain.exact_heads() == learned.about.exact,
-            "{} was learned with other exact heads: pass the calibration text that chose them",
+            plain.exact_heads() == about.exact,
+            "{} was learned with other exact heads: pass the calibration text or the plan that \
+             chose them",
             path.display()
+        );
+        ensure!(
+            plain.settings_apart_from_bits() == about.settings,
+            "{} was learned with another plan: pass that one",
+            path.display()
+        );
+        let calibration = self.calibration_of(kernel)?;
+        ensure!(
+            calibration == about.calibration,
+            "{} was learned for kernels fitted to {:?}, and these are fitted to {calibration:?}: \
+             pass the same text by `--calibration`",
+            path.display(),
+            about.calibration
         );
         Ok(Attentions {
             adapted: Some(learned.model(&self.model).with_context(place)?),
             layers: learned.attention(&plain.layers).with_context(place)?,
             ..plain
         })
+    }
+
+    /// The name and the tokens of the calibration text, of a kernel that is fitted to it.
+    pub fn calibration_of(&self, kernel: &Kernel) -> Result<Option<(String, usize)>> {
+        let of = |text: Text| (text.name, text.tokens.len());
+        kernel.is_fitted().then(|| self.calibration().map(of)).transpose()
     }
 
     /// The same without what the model learned.
@@ -285,6 +306,12 @@ impl Attentions {
     #[must_use]
     pub fn model<'a>(&'a self, session: &'a Session) -> &'a Model {
         self.adapted.as_ref().unwrap_or(&session.model)
+    }
+
+    /// The setting of every head if it was planned, with states in full.
+    #[must_use]
+    pub fn settings_apart_from_bits(&self) -> Option<StatePlan> {
+        self.settings.clone().map(|plan| plan.with_state_format(StateFormat::F32))
     }
 
     /// The kv heads that were chosen to be exact, `(layer, kv head)`.

@@ -5,9 +5,13 @@ use anyhow::{Result, ensure};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-/// `count` contexts of `context` tokens and the one behind, of all texts in a random order; once
-/// all have been read, others that begin elsewhere.
-pub fn contexts(texts: &[Text], context: usize, count: usize, seed: u64) -> Result<Vec<&[u32]>> {
+/// Contexts of `context` tokens and the one behind, of all texts in a random order; once all have
+/// been read, others that begin elsewhere, without end.
+pub fn contexts<'a>(
+    texts: &'a [Text],
+    context: usize,
+    seed: u64,
+) -> Result<impl Iterator<Item = &'a [u32]>> {
     let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
     ensure!(
         longest > context,
@@ -16,25 +20,20 @@ pub fn contexts(texts: &[Text], context: usize, count: usize, seed: u64) -> Resu
         context + 1
     );
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut all: Vec<&[u32]> = Vec::with_capacity(count);
-    let mut round = 0;
-    while all.len() < count {
+    let round = move |round: u64| {
         let mut windows: Vec<&[u32]> = Vec::new();
-        for text in texts {
-            let rest = text.tokens.len().saturating_sub(1) % context;
+        for Text { tokens, .. } in texts {
+            let rest = tokens.len().saturating_sub(1) % context;
             // the first round is the same for every seed, but for its order
             let start = if round == 0 { 0 } else { random.random_range(0..=rest) };
-            let last = text.tokens.len().saturating_sub(context);
-            windows
-                .extend((start..last).step_by(context).map(|at| &text.tokens[at..=at + context]));
+            let last = tokens.len().saturating_sub(context);
+            windows.extend((start..last).step_by(context).map(|at| &tokens[at..=at + context]));
         }
         // Fisher and Yates
         for i in (1..windows.len()).rev() {
             windows.swap(i, random.random_range(0..=i));
         }
-        windows.truncate(count - all.len());
-        all.extend(windows);
-        round += 1;
-    }
-    Ok(all)
+        windows
+    };
+    Ok((0..).flat_map(round))
 }

@@ -7,7 +7,7 @@ use crate::linear::Linear;
 use crate::model::Model;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::DType;
-use dijiang::{MultiHead, Parameters};
+use dijiang::{MultiHead, Parameters, StatePlan};
 use ndarray::{Array1, Array2, ArrayD, Dimension, IxDyn};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,10 @@ pub struct About {
     pub kernel: String,
     /// The exact kv heads `(layer, kv head)` beside it.
     pub exact: Vec<(usize, usize)>,
+    /// The setting of every head, if it was planned.
+    pub settings: Option<StatePlan>,
+    /// The name and the tokens of the calibration text, if the kernel was fitted to it.
+    pub calibration: Option<(String, usize)>,
     /// How it was trained.
     pub options: Options,
     /// Names of the texts it was trained on.
