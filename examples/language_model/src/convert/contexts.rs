@@ -7,11 +7,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// Contexts of `context` tokens and the one behind, of all texts in a random order; once all have
 /// been read, others that begin elsewhere, without end.
-pub fn contexts<'a>(
-    texts: &'a [Text],
-    context: usize,
-    seed: u64,
-) -> Result<impl Iterator<Item = &'a [u32]>> {
+pub fn contexts(texts: &[Text], context: usize, seed: u64) -> Result<impl Iterator<Item = &[u32]>> {
     let longest = texts.iter().map(|text| text.tokens.len()).max().unwrap_or(0);
     ensure!(
         longest > context,
