@@ -151,8 +151,8 @@ impl<T: Scalar> HybridAttention<T> {
         let deciding_columns = (*probes > 0).then(|| value_dim.saturating_sub(*probes));
         let sizes = Sizes { heads: heads.len(), value_dim, deciding_columns };
         state.prepare(&self.config, sizes)?;
+        begin_logs(state, heads);
         if mask != Mask::Full {
-            begin_logs(state, heads);
             state.extend(&self.config, heads, work)?;
             end_logs(&self.config, state, heads);
             return Ok(());

@@ -297,12 +297,7 @@ impl<T: Scalar> MultiHead<T> {
             let units = self.units.iter().enumerate();
             let mine = units.filter(|(_, unit)| unit.all_kv_heads(self.group()).contains(&kv));
             let call = |(at, unit): (usize, &HeadUnit)| {
-                // of a pool each head has a kernel, if equal ones
-                let head = match unit {
-                    HeadUnit::Pool(_) => kv * self.group(),
-                    unit => unit.first_query_head(self.group()),
-                };
-                let first = self.first_with_kernel(head);
+                let first = self.first_with_kernel(unit.first_query_head(self.group()));
                 let d_parameters = asked.map(|asked| asked.of(&place(first)).zeros_like());
                 let d_parameters = d_parameters.filter(|asked| !asked.is_empty());
                 KernelCall { unit: unit.clone(), at, first, d_parameters }

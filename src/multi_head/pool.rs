@@ -12,7 +12,8 @@ impl<T: Scalar> MultiHead<T> {
     /// many as they have together: the pair that costs least merges, in whichever head, and at
     /// least 4 entries stay in each. So that heads compare, the attention a head received in a step
     /// is scaled: what its query heads give to all but the sinks sums to their number. Heads with
-    /// other kernels stay as they are.
+    /// other kernels stay as they are. The kernels of pooled heads, which must do the same, become
+    /// one with one set of parameters.
     ///
     /// ```
     /// use dijiang::{Far, HybridAttention, MultiHead};
@@ -54,6 +55,14 @@ impl<T: Scalar> MultiHead<T> {
                 found: format!("those of {} heads", heads.len()),
                 needed: "at most 16384 over all heads of a pool, with the tokens of a block",
             });
+        }
+        // they do the same: from here on they are one, with one set of parameters
+        let kernel = Arc::clone(&self.kernels[heads[0] * self.group()]);
+        for &kv in &heads {
+            let group = self.group();
+            for own in &mut self.kernels[kv * group..(kv + 1) * group] {
+                *own = Arc::clone(&kernel);
+            }
         }
         let pooled = |unit: &&HeadUnit| matches!(unit, HeadUnit::Group(kv) if heads.contains(kv));
         let mut units: Vec<HeadUnit> =

@@ -356,7 +356,7 @@ pub struct Training {
     /// What is trained beside norms and maps
     #[arg(long, value_enum, default_value = "lora")]
     pub train: Which,
-    /// Rank of the factors of `--train lora`
+    /// Rank of the factors; means nothing where whole matrices are trained
     #[arg(
         long,
         value_name = "R",
@@ -366,7 +366,7 @@ pub struct Training {
     )]
     pub rank: usize,
     /// The highest learning rate [default: 1e-3, and 5e-4 for whole matrices]
-    #[arg(long, value_name = "X", value_parser = positive(), allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", value_parser = probability(), allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// Tokens of a context
     #[arg(
@@ -452,7 +452,8 @@ impl Training {
             learning_rate: self.learning_rate.unwrap_or(learning_rate),
             weight_decay: 0.01,
             clip: 1.0,
-            distill: self.distill,
+            // maps are fitted to the queries and keys of the model as it came
+            distill: if self.train == Which::RandomAttention { 0 } else { self.distill },
             points: self.points,
             seed: self.seed,
         }

@@ -90,10 +90,8 @@ pub fn conversions(session: &Session, files: &[PathBuf], asked: &Asked) -> Resul
     for file in files {
         let about = Learned::load(file)?.about;
         bar.set_message(about.kernel.clone());
-        let kernel: Kernel = format!("{},adapted={}", about.kernel, file.display())
-            .parse()
-            .with_context(|| format!("in {}", file.display()))?;
-        // what began with random weights was never a model: it has no `before`
+        let kernel: Kernel =
+            about.kernel.parse().with_context(|| format!("in {}", file.display()))?;
         let same = rows.iter().find(|row| row.about.kernel == about.kernel);
         let before = match same.map(|row| row.before.clone()) {
             Some(before) => {
@@ -102,7 +100,7 @@ pub fn conversions(session: &Session, files: &[PathBuf], asked: &Asked) -> Resul
             }
             None => measure(&session.attention_to_train(&kernel)?)?,
         };
-        let after = measure(&session.attention(&kernel)?)?;
+        let after = measure(&session.attention(&kernel.with_adapted(file))?)?;
         rows.push(Row { file: file.clone(), about, before, after });
     }
     bar.finish_and_clear();

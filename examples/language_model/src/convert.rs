@@ -25,7 +25,7 @@ use crate::model::Model;
 use crate::perplexity::{longest, losses};
 use crate::session::Session;
 use crate::texts::Text;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, anyhow};
 use candle_core::{Device, Tensor};
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
@@ -73,18 +73,14 @@ struct Run<'a> {
 }
 
 impl Conversion<'_> {
-    /// Trains, from the last checkpoint if there is one, and writes the file. The bar is advanced
-    /// by the tokens.
+    /// Trains, from the last checkpoint if there is one, and writes the file; one that is there
+    /// already, and was made in the same way, is read. The bar is advanced by the tokens.
     pub fn run(&self, bar: &ProgressBar) -> Result<Learned> {
-        ensure!(
-            !self.output.exists(),
-            "{} is there already: give another name by `--output`, or remove it",
-            self.output.display()
-        );
         let (options, session) = (&self.options, self.session);
         let mut order = contexts(self.texts, options.context, options.seed)?.peekable();
-        let exact = Exact::new(&session.model, self.exact)?;
-        let plain = session.attention_to_train(self.kernel)?;
+        let plain = session.attention_to_train(&self.kernel.in_full())?;
+        let is_read = |text: &&Text| text.tokens.len() > options.context;
+        let held_out = if options.points > 0 { session.corpus.evaluation()? } else { &[] };
         let about = About {
             model: session.model.fingerprint(),
             kernel: self.kernel.name().to_owned(),
@@ -92,42 +88,55 @@ impl Conversion<'_> {
             settings: plain.settings_apart_from_bits(),
             calibration: session.calibration_of(self.kernel)?,
             options: options.clone(),
-            texts: self.texts.iter().map(|text| text.name.clone()).collect(),
+            texts: self.texts.iter().filter(is_read).map(Text::print).collect(),
+            held_out: held_out.iter().map(Text::print).collect(),
             history: History::default(),
         };
-        let mut run = Run::new(self, plain.layers, about, exact)?;
-        let first = run.resume()?;
-        bar.inc(options.tokens_of(first) as u64);
-        if first == 0 {
-            run.prepare(order.peek().copied().unwrap_or_default(), bar)?;
-            run.checkpoint(0)?;
+        if self.output.exists() {
+            let found = Learned::load(self.output)?;
+            about.check_same(&found.about, self.output)?;
+            bar.inc(options.tokens_of(options.steps()) as u64);
+            return Ok(found);
         }
+        let mut run = Run::new(self, plain.layers, about)?;
+        let first = match run.resume()? {
+            Some(first) => first,
+            None => {
+                run.prepare(order.peek().copied().unwrap_or_default(), bar)?;
+                0
+            }
+        };
+        bar.inc(options.tokens_of(first) as u64);
         for step in 0..options.steps() {
             let batch: Vec<&[u32]> = order.by_ref().take(options.batch).collect();
             if step < first {
                 continue;
             }
             let start = Instant::now();
-            let found = match run.step(step, &batch, bar) {
+            let found = match run.gradients(step, &batch) {
                 Ok(found) => found,
-                Err(error) => return run.stopped(step, &format!("failed: {error:#}")),
+                Err(error) => return run.stopped(step, error),
             };
-            run.about.history.seconds += start.elapsed().as_secs_f64();
-            let history = &mut run.about.history;
-            if history.diverges(found) {
-                let Step { loss, gradient, .. } = found;
-                let why =
-                    format!("diverged, to a loss of {loss:.3} and a gradient of {gradient:.3}");
-                return run.stopped(step, &why);
+            if run.about.history.diverges(found.loss) {
+                return run.stopped(step, anyhow!("diverged, to a loss of {:.3}", found.loss));
             }
-            history.steps.push(found);
+            if step.is_multiple_of(CHECKPOINT) && step > first {
+                run.checkpoint(step)?;
+            }
+            let gradient = run.optimizer.step(options.learning_rate(step))?;
+            if !gradient.is_finite() {
+                return run.stopped(step, anyhow!("diverged, to a gradient of {gradient}"));
+            }
+            let history = &mut run.about.history;
+            history.seconds += start.elapsed().as_secs_f64();
+            history.steps.push(Step { gradient, ..found });
+            bar.inc(options.tokens_of(1) as u64);
             bar.set_message(history.message(options));
             let done = step + 1;
-            if options.is_point(done) {
-                run.point(done)?;
-            }
-            if done.is_multiple_of(CHECKPOINT) && run.about.history.is_good() {
-                run.checkpoint(done)?;
+            if options.is_point(done)
+                && let Err(error) = run.point(done)
+            {
+                return run.stopped(done, error);
             }
         }
         let learned = Learned::of(run.student.variables(), run.about.clone())?;
@@ -148,16 +157,17 @@ impl<'a> Run<'a> {
         conversion: &'a Conversion<'a>,
         layers: Vec<MultiHead<f32>>,
         about: About,
-        exact: Exact<'a>,
     ) -> Result<Self> {
         let options = &conversion.options;
         let model = &conversion.session.model;
         let student = Student::new(model, &layers, options.trained, options.seed)?;
         let optimizer = AdamW::new(student.variables(), options.weight_decay, options.clip);
+        let exact = Exact::new(model, conversion.exact)?;
         Ok(Self { conversion, layers, student, optimizer, about, exact })
     }
 
-    /// Before the first step: maps learn to answer as exact attention does; the first point.
+    /// Before the first step: maps learn to answer as exact attention does, the first point, and
+    /// the first checkpoint.
     fn prepare(&mut self, tokens: &[u32], bar: &ProgressBar) -> Result<()> {
         let (conversion, options) = (self.conversion, &self.conversion.options);
         let model = &conversion.session.model;
@@ -165,17 +175,16 @@ impl<'a> Run<'a> {
         if options.distill > 0 && self.layers.iter().any(|layer| !layer.parameters().is_empty()) {
             let tokens = &tokens[..options.context];
             let layers = distill::distill(model, &self.layers, tokens, options.distill, bar)?;
-            let (about, exact) = (self.about.clone(), Exact::new(model, conversion.exact)?);
-            *self = Self::new(conversion, layers, about, exact)?;
+            *self = Self::new(conversion, layers, self.about.clone())?;
         }
         if options.is_point(0) {
             self.point(0)?;
         }
-        Ok(())
+        self.checkpoint(0)
     }
 
-    /// A step on some contexts.
-    fn step(&mut self, step: usize, batch: &[&[u32]], bar: &ProgressBar) -> Result<Step> {
+    /// The loss of some contexts; its gradients wait in the optimizer.
+    fn gradients(&mut self, step: usize, batch: &[&[u32]]) -> Result<Step> {
         let options = &self.conversion.options;
         let model = &self.conversion.session.model;
         let n = options.context;
@@ -202,13 +211,8 @@ impl<'a> Run<'a> {
         })??;
         let weights = Tensor::from_vec(found.gradient, shape, &Device::Cpu)?;
         self.optimizer.add(&(&hidden * weights)?.sum_all()?.backward()?)?;
-        bar.inc(read.len() as u64);
-        Ok(Step {
-            loss: found.loss,
-            nats: found.nats[0],
-            exact: found.nats[1],
-            gradient: self.optimizer.step(options.learning_rate(step))?,
-        })
+        let [nats, exact] = found.nats;
+        Ok(Step { loss: found.loss, nats, exact, gradient: 0.0 })
     }
 
     /// The held-out losses of the halves of windows, by a model with these layers.
@@ -257,23 +261,15 @@ impl<'a> Run<'a> {
     }
 
     /// Goes on from the last checkpoint, if there is one; gives the steps that were made.
-    fn resume(&mut self) -> Result<usize> {
+    fn resume(&mut self) -> Result<Option<usize>> {
         let path = self.conversion.checkpoint_path();
         if !path.exists() {
-            return Ok(0);
+            return Ok(None);
         }
         let (mut arrays, about) = learned::load(&path)?;
         let saved: Saved = serde_json::from_str(&about)
             .with_context(|| format!("{} was written by another version", path.display()))?;
-        let mine = About { history: saved.about.history.clone(), ..self.about.clone() };
-        ensure!(
-            saved.about == mine,
-            "{} is the checkpoint of another conversion, of `{}` with {:?}: give another \
-             `--output`, or remove it",
-            path.display(),
-            saved.about.kernel,
-            saved.about.options
-        );
+        self.about.check_same(&saved.about, &path)?;
         let mut take = |name: String| -> Result<ArrayD<f32>> {
             arrays.remove(&name).with_context(|| format!("`{name}` is missing in a checkpoint"))
         };
@@ -287,19 +283,22 @@ impl<'a> Run<'a> {
         }
         self.optimizer.resume(saved.steps, means)?;
         self.about = saved.about;
-        Ok(saved.steps)
+        Ok(Some(saved.steps))
     }
 
-    /// Keeps the last good state, and says so.
-    fn stopped(&mut self, step: usize, why: &str) -> Result<Learned> {
-        let good = self.resume()?;
+    /// Keeps the last good state, and says so; there is none before the first step.
+    fn stopped(&mut self, step: usize, why: Error) -> Result<Learned> {
+        let good = self.resume()?.unwrap_or(0);
+        if step == 0 {
+            return Err(why.context("the training cannot begin"));
+        }
         let learned = Learned::of(self.student.variables(), self.about.clone())?;
         learned.save(self.conversion.output)?;
-        bail!(
-            "at step {step} the training {why}\n{} holds what was learned in {good} steps, the \
+        Err(why.context(format!(
+            "the training stopped at step {step}: {} holds what was learned in {good} steps, the \
              last good state; try a lower `--learning-rate`",
             self.conversion.output.display()
-        )
+        )))
     }
 }
 
@@ -317,15 +316,9 @@ impl History {
         (count > 0).then(|| [mean(last), mean(&self.steps[..count])])
     }
 
-    /// Whether the loss is no number, or far above that of the beginning.
-    fn diverges(&self, found: Step) -> bool {
-        let is_far = |[_, first]: [f64; 2]| found.loss > 3.0 * first + 1.0;
-        !(found.loss.is_finite() && found.gradient.is_finite()) || self.trend().is_some_and(is_far)
-    }
-
-    /// Whether the loss has not risen.
-    fn is_good(&self) -> bool {
-        self.trend().is_none_or(|[last, first]| last <= 1.5 * first + 0.1)
+    /// Whether a loss is no number, or far above those of the beginning.
+    fn diverges(&self, loss: f64) -> bool {
+        !loss.is_finite() || self.trend().is_some_and(|[_, first]| loss > 3.0 * first + 1.0)
     }
 
     /// The loss and the speed.

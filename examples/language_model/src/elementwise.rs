@@ -17,12 +17,14 @@ pub trait Exponential: Copy + Send + Sync + 'static {
 }
 
 impl Exponential for f32 {
-    /// Within two units of the last place; 0 below −87, where the result is hardly a normal number.
+    /// Within two units of the last place; 0 below −87, where the result is hardly a normal number,
+    /// and no more than at 88.7.
     #[inline(always)]
     fn exponential(self) -> Self {
         // x = n·ln 2 + r, with n read off the low bits of x/ln 2 + 1.5·2^23
         const SHIFT: f32 = 12_582_912.0;
-        let x = self.min(88.7);
+        // NaN is no more and no less than any number, and goes through
+        let x = if self > 88.7 { 88.7 } else { self };
         let shifted = x * std::f32::consts::LOG2_E + SHIFT;
         let n = shifted - SHIFT;
         let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
@@ -32,7 +34,6 @@ impl Exponential for f32 {
         }
         let fraction = p * r * r + r + 1.0;
         let y = f32::from_bits(fraction.to_bits().wrapping_add(shifted.to_bits() << 23));
-        // NaN is no less than −87, and goes through
         if x < -87.0 { 0.0 } else { y }
     }
 

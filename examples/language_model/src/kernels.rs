@@ -39,7 +39,8 @@ A kernel is NAME[:SIZE][,OPTION]...
   decay=G  min-age=N  block=N  value-weight=X  metric=identity
                                      of merged (block: of ward too; decay: of maps alone, where
                                      every feature has one of its own, which is trained)
-  calibrated         fit the kernel of each head to the calibration text (not official, elu, relu)
+  calibrated         fit the kernel of each head to the calibration text (not learned, hedgehog,
+                     official, elu, relu)
   seed=N             of random maps
   state=FORMAT       f32, bf16 or q8: bits of caches, windows, sinks and entries (softmax, hybrids,
                      merged,plan=FILE)
@@ -273,6 +274,20 @@ impl Kernel {
     #[must_use]
     pub fn exact(&self) -> &Exact {
         &self.exact
+    }
+
+    /// The kernel with states in full: rounding has no gradient.
+    #[must_use]
+    pub fn in_full(&self) -> Self {
+        let options = Options { state: Some(StateFormat::F32), ..self.options.clone() };
+        Self { options, ..self.clone() }
+    }
+
+    /// The kernel with what a model learned for it.
+    #[must_use]
+    pub fn with_adapted(&self, file: &Path) -> Self {
+        let name = format!("{},adapted={}", self.name, file.display());
+        Self { name, adapted: Some(file.to_owned()), ..self.clone() }
     }
 
     /// What the model learned for it, if it is to be used.

@@ -329,6 +329,10 @@ fn heads(
         *kernel.exact() == Exact::None,
         "`{kernel}` has a choice of heads already: leave `exact` and `plan` out"
     );
+    ensure!(
+        kernel.adapted().is_none(),
+        "`{kernel}`: heads are chosen for the model as it came: leave `adapted` out"
+    );
     let config = session.model.config();
     let heads = config.layers * config.kv_heads;
     if let Some(count) = exact {
@@ -463,6 +467,11 @@ fn convert(session: &Session, asked: &Training) -> Result<()> {
         asked.kernel
     );
     ensure!(
+        options.loss == LossKind::Kl || asked.keep_exact.is_none(),
+        "`--keep-exact` keeps what the exact model says, which `--loss ce` does not ask"
+    );
+    warn_beyond(session, &[("a context", options.context)]);
+    ensure!(
         options.loss == LossKind::Ce || !asked.kernel.is_softmax(),
         "`softmax` is what the others learn from: it has nothing to learn with `--loss kl`"
     );
@@ -482,6 +491,17 @@ fn convert(session: &Session, asked: &Training) -> Result<()> {
     Ok(())
 }
 
+/// Lists of names and codes, where there is a tokenizer to write them.
+fn lists(session: &Session, asked: &Tasks) -> Vec<Task> {
+    match session.tokenizer() {
+        Ok(_) => tasks(asked),
+        Err(why) => {
+            eprintln!("note: lists of names and codes are left out: {why}");
+            Vec::new()
+        }
+    }
+}
+
 /// Compares what conversions gained.
 fn conversions(
     session: &Session,
@@ -490,7 +510,10 @@ fn conversions(
     asked: &Tasks,
     output: &Path,
 ) -> Result<()> {
-    let tasks = if session.tokenizer().is_ok() { tasks(asked) } else { Vec::new() };
+    let tasks = lists(session, asked);
+    let window = longest(session.corpus.evaluation()?, context);
+    let [list, copy] = prompts(session, &tasks, asked.copied)?;
+    warn_beyond(session, &[("a window", window), list, copy]);
     let asked = Asked { context, tasks, prompts: asked.prompts, copied: asked.copied };
     let found = conversion::conversions(session, files, &asked)?;
     fs::create_dir_all(output).with_context(|| format!("cannot make {}", output.display()))?;
@@ -554,13 +577,7 @@ fn all(
     kernels.insert(0, softmax);
     lengths.sort_unstable();
     lengths.dedup();
-    let tasks = match session.tokenizer() {
-        Ok(_) => tasks(asked),
-        Err(why) => {
-            eprintln!("note: lists of names and codes are left out: {why}");
-            Vec::new()
-        }
-    };
+    let tasks = lists(session, asked);
     let window = longest(session.corpus.evaluation()?, context);
     let last = lengths.last().copied().unwrap_or(0);
     let [list, copy] = prompts(session, &tasks, asked.copied)?;

@@ -236,11 +236,30 @@ impl Model {
         let Config { name, layers, width, heads, kv_heads, head_dim, value_dim, .. } = &self.config;
         let gains = self.layers.iter().flat_map(|l| [&l.attention_norm, &l.feed_forward_norm]);
         let bytes = gains.chain([&self.norm]).flatten().flat_map(|gain| gain.to_le_bytes());
-        // FNV-1a
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash = hash(bytes);
         format!("{name}, {layers}x{width}, {heads}/{kv_heads}x{head_dim}/{value_dim}, {hash:016x}")
+    }
+
+    /// A hash of the sizes and of some of the numbers of every matrix, as they are in memory:
+    /// another for other weights, and where the same are stored with fewer bits.
+    #[must_use]
+    pub fn hash_of_weights(&self) -> u64 {
+        let of = |linear: &Linear| -> Vec<f32> {
+            let (inputs, outputs) = linear.dim();
+            let mut rows = Array2::zeros((4, inputs));
+            for (i, row) in rows.outer_iter_mut().enumerate() {
+                linear.copy_output(i * (outputs - 1) / 3, row);
+            }
+            rows.into_raw_vec_and_offset().0
+        };
+        let layers = self.layers.iter().flat_map(|layer| {
+            let Layer { query, key, value, output, gate, up, down, .. } = layer;
+            [query, key, value, output, gate, up, down]
+        });
+        let matrices = layers.chain([&self.embedding]).chain(&self.output);
+        let numbers = matrices.flat_map(of).flat_map(f32::to_le_bytes);
+        let sizes = format!("{:?} {:?}", self.config, self.rotary);
+        hash(sizes.into_bytes().into_iter().chain(numbers))
     }
 
     /// An empty state, with this attention in each layer.
@@ -436,6 +455,13 @@ fn turn(x: &mut Array2<f32>, angles: &RotaryAngles<f32>, head_dim: usize) -> Res
     let (tokens, columns) = x.dim();
     let heads = x.view_mut().into_shape_with_order((tokens, columns / head_dim, head_dim))?;
     Ok(angles.rotate_heads_in_place(heads)?)
+}
+
+/// FNV-1a.
+pub fn hash(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// The numbers of an array in its usual order.

@@ -9,7 +9,7 @@ use crate::model::Model;
 use crate::plan::{self, Choice, Plan};
 use crate::recall::{Prompt, Score, Task, copying};
 use crate::state_plan;
-use crate::texts::{self, Corpus, Encoder, Text};
+use crate::texts::{self, Corpus, Encoder, Text, TextPrint};
 use crate::tokenizer::Tokenizer;
 use anyhow::{Context, Result, anyhow, ensure};
 use dijiang::{HeadErrors, MultiHead, StateFormat, StatePlan};
@@ -254,10 +254,9 @@ impl Session {
         })
     }
 
-    /// The name and the tokens of the calibration text, of a kernel that is fitted to it.
-    pub fn calibration_of(&self, kernel: &Kernel) -> Result<Option<(String, usize)>> {
-        let of = |text: Text| (text.name, text.tokens.len());
-        kernel.is_fitted().then(|| self.calibration().map(of)).transpose()
+    /// The calibration text, of a kernel that is fitted to it.
+    pub fn calibration_of(&self, kernel: &Kernel) -> Result<Option<TextPrint>> {
+        kernel.is_fitted().then(|| Ok(self.calibration()?.print())).transpose()
     }
 
     /// The same without what the model learned.

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::tokenizer::Tokenizer;
@@ -18,6 +18,27 @@ pub struct Text {
     pub name: String,
     /// Its tokens, all of them in the model's vocabulary.
     pub tokens: Vec<u32>,
+}
+
+/// What tells a text from others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TextPrint {
+    /// What it is called.
+    pub name: String,
+    /// How many tokens it has.
+    pub tokens: usize,
+    /// A hash of them.
+    pub hash: String,
+}
+
+impl Text {
+    /// What tells it from others.
+    #[must_use]
+    pub fn print(&self) -> TextPrint {
+        let bytes = self.tokens.iter().flat_map(|token| token.to_le_bytes());
+        let hash = format!("{:016x}", crate::model::hash(bytes));
+        TextPrint { name: self.name.clone(), tokens: self.tokens.len(), hash }
+    }
 }
 
 /// The texts of one run. Those that come with the program may be impossible to make tokens of,

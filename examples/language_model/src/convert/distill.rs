@@ -81,7 +81,7 @@ fn fit(
         let found = mixed(attention_with(layer, extras, [q, k, v], Mask::Causal, None)?)?;
         let loss = ((found - &target)?.sqr()?.sum_all()? / size)?;
         let value = f64::from(loss.to_scalar::<f32>()?);
-        if best.as_ref().is_none_or(|(least, _)| value < *least) {
+        if value.is_finite() && best.as_ref().is_none_or(|(least, _)| value < *least) {
             let kept = parameters.iter().map(|(name, x)| Ok((name.clone(), x.detach().copy()?)));
             best = Some((value, kept.collect::<Result<_>>()?));
         }

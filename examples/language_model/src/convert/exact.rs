@@ -28,7 +28,7 @@ impl<'a> Exact<'a> {
             model,
             layers: vec![layer; config.layers],
             folder: folder.map(Path::to_owned),
-            fingerprint: model.fingerprint(),
+            fingerprint: format!("{} {:016x}", model.fingerprint(), model.hash_of_weights()),
         })
     }
 

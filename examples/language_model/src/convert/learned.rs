@@ -5,6 +5,7 @@ use crate::convert::student::{MATRICES, SCALE};
 use crate::convert::variables::Variables;
 use crate::linear::Linear;
 use crate::model::Model;
+use crate::texts::TextPrint;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::DType;
 use dijiang::{MultiHead, Parameters, StatePlan};
@@ -29,17 +30,42 @@ pub struct About {
     pub exact: Vec<(usize, usize)>,
     /// The setting of every head, if it was planned.
     pub settings: Option<StatePlan>,
-    /// The name and the tokens of the calibration text, if the kernel was fitted to it.
-    pub calibration: Option<(String, usize)>,
+    /// The calibration text, if the kernel was fitted to it.
+    pub calibration: Option<TextPrint>,
     /// How it was trained.
     pub options: Options,
-    /// Names of the texts it was trained on.
-    pub texts: Vec<String>,
+    /// What it was trained on.
+    pub texts: Vec<TextPrint>,
+    /// What the points of the curve were measured on.
+    pub held_out: Vec<TextPrint>,
     /// How it went.
     pub history: History,
 }
 
 impl About {
+    /// Refuses what was done in another way: says in what.
+    pub fn check_same(&self, found: &Self, path: &Path) -> Result<()> {
+        let without_history = |about: &Self| {
+            serde_json::to_value(Self { history: History::default(), ..about.clone() })
+        };
+        let (mine, other) = (without_history(self)?, without_history(found)?);
+        let all = mine.as_object().into_iter().flatten();
+        let differs = all.filter(|(name, value)| other.get(name) != Some(value));
+        let differs: Vec<String> = differs
+            .map(|(name, value)| {
+                let other = other.get(name).unwrap_or(&serde_json::Value::Null);
+                format!("`{name}` {other} there, {value} here")
+            })
+            .collect();
+        ensure!(
+            differs.is_empty(),
+            "{} is of another conversion: {}. Give another name by `--output`, or remove it",
+            path.display(),
+            differs.join("; ")
+        );
+        Ok(())
+    }
+
     /// What was gained, on held-out text.
     #[must_use]
     pub fn summary(&self) -> String {
@@ -126,6 +152,10 @@ impl Learned {
 
     /// Writes a file of safetensors, whole or not at all.
     pub fn save(&self, path: &Path) -> Result<()> {
+        let bad = self.arrays.iter().find(|(_, array)| !array.iter().all(|x| x.is_finite()));
+        if let Some((name, _)) = bad {
+            bail!("`{name}` has numbers that are not finite: try a lower `--learning-rate`");
+        }
         save(path, &self.arrays, &serde_json::to_string(&self.about)?)
     }
 

@@ -80,12 +80,6 @@ impl Variables {
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Variable> {
         self.0.iter()
     }
-
-    /// Numbers of all.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.0.iter().map(|variable| variable.var.elem_count()).sum()
-    }
 }
 
 /// `β₁`, `β₂` and `ε` of AdamW.
@@ -124,12 +118,6 @@ impl AdamW {
         };
         let slots = variables.iter().map(slot).collect();
         Self { variables: variables.clone(), slots, steps: 0, weight_decay, clip }
-    }
-
-    /// Steps made.
-    #[must_use]
-    pub fn steps(&self) -> usize {
-        self.steps
     }
 
     /// The variables with what is known of each.

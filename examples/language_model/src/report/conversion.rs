@@ -93,7 +93,7 @@ fn how(row: &Row) -> String {
         "{}: {} tokens of {} in {} s, {} tokens a second; {:?}",
         row.name(),
         count(row.tokens()),
-        list(&row.about.texts),
+        list(&row.about.texts.iter().map(|text| &text.name).collect::<Vec<_>>()),
         plain(history.seconds),
         plain(row.tokens() as f64 / history.seconds.max(1e-9)),
         row.about.options
@@ -151,7 +151,7 @@ fn recalled(measured: &Measured) -> String {
 #[must_use]
 pub fn slopes(conversions: &Conversions) -> Vec<String> {
     let of = |row: &Row| -> Option<String> {
-        let trend = Trend::of(&row.about, 1)?;
+        let trend = Trend::of(&row.about, 1).filter(|trend| trend.slope < 0.0)?;
         let tokens = row.tokens() as f64;
         Some(format!(
             "{}: the excess in the second half falls as tokens^{:.2}. If it went on so, which \

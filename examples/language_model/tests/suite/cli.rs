@@ -538,7 +538,13 @@ fn a_conversion_is_trained_and_used() {
         assert!(!output.status.success(), "{arguments:?}");
         String::from_utf8(output.stderr).unwrap()
     };
-    assert!(refused(&with(&["-o", "learned.st"])).contains("is there already"));
+    let other = refused(&with(&["-o", "learned.st", "--seed", "1"]));
+    assert!(other.contains("is of another conversion: `options`"), "{other}");
+    // states in fewer bits are trained in full
+    let mut packed = with(&["-o", "packed.st"]);
+    packed[2] = "merged:4,window=8,state=q8";
+    prints(&written, &packed);
+    prints(&written, &["perplexity", "merged:4,window=8,state=q8,adapted=packed.st"]);
     let mut softmax = with(&["-o", "softmax.st"]);
     softmax[2] = "softmax";
     assert!(refused(&softmax).contains("nothing to learn with `--loss kl`"));

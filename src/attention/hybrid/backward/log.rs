@@ -83,12 +83,18 @@ impl<T: Scalar> Recorder<T> {
         if mask == Mask::Full {
             return false;
         }
+        let kept = |head: &HeadGradient<'_, T>| {
+            let shape = config.shape(heads.len(), head.v.ncols());
+            head.checkpoints.is_some_and(|kept| kept.merges(head.keys(), &shape).is_some())
+        };
+        // of all heads or of none
+        if !heads.iter().all(kept) {
+            return false;
+        }
         for (log, head) in self.logs.iter_mut().zip(heads) {
             let shape = config.shape(heads.len(), head.v.ncols());
-            let kept = head.checkpoints.and_then(|kept| kept.merges(head.keys(), &shape));
-            let Some(kept) = kept else { return false };
-            log.merges.clear();
-            log.merges.extend_from_slice(kept);
+            let merges = head.checkpoints.and_then(|kept| kept.merges(head.keys(), &shape));
+            log.merges.extend_from_slice(merges.unwrap_or_default());
         }
         true
     }

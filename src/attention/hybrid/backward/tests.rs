@@ -180,12 +180,15 @@ fn check(what: &str, kernel: &HybridAttention<f64>, calls: &mut [Call<f64>], mas
     other
         .forward_heads(&mut [head.with_checkpoints(&mut others)], Mask::Causal, &mut Scratch::new())
         .unwrap();
-    let mut again: Vec<_> = calls.iter().map(Call::without_gradients).collect();
-    let heads = again.iter_mut().map(|call| call.head().with_checkpoints(&others));
-    let mut heads: Vec<_> = heads.collect();
-    kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
-    drop(heads);
-    assert!(calls.iter().zip(&again).all(|(call, again)| call.d_k == again.d_k), "{what}");
+    for of_first in [&others, &kept[0]] {
+        let mut again: Vec<_> = calls.iter().map(Call::without_gradients).collect();
+        let all = core::iter::once(of_first).chain(core::iter::repeat(&others));
+        let heads = again.iter_mut().zip(all);
+        let mut heads: Vec<_> = heads.map(|(c, kept)| c.head().with_checkpoints(kept)).collect();
+        kernel.backward_heads(&mut heads, mask, &mut Scratch::new()).unwrap();
+        drop(heads);
+        assert!(calls.iter().zip(&again).all(|(call, again)| call.d_k == again.d_k), "{what}");
+    }
 
     for (h, (call, log)) in calls.iter().zip(&recorder.logs).enumerate() {
         let n = call.k.nrows();
