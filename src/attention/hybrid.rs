@@ -200,6 +200,9 @@ fn begin_logs<T: Scalar>(state: &mut HybridState<T>, heads: &mut [Head<'_, T>]) 
 
 /// Keeps what they wrote.
 fn end_logs<T: Scalar>(config: &Config<T>, state: &mut HybridState<T>, heads: &mut [Head<'_, T>]) {
+    if heads.iter().all(|head| head.checkpoints.is_none()) {
+        return;
+    }
     let shape = config.shape(heads.len(), heads.first().map_or(0, |head| head.v.ncols()));
     let Some(MergingPool(memories)) = of_kind(&mut *state.far) else { return };
     for (memory, head) in memories.iter_mut().zip(heads) {

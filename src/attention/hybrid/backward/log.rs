@@ -10,6 +10,7 @@ use crate::attention::hybrid::state::{HybridScratch, HybridState};
 use crate::error::Error;
 use crate::kernel::buffer::Buffer;
 use crate::mask::Mask;
+use crate::memory::linear::checkpoints::SumCheckpoints;
 use crate::memory::merged::entries::Merge;
 use crate::scalar::Scalar;
 use crate::views::{row, rows};
@@ -80,7 +81,9 @@ impl<T: Scalar> Recorder<T> {
 
     /// Takes the merges that the forward pass kept, if it did so for all heads.
     fn are_kept(&mut self, config: &Config<T>, heads: &[HeadGradient<'_, T>], mask: Mask) -> bool {
-        if mask == Mask::Full {
+        let has_none =
+            |head: &HeadGradient<'_, T>| head.checkpoints.is_none_or(SumCheckpoints::is_empty);
+        if mask == Mask::Full || heads.iter().any(has_none) {
             return false;
         }
         let kept = |head: &HeadGradient<'_, T>| {
