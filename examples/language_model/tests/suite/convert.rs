@@ -342,10 +342,15 @@ fn files_of_others_are_refused() {
     changed.arrays.insert("norm".to_owned(), short);
     changed.save(&path).unwrap();
     assert!(refused(session, name).contains("`norm` has 3 numbers"));
+    learned.save(&path).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    assert!(refused(session, name).contains("not finite"));
     let mut changed = learned;
     changed.arrays.get_mut("norm").unwrap()[[0]] = f32::NAN;
-    changed.save(&path).unwrap();
-    assert!(refused(session, name).contains("not finite"));
+    assert!(changed.save(&path).unwrap_err().to_string().contains("not finite"));
     fs::write(&path, "no file of tensors").unwrap();
     assert!(refused(session, name).contains("cannot be used"));
     fs::remove_file(&path).unwrap();
