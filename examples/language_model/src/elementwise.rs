@@ -2,6 +2,7 @@
 
 use pulp::Arch;
 use rayon::prelude::*;
+use std::ops::{Add, Div, Neg};
 
 /// Rows that a thread takes at once.
 const ROWS: usize = 32;
@@ -63,8 +64,12 @@ pub fn vectorised<R>(run: impl FnOnce() -> R) -> R {
 
 /// `x·σ(x)` by parts: `σ(x)`.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exponential())
+pub fn sigmoid<T>(x: T) -> T
+where
+    T: Exponential + Add<Output = T> + Div<Output = T> + Neg<Output = T>,
+{
+    let one = T::rounded(1.0);
+    one / (one + (-x).exponential())
 }
 
 /// `gate ← silu(gate) ⊙ up`, on all threads (Shazeer, arXiv 2002.05202).

@@ -1,6 +1,6 @@
 //! What the exact model makes of a context: computed, or read from a folder that keeps it.
 
-use crate::model::Model;
+use crate::model::{Model, hash};
 use anyhow::{Context, Result};
 use dijiang::{MultiHead, SoftmaxAttention};
 use std::fs;
@@ -60,12 +60,9 @@ impl<'a> Exact<'a> {
         Ok(hidden)
     }
 
-    /// The file of a context: a hash of the model and the tokens (FNV-1a).
+    /// The file of a context: a hash of the model and the tokens.
     fn name(&self, tokens: &[u32]) -> String {
         let bytes = self.fingerprint.bytes().chain(tokens.iter().flat_map(|t| t.to_le_bytes()));
-        let hash = bytes.fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |hash, byte| {
-            (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-        });
-        format!("{hash:032x}.f32")
+        format!("{:016x}.f32", hash(bytes))
     }
 }

@@ -3,7 +3,7 @@
 use super::{
     PART, Real, RmsNorm, matrix, multiply, operand, read, result, rows, tensor_like, zeros,
 };
-use crate::elementwise::vectorised;
+use crate::elementwise::{sigmoid, vectorised};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
 use ndarray::ArcArray2;
 use rayon::prelude::*;
@@ -26,12 +26,6 @@ pub(in crate::convert) struct Tape<T> {
     z: Vec<T>,
     gate: Vec<T>,
     up: Vec<T>,
-}
-
-#[inline(always)]
-fn sigmoid<T: Real>(x: T) -> T {
-    let one = T::rounded(1.0);
-    one / (one + (-x).exponential())
 }
 
 impl<T: Real> FeedForward<T> {
