@@ -17,9 +17,11 @@ mod stream;
 
 use crate::attention::Attention;
 use crate::attention::call::Head;
+use crate::attention::call::NO_FULL_DECAY;
 use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::backward::pass::{BackwardParts, add_gradients};
 use crate::attention::hybrid::config::Config;
+use crate::attention::hybrid::config::FarKind;
 use crate::attention::hybrid::far_memory::merging::MergingPool;
 use crate::attention::hybrid::far_memory::{Sizes, of_kind};
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
@@ -172,6 +174,9 @@ impl<T: Scalar> HybridAttention<T> {
         }
         if mask == Mask::Full && self.config.learns() {
             return Err(FULL_MERGED);
+        }
+        if mask == Mask::Full && matches!(&self.config.far, FarKind::Linear(far) if far.decays()) {
+            return Err(NO_FULL_DECAY);
         }
         Ok(())
     }

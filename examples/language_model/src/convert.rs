@@ -16,7 +16,7 @@ pub use ops::Real;
 use crate::convert::contexts::contexts;
 use crate::convert::exact::Exact;
 use crate::convert::learned::{About, History, Learned, Point, Step};
-use crate::convert::loss::Goal;
+use crate::convert::loss::{Found, Goal};
 use crate::convert::options::{CHECKPOINT, LossKind, Options};
 use crate::convert::student::Student;
 use crate::convert::variables::AdamW;
@@ -26,13 +26,16 @@ use crate::perplexity::{longest, losses};
 use crate::session::Session;
 use crate::texts::Text;
 use anyhow::{Context, Error, Result, anyhow};
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor};
 use dijiang::MultiHead;
 use indicatif::ProgressBar;
 use ndarray::{ArrayD, IxDyn};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -73,8 +76,8 @@ struct Run<'a> {
 }
 
 impl Conversion<'_> {
-    /// Trains, from the last checkpoint if there is one, and writes the file; one that is there
-    /// already, and was made in the same way, is read. The bar is advanced by the tokens.
+    /// Trains, from the last checkpoint if there is one, and writes the file, in a folder that is
+    /// made if need be; one that is there already, and was made in the same way, is read. The bar is advanced by the tokens.
     pub fn run(&self, bar: &ProgressBar) -> Result<Learned> {
         let (options, session) = (&self.options, self.session);
         let mut order = contexts(self.texts, options.context, options.seed)?.peekable();
@@ -97,6 +100,10 @@ impl Conversion<'_> {
             about.check_same(&found.about, self.output)?;
             bar.inc(options.tokens_of(options.steps()) as u64);
             return Ok(found);
+        }
+        if let Some(folder) = self.output.parent() {
+            let made = fs::create_dir_all(folder);
+            made.with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let mut run = Run::new(self, plain.layers, about)?;
         let first = match run.resume()? {
@@ -152,6 +159,39 @@ impl Conversion<'_> {
     }
 }
 
+/// What a step has for each of its contexts.
+struct Lesson<'a> {
+    model: &'a Model,
+    student: &'a Student<f32>,
+    exact: &'a Exact<'a>,
+    options: &'a Options,
+    /// Where the loss is computed.
+    places: Vec<usize>,
+}
+
+impl Lesson<'_> {
+    /// The loss of a context and the token behind it, and its gradients.
+    fn learn(&self, tokens: &[u32]) -> Result<(Found<f32>, GradStore)> {
+        let Self { model, student, exact, options, places } = self;
+        let (next, read) = (&tokens[1..], &tokens[..options.context]);
+        let exact = match options.loss {
+            LossKind::Kl => Some(exact.hidden(read)?),
+            LossKind::Ce => None,
+        };
+        let embedded = model.embedded(read)?;
+        let shape = embedded.dim();
+        let embedded = Tensor::from_vec(embedded.into_raw_vec_and_offset().0, shape, &Device::Cpu)?;
+        let hidden = student.forward(embedded, 1)?;
+        let goal = exact.as_deref().map_or(Goal::Text, Goal::Exact);
+        let mut found = ops::read([&hidden], |[hidden]| {
+            loss::gradient(hidden, student.head(), places, next, goal)
+        })??;
+        let weights = Tensor::from_vec(mem::take(&mut found.gradient), shape, &Device::Cpu)?;
+        let gradients = (&hidden * weights)?.sum_all()?.backward()?;
+        Ok((found, gradients))
+    }
+}
+
 impl<'a> Run<'a> {
     fn new(
         conversion: &'a Conversion<'a>,
@@ -183,36 +223,23 @@ impl<'a> Run<'a> {
         self.checkpoint(0)
     }
 
-    /// The loss of some contexts; its gradients wait in the optimizer.
+    /// The mean loss of some contexts; its gradients wait in the optimizer.
     fn gradients(&mut self, step: usize, batch: &[&[u32]]) -> Result<Step> {
-        let options = &self.conversion.options;
-        let model = &self.conversion.session.model;
-        let n = options.context;
-        let of_one: Vec<usize> = options.places(step).collect();
-        let (mut read, mut next, mut exact, mut places) = (vec![], vec![], vec![], vec![]);
-        for (i, tokens) in batch.iter().enumerate() {
-            read.extend_from_slice(&tokens[..n]);
-            next.extend_from_slice(&tokens[1..=n]);
-            places.extend(of_one.iter().map(|t| i * n + t));
-            if options.loss == LossKind::Kl {
-                exact.extend(self.exact.hidden(&tokens[..n])?);
-            }
+        let Self { conversion: Conversion { session, options, .. }, student, exact, .. } = self;
+        let places = options.places(step).collect();
+        let lesson = Lesson { model: &session.model, student, exact, options, places };
+        // each on a thread of its own: what is too small to be shared out is then done at once
+        let found: Vec<(Found<f32>, GradStore)> =
+            batch.par_iter().map(|tokens| lesson.learn(tokens)).collect::<Result<_>>()?;
+        let share = 1.0 / batch.len() as f64;
+        let mut mean = Step { loss: 0.0, nats: 0.0, exact: 0.0, gradient: 0.0 };
+        for (Found { loss, nats: [nats, exact], .. }, gradients) in &found {
+            mean.loss += share * loss;
+            mean.nats += share * nats;
+            mean.exact += share * exact;
+            self.optimizer.add(gradients, share)?;
         }
-        let embedded = model.embedded(&read)?;
-        let shape = embedded.dim();
-        let embedded = Tensor::from_vec(embedded.into_raw_vec_and_offset().0, shape, &Device::Cpu)?;
-        let hidden = self.student.forward(embedded, batch.len())?;
-        let goal = match options.loss {
-            LossKind::Kl => Goal::Exact(&exact),
-            LossKind::Ce => Goal::Text,
-        };
-        let found = ops::read([&hidden], |[hidden]| {
-            loss::gradient(hidden, self.student.head(), &places, &next, goal)
-        })??;
-        let weights = Tensor::from_vec(found.gradient, shape, &Device::Cpu)?;
-        self.optimizer.add(&(&hidden * weights)?.sum_all()?.backward()?)?;
-        let [nats, exact] = found.nats;
-        Ok(Step { loss: found.loss, nats, exact, gradient: 0.0 })
+        Ok(mean)
     }
 
     /// The held-out losses of the halves of windows, by a model with these layers.

@@ -37,8 +37,9 @@ A kernel is NAME[:SIZE][,OPTION]...
 
   window=W  sinks=N  heavy=N         of hybrids
   decay=G  min-age=N  block=N  value-weight=X  metric=identity
-                                     of merged (block: of ward too; decay: of maps alone, where
-                                     every feature has one of its own, which is trained)
+                                     of merged (block: of ward too; decay: of maps too, where
+                                     every feature has one of its own, which is trained: they
+                                     begin spread from one half to G)
   calibrated         fit the kernel of each head to the calibration text (not learned, hedgehog,
                      official, elu, relu)
   seed=N             of random maps
@@ -354,11 +355,7 @@ impl Kernel {
             ),
             "heavy" => self.is_hybrid(),
             "state" => self.is_hybrid() || self.family == Family::Softmax,
-            "decay" => match self.family {
-                Family::Merged(_) => true,
-                Family::Map(_) => !self.is_hybrid(),
-                _ => false,
-            },
+            "decay" => matches!(self.family, Family::Merged(_) | Family::Map(_)),
             "min-age" | "value-weight" | "metric" | "pool" => {
                 matches!(self.family, Family::Merged(_))
             }
@@ -380,7 +377,6 @@ impl Kernel {
             (Family::Map(Map::Performer(_) | Map::Dct(_) | Map::Wpff(_)), "heavy") => {
                 ": give it a window first"
             }
-            (Family::Map(_), "decay") => " with a window or sinks",
             _ => "",
         }
     }
@@ -523,7 +519,12 @@ impl Kernel {
         fit: Option<&Calibration>,
     ) -> Result<AnyKernel<T>> {
         if self.is_hybrid() {
-            self.hybrid(d, Far::features(map), fit)
+            let features = map.num_features();
+            let far = match self.options.decay {
+                Some(longest) => Far::decaying_features(map, decays(features, longest)),
+                None => Far::features(map),
+            };
+            self.hybrid(d, far, fit)
         } else {
             Ok(Arc::new(self.linear(map)))
         }
@@ -531,7 +532,7 @@ impl Kernel {
 
     /// A map in linear attention, with a decay for each feature if one is given.
     fn linear<T: Scalar, F: FeatureMap<T>>(&self, map: F) -> LinearAttention<F> {
-        let decays = self.options.decay.map(|decay| Array1::from_elem(map.num_features(), decay));
+        let decays = self.options.decay.map(|longest| decays(map.num_features(), longest));
         decays.into_iter().fold(LinearAttention::new(map), LinearAttention::with_channel_decay)
     }
 
@@ -634,4 +635,16 @@ fn number<N: FromStr>(
         Ok(number) if fits(&number) => Ok(number),
         _ => bail!("`{what}` is {}, not {needed}", if text.is_empty() { "empty" } else { text }),
     }
+}
+
+/// Decays `γ_i` of features from one half to the longest, their `1 − γ_i` evenly in ratios, so that
+/// some features hold the last words and some the whole text.
+fn decays(features: usize, longest: f64) -> Array1<f64> {
+    const GOLDEN: f64 = 0.618_033_988_749_895;
+    let shortest = 0.5_f64.min(longest);
+    // neighbouring features are often alike, and get decays far apart
+    Array1::from_shape_fn(features, |i| {
+        let share = (i as f64 * GOLDEN).fract();
+        1.0 - (1.0 - shortest).powf(1.0 - share) * (1.0 - longest).powf(share)
+    })
 }

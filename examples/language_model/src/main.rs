@@ -35,7 +35,19 @@ fn main() -> Result<()> {
         .num_threads(cli.input.threads.unwrap_or(0))
         .stack_size(STACK)
         .build_global()?;
+    leave_threads_to_contexts();
     rayon::scope(|_| run(cli))
+}
+
+/// Keeps candle to the thread that calls it. A training has a context on each thread; candle would
+/// set others to work beside them, which wait by spinning.
+fn leave_threads_to_contexts() {
+    // SAFETY: the only other threads are those of the pool, which wait for work and read no
+    // environment.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::env::set_var("RAYON_NUM_THREADS", "1");
+    }
 }
 
 /// Lets the allocator keep what is freed. A step of a training takes and frees some gigabytes in
@@ -46,7 +58,7 @@ fn keep_memory() {
     for (what, value) in [
         (libc::M_ARENA_MAX, 1),
         (libc::M_MMAP_THRESHOLD, libc::c_int::MAX),
-        (libc::M_TRIM_THRESHOLD, libc::c_int::MAX),
+        (libc::M_TRIM_THRESHOLD, -1), // never
     ] {
         // SAFETY: no other thread runs yet, and any value of these three is sound.
         #[allow(unsafe_code)]

@@ -1,5 +1,6 @@
 //! Everything a hybrid kernel knows: sizes, which position has which slot, which leave when.
 
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
 use crate::attention::sharing::Sharing;
 use crate::check;
@@ -39,12 +40,8 @@ pub(super) type MakeMemory<T> =
 #[derive(Clone)]
 pub(super) enum FarKind<T: Scalar> {
     None,
-    Merged {
-        rule: Rule,
-        weighing: Weighing,
-    },
-    /// One for each kernel, so that its address tells kernels apart.
-    Linear(Arc<Arc<dyn FeatureMap<T>>>),
+    Merged { rule: Rule, weighing: Weighing },
+    Linear(FarFeatures<T>),
     Own(Arc<MakeMemory<T>>),
 }
 
@@ -98,7 +95,7 @@ impl<T: Scalar> fmt::Debug for Config<T> {
         let far: &dyn fmt::Debug = match &self.far {
             FarKind::None => &"none",
             FarKind::Merged { rule, .. } => rule,
-            FarKind::Linear(map) => map,
+            FarKind::Linear(features) => features,
             FarKind::Own(_) => &"a memory of the user",
         };
         let sizes = (self.head_dim, self.window, self.sinks, self.heavy, self.block);
@@ -332,7 +329,7 @@ impl<T: Scalar> Config<T> {
             FarKind::Merged { rule, weighing } => {
                 [rule.entries, if matches!(weighing, Weighing::Received { .. }) { 2 } else { 1 }]
             }
-            FarKind::Linear(map) => [map.num_features(), 3],
+            FarKind::Linear(FarFeatures { map, .. }) => [map.num_features(), 3],
             FarKind::Own(_) => [0, 4],
         };
         let near =

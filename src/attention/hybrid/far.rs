@@ -1,10 +1,12 @@
 //! The choice of a far memory: what takes the tokens that leave the window.
 
+pub(crate) mod features;
 pub(crate) mod merged;
 pub(crate) mod taylor;
 pub(crate) mod ward;
 
 use crate::attention::hybrid::config::{FarKind, MakeMemory};
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::attention::hybrid::far::merged::Merged;
 use crate::attention::hybrid::far::taylor::Taylor;
 use crate::attention::hybrid::far::ward::Ward;
@@ -15,6 +17,7 @@ use crate::features::FeatureMap;
 use crate::memory::Memory;
 use crate::scalar::Scalar;
 use core::fmt;
+use ndarray::Array1;
 use std::sync::Arc;
 
 /// What takes the tokens that leave the window.
@@ -23,6 +26,7 @@ use std::sync::Arc;
 /// |---|---|---|---|
 /// | [`none`](Self::none) | nothing | – | the control: a window alone |
 /// | [`features`](Self::features) | sums of features | of the map | any feature map |
+/// | [`decaying_features`](Self::decaying_features) | the same, forgetting | of the map | trained |
 /// | [`taylor`](Self::taylor) | sums of features | needed | broad far attention, smallest state |
 /// | [`ward`](Self::ward) | entries, static weights | wanted | where reading must not write |
 /// | [`merged`](Self::merged) | entries by attention received | may be | the default |
@@ -47,7 +51,7 @@ pub struct Far<T: Scalar> {
 #[derive(Clone)]
 enum Choice<T: Scalar> {
     None,
-    Features(Arc<dyn FeatureMap<T>>),
+    Features { map: Arc<dyn FeatureMap<T>>, decay: Option<Vec<f64>> },
     Taylor(Taylor),
     Ward(Ward),
     Merged(Merged),
@@ -67,7 +71,32 @@ impl<T: Scalar> Far<T> {
     /// does then fails, as does every later one.
     #[must_use]
     pub fn features(map: impl FeatureMap<T> + 'static) -> Self {
-        Self { choice: Choice::Features(Arc::new(map)) }
+        Self { choice: Choice::Features { map: Arc::new(map), decay: None } }
+    }
+
+    /// The same, of sums that forget: before a token enters, those of each feature decay by a γ of
+    /// its own, `decay [num_features]`, each from 0 to 1. A token that entered is then weighed by
+    /// `Σ_i φ(q̂)_i φ(k̂)_i γ_i^n` where `n` have entered after it. With `window(0)` and some sinks,
+    /// linear attention with [decay](crate::LinearAttention#decay) behind exact first tokens. There
+    /// is none with [`Mask::Full`](crate::Mask::Full). Gradients by the decays are those by
+    /// `decay.channels`.
+    ///
+    /// ```
+    /// use dijiang::{Attention, EluFeatures, Far, HybridAttention, Mask};
+    /// use ndarray::{Array2, array};
+    ///
+    /// let far = Far::decaying_features(EluFeatures::<f64>::new(1)?, array![0.5]);
+    /// let kernel = HybridAttention::builder(1).window(0).sinks(1).far(far).build()?;
+    /// let zero = Array2::zeros((4, 1)); // every weight is 1 but for the decay
+    /// let values = array![[8.0], [0.0], [0.0], [7.0]];
+    /// let out = kernel.forward(zero.view(), zero.view(), values.view(), Mask::Causal)?;
+    /// // the sink does not decay; of those behind it there is ¼, ½ and 1
+    /// assert!((out[[3, 0]] - 15.0 / 2.75).abs() < 1e-14);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    #[must_use]
+    pub fn decaying_features(map: impl FeatureMap<T> + 'static, decay: Array1<f64>) -> Self {
+        Self { choice: Choice::Features { map: Arc::new(map), decay: Some(decay.to_vec()) } }
     }
 
     /// [`Taylor`] of this rank with its default options. Needs a calibration.
@@ -136,7 +165,7 @@ impl<T: Scalar> Far<T> {
             Choice::Taylor(taylor) => taylor.calibration.as_ref(),
             Choice::Ward(ward) => ward.calibration.as_ref(),
             Choice::Merged(merged) => merged.calibration.as_ref(),
-            Choice::None | Choice::Features(_) | Choice::Own(_) => None,
+            Choice::None | Choice::Features { .. } | Choice::Own(_) => None,
         }
     }
 
@@ -160,9 +189,9 @@ impl<T: Scalar> Far<T> {
     ) -> Result<FarKind<T>, Error> {
         match &self.choice {
             Choice::None => Ok(FarKind::None),
-            Choice::Features(map) => {
+            Choice::Features { map, decay } => {
                 check::size("map", "columns", head_dim, map.head_dim())?;
-                Ok(FarKind::Linear(Arc::new(Arc::clone(map))))
+                Ok(FarKind::Linear(FarFeatures::new(Arc::clone(map), decay.clone())?))
             }
             Choice::Taylor(taylor) => taylor.kind(calibration),
             Choice::Ward(ward) => ward.kind(scale, calibration),
@@ -194,7 +223,9 @@ impl<T: Scalar> fmt::Debug for Choice<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => f.write_str("None"),
-            Self::Features(map) => f.debug_tuple("Features").field(map).finish(),
+            Self::Features { map, decay } => {
+                f.debug_struct("Features").field("map", map).field("decay", decay).finish()
+            }
             Self::Taylor(taylor) => taylor.fmt(f),
             Self::Ward(ward) => ward.fmt(f),
             Self::Merged(merged) => merged.fmt(f),

@@ -1,9 +1,9 @@
 //! What can be trained of a hybrid kernel.
 
 use crate::attention::hybrid::config::{Config, FarKind};
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::check;
 use crate::error::Error;
-use crate::features::FeatureMap;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::Array1;
@@ -16,10 +16,15 @@ pub(super) const SINK_LOGITS: &str = "sink_logits";
 pub(super) const FAR: &str = "far";
 
 impl<T: Scalar> Config<T> {
-    /// The parameters of the map of the far memory, under `far`, and the logits of learned sinks.
+    /// The parameters of the map of the far memory, under `far`, its decays, and the logits of
+    /// learned sinks.
     pub(super) fn parameters(&self) -> Parameters<T> {
         let mut all = match &self.far {
-            FarKind::Linear(map) => map.parameters().under(FAR),
+            FarKind::Linear(FarFeatures { map, decay, .. }) => {
+                let mut all = map.parameters().under(FAR);
+                decay.add_parameters(&mut all);
+                all
+            }
             _ => Parameters::new(),
         };
         if !self.sink_logits.is_empty() {
@@ -37,10 +42,15 @@ impl<T: Scalar> Config<T> {
             config.sink_logits = logits.iter().map(|logit| logit.as_f64()).collect();
             check::sink_logits::<T>(&config.sink_logits)?;
         }
-        let of_map = parameters.of(FAR);
-        if let (FarKind::Linear(map), false) = (&self.far, of_map.is_empty()) {
-            let map: Arc<dyn FeatureMap<T>> = Arc::from(map.with_parameters(&of_map)?);
-            config.far = FarKind::Linear(Arc::new(map));
+        if let FarKind::Linear(FarFeatures { map, decay, .. }) = &self.far {
+            let of_map = parameters.of(FAR);
+            let map = if of_map.is_empty() {
+                Arc::clone(&**map)
+            } else {
+                Arc::from(map.with_parameters(&of_map)?)
+            };
+            let decay = decay.with_parameters(parameters);
+            config.far = FarKind::Linear(FarFeatures::new(map, decay.channels)?);
         }
         Ok(config)
     }

@@ -2,6 +2,7 @@
 
 use crate::attention::fingerprint::Fingerprint;
 use crate::attention::hybrid::config::{Config, FarKind, Weighing};
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::attention::hybrid::far_memory::Seen;
 use crate::attention::hybrid::scores::{ExpectedAttention, StaticScore};
 use crate::attention::hybrid::state::HybridState;
@@ -30,7 +31,13 @@ impl<T: Scalar> Config<T> {
         };
         match &self.far {
             FarKind::None | FarKind::Own(_) => Ok(own),
-            FarKind::Linear(map) => own.with_map(&***map),
+            FarKind::Linear(FarFeatures { map, log_decay, .. }) => {
+                let own = match log_decay {
+                    Some(decay) => own.with("log decay", decay.parameters()),
+                    None => own,
+                };
+                own.with_map(&***map)
+            }
             FarKind::Merged { rule, weighing } => {
                 let weighing = match *weighing {
                     Weighing::One => vec![0.0],

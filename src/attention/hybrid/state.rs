@@ -159,7 +159,7 @@ fn far_memory<T: Scalar>(config: &Config<T>, sizes: Sizes) -> Result<Box<dyn Far
             pool.renew(config, sizes);
             Box::new(pool)
         }
-        FarKind::Linear(map) => Box::new(FeatureSums::new(map, sizes, config.scale)?),
+        FarKind::Linear(features) => Box::new(FeatureSums::new(features, sizes, config.scale)?),
         FarKind::Own(make) => Box::new(OwnMemories::new(&**make, sizes, config.scale)?),
     })
 }

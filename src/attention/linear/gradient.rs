@@ -13,7 +13,7 @@ use crate::memory::linear::decay::{Decay, LogDecay};
 use crate::memory::linear::pass::{Pass, Tokens};
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
-use ndarray::{Array1, Axis};
+use ndarray::Axis;
 
 /// What a backward pass keeps in the scratch.
 #[derive(Debug)]
@@ -96,7 +96,7 @@ impl<T: Scalar> LinearParts<'_, T> {
                 check::gradient("the gradient by `v`", out.d_v.view())?;
             }
             if let (true, Some(d_parameters)) = (trains_decay, d_parameters.as_deref_mut()) {
-                add_decays(self.decay, work.decay_sums(), d_parameters)?;
+                self.decay.add_gradients(work.decay_sums(), d_parameters)?;
             }
         }
         if let Some(d_log_decay) = d_log_decay {
@@ -111,63 +111,19 @@ impl<T: Scalar> LinearParts<'_, T> {
     /// The parameters of the map, under `map`, and the decays.
     pub(super) fn parameters(&self) -> Parameters<T> {
         let mut all = self.map.parameters().under("map");
-        if self.decay.common != 1.0 {
-            let common = Array1::from(vec![T::from_f64(self.decay.common)]);
-            all.insert("decay.common", common.into_dyn());
-        }
-        if let Some(channels) = &self.decay.channels {
-            let channels: Array1<T> = channels.iter().map(|&decay| T::from_f64(decay)).collect();
-            all.insert("decay.channels", channels.into_dyn());
-        }
+        self.decay.add_parameters(&mut all);
         all
     }
 
     /// The map with other parameters, if some are its own, and the decays with others.
     pub(super) fn with_parameters(&self, parameters: &Parameters<T>) -> Result<Changed<T>, Error> {
         self.parameters().check_names(parameters)?;
-        let mut decay = self.decay.clone();
-        let wide = |name| -> Option<Vec<f64>> {
-            parameters.get(name).map(|x| x.iter().map(|x| x.as_f64()).collect())
-        };
-        if let Some(&[common]) = wide("decay.common").as_deref() {
-            decay.common = common;
-        }
-        if let Some(channels) = wide("decay.channels") {
-            decay.channels = Some(channels);
-        }
+        let decay = self.decay.with_parameters(parameters);
         decay.check(self.map.num_features())?;
         let of_map = parameters.of("map");
         let is_same = of_map.is_empty();
         Ok((if is_same { None } else { Some(self.map.with_parameters(&of_map)?) }, decay))
     }
-}
-
-/// Adds the gradient by γ and by γ_i, of that by their logarithms, for one or all features.
-fn add_decays<T: Scalar>(
-    decay: &Decay,
-    sums: &[f64],
-    d_parameters: &mut Parameters<T>,
-) -> Result<(), Error> {
-    const ZERO: Error = Error::Unsupported {
-        what: "the gradient by a decay of 0",
-        why: "it is computed from that by the logarithm; begin with a small decay instead",
-    };
-    if let Some(common) = d_parameters.vector_mut("decay.common") {
-        if decay.common == 0.0 {
-            return Err(ZERO);
-        }
-        common[0] += T::from_f64(sums.iter().sum::<f64>() / decay.common);
-    }
-    let values = decay.channels.as_deref().unwrap_or_default();
-    if let Some(channels) = d_parameters.vector_mut("decay.channels") {
-        for ((gradient, sum), &value) in channels.iter_mut().zip(sums).zip(values) {
-            if value == 0.0 {
-                return Err(ZERO);
-            }
-            *gradient += T::from_f64(sum / value);
-        }
-    }
-    Ok(())
 }
 
 /// Checks the log decays of a head, and the room for the gradient by them.

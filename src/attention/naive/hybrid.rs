@@ -197,6 +197,34 @@ pub fn log_products(phi_q: &Features, phi_k: &Features) -> Array2<f64> {
     })
 }
 
+/// As [`log_products`], `ln Σ_i φ(q_t)_i φ(k_j)_i γ_i^n`, of features that decay by `decay` with
+/// each token that leaves a window of this length: `n` have left after `j` before the query reads.
+///
+/// ```
+/// use dijiang::attention::naive::{Features, hybrid};
+/// use ndarray::{Array1, array};
+///
+/// let phi = Features { values: array![[1.0], [1.0], [1.0]], log_scale: Array1::zeros(3) };
+/// let logs = hybrid::log_decaying_products(&phi, &phi, &[0.5], 1);
+/// assert_eq!(logs[[2, 0]], 0.5_f64.ln()); // token 1 has left since
+/// ```
+#[must_use]
+pub fn log_decaying_products(
+    phi_q: &Features,
+    phi_k: &Features,
+    decay: &[f64],
+    window: usize,
+) -> Array2<f64> {
+    let (n_q, n_k) = (phi_q.values.nrows(), phi_k.values.nrows());
+    Array2::from_shape_fn((n_q, n_k), |(t, j)| {
+        let position = n_k - n_q + t;
+        let after = position.saturating_sub(window + j);
+        let products = phi_q.values.row(t).into_iter().zip(phi_k.values.row(j)).zip(decay);
+        let product: f64 = products.map(|((q, k), decay)| q * k * decay.powf(after as f64)).sum();
+        product.ln() + phi_q.log_scale[t] + phi_k.log_scale[j]
+    })
+}
+
 /// The logarithms of the weights of a hybrid, `[n_q, n_k]`: `scale·q_t·k_j` of near keys, those of
 /// `far` elsewhere, and −∞ for keys that `t` does not see. With [`normalize`](super::normalize)
 /// they give its attention matrix and log normalisers.

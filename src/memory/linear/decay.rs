@@ -2,7 +2,9 @@
 
 use crate::check;
 use crate::error::Error;
+use crate::parameters::Parameters;
 use crate::scalar::Scalar;
+use ndarray::Array1;
 #[cfg(feature = "rayon")]
 use ndarray::ArrayView2;
 
@@ -42,6 +44,77 @@ impl Decay {
                 let found = bad.to_string();
                 Err(Error::InvalidOption { which: "decay", found, needed: "from 0 to 1" })
             }
+            None => Ok(()),
+        }
+    }
+}
+
+/// The names of decays among the parameters of a kernel.
+const COMMON: &str = "decay.common";
+const CHANNELS: &str = "decay.channels";
+
+impl Decay {
+    /// Adds those that can be trained.
+    pub(crate) fn add_parameters<T: Scalar>(&self, all: &mut Parameters<T>) {
+        let mut add = |name: &str, decays: &[f64]| {
+            let decays: Array1<T> = decays.iter().map(|&decay| T::from_f64(decay)).collect();
+            all.insert(name, decays.into_dyn());
+        };
+        if self.common != 1.0 {
+            add(COMMON, &[self.common]);
+        }
+        if let Some(channels) = &self.channels {
+            add(CHANNELS, channels);
+        }
+    }
+
+    /// The same with those that are given; to be checked.
+    pub(crate) fn with_parameters<T: Scalar>(&self, parameters: &Parameters<T>) -> Self {
+        let mut decay = self.clone();
+        let wide = |name| -> Option<Vec<f64>> {
+            parameters.get(name).map(|x| x.iter().map(|x| x.as_f64()).collect())
+        };
+        if let Some(&[common]) = wide(COMMON).as_deref() {
+            decay.common = common;
+        }
+        if let Some(channels) = wide(CHANNELS) {
+            decay.channels = Some(channels);
+        }
+        decay
+    }
+
+    /// Adds the gradient by γ and by γ_i, of that by their logarithms, for one or all features, to
+    /// those that are asked for.
+    pub(crate) fn add_gradients<T: Scalar>(
+        &self,
+        by_logarithms: &[f64],
+        all: &mut Parameters<T>,
+    ) -> Result<(), Error> {
+        const ZERO: Error = Error::Unsupported {
+            what: "the gradient by a decay of 0",
+            why: "it is computed from that by the logarithm; begin with a small decay instead",
+        };
+        if let Some(common) = all.vector_mut(COMMON) {
+            if self.common == 0.0 {
+                return Err(ZERO);
+            }
+            common[0] += T::from_f64(by_logarithms.iter().sum::<f64>() / self.common);
+        }
+        let values = self.channels.as_deref().unwrap_or_default();
+        if let Some(channels) = all.vector_mut(CHANNELS) {
+            for ((gradient, sum), &value) in channels.iter_mut().zip(by_logarithms).zip(values) {
+                if value == 0.0 {
+                    return Err(ZERO);
+                }
+                *gradient += T::from_f64(sum / value);
+            }
+        }
+        let finite = |name| {
+            let gradient = all.get(name)?;
+            gradient.iter().position(|x| !x.is_finite())
+        };
+        match finite(COMMON).or_else(|| finite(CHANNELS)) {
+            Some(row) => Err(Error::Overflow { which: "the gradient by a decay", row }),
             None => Ok(()),
         }
     }

@@ -90,6 +90,17 @@ impl<T: Scalar> Pass<'_, T> {
         Ok(())
     }
 
+    /// Takes in tokens of sums that decay, in their order.
+    pub(super) fn absorb_all(
+        &self,
+        state: &mut State<T>,
+        tokens: Tokens<'_, T>,
+        buffers: &mut PassBuffers<T>,
+    ) -> Result<(), Error> {
+        let all = 0..tokens.k.nrows();
+        self.absorb_groups(state, tokens, all, chunk_len::<T>(), buffers, |_| {})
+    }
+
     /// Answers queries of a checked shape chunk by chunk; `each` is given the first row of the
     /// chunk and its answer.
     pub(super) fn read(

@@ -127,6 +127,10 @@ impl<'a, T: Scalar> Pass<'a, T> {
         self.map.num_features()
     }
 
+    pub(super) fn log_decay(&self) -> Option<&'a LogDecay<T>> {
+        self.decay
+    }
+
     /// Whether the sums decay.
     pub(super) fn decays(&self) -> bool {
         self.decay.is_some()

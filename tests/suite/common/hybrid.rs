@@ -1,7 +1,7 @@
 //! The hybrids by their formulas: options, and which function of `attention::naive` they are for.
 
 use super::features;
-use dijiang::attention::naive::hybrid::{Near, log_products, log_weights};
+use dijiang::attention::naive::hybrid::{Near, log_decaying_products, log_products, log_weights};
 use dijiang::attention::naive::merged::{Ward, ward};
 use dijiang::attention::naive::options::{Options, soft_capped, with_sink};
 use dijiang::attention::naive::received::{self, received, received_pooled};
@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub enum FarFormula {
     None,
     Features(Arc<dyn FeatureMap<f64>>),
+    /// With these decays of features.
+    Decaying(Arc<dyn FeatureMap<f64>>, Vec<f64>),
     /// With a calibration: a `CalibratedTaylor` of this rank.
     Taylor(usize, Arc<dyn FeatureMap<f64>>),
     Ward {
@@ -26,6 +28,13 @@ pub enum FarFormula {
         metric: Arc<Array2<f64>>,
     },
     Merged(Received),
+}
+
+impl FarFormula {
+    /// Whether it is sums of features.
+    pub fn has_features(&self) -> bool {
+        matches!(self, Self::Features(_) | Self::Decaying(..) | Self::Taylor(..))
+    }
 }
 
 /// Options of received-attention merging.
@@ -117,6 +126,12 @@ impl HybridFormula {
                 let phi_q = features(&**map, q, scale, false);
                 let phi_k = features(&**map, k, scale, true);
                 with_sink(&logs(&log_products(&phi_q, &phi_k)), v, options.sink_logit, mask)
+            }
+            FarFormula::Decaying(map, decay) => {
+                let phi_q = features(&**map, q, scale, false);
+                let phi_k = features(&**map, k, scale, true);
+                let far = log_decaying_products(&phi_q, &phi_k, decay, self.window);
+                with_sink(&logs(&far), v, options.sink_logit, mask)
             }
             FarFormula::Ward { entries, .. } => {
                 let weights = Array1::ones(k.nrows());

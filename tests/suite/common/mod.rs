@@ -289,7 +289,7 @@ pub fn optional_subjects(d: usize, m: usize) -> Vec<Subject> {
     });
     let hybrids = hybrids(d, m).into_iter().enumerate().filter_map(move |(i, mut subject)| {
         let Formula::Hybrid(formula) = &mut subject.formula else { return None };
-        let is_features = matches!(formula.far, FarFormula::Features(_) | FarFormula::Taylor(..));
+        let is_features = formula.far.has_features();
         let options = if is_features { with_sink } else { [capped, both, with_sink][i % 3] };
         formula.options = options;
         subject.name = format!("{options:?} {}", subject.name);
@@ -329,6 +329,9 @@ fn far<T: Scalar>(
     match formula {
         FarFormula::None => Far::none(),
         FarFormula::Features(_) => Far::features(map::<T>("performer", d, m, 5)),
+        FarFormula::Decaying(_, decay) => {
+            Far::decaying_features(map::<T>("performer", d, m, 5), decay.clone().into())
+        }
         FarFormula::Taylor(rank, _) => Far::taylor(*rank),
         FarFormula::Ward { entries, block } => Ward::new(*entries).block(*block).into(),
         FarFormula::WardCalibrated { entries, .. } => Far::ward(*entries),
@@ -384,6 +387,9 @@ pub const RECEIVED: Received =
 /// Hybrids of every far memory, with and without windows, sinks and blocks.
 pub fn hybrids(d: usize, m: usize) -> Vec<Subject> {
     let features = || FarFormula::Features(map::<f64>("performer", d, m, 5));
+    // some forget at once, some hardly
+    let decays = (0..m).map(|i| [0.6, 0.999, 0.97, 0.02, 0.3][i % 5]).collect::<Vec<_>>();
+    let decaying = || FarFormula::Decaying(map::<f64>("performer", d, m, 5), decays.clone());
     let merged = |change: fn(&mut Received)| {
         let mut rule = RECEIVED;
         change(&mut rule);
@@ -436,8 +442,12 @@ pub fn hybrids(d: usize, m: usize) -> Vec<Subject> {
     let calibrated = calibrated
         .into_iter()
         .map(|(window, sinks, heavy, far)| (window, sinks, heavy, far, Some(calibration.clone())));
+    let forgetting = [(8, 2), (0, 0), (0, 4)];
+    let forgetting =
+        forgetting.into_iter().map(|(window, sinks)| (window, sinks, 0, decaying(), None));
     plain
         .chain(calibrated)
+        .chain(forgetting)
         .map(|(window, sinks, heavy, far, calibration)| {
             let name =
                 format!("hybrid window {window} sinks {sinks} heavy {heavy} {far:.60?} d={d}");
@@ -491,7 +501,8 @@ impl Subject {
     pub fn masks(&self) -> &'static [Mask] {
         match &self.formula {
             Formula::Hybrid(HybridFormula { window, far, .. })
-                if *window > 0 || matches!(far, FarFormula::Merged(_)) =>
+                if *window > 0
+                    || matches!(far, FarFormula::Merged(_) | FarFormula::Decaying(..)) =>
             {
                 &[Mask::Causal]
             }
@@ -524,7 +535,7 @@ impl Subject {
     /// Whether it merges entries.
     pub fn merges(&self) -> bool {
         let Formula::Hybrid(HybridFormula { far, .. }) = &self.formula else { return false };
-        !matches!(far, FarFormula::None | FarFormula::Features(_) | FarFormula::Taylor(..))
+        !(far.has_features() || matches!(far, FarFormula::None))
     }
 
     pub fn has_streams(&self) -> bool {
@@ -535,9 +546,7 @@ impl Subject {
         match &self.formula {
             Formula::Softmax => false,
             Formula::Linear(..) => true,
-            Formula::Hybrid(hybrid) => {
-                matches!(hybrid.far, FarFormula::Features(_) | FarFormula::Taylor(..))
-            }
+            Formula::Hybrid(hybrid) => hybrid.far.has_features(),
             Formula::Written(written) => written.has_features,
         }
     }
@@ -560,6 +569,7 @@ impl Subject {
             FarFormula::Features(map) | FarFormula::Taylor(_, map) => {
                 (0, 1, 2 * map.num_features() * (dv + 1) + 1)
             }
+            FarFormula::Decaying(map, _) => (0, 1, 2 * map.num_features() * (dv + 1) + 2),
             FarFormula::Ward { entries, block } => (0, *block, entries * (token + 2)),
             FarFormula::WardCalibrated { entries, .. } => (0, 1, entries * (token + 2)),
             FarFormula::Merged(rule) => {

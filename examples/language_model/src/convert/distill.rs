@@ -9,6 +9,7 @@ use dijiang::{Mask, MultiHead, Parameters, SoftmaxAttention};
 use dijiang_candle::{Extras, attention, attention_with};
 use indicatif::ProgressBar;
 use ndarray::{ArrayD, IxDyn};
+use rayon::prelude::*;
 
 /// The highest learning rate.
 const LEARNING_RATE: f64 = 1e-2;
@@ -46,7 +47,7 @@ pub fn distill(
         let mix = Tensor::from_vec(mix.iter().copied().collect(), mix.dim(), &Device::Cpu)?;
         fit(layer, &exact, &qkv, &mix, steps).with_context(|| format!("the maps of layer {l}"))
     };
-    layers.iter().enumerate().map(fitted).collect()
+    layers.par_iter().enumerate().map(fitted).collect()
 }
 
 /// One layer.
@@ -86,7 +87,7 @@ fn fit(
             best = Some((value, kept.collect::<Result<_>>()?));
         }
         if step < steps {
-            optimizer.add(&loss.backward()?)?;
+            optimizer.add(&loss.backward()?, 1.0)?;
             optimizer.step(LEARNING_RATE * (steps - step) as f64 / steps as f64)?;
         }
     }

@@ -34,6 +34,15 @@ impl Rule {
         }
     }
 
+    /// The learning rate, as a multiple of that of the weights. Log odds of decays have a long way
+    /// to go: 4.6 from .5 to .99.
+    fn speed(self) -> f64 {
+        match self {
+            Self::Decay => 20.0,
+            Self::Free | Self::NotNegative => 1.0,
+        }
+    }
+
     /// What is trained in the place of these numbers.
     pub fn stored(self, used: &Tensor) -> Result<Tensor> {
         Ok(match self {
@@ -140,12 +149,13 @@ impl AdamW {
         Ok(())
     }
 
-    /// Adds gradients to those of the step to come.
-    pub fn add(&mut self, gradients: &GradStore) -> Result<()> {
+    /// Adds a share of gradients to those of the step to come.
+    pub fn add(&mut self, gradients: &GradStore, share: f64) -> Result<()> {
+        let share = share as f32;
         for (variable, slot) in self.variables.iter().zip(&mut self.slots) {
             if let Some(gradient) = gradients.get(variable.var.as_tensor()) {
                 read([&gradient.contiguous()?], |[numbers]: [&[f32]; 1]| {
-                    slot.gradient.iter_mut().zip(numbers).for_each(|(sum, &g)| *sum += g);
+                    slot.gradient.iter_mut().zip(numbers).for_each(|(sum, &g)| *sum += share * g);
                 })?;
             }
         }
@@ -162,6 +172,7 @@ impl AdamW {
             let limit = if norm > self.clip { self.clip / norm } else { 1.0 };
             let correction = BETAS.map(|beta| 1.0 - beta.powi(self.steps as i32));
             for (variable, slot) in self.variables.iter().zip(&mut self.slots) {
+                let learning_rate = learning_rate * variable.rule.speed();
                 let decay = if variable.decays { learning_rate * self.weight_decay } else { 0.0 };
                 let rate = Rate { learning_rate, limit, correction, decay };
                 let numbers = slot.moved(variable, rate).with_context(|| variable.name.clone())?;

@@ -158,6 +158,7 @@ fn gradients_of_the_whole_model() {
         "learned:8,window=3",
         "hedgehog",
         "wpff:8,decay=0.97",
+        "dct:8,sinks=3,decay=0.9",
     ] {
         check_gradients(&sizes, name, low_rank, LossKind::Kl);
     }

@@ -138,8 +138,6 @@ fn bad_names_are_refused_by_name() {
         ("taylor:3,block=2", "`block` means nothing to `taylor:3`"),
         ("taylor:3,seed=2", "`seed` means nothing to `taylor:3`"),
         ("official,sinks=2", "`sinks` means nothing to `official`"),
-        ("dct:8,window=4,decay=0.9", "`decay` means nothing to `dct:8` with a window or sinks"),
-        ("learned:8,sinks=4,decay=0.9", "`decay` means nothing to `learned:8` with a window"),
         ("window:8,decay=0.9", "`decay` means nothing to `window:8`"),
         ("dct:8,heavy=2", "`heavy` means nothing to `dct:8`: give it a window first"),
         ("wpff:8,pool", "`pool` means nothing to `wpff:8`"),

@@ -4,9 +4,9 @@
 use crate::attention::hybrid::backward::flow::{Flow, Held};
 use crate::attention::hybrid::backward::head::{BLOCK, OneHead};
 use crate::attention::hybrid::backward::log::Log;
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::attention::hybrid::parameters::FAR;
 use crate::error::Error;
-use crate::features::FeatureMap;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::mask::Mask;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
@@ -100,11 +100,12 @@ impl<T: Scalar> OneHead<'_, '_, T> {
     pub(super) fn by_features(
         &mut self,
         log: &Log<T>,
-        map: &dyn FeatureMap<T>,
+        far: &FarFeatures<T>,
         work: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
         let value_dim = self.head.v.ncols();
-        let pass = Pass::new(map, value_dim, self.config.scale)?;
+        let pass = Pass::new(&**far.map, value_dim, self.config.scale)?;
+        let pass = pass.with_decay(far.log_decay.as_deref());
         let asked = self.head.d_parameters.as_deref().map(|asked| asked.of(FAR).zeros_like());
         let asked = asked.filter(|asked| !asked.is_empty());
         work.held.clear();
@@ -115,10 +116,12 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             Mask::Causal | Mask::CausalTail => self.causal(&pass, log, work)?,
             Mask::Full => self.full(&pass, log, work)?,
         }
-        if let (Some(of_map), Some(all)) = (work.sums.end(&pass), &mut self.head.d_parameters) {
+        let of_map = work.sums.end(&pass);
+        let Some(all) = &mut self.head.d_parameters else { return Ok(()) };
+        if let Some(of_map) = of_map {
             all.add_scaled(T::one(), &of_map.under(FAR))?;
         }
-        Ok(())
+        far.decay.add_gradients(&work.sums.decay_sums(), all)
     }
 
     /// Steps one after the other.
@@ -129,11 +132,12 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work: &mut FeaturesWork<T>,
     ) -> Result<(), Error> {
         let (n, first) = (self.head.keys(), self.first());
-        for start in (0..first).step_by(BLOCK) {
-            self.arrive(pass, log, start..first.min(start + BLOCK), false, work)?;
+        let block = work.sums.block(BLOCK);
+        for start in (0..first).step_by(block) {
+            self.arrive(pass, log, start..first.min(start + block), false, work)?;
             work.sums.absorb();
         }
-        let (mut start, mut len) = (first, BLOCK);
+        let (mut start, mut len) = (first, block);
         work.starts.clear();
         while start < n {
             let steps = start..n.min(start + len);
@@ -148,7 +152,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             self.hand_on(&mut work.flow);
             work.starts.push(start);
             start += len;
-            len = BLOCK.min(2 * len);
+            len = block.min(2 * len);
         }
         work.sums.turn(pass);
         let mut end = n;
@@ -158,7 +162,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
             self.end_arrivals(pass, work)?;
             end = start;
         }
-        for start in (0..first).step_by(BLOCK).rev() {
+        for start in (0..first).step_by(block).rev() {
             self.arrive_again(pass, start, work)?;
             self.end_arrivals(pass, work)?;
         }

@@ -75,7 +75,7 @@ pub(crate) fn add_gradients<T: Scalar>(
     for (head, log) in heads.iter_mut().zip(&recorder.logs) {
         let mut one = OneHead::new(config, head, mask, d_sinks);
         match &config.far {
-            FarKind::Linear(map) => one.by_features(log, &***map, features)?,
+            FarKind::Linear(far) => one.by_features(log, far, features)?,
             _ => one.by_entries(log, entries)?,
         }
         one.end();

@@ -1,6 +1,7 @@
 //! Options of the far memory of a calibrated Taylor map.
 
 use crate::attention::hybrid::config::{FarKind, missing_calibration};
+use crate::attention::hybrid::far::features::FarFeatures;
 use crate::calibration::Calibration;
 use crate::calibration::taylor::TaylorFit;
 use crate::error::Error;
@@ -63,6 +64,6 @@ impl Taylor {
             missing_calibration("the Taylor map is fitted to one; pass it to `calibrated`")
         })?;
         let map = CalibratedTaylor::<T>::with_fit(self.rank, calibration, self.fit)?;
-        Ok(FarKind::Linear(Arc::new(Arc::new(map))))
+        Ok(FarKind::Linear(FarFeatures::new(Arc::new(map), None)?))
     }
 }

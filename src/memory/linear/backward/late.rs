@@ -11,8 +11,9 @@
 //!
 //! Blocks of queries come with the tokens that enter within them. A first pass takes the blocks in
 //! order and has the sums over j; a second one takes them from the last to the first and has those
-//! over t. Between them, `L_t` and `D_t` are kept.
+//! over t. Between them, `L_t` and `D_t` are kept. Features may [decay](decay).
 
+mod decay;
 mod queries;
 pub(crate) mod sums;
 mod tokens;

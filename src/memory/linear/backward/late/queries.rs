@@ -6,6 +6,7 @@ use crate::kernel;
 use crate::kernel::buffer::padded;
 use crate::kernel::gradients::{affine_columns, dot_columns, product};
 use crate::kernel::loops::products::Matrix;
+use crate::memory::linear::backward::late::decay::Brought;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
 use crate::memory::linear::backward::map::Mapped;
 use crate::memory::linear::chunk::key_factors;
@@ -27,6 +28,7 @@ impl<T: Scalar> LateSums<T> {
     ) -> Result<bool, Error> {
         self.map_entering(pass, tokens)?;
         if self.entering == 0 {
+            self.decay.begin_block(0);
             return Ok(true);
         }
         let scales = &self.key_scale[..self.entering];
@@ -36,11 +38,14 @@ impl<T: Scalar> LateSums<T> {
         if may_fail && largest - least.min(before) > T::max_value().ln() * T::from_f64(0.4) {
             return Ok(false);
         }
+        self.decay.begin_block(self.entering);
+        self.decay.sums_by_half(&mut self.state);
         self.state.rescale(largest);
         let scale = self.state.scale.high;
         key_factors(&self.key_scale, scale, self.entering, &mut self.factors);
         self.brought.resize(self.keys.len());
         self.brought.copy_from_slice(&self.keys);
+        self.decay.bring(&mut self.brought, self.width, Brought::Keys);
         self.key_sums.resize(pass.num_features());
         kernel::scale_and_sum_rows(&mut self.brought, &self.factors, &mut self.key_sums);
         Ok(true)
@@ -59,8 +64,14 @@ impl<T: Scalar> LateSums<T> {
         let (width, stride) = (padded::<T>(n), padded::<T>(value_dim));
         self.pass.chunk.resize_padded(n, m, value_dim);
         pass.map(Side::Query, asking.q, &mut self.pass, asking.row)?;
-        let queries = &self.pass.chunk.queries[..m * width];
+        let mut queries = &self.pass.chunk.queries[..m * width];
         let Self { state, denominator, products, d_features, scores, d_scores, .. } = self;
+        if !self.decay.is_none() {
+            self.asked.resize(queries.len());
+            self.asked.copy_from_slice(queries);
+            self.decay.bring(&mut self.asked, width, Brought::Queries(from));
+            queries = &self.asked;
+        }
         for sums in [&mut *denominator, &mut *products] {
             sums.resize(width);
             sums.fill(T::zero());
@@ -117,6 +128,9 @@ impl<T: Scalar> LateSums<T> {
         minus.iter_mut().zip(products).for_each(|(to, (&share, &mean))| *to = -mean * share);
         if self.state.tokens > 0 {
             affine_columns(d_features, &self.state.normalizer, shares, minus);
+            if !self.decay.is_none() {
+                self.decay.add_queries(&self.asked, d_features, width);
+            }
         }
         if self.entering > 0 {
             self.ones.resize(self.entering);
@@ -128,6 +142,8 @@ impl<T: Scalar> LateSums<T> {
             let keys = Matrix::rows(&self.brought, self.width);
             product([m, width, self.entering], keys, d_scores, d_features, width, true);
         }
+        self.decay.add(&self.asked, d_features, width, Brought::Queries(from));
+        self.decay.bring(d_features, width, Brought::Queries(from));
         for factor in unit::product(1.0, &[self.units.d_out, self.units.v]) {
             if factor != T::one() {
                 kernel::scale(d_features, factor);
@@ -152,6 +168,7 @@ impl<T: Scalar> LateSums<T> {
             let Self { state, brought, value_rows, key_sums, width, .. } = self;
             state.all_rows().add(brought, *width, value_rows, key_sums);
             state.tokens += self.entering;
+            self.decay.sums_by_half(&mut self.state);
         }
     }
 }

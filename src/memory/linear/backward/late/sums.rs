@@ -3,11 +3,13 @@
 use crate::error::Error;
 use crate::features::side::Side;
 use crate::kernel::buffer::{Buffer, padded};
+use crate::memory::linear::backward::late::decay::LateDecay;
 use crate::memory::linear::backward::map::MapBuffers;
 use crate::memory::linear::backward::rows::scaled_rows;
 use crate::memory::linear::pass::{Pass, PassBuffers};
 use crate::memory::linear::state::State;
 use crate::memory::softmax_gradient::Units;
+use crate::memory::unit;
 use crate::parameters::Parameters;
 use crate::scalar::Scalar;
 use ndarray::ArrayView2;
@@ -38,7 +40,8 @@ pub(crate) struct LateSums<T> {
     /// Over tokens, then over queries.
     pub(super) state: State<T>,
     pub(super) units: Units,
-    /// Tokens that enter, as columns: features as they were mapped, and at the scale of the sums.
+    pub(super) decay: LateDecay<T>,
+    /// Tokens that enter, as columns: features as they were mapped, and as the sums take them.
     pub(super) entering: usize,
     pub(super) width: usize,
     pub(super) keys: Buffer<T>,
@@ -52,6 +55,8 @@ pub(crate) struct LateSums<T> {
     pub(super) scores: Buffer<T>,
     pub(super) d_scores: Buffer<T>,
     pub(super) d_features: Buffer<T>,
+    /// Queries as they decay, if they do.
+    pub(super) asked: Buffer<T>,
     /// `[width]` of queries.
     pub(super) log_scale: Buffer<T>,
     pub(super) denominator: Buffer<T>,
@@ -71,6 +76,7 @@ impl<T: Scalar> LateSums<T> {
             map: MapBuffers::new(),
             state: State::new(),
             units: Units::ones(),
+            decay: LateDecay::new(),
             entering: 0,
             width: 0,
             keys: Buffer::new(),
@@ -83,6 +89,7 @@ impl<T: Scalar> LateSums<T> {
             scores: Buffer::new(),
             d_scores: Buffer::new(),
             d_features: Buffer::new(),
+            asked: Buffer::new(),
             log_scale: Buffer::new(),
             denominator: Buffer::new(),
             products: Buffer::new(),
@@ -105,12 +112,24 @@ impl<T: Scalar> LateSums<T> {
     ) {
         self.units = units;
         self.map.begin(pass.feature_map(), parameters);
+        self.decay.begin(pass.log_decay(), pass.num_features());
         self.state.reset(pass.num_features(), value_dim);
     }
 
     /// Ends them.
     pub(crate) fn end(&mut self, pass: &Pass<'_, T>) -> Option<Parameters<T>> {
         self.map.end(pass.feature_map())
+    }
+
+    /// The longest block that can be taken at once, up to this one.
+    pub(crate) fn block(&self, longest: usize) -> usize {
+        self.decay.block(longest)
+    }
+
+    /// The gradient by the logarithms of decays; empty if there are none.
+    pub(crate) fn decay_sums(&self) -> Vec<f64> {
+        let [first, second] = unit::product::<f64>(1.0, &[self.units.d_out, self.units.v]);
+        self.decay.sums().iter().map(|sum| sum * first * second).collect()
     }
 
     /// Begins the second pass.

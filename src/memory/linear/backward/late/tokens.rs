@@ -6,6 +6,7 @@ use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::kernel::gradients::product;
 use crate::kernel::loops::products::{Epilogue, Matrix, Product};
+use crate::memory::linear::backward::late::decay::Brought;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
 use crate::memory::linear::backward::map::Mapped;
 use crate::memory::linear::backward::rows::scaled_rows;
@@ -28,9 +29,14 @@ impl<T: Scalar> LateSums<T> {
         self.map_entering(pass, tokens)?;
         let (m, value_dim) = (pass.num_features(), tokens.v.ncols());
         let (width, stride) = (self.width, padded::<T>(value_dim));
+        self.decay.begin_block_again(self.entering);
         if self.entering == 0 {
             return Ok(());
         }
+        self.decay.sums_by_half(&mut self.state);
+        self.brought.resize(self.keys.len());
+        self.brought.copy_from_slice(&self.keys);
+        self.decay.bring(&mut self.brought, width, Brought::Keys);
         self.values.resize(value_dim * width);
         self.scratch.resize(width);
         to_columns(tokens.v, self.units.v.inverse(), &mut self.scratch, &mut self.values);
@@ -53,12 +59,13 @@ impl<T: Scalar> LateSums<T> {
             into: Epilogue::Bias(&self.state.normalizer),
         }
         .run();
-        let keys = Matrix::columns(&self.keys, width);
+        let keys = Matrix::columns(&self.brought, width);
         let to = &mut self.d_values;
         product([self.entering, stride, m], keys, &self.state.sums, to, stride, false);
         exponentials(&self.key_scale, self.state.scale.high, self.entering, &mut self.factors);
         self.key_sums.resize(m);
         kernel::scale_and_sum_rows(&mut self.d_keys, &self.factors, &mut self.key_sums);
+        self.decay.take_keys(&self.brought, &self.d_keys, width);
         kernel::scale_rows_in_place(to, stride, &self.factors[..self.entering]);
         Ok(())
     }
@@ -78,6 +85,7 @@ impl<T: Scalar> LateSums<T> {
         pass.map(Side::Query, asking.q, &mut self.pass, asking.row)?;
         let chunk = &mut self.pass.chunk;
         let queries = &mut chunk.queries[..m * width];
+        self.decay.bring(queries, width, Brought::Queries(from));
         self.log_scale.resize(width);
         let logs = chunk.query_scale.iter().zip(log_normalizer);
         self.log_scale.iter_mut().zip(logs).for_each(|(to, (&own, &all))| *to = own - all);
@@ -110,7 +118,7 @@ impl<T: Scalar> LateSums<T> {
             kernel::add_scaled(&mut self.d_keys, T::one(), d_features);
             // the products themselves
             scores.resize(a * width);
-            let keys = Matrix::columns(&self.keys, of_a);
+            let keys = Matrix::columns(&self.brought, of_a);
             product([a, width, m], keys, queries, scores, width, false);
             let rows = scores.chunks_exact_mut(width).zip(from).zip(&*self.factors);
             for ((row, &from), &factor) in rows {
@@ -145,6 +153,9 @@ impl<T: Scalar> LateSums<T> {
         if self.entering == 0 {
             return Ok(());
         }
+        self.decay.add(&self.brought, &self.d_keys, width, Brought::Keys);
+        self.decay.bring(&mut self.d_keys, width, Brought::Keys);
+        self.decay.sums_by_half(&mut self.state);
         for factor in unit::product(1.0, &[self.units.d_out, self.units.v]) {
             if factor != T::one() {
                 kernel::scale(&mut self.d_keys, factor);
