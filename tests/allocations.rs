@@ -47,6 +47,10 @@ fn allocations(work: impl FnOnce()) -> usize {
     COUNT.with(Cell::get) - before
 }
 
+fn decays(features: usize) -> Array1<f64> {
+    Array1::from_shape_fn(features, |i| 1.0 - 0.5_f64.powi(i as i32 % 9))
+}
+
 fn maps(d: usize) -> Vec<Box<dyn FeatureMap<f32>>> {
     let antithetic = DctFeatures::new(d, 2 * d, 0).unwrap().with_radii(Radii::Antithetic).unwrap();
     vec![
@@ -205,6 +209,7 @@ fn steady_calls_allocate_nothing() {
             builder().far(Far::ward(12)).calibrated(&calibration),
             builder().far(Far::merged(12)).heavy(4).calibrated(&calibration),
             builder().far(Far::features(Performer::new(d, 32, 0).unwrap())),
+            builder().far(Far::decaying_features(Performer::new(d, 32, 0).unwrap(), decays(32))),
             builder().far(Far::taylor(4)).calibrated(&calibration),
         ];
         for (i, hybrid) in hybrids.into_iter().enumerate() {
@@ -264,7 +269,9 @@ fn a_step_of_a_layer_allocates_nothing() {
     let linear = || LinearAttention::new(Performer::<f32>::new(d, 32, 0).unwrap());
     let hybrid = |far: Far<f32>| HybridAttention::builder(d).window(20).sinks(3).far(far).build();
     let layer = |kernel: Box<dyn Attention<f32>>| MultiHead::new(kernel, 4, 2).unwrap();
-    let features = Far::features(Performer::new(d, 32, 0).unwrap());
+    let map = || Performer::new(d, 32, 0).unwrap();
+    let features = Far::features(map());
+    let forgetting = Far::decaying_features(map(), decays(32));
     let layers = [
         ("linear", layer(Box::new(linear()))),
         ("unnormalized", layer(Box::new(linear().unnormalized()))),
@@ -275,6 +282,7 @@ fn a_step_of_a_layer_allocates_nothing() {
         ("merged", layer(Box::new(hybrid(Far::merged(12)).unwrap()))),
         ("pooled", layer(Box::new(hybrid(Far::merged(12)).unwrap())).pooled().unwrap()),
         ("features", layer(Box::new(hybrid(features).unwrap()))),
+        ("forgetting", layer(Box::new(hybrid(forgetting).unwrap()))),
     ];
     for (name, layer) in layers {
         let draw = |heads: usize, seed: u64| {
@@ -369,7 +377,7 @@ fn steady_calls_with_masks() {
     check_causal("a sliding window", &window, d, false);
     let map = || Performer::<f32>::new(d, 24, 0).unwrap();
     let hybrid = |far: Far<f32>| HybridAttention::builder(d).window(16).sinks(2).far(far);
-    let kernels: [Box<dyn Attention<f32>>; 8] = [
+    let kernels: [Box<dyn Attention<f32>>; 9] = [
         Box::new(SoftmaxAttention::new(d).unwrap()),
         Box::new(window),
         Box::new(SoftmaxAttention::new(d).unwrap().with_soft_cap(3.0).unwrap()),
@@ -378,6 +386,7 @@ fn steady_calls_with_masks() {
         Box::new(RotaryAttention::new(Rotary::new(d).unwrap(), LinearAttention::new(map()))),
         Box::new(hybrid(Far::ward(12)).build().unwrap()),
         Box::new(hybrid(Far::features(map())).build().unwrap()),
+        Box::new(hybrid(Far::decaying_features(map(), decays(24))).build().unwrap()),
     ];
     let [q, k, v, d_out] = [1, 2, 3, 4].map(|seed| normal::<f32>(300, d, 0.5, seed));
     let key_mask = Array1::from_shape_fn(300, |j| j % 4 > 0);

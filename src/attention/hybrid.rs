@@ -16,12 +16,10 @@ pub(crate) mod state;
 mod stream;
 
 use crate::attention::Attention;
-use crate::attention::call::Head;
-use crate::attention::call::NO_FULL_DECAY;
+use crate::attention::call::{Head, NO_FULL_DECAY};
 use crate::attention::gradient::HeadGradient;
 use crate::attention::hybrid::backward::pass::{BackwardParts, add_gradients};
-use crate::attention::hybrid::config::Config;
-use crate::attention::hybrid::config::FarKind;
+use crate::attention::hybrid::config::{Config, FarKind};
 use crate::attention::hybrid::far_memory::merging::MergingPool;
 use crate::attention::hybrid::far_memory::{Sizes, of_kind};
 use crate::attention::hybrid::state::{HybridScratch, HybridState};
@@ -55,7 +53,7 @@ use std::sync::Arc;
 /// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
 /// the same bits. [`Mask::Full`] has a meaning only where there is no window (and nothing to learn
 /// from earlier queries): then the sinks and the heavy keys are exact and all other keys are far
-/// for every query; otherwise it is [`Error::Unsupported`]. With [`Mask::CausalTail`] the first
+/// for every query, unless they decay in their order; otherwise it is [`Error::Unsupported`]. With [`Mask::CausalTail`] the first
 /// keys pass through the memory, which answers the tail only; a memory that learns from what is
 /// read needs all queries and gives [`Error::Unsupported`].
 ///
@@ -72,7 +70,8 @@ use std::sync::Arc;
 /// numbers for each head of keys and values, from the first token on; the `[+ 1]` is the attention
 /// received, which only [`Merged`](crate::Merged) needs. The far part is 0 for none,
 /// `entries·(d + d_v + 2)` for [`Ward`](crate::Ward) and [`Merged`](crate::Merged) (the latter has
-/// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps.
+/// `d + 1` more, for the units of its metric), and `2·features·(d_v + 1) + 1` for feature maps, one
+/// more where they forget.
 ///
 /// # Gradient
 ///
@@ -82,9 +81,10 @@ use std::sync::Arc;
 /// its count, and nothing flows back through attention received, the units of the metric or the
 /// scores of a calibration. Where these depend on the arguments, gradients therefore differ from
 /// differences of outputs; with [`Far::none`](crate::Far::none),
-/// [`Far::features`](crate::Far::features) and an uncalibrated [`Far::ward`](crate::Far::ward) they
-/// are those of the outputs. [Parameters](crate::Attention::parameters) are those of the map, under
-/// `far`, and `sink_logits`. A backward pass keeps some bytes for each token: what was decided, or
+/// [`Far::features`](crate::Far::features), with decay or not, and an uncalibrated
+/// [`Far::ward`](crate::Far::ward) they are those of the outputs.
+/// [Parameters](crate::Attention::parameters) are those of the map, under `far`, `decay.channels`,
+/// and `sink_logits`. A backward pass keeps some bytes for each token: what was decided, or
 /// two numbers for each query. [Memories of your own](crate::Far::memory) and states in fewer bits
 /// have no gradient.
 ///

@@ -232,8 +232,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
     }
 
     /// As [`Memory::absorb`] of what has been checked, in the caller's working memory, of sums that
-    /// may decay. On an error
-    /// the state is left half-way.
+    /// may decay. On an error the state is left half-way.
     pub(crate) fn absorb_with(
         &mut self,
         k: ArrayView2<'_, T>,
@@ -242,12 +241,7 @@ impl<T: Scalar, F: FeatureMap<T>> LinearMemory<T, F> {
         work: &mut Workspace<T>,
     ) -> Result<(), Error> {
         let pass = Pass::of(&*self.map, self.scale_root).with_decay(decay);
-        if decay.is_none() {
-            return pass.absorb(&mut self.state, k, v, work);
-        }
-        let tokens = Tokens { q: k, k, v, log_decay: None };
-        self.state.settle();
-        pass.absorb_all(&mut self.state, tokens, &mut work.pass)
+        pass.absorb(&mut self.state, k, v, work)
     }
 
     /// As [`Memory::read`] of what has been checked, in the caller's working memory; `each` is

@@ -257,3 +257,100 @@ fn keys_of_very_different_sizes_have_their_gradient() {
         assert_close("d_v", &found.v, &exact.v, 4096.0);
     }
 }
+
+/// Decays of 0, of 1, too small for a block, and keys of very different sizes beside them.
+#[test]
+fn extreme_decays() {
+    let [q, k, v] = tokens::<f64>(70, 4, 3, 1.0, 5);
+    let d_out = tokens::<f64>(70, 4, 3, 1.0, 6)[2].clone();
+    let map = || Performer::<f64>::new(4, 6, 1).unwrap();
+    let kernel = |decay: [f64; 6]| {
+        let far = Far::decaying_features(map(), decay.to_vec().into());
+        HybridAttention::<f64>::builder(4).window(0).sinks(2).far(far).build().unwrap()
+    };
+    let gradient = |kernel: &dyn Attention<f64>, k: &Array2<f64>| {
+        kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+    };
+    // nothing is forgotten
+    let all = kernel([1.0; 6]);
+    let plain = HybridAttention::<f64>::builder(4).window(0).sinks(2).far(Far::features(map()));
+    let (found, exact) = (gradient(&all, &k), gradient(&plain.build().unwrap(), &k));
+    assert_close("d_k", &found.k, &exact.k, 4096.0);
+    assert_close("d_q", &found.q, &exact.q, 4096.0);
+    // everything is: a token behind the sinks sees them and itself
+    let none = kernel([0.0; 6]);
+    let out = none.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+    let single = |t: usize| {
+        let rows = [0, 1, t];
+        let [q, k, v] = [&q, &k, &v].map(|x| x.select(Axis(0), &rows));
+        let far = Far::features(map());
+        let kernel = HybridAttention::<f64>::builder(4).window(0).sinks(2).far(far);
+        kernel.build().unwrap().forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap()
+    };
+    for t in [2, 3, 33, 69] {
+        let error = (&out.row(t) - &single(t).row(2)).iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+        assert!(error < 1e-12, "{t}: {error}");
+    }
+    let why = none.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap_err();
+    assert!(why.to_string().contains("a decay of 0"), "{why}");
+    // by differences, from one token to a long memory
+    let decays = [1e-200, 1e-9, 0.02, 0.5, 0.99, 1.0 - 1e-9];
+    let found = gradient(&kernel(decays), &k).parameters;
+    let found = found.get("decay.channels").unwrap();
+    let loss = |decays: [f64; 6]| {
+        let out = kernel(decays).forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+        (&out * &d_out).sum()
+    };
+    for (i, &found) in found.iter().enumerate() {
+        let step = (1e-5 * decays[i].min(1.0 - decays[i])).max(1e-10);
+        let moved = |sign: f64| {
+            let mut moved = decays;
+            moved[i] += sign * step;
+            moved
+        };
+        let (slope, tolerance) = if decays[i] < step {
+            ((loss(moved(1.0)) - loss(decays)) / step, 1e-3)
+        } else {
+            ((loss(moved(1.0)) - loss(moved(-1.0))) / (2.0 * step), 1e-4)
+        };
+        assert!((found - slope).abs() < tolerance * (1.0 + slope.abs()), "{i}: {found} {slope}");
+    }
+    // keys that grow and shrink
+    let sizes = |t: usize| [1.0, 9.0, 0.1][t % 3];
+    let jumping = Array2::from_shape_fn(k.dim(), |(t, c)| k[[t, c]] * sizes(t));
+    let kernel = kernel([0.9, 1e-3, 0.5, 1.0, 0.97, 0.3]);
+    let wide = gradient(&kernel, &jumping);
+    let map = Performer::<f32>::new(4, 6, 1).unwrap();
+    let far = Far::decaying_features(map, vec![0.9, 1e-3, 0.5, 1.0, 0.97, 0.3].into());
+    let kernel = HybridAttention::<f32>::builder(4).window(0).sinks(2).far(far).build().unwrap();
+    let [q, k, v, d_out] = [&q, &jumping, &v, &d_out].map(narrow::<f32>);
+    let found = kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap();
+    for (what, found, exact) in [("d_k", found.k, wide.k), ("d_v", found.v, wide.v)] {
+        assert_close(what, &found, &exact, 4096.0);
+    }
+}
+
+#[test]
+fn decays_that_cannot_be_used() {
+    let build = |decay: Vec<f64>| {
+        let far = Far::decaying_features(Performer::<f64>::new(4, 3, 1).unwrap(), decay.into());
+        HybridAttention::<f64>::builder(4).window(0).far(far).build()
+    };
+    assert!(matches!(build(vec![0.5; 2]).unwrap_err(), Error::Shape { .. }));
+    for bad in [-0.1, 1.1, f64::NAN] {
+        assert!(matches!(build(vec![0.5, bad, 1.0]).unwrap_err(), Error::InvalidOption { .. }));
+    }
+    let kernel = build(vec![0.5; 3]).unwrap();
+    let x = Array2::<f64>::ones((5, 4));
+    let full = kernel.forward(x.view(), x.view(), x.view(), Mask::Full).unwrap_err();
+    assert!(full.to_string().contains("full attention with decay"), "{full}");
+    let full = kernel.backward(x.view(), x.view(), x.view(), x.view(), Mask::Full).unwrap_err();
+    assert!(full.to_string().contains("full attention with decay"), "{full}");
+    // a state is that of its decays
+    let mut stream = kernel.stream(4).unwrap();
+    stream.extend(x.view(), x.view(), x.view(), Array2::zeros((5, 4)).view_mut()).unwrap();
+    let state = stream.save().unwrap();
+    let mut other = build(vec![0.5, 0.5, 0.6]).unwrap().stream(4).unwrap();
+    assert!(other.restore(&state).is_err());
+    kernel.stream(4).unwrap().restore(&state).unwrap();
+}

@@ -181,7 +181,7 @@ impl Lesson<'_> {
         let embedded = model.embedded(read)?;
         let shape = embedded.dim();
         let embedded = Tensor::from_vec(embedded.into_raw_vec_and_offset().0, shape, &Device::Cpu)?;
-        let hidden = student.forward(embedded, 1)?;
+        let hidden = student.forward(embedded)?;
         let goal = exact.as_deref().map_or(Goal::Text, Goal::Exact);
         let mut found = ops::read([&hidden], |[hidden]| {
             loss::gradient(hidden, student.head(), places, next, goal)

@@ -39,7 +39,8 @@ A kernel is NAME[:SIZE][,OPTION]...
   decay=G  min-age=N  block=N  value-weight=X  metric=identity
                                      of merged (block: of ward too; decay: of maps too, where
                                      every feature has one of its own, which is trained: they
-                                     begin spread from one half to G)
+                                     begin spread from one half to G, or
+                                     are G if it is less)
   calibrated         fit the kernel of each head to the calibration text (not learned, hedgehog,
                      official, elu, relu)
   seed=N             of random maps
@@ -637,14 +638,14 @@ fn number<N: FromStr>(
     }
 }
 
-/// Decays `γ_i` of features from one half to the longest, their `1 − γ_i` evenly in ratios, so that
+/// Decays `γ_i` of features from one half, or less, to the longest, their `1 − γ_i` evenly in ratios, so that
 /// some features hold the last words and some the whole text.
 fn decays(features: usize, longest: f64) -> Array1<f64> {
     const GOLDEN: f64 = 0.618_033_988_749_895;
     let shortest = 0.5_f64.min(longest);
     // neighbouring features are often alike, and get decays far apart
     Array1::from_shape_fn(features, |i| {
-        let share = (i as f64 * GOLDEN).fract();
+        let share = ((i + 1) as f64 * GOLDEN).fract();
         1.0 - (1.0 - shortest).powf(1.0 - share) * (1.0 - longest).powf(share)
     })
 }

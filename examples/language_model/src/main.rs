@@ -35,7 +35,9 @@ fn main() -> Result<()> {
         .num_threads(cli.input.threads.unwrap_or(0))
         .stack_size(STACK)
         .build_global()?;
-    leave_threads_to_contexts();
+    if matches!(cli.command, Command::Convert { .. }) {
+        leave_threads_to_contexts();
+    }
     rayon::scope(|_| run(cli))
 }
 

@@ -167,7 +167,8 @@ impl<T: Scalar> HybridBuilder<T> {
     /// [`Error::ZeroSize`] if `head_dim` or a number of entries is 0; [`Error::InvalidOption`] if
     /// an option is out of range or excluded by another, nothing could be kept at all, a
     /// calibration is missing or is one of another head dimension or scale, or sizes are so large
-    /// that the state cannot be counted; [`Error::Shape`] if the map has another head dimension;
+    /// that the state cannot be counted; [`Error::Shape`] if the map has another head dimension or
+    /// there is not one decay for each feature;
     /// [`Error::Unsupported`] if there is a soft cap and sums of features behind;
     /// the errors of [`CalibratedTaylor::new`](crate::CalibratedTaylor::new).
     pub fn build(self) -> Result<HybridAttention<T>, Error> {

@@ -17,8 +17,8 @@ use core::ops::Range;
 use ndarray::{Array2, ArrayView2};
 
 impl<T: Scalar> Pass<'_, T> {
-    /// Absorbs some keys and values, of checked shapes, without reading. On an error the state is
-    /// left half-way.
+    /// Absorbs some keys and values, of checked shapes, without reading. Sums that decay take them
+    /// one by one. On an error the state is left half-way.
     pub(super) fn absorb_in_order(
         &self,
         state: &mut State<T>,
@@ -28,17 +28,19 @@ impl<T: Scalar> Pass<'_, T> {
         tokens: Range<usize>,
     ) -> Result<(), Error> {
         state.settle();
-        for start in tokens.clone().step_by(chunk_len::<T>()) {
-            let range = start..tokens.end.min(start + chunk_len::<T>());
+        let chunk = if self.decays() { 1 } else { chunk_len::<T>() };
+        for start in tokens.clone().step_by(chunk) {
+            let range = start..tokens.end.min(start + chunk);
             let (k, v) = (views::rows(k, range.clone()), views::rows(v, range));
             buffers.chunk.resize(k.nrows(), self.num_features(), v.ncols());
             self.map(Side::Key, k, buffers, start)?;
             buffers.chunk.set_values(v).map_err(|error| error.in_chunk(start))?;
             let PassBuffers { chunk, gates, step, .. } = &mut *buffers;
             if chunk.tokens == 1 {
-                gates.clear();
+                gates.set(self.log_decay(), None, 1, start)?;
+                state.scale = gates.decay_token(chunk, state.scale);
                 let meeting = Meeting::of_chunk(state.scale, chunk, gates);
-                token::absorb(state, chunk, meeting, None);
+                token::absorb(state, chunk, meeting, gates.of_features());
             } else {
                 let log_scale = largest_scale(chunk, state.scale.high);
                 let StepBuffers { factors, key_sums, .. } = step;
@@ -88,17 +90,6 @@ impl<T: Scalar> Pass<'_, T> {
             state.check_size(buffers.chunk.values_size, start)?;
         }
         Ok(())
-    }
-
-    /// Takes in tokens of sums that decay, in their order.
-    pub(super) fn absorb_all(
-        &self,
-        state: &mut State<T>,
-        tokens: Tokens<'_, T>,
-        buffers: &mut PassBuffers<T>,
-    ) -> Result<(), Error> {
-        let all = 0..tokens.k.nrows();
-        self.absorb_groups(state, tokens, all, chunk_len::<T>(), buffers, |_| {})
     }
 
     /// Answers queries of a checked shape chunk by chunk; `each` is given the first row of the

@@ -101,11 +101,6 @@ impl<T: Scalar> Gates<T> {
         Ok(())
     }
 
-    /// For tokens that let nothing decay.
-    pub(super) fn clear(&mut self) {
-        self.width = 0;
-    }
-
     /// What decays.
     pub(super) fn rates(&self) -> Rates {
         match self.width {

@@ -5,6 +5,8 @@ use anyhow::{Context, Result};
 use dijiang::{MultiHead, SoftmaxAttention};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The model as it came.
 pub struct Exact<'a> {
@@ -53,7 +55,10 @@ impl<'a> Exact<'a> {
         let hidden: Vec<f32> = hidden.iter().copied().collect();
         if let Some(path) = path {
             let bytes: Vec<u8> = hidden.iter().flat_map(|x| x.to_le_bytes()).collect();
-            let part = path.with_extension("part");
+            // others may be at the same context
+            static PARTS: AtomicUsize = AtomicUsize::new(0);
+            let part = PARTS.fetch_add(1, Ordering::Relaxed);
+            let part = path.with_extension(format!("{}-{part}.part", process::id()));
             let written = fs::write(&part, bytes).and_then(|()| fs::rename(&part, &path));
             written.with_context(|| format!("cannot write {}", path.display()))?;
         }

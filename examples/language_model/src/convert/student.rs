@@ -122,13 +122,12 @@ impl<T: Real> Student<T> {
         &self.head
     }
 
-    /// The last hidden states of some sequences of equal length, `[batch · n, width]`, from the
-    /// embeddings of their tokens.
-    pub fn forward(&self, embedded: Tensor, batch: usize) -> Result<Tensor> {
+    /// The last hidden states of a sequence, `[n, width]`, from the embeddings of its tokens.
+    pub fn forward(&self, embedded: Tensor) -> Result<Tensor> {
         let Config { heads, kv_heads, head_dim, value_dim, .. } = self.config;
         let scales = &self.config.scales;
-        let tokens = embedded.dim(0)? / batch;
-        let of = |heads, columns| Heads { batch, heads, tokens, columns };
+        let tokens = embedded.dim(0)?;
+        let of = |heads, columns| Heads { heads, tokens, columns };
         let angles = Arc::new(self.rotary.angles::<T>(0, tokens)?);
         let turned = |factor| Side::Turned(Arc::clone(&angles), factor);
         // the kernels scale by 1/√head_dim themselves
@@ -165,7 +164,7 @@ fn gain<'a, T: Real>(gains: impl Iterator<Item = &'a f32>) -> Result<Var> {
 }
 
 impl<T: Real> StudentLayer<T> {
-    /// Attention, `[batch, heads, n, d_v]`.
+    /// Attention, `[1, heads, n, d_v]`.
     fn attend(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
         let parameter = |(name, rule, var): &(String, Rule, Var)| -> Result<(String, Tensor)> {
             Ok((name.clone(), rule.used(var)?))

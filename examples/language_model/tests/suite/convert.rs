@@ -106,12 +106,12 @@ fn check_gradients(sizes: &Sizes, name: &str, trained: Trained, goal: LossKind) 
         let noise: Tensor = Tensor::from_vec(noise, variable.var.shape(), &Device::Cpu).unwrap();
         variable.var.set(&(variable.var.as_tensor() + noise).unwrap()).unwrap();
     }
-    let (batch, n) = (2, 9);
-    let (read, next) = (tokens(batch * n, 300, 1), tokens(batch * n, 300, 2));
-    let exact: Vec<f64> = (0..batch * n * sizes.width).map(|i| 2.0 * noise(i, 3)).collect();
-    let places: Vec<usize> = (0..batch * n).filter(|i| i % 2 == 1).collect();
+    let n = 18;
+    let (read, next) = (tokens(n, 300, 1), tokens(n, 300, 2));
+    let exact: Vec<f64> = (0..n * sizes.width).map(|i| 2.0 * noise(i, 3)).collect();
+    let places: Vec<usize> = (1..n).step_by(2).collect();
     let found = || {
-        let hidden = student.forward(embedded::<f64>(&model, &read), batch).unwrap();
+        let hidden = student.forward(embedded::<f64>(&model, &read)).unwrap();
         let numbers = hidden.flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let goal = match goal {
             LossKind::Kl => Goal::Exact(&exact),
@@ -183,13 +183,11 @@ fn a_student_is_the_model() {
     for name in ["softmax", "merged:6,window=8,pool,exact=2", "dct:16", "learned:8,decay=0.95"] {
         let layers = session.attention(&kernel(name)).unwrap().layers;
         let student = Student::<f32>::new(&session.model, &layers, Trained::LowRank(3), 1).unwrap();
-        let (a, b) = (tokens(50, 300, 1), tokens(50, 300, 2));
-        let both: Vec<u32> = a.iter().chain(&b).copied().collect();
-        let hidden = student.forward(embedded::<f32>(&session.model, &both), 2).unwrap();
-        let hidden = hidden.to_vec2::<f32>().unwrap();
-        for (read, hidden) in [a, b].iter().zip(hidden.chunks(50)) {
+        for read in [tokens(50, 300, 1), tokens(50, 300, 2)] {
+            let hidden = student.forward(embedded::<f32>(&session.model, &read)).unwrap();
+            let hidden = hidden.to_vec2::<f32>().unwrap();
             let mut state = session.model.state(&layers).unwrap();
-            let expected = session.model.extend(&mut state, read).unwrap();
+            let expected = session.model.extend(&mut state, &read).unwrap();
             for (row, expected) in hidden.iter().zip(expected.outer_iter()) {
                 let error =
                     row.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);

@@ -111,7 +111,9 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work.held.clear();
         work.arrivals.clear();
         work.kept.iter_mut().for_each(Vec::clear);
-        work.sums.begin(&pass, value_dim, self.units, asked);
+        let of_decay = self.head.d_parameters.as_deref().map(|asked| asked.of("decay"));
+        let asks_decay = of_decay.is_some_and(|of_decay| !of_decay.is_empty());
+        work.sums.begin(&pass, value_dim, self.units, asked, asks_decay);
         match self.mask {
             Mask::Causal | Mask::CausalTail => self.causal(&pass, log, work)?,
             Mask::Full => self.full(&pass, log, work)?,

@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use dijiang::RotaryAngles;
 use ndarray::{ArcArray2, ArrayViewMut3};
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// `y = x·W` with a weight that is trained, an operand, or `y = x·W + s·(x·A)·B` with one that is
@@ -21,16 +22,15 @@ pub(in crate::convert) struct Projection<T: Real> {
     pub(in crate::convert) heads: Heads,
 }
 
-/// Heads of sequences, `[batch, heads, tokens, columns]`.
+/// Heads of a sequence, `[1, heads, tokens, columns]`.
 #[derive(Clone, Copy)]
 pub(in crate::convert) struct Heads {
-    pub(in crate::convert) batch: usize,
     pub(in crate::convert) heads: usize,
     pub(in crate::convert) tokens: usize,
     pub(in crate::convert) columns: usize,
 }
 
-/// Which side of a product is heads, where the other is rows `[batch · tokens, columns]`.
+/// Which side of a product is heads, where the other is rows `[tokens, columns]`.
 #[derive(Clone)]
 pub(in crate::convert) enum Side<T: Real> {
     /// What is put in.
@@ -43,36 +43,29 @@ pub(in crate::convert) enum Side<T: Real> {
 
 impl Heads {
     fn dims(self) -> [usize; 4] {
-        [self.batch, self.heads, self.tokens, self.columns]
+        [1, self.heads, self.tokens, self.columns]
     }
 
     /// Heads as rows.
     fn in_rows<T: Real>(self, x: &[T]) -> Vec<T> {
-        let Self { heads, tokens, columns, .. } = self;
-        let mut y = zeros::<T>(x.len());
-        y.par_chunks_mut(heads * columns).enumerate().for_each(|(row, y)| {
-            let (sequence, token) = (row / tokens, row % tokens);
-            for (head, y) in y.chunks_exact_mut(columns).enumerate() {
-                let from = ((sequence * heads + head) * tokens + token) * columns;
-                y.copy_from_slice(&x[from..from + columns]);
-            }
-        });
-        y
+        swapped(x, [self.heads, self.tokens, self.columns])
     }
 
     /// Rows as heads.
     fn in_heads<T: Real>(self, x: &[T]) -> Vec<T> {
-        let Self { heads, tokens, columns, .. } = self;
-        let mut y = zeros::<T>(x.len());
-        y.par_chunks_mut(tokens * columns).enumerate().for_each(|(at, y)| {
-            let (sequence, head) = (at / heads, at % heads);
-            for (token, y) in y.chunks_exact_mut(columns).enumerate() {
-                let from = ((sequence * tokens + token) * heads + head) * columns;
-                y.copy_from_slice(&x[from..from + columns]);
-            }
-        });
-        y
+        swapped(x, [self.tokens, self.heads, self.columns])
     }
+}
+
+/// `[a, b, columns]` as `[b, a, columns]`.
+fn swapped<T: Real>(x: &[T], [a, b, columns]: [usize; 3]) -> Vec<T> {
+    let mut y = zeros::<T>(x.len());
+    y.par_chunks_mut(a * columns).enumerate().for_each(|(j, y)| {
+        for (i, y) in y.chunks_exact_mut(columns).enumerate() {
+            y.copy_from_slice(&x[(i * b + j) * columns..][..columns]);
+        }
+    });
+    y
 }
 
 /// Turns heads by the angles of their positions, forth or back, times a factor.
@@ -101,10 +94,10 @@ fn turn<T: Real>(
 
 impl<T: Real> Projection<T> {
     /// What is put in, as rows.
-    fn input(&self, x: &[T]) -> Vec<T> {
+    fn input<'a>(&self, x: &'a [T]) -> Cow<'a, [T]> {
         match self.side {
-            Side::Input => self.heads.in_rows(x),
-            Side::Output | Side::Turned(..) => x.to_vec(),
+            Side::Input => self.heads.in_rows(x).into(),
+            Side::Output | Side::Turned(..) => x.into(),
         }
     }
 
@@ -112,10 +105,7 @@ impl<T: Real> Projection<T> {
     fn output(&self, y: Vec<T>) -> Result<(CpuStorage, Shape)> {
         let heads = self.heads;
         let (y, dims) = match &self.side {
-            Side::Input => {
-                let n = heads.batch * heads.tokens;
-                return Ok(result(y, &[n, self.weight.ncols()]));
-            }
+            Side::Input => return Ok(result(y, &[heads.tokens, self.weight.ncols()])),
             Side::Output => (heads.in_heads(&y), heads.dims()),
             Side::Turned(angles, factor) => {
                 let mut y = heads.in_heads(&y);
@@ -127,14 +117,14 @@ impl<T: Real> Projection<T> {
     }
 
     /// The gradient by rows that come out.
-    fn d_output(&self, d_y: &[T]) -> Result<Vec<T>> {
+    fn d_output<'a>(&self, d_y: &'a [T]) -> Result<Cow<'a, [T]>> {
         Ok(match &self.side {
-            Side::Input => d_y.to_vec(),
-            Side::Output => self.heads.in_rows(d_y),
+            Side::Input => d_y.into(),
+            Side::Output => self.heads.in_rows(d_y).into(),
             Side::Turned(angles, factor) => {
                 let mut d_y = d_y.to_vec();
                 turn(&mut d_y, self.heads, angles, *factor, true)?;
-                self.heads.in_rows(&d_y)
+                self.heads.in_rows(&d_y).into()
             }
         })
     }

@@ -24,8 +24,13 @@ use crate::scalar::Scalar;
 /// What is known of the decays of a call and of a block.
 #[derive(Debug)]
 pub(super) struct LateDecay<T> {
-    /// `ln γ_i`; empty if nothing decays.
+    /// `ln γ_i`; empty if nothing decays. Not below [`most`](Self::most) twice: of tokens whose keys
+    /// are of a size, less than an epsilon squared is left then.
     rates: Buffer<T>,
+    /// `γ_i` as a part of what it is taken for.
+    shares: Vec<f64>,
+    /// Whether the gradient by γ is asked for.
+    is_asked: bool,
     /// Tokens that enter in the block.
     entering: usize,
     /// `γ_i^{c − E/2}`, of rows `c` from 0 to `E`: `[num_features, E + 1]`.
@@ -53,6 +58,8 @@ impl<T: Scalar> LateDecay<T> {
     pub(super) fn new() -> Self {
         Self {
             rates: Buffer::new(),
+            shares: Vec::new(),
+            is_asked: false,
             entering: 0,
             powers: Buffer::new(),
             half: StateDecay::new(),
@@ -68,13 +75,15 @@ impl<T: Scalar> LateDecay<T> {
         T::max_value().ln() * T::from_f64(0.22)
     }
 
-    pub(super) fn begin(&mut self, decay: Option<&LogDecay<T>>, features: usize) {
+    pub(super) fn begin(&mut self, decay: Option<&LogDecay<T>>, is_asked: bool) {
         let rates = decay.map(|decay| decay.channels.as_slice()).unwrap_or_default();
-        debug_assert!(rates.is_empty() || rates.len() == features);
+        self.is_asked = is_asked && !rates.is_empty();
         self.rates.resize(rates.len());
-        // less is left of a token than can be seen beside the one behind it
         let least = -(Self::most() + Self::most());
         self.rates.iter_mut().zip(rates).for_each(|(to, &rate)| *to = rate.max(least));
+        let taken = rates.iter().zip(&*self.rates);
+        self.shares.clear();
+        self.shares.extend(taken.map(|(&rate, &taken)| (rate - taken).as_f64().exp()));
         self.powers.resize(0);
         self.entering = 0;
         self.of_queries.clear();
@@ -88,9 +97,9 @@ impl<T: Scalar> LateDecay<T> {
         self.rates.is_empty()
     }
 
-    /// `∂L/∂ln γ_i` in the units of the gradients by features; empty if nothing decays.
-    pub(super) fn sums(&self) -> &[f64] {
-        &self.sums
+    /// `∂L/∂ln γ_i` in the units of the gradients by features; nothing if nothing decays.
+    pub(super) fn sums(&self) -> impl Iterator<Item = f64> {
+        self.sums.iter().zip(&self.shares).map(|(sum, share)| sum * share)
     }
 
     /// The longest block of which nothing leaves the range, up to this one.
@@ -128,9 +137,8 @@ impl<T: Scalar> LateDecay<T> {
     /// What queries of the block have to do with tokens before it, of columns that were brought.
     pub(super) fn add_queries(&mut self, q: &[T], d_q: &[T], width: usize) {
         let first = self.of_queries.len() - self.rates.len();
-        let rows = q.chunks_exact(width).zip(d_q.chunks_exact(width));
-        for (sum, (q, d_q)) in self.of_queries[first..].iter_mut().zip(rows) {
-            *sum += dot(q, d_q);
+        if self.is_asked {
+            add_dots(&mut self.of_queries[first..], 1.0, [q, d_q], width);
         }
     }
 
@@ -149,9 +157,8 @@ impl<T: Scalar> LateDecay<T> {
 
     /// What queries behind the block have to do with its tokens, of columns that were brought.
     pub(super) fn take_keys(&mut self, k: &[T], d_k: &[T], width: usize) {
-        let rows = k.chunks_exact(width).zip(d_k.chunks_exact(width));
-        for (across, (k, d_k)) in self.across.iter_mut().zip(rows) {
-            *across -= dot(k, d_k);
+        if self.is_asked {
+            add_dots(&mut self.across, -1.0, [k, d_k], width);
         }
     }
 
@@ -191,7 +198,7 @@ impl<T: Scalar> LateDecay<T> {
     /// Adds to `∂L/∂ln γ` what these columns, as they were brought, and the gradients by them come
     /// to.
     pub(super) fn add(&mut self, x: &[T], d_x: &[T], width: usize, which: Brought<'_>) {
-        if self.is_none() {
+        if !self.is_asked {
             return;
         }
         let rows = x.chunks_exact(width).zip(d_x.chunks_exact(width));
@@ -212,8 +219,13 @@ impl<T: Scalar> LateDecay<T> {
     }
 }
 
-fn dot<T: Scalar>(a: &[T], b: &[T]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a.as_f64() * b.as_f64()).sum()
+/// Adds the products of rows to a sum for each.
+fn add_dots<T: Scalar>(sums: &mut [f64], sign: f64, [x, d_x]: [&[T]; 2], width: usize) {
+    let rows = x.chunks_exact(width).zip(d_x.chunks_exact(width));
+    for (sum, (x, d_x)) in sums.iter_mut().zip(rows) {
+        let products = x.iter().zip(d_x).map(|(x, d_x)| x.as_f64() * d_x.as_f64());
+        *sum += sign * products.sum::<f64>();
+    }
 }
 
 /// Runs of columns before which equally many tokens have entered, with how many.

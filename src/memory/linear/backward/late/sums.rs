@@ -102,17 +102,18 @@ impl<T: Scalar> LateSums<T> {
         }
     }
 
-    /// Begins the gradients by parameters of these names, if any are asked for.
+    /// Begins the gradients by parameters of these names, if any are asked for, and by decays.
     pub(crate) fn begin(
         &mut self,
         pass: &Pass<'_, T>,
         value_dim: usize,
         units: Units,
         parameters: Option<Parameters<T>>,
+        asks_decay: bool,
     ) {
         self.units = units;
         self.map.begin(pass.feature_map(), parameters);
-        self.decay.begin(pass.log_decay(), pass.num_features());
+        self.decay.begin(pass.log_decay(), asks_decay);
         self.state.reset(pass.num_features(), value_dim);
     }
 
@@ -126,10 +127,10 @@ impl<T: Scalar> LateSums<T> {
         self.decay.block(longest)
     }
 
-    /// The gradient by the logarithms of decays; empty if there are none.
+    /// The gradient by the logarithms of decays; empty if it was not asked for.
     pub(crate) fn decay_sums(&self) -> Vec<f64> {
         let [first, second] = unit::product::<f64>(1.0, &[self.units.d_out, self.units.v]);
-        self.decay.sums().iter().map(|sum| sum * first * second).collect()
+        self.decay.sums().map(|sum| sum * first * second).collect()
     }
 
     /// Begins the second pass.
