@@ -79,7 +79,7 @@ impl<T: Scalar> Far<T> {
     /// `Σ_i φ(q̂)_i φ(k̂)_i γ_i^n` where `n` have entered after it. With `window(0)` and some sinks,
     /// linear attention with [decay](crate::LinearAttention#decay) behind exact first tokens. There
     /// is none with [`Mask::Full`](crate::Mask::Full). Gradients by the decays are those by
-    /// `decay.channels`.
+    /// `decay.channels`, computed from those by `ln γ`: their error is some `ε/γ`.
     ///
     /// ```
     /// use dijiang::{Attention, EluFeatures, Far, HybridAttention, Mask};
