@@ -53,9 +53,9 @@ use std::sync::Arc;
 /// causal forward *is* the stream, step by step, made fast, and a sequence cut into pieces gives
 /// the same bits. [`Mask::Full`] has a meaning only where there is no window (and nothing to learn
 /// from earlier queries): then the sinks and the heavy keys are exact and all other keys are far
-/// for every query, unless they decay in their order; otherwise it is [`Error::Unsupported`]. With [`Mask::CausalTail`] the first
-/// keys pass through the memory, which answers the tail only; a memory that learns from what is
-/// read needs all queries and gives [`Error::Unsupported`].
+/// for every query, unless they decay in their order; otherwise it is [`Error::Unsupported`]. With
+/// [`Mask::CausalTail`] the first keys pass through the memory, which answers the tail only; a
+/// memory that learns from what is read needs all queries and gives [`Error::Unsupported`].
 ///
 /// # State
 ///

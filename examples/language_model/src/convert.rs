@@ -77,7 +77,8 @@ struct Run<'a> {
 
 impl Conversion<'_> {
     /// Trains, from the last checkpoint if there is one, and writes the file, in a folder that is
-    /// made if need be; one that is there already, and was made in the same way, is read. The bar is advanced by the tokens.
+    /// made if need be; one that is there already, and was made in the same way, is read. The bar
+    /// is advanced by the tokens.
     pub fn run(&self, bar: &ProgressBar) -> Result<Learned> {
         let (options, session) = (&self.options, self.session);
         let mut order = contexts(self.texts, options.context, options.seed)?.peekable();

@@ -638,8 +638,8 @@ fn number<N: FromStr>(
     }
 }
 
-/// Decays `γ_i` of features from one half, or less, to the longest, their `1 − γ_i` evenly in ratios, so that
-/// some features hold the last words and some the whole text.
+/// Decays `γ_i` of features from one half, or less, to the longest, their `1 − γ_i` evenly in
+/// ratios, so that some features hold the last words and some the whole text.
 fn decays(features: usize, longest: f64) -> Array1<f64> {
     const GOLDEN: f64 = 0.618_033_988_749_895;
     let shortest = 0.5_f64.min(longest);

@@ -24,8 +24,8 @@ use crate::scalar::Scalar;
 /// What is known of the decays of a call and of a block.
 #[derive(Debug)]
 pub(super) struct LateDecay<T> {
-    /// `ln γ_i`; empty if nothing decays. Not below [`most`](Self::most) twice: of tokens whose keys
-    /// are of a size, less than an epsilon squared is left then.
+    /// `ln γ_i`; empty if nothing decays. Not below [`most`](Self::most) twice: of tokens whose
+    /// keys are of a size, less than an epsilon squared is left then.
     rates: Buffer<T>,
     /// `γ_i` as a part of what it is taken for.
     shares: Vec<f64>,
