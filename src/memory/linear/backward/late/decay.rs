@@ -13,6 +13,7 @@
 //! `q̃_i dq̃_i` by the sums before a block and of `k̃_i dk̃_i` by the queries behind one. Numbers of
 //! tokens from the beginning on, in the place of `c` and `a`, would leave little but rounding
 //! errors of what is forgotten fast.
+#![allow(clippy::cast_precision_loss)] // tokens of a block
 
 use crate::kernel::buffer::Buffer;
 use crate::memory::linear::decay::LogDecay;
