@@ -201,10 +201,10 @@ pub fn log_products(phi_q: &Features, phi_k: &Features) -> Array2<f64> {
 /// each token that leaves a window of this length: `n` have left after `j` before the query reads.
 ///
 /// ```
-/// use dijiang::attention::naive::{Features, hybrid};
-/// use ndarray::{Array1, array};
+/// use dijiang::attention::naive::{features::Features, hybrid};
+/// use ndarray::Array2;
 ///
-/// let phi = Features { values: array![[1.0], [1.0], [1.0]], log_scale: Array1::zeros(3) };
+/// let phi = Features::from_values(Array2::ones((3, 1)));
 /// let logs = hybrid::log_decaying_products(&phi, &phi, &[0.5], 1);
 /// assert_eq!(logs[[2, 0]], 0.5_f64.ln()); // token 1 has left since
 /// ```
