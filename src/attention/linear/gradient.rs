@@ -68,7 +68,7 @@ impl<T: Scalar> LinearParts<'_, T> {
         }
         let of_map = asked.map(|asked| asked.of("map").zeros_like());
         let of_map = of_map.filter(|of_map| !of_map.is_empty());
-        let trains_decay = asked.is_some_and(|asked| !asked.of("decay").is_empty());
+        let trains_decay = Decay::is_trained(asked);
         work.begin(&pass, of_map);
         let heads = q.outer_iter().zip(d_out.outer_iter()).zip(d_q.outer_iter_mut());
         for ((q, d_out), d_q) in heads {

@@ -54,6 +54,11 @@ const COMMON: &str = "decay.common";
 const CHANNELS: &str = "decay.channels";
 
 impl Decay {
+    /// Whether gradients by decays are among those that are asked for.
+    pub(crate) fn is_trained<T: Scalar>(asked: Option<&Parameters<T>>) -> bool {
+        asked.is_some_and(|asked| !asked.of("decay").is_empty())
+    }
+
     /// Adds those that can be trained.
     pub(crate) fn add_parameters<T: Scalar>(&self, all: &mut Parameters<T>) {
         let mut add = |name: &str, decays: &[f64]| {

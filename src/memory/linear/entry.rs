@@ -128,7 +128,7 @@ impl<T: Scalar> Pass<'_, T> {
     ) -> Result<(), Error> {
         let n = k.nrows();
         #[cfg(feature = "rayon")]
-        if work.parallel && threads::pays(n) {
+        if work.parallel && threads::pays(n) && !self.decays() {
             let mut start = 0;
             while let Some(range) = threads::block::<T>(start, n) {
                 let part = |x| views::rows(x, range.clone());

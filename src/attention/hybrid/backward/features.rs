@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::kernel::buffer::{Buffer, padded};
 use crate::mask::Mask;
 use crate::memory::linear::backward::late::sums::{Asking, Entering, LateSums};
+use crate::memory::linear::decay::Decay;
 use crate::memory::linear::pass::Pass;
 use crate::memory::seen_rows::SeenBlock;
 use crate::scalar::Scalar;
@@ -111,9 +112,8 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         work.held.clear();
         work.arrivals.clear();
         work.kept.iter_mut().for_each(Vec::clear);
-        let of_decay = self.head.d_parameters.as_deref().map(|asked| asked.of("decay"));
-        let asks_decay = of_decay.is_some_and(|of_decay| !of_decay.is_empty());
-        work.sums.begin(&pass, value_dim, self.units, asked, asks_decay);
+        let trains_decay = Decay::is_trained(self.head.d_parameters.as_deref());
+        work.sums.begin(&pass, value_dim, self.units, asked, trains_decay);
         match self.mask {
             Mask::Causal | Mask::CausalTail => self.causal(&pass, log, work)?,
             Mask::Full => self.full(&pass, log, work)?,
