@@ -3,7 +3,7 @@
 
 use crate::model::Model;
 use anyhow::{Result, ensure};
-use dijiang::{HeadSample, MultiHead, SoftmaxAttention};
+use dijiang::HeadSample;
 use ndarray::{Array3, ArrayView3, Axis, s};
 
 /// What the attention of each layer was given while the model, all exact, read a text.
@@ -26,14 +26,8 @@ impl Capture {
     /// Reads `tokens` with exact attention.
     pub fn of(model: &Model, tokens: &[u32]) -> Result<Self> {
         ensure!(!tokens.is_empty(), "the calibration text is empty");
-        let config = model.config();
-        let exact = MultiHead::new(
-            SoftmaxAttention::<f32>::new(config.head_dim)?,
-            config.heads,
-            config.kv_heads,
-        )?;
-        let mut state = model.state(&vec![exact; config.layers])?;
-        let mut layers = Vec::with_capacity(config.layers);
+        let mut state = model.state(&model.exact_layers()?)?;
+        let mut layers = Vec::with_capacity(model.config().layers);
         model.extend_observed(&mut state, tokens, &mut |seen| {
             layers.push(Captured {
                 q: seen.q.to_owned(),
@@ -42,7 +36,7 @@ impl Capture {
             });
             Ok(())
         })?;
-        Ok(Self { group: config.group(), layers })
+        Ok(Self { group: model.config().group(), layers })
     }
 
     /// One sample for each kv head of the model.

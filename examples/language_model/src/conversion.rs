@@ -1,10 +1,12 @@
 //! What conversions gained: their curves, and the models before and behind them.
 
-use crate::convert::learned::{About, Learned, Point};
+use crate::convert::exact::Exact;
+use crate::convert::held_out::{HeldOut, Said};
+use crate::convert::learned::{About, Learned};
 use crate::convert::options::Options;
 use crate::convert::student::Trained;
 use crate::kernels::Kernel;
-use crate::perplexity::{longest, losses, predicted};
+use crate::perplexity::{longest, predicted, windows};
 use crate::progress;
 use crate::recall::{Score, Task};
 use crate::session::{Attentions, Session};
@@ -44,8 +46,8 @@ pub struct Row {
 /// What was found of one model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
-    /// Mean losses over both halves of the windows, in nats.
-    pub halves: [Option<f64>; 2],
+    /// What it says of the windows.
+    pub said: Said,
     /// Pairs recalled of each list.
     pub recall: Vec<(Task, Score)>,
     /// Tokens copied.
@@ -71,15 +73,17 @@ pub fn conversions(session: &Session, files: &[PathBuf], asked: &Asked) -> Resul
     let texts = session.corpus.evaluation()?;
     let each = predicted(texts, asked.context);
     let bar = progress::bar(each * (2 * files.len() + 1))?;
+    let windows = texts.iter().flat_map(|text| windows(text, asked.context)).collect();
+    let held_out = HeldOut::new(windows, &Exact::new(&session.model, None)?)?;
     let measure = |attention: &Attentions| -> Result<Measured> {
         let model = attention.model(session);
-        let found = losses(model, &attention.layers, texts, asked.context, &bar)?;
+        let said = held_out.measure(model, &attention.layers, &bar)?;
         let hidden = ProgressBar::hidden();
         let recall = |&task: &Task| -> Result<(Task, Score)> {
             Ok((task, session.recall(attention, task, asked.prompts, &hidden)?))
         };
         Ok(Measured {
-            halves: found.halves(),
+            said,
             recall: asked.tasks.iter().map(recall).collect::<Result<_>>()?,
             copying: session.copying(attention, asked.copied, &hidden)?,
         })
@@ -133,7 +137,7 @@ impl Row {
     }
 }
 
-/// `excess = a·tokens^slope`, fitted to a curve.
+/// `divergence = a·tokens^slope`, fitted to a curve.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trend {
     /// The exponent.
@@ -144,15 +148,15 @@ pub struct Trend {
 
 impl Trend {
     /// By least squares of the logarithms over the points from an eighth of the tokens on; none
-    /// where fewer than three lie above the exact model.
+    /// where they are fewer than three.
     #[must_use]
     pub fn of(about: &About, half: usize) -> Option<Self> {
-        let points = excess(about, half);
+        let points = divergences(about, half);
         let last = points.last()?.0;
         let logs: Vec<[f64; 2]> = points
             .iter()
-            .filter(|(tokens, excess)| *tokens >= last / 8.0 && *excess > 0.0)
-            .map(|(tokens, excess)| [tokens.ln(), excess.ln()])
+            .filter(|(tokens, nats)| *tokens >= last / 8.0 && *nats > 0.0)
+            .map(|(tokens, nats)| [tokens.ln(), nats.ln()])
             .collect();
         if logs.len() < 3 {
             return None;
@@ -172,14 +176,10 @@ impl Trend {
     }
 }
 
-/// Nats above the exact model on held-out text, by tokens trained; the point before the training is
-/// left out.
+/// `KL(exact ‖ trained)` on held-out text, by tokens trained; the point before the training is left
+/// out.
 #[must_use]
-pub fn excess(about: &About, half: usize) -> Vec<(f64, f64)> {
-    let exact = about.history.exact[half];
-    let of = |point: &Point| {
-        let (nats, exact) = point.halves[half].zip(exact)?;
-        (point.tokens > 0).then_some((point.tokens as f64, nats - exact))
-    };
-    about.history.points.iter().filter_map(of).collect()
+pub fn divergences(about: &About, half: usize) -> Vec<(f64, f64)> {
+    let trained = about.history.points.iter().filter(|point| point.tokens > 0);
+    trained.filter_map(|point| Some((point.tokens as f64, point.said.divergence[half]?))).collect()
 }

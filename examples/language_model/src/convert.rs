@@ -4,6 +4,7 @@
 pub mod contexts;
 pub mod distill;
 pub mod exact;
+pub mod held_out;
 pub mod learned;
 pub mod loss;
 mod ops;
@@ -15,6 +16,7 @@ pub use ops::Real;
 
 use crate::convert::contexts::contexts;
 use crate::convert::exact::Exact;
+use crate::convert::held_out::HeldOut;
 use crate::convert::learned::{About, History, Learned, Point, Step};
 use crate::convert::loss::{Found, Goal};
 use crate::convert::options::{CHECKPOINT, LossKind, Options};
@@ -22,7 +24,6 @@ use crate::convert::student::Student;
 use crate::convert::variables::AdamW;
 use crate::kernels::Kernel;
 use crate::model::Model;
-use crate::perplexity::{longest, losses};
 use crate::session::Session;
 use crate::texts::Text;
 use anyhow::{Context, Error, Result, anyhow};
@@ -73,6 +74,7 @@ struct Run<'a> {
     optimizer: AdamW,
     about: About,
     exact: Exact<'a>,
+    held_out: HeldOut<'a>,
 }
 
 impl Conversion<'_> {
@@ -204,17 +206,20 @@ impl<'a> Run<'a> {
         let student = Student::new(model, &layers, options.trained, options.seed)?;
         let optimizer = AdamW::new(student.variables(), options.weight_decay, options.clip);
         let exact = Exact::new(model, conversion.exact)?;
-        Ok(Self { conversion, layers, student, optimizer, about, exact })
+        // the first window of each text
+        let texts = if options.points > 0 { conversion.session.corpus.evaluation()? } else { &[] };
+        let first = |text: &'a Text| &text.tokens[..text.tokens.len().min(HELD_OUT + 1)];
+        let held_out = HeldOut::new(texts.iter().map(first).collect(), &exact)?;
+        Ok(Self { conversion, layers, student, optimizer, about, exact, held_out })
     }
 
     /// Before the first step: maps learn to answer as exact attention does, the first point, and
     /// the first checkpoint.
     fn prepare(&mut self, tokens: &[u32], bar: &ProgressBar) -> Result<()> {
         let (conversion, options) = (self.conversion, &self.conversion.options);
-        let model = &conversion.session.model;
-        self.about.history.exact = self.held_out(model, self.exact.layers())?;
         if options.distill > 0 && self.layers.iter().any(|layer| !layer.parameters().is_empty()) {
             let tokens = &tokens[..options.context];
+            let model = &conversion.session.model;
             let layers = distill::distill(model, &self.layers, tokens, options.distill, bar)?;
             *self = Self::new(conversion, layers, self.about.clone())?;
         }
@@ -243,31 +248,14 @@ impl<'a> Run<'a> {
         Ok(mean)
     }
 
-    /// The held-out losses of the halves of windows, by a model with these layers.
-    fn held_out(&self, model: &Model, layers: &[MultiHead<f32>]) -> Result<[Option<f64>; 2]> {
-        if self.conversion.options.points == 0 {
-            return Ok([None; 2]);
-        }
-        let texts = self.conversion.session.corpus.evaluation()?;
-        let context = longest(texts, HELD_OUT);
-        // the first window of each
-        let texts: Vec<Text> = texts
-            .iter()
-            .map(|Text { name, tokens }| {
-                let tokens = tokens[..tokens.len().min(context + 1)].to_vec();
-                Text { name: name.clone(), tokens }
-            })
-            .collect();
-        Ok(losses(model, layers, &texts, context, &ProgressBar::hidden())?.halves())
-    }
-
     /// Measures the model as it is now.
     fn point(&mut self, done: usize) -> Result<()> {
         let learned = Learned::of(self.student.variables(), self.about.clone())?;
         let model = learned.model(&self.conversion.session.model)?;
-        let halves = self.held_out(&model, &learned.attention(&self.layers)?)?;
+        let layers = learned.attention(&self.layers)?;
+        let said = self.held_out.measure(&model, &layers, &ProgressBar::hidden())?;
         let tokens = self.conversion.options.tokens_of(done);
-        self.about.history.points.push(Point { tokens, halves });
+        self.about.history.points.push(Point { tokens, said });
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use crate::elementwise;
 use crate::gguf::Gguf;
 use crate::linear::{Linear, Weights};
 use anyhow::{Context, Result, ensure};
-use dijiang::{MultiHead, MultiHeadStream, Rotary, RotaryAngles};
+use dijiang::{MultiHead, MultiHeadStream, Rotary, RotaryAngles, SoftmaxAttention};
 use ndarray::{Array1, Array2, ArrayView3, Axis};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -260,6 +260,13 @@ impl Model {
         let numbers = matrices.flat_map(of).flat_map(f32::to_le_bytes);
         let sizes = format!("{:?} {:?}", self.config, self.rotary);
         hash(sizes.into_bytes().into_iter().chain(numbers))
+    }
+
+    /// The layers of exact attention.
+    pub fn exact_layers(&self) -> Result<Vec<MultiHead<f32>>> {
+        let Config { layers, heads, kv_heads, head_dim, .. } = self.config;
+        let softmax = SoftmaxAttention::new(head_dim)?;
+        Ok(vec![MultiHead::new(softmax, heads, kv_heads)?; layers])
     }
 
     /// An empty state, with this attention in each layer.

@@ -1,11 +1,11 @@
 //! Before a model is trained its maps learn to answer as exact attention does, layer by layer.
 
 use crate::capture::Capture;
-use crate::convert::variables::{AdamW, Rule, Variables};
+use crate::convert::variables::{AdamW, OfKernels, Variables};
 use crate::model::Model;
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor, Var};
-use dijiang::{Mask, MultiHead, Parameters, SoftmaxAttention};
+use candle_core::{Device, Tensor};
+use dijiang::{Mask, MultiHead, Parameters};
 use dijiang_candle::{Extras, attention, attention_with};
 use indicatif::ProgressBar;
 use ndarray::{ArrayD, IxDyn};
@@ -25,13 +25,8 @@ pub fn distill(
     steps: usize,
     bar: &ProgressBar,
 ) -> Result<Vec<MultiHead<f32>>> {
-    let config = model.config();
     let capture = Capture::of(model, tokens)?;
-    let exact = MultiHead::new(
-        SoftmaxAttention::<f32>::new(config.head_dim)?,
-        config.heads,
-        config.kv_heads,
-    )?;
+    let exact = model.exact_layers()?;
     let fitted = |(l, layer): (usize, &MultiHead<f32>)| -> Result<MultiHead<f32>> {
         bar.set_message(format!("maps of layer {l}"));
         if layer.parameters().is_empty() {
@@ -45,7 +40,7 @@ pub fn distill(
         let qkv = [q?, k?, v?];
         let mix = model.layers()[l].output.weight();
         let mix = Tensor::from_vec(mix.iter().copied().collect(), mix.dim(), &Device::Cpu)?;
-        fit(layer, &exact, &qkv, &mix, steps).with_context(|| format!("the maps of layer {l}"))
+        fit(layer, &exact[l], &qkv, &mix, steps).with_context(|| format!("the maps of layer {l}"))
     };
     layers.par_iter().enumerate().map(fitted).collect()
 }
@@ -64,20 +59,11 @@ fn fit(
     let target = mixed(attention(exact, q, k, v, Mask::Causal, None)?)?;
     let size = f64::from(target.sqr()?.sum_all()?.to_scalar::<f32>()?).max(f64::MIN_POSITIVE);
     let mut variables = Variables::default();
-    let mut named: Vec<(String, Rule, Var)> = Vec::new();
-    for (name, tensor) in dijiang_candle::parameters(layer)? {
-        let rule = Rule::of(&name);
-        let var = Var::from_tensor(&rule.stored(&tensor)?)?;
-        variables.add(name.clone(), rule, false, &var);
-        named.push((name, rule, var));
-    }
-    let used = || -> Result<Vec<(String, Tensor)>> {
-        named.iter().map(|(name, rule, var)| Ok((name.clone(), rule.used(var)?))).collect()
-    };
+    let of_kernels = OfKernels::new(layer, "", &mut variables)?;
     let mut optimizer = AdamW::new(&variables, 0.0, 1.0);
     let mut best: Option<(f64, Vec<(String, Tensor)>)> = None;
     for step in 0..=steps {
-        let parameters = used()?;
+        let parameters = of_kernels.used()?;
         let extras = Extras { parameters: &parameters, ..Extras::default() };
         let found = mixed(attention_with(layer, extras, [q, k, v], Mask::Causal, None)?)?;
         let loss = ((found - &target)?.sqr()?.sum_all()? / size)?;

@@ -2,7 +2,7 @@
 
 use crate::model::{Model, hash};
 use anyhow::{Context, Result};
-use dijiang::{MultiHead, SoftmaxAttention};
+use dijiang::MultiHead;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -12,38 +12,32 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct Exact<'a> {
     model: &'a Model,
     layers: Vec<MultiHead<f32>>,
-    folder: Option<PathBuf>,
+    folder: Option<Folder>,
+}
+
+/// Where hidden states are kept.
+struct Folder {
+    path: PathBuf,
+    /// Of the model and its weights.
     fingerprint: String,
 }
 
 impl<'a> Exact<'a> {
     /// With a folder, hidden states are kept there and read again.
     pub fn new(model: &'a Model, folder: Option<&Path>) -> Result<Self> {
-        let config = model.config();
-        let softmax = SoftmaxAttention::<f32>::new(config.head_dim)?;
-        let layer = MultiHead::new(softmax, config.heads, config.kv_heads)?;
-        if let Some(folder) = folder {
-            fs::create_dir_all(folder)
-                .with_context(|| format!("cannot make {}", folder.display()))?;
-        }
-        Ok(Self {
-            model,
-            layers: vec![layer; config.layers],
-            folder: folder.map(Path::to_owned),
-            fingerprint: format!("{} {:016x}", model.fingerprint(), model.hash_of_weights()),
-        })
-    }
-
-    /// The layers of exact attention.
-    #[must_use]
-    pub fn layers(&self) -> &[MultiHead<f32>] {
-        &self.layers
+        let keep = |path: &Path| -> Result<Folder> {
+            fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
+            let fingerprint = format!("{} {:016x}", model.fingerprint(), model.hash_of_weights());
+            Ok(Folder { path: path.to_owned(), fingerprint })
+        };
+        let folder = folder.map(keep).transpose()?;
+        Ok(Self { model, layers: model.exact_layers()?, folder })
     }
 
     /// The last hidden states `[n, width]` of a context.
     pub fn hidden(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let size = tokens.len() * self.model.config().width;
-        let path = self.folder.as_ref().map(|folder| folder.join(self.name(tokens)));
+        let path = self.folder.as_ref().map(|folder| folder.file(tokens));
         if let Some(bytes) = path.as_ref().and_then(|path| fs::read(path).ok())
             && bytes.len() == size * size_of::<f32>()
         {
@@ -64,10 +58,12 @@ impl<'a> Exact<'a> {
         }
         Ok(hidden)
     }
+}
 
+impl Folder {
     /// The file of a context: a hash of the model and the tokens.
-    fn name(&self, tokens: &[u32]) -> String {
+    fn file(&self, tokens: &[u32]) -> PathBuf {
         let bytes = self.fingerprint.bytes().chain(tokens.iter().flat_map(|t| t.to_le_bytes()));
-        format!("{:016x}.f32", hash(bytes))
+        self.path.join(format!("{:016x}.f32", hash(bytes)))
     }
 }

@@ -1,5 +1,6 @@
 //! What a conversion learned, as a file, and the model with it.
 
+use crate::convert::held_out::Said;
 use crate::convert::options::Options;
 use crate::convert::student::{MATRICES, SCALE};
 use crate::convert::variables::Variables;
@@ -76,17 +77,19 @@ impl About {
             history.seconds,
             options.tokens_of(history.steps.len()) as f64 / history.seconds.max(1e-9)
         )];
-        let half = |nats: Option<f64>, exact: Option<f64>| match nats.zip(exact) {
-            Some((nats, exact)) => {
-                format!("{:>10.3} {:>+9.2} %", nats.exp(), 100.0 * (nats - exact).exp_m1())
-            }
-            None => format!("{:>21}", "–"),
+        let half = |point: &Point, i: usize| -> Option<String> {
+            let Said { halves, exact, divergence } = point.said;
+            let (nats, exact) = (halves[i]?, exact[i]?);
+            let (ppl, more) = (nats.exp(), 100.0 * (nats - exact).exp_m1());
+            Some(format!("{ppl:>10.3} {more:>+9.2} %  KL {:.4}", divergence[i]?))
         };
         if !history.points.is_empty() {
-            lines.push(format!("{:>10}  {:>21}  {:>21}", "tokens", "first half", "second half"));
+            lines.push(format!("{:>10}  {:>32}  {:>32}", "tokens", "first half", "second half"));
         }
-        for Point { tokens, halves } in &history.points {
-            let [first, second] = [0, 1].map(|i| half(halves[i], history.exact[i]));
+        for point in &history.points {
+            let tokens = point.tokens;
+            let of = |i| format!("{:>32}", half(point, i).unwrap_or("–".to_owned()));
+            let [first, second] = [0, 1].map(of);
             lines.push(format!("{tokens:>10}  {first}  {second}"));
         }
         lines.join("\n")
@@ -100,8 +103,6 @@ pub struct History {
     pub steps: Vec<Step>,
     /// Held-out losses on the way.
     pub points: Vec<Point>,
-    /// Those of the exact model.
-    pub exact: [Option<f64>; 2],
     /// Seconds of training, without those of the points.
     pub seconds: f64,
 }
@@ -124,8 +125,8 @@ pub struct Step {
 pub struct Point {
     /// Tokens trained on.
     pub tokens: usize,
-    /// Mean losses of both halves of the windows, in nats.
-    pub halves: [Option<f64>; 2],
+    /// What the model said then.
+    pub said: Said,
 }
 
 /// What a conversion learned: numbers by name.

@@ -1,7 +1,7 @@
 //! A model that is trained: its layers as operations of candle, the attention by this crate.
 
 use crate::convert::ops::{FeedForward, Heads, Projection, Real, RmsNorm, Side};
-use crate::convert::variables::{Rule, Variables};
+use crate::convert::variables::{OfKernels, Rule, Variables};
 use crate::model::{Config, Layer, Model};
 use anyhow::{Context, Result, ensure};
 use candle_core::{Device, Tensor, Var};
@@ -45,8 +45,7 @@ pub struct Student<T: Real> {
 
 struct StudentLayer<T: Real> {
     attention: MultiHead<T>,
-    /// Of the kernels, by their names.
-    parameters: Vec<(String, Rule, Var)>,
+    of_kernels: OfKernels,
     attention_norm: Var,
     feed_forward_norm: Var,
     /// Queries, keys, values, output.
@@ -166,10 +165,7 @@ fn gain<'a, T: Real>(gains: impl Iterator<Item = &'a f32>) -> Result<Var> {
 impl<T: Real> StudentLayer<T> {
     /// Attention, `[1, heads, n, d_v]`.
     fn attend(&self, qkv: [&Tensor; 3]) -> Result<Tensor> {
-        let parameter = |(name, rule, var): &(String, Rule, Var)| -> Result<(String, Tensor)> {
-            Ok((name.clone(), rule.used(var)?))
-        };
-        let parameters: Vec<_> = self.parameters.iter().map(parameter).collect::<Result<_>>()?;
+        let parameters = self.of_kernels.used()?;
         let extras = Extras { parameters: &parameters, ..Extras::default() };
         Ok(attention_with(&self.attention, extras, qkv, Mask::Causal, None)?)
     }
@@ -222,16 +218,10 @@ impl<T: Real> StudentLayer<T> {
         variables.add(name(l, "attention_norm"), Rule::Free, false, &attention_norm);
         let feed_forward_norm = gain::<T>(layer.feed_forward_norm.iter())?;
         variables.add(name(l, "feed_forward_norm"), Rule::Free, false, &feed_forward_norm);
-        let mut parameters = Vec::new();
-        for (of_kernel, tensor) in dijiang_candle::parameters(attention)? {
-            let rule = Rule::of(&of_kernel);
-            let var = Var::from_tensor(&rule.stored(&tensor)?)?;
-            variables.add(name(l, &format!("attention.{of_kernel}")), rule, false, &var);
-            parameters.push((of_kernel, rule, var));
-        }
+        let of_kernels = OfKernels::new(attention, &name(l, "attention."), variables)?;
         Ok(Self {
             attention: attention.clone(),
-            parameters,
+            of_kernels,
             attention_norm,
             feed_forward_norm,
             matrices,

@@ -1,9 +1,10 @@
 //! What is trained, by name, and what AdamW knows of it.
 
-use crate::convert::ops::read;
+use crate::convert::ops::{Real, read};
 use anyhow::{Context, Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
+use dijiang::MultiHead;
 use rayon::prelude::*;
 
 /// What numbers may be.
@@ -88,6 +89,32 @@ impl Variables {
     /// One after the other.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &Variable> {
         self.0.iter()
+    }
+}
+
+/// The parameters of the kernels of a layer, as they are trained.
+#[derive(Clone, Debug)]
+pub(super) struct OfKernels(Vec<(String, Rule, Var)>);
+
+impl OfKernels {
+    /// Those of a layer, which are added to the variables, by their names behind a prefix.
+    pub(super) fn new<T: Real>(
+        layer: &MultiHead<T>,
+        prefix: &str,
+        variables: &mut Variables,
+    ) -> Result<Self> {
+        let add = |(name, tensor): (String, Tensor)| -> Result<(String, Rule, Var)> {
+            let rule = Rule::of(&name);
+            let var = Var::from_tensor(&rule.stored(&tensor)?)?;
+            variables.add(format!("{prefix}{name}"), rule, false, &var);
+            Ok((name, rule, var))
+        };
+        Ok(Self(dijiang_candle::parameters(layer)?.into_iter().map(add).collect::<Result<_>>()?))
+    }
+
+    /// What the kernels take.
+    pub(super) fn used(&self) -> Result<Vec<(String, Tensor)>> {
+        self.0.iter().map(|(name, rule, var)| Ok((name.clone(), rule.used(var)?))).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use super::axis::Axis;
 use super::numbers::{self, change, count, list, plain};
 use super::plot::{Look, Panel, Series, key, look};
 use super::table::STYLE;
-use crate::conversion::{Conversions, Measured, Row, Trend, excess};
+use crate::conversion::{Conversions, Measured, Row, Trend, divergences};
 use crate::convert::learned::Point;
 use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
@@ -28,7 +28,8 @@ pub fn page(conversions: &Conversions, command: &str) -> Result<String> {
         Block::section("Before and behind"),
         Block::note(
             "Perplexity over both halves of the windows and its change against exact attention; \
-             what is gone of the excess in nats; codes recalled and tokens copied.",
+             KL(exact ‖ converted) there, in nats; what is gone of the excess in nats in the second \
+             half; codes recalled and tokens copied.",
         ),
         block(conversions),
     ];
@@ -51,16 +52,17 @@ pub fn page(conversions: &Conversions, command: &str) -> Result<String> {
     blocks.push(Block::Figures { wide: false, figures });
     let mut figures = Vec::new();
     for (half, name) in halves {
-        if let Some(panel) = above(conversions, half, name) {
+        if let Some(panel) = divergence(conversions, half, name) {
             let caption = format!(
-                "Nats a token above exact attention in the {name}, both axes logarithmic. A \
-                 straight line is a power law."
+                "KL(exact ‖ trained) in the {name}, both axes logarithmic. A straight line is a \
+                 power law. Noise of the training that happens to suit the text can lower the \
+                 perplexity; this it cannot."
             );
             figures.push(Figure { svg: panel.svg()?, caption });
         }
     }
     if !figures.is_empty() {
-        blocks.push(Block::section("What is left of the excess"));
+        blocks.push(Block::section("How far it is from what exact attention says"));
         blocks.push(key(keyed(), None));
         blocks.push(Block::Figures { wide: false, figures });
         blocks.push(Block::Items { items: slopes(conversions) });
@@ -111,8 +113,8 @@ fn gone(before: Option<f64>, after: Option<f64>, exact: Option<f64>) -> Option<f
 pub fn findings(conversions: &Conversions) -> Vec<String> {
     let exact = &conversions.exact;
     let of = |row: &Row| -> Option<String> {
-        let [before, after] = [&row.before, &row.after].map(|measured| measured.halves[1]);
-        let (b, a, e) = (before?, after?, exact.halves[1]?);
+        let [before, after] = [&row.before, &row.after].map(|measured| measured.said.halves[1]);
+        let (b, a, e) = (before?, after?, exact.said.halves[1]?);
         let share = match gone(before, after, Some(e)) {
             Some(share) if share >= 0.0 => {
                 format!("{} of the excess in nats is gone", numbers::share(share))
@@ -154,7 +156,7 @@ pub fn slopes(conversions: &Conversions) -> Vec<String> {
         let trend = Trend::of(&row.about, 1).filter(|trend| trend.slope < 0.0)?;
         let tokens = row.tokens() as f64;
         Some(format!(
-            "{}: the excess in the second half falls as tokens^{:.2}. If it went on so, which \
+            "{}: the divergence in the second half falls as tokens^{:.2}. If it went on so, which \
              nobody has measured, it would be {} nats at {} tokens, {} at ten times as many.",
             row.name(),
             trend.slope,
@@ -166,27 +168,32 @@ pub fn slopes(conversions: &Conversions) -> Vec<String> {
     conversions.rows.iter().filter_map(of).collect()
 }
 
-const HEADER: [&str; 10] = [
+const HEADER: [&str; 12] = [
     "conversion",
     "tokens",
     "",
     "ppl 1st",
     "change",
+    "KL 1st",
     "ppl 2nd",
     "change",
+    "KL 2nd",
     "gone",
     "recalled",
     "copied",
 ];
 
 /// The lines of the table.
-fn lines(conversions: &Conversions) -> Vec<[String; 10]> {
+fn lines(conversions: &Conversions) -> Vec<[String; 12]> {
     let exact = &conversions.exact;
     let line = |[name, tokens, which]: [&str; 3], of: &Measured, gone: Option<f64>| {
-        let ppl = |half: usize| of.halves[half].map_or("–".to_owned(), numbers::perplexity);
-        let changed = |half: usize| match of.halves[half].zip(exact.halves[half]) {
+        let ppl = |half: usize| of.said.halves[half].map_or("–".to_owned(), numbers::perplexity);
+        let changed = |half: usize| match of.said.halves[half].zip(exact.said.halves[half]) {
             Some((nats, exact)) => change((nats - exact).exp_m1()),
             None => "–".to_owned(),
+        };
+        let divergence = |half: usize| {
+            of.said.divergence[half].map_or("–".to_owned(), |nats| format!("{nats:.4}"))
         };
         [
             name.to_owned(),
@@ -194,8 +201,10 @@ fn lines(conversions: &Conversions) -> Vec<[String; 10]> {
             which.to_owned(),
             ppl(0),
             changed(0),
+            divergence(0),
             ppl(1),
             changed(1),
+            divergence(1),
             gone.map_or_else(String::new, |gone| format!("{:.0} %", 100.0 * gone)),
             recalled(of),
             format!("{:.3}", of.copying.share()),
@@ -203,8 +212,8 @@ fn lines(conversions: &Conversions) -> Vec<[String; 10]> {
     };
     let mut lines = vec![line(["softmax", "", ""], exact, None)];
     for row in &conversions.rows {
-        let (before, after) = (row.before.halves[1], row.after.halves[1]);
-        let gone = gone(before, after, exact.halves[1]);
+        let (before, after) = (row.before.said.halves[1], row.after.said.halves[1]);
+        let gone = gone(before, after, exact.said.halves[1]);
         lines.push(line([&row.name(), "0", "before"], &row.before, None));
         lines.push(line(["", &count(row.tokens()), "after"], &row.after, gone));
     }
@@ -251,7 +260,7 @@ fn curve(points: &[Point], half: usize) -> Vec<(f64, f64)> {
     let left = next.map_or(1.0, |tokens| tokens as f64 / 2.0);
     let of = |point: &Point| {
         let tokens = if point.tokens == 0 { left } else { point.tokens as f64 };
-        Some((tokens, point.halves[half]?.exp()))
+        Some((tokens, point.said.halves[half]?.exp()))
     };
     points.iter().filter_map(of).collect()
 }
@@ -286,15 +295,15 @@ fn perplexity(conversions: &Conversions, half: usize, name: &str) -> Option<Pane
     let mut across: Vec<f64> = conversions
         .rows
         .iter()
-        .filter_map(|row| Some(row.about.history.exact[half]?.exp()))
+        .filter_map(|row| Some(row.about.history.points.first()?.said.exact[half]?.exp()))
         .collect();
     across.dedup();
     panel(&format!("Perplexity, {name}"), "perplexity", &curves, &across)
 }
 
-fn above(conversions: &Conversions, half: usize, name: &str) -> Option<Panel> {
-    let curves: Vec<_> = conversions.rows.iter().map(|row| excess(&row.about, half)).collect();
-    panel(&format!("Excess, {name}"), "nats above exact attention", &curves, &[])
+fn divergence(conversions: &Conversions, half: usize, name: &str) -> Option<Panel> {
+    let curves: Vec<_> = conversions.rows.iter().map(|row| divergences(&row.about, half)).collect();
+    panel(&format!("Divergence, {name}"), "KL(exact ‖ trained), nats", &curves, &[])
 }
 
 fn training(conversions: &Conversions) -> Option<Panel> {

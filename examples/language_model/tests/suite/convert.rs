@@ -236,10 +236,14 @@ fn losses_fall_and_files_hold_what_was_learned() {
         let model = attention.model(session);
         let found = losses(model, &attention.layers, texts, context, &bar).unwrap();
         let points = &history.points;
-        assert_eq!(points.last().unwrap().halves, found.halves(), "{name}");
+        let [first, last] = [&points[0], points.last().unwrap()].map(|point| point.said);
+        for (here, there) in last.halves.into_iter().zip(found.halves()) {
+            assert!((here.unwrap() - there.unwrap()).abs() < 1e-5, "{name}: {here:?}, {there:?}");
+        }
+        assert!(last.divergence < first.divergence, "{name}: {points:?}");
         let at: Vec<usize> = points.iter().map(|point| point.tokens).collect();
         assert_eq!(at, [0, 960, 1920]);
-        assert_ne!(points[0].halves, points[2].halves);
+        assert_ne!(first.halves, last.halves);
     }
     let of_text = Options { loss: LossKind::Ce, ..options() };
     let steps = place.run("softmax", of_text, &place.path("s")).unwrap().about.history.steps;
