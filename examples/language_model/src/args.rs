@@ -365,8 +365,8 @@ pub struct Training {
         default_value_t = 16
     )]
     pub rank: usize,
-    /// The highest learning rate, of decays twenty times as high [default: 1e-3, and 5e-4 for
-    /// whole matrices]
+    /// The highest learning rate; of the parameters of kernels it is 10 to 100 times as high
+    /// [default: 1e-3, and 5e-4 for whole matrices]
     #[arg(long, value_name = "X", value_parser = probability(), allow_negative_numbers = true)]
     pub learning_rate: Option<f64>,
     /// Tokens of a context

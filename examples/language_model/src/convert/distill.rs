@@ -11,8 +11,8 @@ use indicatif::ProgressBar;
 use ndarray::{ArrayD, IxDyn};
 use rayon::prelude::*;
 
-/// The highest learning rate.
-const LEARNING_RATE: f64 = 1e-2;
+/// The highest learning rate of matrices; kernels have multiples of it.
+const LEARNING_RATE: f64 = 1e-3;
 
 /// Fits the parameters of every layer to the output of exact attention on a text, behind the matrix
 /// that mixes the heads: `‖(ô − o)·W_o‖²/‖o·W_o‖²` of the *layer*, so that heads whose output

@@ -12,6 +12,10 @@ use rayon::prelude::*;
 pub enum Rule {
     /// Any.
     Free,
+    /// Any, of a kernel.
+    OfKernel,
+    /// Radii of directions: any.
+    Radius,
     /// Decays, between 0 and 1: their log odds are trained.
     Decay,
     /// Weights of features: a step that leads below 0 ends there.
@@ -30,17 +34,22 @@ impl Rule {
             Self::Decay
         } else if last(".weights") {
             Self::NotNegative
+        } else if last(".radii") {
+            Self::Radius
         } else {
-            Self::Free
+            Self::OfKernel
         }
     }
 
-    /// The learning rate, as a multiple of that of the weights. Log odds of decays have a long way
-    /// to go: 4.6 from .5 to .99.
+    /// The learning rate, as a multiple of that of the matrices of attention, whose numbers are
+    /// some hundredths: those of kernels have further to go. Radii are 8 for heads of 64 columns,
+    /// and log odds of decays change by 4.6 from .5 to .99.
     fn speed(self) -> f64 {
         match self {
+            Self::Free => 1.0,
+            Self::OfKernel | Self::NotNegative => 10.0,
             Self::Decay => 20.0,
-            Self::Free | Self::NotNegative => 1.0,
+            Self::Radius => 100.0,
         }
     }
 
@@ -51,7 +60,7 @@ impl Rule {
                 let used = used.clamp(1.0 - MOST_DECAY, MOST_DECAY)?;
                 (&used / (used.neg()? + 1.0)?)?.log()?
             }
-            Self::Free | Self::NotNegative => used.clone(),
+            _ => used.clone(),
         })
     }
 
@@ -59,7 +68,7 @@ impl Rule {
     pub fn used(self, stored: &Tensor) -> Result<Tensor> {
         Ok(match self {
             Self::Decay => (stored.neg()?.exp()? + 1.0)?.recip()?,
-            Self::Free | Self::NotNegative => stored.clone(),
+            _ => stored.clone(),
         })
     }
 }
