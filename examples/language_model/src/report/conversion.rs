@@ -28,8 +28,8 @@ pub fn page(conversions: &Conversions, command: &str) -> Result<String> {
         Block::section("Before and behind"),
         Block::note(
             "Perplexity over both halves of the windows and its change against exact attention; \
-             KL(exact ‖ converted) there, in nats; what is gone of the excess in nats in the second \
-             half; codes recalled and tokens copied.",
+             KL(exact ‖ converted) there, in nats; what is gone of the excess in nats in the \
+             second half; codes recalled and tokens copied.",
         ),
         block(conversions),
     ];

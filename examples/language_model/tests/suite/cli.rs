@@ -508,7 +508,8 @@ fn a_conversion_is_trained_and_used() {
     let found = prints(&written, &with(&["-o", "learned.st", "--keep-exact", "kept"]));
     assert!(found.contains("160 tokens in") && found.contains("first half"), "{found}");
     assert!(found.contains(&format!("use it as `{KERNEL},adapted=learned.st`")), "{found}");
-    assert_eq!(fs::read_dir(written.folder.path().join("kept")).unwrap().count(), 5); // four contexts, one held-out window
+    // four contexts and the held-out window
+    assert_eq!(fs::read_dir(written.folder.path().join("kept")).unwrap().count(), 5);
 
     let adapted = format!("{KERNEL},adapted=learned.st");
     let found = prints(&written, &["perplexity", KERNEL, &adapted, "--context", "60"]);
