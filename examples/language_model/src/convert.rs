@@ -195,6 +195,15 @@ impl Lesson<'_> {
     }
 }
 
+/// What is trained, with these layers of attention, before its first step.
+fn begin(conversion: &Conversion<'_>, layers: &[MultiHead<f32>]) -> Result<(Student<f32>, AdamW)> {
+    let options = &conversion.options;
+    let model = &conversion.session.model;
+    let student = Student::new(model, layers, options.trained, options.seed)?;
+    let optimizer = AdamW::new(student.variables(), options.weight_decay, options.clip);
+    Ok((student, optimizer))
+}
+
 impl<'a> Run<'a> {
     fn new(
         conversion: &'a Conversion<'a>,
@@ -202,10 +211,8 @@ impl<'a> Run<'a> {
         about: About,
     ) -> Result<Self> {
         let options = &conversion.options;
-        let model = &conversion.session.model;
-        let student = Student::new(model, &layers, options.trained, options.seed)?;
-        let optimizer = AdamW::new(student.variables(), options.weight_decay, options.clip);
-        let exact = Exact::new(model, conversion.exact)?;
+        let (student, optimizer) = begin(conversion, &layers)?;
+        let exact = Exact::new(&conversion.session.model, conversion.exact)?;
         // the first window of each text
         let texts = if options.points > 0 { conversion.session.corpus.evaluation()? } else { &[] };
         let first = |text: &'a Text| &text.tokens[..text.tokens.len().min(HELD_OUT + 1)];
@@ -220,8 +227,8 @@ impl<'a> Run<'a> {
         if options.distill > 0 && self.layers.iter().any(|layer| !layer.parameters().is_empty()) {
             let tokens = &tokens[..options.context];
             let model = &conversion.session.model;
-            let layers = distill::distill(model, &self.layers, tokens, options.distill, bar)?;
-            *self = Self::new(conversion, layers, self.about.clone())?;
+            self.layers = distill::distill(model, &self.layers, tokens, options.distill, bar)?;
+            (self.student, self.optimizer) = begin(conversion, &self.layers)?;
         }
         if options.is_point(0) {
             self.point(0)?;

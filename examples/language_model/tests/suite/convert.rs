@@ -241,6 +241,11 @@ fn losses_fall_and_files_hold_what_was_learned() {
         for (here, there) in last.halves.into_iter().zip(found.halves()) {
             assert!((here.unwrap() - there.unwrap()).abs() < 1e-5, "{name}: {here:?}, {there:?}");
         }
+        // and, bit for bit, what is measured with it
+        let windows = texts.iter().map(|text| &text.tokens[..]).collect();
+        let held_out = HeldOut::new(windows, &Exact::new(&session.model, None).unwrap()).unwrap();
+        let with_file = held_out.measure(model, &attention.layers, &bar).unwrap();
+        assert_eq!(last, with_file, "{name}");
         assert!(last.divergence.iter().all(|&nats| nats.unwrap() > 0.0), "{name}: {last:?}");
         let at: Vec<usize> = points.iter().map(|point| point.tokens).collect();
         assert_eq!(at, [0, 960, 1920]);
