@@ -18,7 +18,7 @@ use crate::convert::contexts::contexts;
 use crate::convert::exact::Exact;
 use crate::convert::held_out::HeldOut;
 use crate::convert::learned::{About, History, Learned, Point, Step};
-use crate::convert::loss::{Found, Goal};
+use crate::convert::loss::{Found, Goal, Question};
 use crate::convert::options::{CHECKPOINT, LossKind, Options};
 use crate::convert::student::Student;
 use crate::convert::variables::AdamW;
@@ -36,7 +36,6 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
-use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -174,7 +173,7 @@ struct Lesson<'a> {
 
 impl Lesson<'_> {
     /// The loss of a context and the token behind it, and its gradients.
-    fn learn(&self, tokens: &[u32]) -> Result<(Found<f32>, GradStore)> {
+    fn learn(&self, tokens: &[u32]) -> Result<(Found, GradStore)> {
         let Self { model, student, exact, options, places } = self;
         let (next, read) = (&tokens[1..], &tokens[..options.context]);
         let exact = match options.loss {
@@ -186,10 +185,10 @@ impl Lesson<'_> {
         let embedded = Tensor::from_vec(embedded.into_raw_vec_and_offset().0, shape, &Device::Cpu)?;
         let hidden = student.forward(embedded)?;
         let goal = exact.as_deref().map_or(Goal::Text, Goal::Exact);
-        let mut found = ops::read([&hidden], |[hidden]| {
-            loss::gradient(hidden, student.head(), places, next, goal)
+        let (found, gradient) = ops::read([&hidden], |[hidden]| {
+            Question { hidden, head: student.head(), places, next, goal }.gradient()
         })??;
-        let weights = Tensor::from_vec(mem::take(&mut found.gradient), shape, &Device::Cpu)?;
+        let weights = Tensor::from_vec(gradient, shape, &Device::Cpu)?;
         let gradients = (&hidden * weights)?.sum_all()?.backward()?;
         Ok((found, gradients))
     }
@@ -242,11 +241,11 @@ impl<'a> Run<'a> {
         let places = options.places(step).collect();
         let lesson = Lesson { model: &session.model, student, exact, options, places };
         // each on a thread of its own: what is too small to be shared out is then done at once
-        let found: Vec<(Found<f32>, GradStore)> =
+        let found: Vec<(Found, GradStore)> =
             batch.par_iter().map(|tokens| lesson.learn(tokens)).collect::<Result<_>>()?;
         let share = 1.0 / batch.len() as f64;
         let mut mean = Step { loss: 0.0, nats: 0.0, exact: 0.0, gradient: 0.0 };
-        for (Found { loss, nats: [nats, exact], .. }, gradients) in &found {
+        for (Found { loss, nats: [nats, exact] }, gradients) in &found {
             mean.loss += share * loss;
             mean.nats += share * nats;
             mean.exact += share * exact;

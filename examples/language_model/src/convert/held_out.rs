@@ -1,7 +1,7 @@
 //! What a model says of text that nothing was trained on, beside what the exact model says.
 
 use crate::convert::exact::Exact;
-use crate::convert::loss::{Found, Goal, gradient};
+use crate::convert::loss::{Found, Goal, Question};
 use crate::convert::ops::Real;
 use crate::model::Model;
 use crate::perplexity::CHUNK;
@@ -45,7 +45,7 @@ impl<'a> HeldOut<'a> {
         layers: &[MultiHead<f32>],
         bar: &ProgressBar,
     ) -> Result<Said> {
-        let head = f32::weight(model.head());
+        let head = &f32::weight(model.head());
         let length = self.windows.iter().map(|(window, _)| window.len() - 1).max().unwrap_or(0);
         let mut state = model.state(layers)?;
         let mut sums = [Sum::default(); 2];
@@ -59,8 +59,9 @@ impl<'a> HeldOut<'a> {
             for (sum, half) in sums.iter_mut().zip([0..length / 2, length / 2..length]) {
                 let places: Vec<usize> = half.filter(|&at| at < read.len()).collect();
                 if !places.is_empty() {
-                    let found = gradient(&hidden, &head, &places, next, Goal::Exact(exact))?;
-                    sum.add(places.len(), &found);
+                    let (hidden, places, goal) = (&hidden, &places, Goal::Exact(exact));
+                    let found = Question { hidden, head, places, next, goal }.loss()?;
+                    sum.add(places.len(), found);
                 }
             }
             bar.inc(read.len() as u64);
@@ -78,7 +79,7 @@ struct Sum {
 }
 
 impl Sum {
-    fn add(&mut self, places: usize, &Found { loss, nats: [own, exact], .. }: &Found<f32>) {
+    fn add(&mut self, places: usize, Found { loss, nats: [own, exact] }: Found) {
         self.places += places;
         let means = [own, exact, loss];
         self.sums.iter_mut().zip(means).for_each(|(sum, mean)| *sum += places as f64 * mean);

@@ -4,6 +4,7 @@ use crate::convert::ops::{Real, multiply, rows};
 use crate::elementwise::vectorised;
 use anyhow::{Result, ensure};
 use dijiang::ndarray::ArcArray2;
+use faer::MatRef;
 use rayon::prelude::*;
 
 /// What a model should say.
@@ -16,83 +17,101 @@ pub enum Goal<'a, T> {
     Text,
 }
 
-/// A loss, and its gradient by hidden states.
-#[derive(Clone, Debug)]
-pub struct Found<T> {
-    /// The mean over the places.
+/// Means over the places.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Found {
+    /// The loss.
     pub loss: f64,
-    /// The mean of `−ln p` of the tokens that follow, by the trained model and, where it was asked,
-    /// by the exact one.
+    /// `−ln p` of the tokens that follow, by the trained model and, where it was asked, by the
+    /// exact one.
     pub nats: [f64; 2],
-    /// `[n, width]`
-    pub gradient: Vec<T>,
+}
+
+/// Rows of hidden states, and what is asked of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a, T> {
+    /// Rows `[n, width]`.
+    pub hidden: &'a [T],
+    /// `[width, vocabulary]`, makes scores of them.
+    pub head: &'a ArcArray2<T>,
+    /// The rows that the loss is computed at.
+    pub places: &'a [usize],
+    /// The token behind row `t` is `next[t]`.
+    pub next: &'a [u32],
+    /// What should be said.
+    pub goal: Goal<'a, T>,
 }
 
 /// Places whose scores are held at once.
 const PLACES: usize = 512;
 
-/// The sums of a row of scores.
-#[derive(Clone, Copy, Default)]
-struct Row {
-    loss: f64,
-    nats: [f64; 2],
-}
-
-/// The loss at these places of a context; the token behind place `t` is `next[t]`.
-///
-/// `hidden` are rows `[n, width]` and `head [width, vocabulary]` makes scores of them.
-pub fn gradient<T: Real>(
-    hidden: &[T],
-    head: &ArcArray2<T>,
-    places: &[usize],
-    next: &[u32],
-    goal: Goal<'_, T>,
-) -> Result<Found<T>> {
-    let (width, vocabulary) = head.dim();
-    ensure!(!places.is_empty(), "there is no place to compute a loss at");
-    let head = rows(head.as_slice().expect("in standard layout"), vocabulary);
-    let row = |x: &[T], t: usize| x[t * width..(t + 1) * width].to_vec();
-    let mut found = Row::default();
-    let mut all = vec![T::default(); hidden.len()];
-    let share = T::rounded(1.0 / places.len() as f64);
-    for places in places.chunks(PLACES) {
-        let own = places.iter().flat_map(|&t| row(hidden, t));
-        let exact = |exact| places.iter().flat_map(move |&t| row(exact, t));
-        // both models at once: the head is read once
-        let asked: Vec<T> = match goal {
-            Goal::Exact(of_exact) => own.chain(exact(of_exact)).collect(),
-            Goal::Text => own.collect(),
-        };
-        let mut scores = vec![T::default(); asked.len() / width * vocabulary];
-        multiply(&mut scores, None, rows(&asked, width), head);
-        let (own, exact) = scores.split_at_mut(places.len() * vocabulary);
-        let sums: Vec<Row> = match goal {
-            Goal::Exact(_) => own
-                .par_chunks_mut(vocabulary)
-                .zip(exact.par_chunks_mut(vocabulary))
-                .zip(places)
-                .map(|((own, exact), &t)| {
-                    vectorised(|| divergence(own, exact, next[t] as usize, share))
-                })
-                .collect(),
-            Goal::Text => own
-                .par_chunks_mut(vocabulary)
-                .zip(places)
-                .map(|(own, &t)| vectorised(|| cross_entropy(own, next[t] as usize, share)))
-                .collect(),
-        };
-        for row in sums {
-            found.loss += row.loss;
-            found.nats.iter_mut().zip(row.nats).for_each(|(sum, nats)| *sum += nats);
-        }
-        let mut gradient = vec![T::default(); places.len() * width];
-        multiply(&mut gradient, None, rows(own, vocabulary), head.transpose());
-        for (from, &t) in gradient.chunks_exact(width).zip(places) {
-            all[t * width..(t + 1) * width].copy_from_slice(from);
-        }
+impl<T: Real> Question<'_, T> {
+    /// The loss.
+    pub fn loss(&self) -> Result<Found> {
+        self.answer(|_, _, _| ())
     }
-    let mean = 1.0 / places.len() as f64;
-    Ok(Found { loss: found.loss * mean, nats: found.nats.map(|x| x * mean), gradient: all })
+
+    /// The loss, and its gradient by the hidden states.
+    pub fn gradient(&self) -> Result<(Found, Vec<T>)> {
+        let width = self.head.nrows();
+        let mut all = vec![T::default(); self.hidden.len()];
+        let found = self.answer(|places, by_scores, head| {
+            let mut gradient = vec![T::default(); places.len() * width];
+            multiply(&mut gradient, None, by_scores, head.transpose());
+            for (from, &t) in gradient.chunks_exact(width).zip(places) {
+                all[t * width..(t + 1) * width].copy_from_slice(from);
+            }
+        })?;
+        Ok((found, all))
+    }
+
+    /// The loss; `each` gets some places, the gradient by their scores, and the head.
+    fn answer(
+        &self,
+        mut each: impl FnMut(&[usize], MatRef<'_, T>, MatRef<'_, T>),
+    ) -> Result<Found> {
+        let &Self { hidden, head, places, next, goal } = self;
+        let (width, vocabulary) = head.dim();
+        ensure!(!places.is_empty(), "there is no place to compute a loss at");
+        let head = rows(head.as_slice().expect("in standard layout"), vocabulary);
+        let row = |x: &[T], t: usize| x[t * width..(t + 1) * width].to_vec();
+        let mut found = Found::default();
+        let share = T::rounded(1.0 / places.len() as f64);
+        for places in places.chunks(PLACES) {
+            let own = places.iter().flat_map(|&t| row(hidden, t));
+            let exact = |exact| places.iter().flat_map(move |&t| row(exact, t));
+            // both models at once: the head is read once
+            let asked: Vec<T> = match goal {
+                Goal::Exact(of_exact) => own.chain(exact(of_exact)).collect(),
+                Goal::Text => own.collect(),
+            };
+            let mut scores = vec![T::default(); asked.len() / width * vocabulary];
+            multiply(&mut scores, None, rows(&asked, width), head);
+            let (own, exact) = scores.split_at_mut(places.len() * vocabulary);
+            let sums: Vec<Found> = match goal {
+                Goal::Exact(_) => own
+                    .par_chunks_mut(vocabulary)
+                    .zip(exact.par_chunks_mut(vocabulary))
+                    .zip(places)
+                    .map(|((own, exact), &t)| {
+                        vectorised(|| divergence(own, exact, next[t] as usize, share))
+                    })
+                    .collect(),
+                Goal::Text => own
+                    .par_chunks_mut(vocabulary)
+                    .zip(places)
+                    .map(|(own, &t)| vectorised(|| cross_entropy(own, next[t] as usize, share)))
+                    .collect(),
+            };
+            for row in sums {
+                found.loss += row.loss;
+                found.nats.iter_mut().zip(row.nats).for_each(|(sum, nats)| *sum += nats);
+            }
+            each(places, rows(own, vocabulary), head);
+        }
+        let mean = 1.0 / places.len() as f64;
+        Ok(Found { loss: found.loss * mean, nats: found.nats.map(|x| x * mean) })
+    }
 }
 
 /// Numbers that are added in `T` before they are added in `f64`.
@@ -130,7 +149,7 @@ fn summed<T: Real>(x: &[T]) -> f64 {
 /// Makes the gradient of `KL(p ‖ q)` by the scores of `q` out of these, `share·(q − p)`; the scores
 /// of `p` are used up.
 #[inline(always)]
-fn divergence<T: Real>(own: &mut [T], exact: &mut [T], next: usize, share: T) -> Row {
+fn divergence<T: Real>(own: &mut [T], exact: &mut [T], next: usize, share: T) -> Found {
     let [top, exact_top] = [largest(own), largest(exact)];
     let said = [(own[next] - top).as_f64(), (exact[next] - exact_top).as_f64()];
     let (mut sum, mut exact_sum, mut product) = (0.0, 0.0, 0.0);
@@ -149,7 +168,7 @@ fn divergence<T: Real>(own: &mut [T], exact: &mut [T], next: usize, share: T) ->
     let [q, p] = [sum, exact_sum].map(|sum| share * T::rounded(1.0 / sum));
     own.iter_mut().zip(&*exact).for_each(|(own, &exact)| *own = *own * q - exact * p);
     let logs = [sum.ln(), exact_sum.ln()];
-    Row {
+    Found {
         loss: product / exact_sum + logs[0] - logs[1],
         nats: [logs[0] - said[0], logs[1] - said[1]],
     }
@@ -157,7 +176,7 @@ fn divergence<T: Real>(own: &mut [T], exact: &mut [T], next: usize, share: T) ->
 
 /// Makes the gradient of `−ln q_next` by the scores out of these, `share·(q − 1_next)`.
 #[inline(always)]
-fn cross_entropy<T: Real>(own: &mut [T], next: usize, share: T) -> Row {
+fn cross_entropy<T: Real>(own: &mut [T], next: usize, share: T) -> Found {
     let top = largest(own);
     let said = (own[next] - top).as_f64();
     let sum = exponentials(own, top);
@@ -165,5 +184,5 @@ fn cross_entropy<T: Real>(own: &mut [T], next: usize, share: T) -> Row {
     own.iter_mut().for_each(|x| *x *= factor);
     own[next] -= share;
     let loss = sum.ln() - said;
-    Row { loss, nats: [loss, 0.0] }
+    Found { loss, nats: [loss, 0.0] }
 }

@@ -8,7 +8,7 @@ use language_model::convert::distill::distill;
 use language_model::convert::exact::Exact;
 use language_model::convert::held_out::HeldOut;
 use language_model::convert::learned::Learned;
-use language_model::convert::loss::{self, Goal};
+use language_model::convert::loss::{Goal, Question};
 use language_model::convert::options::{LossKind, Options};
 use language_model::convert::student::{Student, Trained};
 use language_model::convert::{Conversion, Real};
@@ -118,10 +118,13 @@ fn check_gradients(sizes: &Sizes, name: &str, trained: Trained, goal: LossKind) 
             LossKind::Kl => Goal::Exact(&exact),
             LossKind::Ce => Goal::Text,
         };
-        (loss::gradient(&numbers, student.head(), &places, &next, goal).unwrap(), hidden)
+        let (hidden_rows, head) = (&numbers, student.head());
+        let asked = Question { hidden: hidden_rows, head, places: &places, next: &next, goal };
+        let (found, gradient) = asked.gradient().unwrap();
+        (found.loss, gradient, hidden)
     };
-    let (at, hidden) = found();
-    let weights = Tensor::from_vec(at.gradient, hidden.shape(), &Device::Cpu).unwrap();
+    let (_, gradient, hidden) = found();
+    let weights = Tensor::from_vec(gradient, hidden.shape(), &Device::Cpu).unwrap();
     let gradients = (hidden * weights).unwrap().sum_all().unwrap().backward().unwrap();
     for (seed, variable) in student.variables().iter().enumerate() {
         let what = format!("{name}, {trained:?}, {}", variable.name);
@@ -135,7 +138,7 @@ fn check_gradients(sizes: &Sizes, name: &str, trained: Trained, goal: LossKind) 
         let middle = var.as_tensor().copy().unwrap();
         let along = |step: f64| {
             var.set(&(&middle + (&direction * step).unwrap()).unwrap()).unwrap();
-            found().0.loss
+            found().0
         };
         let expected = (along(STEP) - along(-STEP)) / (2.0 * STEP);
         var.set(&middle).unwrap();
