@@ -6,6 +6,7 @@ use super::plot::{Look, Panel, Series, key, look};
 use super::table::STYLE;
 use crate::conversion::{Conversions, Measured, Row, Trend, divergences};
 use crate::convert::learned::Point;
+use crate::convert::student::Trained;
 use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use reports::page::{self, Block, Figure};
@@ -102,9 +103,14 @@ fn how(row: &Row) -> String {
     )
 }
 
-/// The share of the excess that is gone, where there is one.
-fn gone(before: Option<f64>, after: Option<f64>, exact: Option<f64>) -> Option<f64> {
+/// The share of the excess in the second half that is gone, where there is one; none where the
+/// training did not begin with the model as it came.
+fn gone(row: &Row, exact: &Measured) -> Option<f64> {
+    let [before, after, exact] = [&row.before, &row.after, exact].map(|of| of.said.halves[1]);
     let (before, after, exact) = (before?, after?, exact?);
+    if row.about.options.trained == Trained::RandomAttention {
+        return None;
+    }
     (before > exact).then(|| 1.0 - (after - exact) / (before - exact))
 }
 
@@ -115,11 +121,14 @@ pub fn findings(conversions: &Conversions) -> Vec<String> {
     let of = |row: &Row| -> Option<String> {
         let [before, after] = [&row.before, &row.after].map(|measured| measured.said.halves[1]);
         let (b, a, e) = (before?, after?, exact.said.halves[1]?);
-        let share = match gone(before, after, Some(e)) {
+        let share = match gone(row, exact) {
             Some(share) if share >= 0.0 => {
                 format!("{} of the excess in nats is gone", numbers::share(share))
             }
             Some(_) => "it got worse".to_owned(),
+            None if row.about.options.trained == Trained::RandomAttention => {
+                "the training began with random matrices".to_owned()
+            }
             None => "it had no excess".to_owned(),
         };
         Some(format!(
@@ -157,12 +166,12 @@ pub fn slopes(conversions: &Conversions) -> Vec<String> {
         let tokens = row.tokens() as f64;
         Some(format!(
             "{}: the divergence in the second half falls as tokens^{:.2}. If it went on so, which \
-             nobody has measured, it would be {} nats at {} tokens, {} at ten times as many.",
+             nobody has measured, it would be {:.3} nats at {} tokens, {:.3} at ten times as many.",
             row.name(),
             trend.slope,
-            plain(trend.at(tokens)),
+            trend.at(tokens),
             count(row.tokens()),
-            plain(trend.at(10.0 * tokens))
+            trend.at(10.0 * tokens)
         ))
     };
     conversions.rows.iter().filter_map(of).collect()
@@ -212,10 +221,8 @@ fn lines(conversions: &Conversions) -> Vec<[String; 12]> {
     };
     let mut lines = vec![line(["softmax", "", ""], exact, None)];
     for row in &conversions.rows {
-        let (before, after) = (row.before.said.halves[1], row.after.said.halves[1]);
-        let gone = gone(before, after, exact.said.halves[1]);
         lines.push(line([&row.name(), "0", "before"], &row.before, None));
-        lines.push(line(["", &count(row.tokens()), "after"], &row.after, gone));
+        lines.push(line(["", &count(row.tokens()), "after"], &row.after, gone(row, exact)));
     }
     lines
 }
