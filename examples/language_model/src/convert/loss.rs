@@ -1,6 +1,6 @@
 //! Losses over the vocabulary and their gradients by the hidden states, some rows at a time.
 
-use crate::convert::ops::{Real, multiply, rows};
+use crate::convert::ops::{Real, matrix, multiply, rows};
 use crate::elementwise::vectorised;
 use anyhow::{Result, ensure};
 use dijiang::ndarray::ArcArray2;
@@ -17,7 +17,7 @@ pub enum Goal<'a, T> {
     Text,
 }
 
-/// Means over the places.
+/// At a place, or the means over several.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found {
     /// The loss.
@@ -48,16 +48,16 @@ const PLACES: usize = 512;
 impl<T: Real> Question<'_, T> {
     /// The loss.
     pub fn loss(&self) -> Result<Found> {
-        self.answer(|_, _, _| ())
+        self.answer(|_, _| ())
     }
 
     /// The loss, and its gradient by the hidden states.
     pub fn gradient(&self) -> Result<(Found, Vec<T>)> {
         let width = self.head.nrows();
         let mut all = vec![T::default(); self.hidden.len()];
-        let found = self.answer(|places, by_scores, head| {
+        let found = self.answer(|places, by_scores| {
             let mut gradient = vec![T::default(); places.len() * width];
-            multiply(&mut gradient, None, by_scores, head.transpose());
+            multiply(&mut gradient, None, by_scores, matrix(self.head).transpose());
             for (from, &t) in gradient.chunks_exact(width).zip(places) {
                 all[t * width..(t + 1) * width].copy_from_slice(from);
             }
@@ -65,15 +65,11 @@ impl<T: Real> Question<'_, T> {
         Ok((found, all))
     }
 
-    /// The loss; `each` gets some places, the gradient by their scores, and the head.
-    fn answer(
-        &self,
-        mut each: impl FnMut(&[usize], MatRef<'_, T>, MatRef<'_, T>),
-    ) -> Result<Found> {
+    /// The loss; `each` gets some places and the gradient by their scores.
+    fn answer(&self, mut each: impl FnMut(&[usize], MatRef<'_, T>)) -> Result<Found> {
         let &Self { hidden, head, places, next, goal } = self;
         let (width, vocabulary) = head.dim();
         ensure!(!places.is_empty(), "there is no place to compute a loss at");
-        let head = rows(head.as_slice().expect("in standard layout"), vocabulary);
         let row = |x: &[T], t: usize| x[t * width..(t + 1) * width].to_vec();
         let mut found = Found::default();
         let share = T::rounded(1.0 / places.len() as f64);
@@ -86,7 +82,7 @@ impl<T: Real> Question<'_, T> {
                 Goal::Text => own.collect(),
             };
             let mut scores = vec![T::default(); asked.len() / width * vocabulary];
-            multiply(&mut scores, None, rows(&asked, width), head);
+            multiply(&mut scores, None, rows(&asked, width), matrix(head));
             let (own, exact) = scores.split_at_mut(places.len() * vocabulary);
             let sums: Vec<Found> = match goal {
                 Goal::Exact(_) => own
@@ -107,7 +103,7 @@ impl<T: Real> Question<'_, T> {
                 found.loss += row.loss;
                 found.nats.iter_mut().zip(row.nats).for_each(|(sum, nats)| *sum += nats);
             }
-            each(places, rows(own, vocabulary), head);
+            each(places, rows(own, vocabulary));
         }
         let mean = 1.0 / places.len() as f64;
         Ok(Found { loss: found.loss * mean, nats: found.nats.map(|x| x * mean) })

@@ -87,7 +87,7 @@ pub(super) fn multiply<T: Real>(y: &mut [T], add: Option<f64>, a: MatRef<'_, T>,
 }
 
 /// The matrix of a shared weight.
-fn matrix<T: Real>(weight: &ArcArray2<T>) -> MatRef<'_, T> {
+pub(super) fn matrix<T: Real>(weight: &ArcArray2<T>) -> MatRef<'_, T> {
     rows(weight.as_slice().expect("in standard layout"), weight.ncols())
 }
 
