@@ -4,7 +4,7 @@ use crate::convert::exact::Exact;
 use crate::convert::held_out::{HeldOut, Said};
 use crate::convert::learned::{About, Learned};
 use crate::convert::options::Options;
-use crate::convert::student::Trained;
+use crate::convert::student::{Student, Trained};
 use crate::kernels::Kernel;
 use crate::perplexity::{longest, predicted, windows};
 use crate::progress;
@@ -37,7 +37,7 @@ pub struct Row {
     pub file: PathBuf,
     /// What it says of itself.
     pub about: About,
-    /// The model with the kernel, as it came.
+    /// The model with the kernel, as its training found it.
     pub before: Measured,
     /// The model with what it learned.
     pub after: Measured,
@@ -96,13 +96,13 @@ pub fn conversions(session: &Session, files: &[PathBuf], asked: &Asked) -> Resul
         bar.set_message(about.kernel.clone());
         let kernel: Kernel =
             about.kernel.parse().with_context(|| format!("in {}", file.display()))?;
-        let same = rows.iter().find(|row| row.about.kernel == about.kernel);
+        let same = rows.iter().find(|row| row.about.begins_as(&about));
         let before = match same.map(|row| row.before.clone()) {
             Some(before) => {
                 bar.inc(each as u64);
                 before
             }
-            None => measure(&session.attention_to_train(&kernel)?)?,
+            None => measure(&untrained(session, &kernel, &about)?)?,
         };
         let after = measure(&session.attention(&kernel.with_adapted(file))?)?;
         rows.push(Row { file: file.clone(), about, before, after });
@@ -115,6 +115,18 @@ pub fn conversions(session: &Session, files: &[PathBuf], asked: &Asked) -> Resul
         exact,
         rows,
     })
+}
+
+/// The model with the kernel, as its training found it; maps are not fitted.
+fn untrained(session: &Session, kernel: &Kernel, about: &About) -> Result<Attentions> {
+    let mut attention = session.attention_to_train(kernel)?;
+    let Options { trained, seed, .. } = about.options;
+    if trained == Trained::RandomAttention {
+        let student = Student::<f32>::new(&session.model, &attention.layers, trained, seed)?;
+        let learned = Learned::of(student.variables(), about.clone())?;
+        attention.adapted = Some(learned.model(&session.model)?);
+    }
+    Ok(attention)
 }
 
 impl Row {

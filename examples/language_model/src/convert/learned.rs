@@ -2,7 +2,7 @@
 
 use crate::convert::held_out::Said;
 use crate::convert::options::Options;
-use crate::convert::student::{MATRICES, SCALE};
+use crate::convert::student::{MATRICES, SCALE, Trained};
 use crate::convert::variables::Variables;
 use crate::linear::Linear;
 use crate::model::Model;
@@ -65,6 +65,16 @@ impl About {
             differs.join("; ")
         );
         Ok(())
+    }
+
+    /// Whether the model was the same before this training and the other.
+    #[must_use]
+    pub fn begins_as(&self, other: &Self) -> bool {
+        let random = |about: &Self| {
+            let Options { trained, seed, .. } = about.options;
+            (trained == Trained::RandomAttention).then_some(seed)
+        };
+        self.kernel == other.kernel && random(self) == random(other)
     }
 
     /// What was gained, on held-out text.

@@ -6,7 +6,6 @@ use super::plot::{Look, Panel, Series, key, look};
 use super::table::STYLE;
 use crate::conversion::{Conversions, Measured, Row, Trend, divergences};
 use crate::convert::learned::Point;
-use crate::convert::student::Trained;
 use anyhow::Result;
 use comfy_table::{CellAlignment, ContentArrangement, Table};
 use reports::page::{self, Block, Figure};
@@ -103,14 +102,10 @@ fn how(row: &Row) -> String {
     )
 }
 
-/// The share of the excess in the second half that is gone, where there is one; none where the
-/// training did not begin with the model as it came.
+/// The share of the excess in the second half that is gone, where there is one.
 fn gone(row: &Row, exact: &Measured) -> Option<f64> {
     let [before, after, exact] = [&row.before, &row.after, exact].map(|of| of.said.halves[1]);
     let (before, after, exact) = (before?, after?, exact?);
-    if row.about.options.trained == Trained::RandomAttention {
-        return None;
-    }
     (before > exact).then(|| 1.0 - (after - exact) / (before - exact))
 }
 
@@ -126,9 +121,6 @@ pub fn findings(conversions: &Conversions) -> Vec<String> {
                 format!("{} of the excess in nats is gone", numbers::share(share))
             }
             Some(_) => "it got worse".to_owned(),
-            None if row.about.options.trained == Trained::RandomAttention => {
-                "the training began with random matrices".to_owned()
-            }
             None => "it had no excess".to_owned(),
         };
         Some(format!(

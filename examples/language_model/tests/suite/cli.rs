@@ -528,6 +528,14 @@ fn a_conversion_is_trained_and_used() {
     assert!(found.contains("before") && found.contains("Pairs recalled"), "{found}");
     let page = fs::read_to_string(written.folder.path().join("compared/conversions.html")).unwrap();
     assert!(page.contains("tokens trained") && page.contains("<svg"), "curves");
+    // random matrices were there before the training, too
+    prints(&written, &with(&["-o", "random.st", "--train", "random-attention"]));
+    let files = ["compare", "--conversion", "learned.st", "random.st", "-o", "compared"];
+    prints(&written, &[&files[..], &few].concat());
+    let json = fs::read(written.folder.path().join("compared/conversions.json")).unwrap();
+    let rows: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let before = |row: usize| &rows["rows"][row]["before"]["said"]["divergence"];
+    assert!(before(0).is_array() && before(0) != before(1), "{} {}", before(0), before(1));
 
     // the exact model is tuned as well
     let found = prints(&written, &with(&["--loss", "ce", "-o", "text.st", "--train", "attention"]));
