@@ -179,6 +179,14 @@ impl<T: Scalar> Parameters<T> {
         Ok(())
     }
 
+    /// Fails unless all are finite: finite input led out of the range of `T`.
+    pub(crate) fn check_gradients(&self) -> Result<(), Error> {
+        match self.arrays.values().flatten().all(|x| x.is_finite()) {
+            true => Ok(()),
+            false => Err(Error::Overflow { which: "the gradient by a parameter", row: 0 }),
+        }
+    }
+
     /// Fails unless every array of `other` has a place here.
     pub(crate) fn check_names(&self, other: &Self) -> Result<(), Error> {
         for (name, array) in &other.arrays {

@@ -105,7 +105,7 @@ impl<T: Scalar> Attention<T> for SoftmaxAttention<T> {
         if let Some(window) = self.window {
             return self.of_window(window)?.state_floats(value_dim, tokens);
         }
-        Ok(tokens.saturating_mul(self.head_dim + value_dim))
+        Ok(tokens.saturating_mul(self.head_dim.saturating_add(value_dim)))
     }
 
     fn state_bytes(&self, value_dim: usize, tokens: usize) -> Result<usize, Error> {

@@ -187,11 +187,9 @@ impl<T: Scalar> DijiangBlock<T> {
             ("group_norm_weight", vector(&norm_weight).into_dyn()),
             ("group_norm_bias", vector(&norm_bias).into_dyn()),
         ] {
-            if gradient.iter().any(|x| !x.is_finite()) {
-                return Err(Error::Overflow { which: "the gradient by a parameter", row: 0 });
-            }
             parameters.insert(name, gradient);
         }
+        parameters.check_gradients()?;
         check::gradient("the gradient by `x`", d_x.view())?;
         Ok(DijiangBlockGradients { x: d_x, parameters })
     }

@@ -61,6 +61,8 @@ fn sizes_of_maps() {
 #[test]
 fn sizes_of_kernels() {
     const HUGE: usize = usize::MAX;
+    let softmax = SoftmaxAttention::<f32>::new(HUGE).unwrap();
+    assert_eq!(softmax.state_floats(3, 5), Ok(HUGE));
     zero(CosFormer::<f32>::new(0, 4));
     zero(CosFormer::<f32>::new(4, 0));
     option(CosFormer::<f32>::new(HUGE, 4));

@@ -341,3 +341,15 @@ fn gradients_by_parameters_that_are_not_there() {
         assert!(matches!(&error, Error::Parameter { name: found, .. } if found == name), "{error}");
     }
 }
+
+#[test]
+fn gradients_by_parameters_out_of_range_are_reported() {
+    // of queries and keys of zeros the other gradients are small, or zero by symmetry
+    let map = Performer::<f32>::hyperbolic(2, 4, 1).unwrap();
+    let kernel = LinearAttention::new(map).unnormalized();
+    let zeros = Array2::<f32>::zeros((5, 2));
+    let (v, d_out) = (&zeros + 1e30, &zeros + 1e10);
+    let found = kernel.backward(zeros.view(), zeros.view(), v.view(), d_out.view(), Mask::Causal);
+    let which = "the gradient by a parameter";
+    assert_eq!(found.unwrap_err(), Error::Overflow { which, row: 0 });
+}

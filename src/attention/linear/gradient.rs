@@ -104,6 +104,7 @@ impl<T: Scalar> LinearParts<'_, T> {
         }
         if let (Some(of_map), Some(d_parameters)) = (work.end(&pass), d_parameters) {
             d_parameters.add_scaled(T::one(), &of_map.under("map"))?;
+            d_parameters.check_gradients()?;
         }
         Ok(())
     }

@@ -280,8 +280,9 @@ impl<T: Scalar> SoftmaxAttention<T> {
 
     /// What all query heads of a group of `group` have in common, if the options can be used.
     pub(super) fn check(&self, group: usize) -> Result<Scoring<T>, Error> {
+        // a saved kernel may have been changed, or be of another number type
+        check::at_least_one("head_dim", self.head_dim)?;
         let scale = check::scale::<T>(self.scale, self.head_dim)?;
-        // they may have been saved as another number type
         let soft_cap = self.soft_cap.map(SoftCap::new).transpose()?;
         if !self.sink_logits.is_empty() {
             check::sink_logits::<T>(&self.sink_logits)?;

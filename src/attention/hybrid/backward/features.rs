@@ -122,6 +122,7 @@ impl<T: Scalar> OneHead<'_, '_, T> {
         let Some(all) = &mut self.head.d_parameters else { return Ok(()) };
         if let Some(of_map) = of_map {
             all.add_scaled(T::one(), &of_map.under(FAR))?;
+            all.check_gradients()?;
         }
         far.decay.add_gradients(&work.sums.decay_sums(), all)
     }
