@@ -16,6 +16,7 @@ mod dct_ways;
 mod decay;
 mod distill;
 mod formats;
+mod fuzzed;
 mod golden;
 mod golden_hybrid;
 mod golden_naive;

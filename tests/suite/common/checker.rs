@@ -98,13 +98,13 @@ pub fn feed<T: Scalar>(
 /// The state of a stream: saved, or where it holds a memory of one's own, which cannot be, what it
 /// answers.
 #[derive(Clone, Debug, PartialEq)]
-enum Snapshot<T> {
+pub enum Snapshot<T> {
     Saved(StreamState<T>),
     Answers(usize, Array2<T>),
 }
 
 impl<T: Scalar> Snapshot<T> {
-    fn of(stream: &dyn Stream<T>, input: &[Array2<T>; 3]) -> Self {
+    pub fn of(stream: &dyn Stream<T>, input: &[Array2<T>; 3]) -> Self {
         match stream.save() {
             Ok(state) => Self::Saved(state),
             Err(error) => {

@@ -22,8 +22,8 @@ use std::sync::Arc;
 
 /// Standard normal numbers times `size`, `[n, d]`.
 pub fn normal<T: Scalar>(n: usize, d: usize, size: f64, seed: u64) -> Array2<T> {
-    if n == 0 {
-        return Array2::zeros((0, d));
+    if n * d == 0 {
+        return Array2::zeros((n, d));
     }
     let x = Performer::<f64>::iid(d, n, seed).unwrap();
     x.projection().mapv(|x| T::from_f64(x * size))
