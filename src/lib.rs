@@ -80,6 +80,7 @@
 //! - `serde`: maps, calibrations, kernels (of hybrids the stream states only), [`StreamState`],
 //!   plans and reports serialise; a restored stream goes on bit for bit.
 //! - `safetensors`: [`DijiangBlock`] from the checkpoint of a released model.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 #![deny(missing_docs, missing_debug_implementations)]
 #![warn(clippy::pedantic)]
