@@ -18,18 +18,14 @@ const MOST_COLUMNS: usize = 100;
 /// An item of the API in lines: those after the first are indented.
 fn wrapped(item: &str) -> String {
     let (mut text, mut columns) = (String::new(), 0);
-    for word in item.split(' ') {
-        let length = word.chars().count();
-        if columns + 1 + length > MOST_COLUMNS && columns > 0 {
-            text.push_str("\n   ");
-            columns = 3;
+    for piece in item.split_inclusive([' ', '(']) {
+        if columns > 0 && columns + piece.trim_end().chars().count() > MOST_COLUMNS {
+            text.truncate(text.trim_end().len());
+            text.push_str("\n    ");
+            columns = 4;
         }
-        if !text.is_empty() {
-            text.push(' ');
-            columns += 1;
-        }
-        text.push_str(word);
-        columns += length;
+        text.push_str(piece);
+        columns += piece.chars().count();
     }
     text + "\n"
 }
