@@ -91,13 +91,13 @@ fn name(manifest: &File) -> &str {
 
 /// What is wrong with one command.
 fn complaint(command: &[String], manifests: &[File], sources: &[File]) -> Option<String> {
-    let subcommands = ["new", "run", "test", "bench", "build", "doc", "deny", "hack", "package"];
+    let subcommands = ["new", "run", "test", "bench", "build", "doc", "deny", "install", "package"];
     let toolchain = usize::from(command.get(1)?.starts_with('+'));
     let subcommand = command.get(1 + toolchain)?.as_str();
     if !subcommands.contains(&subcommand) {
         return Some(format!("an unknown subcommand, {subcommand}"));
     }
-    if ["new", "deny", "hack", "package"].contains(&subcommand) {
+    if ["new", "deny", "install", "package"].contains(&subcommand) {
         return None;
     }
     let at = command.iter().position(|word| word == "--").unwrap_or(command.len());
