@@ -59,8 +59,9 @@ fn prose(page: &File) -> String {
     page.text.split("\n```").step_by(2).flat_map(|part| [part, "\n"]).collect()
 }
 
-/// Every command of cargo in a page: in a block, over several lines too, or between backticks.
-fn commands(page: &File) -> Vec<Vec<String>> {
+/// What a reader may type: lines of blocks, put together where a `\` ends them, and what stands
+/// between backticks.
+fn code(page: &File) -> Vec<String> {
     let blocks = blocks(page);
     let lines: Vec<String> = blocks
         .iter()
@@ -72,10 +73,13 @@ fn commands(page: &File) -> Vec<Vec<String>> {
         .collect();
     let prose = prose(page);
     let inline = prose.split('`').skip(1).step_by(2).map(|code| code.replace('\n', " "));
+    lines.into_iter().chain(inline).collect()
+}
+
+/// Every command of cargo in a page.
+fn commands(page: &File) -> Vec<Vec<String>> {
+    let lines = code(page).into_iter().filter(|line| line.starts_with("cargo "));
     lines
-        .into_iter()
-        .chain(inline)
-        .filter(|line| line.starts_with("cargo "))
         .map(|line| {
             let line = line.split(" && ").next().unwrap_or_default();
             line.split_whitespace().map(str::to_owned).collect()
@@ -254,6 +258,32 @@ fn dependencies_are_those_of_this_version() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn files_in_code_are_there() {
+    let folders = [".ci/", ".github/", "adapters/", "benches/", "data/", "docs/", "examples/"];
+    let is_ours = |word: &str| {
+        let begins = |folder: &&str| word.starts_with(*folder);
+        folders.iter().chain(&["src/", "tests/"]).any(begins)
+    };
+    let of_reader = |word: &str| word.contains("NAME") || word == "src/main.rs";
+    let (mut wrong, mut count) = (Vec::new(), 0);
+    for page in files("", &[".md"]) {
+        let folder = Path::new(&page.path).parent().expect("a folder");
+        for line in code(&page) {
+            for word in line.split_whitespace().map(|word| word.trim_end_matches([',', ';'])) {
+                if is_ours(word) && !of_reader(word) {
+                    count += 1;
+                    if !root().join(word).exists() && !root().join(folder).join(word).exists() {
+                        wrong.push(format!("{}: {word}", page.path));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "no such files:\n{}", wrong.join("\n"));
+    assert!(count > 50, "only {count} files found");
 }
 
 /// The anchor that a heading gets.
