@@ -152,6 +152,78 @@ impl<T: Scalar> Answer<T> {
     }
 }
 
+/// Tokens whose sums are added to those of others at once.
+pub(crate) const SPAN: usize = 512;
+
+/// Sums over all tokens, of the sums over some of them at a time, with the rounding error of every
+/// addition carried along: the error does not grow with the number of tokens. Log scales are to
+/// base 2.
+#[derive(Debug)]
+pub(crate) struct Total<T> {
+    numerator: [Buffer<T>; 2],
+    denominator: [Buffer<T>; 2],
+    log_scale: Buffer<T>,
+}
+
+impl<T: Scalar> Total<T> {
+    pub(crate) fn new() -> Self {
+        let pair = || [Buffer::new(), Buffer::new()];
+        Self { numerator: pair(), denominator: pair(), log_scale: Buffer::new() }
+    }
+
+    /// Begins with no tokens, for answers of this size.
+    pub(crate) fn begin(&mut self, answer: &Answer<T>) {
+        let sizes = [answer.numerator.len(), answer.denominator.len()];
+        for (pair, size) in [&mut self.numerator, &mut self.denominator].into_iter().zip(sizes) {
+            for buffer in pair {
+                buffer.resize(size);
+                buffer.fill(T::zero());
+            }
+        }
+        self.log_scale.resize(answer.log_scale.len());
+        self.log_scale.fill(T::neg_infinity());
+    }
+
+    /// Adds the sums over some tokens.
+    pub(crate) fn add(&mut self, answer: &Answer<T>) {
+        let Self { numerator: [sums, low], denominator: [weights, weights_low], log_scale } = self;
+        let stride = sums.len() / answer.tokens.max(1);
+        for t in 0..answer.tokens {
+            let (old, found) = (log_scale[t], answer.log_scale[t]);
+            if found == T::neg_infinity() && answer.denominator[t] == T::zero() {
+                continue; // nothing is seen
+            }
+            let new = old.max(found);
+            let [kept, factor] =
+                [old, found].map(|x| if x == new { T::one() } else { (x - new).exp2() });
+            let (row, one) = (t * stride..(t + 1) * stride, t..t + 1);
+            let parts = [
+                (&mut sums[row.clone()], &mut low[row.clone()], &answer.numerator[row]),
+                (
+                    &mut weights[one.clone()],
+                    &mut weights_low[one.clone()],
+                    &answer.denominator[one],
+                ),
+            ];
+            for (sum, low, x) in parts {
+                if kept != T::one() {
+                    kernel::scale(sum, kept);
+                    kernel::scale(low, kept);
+                }
+                kernel::add_compensated(sum, low, factor, x);
+            }
+            log_scale[t] = new;
+        }
+    }
+
+    /// Sets `answer` to the sums.
+    pub(crate) fn end(&mut self, answer: &mut Answer<T>) {
+        core::mem::swap(&mut self.numerator[0], &mut answer.numerator);
+        core::mem::swap(&mut self.denominator[0], &mut answer.denominator);
+        core::mem::swap(&mut self.log_scale, &mut answer.log_scale);
+    }
+}
+
 /// Runs `run` with the share that weights are to be multiplied with before they meet the values:
 /// one, and where a sum of weighted values has then left the range of the type, so little that of
 /// so many weights, each at most one, none can.

@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::answer::{Answer, in_range};
+use crate::memory::answer::{Answer, SPAN, Total, in_range};
 use crate::memory::key_values::{KeyValues, contiguous};
 use crate::memory::packed::Packed;
 use crate::memory::packed_softmax::PackedSoftmax;
@@ -20,7 +20,7 @@ pub(crate) const QUERY_BLOCK: usize = 128;
 
 /// Keys that are scored at once: by many queries, and by one.
 const KEY_BLOCK: usize = 64;
-const KEY_BLOCK_OF_ONE: usize = 512;
+const KEY_BLOCK_OF_ONE: usize = SPAN;
 
 /// Packed tokens are read by up to so many queries as they are, and tile by tile unpacked for more.
 const FEW_QUERIES: usize = 16;
@@ -38,6 +38,7 @@ pub(crate) struct Tile<T> {
     /// 0, 1, 2, .. of the queries, or of the keys where there is one query.
     positions: Buffer<T>,
     pub(crate) answer: Answer<T>,
+    total: Total<T>,
 }
 
 impl<T: Scalar> Tile<T> {
@@ -51,6 +52,7 @@ impl<T: Scalar> Tile<T> {
             biases: Buffer::new(),
             positions: Buffer::new(),
             answer: Answer::new(),
+            total: Total::new(),
         }
     }
 }
@@ -111,14 +113,12 @@ fn softmax_of_rows<T: Scalar>(
     tile: &mut Tile<T>,
 ) {
     let stride = padded::<T>(packed.dims()[1]);
-    let Tile { queries, scores, correction, positions, answer, .. } = tile;
+    let Tile { queries, scores, correction, positions, answer, total, .. } = tile;
     queries.resize(q.len());
     queries.iter_mut().zip(q).for_each(|(query, &q)| *query = q);
     answer.resize(q.nrows(), q.nrows(), stride);
-    answer.denominator.fill(T::zero());
-    answer.log_scale.fill(T::neg_infinity());
     let work = PackedSoftmax { packed, keys, row, queries, share };
-    work.answer(positions, scores, correction, stride, answer);
+    work.answer(positions, scores, correction, stride, (answer, total));
     to_natural_units(answer, share);
 }
 
@@ -130,8 +130,9 @@ fn softmax_of_rows<T: Scalar>(
 /// Weights are multiplied with `share`, a power of two.
 ///
 /// The log scale of a row is the running maximum of its scores, less `ln share` (Milakov &
-/// Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1). Scores
-/// are kept to base 2, with queries as columns.
+/// Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1), within
+/// a [`SPAN`]; spans are added up as a [`Total`]. Scores are kept to base 2, with queries as
+/// columns.
 fn online_softmax<T: Scalar>(
     q: ArrayView2<'_, T>,
     key_values: KeyValues<'_, T>,
@@ -145,7 +146,7 @@ fn online_softmax<T: Scalar>(
     let base_2 = scoring.base_2();
     let Range { start: begin, end: keys } = sight.keys(n, key_values.tokens());
     let Tile { queries, scores, keys: key_copy, values: value_copy, .. } = tile;
-    let Tile { correction, biases, positions, answer, .. } = tile;
+    let Tile { correction, biases, positions, answer, total, .. } = tile;
     let is_one = n == 1 && !sight.may_hide_all() && matches!(key_values, KeyValues::Wide(..));
     let width = if is_one { 1 } else { padded::<T>(n) };
     // tiles of packed tokens begin there
@@ -153,8 +154,6 @@ fn online_softmax<T: Scalar>(
     queries.resize(d * width);
     correction.resize(width);
     answer.resize(n, width, stride);
-    answer.denominator.fill(T::zero());
-    answer.log_scale.fill(T::neg_infinity());
     if scoring.slope.is_some() {
         count_up(positions, if is_one { KEY_BLOCK_OF_ONE } else { width });
     }
@@ -172,12 +171,24 @@ fn online_softmax<T: Scalar>(
             [key_copy, value_copy],
             positions,
             share,
-            answer,
+            (answer, total),
         );
     } else {
+        let adds_up = keys - begin > SPAN;
+        if adds_up {
+            total.begin(answer);
+        }
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (begin..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
+            let begins = (start - begin).is_multiple_of(SPAN);
+            if begins {
+                if start > begin {
+                    total.add(answer);
+                }
+                answer.denominator.fill(T::zero());
+                answer.log_scale.fill(T::neg_infinity());
+            }
             let [k, v] = key_values.tile(start, count, stride, [&mut *key_copy, &mut *value_copy]);
             scores.resize(count * width);
             // query i sees keys 0..=i + offset of the tile
@@ -194,17 +205,23 @@ fn online_softmax<T: Scalar>(
                 &mut answer.denominator,
                 correction,
             );
-            if changed && start > begin {
+            if changed && !begins {
                 kernel::scale_rows_in_place(&mut answer.numerator, stride, &correction[..n]);
             }
             if share != T::one() {
                 kernel::scale(scores, share);
             }
-            sum_over_keys(seen, scores, (v, stride), start == begin, &mut answer.numerator);
+            sum_over_keys(seen, scores, (v, stride), begins, &mut answer.numerator);
+        }
+        if adds_up {
+            total.add(answer);
+            total.end(answer);
         }
     }
     if keys == begin {
         answer.numerator.fill(T::zero());
+        answer.denominator.fill(T::zero());
+        answer.log_scale.fill(T::neg_infinity());
     }
     to_natural_units(answer, share);
 }
@@ -231,14 +248,19 @@ fn softmax_of_one<T: Scalar>(
     [key_copy, value_copy]: [&mut Buffer<T>; 2],
     positions: &[T],
     share: T,
-    answer: &mut Answer<T>,
+    (answer, total): (&mut Answer<T>, &mut Total<T>),
 ) {
-    let Answer { numerator, denominator, log_scale, .. } = answer;
-    numerator.fill(T::zero());
     let value_dim = v.ncols();
     scores.resize(KEY_BLOCK_OF_ONE);
-    let end = keys.end;
+    let (begin, end) = (keys.start, keys.end);
+    let adds_up = keys.len() > SPAN;
+    if adds_up {
+        total.begin(answer);
+    }
     for start in keys.step_by(KEY_BLOCK_OF_ONE) {
+        if start > begin {
+            total.add(answer);
+        }
         let count = KEY_BLOCK_OF_ONE.min(end - start);
         let k = contiguous(k, start, count, q.len(), key_copy);
         let v = contiguous(v, start, count, value_dim, value_copy);
@@ -251,18 +273,18 @@ fn softmax_of_one<T: Scalar>(
             let to_first = T::from_f64((end - 1 - start) as f64);
             kernel::add_distances(scores, positions, [-to_first, T::one()], slope);
         }
-        let old = log_scale[0];
-        let new = old.max(kernel::max(scores));
-        kernel::exp2_slice(scores, new);
-        let correction = if old == new { T::one() } else { (old - new).exp2() };
-        if correction != T::one() {
-            kernel::scale(numerator, correction);
-        }
-        denominator[0] = denominator[0] * correction + kernel::sum(scores);
-        log_scale[0] = new;
+        let largest = kernel::max(scores);
+        kernel::exp2_slice(scores, largest);
+        answer.denominator[0] = kernel::sum(scores);
+        answer.log_scale[0] = largest;
         if share != T::one() {
             kernel::scale(scores, share);
         }
-        kernel::add_row_times_matrix(scores, v, value_dim, &mut numerator[..value_dim]);
+        answer.numerator.fill(T::zero());
+        kernel::add_row_times_matrix(scores, v, value_dim, &mut answer.numerator[..value_dim]);
+    }
+    if adds_up {
+        total.add(answer);
+        total.end(answer);
     }
 }

@@ -2,13 +2,13 @@
 
 use crate::kernel;
 use crate::kernel::buffer::{Buffer, padded};
-use crate::memory::answer::Answer;
+use crate::memory::answer::{Answer, SPAN, Total};
 use crate::memory::packed::Packed;
 use crate::memory::scoring::Scoring;
 use crate::scalar::Scalar;
 
 /// Keys that are scored at once.
-const KEY_BLOCK: usize = 512;
+const KEY_BLOCK: usize = SPAN;
 
 /// Some queries over the first `keys` tokens.
 pub(crate) struct PackedSoftmax<'a, T> {
@@ -22,9 +22,8 @@ pub(crate) struct PackedSoftmax<'a, T> {
 }
 
 impl<T: Scalar> PackedSoftmax<'_, T> {
-    /// Sets the answer, whose denominators are 0 and whose log scales, to base 2, are −∞; its
-    /// numerators have rows of `stride` numbers. `positions` begins with 0, 1, 2, .. where there
-    /// are slopes.
+    /// Sets the answer, which has the size of the queries, with log scales to base 2; its numerators
+    /// have rows of `stride` numbers. `positions` begins with 0, 1, 2, .. where there are slopes.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(crate) fn answer(
         self,
@@ -32,23 +31,31 @@ impl<T: Scalar> PackedSoftmax<'_, T> {
         scores: &mut Buffer<T>,
         factors: &mut Buffer<T>,
         stride: usize,
-        answer: &mut Answer<T>,
+        (answer, total): (&mut Answer<T>, &mut Total<T>),
     ) {
         let Self { packed, keys, row: of_row, queries, share } = self;
-        let Answer { numerator, denominator, log_scale, tokens: rows, .. } = answer;
-        let rows = *rows;
+        let rows = answer.tokens;
         factors.resize(rows);
         for (r, factor) in factors.iter_mut().enumerate() {
             *factor = of_row(r).0.base_2();
         }
         packed.set_units(queries, factors);
-        numerator.fill(T::zero());
+        let adds_up = keys > SPAN;
+        if adds_up {
+            total.begin(answer);
+        }
         scores.resize(rows * KEY_BLOCK);
         if (0..rows).any(|r| of_row(r).0.slope.is_some()) {
             positions.resize(KEY_BLOCK);
             (0..KEY_BLOCK).zip(positions.iter_mut()).for_each(|(i, x)| *x = T::from_f64(i as f64));
         }
         for first in (0..keys).step_by(KEY_BLOCK) {
+            if first > 0 {
+                total.add(answer);
+            }
+            answer.numerator.fill(T::zero());
+            answer.denominator.fill(T::zero());
+            answer.log_scale.fill(T::neg_infinity());
             let count = KEY_BLOCK.min(keys - first);
             scores.fill(T::zero());
             packed.add_scores([first, padded::<T>(count)], [queries, factors], scores, KEY_BLOCK);
@@ -66,20 +73,20 @@ impl<T: Scalar> PackedSoftmax<'_, T> {
                     let to_first = T::from_f64((seen - 1 - first) as f64);
                     kernel::add_distances(scores, positions, [-to_first, T::one()], slope);
                 }
-                let old = log_scale[r];
-                let new = old.max(kernel::max(scores));
-                kernel::exp2_slice(scores, new);
-                let correction = if old == new { T::one() } else { (old - new).exp2() };
-                if correction != T::one() {
-                    kernel::scale(&mut numerator[r * stride..(r + 1) * stride], correction);
-                }
-                denominator[r] = denominator[r] * correction + kernel::sum(scores);
-                log_scale[r] = new;
+                let largest = kernel::max(scores);
+                kernel::exp2_slice(scores, largest);
+                answer.denominator[r] = kernel::sum(scores);
+                answer.log_scale[r] = largest;
                 if share != T::one() {
                     kernel::scale(scores, share);
                 }
             }
-            packed.add_sums([first, count], (&*scores, KEY_BLOCK), numerator, stride);
+            let scores = (&**scores, KEY_BLOCK);
+            packed.add_sums([first, count], scores, &mut answer.numerator, stride);
+        }
+        if adds_up {
+            total.add(answer);
+            total.end(answer);
         }
     }
 }
