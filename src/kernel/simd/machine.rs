@@ -62,14 +62,14 @@ impl Machine {
             Self::Avx2(level) => level.vectorize(At { work, level }),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(level) => level.vectorize(At { work, level }),
-            Self::Portable => portable(work),
+            Self::Portable => portable(At { work, level: pulp::Scalar128b }),
         }
     }
 }
 
 #[inline(never)]
-fn portable<F: Loop>(work: F) -> F::Output {
-    work.run(pulp::Scalar128b)
+fn portable<F: NullaryFnOnce>(work: F) -> F::Output {
+    work.call()
 }
 
 struct At<F, L> {
