@@ -22,8 +22,9 @@ pub(crate) struct PackedSoftmax<'a, T> {
 }
 
 impl<T: Scalar> PackedSoftmax<'_, T> {
-    /// Sets the answer, which has the size of the queries, with log scales to base 2; its numerators
-    /// have rows of `stride` numbers. `positions` begins with 0, 1, 2, .. where there are slopes.
+    /// Sets the answer, which has the size of the queries, with log scales to base 2; its
+    /// numerators have rows of `stride` numbers. `positions` begins with 0, 1, 2, .. where there
+    /// are slopes.
     #[allow(clippy::cast_precision_loss)] // positions
     pub(crate) fn answer(
         self,

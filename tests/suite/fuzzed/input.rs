@@ -12,7 +12,8 @@ use std::cell::OnceCell;
 const SIZES: [(usize, usize); 3] = [(1, 1), (3, 7), (8, 20)];
 
 thread_local! {
-    static SUBJECTS: [OnceCell<Vec<Subject>>; SIZES.len()] = const { [const { OnceCell::new() }; 3] };
+    static SUBJECTS: [OnceCell<Vec<Subject>>; SIZES.len()] =
+        const { [const { OnceCell::new() }; SIZES.len()] };
 }
 
 /// Runs `run` with one of all kernels.

@@ -1,5 +1,5 @@
-//! What the fuzzers do with bytes. `fuzz/` runs these functions on bytes that it makes up, the tests
-//! below on those that are kept in `fuzz/corpus`. Each panics where a promise is broken.
+//! What the fuzzers do with bytes. `fuzz/` runs these functions on bytes that it makes up, the
+//! tests below on those that are kept in `fuzz/corpus`. Each panics where a promise is broken.
 
 #[cfg(feature = "safetensors")]
 mod damage;
