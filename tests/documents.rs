@@ -324,3 +324,22 @@ fn links_lead_somewhere() {
     assert!(wrong.is_empty(), "links to nothing:\n{}", wrong.join("\n"));
     assert!(count > 100, "only {count} links found");
 }
+
+#[test]
+fn promises_name_tests_that_exist() {
+    let pages = files("docs", &["reliability.md"]);
+    let tests = files("tests", &[".rs"]);
+    let is_name = |code: &String| code.chars().all(|c| c.is_ascii_lowercase() || "_:".contains(c));
+    let spans = pages.iter().flat_map(code).filter(is_name);
+    // a test of the suite with its module, or a long name of another file
+    let names: Vec<String> =
+        spans.filter(|code| code.contains("::") || code.matches('_').count() > 3).collect();
+    assert!(names.len() > 20, "{names:?}");
+    for name in names {
+        let (module, test) = name.rsplit_once("::").unwrap_or(("", &name));
+        let is_there = tests
+            .iter()
+            .any(|file| file.path.contains(module) && file.text.contains(&format!("fn {test}(")));
+        assert!(is_there, "docs/reliability.md: there is no test `{name}`");
+    }
+}

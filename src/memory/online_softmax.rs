@@ -22,6 +22,9 @@ pub(crate) const QUERY_BLOCK: usize = 128;
 const KEY_BLOCK: usize = 64;
 const KEY_BLOCK_OF_ONE: usize = SPAN;
 
+/// The [`SPAN`] of many queries, whose tiles are added one by one.
+const SPAN_OF_MANY: usize = 4 * SPAN;
+
 /// Packed tokens are read by up to so many queries as they are, and tile by tile unpacked for more.
 const FEW_QUERIES: usize = 16;
 
@@ -174,14 +177,14 @@ fn online_softmax<T: Scalar>(
             (answer, total),
         );
     } else {
-        let adds_up = keys - begin > SPAN;
+        let adds_up = keys - begin > SPAN_OF_MANY;
         if adds_up {
             total.begin(answer);
         }
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (begin..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
-            let begins = (start - begin).is_multiple_of(SPAN);
+            let begins = (start - begin).is_multiple_of(SPAN_OF_MANY);
             if begins {
                 if start > begin {
                     total.add(answer);
