@@ -263,6 +263,14 @@ impl<T: Scalar> TryFrom<Options> for Retention<T> {
     type Error = Error;
 
     fn try_from(options: Options) -> Result<Self, Error> {
-        Ok(Self::new(options.rotary.head_dim(), options.decay)?.with(|own| *own = options))
+        /// Decays of so many columns are made of what is saved.
+        const MOST: usize = 1 << 20;
+        check_decay(options.decay)?;
+        let head_dim = options.rotary.head_dim();
+        if head_dim > MOST {
+            let (found, needed) = (head_dim.to_string(), "at most 2^20 in what is read");
+            return Err(Error::InvalidOption { which: "head_dim", found, needed });
+        }
+        Ok(Self::of(options, IdentityFeatures::new(head_dim)?))
     }
 }

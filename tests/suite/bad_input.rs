@@ -326,6 +326,16 @@ fn tools() {
         option(chi_quantile(3, t));
     }
     zero(chi_quantile(0, 0.5));
+    // from here on another formula, in no time: the quantile of the gamma distribution goes on as
+    // 1 + z/(2√a)
+    let degrees = 20_000_000_000;
+    for t in [1e-9, 0.3, 0.999] {
+        let [a, b] = [degrees, degrees + 2].map(|n| chi_quantile(n, t).unwrap().powi(2) / 2.0);
+        let step = 1.0 + normal_quantile(t).unwrap() / (2.0 * a.sqrt());
+        assert!((b - a - step).abs() < 1e-3, "{t}: {a} and {b}");
+        let huge = chi_quantile(usize::MAX, t).unwrap();
+        assert!((huge / (usize::MAX as f64).sqrt() - 1.0).abs() < 1e-8);
+    }
     let x = normal::<f64>(5, 4, 1.0, 0);
     let none = Array2::<f64>::zeros((0, 4));
     let kernel = SoftmaxAttention::<f64>::new(4).unwrap();

@@ -213,3 +213,12 @@ fn options_of_softmax_attention() {
     assert_eq!(old.keys(), memory.keys());
     assert_ne!(old, memory);
 }
+
+#[test]
+fn small_files_ask_for_little() {
+    let kernel = Retention::<f32>::new(4, 0.9).unwrap();
+    let text =
+        serde_json::to_string(&kernel).unwrap().replace("\"head_dim\":4", "\"head_dim\":400000000");
+    let error = serde_json::from_str::<Retention<f32>>(&text).unwrap_err().to_string();
+    assert!(error.contains("head_dim"), "{error}");
+}
