@@ -1,12 +1,12 @@
 //! Attention transfer makes maps better, or says that it did not.
 
-use crate::common::{normal, tokens};
+use crate::common::{assert_close, features, normal, tokens};
 use dijiang::{
     Attention, DctFeatures, DistillLoss, DistillOptions, DistillSample, EluFeatures, Error,
-    LearnedFeatures, LinearAttention, Mask, Performer, SoftmaxAttention, distill, distill_with,
-    fidelity,
+    LearnedFeatures, LearnedForm, LinearAttention, Mask, Performer, SoftmaxAttention, distill,
+    distill_with, fidelity,
 };
-use ndarray::{Array2, s};
+use ndarray::{Array2, Axis, array, s};
 
 /// Tokens whose scores vary along a few directions, as those of heads do.
 fn head(n: usize, d: usize, seed: u64) -> [Array2<f64>; 3] {
@@ -92,6 +92,35 @@ fn chosen_parameters_alone_move_and_patience_ends() {
     assert_eq!((exact.best, exact.steps.len()), (0, 4));
     assert_eq!(exact.validation_ratio(), 1.0);
     assert_eq!(exact.kernel.parameters(), kernel.parameters());
+}
+
+/// A learned map of a map has its features, but for those of weight 0.
+#[test]
+fn a_learned_map_begins_as_its_map() {
+    let map = Performer::<f64>::new(4, 5, 1).unwrap();
+    let map = map.with_weights(array![1.0, 0.0, 0.5, 2.0, 0.0]).unwrap();
+    let learned = LearnedFeatures::from_map(&map).unwrap();
+    let x = normal::<f64>(6, 4, 1.0, 2);
+    let exact = features(&map, &x, 1.0, false).absolute().select(Axis(1), &[0, 2, 3]);
+    assert_close("features", &features(&learned, &x, 1.0, false).absolute(), &exact, 64.0);
+}
+
+/// Every number of a learned map makes it another one.
+#[test]
+fn learned_maps_are_equal_where_all_their_numbers_are() {
+    let map = |form, is_mirrored, at: Option<usize>| {
+        let size = |i| if at == Some(i) { 2.0 } else { 1.0 };
+        let projections = [0, 1].map(|i| normal::<f64>(3, 4, size(i), i as u64));
+        let biases = [2, 3].map(|i| normal::<f64>(1, 3, size(i), i as u64).row(0).to_owned());
+        LearnedFeatures::from_parts(form, is_mirrored, projections, biases).unwrap()
+    };
+    let one = map(LearnedForm::Softmax, true, None);
+    assert_eq!(one, map(LearnedForm::Softmax, true, None));
+    assert_ne!(one, map(LearnedForm::Softmax, false, None));
+    assert_ne!(one, map(LearnedForm::Exponential, true, None));
+    for at in 0..4 {
+        assert_ne!(one, map(LearnedForm::Softmax, true, Some(at)), "{at}");
+    }
 }
 
 #[test]
