@@ -115,6 +115,23 @@ fn slopes_are_those_of_monte_carlo() {
     }
 }
 
+/// The interval is that of Student's t, of few seeds and of many.
+#[test]
+fn the_interval_of_a_slope_is_that_of_its_seeds() {
+    // half of the slopes are −0.4, half −0.6; the quantiles of 5 and 39 degrees of freedom
+    for (seeds, quantile) in [(6, 2.571), (40, 2.0227)] {
+        let rate = dijiang::fidelity::rate(&[16, 64, 256], 0..seeds, |m, seed| {
+            Ok((m as f64).powf(if seed % 2 == 0 { -0.4 } else { -0.6 }))
+        })
+        .unwrap();
+        let reach = quantile * 0.1 / (seeds as f64 - 1.0).sqrt();
+        assert!((rate.slope + 0.5).abs() < 1e-12, "{rate:?}");
+        for (found, exact) in rate.confidence.into_iter().zip([-0.5 - reach, -0.5 + reach]) {
+            assert!((found - exact).abs() < 2e-3 * reach, "{rate:?}, not {exact}");
+        }
+    }
+}
+
 /// At small norms the relative error of a pair is about √((e^{|q̂ + k̂|²} − 1)/m), the standard
 /// deviation of independent features, with |q̂ + k̂|² ≈ 2|x̂|²: no map is more than half worse.
 /// Taylor's remainder is |s|³e^{|s|}/6.
