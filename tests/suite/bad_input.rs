@@ -231,6 +231,12 @@ fn memories() {
     counts_its_tokens!(linear);
     counts_its_tokens!(exact);
     counts_its_tokens!(merged);
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let mut weights = Array1::ones(70);
+        weights[69] = bad;
+        option(merged.absorb_weighted(k.view(), v.view(), weights.view()));
+        assert!(merged.is_empty());
+    }
     let mut partial = Partial::<f64>::new(2, 3).unwrap();
     shape(partial.merge(&Partial::new(3, 3).unwrap()));
     shape(partial.merge(&Partial::new(2, 2).unwrap()));
@@ -317,6 +323,21 @@ fn very_negative_coordinates_of_elu() {
     let out =
         kernel.forward(x.view(), x.view(), Array2::ones((6, 2)).view(), Mask::Causal).unwrap();
     assert!(out.iter().all(|x| (x - 1.0).abs() < 1e-5));
+}
+
+/// A query whose features meet nothing, far behind the first token: the error says of which token.
+#[test]
+fn queries_that_meet_nothing_are_reported_with_their_row() {
+    let kernel = LinearAttention::new(IdentityFeatures::<f64>::new(4).unwrap());
+    let k = normal::<f64>(300, 4, 1.0, 0).mapv(f64::abs);
+    for row in [0, 1, 100, 257] {
+        let mut q = k.clone();
+        q.row_mut(row).fill(0.0);
+        for mask in [Mask::Causal, Mask::Full] {
+            let error = kernel.forward(q.view(), k.view(), k.view(), mask).unwrap_err();
+            assert_eq!(error, Error::Normalizer { row });
+        }
+    }
 }
 
 #[test]
