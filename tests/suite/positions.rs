@@ -148,6 +148,20 @@ fn a_rotation_of_another_size_is_reported() {
     }
 }
 
+/// Numbers that leave the range when they are turned: the error says of which token.
+#[test]
+fn a_vector_too_large_to_turn_is_reported_with_its_row() {
+    let kernel = RotaryAttention::new(Rotary::new(4).unwrap(), elu(4));
+    for (in_keys, row) in [(false, 3), (false, 4), (true, 3)] {
+        let [mut q, mut k] = [0, 1].map(|seed| normal::<f64>(5, 4, 1.0, seed));
+        // by an angle of 3 or 4, with a cosine and a sine that add up to more than 1
+        let x = if in_keys { &mut k } else { &mut q };
+        x.row_mut(row).fill(f64::MAX);
+        let error = kernel.forward(q.view(), k.view(), k.view(), Mask::Causal).unwrap_err();
+        assert!(matches!(error, Error::Overflow { row: found, .. } if found == row), "{error}");
+    }
+}
+
 /// The last position of cosFormer works, the one after it is an error that leaves the stream as it
 /// was.
 #[test]
