@@ -4,11 +4,11 @@ use crate::common::hybrid::{FarFormula, HybridFormula};
 use crate::common::{RECEIVED, assert_close, hybrid, normal, tokens};
 use dijiang::attention::naive::options::Options;
 use dijiang::{
-    Attention, Calibration, CalibrationOptions, Error, Far, Head, HybridAttention, Mask, Merged,
-    Metric, MultiHead, Performer, Scratch, SoftmaxAttention, StateFormat, Stream, StreamOptions,
-    StreamState, Ward,
+    Attention, Calibration, CalibrationOptions, Error, Far, Head, HybridAttention, Mask, Memory,
+    Merged, Metric, MultiHead, Partial, Performer, Scratch, Sharing, SoftmaxAttention, StateFormat,
+    Stream, StreamOptions, StreamState, Ward, fidelity,
 };
-use ndarray::{Array2, Array3, Array4, Axis, s};
+use ndarray::{Array1, Array2, Array3, Array4, ArrayView2, Axis, s};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -301,6 +301,7 @@ fn a_memory_of_ones_own() {
         Ok(Box::new(dijiang::ExactMemory::<f64>::new(4, value_dim, scale)?))
     });
     let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
+    assert_eq!(kernel.sharing(), Sharing::Group); // one memory for all heads that read it
     let [q, k, v] = tokens::<f64>(40, 4, 3, 1.0, 9);
     let mut stream = kernel.stream(3).unwrap();
     let mut out = Array2::zeros((40, 3));
@@ -324,6 +325,95 @@ fn a_memory_of_ones_own() {
     stream.extend(q.view(), k.view(), v.view(), again.view_mut()).unwrap();
     assert_close("after a reset", &again, &exact, 64.0);
     assert_eq!(stream.state_floats(), 7 + 3 * 7 + 36 * 7);
+}
+
+/// A score that leaves the range of the type: the error says at which token, whichever head of the
+/// group it is.
+#[test]
+fn a_score_too_large_is_reported_with_its_row() {
+    let kernel =
+        HybridAttention::<f64>::builder(4).window(6).sinks(1).far(Far::merged(6)).build().unwrap();
+    for head in [0, 1] {
+        let [q, k, v] = tokens::<f64>(20, 4, 3, 1.0, 8);
+        let mut queries = ndarray::stack![Axis(0), q, q];
+        queries[[head, 11, 0]] = 1e200;
+        let k = k * 1e200;
+        let mut out = Array3::zeros((2, 20, 3));
+        let call = Head::group(queries.view(), k.view(), v.view(), out.view_mut());
+        let error =
+            kernel.forward_heads(&mut [call], Mask::Causal, &mut Scratch::new()).unwrap_err();
+        assert!(matches!(error, Error::Overflow { row: 11, .. }), "{head}: {error}");
+    }
+}
+
+/// A memory whose weight, where the first number of a query is 0, takes back that of the window.
+#[derive(Clone, Debug)]
+struct Owing;
+
+impl Memory<f64> for Owing {
+    fn absorb(&mut self, _: ArrayView2<'_, f64>, _: ArrayView2<'_, f64>) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read(&self, q: ArrayView2<'_, f64>, answer: &mut Partial<f64>) -> Result<(), Error> {
+        let weights = q.column(0).mapv(|x| if x == 0.0 { -4.0 } else { 0.0 });
+        let (nothing, log_scale) = (Array2::zeros((q.nrows(), 3)), Array1::zeros(q.nrows()));
+        answer.merge(&Partial::from_parts(nothing, weights, log_scale)?)
+    }
+
+    fn state_floats(&self) -> usize {
+        0
+    }
+}
+
+/// Nothing to divide by: the error says at which token, whichever head of the group it is.
+#[test]
+fn a_weight_of_nothing_is_reported_with_its_row() {
+    let far = Far::memory(|_, _| Ok(Box::new(Owing)));
+    let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
+    for head in [0, 1] {
+        let [q, k, v] = tokens::<f64>(20, 4, 3, 1.0, 8);
+        let mut queries = ndarray::stack![Axis(0), q, q];
+        queries.slice_mut(s![head, 11, ..]).fill(0.0); // four tokens of weight 1
+        let mut out = Array3::zeros((2, 20, 3));
+        let call = Head::group(queries.view(), k.view(), v.view(), out.view_mut());
+        let error =
+            kernel.forward_heads(&mut [call], Mask::Causal, &mut Scratch::new()).unwrap_err();
+        assert_eq!(error, Error::Normalizer { row: 11 }, "{head}");
+    }
+}
+
+/// The metric of a calibration is scaled to mean 1: values weigh the same whatever its size.
+#[test]
+fn the_size_of_a_calibrated_metric_does_not_matter() {
+    let [q, k, v] = tokens::<f64>(80, 4, 3, 1.0, 20);
+    let [small, large] = [1.0, 1024.0].map(|size| {
+        let samples = &q * size;
+        let options = CalibrationOptions::new();
+        let calibration = Calibration::from_samples(samples.view(), k.view(), options).unwrap();
+        let far = Merged::new(4).value_weight(1.0).calibrated(&calibration);
+        let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
+        kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap()
+    });
+    assert_close("a larger metric", &large, &small, 1024.0);
+}
+
+/// The columns that show the weights take no part in what is merged.
+#[test]
+fn measuring_leaves_the_output_as_it_is() {
+    let [q, k, v] = tokens::<f64>(80, 4, 3, 1.0, 20);
+    let forward = |kernel: &dyn Attention<f64>| {
+        kernel.forward(q.view(), k.view(), v.view(), Mask::Causal).unwrap()
+    };
+    let exact = forward(&SoftmaxAttention::new(4).unwrap());
+    for far in [Far::from(Ward::new(4)), Far::from(Merged::new(4).value_weight(1.0))] {
+        let kernel = HybridAttention::builder(4).window(3).sinks(1).far(far).build().unwrap();
+        let report =
+            fidelity::compare(&kernel, q.view(), k.view(), v.view(), Mask::Causal).unwrap();
+        let square = |x: &Array2<f64>| x.mapv(|x| x * x).sum();
+        let error = (square(&(forward(&kernel) - &exact)) / square(&exact)).sqrt();
+        assert!((report.output_error - error).abs() < 1e-12, "{report:?}, not {error}");
+    }
 }
 
 /// Keys beyond all samples: weights at their bound, distances whose inverse vanishes. What is gone
