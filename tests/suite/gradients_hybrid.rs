@@ -350,3 +350,21 @@ fn decays_that_cannot_be_used() {
     assert!(other.restore(&state).is_err());
     kernel.stream(4).unwrap().restore(&state).unwrap();
 }
+
+/// Units of cotangents and values whose product is out of range alone, and that of the gradient by
+/// the keys is not.
+#[test]
+fn gradients_near_the_largest_number() {
+    let builder = HybridAttention::<f64>::builder(4).window(6).sinks(2);
+    let kernel = builder.far(Far::none()).build().unwrap();
+    let [q, k, v] = tokens::<f64>(30, 4, 3, 0.7, 5);
+    let d_out = tokens::<f64>(30, 4, 3, 0.7, 6)[2].clone();
+    let gradient = |[of_v, of_out]: [i32; 2]| {
+        let [v, d_out] = [&v * 2.0_f64.powi(of_v), &d_out * 2.0_f64.powi(of_out)];
+        kernel.backward(q.view(), k.view(), v.view(), d_out.view(), Mask::Causal).unwrap()
+    };
+    let (plain, large) = (gradient([0, 0]), gradient([510, 500]));
+    let unit = 2.0_f64.powi(1010);
+    assert_close("d_q", &(large.q / unit), &plain.q, 64.0);
+    assert_close("d_k", &(large.k / unit), &plain.k, 64.0);
+}
