@@ -161,12 +161,17 @@ fn a_failing_head_leaves_the_others_bit_for_bit() {
         let last = layer.kv_heads() - 1;
         for n in [1, 2, 9] {
             for (bad, is_refused) in [(f64::NAN, true), (f64::INFINITY, true), (1e300, false)] {
-                for which in 0..3 {
+                for which in 0..4 {
                     let mut x = tokens(&layer, n, 100 + n as u64);
                     match which {
                         0 => x.q[[1, HEADS - 1, n - 1, 2]] = bad,
                         1 => x.k[[1, last, n - 1, 2]] = bad,
-                        _ => x.v[[1, last, n - 1, 2]] = bad,
+                        2 => x.v[[1, last, n - 1, 2]] = bad,
+                        _ => {
+                            // alone they are in range, their score is not
+                            x.q[[1, HEADS - 1, n - 1, 2]] = bad;
+                            x.k[[1, last, n - 1, 2]] = bad;
+                        }
                     }
                     let mut copy = stream.clone();
                     match extend(&mut copy, &x) {
