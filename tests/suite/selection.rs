@@ -117,6 +117,8 @@ fn a_budget_keeps_as_many_as_fit() {
     assert!(matches!(error, Error::InvalidOption { which: "bytes", .. }));
     // a context so short that exact caches are smaller
     assert_eq!(errors.keep_within(6 * 7 * 8 * 5, 5, &*exact, &*small).unwrap().heads().len(), 6);
+    let error = errors.keep_within(6 * 7 * 8 * 5 - 1, 5, &*exact, &*small).unwrap_err();
+    assert!(matches!(error, Error::InvalidOption { which: "bytes", .. }));
 }
 
 /// A kernel for each head: the table takes each error from the kernel of its head.
