@@ -49,6 +49,26 @@ fn sums_of_no_weight_change_nothing_whatever_their_log_scale() {
     check::<f64>(-700.0);
 }
 
+/// A thousand terms below the smallest normal number, which have lost their digits, may be missing
+/// from a sum: one that they could change is not divided by.
+#[test]
+fn sums_that_may_have_lost_terms_are_not_divided_by() {
+    fn check<T: Scalar>() {
+        let least = 1024.0 * T::min_positive_value().as_f64() / T::epsilon().as_f64();
+        for (size, is_divided) in [(2.0, true), (0.5, false), (1e-3, false)] {
+            for denominator in [size * least, -size * least] {
+                let found = mean(&[part::<T>([denominator, 0.0], denominator, 0.0)]);
+                match is_divided {
+                    true => assert_eq!(found.unwrap(), array![[T::one(), T::zero()]]),
+                    false => assert!(matches!(found, Err(Error::Normalizer { row: 0 }))),
+                }
+            }
+        }
+    }
+    check::<f32>();
+    check::<f64>();
+}
+
 /// The right value by logarithms in `f64`: a part of denominator `d` at log scale `l` weighs
 /// `ln d + l`.
 #[test]
