@@ -10,7 +10,7 @@ use dijiang::{
     LearnedFeatures, LearnedForm, LinearAttention, Mask, OfficialDijiang, Parameters, Performer,
     ReluFeatures, Scalar, Scratch,
 };
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, Axis, array, s};
 use serde_json::Value;
 use std::sync::Arc;
 
@@ -339,6 +339,56 @@ fn gradients_by_parameters_that_are_not_there() {
         let error =
             kernel.backward_heads(&mut heads, Mask::Causal, &mut Scratch::new()).unwrap_err();
         assert!(matches!(&error, Error::Parameter { name: found, .. } if found == name), "{error}");
+    }
+}
+
+/// As in a forward pass: features of early queries and keys overlap by e^{−60} only, which in the
+/// unit of the last key, 8 natural units higher, f32 cannot divide by.
+#[test]
+fn a_later_key_does_not_make_an_earlier_gradient_fail() {
+    fn gradients<T: Scalar>() -> [Array2<T>; 3] {
+        let omega = array![[6.0, 0.0], [0.0, 6.0]].mapv(T::from_f64);
+        let map = Performer::<T>::from_projection(omega).unwrap();
+        let kernel = LinearAttention::new(map).with_scale(1.0);
+        let n = 16; // a few tokens would go one by one
+        let mut q = Array2::from_shape_fn((n, 2), |(_, i)| T::from_f64([10.0, 0.0][i]));
+        let mut k = Array2::from_shape_fn((n, 2), |(t, i)| {
+            T::from_f64([0.04 * t as f64, 10.0 - 0.01 * t as f64][i])
+        });
+        for x in [&mut q, &mut k] {
+            x.row_mut(n - 1).assign(&array![T::zero(), T::from_f64(6.0)]);
+        }
+        let [v, d_out] = [1, 2].map(|seed| normal::<f64>(n, 2, 1.0, seed).mapv(T::from_f64));
+        let inputs = [q.view(), k.view(), v.view()];
+        let [mut d_q, mut d_k, mut d_v] = [(); 3].map(|()| Array2::zeros((n, 2)));
+        let views = [d_q.view_mut(), d_k.view_mut(), d_v.view_mut()];
+        let head = HeadGradient::new(inputs, d_out.view(), views);
+        kernel.backward_heads(&mut [head], Mask::Causal, &mut Scratch::new()).unwrap();
+        [d_q, d_k, d_v]
+    }
+    for (found, exact) in gradients::<f32>().iter().zip(gradients::<f64>()) {
+        // exponents reach 60, which f32 rounds by 60·ε
+        assert_close("the gradient", found, &exact, 60.0 * TOLERANCE_F32);
+    }
+}
+
+/// Gradients by features that are in range, and by vectors that are not: however the arrays lie.
+#[test]
+fn gradients_beyond_the_largest_number_are_an_error() {
+    let map = Performer::<f32>::from_projection(normal(6, 4, 1e37, 1)).unwrap();
+    let kernel = LinearAttention::new(map).with_scale(1.0);
+    let [q, k] = [2, 3].map(|seed| normal::<f32>(5, 4, 1e-37, seed));
+    let [v, d_out] = [4, 5].map(|seed| normal::<f32>(5, 3, 1e3, seed));
+    for columns in [4, 8] {
+        // a part of a wider array is not contiguous
+        let [mut d_q, mut d_k] = [(); 2].map(|()| Array2::zeros((5, columns)));
+        let mut d_v = Array2::zeros((5, 3));
+        let part = s![.., ..4];
+        let views = [d_q.slice_mut(part), d_k.slice_mut(part), d_v.view_mut()];
+        let head = HeadGradient::new([q.view(), k.view(), v.view()], d_out.view(), views);
+        let error =
+            kernel.backward_heads(&mut [head], Mask::Causal, &mut Scratch::new()).unwrap_err();
+        assert!(matches!(error, Error::Overflow { which: "the gradient by `q`", .. }), "{error}");
     }
 }
 
