@@ -177,8 +177,7 @@ fn constrained(a: &Array2<f64>, best: &Array1<f64>, unit: &Array1<f64>) -> [f64;
                     hessian[[i, j]] += slope[i] * slope[j];
                 }
             }
-            hessian[[0, 2]] -= kappa / cone;
-            hessian[[2, 0]] -= kappa / cone;
+            hessian[[2, 0]] -= kappa / cone; // of the other half nothing is read
             hessian[[1, 1]] += 2.0 / cone + u[1].powi(-2);
             hessian[[0, 0]] += (u[0] - least).powi(-2);
             // The diagonal is brought to one, so that three numbers of any size can be solved for.
