@@ -181,9 +181,10 @@ impl<T: Scalar> Parameters<T> {
 
     /// Fails unless all are finite: finite input led out of the range of `T`.
     pub(crate) fn check_gradients(&self) -> Result<(), Error> {
-        match self.arrays.values().flatten().all(|x| x.is_finite()) {
-            true => Ok(()),
-            false => Err(Error::Overflow { which: "the gradient by a parameter", row: 0 }),
+        if self.arrays.values().flatten().all(|x| x.is_finite()) {
+            Ok(())
+        } else {
+            Err(Error::Overflow { which: "the gradient by a parameter", row: 0 })
         }
     }
 

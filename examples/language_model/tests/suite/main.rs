@@ -8,6 +8,7 @@ mod check_values;
 mod cli;
 mod convert;
 mod forward;
+mod fuzzed;
 mod kernels;
 mod perplexity;
 mod quantised;
