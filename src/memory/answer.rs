@@ -189,10 +189,10 @@ impl<T: Scalar> Total<T> {
         let Self { numerator: [sums, low], denominator: [weights, weights_low], log_scale } = self;
         let stride = sums.len() / answer.tokens.max(1);
         for t in 0..answer.tokens {
-            let (old, found) = (log_scale[t], answer.log_scale[t]);
-            if found == T::neg_infinity() && answer.denominator[t] == T::zero() {
+            if answer.denominator[t] == T::zero() {
                 continue; // nothing is seen
             }
+            let (old, found) = (log_scale[t], answer.log_scale[t]);
             let new = old.max(found);
             let [kept, factor] =
                 [old, found].map(|x| if x == new { T::one() } else { (x - new).exp2() });

@@ -184,6 +184,9 @@ fn online_softmax<T: Scalar>(
         views::to_columns(q, base_2, correction, queries); // whose norms are not needed
         for start in (begin..keys).step_by(KEY_BLOCK) {
             let count = KEY_BLOCK.min(keys - start);
+            // query i sees keys 0..=i + offset of the tile
+            let offset = sight.first.map(|first| first.cast_signed() - start.cast_signed());
+            let seen = Seen { offset, keys: count, queries: n, width };
             let begins = (start - begin).is_multiple_of(SPAN_OF_MANY);
             if begins {
                 if start > begin {
@@ -191,12 +194,11 @@ fn online_softmax<T: Scalar>(
                 }
                 answer.denominator.fill(T::zero());
                 answer.log_scale.fill(T::neg_infinity());
+                // of queries before the span: its keys weigh nothing beside one
+                answer.log_scale[..seen.first_query(0)].fill(T::zero());
             }
             let [k, v] = key_values.tile(start, count, stride, [&mut *key_copy, &mut *value_copy]);
             scores.resize(count * width);
-            // query i sees keys 0..=i + offset of the tile
-            let offset = sight.first.map(|first| first.cast_signed() - start.cast_signed());
-            let seen = Seen { offset, keys: count, queries: n, width };
             let scores_of = ScoreTile { k, ldk: d, d, queries, last: keys - 1 - start, positions };
             scores_of.write(scoring, seen, scores, None);
             if !sight.is_plain() {
