@@ -95,7 +95,8 @@ fn name(manifest: &File) -> &str {
 
 /// What is wrong with one command.
 fn complaint(command: &[String], manifests: &[File], sources: &[File]) -> Option<String> {
-    let subcommands = ["new", "run", "test", "bench", "build", "doc", "deny", "install", "package"];
+    let subcommands =
+        ["new", "run", "test", "bench", "build", "doc", "deny", "install", "package", "fuzz"];
     let toolchain = usize::from(command.get(1)?.starts_with('+'));
     let subcommand = command.get(1 + toolchain)?.as_str();
     if !subcommands.contains(&subcommand) {
@@ -103,6 +104,11 @@ fn complaint(command: &[String], manifests: &[File], sources: &[File]) -> Option
     }
     if ["new", "deny", "install", "package"].contains(&subcommand) {
         return None;
+    }
+    if subcommand == "fuzz" {
+        let target = format!("fuzz_targets/{}.rs", command.last()?);
+        let is_there = sources.iter().any(|source| source.path.ends_with(&target));
+        return (!is_there).then(|| format!("no {target}"));
     }
     let at = command.iter().position(|word| word == "--").unwrap_or(command.len());
     let (own, handed_on) = (&command[2 + toolchain..at], command.get(at + 1..).unwrap_or_default());
