@@ -13,9 +13,6 @@ pub mod options;
 #[cfg(feature = "serde")]
 pub mod states;
 
-use std::fs;
-use std::path::Path;
-
 type Target = fn(&[u8]);
 
 /// Each with its name.
@@ -32,10 +29,10 @@ pub const TARGETS: &[(&str, Target)] = &[
 
 #[test]
 fn kept_bytes_break_no_promise() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     for &(name, run) in TARGETS {
-        let files = fs::read_dir(corpus.join(name)).unwrap();
-        files.for_each(|file| run(&fs::read(file.unwrap().path()).unwrap()));
+        let files = std::fs::read_dir(corpus.join(name)).unwrap();
+        files.for_each(|file| run(&std::fs::read(file.unwrap().path()).unwrap()));
     }
 }
 
