@@ -66,11 +66,13 @@ impl<T: Scalar> ExactMemory<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::ZeroSize`] if a dimension is 0, [`Error::InvalidOption`] if `scale` is not positive
-    /// and finite.
+    /// [`Error::ZeroSize`] if a dimension is 0, [`Error::InvalidOption`] if it is beyond 2³², or
+    /// `scale` is not positive and finite.
     pub fn new(head_dim: usize, value_dim: usize, scale: f64) -> Result<Self, Error> {
-        check::at_least_one("head_dim", head_dim)?;
-        check::at_least_one("value_dim", value_dim)?;
+        for (which, size) in [("head_dim", head_dim), ("value_dim", value_dim)] {
+            check::at_least_one(which, size)?;
+            check::array(which, size, 1)?;
+        }
         let scale = T::from_f64(check::scale::<T>(Some(scale), head_dim)?);
         Ok(Self {
             head_dim,

@@ -63,6 +63,7 @@ fn sizes_of_kernels() {
     const HUGE: usize = usize::MAX;
     let softmax = SoftmaxAttention::<f32>::new(HUGE).unwrap();
     assert_eq!(softmax.state_floats(3, 5), Ok(HUGE));
+    option(softmax.stream(3).map(|_| ()));
     zero(CosFormer::<f32>::new(0, 4));
     zero(CosFormer::<f32>::new(4, 0));
     option(CosFormer::<f32>::new(HUGE, 4));
