@@ -1,22 +1,20 @@
 //! Every backward pass, on any numbers.
 
 use crate::common::Subject;
-use crate::fuzzed::input::{Arrays, like, number, with_subject};
+use crate::fuzzed::input::{Arrays, like, number, with_kernel};
 use arbitrary::{Result, Unstructured};
 use dijiang::{Attention, Mask, Scalar};
 use ndarray::Array2;
+use std::sync::Arc;
 
 /// A backward pass of one kernel.
 pub fn gradients(bytes: &[u8]) {
-    let _ = with_subject(&mut Unstructured::new(bytes), |subject, u| match u.arbitrary()? {
-        true => check::<f32>(subject, &*subject.f32, u),
-        false => check::<f64>(subject, &*subject.f64, u),
-    });
+    let _ = with_kernel(&mut Unstructured::new(bytes), check::<f32>, check::<f64>);
 }
 
 fn check<T: Scalar>(
     subject: &Subject,
-    kernel: &dyn Attention<T>,
+    kernel: &Arc<dyn Attention<T>>,
     u: &mut Unstructured<'_>,
 ) -> Result<()> {
     let n = u.int_in_range(0..=100)?;

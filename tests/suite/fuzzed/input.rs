@@ -4,9 +4,10 @@ use crate::common::{
     Subject, formats, normal, optional_subjects, subjects, tokens, written_subjects,
 };
 use arbitrary::{Result, Unstructured};
-use dijiang::Scalar;
+use dijiang::{Attention, Scalar};
 use ndarray::Array2;
 use std::cell::OnceCell;
+use std::sync::Arc;
 
 /// Head dimensions and features.
 const SIZES: [(usize, usize); 3] = [(1, 1), (3, 7), (8, 20)];
@@ -16,11 +17,12 @@ thread_local! {
         const { [const { OnceCell::new() }; SIZES.len()] };
 }
 
-/// Runs `run` with one of all kernels.
-pub fn with_subject(
-    u: &mut Unstructured<'_>,
-    run: impl FnOnce(&Subject, &mut Unstructured<'_>) -> Result<()>,
-) -> Result<()> {
+/// What is done with a kernel.
+pub type Check<T> = fn(&Subject, &Arc<dyn Attention<T>>, &mut Unstructured<'_>) -> Result<()>;
+
+/// Runs a check with one of all kernels, in either type of numbers. Bytes that are too few say
+/// nothing.
+pub fn with_kernel(u: &mut Unstructured<'_>, single: Check<f32>, double: Check<f64>) -> Result<()> {
     let size = u.choose_index(SIZES.len())?;
     SUBJECTS.with(|all| {
         let (d, m) = SIZES[size];
@@ -35,7 +37,11 @@ pub fn with_subject(
             parts.into_iter().flatten().collect()
         });
         let which = u.choose_index(all.len())?;
-        run(&all[which], u)
+        let subject = &all[which];
+        match u.arbitrary()? {
+            true => single(subject, &subject.f32, u),
+            false => double(subject, &subject.f64, u),
+        }
     })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::common::checker::units;
 use crate::common::{Subject, assert_close, normal, wide};
-use crate::fuzzed::input::{number, with_subject};
+use crate::fuzzed::input::{number, with_kernel};
 use arbitrary::{Result, Unstructured};
 use dijiang::{Attention, LayerForward, Mask, MultiHead, Padding, Scalar};
 use ndarray::{Array2, Array4, Axis, s};
@@ -10,10 +10,7 @@ use std::sync::Arc;
 
 /// A layer, forward and as a stream.
 pub fn layers(bytes: &[u8]) {
-    let _ = with_subject(&mut Unstructured::new(bytes), |subject, u| match u.arbitrary()? {
-        true => check::<f32>(subject, &subject.f32, u),
-        false => check::<f64>(subject, &subject.f64, u),
-    });
+    let _ = with_kernel(&mut Unstructured::new(bytes), check::<f32>, check::<f64>);
 }
 
 fn heads<T: Scalar>([b, h, n, d]: [usize; 4], seed: u64) -> Array4<T> {

@@ -1,7 +1,7 @@
 //! What was saved, changed: an error, or something that works.
 
 use crate::common::{Subject, tokens};
-use crate::fuzzed::input::{number, with_subject};
+use crate::fuzzed::input::{number, with_kernel};
 use arbitrary::{Result, Unstructured};
 use dijiang::{
     Attention, CosFormer, DctFeatures, FeatureMap, Fingerprint, LinearAttention, Linformer,
@@ -12,6 +12,7 @@ use ndarray::{Array1, Array2, s};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// A state of one kernel, or one of the maps and kernels that can be saved, as changed JSON or as
 /// bytes that are none.
@@ -21,10 +22,7 @@ pub fn states(bytes: &[u8]) {
 
 fn run(u: &mut Unstructured<'_>) -> Result<()> {
     match u.int_in_range(0..=3)? {
-        0 | 1 => with_subject(u, |subject, u| match u.arbitrary()? {
-            true => stream::<f32>(subject, &*subject.f32, u),
-            false => stream::<f64>(subject, &*subject.f64, u),
-        }),
+        0 | 1 => with_kernel(u, stream::<f32>, stream::<f64>),
         2 => match u.arbitrary()? {
             true => saved::<f32>(u),
             false => saved::<f64>(u),
@@ -92,7 +90,7 @@ fn changed(u: &mut Unstructured<'_>, whole: &impl Serialize) -> Result<Value> {
 
 fn stream<T: Scalar + Serialize + DeserializeOwned>(
     subject: &Subject,
-    kernel: &dyn Attention<T>,
+    kernel: &Arc<dyn Attention<T>>,
     u: &mut Unstructured<'_>,
 ) -> Result<()> {
     if !subject.has_streams() {
