@@ -216,8 +216,9 @@ impl<T: Scalar> Total<T> {
         }
     }
 
-    /// Sets `answer` to the sums.
+    /// Adds the sums over the last tokens, and sets `answer` to those over all.
     pub(crate) fn end(&mut self, answer: &mut Answer<T>) {
+        self.add(answer);
         core::mem::swap(&mut self.numerator[0], &mut answer.numerator);
         core::mem::swap(&mut self.denominator[0], &mut answer.denominator);
         core::mem::swap(&mut self.log_scale, &mut answer.log_scale);

@@ -219,7 +219,6 @@ fn online_softmax<T: Scalar>(
             sum_over_keys(seen, scores, (v, stride), begins, &mut answer.numerator);
         }
         if adds_up {
-            total.add(answer);
             total.end(answer);
         }
     }
@@ -289,7 +288,6 @@ fn softmax_of_one<T: Scalar>(
         kernel::add_row_times_matrix(scores, v, value_dim, &mut answer.numerator[..value_dim]);
     }
     if adds_up {
-        total.add(answer);
         total.end(answer);
     }
 }

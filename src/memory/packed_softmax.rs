@@ -86,7 +86,6 @@ impl<T: Scalar> PackedSoftmax<'_, T> {
             packed.add_sums([first, count], scores, &mut answer.numerator, stride);
         }
         if adds_up {
-            total.add(answer);
             total.end(answer);
         }
     }
