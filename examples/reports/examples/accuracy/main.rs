@@ -18,6 +18,7 @@ use comfy_table::{CellAlignment, Table};
 use dijiang::{Error, Scalar};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::Kernel;
+use reports::lengths::lengths;
 use std::io::Write;
 use std::process::ExitCode;
 use text::{Kind, Text};
@@ -49,13 +50,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Powers of ten, and the last.
-fn lengths(tokens: usize) -> Vec<usize> {
-    let mut all: Vec<usize> = (3..).map(|i| 10_usize.pow(i)).take_while(|&n| n < tokens).collect();
-    all.push(tokens);
-    all
 }
 
 fn table(tokens: usize) -> Result<String, Error> {

@@ -2,7 +2,8 @@
 
 use crate::text::{HEAD_DIM, Text};
 use dijiang::{Error, FeatureMap};
-use ndarray::{Array1, Array2, ArrayView1};
+use ndarray::{Array2, ArrayView1};
+use reports::lengths::features;
 
 /// A sum and what rounding has left of it (Dekker 1971; Ogita, Rump and Oishi, "Accurate sum and
 /// dot product", SIAM J. Sci. Comput. 26, 2005, algorithms 3.1 and 5.3).
@@ -69,7 +70,9 @@ impl Recurrence {
     /// With the features of all rows of a text.
     pub fn new(map: &dyn FeatureMap<f64>, decay: f64, text: &Text) -> Result<Self, Error> {
         let sums = vec![Default::default(); map.num_features()];
-        let [queries, keys] = [absolute(map, text, false)?, absolute(map, text, true)?];
+        let scale = 1.0 / (HEAD_DIM as f64).sqrt();
+        let of = |keys| features(map, text.rows(usize::from(keys)), scale, keys);
+        let [queries, keys] = [of(false)?, of(true)?];
         Ok(Self { queries, keys, decay, sums })
     }
 
@@ -97,19 +100,6 @@ impl Recurrence {
         }
         Exact::of(all)
     }
-}
-
-/// `φ(√scale·x)` of all rows, in absolute terms.
-fn absolute(map: &dyn FeatureMap<f64>, text: &Text, keys: bool) -> Result<Array2<f64>, Error> {
-    let x = text.rows(usize::from(keys)) / (HEAD_DIM as f64).sqrt().sqrt();
-    let mut values = Array2::zeros((x.nrows(), map.num_features()));
-    let mut scales = Array1::zeros(x.nrows());
-    match keys {
-        true => map.map_keys(x.view(), values.view_mut(), scales.view_mut())?,
-        false => map.map_queries(x.view(), values.view_mut(), scales.view_mut())?,
-    }
-    values.outer_iter_mut().zip(&scales).for_each(|(mut row, scale)| row *= scale.exp());
-    Ok(values)
 }
 
 /// Softmax attention of the query of token `n − 1` over the first `n` tokens.

@@ -7,6 +7,7 @@ use dijiang::{
     Performer, SoftmaxAttention, Ward,
 };
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis};
+use reports::lengths::features;
 use std::sync::Arc;
 
 /// A kernel of constant memory.
@@ -30,6 +31,9 @@ enum Known {
 }
 
 const WINDOW: usize = 64;
+
+/// `1/√HEAD_DIM`
+const SCALE: f64 = 0.25;
 
 /// All of them.
 pub fn all() -> Result<Vec<Subject>, Error> {
@@ -104,7 +108,7 @@ impl Oracle {
         self.tokens += k.nrows();
         match &self.known {
             Known::Recurrence(map, decay) => {
-                let features = absolute(&**map, k, true)?;
+                let features = features(&**map, &wide(k), SCALE, true)?;
                 let new = || Recurrence::new(map.num_features(), VALUE_DIM);
                 let state = self.state.get_or_insert_with(new);
                 for (k, v) in features.outer_iter().zip(wide(v).outer_iter()) {
@@ -131,19 +135,18 @@ impl Oracle {
     ) -> Result<Array1<f64>, Error> {
         match &self.known {
             Known::Recurrence(map, _) => {
-                let features = absolute(&**map, q.insert_axis(Axis(0)), false)?;
+                let features = features(&**map, &wide(q.insert_axis(Axis(0))), SCALE, false)?;
                 let state = self.state.as_ref().map(|state| state.read_normalized(features.row(0)));
                 Ok(state.unwrap_or_else(|| Array1::zeros(VALUE_DIM)))
             }
             Known::Window(window) => {
-                let scale = 1.0 / (HEAD_DIM as f64).sqrt();
                 let dot = |k: ArrayView1<'_, f32>| -> f64 {
                     q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
                 };
                 let seen = self.tokens.saturating_sub(*window)..self.tokens;
                 let (mut total, mut sum) = (0.0, Array1::zeros(VALUE_DIM));
                 for t in seen {
-                    let weight = (scale * dot(text.row(1, t))).exp();
+                    let weight = (SCALE * dot(text.row(1, t))).exp();
                     total += weight;
                     sum.scaled_add(weight, &text.row(2, t).mapv(f64::from));
                 }
@@ -153,23 +156,4 @@ impl Oracle {
             Known::Mean => Ok(Array1::from_iter(self.sums.map(|sum| sum / self.tokens as f64))),
         }
     }
-}
-
-/// `φ(√scale·x)`, in absolute terms.
-fn absolute(
-    map: &dyn FeatureMap<f64>,
-    x: ArrayView2<'_, f32>,
-    keys: bool,
-) -> Result<Array2<f64>, Error> {
-    let x = wide(x) / (HEAD_DIM as f64).sqrt().sqrt();
-    let mut values = Array2::zeros((x.nrows(), map.num_features()));
-    let mut scales = Array1::zeros(x.nrows());
-    match keys {
-        true => map.map_keys(x.view(), values.view_mut(), scales.view_mut())?,
-        false => map.map_queries(x.view(), values.view_mut(), scales.view_mut())?,
-    }
-    for (mut row, scale) in values.outer_iter_mut().zip(scales) {
-        row *= scale.exp();
-    }
-    Ok(values)
 }

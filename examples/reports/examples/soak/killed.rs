@@ -5,6 +5,7 @@ use crate::run::{Found, Place, Run};
 use dijiang::StreamState;
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
+use reports::lengths::lengths;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::path::Path;
@@ -35,10 +36,10 @@ pub fn go_on(subject: &Subject, tokens: usize, path: &Path) -> Result<(), Box<dy
         fs::write(&new, serde_json::to_vec(&saved)?)?;
         Ok(fs::rename(new, path)?)
     };
+    // calls end where those of an uninterrupted run do
+    let lengths = lengths(tokens);
     while run.place.tokens < tokens {
-        // calls end where those of an uninterrupted run do
-        let checks = crate::run::checks(tokens);
-        let next = checks.into_iter().find(|&n| n > run.place.tokens).unwrap_or(tokens);
+        let next = lengths.iter().find(|&&n| n > run.place.tokens).map_or(tokens, |&n| n);
         run.call(next - run.place.tokens)?;
         if run.place.calls.is_multiple_of(CALLS) {
             save(&run)?;

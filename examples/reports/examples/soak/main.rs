@@ -19,6 +19,7 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table};
 use indicatif::{ProgressBar, ProgressStyle};
 use kernels::Subject;
+use reports::lengths::lengths;
 use run::{Found, Run};
 use std::error::Error;
 use std::io::Write;
@@ -124,7 +125,7 @@ fn at_once(
 fn table(rows: &[(&Subject, Found)], tokens: usize) -> String {
     let mut table = Table::new();
     table.load_style(comfy_table::presets::UTF8_FULL_CONDENSED);
-    let lengths = run::checks(tokens);
+    let lengths = lengths(tokens);
     let mut header = ["kernel", "s", "numbers kept", "refused"].map(str::to_owned).to_vec();
     header.extend(lengths.iter().map(|n| format!("at {n}")));
     table.set_header(header);

@@ -1,10 +1,11 @@
 //! A stream, its tokens, and what is found on the way.
 
 use crate::kernels::{Oracle, Subject};
-use crate::tokens::{HEAD_DIM, Tokens, VALUE_DIM};
+use crate::tokens::{Tokens, VALUE_DIM};
 use dijiang::{Stream, StreamState};
 use indicatif::ProgressBar;
 use ndarray::{Array2, s};
+use reports::lengths::lengths;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::time::Instant;
@@ -41,16 +42,9 @@ pub struct Found {
     pub seconds: f64,
     pub floats: usize,
     pub refused: usize,
-    /// The largest errors up to each of `checks`, in units of epsilon.
+    /// The largest errors up to each of [`lengths`], in units of epsilon.
     pub errors: Vec<f64>,
     pub print: u64,
-}
-
-/// The tokens at which errors are told: powers of ten, and the last.
-pub fn checks(tokens: usize) -> Vec<usize> {
-    let mut all: Vec<usize> = (3..).map(|i| 10_usize.pow(i)).take_while(|&n| n < tokens).collect();
-    all.push(tokens);
-    all
 }
 
 impl<'a> Run<'a> {
@@ -98,7 +92,7 @@ impl<'a> Run<'a> {
     /// To so many tokens, with slips, beside the oracle.
     pub fn to(mut self, tokens: usize, bar: Option<&ProgressBar>) -> Result<Found, Box<dyn Error>> {
         let name = self.subject.name;
-        let (floats, checks) = (self.stream.state_floats(), checks(tokens));
+        let (floats, lengths) = (self.stream.state_floats(), lengths(tokens));
         let (mut refused, mut worst, mut errors) = (0, 0.0_f64, Vec::new());
         let (mut oracle, mut seconds) = (self.subject.oracle(), 0.0);
         while self.place.tokens < tokens {
@@ -106,7 +100,7 @@ impl<'a> Run<'a> {
                 refused += self.slip()?;
             }
             let from = self.place.tokens;
-            let next = checks.iter().find(|&&n| n > from).map_or(tokens, |&n| n);
+            let next = lengths.iter().find(|&&n| n > from).map_or(tokens, |&n| n);
             let start = Instant::now();
             let [q, out] = self.call(next - from)?;
             seconds += start.elapsed().as_secs_f64();
@@ -183,7 +177,6 @@ impl<'a> Run<'a> {
         if self.stream.save()? != before {
             return Err(format!("{}: a bad call left a trace", self.subject.name).into());
         }
-        debug_assert_eq!(good[0].ncols(), HEAD_DIM);
         Ok(all.len())
     }
 }
