@@ -70,8 +70,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         println!("the public API is that of docs/public_api.txt: {} items", api.items().count());
         return Ok(ExitCode::SUCCESS);
     }
-    let lines = |text: &'static str| text.lines().collect::<BTreeSet<_>>();
-    let (before, now) = (lines(before.leak()), lines(now.leak()));
+    let [before, now] = [&before, &now].map(|text| text.lines().collect::<BTreeSet<_>>());
     before.difference(&now).for_each(|line| println!("- {line}"));
     now.difference(&before).for_each(|line| println!("+ {line}"));
     println!("The public API has changed. If it is meant: cargo run -p public_api -- --renew");
